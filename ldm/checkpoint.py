@@ -1,0 +1,225 @@
+"""Files that outlive a process: models people pass on, and the state a run resumes from.
+
+Both hold plain Python values and tensors and load under `weights_only=True`: nothing is ever
+unpickled into code. Both are written beside their final name, flushed to disk, then renamed, so a
+full disk or a kill at any moment leaves the last good file as it was.
+"""
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ldm.errors import LdmError
+
+FORMAT = 1
+Kind = Literal["autoencoder", "diffusion"]
+STAGE = {"autoencoder": "a stage-one autoencoder", "diffusion": "a stage-two diffusion model"}
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A model to use: its weights, the config that builds it, and where it comes from."""
+
+    kind: Kind
+    config: dict[str, Any]
+    weights: dict[str, Tensor]
+    statistics: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    autoencoder: "ModelFile | None" = None
+    """A stage-two file carries its stage one, so that one file samples."""
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the weights: their names, types, shapes and bytes, whatever the container."""
+        return fingerprint(self.weights)
+
+
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 over named tensors, independent of their order and device."""
+    digest = sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------ model files
+def save_model(path: Path, model: ModelFile) -> None:
+    """Write `ckpt.pt` and its `.safetensors` twin, each whole or not at all."""
+    from safetensors.torch import save
+
+    tree = _to_tree(model)
+    write_atomically(path, lambda file: torch.save(tree, file))
+    tensors, meta = _split_tensors(tree)
+    payload = save(tensors, metadata={"ldm": json.dumps(meta)})
+    write_atomically(path.with_suffix(".safetensors"), lambda file: file.write(payload))
+
+
+def load_model(path: str | Path, kind: Kind) -> ModelFile:
+    """Read a model from a `.pt`, a `.safetensors`, or a run folder (its `ckpt.pt`).
+
+    Raises:
+        LdmError: it is not there, truncated, of the other stage, of a newer format, no file of
+            ours, or a pickle that would run code (which is refused, not run).
+    """
+    path = Path(path)
+    if path.is_dir():
+        if not (path / "ckpt.pt").is_file():
+            raise LdmError(f"{path} holds no ckpt.pt: has the run in it been finished or stopped?")
+        path = path / "ckpt.pt"
+    if not path.is_file():
+        raise LdmError(f"no checkpoint at {path}")
+    tree = _read_safetensors(path) if path.suffix == ".safetensors" else read_tensors(path)
+    if not isinstance(tree, dict) or tree.get("kind") not in STAGE or "format" not in tree:
+        raise LdmError(f"{path} is not a model file of this toolkit (ckpt.pt of a run)")
+    if tree["format"] > FORMAT:
+        raise LdmError(
+            f"{path} has format {tree['format']}, this version reads up to {FORMAT}: upgrade ldm"
+        )
+    if tree["kind"] != kind:
+        raise LdmError(f"{path} is {STAGE[tree['kind']]}; {STAGE[kind]} is needed here")
+    return _from_tree(tree)
+
+
+def read_tensors(path: Path) -> Any:
+    """`torch.load` under `weights_only=True`, its many failures told as one line."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise LdmError(f"no file at {path}") from error
+    except pickle.UnpicklingError as error:
+        if "lobal" in str(error) or "allowed" in str(error):
+            raise LdmError(
+                f"{path} refused: loading it would run code, and a model file needs none"
+            ) from error
+        raise LdmError(f"{path} is damaged or no PyTorch file") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise LdmError(f"{path} is truncated or damaged: copy or write it again") from error
+
+
+def _to_tree(model: ModelFile) -> dict[str, Any]:
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.weights.items()}
+    return {
+        "format": FORMAT,
+        "kind": model.kind,
+        "config": model.config,
+        "weights": weights,
+        "statistics": model.statistics,
+        "provenance": model.provenance,
+        "autoencoder": _to_tree(model.autoencoder) if model.autoencoder else None,
+    }
+
+
+def _from_tree(tree: dict[str, Any]) -> ModelFile:
+    parts = {key: tree[key] for key in ("kind", "config", "weights", "statistics", "provenance")}
+    inner = tree.get("autoencoder")
+    return ModelFile(**parts, autoencoder=_from_tree(inner) if inner else None)
+
+
+def _split_tensors(tree: dict[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict]:
+    """The tree as safetensors wants it: flat named tensors, and the rest as JSON."""
+    tensors = {f"{prefix}{name}": tensor for name, tensor in tree["weights"].items()}
+    meta = {key: value for key, value in tree.items() if key not in ("weights", "autoencoder")}
+    meta["autoencoder"] = None
+    if tree["autoencoder"]:
+        inner, meta["autoencoder"] = _split_tensors(tree["autoencoder"], "autoencoder/")
+        tensors |= inner
+    return tensors, meta
+
+
+def _read_safetensors(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            tree = json.loads((file.metadata() or {}).get("ldm", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise LdmError(f"{path} is truncated or damaged: copy or write it again") from error
+    if isinstance(tree, dict):
+        inner = "autoencoder/"
+        tree["weights"] = {k: v for k, v in tensors.items() if not k.startswith(inner)}
+        if tree.get("autoencoder"):
+            tree["autoencoder"]["weights"] = {
+                k.removeprefix(inner): v for k, v in tensors.items() if k.startswith(inner)
+            }
+    return tree
+
+
+# ---------------------------------------------------------------------------- resuming state
+def save_state(folder: Path, images_seen: int, tree: dict[str, Any], keep: int = 2) -> Path:
+    """Write all that resuming needs to `folder/<images_seen>/`; keep the newest `keep`.
+
+    The older ones go only after the new one is whole.
+    """
+    final, beside = folder / str(images_seen), folder / f".writing-{images_seen}"
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        write_atomically(beside / "state.pt", lambda file: torch.save(tree, file))
+        shutil.rmtree(final, ignore_errors=True)
+        beside.replace(final)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    for old in _states(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def latest_state(folder: Path) -> Path | None:
+    """The newest complete state under a run's `state/` folder, or None."""
+    states = _states(folder)
+    return states[-1] if states else None
+
+
+def load_state(state: Path) -> dict[str, Any]:
+    """Read what `save_state` wrote."""
+    return read_tensors(state / "state.pt")
+
+
+def _states(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    found = (p for p in folder.iterdir() if p.name.isdigit() and (p / "state.pt").is_file())
+    return sorted(found, key=lambda p: int(p.name))
+
+
+# ------------------------------------------------------------------------------ atomic write
+def write_atomically(path: Path, write: Any) -> None:
+    """Call `write(file)` on a file beside `path`, flush it to disk, then rename it to `path`.
+
+    Raises:
+        LdmError: the disk is full or the folder cannot be written; what stood at `path` stays.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except (OSError, RuntimeError) as error:  # torch wraps the OSError of a failed write
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise LdmError(
+            f"could not write {path} ({reason}): make room or choose another folder; "
+            "what was saved before is untouched"
+        ) from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write readable JSON, whole or not at all."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))

@@ -1,0 +1,45 @@
+"""Other people's pretrained weights: found where people keep them, or fetched once, whole."""
+
+import os
+import urllib.error
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm.errors import LdmError
+
+
+def cache_folder() -> Path:
+    """Where fetched weights are kept: `$LDM_CACHE`, else `~/.cache/ldm`."""
+    return Path(os.environ.get("LDM_CACHE") or Path.home() / ".cache" / "ldm")
+
+
+def find_or_fetch(
+    name: str, url: str, hash_prefix: str | None, folders: Sequence[Path], instead: str
+) -> Path:
+    """The file `name` from the first of `folders` that has it, else fetched into the first.
+
+    A fetch writes beside the final name, checks the SHA-256 against `hash_prefix`, and renames:
+    a broken download leaves nothing, and processes that race all end with the whole file.
+
+    Args:
+        instead: what a person can do when the file cannot be had, as the end of the error line.
+
+    Raises:
+        LdmError: it is in none of the folders and cannot be fetched.
+    """
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder / name
+    target = folders[0] / name
+    try:
+        from torch.hub import download_url_to_file
+
+        target.parent.mkdir(parents=True, exist_ok=True)
+        download_url_to_file(url, str(target), hash_prefix=hash_prefix, progress=True)
+    except (urllib.error.URLError, OSError, RuntimeError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise LdmError(
+            f"{name} is not on this machine and could not be fetched from {url} ({reason}): "
+            f"put the file at {target}, or {instead}"
+        ) from error
+    return target
