@@ -98,11 +98,10 @@ def read_tensors(path: Path) -> Any:
     except FileNotFoundError as error:
         raise LdmError(f"no file at {path}") from error
     except pickle.UnpicklingError as error:
-        if "lobal" in str(error) or "allowed" in str(error):
-            raise LdmError(
-                f"{path} refused: loading it would run code, and a model file needs none"
-            ) from error
-        raise LdmError(f"{path} is damaged or no PyTorch file") from error
+        raise LdmError(
+            f"{path} refused: loading it would run code, or it is damaged; a model file holds "
+            "tensors and plain values only"
+        ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise LdmError(f"{path} is truncated or damaged: copy or write it again") from error
 

@@ -55,14 +55,14 @@ def preset_summary(kind: str, name: str) -> str:
 def resolve(
     config_class: type[ConfigT], tree: Mapping[str, Any], overrides: Sequence[str] = ()
 ) -> ConfigT:
-    """Merge `key=value` overrides into a tree and validate it.
+    """Merge `key=value` overrides into a preset's tree, both over the defaults, and validate.
 
     Raises:
         UsageError: an unknown key (with the nearest known one), a wrong type or a bad value, each
             with its dotted path.
     """
     edits = [parse_override(text) for text in overrides]
-    tree = merge({}, tree)
+    tree = merge(_defaults(config_class), tree)
     # A `type` first: it exchanges a whole section, and the section's other keys come after it.
     for path, value in sorted(edits, key=lambda edit: edit[0][-1] != "type"):
         _set(tree, path, value)
@@ -75,6 +75,14 @@ def validate(config_class: type[ConfigT], tree: Mapping[str, Any]) -> ConfigT:
         return config_class.model_validate(tree)
     except ValidationError as error:
         raise UsageError(_explain(config_class, error)) from error
+
+
+def _defaults(config_class: type[Config]) -> Tree:
+    """The defaults as a tree, so that a section's `type` and lists are there to be edited."""
+    fields = config_class.model_fields
+    given = {name: f.get_default(call_default_factory=True) for name, f in fields.items()}
+    optional = {name for name, field in fields.items() if not field.is_required()}
+    return config_class.model_construct(**given).model_dump(mode="json", include=optional)
 
 
 # ---------------------------------------------------------------------------------- merging
@@ -124,11 +132,7 @@ def _set(tree: Tree, path: list[str], value: Any) -> None:
         node.clear()
         node["type"] = value
     else:
-        node[last] = merge(node[last], value) if _both_sections(node.get(last), value) else value
-
-
-def _both_sections(old: Any, new: Any) -> bool:
-    return isinstance(old, dict) and isinstance(new, dict)
+        node.update(merge(node, {last: value}))
 
 
 def _index(items: list, part: str, where: str) -> int:
@@ -153,7 +157,12 @@ def _explain(config_class: type[Config], error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         keys = sorted(set(key_paths(config_class)))
         by_last = [key for key in keys if key.rpartition(".")[2] == path.rpartition(".")[2]]
-        hint = f"; did you mean '{by_last[0]}'?" if len(by_last) == 1 else did_you_mean(path, keys)
+        if path in keys:
+            hint = ": it belongs to another type"
+        elif len(by_last) == 1:
+            hint = f"; did you mean '{by_last[0]}'?"
+        else:
+            hint = did_you_mean(path, keys)
         text = f"unknown key '{path}'{hint}"
     else:
         given = first.get("input")

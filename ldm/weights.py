@@ -1,8 +1,10 @@
 """Other people's pretrained weights: found where people keep them, or fetched once, whole."""
 
 import os
-import urllib.error
-from collections.abc import Sequence
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 
 from ldm.errors import LdmError
@@ -14,7 +16,7 @@ def cache_folder() -> Path:
 
 
 def find_or_fetch(
-    name: str, url: str, hash_prefix: str | None, folders: Sequence[Path], instead: str
+    name: str, url: str, hash_prefix: str, folders: Sequence[Path], instead: str
 ) -> Path:
     """The file `name` from the first of `folders` that has it, else fetched into the first.
 
@@ -35,11 +37,23 @@ def find_or_fetch(
         from torch.hub import download_url_to_file
 
         target.parent.mkdir(parents=True, exist_ok=True)
-        download_url_to_file(url, str(target), hash_prefix=hash_prefix, progress=True)
-    except (urllib.error.URLError, OSError, RuntimeError) as error:
+        with _patience(seconds=30):
+            download_url_to_file(url, str(target), hash_prefix=hash_prefix, progress=True)
+    except (OSError, HTTPException, ValueError, RuntimeError) as error:
         reason = getattr(error, "reason", None) or error
         raise LdmError(
             f"{name} is not on this machine and could not be fetched from {url} ({reason}): "
             f"put the file at {target}, or {instead}"
         ) from error
     return target
+
+
+@contextmanager
+def _patience(seconds: float) -> Iterator[None]:
+    """Give up on a server that says nothing for so long: torch's download has no limit itself."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

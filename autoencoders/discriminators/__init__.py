@@ -1,0 +1,1 @@
+"""Discriminators: images to logits, high where they look real."""

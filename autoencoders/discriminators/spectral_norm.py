@@ -1,0 +1,45 @@
+"""Spectral normalisation (Miyato et al. 2018, arXiv 1802.05957) that autocast leaves alone."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrize import register_parametrization
+
+
+def spectral_norm(layer: nn.Module) -> nn.Module:
+    """The layer, its weight divided by its largest singular value whenever it is used."""
+    register_parametrization(layer, "weight", SpectralNorm(layer.weight))
+    return layer
+
+
+class SpectralNorm(nn.Module):
+    """W → W / σ(W), σ by one power iteration a training step, on vectors kept in the state.
+
+    Always in the weight's own precision: under autocast PyTorch's module iterates in bfloat16, and
+    would know the bound it is there for to two digits.
+    """
+
+    def __init__(self, weight: Tensor, warm_up: int = 15) -> None:
+        super().__init__()
+        matrix = weight.detach().flatten(1)  # (out, in·k·k)
+        # any start that is not orthogonal to the first singular vector will do: no dice
+        self.register_buffer("u", F.normalize(matrix.sum(1), dim=0))
+        self.register_buffer("v", torch.zeros_like(matrix[0]))
+        for _ in range(warm_up):
+            self._iterate(matrix)
+
+    @torch.no_grad()
+    def _iterate(self, matrix: Tensor) -> None:
+        # Miyato et al. 2018, Algorithm 1
+        self.v.copy_(F.normalize(matrix.T @ self.u, dim=0))
+        self.u.copy_(F.normalize(matrix @ self.v, dim=0))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The normalised weight, of the same shape."""
+        with torch.autocast(weight.device.type, enabled=False):
+            matrix = weight.flatten(1)
+            if self.training:
+                self._iterate(matrix)
+            # copies, so that a later forward pass may iterate before this one's backward
+            u, v = self.u.clone(), self.v.clone()
+            return weight / torch.dot(u, matrix @ v)

@@ -1,0 +1,139 @@
+"""The U-Net discriminator: it judges every pixel, and the image as a whole.
+
+Schönfeld, Schiele & Khoreva 2020, "A U-Net Based Discriminator for GANs" (arXiv 2002.12655).
+"""
+
+from itertools import pairwise
+from typing import Annotated, NamedTuple
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from autoencoders.discriminators.spectral_norm import spectral_norm
+from ldm.config import Config
+from ldm.errors import LdmError
+
+
+class UNetDiscriminatorConfig(Config):
+    """Widths of the U-Net discriminator; the defaults are the paper's for 128×128 images."""
+
+    channels: PositiveInt = 64
+    """Base width, in feature maps."""
+    multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4, 8, 16)
+    """Width after each halving of the image, as a multiple of `channels`; at 256×256 the paper
+    takes (1, 2, 4, 8, 8, 16). The way up mirrors it."""
+
+
+class Judgement(NamedTuple):
+    """Logits of one batch: high is real."""
+
+    pixels: Tensor
+    """(B, 1, H, W), float32."""
+    bottleneck: Tensor
+    """(B, 1), float32: of each image as a whole."""
+
+    def chunk(self, count: int) -> tuple["Judgement", ...]:
+        """The judgements of `count` equal parts of the batch, in order: real and fake, say."""
+        heads = (head.chunk(count) for head in self)
+        return tuple(Judgement(*parts) for parts in zip(*heads, strict=True))
+
+
+class UNetDiscriminator(nn.Module):
+    """Images (B, 3, H, W) in [−1, 1] → logits of every pixel, and of every image.
+
+    Residual blocks go down by halves and up again, and every block on the way up but the first
+    reads its counterpart's features beside what comes from below. Fully convolutional: one made
+    for 128×128 takes 256×256 too.
+    """
+
+    def __init__(self, config: UNetDiscriminatorConfig) -> None:
+        super().__init__()
+        down = [config.channels * m for m in config.multipliers]
+        up = [*reversed(down[:-1]), config.channels]
+        self.down = nn.ModuleList(
+            DownBlock(in_width, out_width, first=i == 0)
+            for i, (in_width, out_width) in enumerate(pairwise([3, *down]))
+        )
+        self.bottleneck = spectral_norm(_linear(down[-1]))
+        reads = [
+            down[-1],
+            *(2 * width for width in up[:-1]),
+        ]  # a skip doubles what comes from below
+        self.up = nn.ModuleList(UpBlock(*widths) for widths in zip(reads, up, strict=True))
+        self.pixels = _conv(up[-1], 1, 1)
+
+    def forward(self, images: Tensor) -> Judgement:
+        """Images (B, 3, H, W) in [−1, 1] → pixel logits (B, 1, H, W), image logits (B, 1).
+
+        Raises:
+            LdmError: H or W is not a multiple of 2^levels.
+        """
+        self._check(images)
+        x, skips = images, []
+        for block in self.down:
+            x = block(x)
+            skips.append(x)
+        image_logits = self.bottleneck(F.relu(skips.pop()).sum(dim=(2, 3)))  # (B, 1)
+        x = self.up[0](x)
+        for block in self.up[1:]:
+            x = block(torch.cat([x, skips.pop()], dim=1))
+        return Judgement(self.pixels(F.relu(x)).float(), image_logits.float())
+
+    def _check(self, images: Tensor) -> None:
+        factor, (height, width) = 2 ** len(self.down), images.shape[-2:]
+        if height % factor or width % factor or not height * width:
+            raise LdmError(
+                f"images of {height}×{width} pixels: this discriminator halves them "
+                f"{len(self.down)} times, so both sides must be multiples of {factor}; "
+                "resize them, or give discriminator.multipliers fewer entries"
+            )
+
+
+class DownBlock(nn.Module):
+    """Pre-activation residual block, then half the resolution by averages."""
+
+    def __init__(self, in_width: int, out_width: int, first: bool) -> None:
+        super().__init__()
+        self.first = first
+        self.conv1 = spectral_norm(_conv(in_width, out_width, 3))
+        self.conv2 = spectral_norm(_conv(out_width, out_width, 3))
+        self.skip = spectral_norm(_conv(in_width, out_width, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in, H, W) → (B, out, H/2, W/2)."""
+        h = x if self.first else F.relu(x)  # pixels are no features: nothing to rectify
+        h = self.conv2(F.relu(self.conv1(h)))
+        # a 1×1 convolution and an average commute: the average first is a quarter of the work
+        return F.avg_pool2d(h, 2) + self.skip(F.avg_pool2d(x, 2))
+
+
+class UpBlock(nn.Module):
+    """Twice the resolution by nearest neighbours, in a pre-activation residual block."""
+
+    def __init__(self, in_width: int, out_width: int) -> None:
+        super().__init__()
+        self.conv1 = spectral_norm(_conv(in_width, out_width, 3))
+        self.conv2 = spectral_norm(_conv(out_width, out_width, 3))
+        self.skip = spectral_norm(_conv(in_width, out_width, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in, h, w) → (B, out, 2h, 2w)."""
+        h = self.conv1(F.interpolate(F.relu(x), scale_factor=2, mode="nearest"))
+        h = self.conv2(F.relu(h))
+        return h + F.interpolate(self.skip(x), scale_factor=2, mode="nearest")
+
+
+def _conv(in_width: int, out_width: int, size: int) -> nn.Conv2d:
+    return _orthogonal(nn.Conv2d(in_width, out_width, size, padding=size // 2))
+
+
+def _linear(in_width: int) -> nn.Linear:
+    return _orthogonal(nn.Linear(in_width, 1))
+
+
+def _orthogonal(layer: nn.Module) -> nn.Module:
+    nn.init.orthogonal_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer

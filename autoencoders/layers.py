@@ -1,0 +1,118 @@
+"""The parts all the autoencoders are built of. Everything is (B, C, H, W)."""
+
+import math
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Norm = Literal["group", "smc"]
+
+
+def group_norm(width: int) -> nn.GroupNorm:
+    """32 groups where they divide the width, else the largest power of two that does."""
+    return nn.GroupNorm(math.gcd(32, width), width, eps=1e-6)
+
+
+class SelfModulatedConv2d(nn.Conv2d):
+    """A 3×3 convolution that learns the scale of each of its inputs (Sadat et al. 2024, 4.2).
+
+    Its weight has unit norm per output channel, so it needs no normalisation of its input, and
+    keeps what the features' relative magnitudes say. Nothing depends on the sample: the weight is
+    modulated once, in its own precision, and one ordinary convolution follows.
+    """
+
+    def __init__(self, in_width: int, out_width: int) -> None:
+        super().__init__(in_width, out_width, 3, padding=1)
+        self.scales = nn.Parameter(torch.ones(in_width))
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def modulated_weight(self, eps: float = 1e-8) -> Tensor:
+        """(out, in, 3, 3); no operation here is one that autocast lowers."""
+        # Sadat et al. 2024, Equation 3: w'_ijk = s_i w_ijk / √(Σ_{i,k} (s_i w_ijk)² + ε)
+        scaled = self.scales.view(1, -1, 1, 1) * self.weight
+        norm = scaled.square().sum(dim=(1, 2, 3), keepdim=True)
+        return self.gain * scaled * torch.rsqrt(norm + eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in, H, W) → (B, out, H, W)."""
+        return F.conv2d(x, self.modulated_weight(), self.bias, padding=1)
+
+
+class ResidualBlock(nn.Module):
+    """x + two 3×3 convolutions of it; a 1×1 convolution on the skip where the width changes.
+
+    Args:
+        norm: "group" normalises before each convolution; "smc" does without, and lets the
+            convolutions modulate themselves.
+    """
+
+    def __init__(self, in_width: int, out_width: int, norm: Norm = "group") -> None:
+        super().__init__()
+        self.norm1, self.conv1 = _norm_and_conv(in_width, out_width, norm)
+        self.norm2, self.conv2 = _norm_and_conv(out_width, out_width, norm)
+        same = in_width == out_width
+        self.skip = nn.Identity() if same else nn.Conv2d(in_width, out_width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in, H, W) → (B, out, H, W)."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.skip(x) + h
+
+
+def _norm_and_conv(in_width: int, out_width: int, norm: Norm) -> tuple[nn.Module, nn.Module]:
+    if norm == "smc":
+        return nn.Identity(), SelfModulatedConv2d(in_width, out_width)
+    return group_norm(in_width), nn.Conv2d(in_width, out_width, 3, padding=1)
+
+
+class SelfAttention(nn.Module):
+    """x + single-head attention between all its positions: (B, width, H, W) → the same."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = group_norm(width)
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, width, H, W) → (B, width, H, W)."""
+        tokens = rearrange(self.norm(x), "b c h w -> b 1 (h w) c")
+        mixed = F.scaled_dot_product_attention(
+            self.query(tokens), self.key(tokens), self.value(tokens)
+        )
+        return x + rearrange(self.out(mixed), "b 1 (h w) c -> b c h w", h=x.shape[2])
+
+
+def middle(width: int, norm: Norm = "group") -> nn.Sequential:
+    """What stands between SD-VAE's way down and up: residual block, attention, residual block."""
+    return nn.Sequential(
+        ResidualBlock(width, width, norm), SelfAttention(width), ResidualBlock(width, width, norm)
+    )
+
+
+class Downsample(nn.Module):
+    """Strided 3×3 convolution: (B, width, H, W) → (B, width, H/2, W/2)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pads on the right and at the bottom only, as SD-VAE's weights expect."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Nearest neighbours, then a 3×3 convolution: (B, width, H, W) → (B, width, 2H, 2W)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, width, H, W) → (B, width, 2H, 2W)."""
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))

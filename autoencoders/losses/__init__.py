@@ -1,0 +1,6 @@
+"""Stage one's losses: each a small function, and the objective that names and weighs them."""
+
+from autoencoders.losses.objective import AdversarialConfig, LossConfig, Objective
+from autoencoders.losses.perceptual import LPIPS, load_lpips
+
+__all__ = ["LPIPS", "AdversarialConfig", "LossConfig", "Objective", "load_lpips"]

@@ -1,0 +1,52 @@
+"""Adversarial losses on a discriminator's judgement, which is one or more heads of logits.
+
+A head is a map or a vector, averaged over all its values; the heads count alike.
+"""
+
+from collections.abc import Iterable
+
+from torch import Tensor
+from torch.nn import functional as F
+
+Judgement = Iterable[Tensor]
+
+
+def hinge_generator(fake: Judgement) -> Tensor:
+    """What the generator lowers: minus the logits of its images."""
+    # Lim & Ye 2017 (arXiv 1705.02894); Miyato et al. 2018 (arXiv 1802.05957), Equation 17
+    return _mean(-head.float().mean() for head in fake)
+
+
+def hinge_discriminator(real: Judgement, fake: Judgement) -> Tensor:
+    """What the discriminator lowers: real logits under 1, fake ones above −1."""
+    # Lim & Ye 2017; Miyato et al. 2018, Equation 16
+    return _mean(
+        F.relu(1 - r.float()).mean() + F.relu(1 + f.float()).mean()
+        for r, f in zip(real, fake, strict=True)
+    )
+
+
+def logistic_generator(fake: Judgement) -> Tensor:
+    """Non-saturating: −ln σ(logit) of the generator's images."""
+    # Goodfellow et al. 2014 (arXiv 1406.2661), Section 3
+    return _mean(F.softplus(-head.float()).mean() for head in fake)
+
+
+def logistic_discriminator(real: Judgement, fake: Judgement) -> Tensor:
+    """−ln σ(logit) of real images, −ln(1 − σ(logit)) of fake ones."""
+    # Goodfellow et al. 2014, Equation 1
+    return _mean(
+        F.softplus(-r.float()).mean() + F.softplus(f.float()).mean()
+        for r, f in zip(real, fake, strict=True)
+    )
+
+
+ADVERSARIAL = {
+    "hinge": (hinge_generator, hinge_discriminator),
+    "logistic": (logistic_generator, logistic_discriminator),
+}
+
+
+def _mean(heads: Iterable[Tensor]) -> Tensor:
+    losses = list(heads)
+    return sum(losses) / len(losses)

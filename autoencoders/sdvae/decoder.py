@@ -1,0 +1,78 @@
+"""SD-VAE's decoder (Rombach et al. 2022), which LiteVAE keeps, with or without GroupNorm."""
+
+from itertools import pairwise
+from typing import Annotated
+
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from autoencoders.layers import Norm, ResidualBlock, Upsample, group_norm, middle
+from ldm.config import Config
+
+
+class SDVAEDecoderConfig(Config):
+    """Widths, depth and normalisation of the decoder; the defaults are the published kl-f8's."""
+
+    channels: PositiveInt = 128
+    """Base width, in feature maps."""
+    multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4, 4)
+    """Width of each resolution, the image's first, as a multiple of `channels`."""
+    blocks: PositiveInt = 2
+    """Residual blocks a resolution, as the encoder counts them: the decoder has one more."""
+    norm: Norm = "group"
+    """group: GroupNorm before each convolution. smc: self-modulated convolution instead."""
+
+    @property
+    def upsampling(self) -> int:
+        """Pixels per latent, along each side."""
+        return 2 ** (len(self.multipliers) - 1)
+
+
+class SDVAEDecoder(nn.Module):
+    """Latents (B, n_z, h, w) → images (B, 3, f·h, f·w), about [−1, 1], not clipped.
+
+    With `norm="smc"` self-modulated convolution takes the place of GroupNorm and convolution in
+    every residual block. The paper is silent on the two norms outside them; here
+    - the **output norm** goes: it would undo, just before the pixels, what self-modulation keeps,
+      and make every pixel depend on the statistics of the whole picture, hence on its size;
+    - the **attention's norm** stays: it stands on a branch, whose sum with its input keeps the
+      input's magnitudes, attention looks at the whole picture anyway, and without it the logits
+      grow with the square of the features.
+    """
+
+    def __init__(self, config: SDVAEDecoderConfig, latent_channels: int) -> None:
+        super().__init__()
+        widths = [config.channels * m for m in reversed(config.multipliers)]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
+        self.middle = middle(widths[0], config.norm)
+        self.levels = nn.ModuleList(
+            UpLevel(in_width, out_width, config.blocks + 1, config.norm, upsample=i < last)
+            for i, (in_width, out_width) in enumerate(pairwise([widths[0], *widths]))
+        )
+        self.norm_out = group_norm(widths[-1]) if config.norm == "group" else nn.Identity()
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Latents (B, n_z, h, w) → images (B, 3, f·h, f·w)."""
+        x = self.middle(self.conv_in(latents))
+        for level in self.levels:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class UpLevel(nn.Module):
+    """Residual blocks at one resolution, then twice that, except at the image's own."""
+
+    def __init__(
+        self, in_width: int, out_width: int, blocks: int, norm: Norm, upsample: bool
+    ) -> None:
+        super().__init__()
+        widths = [in_width] + blocks * [out_width]
+        self.blocks = nn.Sequential(*(ResidualBlock(a, b, norm) for a, b in pairwise(widths)))
+        self.upsample = Upsample(out_width) if upsample else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in, h, w) → (B, out, 2h, 2w), or (B, out, h, w) at the image's own resolution."""
+        return self.upsample(self.blocks(x))

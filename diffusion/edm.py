@@ -1,0 +1,76 @@
+"""EDM: preconditioning, noise levels and loss of Karras et al. 2022 (arXiv 2206.00364)."""
+
+import torch
+from pydantic import PositiveFloat
+from torch import Tensor, nn
+
+from ldm.config import Config
+
+
+class EDMConfig(Config):
+    """The standard deviation of the data, and the noise levels seen in training."""
+
+    sigma_data: PositiveFloat = 0.5
+    """Standard deviation of the standardised latents."""
+    noise_mean: float = -1.2
+    """Mean of ln σ in training (the paper's P_mean)."""
+    noise_std: PositiveFloat = 1.2
+    """Standard deviation of ln σ in training (the paper's P_std)."""
+
+
+def preconditioning(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """c_skip, c_out, c_in and c_noise of noise levels σ > 0, each of sigma's shape and dtype."""
+    total = sigma**2 + sigma_data**2
+    # Table 1, column "Ours": network input and effective target have unit variance
+    c_skip = sigma_data**2 / total
+    c_out = sigma * sigma_data / total.sqrt()
+    c_in = 1 / total.sqrt()
+    c_noise = sigma.log() / 4
+    return c_skip, c_out, c_in, c_noise
+
+
+class EDM(nn.Module):
+    """The denoiser D(x; σ) built around a network F of unit-variance input and output.
+
+    The network runs in its parameters' dtype, or under autocast; all else in x's dtype, which
+    counts as float32 where it is lower.
+    """
+
+    def __init__(self, network: nn.Module, sigma_data: float = 0.5):
+        super().__init__()
+        self.network = network
+        self.sigma_data = sigma_data
+
+    def forward(self, x: Tensor, sigma: Tensor | float) -> Tensor:
+        """Noisy latents x (B, C, H, W) and σ > 0 of shape (B,) or () → denoised (B, C, H, W)."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        inner = next(self.network.parameters(), x).dtype
+        sigma = torch.as_tensor(sigma, dtype=dtype, device=x.device).expand(len(x))
+        sigma = sigma.view(-1, 1, 1, 1)  # (B, 1, 1, 1), and so are the four
+        c_skip, c_out, c_in, c_noise = preconditioning(sigma, self.sigma_data)
+        output = self.network((c_in * x).to(inner), c_noise.flatten().to(inner))
+        # Eq. 7
+        return c_skip * x + c_out * output
+
+
+def sample_sigma(normal_draws: Tensor, config: EDMConfig) -> Tensor:
+    """Noise levels σ (B,) of a training batch from standard normal draws (B,), one an image."""
+    # Table 1, "Noise distribution": ln σ ~ N(P_mean, P_std²)
+    return (config.noise_mean + config.noise_std * normal_draws).exp()
+
+
+def edm_loss(denoiser: nn.Module, z: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+    """λ(σ) ‖D(z + σn; σ) − z‖², the mean over a latent's values: one loss an image, (B,).
+
+    Args:
+        denoiser: an EDM, or what wraps one to synchronise its gradients (DDP).
+        z: standardised latents (B, C, H, W).
+        sigma: noise levels (B,), as from `sample_sigma`.
+        noise: standard normal n, of z's shape.
+    """
+    sigma_data = getattr(denoiser, "module", denoiser).sigma_data
+    denoised = denoiser(z + sigma.view(-1, 1, 1, 1) * noise, sigma)
+    # Table 1, "Loss weighting": λ(σ) c_out(σ)² = 1
+    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+    # Eq. 2, weighted as in Section 5
+    return weight * (denoised - z).square().mean(dim=(1, 2, 3))

@@ -1,0 +1,11 @@
+"""Images in: where they come from, in which order, cut how, and loaded by whom.
+
+A source holds whole images (`photos`, a folder, a zip, shards); `batches` turns one into the stream
+of a training run, `evaluation_batches` into one pass. `ldm.data.prepare` writes shards.
+"""
+
+from ldm.data.dataset import DataConfig, open_source
+from ldm.data.loader import Batch, batches, evaluation_batches
+from ldm.data.source import Source
+
+__all__ = ["Batch", "DataConfig", "Source", "batches", "evaluation_batches", "open_source"]

@@ -1,0 +1,84 @@
+"""Opening a data set: what `data.source` names, and which split of it."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ldm.config import Config
+from ldm.data.archive import ZipSource
+from ldm.data.folder import FolderSource
+from ldm.data.photos import open_photos
+from ldm.data.shards import ShardSource, open_shards
+from ldm.data.source import Source
+from ldm.data.split import Split, take_split
+from ldm.errors import LdmError, UsageError
+
+PHOTOS = "photos"
+
+
+class DataConfig(Config):
+    """Which images, and what is done to them before training sees them."""
+
+    source: str = PHOTOS
+    """The word photos (built in; their right thirds are held out), or a path: a folder of images, a
+    .zip, a folder of .tar shards, one .tar, or several as a/{000..009}.tar."""
+
+    crop: Literal["center", "random"] = "center"
+    """center: shorter side down to the resolution, centre cut out; random: a window at native size.
+    The built-in photographs are always cropped at random for training."""
+
+    flip: bool = False
+    """Mirror each training image with probability 1/2."""
+
+    held_out: Annotated[int, Field(ge=0)] | None = None
+    """Images held out for validation, the last by name. Left out: what the manifest says, else
+    10,000 of FFHQ's 70,000, 5,000 of CelebA-HQ's 30,000, else one in twenty, up to 10,000."""
+
+    workers: Annotated[int, Field(ge=0)] = 4
+    """Loader processes per GPU; 0 loads in the training process, as the photographs always do."""
+
+
+def open_source(config: DataConfig, split: Split, resolution: int) -> Source:
+    """The images of one split ("train", "val", or "all" of them).
+
+    Args:
+        resolution: side R of the images that will be cut, in pixels; it decides the tiles of the
+            built-in photographs.
+
+    Raises:
+        LdmError: there is nothing at the path, or nothing that can be used.
+        UsageError: the split leaves nothing to train on, or does not apply.
+    """
+    if config.source == PHOTOS:
+        if config.held_out is not None:
+            raise UsageError(
+                "data.held_out is for folders and archives: the built-in photographs hold out "
+                "their right thirds; leave it out"
+            )
+        return open_photos(split, resolution)
+    path = Path(config.source).expanduser()
+    if not path.exists() and "{" not in config.source:
+        raise LdmError(
+            f"data.source: {path} is not there: make it with "
+            f"`ldm data prepare SRC {path} --size {resolution}`, "
+            f"or train on the built-in photographs with data.source={PHOTOS}"
+        )
+    images = open_images(path)
+    by_manifest = images.held_out if isinstance(images, ShardSource) else None
+    return take_split(images, split, by_manifest if config.held_out is None else config.held_out)
+
+
+def open_images(path: Path) -> FolderSource | ZipSource | ShardSource:
+    """All images at a path that is there: a folder, a .zip, or .tar shards.
+
+    Raises:
+        LdmError: it is none of these, damaged, or empty.
+    """
+    if path.is_dir():
+        return open_shards(path) if any(path.glob("*.tar")) else FolderSource(path)
+    if path.suffix == ".tar":
+        return open_shards(path)
+    if path.suffix == ".zip":
+        return ZipSource(path)
+    raise LdmError(f"{path} is neither a folder of images, nor a .zip, nor a .tar of them")

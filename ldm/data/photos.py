@@ -1,0 +1,105 @@
+"""The colour photographs inside scikit-image's wheel: data that is always there, no download.
+
+The right third of each photograph is held out: training sees only the left two thirds, validation
+cuts the right third into tiles that do not overlap. A part smaller than R in either direction is
+enlarged (Lanczos) just enough to hold one R×R window.
+"""
+
+import math
+from functools import lru_cache
+
+import numpy as np
+
+from ldm.data.split import Split
+from ldm.data.transforms import resize
+
+PHOTOGRAPHS = (
+    "astronaut",
+    "coffee",
+    "chelsea",
+    "rocket",
+    "hubble_deep_field",
+    "retina",
+    "immunohistochemistry",
+    "stereo_motorcycle",
+)
+
+
+class PhotoSource:
+    """The left two thirds ("train") of the eight photographs, or the whole of them ("all")."""
+
+    def __init__(self, split: Split, resolution: int):
+        self.split = split
+        self.resolution = resolution
+
+    def __len__(self) -> int:
+        return len(PHOTOGRAPHS)
+
+    def name(self, index: int) -> str:
+        return f"photograph '{PHOTOGRAPHS[index]}'"
+
+    def load(self, index: int) -> np.ndarray:
+        return _part(PHOTOGRAPHS[index], self.split, self.resolution)
+
+
+class PhotoTiles:
+    """R×R tiles of the right thirds: the first of each photograph, then the second of each …"""
+
+    def __init__(self, resolution: int):
+        self.resolution = resolution
+        corners = [_corners(photograph, resolution) for photograph in PHOTOGRAPHS]
+        self._tiles = [
+            (photograph, *corners_of_one[turn])
+            for turn in range(max(map(len, corners)))
+            for photograph, corners_of_one in zip(PHOTOGRAPHS, corners, strict=True)
+            if turn < len(corners_of_one)
+        ]
+
+    def __len__(self) -> int:
+        return len(self._tiles)
+
+    def name(self, index: int) -> str:
+        photograph, top, left = self._tiles[index]
+        return f"photograph '{photograph}', tile at row {top}, column {left} of the right third"
+
+    def load(self, index: int) -> np.ndarray:
+        photograph, top, left = self._tiles[index]
+        held_out = _part(photograph, "val", self.resolution)
+        return held_out[top : top + self.resolution, left : left + self.resolution]
+
+
+def open_photos(split: Split, resolution: int) -> PhotoSource | PhotoTiles:
+    """The built-in photographs: eight regions for "train" and "all", tiles for "val"."""
+    return PhotoTiles(resolution) if split == "val" else PhotoSource(split, resolution)
+
+
+def _corners(photograph: str, resolution: int) -> list[tuple[int, int]]:
+    height, width = _part(photograph, "val", resolution).shape[:2]
+    return [
+        (top, left)
+        for top in range(0, height - resolution + 1, resolution)
+        for left in range(0, width - resolution + 1, resolution)
+    ]
+
+
+@lru_cache
+def _part(photograph: str, split: Split, resolution: int) -> np.ndarray:
+    """One part of a photograph, (H, W, 3) uint8, read-only, no side shorter than R."""
+    image = _photograph(photograph)
+    cut = image.shape[1] - image.shape[1] // 3
+    part = {"train": image[:, :cut], "val": image[:, cut:], "all": image}[split]
+    height, width = part.shape[:2]
+    scale = resolution / min(height, width)
+    if scale > 1:
+        part = resize(part, math.ceil(height * scale), math.ceil(width * scale))
+    part.flags.writeable = False
+    return part
+
+
+@lru_cache
+def _photograph(name: str) -> np.ndarray:
+    from skimage import data
+
+    image = getattr(data, name)()
+    # the stereo pair comes as (left view, right view, disparity)
+    return image[0] if name.startswith("stereo") else image

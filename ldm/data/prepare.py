@@ -1,0 +1,192 @@
+"""Preparation: whole images of any kind → square PNGs in tar shards, with a manifest.
+
+Each shard is one piece of work, written whole or not at all. A preparation that was stopped goes
+on when it is asked for again, and the result is the same to the byte.
+"""
+
+import os
+from contextlib import closing
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from ldm.checkpoint import write_json
+from ldm.data.dataset import open_images
+from ldm.data.faults import FaultCount
+from ldm.data.pool import run_jobs
+from ldm.data.shard_writer import ShardJob, finished_shard, sidecar, write_shard
+from ldm.data.shards import MANIFEST, MANIFEST_FORMAT
+from ldm.data.source import Source
+from ldm.data.split import held_out_count
+from ldm.data.transforms import RESAMPLING, Filter
+from ldm.errors import LdmError, UsageError
+
+Report = dict[str, Any]
+
+
+def prepare(
+    source_path: str | Path,
+    destination: str | Path,
+    size: int = 256,
+    filter: Filter = "lanczos",
+    held_out: int | None = None,
+    shard_size: int = 1000,
+    workers: int | None = None,
+) -> dict[str, Any]:
+    """Write a folder, a zip or tar shards of images as `size`×`size` PNGs in shards.
+
+    The central square of each image is cut out, then resized. The images keep the order of their
+    names; the last `held_out` go into `val-00000.tar` …, the others into `train-00000.tar` ….
+    Shards that are there already are kept.
+
+    Args:
+        size: side of the images, in pixels; nothing is enlarged.
+        filter: how Pillow resizes. FID depends on it: say it with the number.
+        held_out: images for validation; None: FFHQ's and CelebA-HQ's usual split, else one in
+            twenty, at least 1 and at most 10,000.
+        shard_size: images per shard.
+        workers: processes; None: one per CPU core; 0: none but this one.
+
+    Returns:
+        The manifest, as written to `manifest.json` in the destination.
+
+    Raises:
+        LdmError: there are no images at the source; one is smaller than `size`; more than 1 % are
+            corrupt; the destination was made with other settings; the disk is full.
+        UsageError: an argument has no meaning.
+    """
+    source_path, destination = Path(source_path).expanduser(), Path(destination).expanduser()
+    _check(source_path, destination, size, filter, shard_size)
+    source = open_images(source_path)
+    count = len(source)
+    held_out = held_out_count(count, held_out)
+    names = "\n".join(_relative(source.name(i), source_path) for i in range(count))
+    settings = {
+        "source": source_path.resolve().name,
+        "images": count,
+        "names_sha256": sha256(names.encode()).hexdigest(),
+        "size": size,
+        "filter": filter,
+        "crop": "center",
+        "held_out": held_out,
+        "shard_size": shard_size,
+    }
+    jobs = {
+        "train": _plan("train", range(count - held_out), shard_size),
+        "val": _plan("val", range(count - held_out, count), shard_size),
+    }
+    reports = _write_all(source, jobs["train"] + jobs["val"], settings, destination, workers)
+    manifest = _manifest(jobs, reports, settings, source_path)
+    write_json(destination / MANIFEST, manifest)
+    return manifest
+
+
+def _check(source: Path, destination: Path, size: int, filter: Filter, shard_size: int) -> None:
+    if not source.exists():
+        raise LdmError(f"there is nothing at {source}: give a folder of images, a .zip or a .tar")
+    if destination.exists() and not destination.is_dir():
+        raise UsageError(f"{destination} is a file: the destination is a folder of shards")
+    if destination.exists() and destination.samefile(source):
+        raise UsageError(f"{destination} is the source: choose another folder for the shards")
+    foreign = [tar for tar in sorted(destination.glob("*.tar")) if not sidecar(tar).is_file()]
+    if foreign:
+        raise UsageError(f"{foreign[0]} is in the way: choose an empty folder for the shards")
+    if filter not in RESAMPLING:
+        raise UsageError(f"no filter '{filter}'; there are: {', '.join(RESAMPLING)}")
+    if size < 1 or shard_size < 1:
+        raise UsageError(f"size={size} and shard_size={shard_size} must be 1 or more")
+
+
+def _plan(split: str, indices: range, shard_size: int) -> list[ShardJob]:
+    return [
+        ShardJob(f"{split}-{number:05d}", indices[first : first + shard_size])
+        for number, first in enumerate(range(0, len(indices), shard_size))
+    ]
+
+
+def _manifest(
+    jobs: dict[str, list[ShardJob]],
+    reports: dict[str, Report],
+    settings: dict[str, Any],
+    source_path: Path,
+) -> dict[str, Any]:
+    splits = {}
+    for split, its_jobs in jobs.items():
+        shards = [
+            {key: reports[job.name][key] for key in ("name", "count", "sha256", "bytes")}
+            for job in its_jobs
+        ]
+        splits[split] = {"count": sum(shard["count"] for shard in shards), "shards": shards}
+    skipped = [
+        {"name": _relative(name, source_path), "reason": reason}
+        for its_jobs in jobs.values()
+        for job in its_jobs
+        for name, reason in reports[job.name]["skipped"]
+    ]
+    return {
+        "format": MANIFEST_FORMAT,
+        "count": sum(split["count"] for split in splits.values()),
+        **{key: settings[key] for key in ("size", "filter", "crop", "source")},
+        "splits": splits,
+        "skipped": skipped,
+    }
+
+
+def _relative(name: str, source_path: Path) -> str:
+    return name.removeprefix(f"{source_path}/")
+
+
+# ----------------------------------------------------------------------------- doing the work
+def _write_all(
+    source: Source,
+    jobs: list[ShardJob],
+    settings: dict[str, Any],
+    destination: Path,
+    workers: int | None,
+) -> dict[str, Report]:
+    """What each shard's sidecar says, by the shard's name; those not there are written first."""
+    done = {job.name: finished_shard(job, settings, destination) for job in jobs}
+    reports = {name: report for name, report in done.items() if report}
+    left = [job for job in jobs if job.name not in reports]
+    destination.mkdir(parents=True, exist_ok=True)
+    for partial_file in destination.glob(".*.partial"):  # of a preparation that was killed
+        partial_file.unlink(missing_ok=True)
+    faults = FaultCount(len(source))
+    for report in reports.values():
+        faults.add(dict(report["skipped"]))
+    with _progress() as progress:
+        task = progress.add_task("", total=sum(len(job.indices) for job in left))
+        work = partial(write_shard, source, settings=settings, destination=destination)
+        processes = min(_cores() if workers is None else workers, len(left))
+        with closing(run_jobs(work, left, processes, partial(progress.advance, task))) as finished:
+            for report in finished:
+                reports[report["name"].removesuffix(".tar")] = report
+                faults.add(dict(report["skipped"]))
+    return reports
+
+
+def _cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)  # those this process may use, where known
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed or 0:.0f} images/s")
+
+
+def _progress() -> Progress:
+    columns = (BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))

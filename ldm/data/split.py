@@ -1,0 +1,68 @@
+"""Training images and held-out images: the last by name are held out."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from ldm.data.source import Source
+from ldm.errors import LdmError, UsageError
+
+Split = Literal["train", "val", "all"]
+
+# FFHQ and CelebA-HQ as split by Rombach et al. 2022: 60,000 + 10,000 and 25,000 + 5,000
+USUAL_HELD_OUT = {70_000: 10_000, 30_000: 5_000}
+
+
+def held_out_count(count: int, asked: int | None) -> int:
+    """How many of `count` images are held out: what was asked, else the default.
+
+    The default is the usual split of FFHQ (70,000 images) and CelebA-HQ (30,000), else one image in
+    twenty, at least 1 and at most 10,000.
+
+    Raises:
+        UsageError: none would be left to train on.
+    """
+    usual = USUAL_HELD_OUT.get(count, min(max(count // 20, 1), 10_000))
+    held_out = usual if asked is None else asked
+    if held_out >= count:
+        raise UsageError(
+            f"holding out {held_out} of {count} images leaves none to train on: "
+            "lower held_out (0 holds out none)"
+        )
+    return held_out
+
+
+@dataclass(frozen=True)
+class Part:
+    """The images `indices` of a source, as a source of its own."""
+
+    whole: Source
+    indices: range
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, index: int) -> str:
+        return self.whole.name(self.indices[index])
+
+    def load(self, index: int) -> np.ndarray:
+        return self.whole.load(self.indices[index])
+
+
+def take_split(source: Source, split: Split, held_out: int | None) -> Source:
+    """The training or the held-out images of a source, or the source itself for "all".
+
+    Raises:
+        UsageError: none would be left to train on.
+        LdmError: the held-out images are asked for and there are none.
+    """
+    if split == "all":
+        return source
+    count = len(source)
+    cut = count - held_out_count(count, held_out)
+    if split == "train":
+        return Part(source, range(cut))
+    if cut == count:
+        raise LdmError("no images are held out for validation: set data.held_out to 1 or more")
+    return Part(source, range(cut, count))

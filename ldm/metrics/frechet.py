@@ -1,0 +1,114 @@
+"""The Fréchet distance between two sets of features, from their means and covariances."""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+Array = NDArray[np.float64]
+
+
+class FeatureStatistics:
+    """Mean and covariance of a stream of feature vectors, in float64; memory does not grow with it.
+
+    Two sets are merged by Chan, Golub & LeVeque 1983, Equations 2.1: sums of squares about the
+    means, never of the raw values, so that a large mean costs no digits.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.count = 0
+        self._mean: Array = np.zeros(dim)
+        self._scatter: Array = np.zeros((dim, dim))  # Σ (x − mean)(x − mean)ᵀ
+
+    @property
+    def dim(self) -> int:
+        """Length of a feature vector."""
+        return len(self._mean)
+
+    @property
+    def mean(self) -> Array:
+        """(dim,)
+
+        Raises:
+            ValueError: no features have been seen.
+        """
+        if self.count < 1:
+            raise ValueError("the mean of no features: update first")
+        return self._mean.copy()
+
+    @property
+    def covariance(self) -> Array:
+        """(dim, dim), divided by count − 1 as in every published FID.
+
+        Raises:
+            ValueError: fewer than two features have been seen.
+        """
+        if self.count < 2:
+            raise ValueError(f"a covariance needs two features or more, not {self.count}")
+        return self._scatter / (self.count - 1)
+
+    def update(self, features: Tensor | Array) -> None:
+        """Take in features (B, dim).
+
+        Raises:
+            ValueError: they have another shape, or hold a NaN or an infinity.
+        """
+        if isinstance(features, Tensor):
+            features = features.detach().cpu().double().numpy()
+        values = np.asarray(features, dtype=np.float64)
+        if values.ndim != 2 or values.shape[1] != self.dim:
+            raise ValueError(f"features must be (B, {self.dim}), not {values.shape}")
+        if not np.isfinite(values).all():
+            raise ValueError("features hold a NaN or an infinity")
+        if len(values):
+            mean = values.mean(0)
+            deviations = values - mean
+            self._add(len(values), mean, deviations.T @ deviations)
+
+    def merge(self, other: "FeatureStatistics") -> None:
+        """Take in what another one has seen, as if its features had come here."""
+        if other.dim != self.dim:
+            raise ValueError(f"cannot merge features of {other.dim} into those of {self.dim}")
+        if other.count:
+            self._add(other.count, other._mean, other._scatter)
+
+    def _add(self, count: int, mean: Array, scatter: Array) -> None:
+        total = self.count + count
+        shift = mean - self._mean
+        self._scatter += scatter + np.outer(shift, shift) * (self.count * count / total)
+        self._mean = self._mean + shift * (count / total)
+        self.count = total
+
+
+def frechet_distance(
+    mean_a: ArrayLike, cov_a: ArrayLike, mean_b: ArrayLike, cov_b: ArrayLike
+) -> float:
+    """Squared Fréchet distance between two Gaussians (Dowson & Landau 1982); on Inception's
+    features it is the FID (Heusel et al. 2017, Equation 6).
+
+    Both covariances are symmetric, so that the root of their product needs no general matrix
+    root: tr (Σ_a Σ_b)^½ = tr (Σ_a^½ Σ_b Σ_a^½)^½, a sum over real eigenvalues. Rank-deficient
+    covariances (fewer images than features) are as good as any.
+
+    Args:
+        mean_a, mean_b: (dim,).
+        cov_a, cov_b: (dim, dim), symmetric, positive semi-definite.
+
+    Raises:
+        ValueError: the shapes do not fit each other.
+    """
+    mean_a, mean_b = np.asarray(mean_a, np.float64), np.asarray(mean_b, np.float64)
+    cov_a, cov_b = np.asarray(cov_a, np.float64), np.asarray(cov_b, np.float64)
+    shapes = {mean_a.shape * 2, mean_b.shape * 2, cov_a.shape, cov_b.shape}
+    if len(shapes) > 1 or mean_a.ndim != 1:
+        raise ValueError(
+            f"means {mean_a.shape}, {mean_b.shape} and covariances {cov_a.shape}, {cov_b.shape} "
+            "do not fit: need (dim,) and (dim, dim)"
+        )
+    values, vectors = np.linalg.eigh(cov_a)
+    root_a = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    product = root_a @ cov_b @ root_a
+    eigenvalues = np.linalg.eigvalsh((product + product.T) / 2)
+    trace_root = np.sqrt(eigenvalues.clip(min=0)).sum()
+    # Heusel et al. 2017, Equation 6
+    distance = np.square(mean_a - mean_b).sum() + np.trace(cov_a + cov_b) - 2 * trace_root
+    return max(float(distance), 0.0)  # rounding may leave −1e-13 between equal sets

@@ -1,0 +1,111 @@
+"""Inception's features of images, exactly as clean-fid makes them (Parmar et al. 2022).
+
+clean-fid's own resizer (bicubic with antialiasing, floats kept), and the TorchScript Inception it
+uses, without its downloader, which writes to a fixed folder and leaves broken files there.
+"""
+
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import file_digest
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.errors import LdmError
+from ldm.weights import cache_folder, find_or_fetch
+
+WEIGHTS = "inception-2015-12-05.pt"
+SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+
+
+class FeatureExtractor:
+    """The pooled features of a TorchScript Inception, with where it comes from.
+
+    Args:
+        path: a TorchScript archive with the submodule `layers`, (B, 3, 299, 299) floats in
+            [−1, 1) → (B, 2048).
+
+    Raises:
+        LdmError: the file is not such an archive, or damaged.
+    """
+
+    dim = 2048
+
+    def __init__(self, path: Path, device: torch.device | str) -> None:
+        from cleanfid.resize import build_resizer
+
+        with path.open("rb") as file:
+            self.sha256 = file_digest(file, "sha256").hexdigest()
+        self.name = f"{path.name}, clean-fid resizing"
+        self._path = path
+        self._device = torch.device(device)
+        self._layers = _load_layers(path, self._device)
+        self._resize = build_resizer("clean")  # (H, W, 3) uint8 → (299, 299, 3) float32, 0..255
+        self._threads = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+
+    @property
+    def is_published(self) -> bool:
+        """Whether these are the weights that published FIDs are computed with."""
+        return self.sha256 == SHA256
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features (B, 2048) float32, on the CPU, of images (B, 3, H, W) uint8."""
+        if images.dtype != torch.uint8 or images.ndim != 4:
+            raise TypeError(
+                f"images must be uint8 (B, 3, H, W), not {images.dtype} {tuple(images.shape)}"
+            )
+        pixels = images.permute(0, 2, 3, 1).cpu().numpy()
+        resized = np.stack(list(self._threads.map(self._resize, pixels)))  # (B, 299, 299, 3)
+        inputs = torch.from_numpy(resized).permute(0, 3, 1, 2).to(self._device)
+        features = self._layers((inputs - 128) / 128).flatten(1)
+        if features.shape != (len(images), self.dim):
+            raise LdmError(
+                f"{self._path} gives {features.shape[1]} features, not {self.dim}: no Inception "
+                f"network; give the right {WEIGHTS} with --weights PATH"
+            )
+        return features.float().cpu()
+
+
+def load_inception(weights: Path | None, device: torch.device | str) -> FeatureExtractor:
+    """The extractor from a given file, else from where such files are kept, else fetched once.
+
+    Raises:
+        LdmError: the weights are not there and cannot be fetched, or are damaged.
+    """
+    if weights is not None:
+        if not weights.is_file():
+            raise LdmError(f"no Inception weights at {weights}: give {WEIGHTS} with --weights PATH")
+        return FeatureExtractor(weights, device)
+    from cleanfid.downloads_helper import inception_url
+
+    path = find_or_fetch(
+        WEIGHTS, inception_url, SHA256, weight_folders(), "give it with --weights PATH"
+    )
+    return FeatureExtractor(path, device)
+
+
+def weight_folders() -> list[Path]:
+    """Where the weights may lie: our cache, where clean-fid puts them, torch's checkpoints."""
+    return [cache_folder(), Path("/tmp"), Path(torch.hub.get_dir()) / "checkpoints"]
+
+
+def _load_layers(path: Path, device: torch.device) -> torch.nn.Module:
+    try:
+        with warnings.catch_warnings():
+            # torch deprecates TorchScript; the published weights exist in no other form
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return torch.jit.load(path, map_location=device).eval().layers
+    except (RuntimeError, ValueError) as error:
+        raise LdmError(
+            f"{path} is damaged or no TorchScript file: delete it to have it fetched again, or "
+            f"give {WEIGHTS} with --weights PATH"
+        ) from error
+    except AttributeError as error:
+        raise LdmError(
+            f"{path} is TorchScript but no Inception network: give {WEIGHTS} with --weights PATH"
+        ) from error

@@ -1,0 +1,269 @@
+"""A run in progress: its device and processes, its safe steps, its saved state, its end.
+
+Everything two training loops truly share, and nothing of what they do.
+"""
+
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+
+from ldm.checkpoint import latest_state, load_state, save_state
+from ldm.config import Config
+from ldm.errors import LdmError
+from ldm.logbook import console
+from ldm.run_folder import lock, new_or_unfinished
+from ldm.seeds import torch_seed
+
+MAX_BAD_STEPS = 10
+
+
+class RunConfig(Config):
+    """How a run is carried out and watched."""
+
+    seed: int = 0
+    """Seed of everything: weights at the start, order, crops, noise."""
+    device: str = "auto"
+    """auto (a CUDA GPU if there is one), cpu, cuda, or cuda:1."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16: networks under autocast, losses in float32. auto: bf16 where the device has it."""
+    log_every_steps: int = 50
+    """Steps between two rows of metrics.jsonl."""
+    validate_every_steps: int = 1000
+    """Steps between two looks at held-out images or samples (numbers and a picture)."""
+    save_every_steps: int = 1000
+    """Steps between two saved states; a stop by Ctrl-C or SIGTERM saves as well."""
+    keep_states: int = 2
+    """How many of the newest states are kept."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved itself."""
+
+
+class Run:
+    """One run on this process: device, ranks, stepping, saving, stopping. See `start_run`."""
+
+    def __init__(self, folder: Path, config: RunConfig, accelerator: Accelerator) -> None:
+        self.folder, self.config, self.accelerator = folder, config, accelerator
+        self.device, self.seed = accelerator.device, config.seed
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.is_main = accelerator.is_main_process
+        self.precision = resolve_precision(config.precision, self.device)
+        self.skipped: Counter[str] = Counter()
+        self._bad_in_a_row: Counter[str] = Counter()
+        self._stop = threading.Event()
+
+    # ------------------------------------------------------------------------------ stepping
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """The module on this device, wrapped so that gradients sync between processes."""
+        return self.accelerator.prepare_model(module)
+
+    def unwrap(self, module: nn.Module) -> nn.Module:
+        """The module inside what `prepare` returned."""
+        return self.accelerator.unwrap_model(module)
+
+    def autocast(self) -> AbstractContextManager:
+        """bf16 for networks where the precision says so."""
+        if self.precision != "bf16":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def accumulate(self, *modules: nn.Module) -> AbstractContextManager:
+        """One micro-batch; gradients sync and `step` updates at the last one of a batch."""
+        return self.accelerator.accumulate(*modules)
+
+    def seed_dropout(self, image: int) -> None:
+        """Tie torch's own generators to (seed, image): nothing of theirs needs to be saved."""
+        torch.manual_seed(torch_seed(self.seed, f"dropout {self.rank}", image))
+
+    def step(
+        self,
+        loss: Tensor,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        what: str,
+        clip_norm: float | None,
+    ) -> Tensor | None:
+        """Backward, and at the end of a batch clip and update; returns the gradient's norm then.
+
+        A step whose loss or gradient is not finite is skipped and counted.
+
+        Raises:
+            LdmError: the tenth such step in a row; weights and saved states are still good.
+        """
+        self.accelerator.backward(loss)
+        if not self.accelerator.sync_gradients:
+            return None
+        limit = float("inf") if clip_norm is None else clip_norm
+        norm = nn.utils.clip_grad_norm_(module.parameters(), limit)
+        # the norm alone is enough on one process: a loss that is NaN has gradients that are, but
+        # an infinite loss can have finite ones
+        bad = self.any_rank(not bool(torch.isfinite(norm) & torch.isfinite(loss)))
+        if bad:
+            self._count_bad(what)
+        else:
+            optimizer.step()
+            self._bad_in_a_row[what] = 0
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _count_bad(self, what: str) -> None:
+        self.skipped[what] += 1
+        self._bad_in_a_row[what] += 1
+        if self._bad_in_a_row[what] < MAX_BAD_STEPS:
+            return
+        last = latest_state(self.folder / "state")
+        raise LdmError(
+            f"{what}: loss or gradient not finite in {MAX_BAD_STEPS} steps in a row; stopped. "
+            f"Last good state: {last or 'none yet'}. Lower lr, or set run.precision=fp32"
+        )
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is up on any process."""
+        if self.world == 1:
+            return flag
+        flags = torch.tensor(float(flag), device=self.device)
+        return bool(self.accelerator.reduce(flags, "sum") > 0)
+
+    # -------------------------------------------------------------------------------- saving
+    def save(self, images_seen: int, tree: dict[str, Any]) -> None:
+        """Save the state to resume from (main process), whole or not at all."""
+        if self.is_main:
+            tree = {"images_seen": images_seen, "skipped": dict(self.skipped), **tree}
+            save_state(self.folder / "state", images_seen, tree, self.config.keep_states)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> dict[str, Any] | None:
+        """The newest saved state, or None for a run that starts; the same on every process."""
+        state = latest_state(self.folder / "state")
+        if state is None:
+            return None
+        tree = load_state(state)
+        self.skipped.update(tree["skipped"])
+        self.say(f"going on from {state}")
+        return tree
+
+    # ------------------------------------------------------------------------------ stopping
+    def stop_asked(self) -> bool:
+        """Whether any process got Ctrl-C or SIGTERM; all processes agree on the step."""
+        return self.any_rank(self._stop.is_set())
+
+    def ask_to_stop(self, *_: object) -> None:
+        """Finish the step, save, leave. A second Ctrl-C leaves at once."""
+        if self._stop.is_set():
+            raise KeyboardInterrupt
+        self._stop.set()
+
+    def say(self, text: str) -> None:
+        """Print a line, once for all processes."""
+        if self.is_main:
+            console.print(text)
+
+
+@contextmanager
+def start_run(
+    kind: str,
+    preset: str,
+    recipe: Config,
+    config: RunConfig,
+    accumulate: int = 1,
+    folder: Path | None = None,
+) -> Iterator[Run]:
+    """Find or make the run's folder, take its lock, listen to signals, and hand out the `Run`."""
+    accelerator = make_accelerator(config.device, accumulate)
+    chosen: list[Any] = [None]
+    if accelerator.is_main_process:
+        chosen = [_or_error(lambda: new_or_unfinished(kind, preset, recipe, folder))]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(chosen)
+    if isinstance(chosen[0], LdmError):
+        raise chosen[0]
+    run = Run(chosen[0], config, accelerator)
+    torch.manual_seed(torch_seed(config.seed, "weights", 0))
+    with lock(run.folder) if run.is_main else nullcontext(), _listening(run.ask_to_stop):
+        yield run
+
+
+def make_accelerator(device: str = "auto", accumulate: int = 1) -> Accelerator:
+    """The Accelerate object for a device named as in `RunConfig.device`."""
+    where = resolve_device(device)
+    if where.type == "cuda" and where.index is not None:
+        torch.cuda.set_device(where)
+    return Accelerator(cpu=where.type == "cpu", gradient_accumulation_steps=accumulate)
+
+
+def resolve_device(device: str = "auto") -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:1` as a device that is there.
+
+    Raises:
+        LdmError: a GPU is asked for where there is none, or the name means nothing.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        where = torch.device(device)
+    except RuntimeError as error:
+        raise LdmError(f"device '{device}' is not one of auto, cpu, cuda, cuda:1") from error
+    if where.type not in ("cpu", "cuda"):
+        raise LdmError(f"device '{device}' is not supported: use auto, cpu, cuda or cuda:1")
+    if where.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (where.index or 0) >= count:
+            there = f"{count} CUDA device(s)" if count else "no CUDA device"
+            raise LdmError(f"device '{device}' asked for, but PyTorch sees {there} here: use cpu")
+    return where
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """`auto` as fp32 or bf16: bf16 where the device computes in it, not where it is emulated."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return "bf16" if native() else "fp32"
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[nn.Module]:
+    """The module as a judge: in eval mode, its parameters without gradients, for a while."""
+    training, wanted = module.training, [p.requires_grad for p in module.parameters()]
+    module.eval().requires_grad_(False)
+    try:
+        yield module
+    finally:
+        module.train(training)
+        for parameter, wants in zip(module.parameters(), wanted, strict=True):
+            parameter.requires_grad_(wants)
+
+
+def _or_error(make: Callable[[], Any]) -> Any:
+    """The result, or the error a person is to read: so that every process can raise it."""
+    try:
+        return make()
+    except LdmError as error:
+        return error
+
+
+@contextmanager
+def _listening(stop: Callable[..., None]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM ask for a stop; only the main thread can be asked."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, stop) for number in signals]
+    try:
+        yield
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)

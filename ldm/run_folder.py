@@ -1,0 +1,153 @@
+"""The folder of a run: made, found again, locked, described.
+
+    runs/<time>-<preset>/
+      run.json         what kind of run, which preset, the command, the versions
+      config.yaml      the resolved configuration
+      metrics.jsonl    tensorboard/   pictures/
+      state/           what the same command resumes from
+      ckpt.pt          the model to use
+      result.json      written when the run is complete
+"""
+
+import json
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ldm.checkpoint import write_atomically, write_json
+from ldm.config import Config, Tree, to_tree
+from ldm.errors import LdmError
+
+RUNS = Path("runs")
+
+# How a run is watched, not what it computes: these may change between a stop and a resume.
+WATCHING = {"log_every_steps", "save_every_steps", "validate_every_steps", "keep_states", "workers"}
+
+
+def new_or_unfinished(kind: str, preset: str, config: Config, folder: Path | None) -> Path:
+    """The folder this command trains in: the one given, else the newest unfinished run of the very
+    same configuration, else a new one named after the time and the preset.
+
+    Raises:
+        LdmError: the folder given holds a run of another configuration (the keys that differ).
+    """
+    if folder is None:
+        for candidate in reversed(_all_runs(kind)):
+            if not is_finished(candidate) and not differences(candidate, config):
+                return candidate
+        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+        folder = RUNS / f"{stamp}-{preset}"
+    elif (folder / "run.json").is_file():
+        _check_same(folder, kind, config)
+        return folder
+    describe_run(folder, kind, preset, config)
+    return folder
+
+
+def describe_run(folder: Path, kind: str, preset: str, config: Config) -> None:
+    """Write `config.yaml` and `run.json`: what is computed, by which command and versions."""
+    text = yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True)
+    write_atomically(folder / "config.yaml", lambda file: file.write(text.encode()))
+    write_json(folder / "run.json", {"kind": kind, "preset": preset} | provenance())
+
+
+def provenance() -> dict[str, Any]:
+    """Who made a file: the command, the versions, the machine's kind and the moment."""
+    return {
+        "command": " ".join(["ldm", *sys.argv[1:]]),
+        "created": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("ldm", "torch", "numpy")},
+        },
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def newest_run(kind: str, needs: str = "ckpt.pt") -> Path:
+    """The newest run of a kind that holds `needs`, where a command's path was left out."""
+    for folder in reversed(_all_runs(kind)):
+        if (folder / needs).exists():
+            return folder
+    command = {"autoencoder": "ldm train-ae", "diffusion": "ldm train-diffusion"}[kind]
+    raise LdmError(f"no {kind} run with a {needs} under {RUNS}/: give its path, or `{command}` first")
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run in a folder has reached its last step."""
+    return (folder / "result.json").is_file()
+
+
+def differences(folder: Path, config: Config) -> list[str]:
+    """Dotted keys in which a run's configuration differs from another one, watching aside."""
+    try:
+        theirs = yaml.safe_load((folder / "config.yaml").read_text("utf-8")) or {}
+    except (OSError, yaml.YAMLError):
+        return ["config.yaml"]
+    ours, theirs = dict(_leaves(to_tree(config))), dict(_leaves(theirs))
+    return sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold a run's folder against a second process that would train in it at the same time."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this system: nothing to hold
+        yield
+        return
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise LdmError(
+                f"another process is at work in {folder}: wait for it, or give --out another folder"
+            ) from error
+        yield
+
+
+def _check_same(folder: Path, kind: str, config: Config) -> None:
+    found = _kind(folder)
+    if found != kind:
+        raise LdmError(f"{folder} holds a run of stage '{found}', not '{kind}': give another --out")
+    changed = differences(folder, config)
+    if changed:
+        raise LdmError(
+            f"{folder} was started with another configuration ({', '.join(changed[:5])}"
+            f"{' …' if len(changed) > 5 else ''}): give --out another folder, or the same settings"
+        )
+
+
+def _all_runs(kind: str) -> list[Path]:
+    """Runs of a kind, oldest first."""
+    found = [path.parent for path in RUNS.glob("**/run.json") if _kind(path.parent) == kind]
+    return sorted(found, key=lambda folder: (folder / "run.json").stat().st_mtime)
+
+
+def _kind(folder: Path) -> str | None:
+    try:
+        return json.loads((folder / "run.json").read_text("utf-8")).get("kind")
+    except (OSError, ValueError):
+        return None
+
+
+def _leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        elif key not in WATCHING:
+            yield f"{prefix}{key}", value
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,101 @@
+"""The seam between pixels and latents, and the owner of the latents' statistics.
+
+The diffusion model sees z: latents of the frozen stage one, standardised per channel to mean 0 and
+standard deviation σ_data. Both directions are here and nowhere else.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoencoders import Autoencoder
+from ldm.errors import LdmError
+from ldm.images import assert_range
+
+
+class Codec(nn.Module):
+    """images (B, 3, H, W) in [−1, 1] ↔ z (B, n_z, H/f, W/f), by a frozen autoencoder.
+
+    Args:
+        autoencoder: stage one; it is frozen and put into eval mode.
+        mean, std: per-channel statistics of its sampled latents (n_z,), from `measure`.
+        sigma_data: the standard deviation z is given (EDM's σ_data).
+    """
+
+    def __init__(
+        self, autoencoder: Autoencoder, mean: Tensor, std: Tensor, sigma_data: float = 0.5
+    ) -> None:
+        super().__init__()
+        if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 1e-6).all()):
+            raise LdmError(
+                f"latent statistics are degenerate (mean {_brief(mean)}, std {_brief(std)}): "
+                "is the autoencoder trained?"
+            )
+        self.autoencoder = autoencoder.eval().requires_grad_(False)
+        self.sigma_data = sigma_data
+        self.register_buffer("mean", mean.float().view(1, -1, 1, 1))
+        self.register_buffer("std", std.float().view(1, -1, 1, 1))
+
+    def train(self, mode: bool = True) -> "Codec":
+        """Stays in eval mode: the autoencoder is frozen."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """images (B, 3, H, W) in [−1, 1] → z; posterior noise (B, n_z, h, w), or its mean."""
+        assert_range(images)
+        posterior = self.autoencoder.encode(images)
+        latents = posterior.mode() if noise is None else posterior.sample(noise=noise)
+        return (latents - self.mean) * (self.sigma_data / self.std)
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        """z (B, n_z, h, w) → images (B, 3, H, W), clipped to [−1, 1]."""
+        latents = z.float() * (self.std / self.sigma_data) + self.mean
+        return self.autoencoder.decode(latents).float().clamp(-1, 1)
+
+    def statistics(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint."""
+        return {
+            "mean": self.mean.flatten().tolist(),
+            "std": self.std.flatten().tolist(),
+            "sigma_data": self.sigma_data,
+        }
+
+    @classmethod
+    def from_statistics(cls, autoencoder: Autoencoder, statistics: dict[str, Any]) -> "Codec":
+        """The codec whose `statistics()` these are."""
+        mean, std = (torch.tensor(statistics[key]) for key in ("mean", "std"))
+        return cls(autoencoder, mean, std, statistics["sigma_data"])
+
+
+@torch.no_grad()
+def measure_latents(
+    autoencoder: Autoencoder,
+    images: Iterable[Tensor],
+    reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
+) -> tuple[Tensor, Tensor]:
+    """Per-channel mean and standard deviation (n_z,) of the latents sampled for some images.
+
+    The posterior is summed over in closed form: E[z] = E[μ], E[z²] = E[μ² + σ²], in float64.
+
+    Args:
+        images: batches (B, 3, H, W) in [−1, 1].
+        reduce: adds the sums (3, n_z) of several processes.
+    """
+    sums: Tensor | float = 0.0
+    for batch in images:
+        posterior = autoencoder.encode(batch)
+        mean, variance = posterior.mean.double(), posterior.logvar.double().exp()
+        count = torch.full_like(mean[0, :, 0, 0], mean[:, 0].numel())
+        over = (0, 2, 3)
+        sums = sums + torch.stack([mean.sum(over), (mean.square() + variance).sum(over), count])
+    first, second, count = reduce(torch.as_tensor(sums))
+    mean = first / count
+    return mean, (second / count - mean.square()).clamp_min(0).sqrt()
+
+
+def _brief(values: Tensor) -> str:
+    return "[" + ", ".join(f"{value:.3g}" for value in values.flatten()[:4].tolist()) + "]"

@@ -1,0 +1,71 @@
+"""What is said of a diffusers folder that cannot be loaded."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from autoencoders import load_autoencoder
+from autoencoders.sdvae.weights import WEIGHTS_FILE
+from ldm.errors import LdmError
+
+CONFIG = {
+    "_class_name": "AutoencoderKL",
+    "latent_channels": 4,
+    "block_out_channels": [32, 64],
+    "layers_per_block": 1,
+}
+
+
+def refusal(folder, config, weights=None):
+    (folder / "config.json").write_text(json.dumps(config))
+    if weights is not None:
+        save_file(weights, folder / WEIGHTS_FILE)
+    with pytest.raises(LdmError) as caught:
+        load_autoencoder(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"_class_name": "VQModel"}, "_class_name is not AutoencoderKL"),
+        ({"norm_num_groups": 16}, "norm_num_groups is 16, only 32 is known"),
+        ({"mid_block_add_attention": False}, "mid_block_add_attention is False"),
+        ({"use_quant_conv": False}, "one of the two 1×1 convolutions"),
+        ({"block_out_channels": [64, 96]}, "are not multiples of the first"),
+        ({"block_out_channels": [0, 32]}, "are not multiples of the first"),
+        ({"block_out_channels": []}, "are not multiples of the first"),
+        ({"block_out_channels": "wide"}, "describes no SD-VAE"),
+    ],
+)
+def test_a_config_of_another_structure(tmp_path, change, said):
+    assert said in refusal(tmp_path, CONFIG | change)
+
+
+def test_a_config_that_is_none(tmp_path):
+    assert "has no layers_per_block" in refusal(
+        tmp_path, {key: value for key, value in CONFIG.items() if key != "layers_per_block"}
+    )
+    assert "_class_name is not" in refusal(tmp_path, ["no", "config"])
+    nothing = {"x": torch.zeros(1)}
+    assert "'latent_channels': " in refusal(tmp_path, CONFIG | {"latent_channels": -4}, nothing)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(LdmError, match=r"config\.json describes no SD-VAE"):
+        load_autoencoder(tmp_path)
+
+
+def test_no_safetensors(tmp_path):
+    assert f"holds no {WEIGHTS_FILE}: save it again" in refusal(tmp_path, CONFIG)
+
+
+def test_a_truncated_file(tmp_path):
+    (tmp_path / WEIGHTS_FILE).write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    assert "truncated or damaged" in refusal(tmp_path, CONFIG)
+
+
+def test_the_first_tensor_that_differs_is_named(tmp_path):
+    said = refusal(tmp_path, CONFIG, {"encoder.conv_in.weight": torch.zeros(8, 3, 3, 3)})
+    assert "encoder.conv_in.weight is (8, 3, 3, 3) in the file, (32, 3, 3, 3) in the model" in said

@@ -1,0 +1,275 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from autoencoders import (
+    Autoencoder,
+    AutoencoderConfig,
+    build_autoencoder,
+    load_autoencoder,
+)
+from autoencoders.layers import SelfModulatedConv2d
+from ldm.checkpoint import ModelFile, save_model
+from ldm.config import list_presets, preset_summary, resolve, to_tree
+from ldm.errors import LdmError, UsageError
+from tests.autoencoders.parameters import count
+
+OUR_PRESETS = {"litevae-s", "litevae-b", "litevae-m", "litevae-l", "sdvae", "sdvae-small", "tiny"}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.fixture
+def tiny():
+    return build_autoencoder("tiny", decoder={"channels": 8})
+
+
+@pytest.fixture
+def images():
+    return torch.rand(2, 3, 32, 48) * 2 - 1
+
+
+# ---------------------------------------------------------------------------------- building
+@pytest.mark.parametrize("preset", sorted(OUR_PRESETS))
+def test_presets_build_and_say_what_they_are(preset):
+    assert preset in list_presets("ae")
+    assert preset_summary("ae", preset).endswith(".")
+    with torch.device("meta"):
+        ae = build_autoencoder(preset)
+        out = ae(torch.zeros(1, 3, 64, 64), noise=torch.zeros(1, 4, 8, 8))
+    assert ae.downsampling == 8
+    assert out.recon.shape == (1, 3, 64, 64)
+
+
+def test_defaults_are_litevae_b():
+    assert build_autoencoder("litevae-b").config == AutoencoderConfig()
+
+
+def test_tiny_is_tiny():
+    assert count(build_autoencoder("tiny")) < 3.1e6
+
+
+def test_overrides_reach_into_sections():
+    with torch.device("meta"):
+        ae = build_autoencoder(
+            "litevae-b",
+            latent_channels=12,
+            conv1x1=True,
+            decoder={"norm": "smc", "channels": 32},
+            encoder={"extractor": {"channels": 8}},
+        )
+        plain = build_autoencoder(ae.config, conv1x1=False)
+    assert ae.config.encoder.extractor.multipliers == (1, 2, 3)
+    assert ae.pre_conv.weight.shape == (24, 24, 1, 1)
+    assert ae.post_conv.weight.shape == (12, 12, 1, 1)
+    assert isinstance(ae.decoder.middle[0].conv1, SelfModulatedConv2d)
+    assert isinstance(plain.pre_conv, nn.Identity)
+    assert plain.config.latent_channels == 12
+
+
+def test_keys_a_person_types():
+    tree = {"encoder": {"type": "litevae"}}
+    config = resolve(
+        AutoencoderConfig,
+        tree,
+        [
+            "latent_channels=12",
+            "decoder.norm=smc",
+            "encoder.extractor.channels=16",
+            "encoder.extractor.multipliers=[1,2,2]",
+            "encoder.aggregator.blocks=1",
+        ],
+    )
+    assert config.encoder.extractor.multipliers == (1, 2, 2)
+    assert resolve(AutoencoderConfig, tree, ["encoder.type=sdvae"]).encoder.channels == 128
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"latent_chanels": 3}, "unknown key 'latent_chanels'; did you mean 'latent_channels'?"),
+        ({"latent_channels": 0}, "'latent_channels': "),
+        ({"encoder": {"channels": 3}}, "unknown key 'encoder.channels'"),
+        ({"encoder": {"type": "vit"}}, "'encoder': "),
+        ({"encoder": {"extractor": {"multipliers": []}}}, "'encoder.extractor.multipliers': "),
+        ({"decoder": {"norm": "batch"}}, "'decoder.norm': "),
+        ({"decoder": {"multipliers": [1, 2]}}, "upsamples 2×, the encoder downsamples 8×"),
+    ],
+)
+def test_bad_values_are_one_line(overrides, said):
+    with pytest.raises(UsageError) as caught:
+        build_autoencoder("litevae-b", **overrides)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_such_preset():
+    with pytest.raises(UsageError, match="no preset 'litevae-x'; did you mean"):
+        build_autoencoder("litevae-x")
+
+
+# -------------------------------------------------------------------------------- running
+@pytest.mark.parametrize("preset", ["tiny", "sdvae"])
+def test_shapes_and_types(preset, images):
+    small = {"encoder": {"channels": 8}} if preset == "sdvae" else {}
+    ae = build_autoencoder(preset, decoder={"channels": 8}, **small)
+    out = ae(images)
+    assert out.recon.shape == images.shape
+    assert out.latents.shape == out.posterior.mean.shape == (2, 4, 4, 6)
+    assert out.posterior.kl().shape == (2,)
+
+
+def test_forward_is_encode_draw_decode(tiny, images):
+    noise = torch.randn(2, 4, 4, 6)
+    out, posterior = tiny(images, noise=noise), tiny.encode(images)
+    assert torch.equal(out.latents, posterior.sample(noise=noise))
+    assert torch.equal(out.recon, tiny.decode(out.latents))
+    assert torch.equal(tiny(images, sample=False).latents, posterior.mode())
+
+
+def test_noise_belongs_to_samples(tiny, images):
+    noise = torch.randn(2, 4, 4, 6)
+    together = tiny(images, noise=noise).recon
+    alone = tiny(images[1:], noise=noise[1:]).recon
+    torch.testing.assert_close(together[1:], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(30, 32), (32, 60), (4, 8), (0, 8)])
+def test_sides_that_do_not_divide_are_refused(tiny, size):
+    with pytest.raises(LdmError, match=f"{size[0]}×{size[1]} pixels: .* multiples of 8"):
+        tiny.encode(torch.zeros(1, 3, *size))
+
+
+@pytest.mark.parametrize("norm", ["group", "smc"])
+def test_bf16_autocast_answers_in_float32_and_near(images, norm):
+    ae = build_autoencoder("tiny", decoder={"channels": 8, "norm": norm})
+    ae = ae.to(memory_format=torch.channels_last)
+    noise = torch.randn(2, 4, 4, 6)
+    expected = ae(images, noise=noise)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ae(images, noise=noise)
+        assert ae.decoder.conv_out(torch.zeros(1, 8, 8, 8)).dtype == torch.bfloat16
+    for tensor in (out.recon, out.latents, out.posterior.mean, out.posterior.logvar):
+        assert tensor.dtype == torch.float32
+    assert (out.recon - expected.recon).abs().mean() < 0.05 * expected.recon.std() + 0.02
+
+
+def test_every_parameter_learns(images):
+    ae = build_autoencoder("tiny", conv1x1=True, decoder={"channels": 8})
+    out = ae(images, noise=torch.randn(2, 4, 4, 6))
+    (out.recon.square().mean() + out.posterior.kl().mean()).backward()
+    # softmax ignores a shift shared by all keys: the keys' bias alone has no gradient
+    learning = {n: p for n, p in ae.named_parameters() if not n.endswith("key.bias")}
+    for name, parameter in learning.items():
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+# -------------------------------------------------------------------------------- files
+def write(path, ae, kind="autoencoder", config=None, weights=None):
+    config = to_tree(ae.config) if config is None else config
+    save_model(path, ModelFile(kind, config, ae.state_dict() if weights is None else weights))
+
+
+@pytest.mark.parametrize("name", ["ckpt.pt", "ckpt.safetensors", ""])
+def test_a_file_gives_the_same_model(tmp_path, tiny, images, name):
+    write(tmp_path / "ckpt.pt", tiny)
+    state_before = torch.random.get_rng_state()
+    loaded = load_autoencoder(tmp_path / name)
+    assert torch.equal(torch.random.get_rng_state(), state_before)
+    assert loaded.config == tiny.config
+    assert not loaded.training
+    expected = tiny.eval().encode(images).mean
+    assert torch.equal(loaded.encode(images).mean, expected)
+    state = tiny.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_state_dict_round_trip(tiny, images):
+    twin = Autoencoder(tiny.config)
+    twin.load_state_dict(tiny.state_dict())
+    assert torch.equal(twin(images, sample=False).recon, tiny(images, sample=False).recon)
+
+
+def test_half_precision_files_are_read_as_float32(tmp_path, tiny):
+    half = {name: tensor.bfloat16() for name, tensor in tiny.state_dict().items()}
+    write(tmp_path / "ckpt.pt", tiny, weights=half)
+    dtypes = {parameter.dtype for parameter in load_autoencoder(tmp_path).parameters()}
+    assert dtypes == {torch.float32}
+
+
+def refusal(path):
+    with pytest.raises(LdmError) as caught:
+        load_autoencoder(path)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_nothing_there(tmp_path):
+    assert "no checkpoint at" in refusal(tmp_path / "none.pt")
+    assert "holds no ckpt.pt" in refusal(tmp_path)
+
+
+def test_the_other_stage(tmp_path, tiny):
+    write(tmp_path / "ckpt.pt", tiny, kind="diffusion")
+    assert "is a stage-two diffusion model" in refusal(tmp_path / "ckpt.pt")
+
+
+def test_a_newer_format(tmp_path, tiny):
+    write(tmp_path / "ckpt.pt", tiny)
+    tree = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    torch.save(tree | {"format": 99}, tmp_path / "ckpt.pt")
+    assert "has format 99" in refusal(tmp_path / "ckpt.pt")
+
+
+@pytest.mark.parametrize("name", ["ckpt.pt", "ckpt.safetensors"])
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
+def test_a_truncated_file(tmp_path, tiny, name, kept):
+    write(tmp_path / "ckpt.pt", tiny)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: math.floor(len(content) * kept)])
+    assert "damaged" in refusal(tmp_path / name)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("code of the file was run",))
+
+
+def test_a_file_that_would_run_code(tmp_path):
+    torch.save({"format": 1, "kind": "autoencoder", "weights": Bomb()}, tmp_path / "ckpt.pt")
+    assert "loading it would run code" in refusal(tmp_path / "ckpt.pt")
+
+
+def test_a_config_of_another_version(tmp_path, tiny):
+    write(tmp_path / "ckpt.pt", tiny, config=to_tree(tiny.config) | {"flow": True})
+    said = refusal(tmp_path)
+    assert "is not one of this version: unknown key 'flow'" in said
+    assert str(tmp_path) in said
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"decoder.conv_out.bias": torch.zeros(4)},
+            "decoder.conv_out.bias is (4,) in the file, (3,) in the model",
+        ),
+        (
+            {"decoder.conv_out.bias": None},
+            "decoder.conv_out.bias is none in the file, (3,) in the model",
+        ),
+        ({"extra": torch.zeros(2, 2)}, "extra is (2, 2) in the file, none in the model"),
+    ],
+)
+def test_tensors_that_do_not_fit(tmp_path, tiny, change, said):
+    weights = {k: v for k, v in (tiny.state_dict() | change).items() if v is not None}
+    write(tmp_path / "ckpt.pt", tiny, weights=weights)
+    assert said in refusal(tmp_path)

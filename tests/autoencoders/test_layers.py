@@ -1,0 +1,131 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from autoencoders.layers import (
+    Downsample,
+    ResidualBlock,
+    SelfAttention,
+    SelfModulatedConv2d,
+    Upsample,
+    group_norm,
+)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.mark.parametrize(("width", "groups"), [(16, 16), (32, 32), (48, 16), (96, 32), (12, 4)])
+def test_groups_are_32_or_the_largest_power_of_two(width, groups):
+    assert group_norm(width).num_groups == groups
+
+
+def modulated_by_the_equation(conv, eps):
+    """Equation 3, one weight at a time, in Python's own float64."""
+    weight, scales = conv.weight.tolist(), conv.scales.tolist()
+    out_width, in_width, size, _ = conv.weight.shape
+    result = torch.empty(conv.weight.shape, dtype=torch.float64)
+    for j in range(out_width):
+        total = 0.0
+        for i in range(in_width):
+            for row in range(size):
+                for column in range(size):
+                    total += (scales[i] * weight[j][i][row][column]) ** 2
+        for i in range(in_width):
+            for row in range(size):
+                for column in range(size):
+                    w = conv.gain.item() * scales[i] * weight[j][i][row][column]
+                    result[j, i, row, column] = w / math.sqrt(total + eps)
+    return result
+
+
+@pytest.mark.parametrize("eps", [1e-8, 0.5])
+def test_self_modulated_weight_is_equation_3(eps):
+    conv = SelfModulatedConv2d(3, 5)
+    nn.init.normal_(conv.scales)
+    nn.init.constant_(conv.gain, 1.7)
+    expected = modulated_by_the_equation(conv, eps)
+    torch.testing.assert_close(conv.modulated_weight(eps).double(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_self_modulated_output_is_a_convolution_with_a_plain_bias():
+    conv = SelfModulatedConv2d(3, 5)
+    nn.init.normal_(conv.scales)
+    x = torch.randn(2, 3, 6, 7)
+    expected = torch.conv2d(x, modulated_by_the_equation(conv, 1e-8).float(), conv.bias, padding=1)
+    torch.testing.assert_close(conv(x), expected)
+
+
+def test_self_modulation_ignores_the_scale_of_its_weight():
+    conv = SelfModulatedConv2d(4, 4)
+    before = conv.modulated_weight().detach()
+    with torch.no_grad():
+        conv.weight.mul_(37.0)
+    torch.testing.assert_close(conv.modulated_weight(), before)
+    norms = conv.modulated_weight().square().sum(dim=(1, 2, 3))
+    torch.testing.assert_close(norms, torch.ones(4))
+
+
+def test_self_modulated_weight_is_float32_under_autocast_and_all_of_it_learns():
+    conv = SelfModulatedConv2d(3, 5)
+    expected = conv.modulated_weight()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(conv.modulated_weight(), expected)
+        out = conv(torch.randn(2, 3, 8, 8))
+    assert out.dtype == torch.bfloat16
+    out.float().square().sum().backward()
+    for name, parameter in conv.named_parameters():
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_dead_input_scales_give_finite_gradients():
+    conv = SelfModulatedConv2d(3, 5)
+    nn.init.zeros_(conv.scales)
+    conv(torch.randn(1, 3, 4, 4)).square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in conv.parameters())
+
+
+@pytest.mark.parametrize("norm", ["group", "smc"])
+@pytest.mark.parametrize("out_width", [32, 64])
+def test_residual_block_adds_to_its_skip(norm, out_width):
+    block = ResidualBlock(32, out_width, norm)
+    x = torch.randn(2, 32, 8, 8)
+    assert block(x).shape == (2, out_width, 8, 8)
+    kinds = {type(module) for module in block.modules()}
+    assert (nn.GroupNorm in kinds) == (norm == "group")
+    assert (SelfModulatedConv2d in kinds) == (norm == "smc")
+    assert isinstance(block.skip, nn.Identity) == (out_width == 32)
+    # without the branch, only the skip is left
+    if norm == "group":
+        nn.init.zeros_(block.conv2.weight)
+    else:
+        nn.init.zeros_(block.conv2.gain)
+    nn.init.zeros_(block.conv2.bias)
+    torch.testing.assert_close(block(x), block.skip(x))
+
+
+def test_attention_equals_the_textbook():
+    attention = SelfAttention(32)
+    x = torch.randn(2, 32, 3, 5)
+    tokens = attention.norm(x).flatten(2).transpose(1, 2).double()
+    query, key, value, out = (
+        (layer.weight.double(), layer.bias.double())
+        for layer in (attention.query, attention.key, attention.value, attention.out)
+    )
+    q, k, v = (tokens @ weight.T + bias for weight, bias in (query, key, value))
+    # Vaswani et al. 2017, Equation 1
+    mixed = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(32), dim=-1) @ v
+    mixed = (mixed @ out[0].T + out[1]).transpose(1, 2).unflatten(2, (3, 5))
+    torch.testing.assert_close(attention(x).double(), x + mixed, rtol=1e-5, atol=1e-5)
+
+
+def test_down_and_up_change_the_resolution_by_two():
+    x = torch.randn(1, 4, 6, 10)
+    assert Downsample(4)(x).shape == (1, 4, 3, 5)
+    assert Upsample(4)(x).shape == (1, 4, 12, 20)

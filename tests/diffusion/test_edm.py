@@ -1,0 +1,161 @@
+"""Preconditioning, loss and noise levels against their definitions."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from diffusion import EDM, EDMConfig, UNet, UNetConfig, edm_loss, sample_sigma
+from diffusion.edm import preconditioning
+
+SIGMAS = torch.logspace(-3, 2, 21, dtype=torch.float64)
+
+
+class Affine(nn.Module):
+    """A network with a closed form: F(x; c) = a·x + b·c + 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.tensor(0.7)), nn.Parameter(torch.tensor(-0.3))
+        self.dtypes = None
+
+    def forward(self, x, c_noise):
+        self.dtypes = x.dtype, c_noise.dtype
+        return self.a * x + self.b * c_noise[:, None, None, None] + 1
+
+
+class Zero(nn.Module):
+    def forward(self, x, c_noise):
+        return torch.zeros_like(x)
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0])
+def test_preconditioning_gives_unit_variance(sigma_data):
+    c_skip, c_out, c_in, c_noise = preconditioning(SIGMAS, sigma_data)
+    # input: c_in (y + n), with Var y = σ_data² and Var n = σ²
+    torch.testing.assert_close(c_in**2 * (sigma_data**2 + SIGMAS**2), torch.ones_like(SIGMAS))
+    # effective target: (y − c_skip (y + n)) / c_out
+    target = ((1 - c_skip) ** 2 * sigma_data**2 + c_skip**2 * SIGMAS**2) / c_out**2
+    torch.testing.assert_close(target, torch.ones_like(SIGMAS))
+    # Karras et al. 2022, Appendix B.6: this c_skip is the one that makes c_out smallest
+    for off in (0.99, 1.01):
+        other = c_skip * off
+        assert ((1 - other) ** 2 * sigma_data**2 + other**2 * SIGMAS**2 > c_out**2).all()
+    assert c_noise.tolist() == pytest.approx([math.log(s) / 4 for s in SIGMAS.tolist()])
+
+
+def test_weighted_loss_is_the_plain_loss_of_the_network():
+    """Eq. 8: λ‖D − z‖² = ‖F(c_in x; c_noise) − (z − c_skip x)/c_out‖², since λ c_out² = 1."""
+    network = Affine().double()
+    z, noise = 0.5 * normal(21, 4, 3, 3, dtype=torch.float64), normal(21, 4, 3, 3, seed=1).double()
+    loss = edm_loss(EDM(network), z, SIGMAS, noise)
+    by_hand = []
+    for i, sigma in enumerate(SIGMAS.tolist()):
+        total = sigma**2 + 0.25
+        c_skip, c_out, c_in = 0.25 / total, sigma * 0.5 / math.sqrt(total), 1 / math.sqrt(total)
+        x = z[i] + sigma * noise[i]
+        output = network.a * c_in * x + network.b * math.log(sigma) / 4 + 1
+        by_hand.append((output - (z[i] - c_skip * x) / c_out).square().mean())
+    assert loss.shape == (21,)
+    torch.testing.assert_close(loss, torch.stack(by_hand))
+
+
+def test_untrained_denoiser_is_the_best_for_gaussian_data():
+    """For N(0, σ_data²) the best denoiser is E[z | x] = x σ_d² / (σ_d² + σ²): the network is 0."""
+    x = normal(21, 4, 4, 4, dtype=torch.float64)
+    best = x * (0.25 / (0.25 + SIGMAS**2)).view(-1, 1, 1, 1)
+    torch.testing.assert_close(EDM(Zero())(x, SIGMAS), best)
+    network = UNet(UNetConfig(channels=8, multipliers=(1,), blocks=1, head_width=8))
+    torch.testing.assert_close(EDM(network)(x.float(), SIGMAS.float()), best.float())
+
+
+def test_ideal_loss_is_one_before_training():
+    """The effective target has variance 1, so a network that answers 0 has loss 1."""
+    z, noise = 0.5 * normal(64, 4, 16, 16), normal(64, 4, 16, 16, seed=1)
+    sigma = sample_sigma(normal(64, seed=2), EDMConfig())
+    loss = edm_loss(EDM(Zero()), z, sigma, noise)
+    assert loss.mean().item() == pytest.approx(1, abs=0.02)
+    assert (loss - 1).abs().max() < 0.25
+
+
+def test_loss_goes_through_forward_of_a_wrapper():
+    class Wrapper(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module, self.calls = module, 0
+
+        def forward(self, *args):
+            self.calls += 1
+            return self.module(*args)
+
+    denoiser = EDM(Affine(), sigma_data=0.8)
+    wrapped = Wrapper(denoiser)
+    batch = normal(3, 4, 2, 2), torch.tensor([0.1, 1.0, 10.0]), normal(3, 4, 2, 2, seed=1)
+    torch.testing.assert_close(edm_loss(wrapped, *batch), edm_loss(denoiser, *batch))
+    assert wrapped.calls == 1
+
+
+def test_sigma_data_enters_the_loss():
+    z, noise, sigma = normal(1, 4, 2, 2), normal(1, 4, 2, 2, seed=1), torch.tensor([0.3])
+    x = z + sigma * noise
+    error = (x * 0.64 / (0.64 + 0.09) - z).square().mean()
+    expected = (0.09 + 0.64) / (0.3 * 0.8) ** 2 * error
+    torch.testing.assert_close(edm_loss(EDM(Zero(), 0.8), z, sigma, noise), expected[None])
+
+
+@pytest.mark.parametrize("sigma", [2.0, torch.tensor(2.0), torch.full((3,), 2.0).double()])
+def test_scalar_and_batched_sigma_agree(sigma):
+    denoiser, x = EDM(Affine()), normal(3, 4, 2, 2)
+    out = denoiser(x, sigma)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, denoiser(x, torch.full((3,), 2.0)))
+
+
+def test_float64_latents_keep_their_precision_around_a_float32_network():
+    denoiser, x = EDM(Affine()), normal(3, 4, 2, 2, dtype=torch.float64)
+    out = denoiser(x, torch.tensor(1e-3, dtype=torch.float64))
+    assert denoiser.network.dtypes == (torch.float32, torch.float32)
+    assert out.dtype == torch.float64
+    exact = EDM(Affine().double())(x, 1e-3)
+    # the network's float32 error comes in through c_out ≈ σ alone
+    assert (out - exact).abs().max() < 1e-9
+
+
+def test_low_precision_latents_are_summed_in_float32():
+    denoiser = EDM(Affine().bfloat16())
+    assert denoiser(normal(2, 4, 2, 2).bfloat16(), 1.0).dtype == torch.float32
+    assert denoiser.network.dtypes == (torch.bfloat16, torch.bfloat16)
+
+
+def test_autocast_leaves_the_sum_in_float32():
+    torch.manual_seed(0)
+    config = UNetConfig(channels=16, multipliers=(1, 2), blocks=1, head_width=16)
+    denoiser = EDM(UNet(config))
+    for parameter in denoiser.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    x, sigma = normal(2, 4, 8, 8), torch.tensor([0.05, 5.0])
+    plain = denoiser(x, sigma)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = denoiser(x, sigma)
+        loss = edm_loss(denoiser, x, sigma, normal(2, 4, 8, 8, seed=1))
+    assert cast.dtype == loss.dtype == torch.float32
+    assert 0 < (cast - plain).abs().max() < 0.03
+    # had the sum been in bf16, the error at a low σ would be that of bf16: 2⁻⁸ of x
+    assert (cast - plain)[0].abs().max() < 0.003
+    loss.mean().backward()
+    assert all(p.grad.dtype == torch.float32 for p in denoiser.parameters())
+
+
+def test_noise_levels_are_log_normal():
+    config = EDMConfig(noise_mean=-0.4, noise_std=1.1)
+    sigma = sample_sigma(torch.tensor([0.0, 1.0, -2.0]), config)
+    expected = [math.exp(-0.4), math.exp(0.7), math.exp(-2.6)]
+    assert sigma.tolist() == pytest.approx(expected, rel=1e-6)
+    logs = sample_sigma(normal(100_000), EDMConfig()).log()
+    assert logs.mean().item() == pytest.approx(-1.2, abs=0.02)
+    assert logs.std().item() == pytest.approx(1.2, abs=0.02)

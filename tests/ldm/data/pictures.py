@@ -1,0 +1,42 @@
+"""Small images made on the spot, and files of them."""
+
+import io
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def noise(seed: int, height: int = 48, width: int = 40) -> np.ndarray:
+    """(height, width, 3) uint8, every pixel another."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def coordinates(index: int, height: int = 48, width: int = 40) -> np.ndarray:
+    """(height, width, 3) uint8: every pixel holds (index, row, column)."""
+    row, column = np.indices((height, width))
+    return np.stack([np.full_like(row, index), row, column], axis=-1).astype(np.uint8)
+
+
+def encode(image: np.ndarray, format: str = "PNG", **options) -> bytes:
+    """A file of the image; mode by its shape and type."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, format, **options)
+    return file.getvalue()
+
+
+def png_folder(path: Path, images: list[np.ndarray]) -> Path:
+    """`0000.png`, `0001.png` … in a new folder."""
+    path.mkdir(parents=True)
+    for number, image in enumerate(images):
+        (path / f"{number:04d}.png").write_bytes(encode(image))
+    return path
+
+
+def zip_file(path: Path, members: dict[str, bytes]) -> Path:
+    """A zip of these members, in this order."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return path

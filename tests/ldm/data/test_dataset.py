@@ -1,0 +1,80 @@
+import pytest
+
+from ldm.config import resolve
+from ldm.data import DataConfig, open_source
+from ldm.data.split import held_out_count
+from ldm.errors import LdmError, UsageError
+from tests.ldm.data.pictures import encode, noise, png_folder, zip_file
+
+
+def names(config, split):
+    source = open_source(config, split, 32)
+    return [source.name(i)[-8:] for i in range(len(source))]
+
+
+def test_the_photographs_are_the_default():
+    assert len(open_source(DataConfig(), "train", 64)) == 8
+    assert len(open_source(DataConfig(), "all", 64)) == 8
+    assert open_source(DataConfig(), "val", 64).load(0).shape == (64, 64, 3)
+
+
+def test_the_last_by_name_are_held_out(tmp_path):
+    folder = png_folder(tmp_path / "a", [noise(n) for n in range(41)])
+    config = DataConfig(source=str(folder))
+    assert names(config, "all") == [f"{n:04d}.png" for n in range(41)]
+    assert names(config, "train") == [f"{n:04d}.png" for n in range(39)]
+    assert names(config, "val") == ["0039.png", "0040.png"]  # one in twenty
+    five = DataConfig(source=str(folder), held_out=5)
+    assert names(five, "val") == [f"{n:04d}.png" for n in range(36, 41)]
+    source = open_source(five, "val", 32)
+    assert (source.load(4) == noise(40)).all()
+
+
+@pytest.mark.parametrize(
+    ("count", "held_out"),
+    [(2, 1), (19, 1), (40, 2), (70_000, 10_000), (30_000, 5_000), (1_281_167, 10_000)],
+)
+def test_how_many_are_held_out_where_nothing_is_said(count, held_out):
+    assert held_out_count(count, None) == held_out
+
+
+def test_zip_folder_and_shards_are_told_apart(tmp_path):
+    path = zip_file(tmp_path / "x.zip", {f"{n:04d}.png": encode(noise(n)) for n in range(4)})
+    assert names(DataConfig(source=str(path)), "train") == ["0000.png", "0001.png", "0002.png"]
+
+
+def test_a_path_that_is_not_there_says_what_to_do(tmp_path):
+    with pytest.raises(LdmError) as error:
+        open_source(DataConfig(source=str(tmp_path / "ffhq")), "train", 128)
+    assert str(error.value) == (
+        f"data.source: {tmp_path}/ffhq is not there: make it with `ldm data prepare SRC "
+        f"{tmp_path}/ffhq --size 128`, or train on the built-in photographs with "
+        "data.source=photos"
+    )
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "x.rar").write_bytes(b"")
+    with pytest.raises(LdmError, match=r"neither a folder of images, nor a \.zip, nor a \.tar"):
+        open_source(DataConfig(source=str(tmp_path / "x.rar")), "train", 32)
+
+
+def test_a_split_that_leaves_nothing(tmp_path):
+    folder = str(png_folder(tmp_path / "a", [noise(0)]))
+    with pytest.raises(UsageError, match="holding out 1 of 1 images leaves none to train on"):
+        open_source(DataConfig(source=folder), "train", 32)
+    nothing_held_out = DataConfig(source=folder, held_out=0)
+    assert len(open_source(nothing_held_out, "train", 32)) == 1
+    with pytest.raises(LdmError, match=r"no images are held out .*: set data\.held_out"):
+        open_source(nothing_held_out, "val", 32)
+
+
+def test_held_out_does_not_apply_to_the_photographs():
+    with pytest.raises(UsageError, match="the built-in photographs hold out their right thirds"):
+        open_source(DataConfig(held_out=3), "train", 32)
+
+
+@pytest.mark.parametrize("override", ["workers=-1", "held_out=-1", "crop=middle", "flips=true"])
+def test_bad_values_are_refused(override):
+    with pytest.raises(UsageError, match=override.partition("=")[0]):
+        resolve(DataConfig, {}, [override])

@@ -1,0 +1,214 @@
+import logging
+import multiprocessing
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from ldm.data import DataConfig, batches, evaluation_batches, open_source
+from ldm.data.decode import CorruptImage
+from ldm.errors import LdmError, UsageError
+from ldm.seeds import generator
+from tests.ldm.data.pictures import coordinates, noise, png_folder
+
+
+class Coded:
+    """Images in memory whose pixels hold (index, row, column); `corrupt` ones cannot be read."""
+
+    def __init__(self, count, corrupt=(), height=24, width=20):
+        self.count, self.corrupt, self.size = count, corrupt, (height, width)
+
+    def __len__(self):
+        return self.count
+
+    def name(self, index):
+        return f"image {index}"
+
+    def load(self, index):
+        if index in self.corrupt:
+            raise CorruptImage("truncated")
+        return coordinates(index, *self.size)
+
+
+class Fatal(Coded):
+    """Kills the process that loads it."""
+
+    def load(self, index):
+        os._exit(9)
+
+
+def stream(source, start=0, stop=48, batch_size=4, rank=0, world=1, **config):
+    """What a run sees, image by image: {k: (R, R, 3)}."""
+    config = DataConfig(**{"source": "/", "crop": "random", "flip": True, "workers": 0} | config)
+    seen = {}
+    for images, k in batches(source, config, 16, 3, start, stop, batch_size, rank, world):
+        assert images.shape == (batch_size // world, 3, 16, 16)
+        assert (images.dtype, k.dtype) == (torch.uint8, torch.int64)
+        seen |= dict(zip(k.tolist(), images.permute(0, 2, 3, 1).numpy(), strict=True))
+    return seen
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    for k in one:
+        np.testing.assert_array_equal(one[k], other[k])
+
+
+def test_image_crop_and_flip_are_drawn_from_the_seed_and_k():
+    source = Coded(20)
+    seen = stream(source)
+    assert list(seen) == list(range(48))
+    flips = 0
+    for k, image in seen.items():
+        index = generator(3, "order", k // 20).permutation(20)[k % 20]
+        rng = generator(3, "crop", k)
+        top, left = rng.integers(24 - 16 + 1), rng.integers(20 - 16 + 1)
+        expected = source.load(index)[top : top + 16, left : left + 16]
+        if generator(3, "flip", k).integers(2):
+            expected, flips = expected[:, ::-1], flips + 1
+        np.testing.assert_array_equal(image, expected)
+    assert 12 <= flips <= 36
+
+
+def test_the_stream_is_the_same_however_it_is_cut():
+    source = Coded(20)
+    whole = stream(source)
+    same(stream(source, batch_size=8), whole)
+    same(stream(source, start=20), {k: whole[k] for k in range(20, 48)})
+    first, second = (stream(source, batch_size=8, rank=rank, world=2) for rank in range(2))
+    assert list(first)[:5] == [0, 1, 2, 3, 8]
+    same(dict(sorted((first | second).items())), whole)
+
+
+def test_an_incomplete_last_batch_is_left_out():
+    assert list(stream(Coded(20), stop=47, batch_size=8)) == list(range(40))
+    for rank in range(2):
+        assert len(stream(Coded(20), stop=47, batch_size=8, rank=rank, world=2)) == 20
+
+
+def test_center_crop_and_no_flip_by_config():
+    seen = stream(Coded(20, height=16, width=20), crop="center", flip=False)
+    assert all(image[0, 0].tolist()[1:] == [0, 2] for image in seen.values())
+    assert all(image[0, -1].tolist()[1:] == [0, 17] for image in seen.values())
+
+
+def test_photographs_are_cropped_at_random_whatever_the_config_says():
+    source = open_source(DataConfig(), "train", 32)
+    crops = [b.images for b in batches(source, DataConfig(crop="center"), 32, 0, 0, 16, 8)]
+    assert len({bytes(crop.numpy().tobytes()) for crop in torch.cat(crops)}) == 16
+
+
+def test_workers_give_the_same_stream_and_leave_signals_to_the_training_process():
+    source = Coded(20)
+    whole = stream(source)
+    state = torch.get_rng_state()
+    seen = {}
+    config = DataConfig(source="/", crop="random", flip=True, workers=2)
+    for images, k in batches(source, config, 16, 3, 0, 48, 4):
+        workers = multiprocessing.active_children()
+        for worker in workers if 4 in k else ():
+            os.kill(worker.pid, signal.SIGINT)
+            os.kill(worker.pid, signal.SIGTERM)
+        seen |= dict(zip(k.tolist(), images.permute(0, 2, 3, 1).numpy(), strict=True))
+    assert len(workers) == 2
+    same(seen, whole)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_corrupt_image_is_named_once_and_replaced_by_the_next_good_one(caplog):
+    source = Coded(200, corrupt=(5, 6))
+    with caplog.at_level(logging.WARNING, "ldm"):
+        seen = stream(source, stop=400, batch_size=8)
+    assert sorted(record.getMessage() for record in caplog.records) == [
+        "skipped a corrupt image: image 5 (truncated)",
+        "skipped a corrupt image: image 6 (truncated)",
+    ]
+    whole = stream(Coded(200), stop=400, batch_size=8)
+    for k, image in whole.items():
+        index = image[0, 0, 0]
+        assert seen[k][0, 0, 0] == (7 if index in (5, 6) else index)
+    same(stream(source, stop=400, batch_size=8, start=200), {k: seen[k] for k in range(200, 400)})
+
+
+def test_more_than_one_percent_corrupt_stops_the_run():
+    with pytest.raises(LdmError, match=r"3 of 200 images are corrupt, more than 1%: image \d"):
+        stream(Coded(200, corrupt=(5, 60, 100)), stop=200)
+    with pytest.raises(LdmError, match="1 of 20 images"):
+        stream(Coded(20, corrupt=range(20)))
+
+
+def test_faults_and_errors_of_workers_reach_the_caller_as_one_line(caplog):
+    with caplog.at_level(logging.WARNING, "ldm"):
+        stream(Coded(200, corrupt=(5, 6)), stop=200, workers=1)
+    assert len(caplog.records) == 2
+    with pytest.raises(LdmError) as error:
+        stream(Coded(20, width=15), workers=1)
+    assert str(error.value) == (
+        f"image {generator(3, 'order', 0).permutation(20)[0]} is 15×24, smaller than the 16×16 "
+        "asked for: lower the resolution, or remove the image"
+    )
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_one_clear_line():
+    with pytest.raises(LdmError, match=r"a loader worker was killed, .*: lower data\.workers"):
+        stream(Fatal(20), workers=1)
+
+
+def test_a_batch_must_divide_over_the_processes():
+    for call in (
+        lambda: batches(Coded(20), DataConfig(), 16, 0, 0, 9, 9, 0, 2),
+        lambda: evaluation_batches(Coded(20), 16, 9, world=2),
+    ):
+        with pytest.raises(UsageError, match="batch_size=9 does not divide over 2 processes"):
+            call()
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("limit", [None, 13])
+def test_evaluation_sees_every_image_once_over_all_processes(world, limit):
+    source, seen = Coded(21, height=16, width=20), []
+    for rank in range(world):
+        for images, k in evaluation_batches(source, 16, 8, limit, rank, world):
+            assert 0 < len(k) <= 8 // world
+            assert images[:, 0, 0, 0].tolist() == k.tolist()
+            assert images[:, 1:, 0, 0].tolist() == [[0, 2]] * len(k)  # the centre, not mirrored
+            seen += k.tolist()
+    assert sorted(seen) == list(range(21 if limit is None else 13))
+
+
+def test_evaluation_leaves_corrupt_images_out(caplog):
+    source = Coded(200, corrupt=(0, 7))
+    with caplog.at_level(logging.WARNING, "ldm"):
+        seen = [k for batch in evaluation_batches(source, 16, 1) for k in batch.k.tolist()]
+    assert seen == [k for k in range(200) if k not in (0, 7)]
+    assert len(caplog.records) == 2
+    with pytest.raises(LdmError, match="3 of 200 images are corrupt"):
+        list(evaluation_batches(Coded(200, corrupt=(1, 2, 3)), 16, 4))
+
+
+def test_evaluation_with_workers_reads_a_folder(tmp_path):
+    folder = png_folder(tmp_path / "a", [noise(n) for n in range(10)])
+    source = open_source(DataConfig(source=str(folder)), "all", 40)
+    here = list(evaluation_batches(source, 40, 4))
+    there = list(evaluation_batches(source, 40, 4, workers=2))
+    assert [len(batch.k) for batch in here] == [4, 4, 2]
+    for one, other in zip(here, there, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.k, other.k)
+
+
+def test_leaving_early_ends_the_workers():
+    config = DataConfig(source="/", workers=2)
+    running = batches(Coded(20), config, 16, 0, 0, 4000, 4)
+    next(running)
+    assert len(multiprocessing.active_children()) == 2
+    running.close()
+    del running
+    deadline = time.monotonic() + 20
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not multiprocessing.active_children()

@@ -1,0 +1,84 @@
+import numpy as np
+import pytest
+from skimage import data
+
+from ldm.data import photos
+from ldm.data.photos import PHOTOGRAPHS, PhotoSource, PhotoTiles, open_photos
+
+
+@pytest.fixture
+def coded(monkeypatch):
+    """Photographs whose pixels hold (row, column) in base 256, of the sizes of the real ones."""
+
+    def photograph(name):
+        height, width = real(name).shape[:2]
+        row, column = np.indices((height, width))
+        # rows need 1411 values and columns too: 11 bits each in 24
+        code = row * 2048 + column
+        return np.stack([code >> 16, code >> 8 & 255, code & 255], axis=-1).astype(np.uint8)
+
+    real = photos._photograph
+    monkeypatch.setattr(photos, "_photograph", photograph)
+    photos._part.cache_clear()
+    yield
+    photos._part.cache_clear()
+
+
+def decoded(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    code = image.astype(int) @ np.array([65536, 256, 1])
+    return code // 2048, code % 2048
+
+
+def test_training_has_the_left_two_thirds_of_eight_photographs():
+    source = open_photos("train", 64)
+    assert len(source) == 8
+    astronaut = data.astronaut()
+    np.testing.assert_array_equal(source.load(0), astronaut[:, :342])
+    assert source.name(0) == "photograph 'astronaut'"
+
+
+def test_all_has_the_whole_photographs_and_of_the_stereo_pair_the_left_view():
+    source = open_photos("all", 64)
+    assert len(source) == 8
+    np.testing.assert_array_equal(source.load(1), data.coffee())
+    np.testing.assert_array_equal(source.load(7), data.stereo_motorcycle()[0])
+
+
+def test_training_never_sees_the_held_out_third_and_tiles_do_not_overlap(coded):
+    train, tiles = PhotoSource("train", 128), PhotoTiles(128)
+    seen = {name: decoded(train.load(i))[1].max() for i, name in enumerate(PHOTOGRAPHS)}
+    claimed = {name: set() for name in PHOTOGRAPHS}
+    for index in range(len(tiles)):
+        name = tiles._tiles[index][0]
+        rows, columns = decoded(tiles.load(index))
+        assert rows.shape == (128, 128)
+        assert columns.min() > seen[name]
+        pixels = set((rows * 2048 + columns).ravel().tolist())
+        assert len(pixels) == 128 * 128
+        assert not pixels & claimed[name]
+        claimed[name] |= pixels
+    assert all(claimed.values())
+
+
+def test_the_first_sixteen_tiles_show_every_photograph_twice():
+    tiles = PhotoTiles(64)
+    names = [tiles.name(index) for index in range(16)]
+    assert len(set(names)) == 16
+    assert all(sum(f"'{photograph}'" in name for name in names) == 2 for photograph in PHOTOGRAPHS)
+
+
+@pytest.mark.parametrize("split", ["train", "val", "all"])
+def test_what_is_smaller_than_the_resolution_is_enlarged_just_enough(split):
+    source = open_photos(split, 512)
+    shapes = [source.load(index).shape for index in range(len(source))]
+    assert all(min(height, width) >= 512 for height, width, _ in shapes)
+    if split == "train":
+        assert shapes[PHOTOGRAPHS.index("chelsea")] == (512, 514, 3)  # from 300×301
+        assert shapes[PHOTOGRAPHS.index("retina")] == (1411, 941, 3)  # large enough as it is
+    if split == "val":
+        assert set(shapes) == {(512, 512, 3)}
+
+
+def test_the_photographs_cannot_be_changed_by_accident():
+    with pytest.raises(ValueError, match="read-only"):
+        open_photos("train", 64).load(0)[0, 0, 0] = 1

@@ -1,0 +1,291 @@
+import hashlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm.data import DataConfig, open_source
+from ldm.data.prepare import prepare
+from ldm.errors import LdmError, UsageError
+from tests.ldm.data.pictures import encode, noise, png_folder, zip_file
+
+here = partial(prepare, workers=0)
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Twenty-five 48×40 PNGs."""
+    return png_folder(tmp_path / "images", [noise(n) for n in range(25)])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_shards_manifest_and_split(images, tmp_path):
+    manifest = here(images, tmp_path / "out", size=32, held_out=4, shard_size=10)
+    assert manifest == json.loads((tmp_path / "out" / "manifest.json").read_text())
+    splits = manifest.pop("splits")
+    assert manifest == {
+        "format": 1,
+        "count": 25,
+        "size": 32,
+        "filter": "lanczos",
+        "crop": "center",
+        "source": "images",
+        "skipped": [],
+    }
+    assert [(s["name"], s["count"]) for s in splits["train"]["shards"]] == [
+        ("train-00000.tar", 10),
+        ("train-00001.tar", 10),
+        ("train-00002.tar", 1),
+    ]
+    assert [(s["name"], s["count"]) for s in splits["val"]["shards"]] == [("val-00000.tar", 4)]
+    for shard in splits["train"]["shards"] + splits["val"]["shards"]:
+        data = (tmp_path / "out" / shard["name"]).read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (shard["bytes"], shard["sha256"])
+    with tarfile.open(tmp_path / "out" / "val-00000.tar") as tar:
+        assert tar.getnames() == [f"{index:08d}.png" for index in range(21, 25)]
+
+
+@pytest.mark.parametrize(
+    ("filter", "resampling"),
+    [
+        ("lanczos", Image.Resampling.LANCZOS),
+        ("box", Image.Resampling.BOX),
+        ("bicubic", Image.Resampling.BICUBIC),
+    ],
+)
+def test_the_centre_is_cut_out_then_resized(images, tmp_path, filter, resampling):
+    here(images, tmp_path / "out", size=32, filter=filter)
+    config = DataConfig(source=str(tmp_path / "out"))
+    train, val = (open_source(config, split, 32) for split in ("train", "val"))
+    assert (len(train), len(val)) == (24, 1)
+    for source, index, n in ((train, 0, 0), (train, 23, 23), (val, 0, 24)):
+        square = Image.fromarray(noise(n)).crop((0, 4, 40, 44))
+        expected = np.asarray(square.resize((32, 32), resampling))
+        np.testing.assert_array_equal(source.load(index), expected)
+
+
+def test_the_manifests_split_can_be_overruled(images, tmp_path):
+    here(images, tmp_path / "out", size=32, held_out=4, shard_size=10)
+    out = str(tmp_path / "out")
+    assert len(open_source(DataConfig(source=out), "val", 32)) == 4
+    assert len(open_source(DataConfig(source=out, held_out=7), "val", 32)) == 7
+    assert len(open_source(DataConfig(source=out), "all", 32)) == 25
+
+
+def test_nothing_held_out(images, tmp_path):
+    manifest = here(images, tmp_path / "out", size=32, held_out=0)
+    assert manifest["splits"]["val"] == {"count": 0, "shards": []}
+    assert len(open_source(DataConfig(source=str(tmp_path / "out")), "train", 32)) == 25
+
+
+def test_again_after_a_loss_and_in_processes_the_bytes_are_the_same(images, tmp_path):
+    out = tmp_path / "out"
+    here(images, out, size=32, shard_size=6)
+    before = contents(out)
+    kept = (out / "train-00000.tar").stat().st_mtime_ns
+
+    here(images, out, size=32, shard_size=6)
+    assert contents(out) == before
+
+    (out / "train-00002.tar").unlink()
+    (out / "manifest.json").unlink()
+    (out / ".train-00001.tar.1.partial").write_bytes(b"left by a kill")
+    here(images, out, size=32, shard_size=6)
+    assert contents(out) == before
+    assert (out / "train-00000.tar").stat().st_mtime_ns == kept  # not made again
+
+    (out / "train-00001.tar").write_bytes(before["train-00001.tar"][:-1024])
+    here(images, out, size=32, shard_size=6)
+    assert contents(out) == before
+
+    prepare(images, tmp_path / "other", size=32, shard_size=6, workers=2)
+    assert contents(tmp_path / "other") == before
+
+
+def test_a_zip_an_array_folder_and_shards_as_sources(images, tmp_path):
+    members = {p.name: p.read_bytes() for p in images.iterdir()}
+    zipped = zip_file(tmp_path / "images.zip", members)
+    arrays = tmp_path / "arrays"
+    arrays.mkdir()
+    for n in range(25):
+        np.save(arrays / f"imgHQ{n:05d}.npy", noise(n).transpose(2, 0, 1)[None])
+    here(images, tmp_path / "a", size=40)
+    here(zipped, tmp_path / "b", size=40)
+    here(arrays, tmp_path / "c", size=40)
+    here(tmp_path / "a", tmp_path / "d", size=40)
+    tars = [(tmp_path / name / "train-00000.tar").read_bytes() for name in "abcd"]
+    assert tars[0] == tars[1] == tars[2] == tars[3]
+    assert [json.loads((tmp_path / n / "manifest.json").read_text())["source"] for n in "abc"] == [
+        "images",
+        "images.zip",
+        "arrays",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"size": 16}, "size 32 there, 16 now"),
+        ({"filter": "box"}, "filter 'lanczos' there, 'box' now"),
+        ({"held_out": 3, "shard_size": 5}, "held_out 1 there, 3 now; shard_size 1000 there, 5 now"),
+    ],
+)
+def test_a_destination_made_with_other_settings_is_refused(images, tmp_path, change, said):
+    here(images, tmp_path / "out", size=32)
+    before = contents(tmp_path / "out")
+    with pytest.raises(LdmError, match=r"was prepared with other settings .*: choose another") as e:
+        here(images, tmp_path / "out", **{"size": 32} | change)
+    assert said in str(e.value)
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_source_with_other_images_is_other_settings(images, tmp_path):
+    here(images, tmp_path / "out", size=32)
+    (images / "0000.png").rename(images / "0000b.png")
+    with pytest.raises(LdmError, match=r"other settings \(names_sha256"):
+        here(images, tmp_path / "out", size=32)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_up_to_one_percent_corrupt_images_are_left_out_and_named(tmp_path, caplog, workers):
+    folder = png_folder(tmp_path / "images", [noise(0, 8, 8)] * 100)
+    (folder / "0030.png").write_bytes(encode(noise(0))[:50])
+    with caplog.at_level(logging.WARNING, "ldm"):
+        manifest = prepare(folder, tmp_path / "out", size=8, shard_size=20, workers=workers)
+    assert "0030.png" in caplog.text
+    assert manifest["count"] == 99
+    assert [skipped["name"] for skipped in manifest["skipped"]] == ["0030.png"]
+    assert manifest["splits"]["train"]["shards"][1]["count"] == 19
+    assert len(open_source(DataConfig(source=str(tmp_path / "out")), "all", 8)) == 99
+    # skipped images count on going on, too
+    (tmp_path / "out" / "train-00000.tar").unlink()
+    (folder / "0000.png").write_bytes(b"")
+    with pytest.raises(LdmError, match="2 of 100 images are corrupt"):
+        prepare(folder, tmp_path / "out", size=8, shard_size=20, workers=workers)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_more_than_one_percent_corrupt_stops_with_the_list(tmp_path, workers):
+    folder = png_folder(tmp_path / "images", [noise(0, 8, 8)] * 40)
+    (folder / "0003.png").write_bytes(b"")
+    with pytest.raises(LdmError, match=r"1 of 40 images are corrupt, more than 1%: .*0003\.png"):
+        prepare(folder, tmp_path / "out", size=8, shard_size=10, workers=workers)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    with pytest.raises(LdmError, match="is not complete"):
+        open_source(DataConfig(source=str(tmp_path / "out")), "train", 8)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_is_enlarged(images, tmp_path, workers):
+    (images / "0007.png").write_bytes(encode(noise(0, 30, 50)))
+    with pytest.raises(LdmError, match=r"0007\.png is 50×30, smaller than the 32×32 asked for"):
+        prepare(images, tmp_path / "out", size=32, shard_size=5, workers=workers)
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_what_makes_no_sense_is_refused(images, tmp_path):
+    with pytest.raises(LdmError, match=r"there is nothing at .*nowhere: give a folder"):
+        here(tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(UsageError, match="is the source: choose another folder"):
+        here(images, images)
+    with pytest.raises(UsageError, match="is a file: the destination is a folder"):
+        here(images, images / "0000.png")
+    with pytest.raises(UsageError, match="no filter 'nearest'; there are: lanczos, box, bicubic"):
+        here(images, tmp_path / "out", filter="nearest")
+    with pytest.raises(UsageError, match="size=0 and shard_size=1000 must be 1 or more"):
+        here(images, tmp_path / "out", size=0)
+    with pytest.raises(UsageError, match="holding out 25 of 25 images leaves none"):
+        here(images, tmp_path / "out", held_out=25)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "train-00000.tar").write_bytes(b"somebody's")
+    with pytest.raises(UsageError, match=r"train-00000\.tar is in the way: choose an empty folder"):
+        here(images, tmp_path / "theirs")
+    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out" / "train-00000.tar.json").write_text("{cut")
+    with pytest.raises(LdmError, match=r"train-00000\.tar\.json is damaged: delete it"):
+        here(images, tmp_path / "out")
+
+
+def begin(source: Path, out: Path) -> subprocess.Popen:
+    """A preparation in processes of its own, with at least one shard finished."""
+    code = (
+        "import sys; from ldm.data.prepare import prepare\n"
+        "prepare(sys.argv[1], sys.argv[2], size=64, shard_size=5, workers=2)"
+    )
+    command = [sys.executable, "-c", code, str(source), str(out)]
+    root = Path(__file__).parents[3]
+    process = subprocess.Popen(
+        command, cwd=root, start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not list(out.glob("*.tar")):
+        time.sleep(0.02)
+    assert process.poll() is None, process.stderr.read()
+    return process
+
+
+@pytest.fixture
+def large_images(tmp_path):
+    """150 images that take a while."""
+    (tmp_path / "large").mkdir()
+    data = encode(noise(0, 768, 768), compress_level=1)
+    for n in range(150):
+        (tmp_path / "large" / f"{n:03d}.png").write_bytes(data)
+    return tmp_path / "large"
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_finished_shards_and_no_partial_files(large_images, tmp_path):
+    out = tmp_path / "out"
+    process = begin(large_images, out)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to every process
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode != 0
+    assert "KeyboardInterrupt" in errors
+    assert "Stopped" not in errors
+    finished = sorted(p.name for p in out.glob("*.tar"))
+    assert 0 < len(finished) < 30
+    assert not list(out.glob(".*"))
+    assert not (out / "manifest.json").exists()
+    before = {name: (out / name).stat().st_mtime_ns for name in finished}
+    prepare(large_images, out, size=64, shard_size=5, workers=2)
+    assert {name: (out / name).stat().st_mtime_ns for name in finished} == before
+    assert len(open_source(DataConfig(source=str(out)), "all", 64)) == 150
+
+
+def group_members(group: int) -> list[int]:
+    """Processes of a group that still run (zombies have an empty command line)."""
+    alive = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if os.getpgid(int(entry.name)) == group and (entry / "cmdline").read_bytes():
+                    alive.append(int(entry.name))
+            except OSError:
+                continue
+    return alive
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
+def test_a_killed_preparation_leaves_no_process_behind(large_images, tmp_path):
+    process = begin(large_images, tmp_path / "out")
+    assert len(group_members(process.pid)) >= 3
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 20
+    while group_members(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not group_members(process.pid)

@@ -1,0 +1,153 @@
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from webdataset import TarWriter
+
+from ldm.data.decode import CorruptImage
+from ldm.data.shards import index_shard, open_shards, read_manifest
+from ldm.errors import LdmError
+from tests.ldm.data.pictures import encode, noise
+
+
+def shard(path, numbers):
+    with TarWriter(str(path), encoder=False, mtime=0) as writer:
+        for n in numbers:
+            sample = {"__key__": f"sub/{n:04d}", "png": encode(noise(n)), "json": b"{}"}
+            writer.write(sample | {"seg.png": encode(noise(99))})
+    return path
+
+
+def manifest_of(counts):
+    shards = [{"name": name, "count": count} for name, count in counts.items()]
+    splits = {"train": {"count": sum(counts.values()), "shards": shards}}
+    return {"format": 1, "splits": splits | {"val": {"count": 0, "shards": []}}}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shard(tmp_path / "b-000.tar", range(3, 5))
+    shard(tmp_path / "a-000.tar", range(3))
+    return tmp_path
+
+
+def test_shards_are_read_by_position_in_the_order_of_names(folder):
+    source = open_shards(folder)
+    assert len(source) == 5
+    assert source.name(4) == f"{folder}/b-000.tar/sub/0004.png"
+    for index in (4, 0, 2, 1, 3):
+        np.testing.assert_array_equal(source.load(index), noise(index))
+
+
+def test_one_shard_and_a_pattern_of_shards(folder):
+    assert len(open_shards(folder / "b-000.tar")) == 2
+    source = open_shards(folder / "{b,a}-000.tar")
+    np.testing.assert_array_equal(source.load(0), noise(3))
+    shard(folder / "c-001.tar", [7])
+    shard(folder / "c-002.tar", [8])
+    assert len(open_shards(folder / "c-{001..002}.tar")) == 2
+    with pytest.raises(LdmError, match=r"shard .*c-003\.tar is not there"):
+        open_shards(folder / "c-{001..003}.tar")
+
+
+def test_long_names_and_pax_headers(tmp_path):
+    path = tmp_path / "long.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        (tmp_path / "é.png").write_bytes(encode(noise(1)))
+        tar.add(tmp_path / "é.png", arcname=f"{'d' * 120}/é.png")
+    np.testing.assert_array_equal(open_shards(path).load(0), noise(1))
+
+
+def cut_in_data(data, members):
+    return data[: members[-1].offset + 100]
+
+
+def cut_between_members(data, members):
+    return data[: members[-1].offset - tarfile.BLOCKSIZE]
+
+
+def cut_before_the_end_marker(data, members):
+    return data[: members[-1].offset + -(-members[-1].size // 512) * 512]
+
+
+def broken_header(data, members):
+    header = members[1].offset - tarfile.BLOCKSIZE
+    return data[:header] + b"\xff" * tarfile.BLOCKSIZE + data[members[1].offset :]
+
+
+def text(data, members):
+    return b"no tar at all" * 1000
+
+
+def empty(data, members):
+    return b""
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [cut_in_data, cut_between_members, cut_before_the_end_marker, broken_header, text, empty],
+)
+def test_a_damaged_shard_is_one_clear_line(tmp_path, damage):
+    path = tmp_path / "x.tar"
+    with TarWriter(str(path), encoder=False, mtime=0) as writer:
+        for n in range(3):
+            writer.write({"__key__": str(n), "png": encode(noise(n))})
+    path.write_bytes(damage(path.read_bytes(), index_shard(path)))
+    with pytest.raises(LdmError, match=r"x\.tar is truncated or corrupt \(.+\): copy or prepare"):
+        open_shards(path)
+
+
+def test_the_counts_of_a_manifest_are_checked(folder):
+    manifest = manifest_of({"a-000.tar": 3, "b-000.tar": 9})
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(LdmError, match=r"b-000\.tar is .*\(2 images, 9 in the manifest\)"):
+        open_shards(folder)
+    with pytest.raises(LdmError, match="9 in the manifest"):
+        open_shards(folder / "b-000.tar")
+    assert len(open_shards(folder / "a-000.tar")) == 3
+
+
+def test_a_shard_of_the_manifest_that_is_missing_is_named(folder):
+    manifest = manifest_of({"a-000.tar": 3, "c-000.tar": 1})
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(LdmError, match=r"c-000\.tar is not there"):
+        open_shards(folder)
+
+
+def test_manifests_that_cannot_be_used(folder):
+    path = folder / "manifest.json"
+    path.write_text('{"cut')
+    with pytest.raises(LdmError, match=r"manifest\.json is damaged: run `ldm data prepare`"):
+        read_manifest(folder)
+    path.write_text(json.dumps(manifest_of({}) | {"format": 2}))
+    with pytest.raises(LdmError, match="has format 2, this version reads up to 1: upgrade"):
+        read_manifest(folder)
+    path.write_text('["another tool\'s"]')
+    assert read_manifest(folder) is None
+    assert len(open_shards(folder)) == 5
+
+
+def test_a_preparation_that_was_not_finished_is_refused(folder):
+    (folder / "a-000.tar.json").write_text("{}")
+    with pytest.raises(LdmError, match="is not complete: run the `ldm data prepare` that began"):
+        open_shards(folder)
+
+
+def test_shards_without_images_say_what_is_read(tmp_path):
+    with TarWriter(str(tmp_path / "x.tar"), encoder=False) as writer:
+        writer.write({"__key__": "1", "txt": b"hello"})
+    with pytest.raises(LdmError, match=r"no images in .*x\.tar: \.png"):
+        open_shards(tmp_path)
+
+
+def test_a_corrupt_image_and_a_shard_that_is_gone(tmp_path):
+    path = tmp_path / "x.tar"
+    with TarWriter(str(path), encoder=False) as writer:
+        writer.write({"__key__": "1", "png": b"broken"})
+    source = open_shards(path)
+    with pytest.raises(CorruptImage, match="cannot identify"):
+        source.load(0)
+    path.unlink()
+    with pytest.raises(CorruptImage, match="No such file"):
+        source.load(0)

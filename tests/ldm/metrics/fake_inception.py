@@ -1,0 +1,44 @@
+"""A tiny TorchScript network with the interface of the published Inception file."""
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+class Layers(nn.Module):
+    """(B, 3, 299, 299) in [−1, 1) → (B, 2048): a random view of a 4×4 thumbnail."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        weight = torch.randn(dim, 48, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("weight", weight)
+
+    def forward(self, images: Tensor) -> Tensor:
+        thumbnails = nn.functional.adaptive_avg_pool2d(images, 4).flatten(1)
+        return (thumbnails @ self.weight.T).relu()
+
+
+class FakeInception(nn.Module):
+    """What a caller of the published file meets: a submodule `layers`."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.layers = Layers(dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images)
+
+
+def save_script(module: nn.Module, path: Path) -> Path:
+    """The module as a TorchScript file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(module), str(path))
+    return path
+
+
+def save_fake_inception(folder: Path, dim: int = 2048) -> Path:
+    """`inception-2015-12-05.pt` in a folder."""
+    return save_script(FakeInception(dim), folder / "inception-2015-12-05.pt")

@@ -1,0 +1,132 @@
+"""Streaming statistics against numpy, the Fréchet distance against scipy and closed forms."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import linalg
+
+from ldm.metrics import FeatureStatistics, frechet_distance
+
+
+def features(count: int, dim: int, seed: int = 0) -> np.ndarray:
+    draw = np.random.default_rng(seed)
+    return draw.standard_normal((count, dim)) @ draw.standard_normal((dim, dim)) + draw.uniform(
+        -3, 3, dim
+    )
+
+
+def statistics_of(values: np.ndarray, batch: int = 7) -> FeatureStatistics:
+    statistics = FeatureStatistics(values.shape[1])
+    for start in range(0, len(values), batch):
+        statistics.update(values[start : start + batch])
+    return statistics
+
+
+def by_sqrtm(mean_a, cov_a, mean_b, cov_b) -> float:
+    """The distance as its definition writes it, with a general matrix root."""
+    root = linalg.sqrtm(cov_a @ cov_b).real
+    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a + cov_b - 2 * root))
+
+
+# ------------------------------------------------------------------------------ statistics
+def test_streaming_is_numpys_mean_and_covariance():
+    values = features(100, 6)
+    statistics = statistics_of(values)
+    assert statistics.count == 100
+    np.testing.assert_allclose(statistics.mean, values.mean(0), rtol=1e-13)
+    np.testing.assert_allclose(statistics.covariance, np.cov(values, rowvar=False), rtol=1e-12)
+
+
+def test_merging_is_seeing_both():
+    values = features(60, 5)
+    left, right = statistics_of(values[:13]), statistics_of(values[13:])
+    both = statistics_of(values)
+    left.merge(FeatureStatistics(5))  # nothing seen: nothing changes
+    left.merge(right)
+    assert left.count == both.count
+    np.testing.assert_allclose(left.mean, both.mean, rtol=1e-13)
+    np.testing.assert_allclose(left.covariance, both.covariance, rtol=1e-12)
+
+
+def test_a_large_mean_costs_no_digits():
+    """Sums of raw squares would leave no digit here: 1e8² / 1 is past float64's 16."""
+    values = features(500, 3)
+    shifted = statistics_of(values + 1e8)
+    np.testing.assert_allclose(shifted.covariance, np.cov(values, rowvar=False), rtol=1e-6)
+
+
+def test_torch_features_of_any_type_and_an_empty_batch():
+    values = features(10, 4).astype(np.float32)
+    statistics = FeatureStatistics(4)
+    statistics.update(torch.from_numpy(values).requires_grad_())
+    statistics.update(torch.empty(0, 4))
+    assert statistics.count == 10
+    np.testing.assert_allclose(statistics.mean, values.astype(np.float64).mean(0), rtol=1e-13)
+
+
+def test_what_is_returned_is_not_the_inside():
+    statistics = statistics_of(features(10, 4))
+    before = statistics.mean
+    statistics.mean[:] = 0
+    statistics.covariance[:] = 0
+    np.testing.assert_array_equal(statistics.mean, before)
+    assert statistics.covariance.any()
+
+
+def test_statistics_assert_their_contract():
+    statistics = FeatureStatistics(4)
+    with pytest.raises(ValueError, match="mean of no features"):
+        _ = statistics.mean
+    statistics.update(np.zeros((1, 4)))
+    with pytest.raises(ValueError, match="two features or more, not 1"):
+        _ = statistics.covariance
+    with pytest.raises(ValueError, match=r"must be \(B, 4\), not \(2, 3\)"):
+        statistics.update(np.zeros((2, 3)))
+    with pytest.raises(ValueError, match="NaN or an infinity"):
+        statistics.update(torch.tensor([[0.0, float("nan"), 0.0, 0.0]]))
+    with pytest.raises(ValueError, match="features of 3 into those of 4"):
+        statistics.merge(FeatureStatistics(3))
+
+
+# -------------------------------------------------------------------------------- distance
+def test_diagonal_gaussians_have_a_closed_form():
+    mean_a, mean_b = np.array([0.0, 1.0, -2.0]), np.array([0.5, 1.0, 2.0])
+    std_a, std_b = np.array([1.0, 2.0, 0.1]), np.array([3.0, 0.5, 0.1])
+    expected = ((mean_a - mean_b) ** 2).sum() + ((std_a - std_b) ** 2).sum()
+    distance = frechet_distance(mean_a, np.diag(std_a**2), mean_b, np.diag(std_b**2))
+    assert distance == pytest.approx(expected, rel=1e-12)
+
+
+def test_full_covariances_as_scipys_matrix_root():
+    a, b = statistics_of(features(200, 12, seed=1)), statistics_of(features(200, 12, seed=2))
+    arguments = a.mean, a.covariance, b.mean, b.covariance
+    assert frechet_distance(*arguments) == pytest.approx(by_sqrtm(*arguments), rel=1e-8)
+
+
+def test_symmetric_and_zero_on_itself():
+    a, b = statistics_of(features(100, 8, seed=1)), statistics_of(features(100, 8, seed=2))
+    forth = frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+    back = frechet_distance(b.mean, b.covariance, a.mean, a.covariance)
+    assert forth == pytest.approx(back, rel=1e-10)
+    assert 0 <= frechet_distance(a.mean, a.covariance, a.mean, a.covariance) < 1e-10 * forth
+
+
+def test_rank_deficient_covariances():
+    """Five points in 40 dimensions. With orthogonal spans the cross term is zero."""
+    draw = np.random.default_rng(0)
+    a, b = np.zeros((5, 40)), np.zeros((5, 40))
+    a[:, :4], b[:, 20:24] = draw.standard_normal((5, 4)), draw.standard_normal((5, 4))
+    a, b = statistics_of(a), statistics_of(b)
+    expected = ((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance) + np.trace(b.covariance)
+    distance = frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+    assert isinstance(distance, float)
+    assert distance == pytest.approx(expected, rel=1e-7)
+    # on itself, where the rank is low as well
+    assert frechet_distance(a.mean, a.covariance, a.mean, a.covariance) < 1e-6 * expected
+
+
+def test_shapes_must_fit():
+    with pytest.raises(ValueError, match="do not fit"):
+        frechet_distance(np.zeros(3), np.eye(3), np.zeros(2), np.eye(2))
+    with pytest.raises(ValueError, match="do not fit"):
+        frechet_distance(np.zeros(3), np.eye(2), np.zeros(3), np.eye(2))

@@ -1,0 +1,181 @@
+"""The sliced Wasserstein distance against scipy on every slice, and what it must not depend on."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage, stats
+
+from ldm.errors import LdmError
+from ldm.images import to_float
+from ldm.metrics import PatchDescriptors, sliced_wasserstein
+from ldm.metrics.wasserstein import (
+    compare_descriptors,
+    normalise_colours,
+    sliced_distance,
+    unit_directions,
+)
+
+SMALL = {"patches": 16, "projections": 16, "repeats": 2}
+
+
+def textures(count: int, seed: int, blur: float = 1.0, size: int = 32) -> torch.Tensor:
+    """Blurred colour noise (count, 3, size, size) uint8."""
+    draw = np.random.default_rng(seed)
+    noise = draw.standard_normal((count, 3, size, size))
+    noise = ndimage.gaussian_filter(noise, (0, 0, blur, blur))
+    return torch.from_numpy((noise / noise.std() * 50 + 128).clip(0, 255).astype(np.uint8))
+
+
+# ------------------------------------------------------------------------------- one slice
+def test_each_slice_is_scipys_distance():
+    draw = np.random.default_rng(0)
+    a, b = draw.standard_normal((200, 147)), draw.standard_normal((200, 147)) * 1.5 + 0.3
+    directions = unit_directions(0, repeat=0, projections=20)
+    expected = np.mean(
+        [stats.wasserstein_distance(a @ v, b @ v) for v in directions.double().numpy().T]
+    )
+    found = sliced_distance(torch.from_numpy(a).float(), torch.from_numpy(b).float(), directions)
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_shift_moves_every_projection_by_its_share():
+    """All points moved by s: on a line v the distance is exactly |s · v|."""
+    draw = np.random.default_rng(1)
+    a, shift = draw.standard_normal((50, 147)), draw.standard_normal(147)
+    directions = unit_directions(3, repeat=1, projections=40)
+    expected = np.abs(shift @ directions.double().numpy()).mean()
+    found = sliced_distance(
+        torch.from_numpy(a).float(), torch.from_numpy(a + shift).float(), directions
+    )
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def testunit_directions_are_unit_vectors_that_differ_by_repeat():
+    first, second = unit_directions(0, 0, 8), unit_directions(0, 1, 8)
+    assert first.shape == (147, 8)
+    torch.testing.assert_close(first.norm(dim=0), torch.ones(8))
+    assert not torch.equal(first, second)
+
+
+# ------------------------------------------------------------------------------ descriptors
+def test_the_whole_distance_from_the_patches():
+    """Every step after the patches again, in numpy float64 and scipy."""
+    sides = []
+    for images in (textures(6, 0), textures(6, 1, blur=1.4)):
+        side = PatchDescriptors(32, patches=8, seed=5)
+        side.update(images)
+        sides.append(side)
+    found = compare_descriptors(*sides, seed=5, projections=4, repeats=3)
+    assert list(found) == ["32", "16", "mean"]
+    for index, resolution in enumerate(("32", "16")):
+        clouds = []
+        for side in sides:
+            patches = side.level(index, 6).double().numpy()  # (48, 3, 49)
+            mean, std = patches.mean((0, 2)), patches.std((0, 2))
+            clouds.append(((patches - mean[:, None]) / std[:, None]).reshape(48, 147))
+        repeats = [
+            np.mean([stats.wasserstein_distance(*(c @ v for c in clouds)) for v in vs.numpy().T])
+            for vs in (unit_directions(5, repeat, 4) for repeat in range(3))
+        ]
+        assert found[resolution] == pytest.approx(1e3 * np.mean(repeats), rel=1e-4)
+
+
+def test_patches_are_pieces_of_the_pyramids_levels():
+    """At 16² there is one level, the image itself: each patch must be found in it."""
+    images = textures(2, 0, size=16)
+    side = PatchDescriptors(16, patches=5)
+    side.update(images)
+    floats = to_float(images)
+    windows = floats.unfold(2, 7, 1).unfold(3, 7, 1)  # (2, 3, 10, 10, 7, 7)
+    for number, patch in enumerate(side.level(0, 2).float().reshape(-1, 3, 7, 7)):
+        image = windows[number // 5].permute(1, 2, 0, 3, 4)  # (10, 10, 3, 7, 7)
+        nearest = (image - patch).abs().amax((-1, -2, -3)).min()
+        assert nearest <= 5e-4  # half precision
+
+
+def test_batches_do_not_matter():
+    images = textures(7, 0)
+    whole, parts = PatchDescriptors(32, patches=4), PatchDescriptors(32, patches=4)
+    whole.update(images)
+    for part in (*images.split(3), images[:0]):
+        parts.update(part)
+    assert whole.count == parts.count == 7
+    for index in range(2):
+        assert torch.equal(whole.level(index, 7), parts.level(index, 7))
+
+
+def test_a_flat_colour_stays_flat():
+    patches = torch.full((10, 3, 49), 0.3)
+    patches[:, 1] = torch.randn(10, 49, generator=torch.Generator().manual_seed(0))
+    values = normalise_colours(patches).reshape(10, 3, 49)
+    assert values[:, [0, 2]].abs().max() < 1e-2
+    assert values[:, 1].std().item() == pytest.approx(1, rel=1e-2)
+
+
+# -------------------------------------------------------------------------------- distance
+def test_equal_sets_are_at_zero():
+    images = textures(8, 0)
+    result = sliced_wasserstein(images, images, **SMALL)
+    assert result == {"32": 0.0, "16": 0.0, "mean": 0.0}
+
+
+def test_it_sees_a_blur_where_the_detail_is_lost():
+    sharp, same = textures(64, 0), textures(64, 1)
+    blurred = textures(64, 2, blur=2)
+    near = sliced_wasserstein(sharp, same, projections=32, repeats=1)
+    far = sliced_wasserstein(sharp, blurred, projections=32, repeats=1)
+    assert far["32"] > 3 * near["32"]
+    assert far["mean"] > near["mean"]
+
+
+def test_brightness_and_contrast_arenormalise_coloursd_away():
+    images = to_float(textures(8, 0))
+    result = sliced_wasserstein(images, images * 0.5 + 0.25, **SMALL)
+    assert result["mean"] < 1  # half precision alone
+
+
+def test_the_seed_decides():
+    a, b = textures(8, 0), textures(8, 1)
+    again = [sliced_wasserstein(a, b, seed=seed, **SMALL) for seed in (0, 0, 1)]
+    assert again[0] == again[1]
+    assert again[0] != again[2]
+
+
+def test_iterables_of_batches_and_floats_give_what_a_tensor_gives():
+    a, b = textures(8, 0), textures(8, 1)
+    whole = sliced_wasserstein(a, b, **SMALL)
+    assert sliced_wasserstein(a.split(3), iter(to_float(b).split(5)), **SMALL) == whole
+
+
+def test_the_larger_set_is_cut_to_the_smaller():
+    a, b = textures(9, 0), textures(6, 1)
+    assert sliced_wasserstein(a, b, **SMALL) == sliced_wasserstein(a[:6], b, **SMALL)
+    assert sliced_wasserstein(b, a, **SMALL) == sliced_wasserstein(b, a[:6], **SMALL)
+
+
+def test_the_mean_is_over_levels():
+    result = sliced_wasserstein(textures(4, 0), textures(4, 1), **SMALL)
+    assert result["mean"] == pytest.approx((result["32"] + result["16"]) / 2)
+
+
+# ---------------------------------------------------------------------------------- errors
+def test_no_images():
+    with pytest.raises(LdmError, match="of no images: give both sets some"):
+        sliced_wasserstein([], textures(2, 0))
+    with pytest.raises(LdmError, match="of no images: give both sets some"):
+        sliced_wasserstein(textures(2, 0), textures(2, 0)[:0])
+    with pytest.raises(LdmError, match="of no images: give both sets some"):
+        compare_descriptors(PatchDescriptors(32), PatchDescriptors(32))
+
+
+def test_images_smaller_than_a_patch():
+    with pytest.raises(LdmError, match="7×7 pixels or more, not 6×6"):
+        sliced_wasserstein(torch.zeros(2, 3, 6, 6), torch.zeros(2, 3, 6, 6))
+
+
+def test_sizes_that_do_not_fit():
+    side = PatchDescriptors(32)
+    with pytest.raises(ValueError, match=r"must be \(B, 3, 32, 32\), not \(2, 3, 16, 16\)"):
+        side.update(textures(2, 0, size=16))
+    with pytest.raises(ValueError, match="other resolutions"):
+        compare_descriptors(side, PatchDescriptors(16))

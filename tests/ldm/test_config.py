@@ -1,0 +1,172 @@
+from typing import Annotated, Literal
+
+import pytest
+import yaml
+from pydantic import Field
+
+from ldm.config import (
+    Config,
+    describe,
+    key_paths,
+    list_presets,
+    load_preset,
+    merge,
+    parse_override,
+    preset_summary,
+    resolve,
+    to_tree,
+)
+from ldm.errors import UsageError
+
+
+class Round(Config):
+    type: Literal["round"] = "round"
+    radius: float = 1.0
+    """Radius, in metres."""
+
+
+class Square(Config):
+    type: Literal["square"] = "square"
+    side: float = 1.0
+    """Side, in metres."""
+
+
+class Stage(Config):
+    steps: int = 10
+    """Steps."""
+
+
+class Thing(Config):
+    shape: Annotated[Round | Square, Field(discriminator="type")] = Round()
+    """What it looks like."""
+    stages: tuple[Stage, ...] = (Stage(),)
+    """In turn."""
+    name: str = "thing"
+    """What it is called."""
+    lr: float = 1e-3
+    """Learning rate."""
+    limit: float | None = None
+    """At most."""
+
+
+def refused(*overrides: str) -> str:
+    with pytest.raises(UsageError) as caught:
+        resolve(Thing, {}, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_overrides_reach_every_depth():
+    thing = resolve(Thing, {"name": "a"}, ["shape.radius=2", "lr=3e-4", "limit=null", "name=b"])
+    assert (thing.shape.radius, thing.lr, thing.limit, thing.name) == (2.0, 3e-4, None, "b")
+
+
+def test_a_list_takes_an_index_or_a_whole_value():
+    tree = {"stages": [{"steps": 1}, {"steps": 2}]}
+    assert resolve(Thing, tree, ["stages.1.steps=7"]).stages[1].steps == 7
+    assert resolve(Thing, tree, ["stages=[{steps: 5}]"]).stages == (Stage(steps=5),)
+    with pytest.raises(UsageError, match="entries 0 to 1"):
+        resolve(Thing, tree, ["stages.2.steps=7"])
+
+
+def test_another_type_replaces_the_section_in_any_order():
+    tree = {"shape": {"type": "round", "radius": 3}}
+    for order in (["shape.type=square", "shape.side=4"], ["shape.side=4", "shape.type=square"]):
+        assert resolve(Thing, tree, order).shape == Square(side=4)
+    assert merge(tree, {"shape": {"type": "square"}}) == {"shape": {"type": "square"}}
+
+
+def test_the_tree_handed_in_is_left_alone():
+    tree = {"shape": {"type": "round", "radius": 3}}
+    resolve(Thing, tree, ["shape.radius=5"])
+    assert tree == {"shape": {"type": "round", "radius": 3}}
+
+
+def test_unknown_key_offers_the_nearest():
+    assert "unknown key 'nme'; did you mean 'name'?" in refused("nme=b")
+    assert "did you mean 'shape.radius'?" in refused("shape.radus=1")
+
+
+def test_a_key_of_another_section_is_found_by_its_last_part():
+    assert "did you mean 'shape.radius'?" in refused("radius=1")
+
+
+def test_a_key_of_another_variant_is_refused():
+    assert "unknown key 'shape.side'" in refused("shape.side=1")
+
+
+def test_wrong_type_names_path_and_expected_type():
+    text = refused("shape.radius=wide")
+    assert "'shape.radius'" in text and "number" in text and "'wide'" in text
+    assert "'stages.0.steps'" in refused("stages=[{steps: few}]")
+
+
+def test_several_problems_are_still_one_line():
+    assert refused("shape.radius=wide", "lr=low").endswith("(and 1 more)")
+
+
+def test_what_is_no_override_is_told():
+    assert "key=value" in refused("name")
+    assert "not YAML" in refused("name=[")
+
+
+def test_a_value_is_no_section():
+    with pytest.raises(UsageError, match="is a value, not a section"):
+        resolve(Thing, {"stages": [1]}, ["stages.0.steps.more=1"])
+
+
+def test_overrides_are_yaml():
+    assert parse_override("a.b=[1, 2]") == (["a", "b"], [1, 2])
+    assert parse_override("a=b=c") == (["a"], "b=c")
+
+
+def test_tree_and_back():
+    thing = resolve(Thing, {}, ["shape={type: square, side: 2}"])
+    assert resolve(Thing, yaml.safe_load(yaml.safe_dump(to_tree(thing)))) == thing
+
+
+def test_describe_is_yaml_with_every_docstring():
+    lines = list(describe(Thing()))
+    assert yaml.safe_load("\n".join(line for line, _ in lines)) == to_tree(Thing())
+    docs = dict(lines)
+    assert docs["lr: 0.001"] == "Learning rate."
+    assert docs["  radius: 1.0"] == "Radius, in metres."
+
+
+def test_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        Thing().name = "other"
+
+
+def test_unknown_preset_offers_the_nearest():
+    with pytest.raises(UsageError, match="no preset 'litevae-c'; did you mean 'litevae-"):
+        load_preset("ae", "litevae-c")
+
+
+def test_a_preset_lies_over_its_base():
+    base, over = load_preset("ae", "litevae-b"), load_preset("ae", "litevae-m")
+    assert over["encoder"]["extractor"]["channels"] == 64
+    assert over["encoder"]["aggregator"] == base["encoder"]["aggregator"]
+    assert "base" not in over
+
+
+@pytest.mark.parametrize("kind", ["ae", "diffusion"])
+def test_every_preset_resolves_and_says_what_it_is(kind):
+    from pipelines.train_autoencoder import AutoencoderRecipe
+    from pipelines.train_diffusion import DiffusionRecipe
+
+    recipe = {"ae": AutoencoderRecipe, "diffusion": DiffusionRecipe}[kind]
+    for name in list_presets(kind):
+        assert resolve(recipe, load_preset(kind, name))
+        assert len(preset_summary(kind, name)) > 20, name
+
+
+def test_every_setting_says_what_it_is():
+    from pipelines.train_autoencoder import AutoencoderRecipe
+    from pipelines.train_diffusion import DiffusionRecipe
+
+    for kind, recipe in (("ae", AutoencoderRecipe), ("diffusion", DiffusionRecipe)):
+        for name in list_presets(kind):
+            for line, doc in describe(resolve(recipe, load_preset(kind, name))):
+                assert doc or line.strip().startswith("type:"), f"{kind}/{name}: {line}"
+    assert "phases.steps" in set(key_paths(AutoencoderRecipe))

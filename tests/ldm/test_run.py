@@ -1,0 +1,168 @@
+import os
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+from ldm.checkpoint import load_state
+from ldm.errors import LdmError
+from ldm.run import (
+    MAX_BAD_STEPS,
+    Run,
+    RunConfig,
+    frozen,
+    make_accelerator,
+    resolve_device,
+    resolve_precision,
+    start_run,
+)
+
+
+class Recipe(RunConfig):
+    """Any config does."""
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run(tmp_path, RunConfig(device="cpu"), make_accelerator("cpu"))
+
+
+def one_step(run, factor: float = 1.0, clip_norm: float | None = None):
+    torch.manual_seed(0)
+    module = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    before = module.weight.clone()
+    with run.accumulate(module):
+        loss = module(torch.ones(2, 3)).square().mean() * factor
+        norm = run.step(loss, module, optimizer, "it", clip_norm)
+    return module.weight.detach() - before, norm
+
+
+def test_a_step_updates_and_clears(run):
+    change, norm = one_step(run)
+    assert change.abs().max() > 0 and norm > 0
+
+
+def test_clipping_bounds_the_update(run):
+    change, norm = one_step(run, factor=1000.0, clip_norm=1.0)
+    assert norm > 1
+    assert change.norm() <= 0.1 + 1e-6
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_step_is_skipped_and_counted(run, bad):
+    change, _ = one_step(run, factor=bad)
+    assert change.abs().max() == 0 and run.skipped["it"] == 1
+
+
+def test_an_infinite_loss_with_finite_gradients_is_skipped(run):
+    module = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    before = module.weight.clone()
+    with run.accumulate(module):
+        run.step(module(torch.ones(1, 1)).sum() + float("inf"), module, optimizer, "it", None)
+    assert torch.equal(module.weight, before) and run.skipped.total() == 1
+
+
+def test_a_good_step_resets_the_row_and_the_tenth_bad_one_stops(run):
+    for _ in range(MAX_BAD_STEPS - 1):
+        one_step(run, float("nan"))
+    one_step(run)
+    for _ in range(MAX_BAD_STEPS - 1):
+        one_step(run, float("nan"))
+    run.save(8, {"w": torch.ones(1)})
+    with pytest.raises(LdmError, match=r"not finite in 10 steps in a row.*state/8"):
+        one_step(run, float("nan"))
+    assert run.skipped["it"] == 2 * MAX_BAD_STEPS - 1
+    assert torch.equal(load_state(run.folder / "state" / "8")["w"], torch.ones(1))
+
+
+def test_accumulated_micro_batches_make_one_update(tmp_path):
+    run = Run(tmp_path, RunConfig(device="cpu"), make_accelerator("cpu", accumulate=2))
+    torch.manual_seed(0)
+    together, apart = nn.Linear(3, 1), nn.Linear(3, 1)
+    apart.load_state_dict(together.state_dict())
+    data = torch.randn(4, 3)
+    optimizer = torch.optim.SGD(apart.parameters(), lr=0.1)
+    norms = []
+    for half in data.chunk(2):
+        with run.accumulate(apart):
+            loss = apart(half).square().mean()
+            norms.append(run.step(loss, apart, optimizer, "it", None))
+    assert norms[0] is None and norms[1] is not None
+    together(data).square().mean().backward()
+    expected = together.weight - 0.1 * together.weight.grad
+    assert torch.allclose(apart.weight, expected, atol=1e-6)
+
+
+def test_save_and_resume(run):
+    assert run.resume() is None
+    run.skipped["it"] = 3
+    run.save(16, {"t": torch.arange(3)})
+    again = Run(run.folder, run.config, run.accelerator)
+    tree = again.resume()
+    assert tree["images_seen"] == 16 and torch.equal(tree["t"], torch.arange(3))
+    assert again.skipped["it"] == 3
+
+
+def test_frozen_takes_gradients_from_the_weights_alone():
+    judge = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.9))
+    judge[0].bias.requires_grad_(False)
+    x = torch.ones(1, 2, requires_grad=True)
+    with frozen(judge) as still:
+        assert not still.training
+        still(x).sum().backward()
+    assert x.grad is not None and judge[0].weight.grad is None
+    assert judge.training and judge[0].weight.requires_grad and not judge[0].bias.requires_grad
+
+
+def test_a_gpu_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(LdmError, match="sees no CUDA device here: use cpu"):
+        resolve_device("cuda")
+    assert resolve_device("auto").type == "cpu"
+
+
+@pytest.mark.parametrize("name", ["gpu", "mps", "cuda:x"])
+def test_a_device_that_means_nothing(name):
+    with pytest.raises(LdmError, match=f"device '{name}'"):
+        resolve_device(name)
+
+
+def test_precision_as_asked():
+    assert resolve_precision("fp32", torch.device("cpu")) == "fp32"
+    assert resolve_precision("auto", torch.device("cpu")) in ("fp32", "bf16")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_asks_to_stop_and_a_second_leaves(tmp_path, number):
+    config = RunConfig(device="cpu")
+    handler = signal.getsignal(number)
+    with start_run("autoencoder", "x", Recipe(), config, folder=tmp_path / "run") as run:
+        assert not run.stop_asked()
+        os.kill(os.getpid(), number)
+        assert run.stop_asked()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+            signal.sigtimedwait([], 1)
+    assert signal.getsignal(number) is handler
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    config = RunConfig(device="cpu")
+    folder = tmp_path / "run"
+    with (
+        start_run("autoencoder", "x", Recipe(), config, folder=folder),
+        pytest.raises(LdmError, match="another process is at work"),
+        start_run("autoencoder", "x", Recipe(), config, folder=folder),
+    ):
+        pass
+
+
+def test_dropout_is_tied_to_the_image(run):
+    draws = []
+    for image in (5, 6, 5):
+        run.seed_dropout(image)
+        draws.append(torch.rand(4))
+    assert torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], draws[1])

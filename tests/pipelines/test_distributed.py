@@ -1,0 +1,114 @@
+"""Two processes are one run: the same data, in the same order, and equal weights on both."""
+
+import re
+
+import pytest
+import torch
+
+from ldm.checkpoint import latest_state, load_state
+from tests.small import AUTOENCODER, DIFFUSION, ldm
+
+# A process prints what it holds when it is done: its weights' fingerprint, the images it saw.
+SPY = """
+import sys
+from pathlib import Path
+import pipelines.{stage} as job
+from ldm.checkpoint import fingerprint
+seen, original = [], job.train_step
+def spy(run, *rest):
+    result = original(run, *rest)
+    spy.run, spy.module = run, run.unwrap(rest[0])
+    return result
+job.train_step = spy
+batches = job.batches
+def watched(*args, **kwargs):
+    for batch in batches(*args, **kwargs):
+        seen.extend(batch.k.tolist())
+        yield batch
+job.batches = watched
+from ldm.cli import main
+try:
+    main()
+finally:
+    weights = fingerprint(spy.module.state_dict())
+    path = Path(f"rank{{spy.run.rank}}-of-{{spy.run.world}}")
+    path.write_text(weights + " " + " ".join(map(str, seen)))
+"""
+
+
+def launch(folder, stage: str, words: list, processes: int) -> list[tuple[str, list[int]]]:
+    """(fingerprint of the weights, images seen) of every process."""
+    import os
+    import subprocess
+    import sys
+
+    from tests.small import ROOT
+
+    script = folder / "spy.py"
+    script.write_text(SPY.format(stage=stage))
+    env = os.environ | {
+        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        f"--nproc_per_node={processes}", str(script), "--", *map(str, words),
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [
+        (folder / f"rank{rank}-of-{processes}").read_text().split() for rank in range(processes)
+    ]
+    return [(weights, list(map(int, seen))) for weights, *seen in found]
+
+
+def weights_of(run, name: str) -> torch.Tensor:
+    state = load_state(latest_state(run / "state"))[name]
+    return torch.cat([t.flatten().float() for t in state.values()])
+
+
+def compare(one, two, folder, name: str, skip: int = 0) -> None:
+    (_, alone), ((weights_a, seen_a), (weights_b, seen_b)) = one[0], two
+    assert weights_a == weights_b
+    # every batch of four is shared two and two, in order
+    merged = [
+        k for i in range(0, len(seen_a), 2) for k in (*seen_a[i : i + 2], *seen_b[i : i + 2])
+    ]
+    assert merged == alone
+    # and the update is the same up to the order of a sum
+    a, b = (weights_of(folder / run, name) for run in ("one", "two"))
+    assert (a - b).norm() / a.norm() < 0.02
+
+
+@pytest.mark.slow
+def test_stage_one_and_two_on_two_processes(tmp_path):
+    words = ["train-ae", "tiny", *AUTOENCODER]
+    one = launch(tmp_path, "train_autoencoder", [*words, "--out", "one"], 1)
+    two = launch(tmp_path, "train_autoencoder", [*words, "--out", "two"], 2)
+    compare(one, two, tmp_path, "autoencoder")
+
+    (tmp_path / "ldm").mkdir()
+    words = ["train-diffusion", "tiny", "--ae", tmp_path / "one", *DIFFUSION]
+    # dropout is drawn per process: without it one process and two compute the same
+    words.append("network.dropout=0")
+    one = launch(tmp_path / "ldm", "train_diffusion", [*words, "--out", "one"], 1)
+    two = launch(tmp_path / "ldm", "train_diffusion", [*words, "--out", "two"], 2)
+    compare(one, two, tmp_path / "ldm", "denoiser")
+
+    # sampling shares the images out, and makes the same ones
+    for run, processes in (("a", 1), ("b", 2)):
+        done = ldm(
+            "sample", "ldm/one", "--n", "6", "--batch-size", "2", "--steps", "3",
+            "--precision", "fp32", "--out", run, cwd=tmp_path, processes=processes,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+    pictures = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("img*.png"))
+    assert len(pictures) == 6
+    for picture in pictures:
+        assert (tmp_path / "a" / picture).read_bytes() == (tmp_path / "b" / picture).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_batch_that_does_not_divide_is_one_line(tmp_path):
+    done = ldm("train-ae", "tiny", *AUTOENCODER, "batch_size=3", cwd=tmp_path, processes=2)
+    assert done.returncode != 0
+    assert re.search(r"error: batch_size=3 does not divide", done.stderr)

@@ -1,0 +1,55 @@
+"""Recipes and models small enough for a test, and the command line as a process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from ldm.config import load_preset, resolve
+from pipelines.train_autoencoder import AutoencoderRecipe
+from pipelines.train_diffusion import DiffusionRecipe
+
+ROOT = Path(__file__).parent.parent
+
+# fp32: these are tests of the loops, and shall say the same on every CPU
+AUTOENCODER = [
+    "phases=[{resolution: 32, steps: 4}, {resolution: 64, steps: 4}]", "batch_size=4",
+    "encoder.extractor={channels: 8, multipliers: [1, 2]}",
+    "encoder.aggregator={channels: 8, multipliers: [1, 2]}",
+    "decoder={channels: 8, multipliers: [1, 1, 2, 2]}",
+    "discriminator={channels: 4, multipliers: [1, 2, 2]}",
+    "adversarial={start: 0.25, ramp: 0.25}", "warmup_images=8", "validate_images=4",
+    "run={precision: fp32, log_every_steps: 2, validate_every_steps: 8, save_every_steps: 2}",
+]  # fmt: skip
+DIFFUSION = [
+    "resolution=32", "steps=8", "batch_size=4", "statistics_images=8", "warmup_images=8",
+    "network={channels: 16, multipliers: [1, 2], blocks: 1, head_width: 8, dropout: 0.1}",
+    "run={precision: fp32, log_every_steps: 2, validate_every_steps: 8, save_every_steps: 2}",
+]  # fmt: skip
+
+
+def autoencoder_recipe(*settings: str) -> AutoencoderRecipe:
+    return resolve(AutoencoderRecipe, load_preset("ae", "tiny"), [*AUTOENCODER, *settings])
+
+
+def diffusion_recipe(autoencoder: Path, *settings: str) -> DiffusionRecipe:
+    settings = (*DIFFUSION, f"autoencoder={str(autoencoder)!r}", *settings)
+    return resolve(DiffusionRecipe, load_preset("diffusion", "tiny"), settings)
+
+
+def ldm(*words: str, cwd: Path, processes: int = 1, start: bool = False, **environment: str):
+    """Run `ldm …` as a person would; `start` hands out the running process instead."""
+    command = [sys.executable, "-m"]
+    if processes > 1:
+        command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+    # after `--`, for the launcher knows options that begin like ours
+    command += ["ldm", *(["--"] if processes > 1 else []), *map(str, words)]
+    inherited = {key: value for key, value in os.environ.items() if key != "RANK"}
+    env = inherited | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    env |= {"ACCELERATE_USE_CPU": "true"} | environment
+    how = {"cwd": cwd, "env": env, "text": True}
+    if start:
+        return subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **how
+        )
+    return subprocess.run(command, capture_output=True, **how)
