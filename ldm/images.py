@@ -63,4 +63,6 @@ def latents_as_rgb(latents: Tensor) -> Tensor:
     # 1st and 99th percentile: one outlier must not turn the whole picture grey
     low, high = torch.quantile(flat, torch.tensor([0.01, 0.99], device=flat.device), dim=1)
     shape = (1, 3, 1, 1)
-    return ((shown - low.view(shape)) / (high - low).clamp_min(1e-8).view(shape) * 2 - 1).clamp(-1, 1)
+    return ((shown - low.view(shape)) / (high - low).clamp_min(1e-8).view(shape) * 2 - 1).clamp(
+        -1, 1
+    )

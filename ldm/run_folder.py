@@ -1,12 +1,12 @@
 """The folder of a run: made, found again, locked, described.
 
-    runs/<time>-<preset>/
-      run.json         what kind of run, which preset, the command, the versions
-      config.yaml      the resolved configuration
-      metrics.jsonl    tensorboard/   pictures/
-      state/           what the same command resumes from
-      ckpt.pt          the model to use
-      result.json      written when the run is complete
+runs/<time>-<preset>/
+  run.json         what kind of run, which preset, the command, the versions
+  config.yaml      the resolved configuration
+  metrics.jsonl    tensorboard/   pictures/
+  state/           what the same command resumes from
+  ckpt.pt          the model to use
+  result.json      written when the run is complete
 """
 
 import json
@@ -77,7 +77,9 @@ def newest_run(kind: str, needs: str = "ckpt.pt") -> Path:
         if (folder / needs).exists():
             return folder
     command = {"autoencoder": "ldm train-ae", "diffusion": "ldm train-diffusion"}[kind]
-    raise LdmError(f"no {kind} run with a {needs} under {RUNS}/: give its path, or `{command}` first")
+    raise LdmError(
+        f"no {kind} run with a {needs} under {RUNS}/: give its path, or `{command}` first"
+    )
 
 
 def is_finished(folder: Path) -> bool:

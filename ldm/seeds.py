@@ -21,8 +21,7 @@ def generator(seed: int, purpose: str, k: int) -> np.random.Generator:
 def normal(seed: int, purpose: str, ks: Iterable[int], shape: Sequence[int]) -> torch.Tensor:
     """Standard normal noise (len(ks), *shape) in float32; row i depends on (seed, ks[i]) alone."""
     rows = [
-        generator(seed, purpose, int(k)).standard_normal(tuple(shape), dtype=np.float32)
-        for k in ks
+        generator(seed, purpose, int(k)).standard_normal(tuple(shape), dtype=np.float32) for k in ks
     ]
     return torch.from_numpy(np.stack(rows))
 

@@ -125,7 +125,9 @@ def chart(title: str, series: Mapping[str, Points], x_name: str, log: bool = Fal
         level = y_low + y_span * i / 4
         y = place(x_low, level)[1]
         label = f"{10**level if log else level:.3g}"
-        parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(
+            f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        )
         parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
     for value, anchor in ((x_low, "start"), (x_high, "end")):
         x = place(value, y_low)[0]
@@ -139,7 +141,9 @@ def chart(title: str, series: Mapping[str, Points], x_name: str, log: bool = Fal
     for i, (name, points) in enumerate(shown.items()):
         colour = COLOURS[i % len(COLOURS)]
         path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in points)
-        parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.8" points="{path}"/>')
+        parts.append(
+            f'<polyline fill="none" stroke="{colour}" stroke-width="1.8" points="{path}"/>'
+        )
         if len(shown) > 1:
             x = left + i * (width - left) / len(shown)
             parts.append(f'<rect x="{x}" y="{height - 11}" width="9" height="9" fill="{colour}"/>')

@@ -1,8 +1,8 @@
 """Sample many images to disk: any number of processes, stopped and gone on with at will.
 
-    <out>/samples.json   the model, the seed, the sampler: what every image here was made with
-    <out>/00000/img00000000.png …   a thousand images a folder
-    <out>/grid.png       the first few, as one picture
+<out>/samples.json   the model, the seed, the sampler: what every image here was made with
+<out>/00000/img00000000.png …   a thousand images a folder
+<out>/grid.png       the first few, as one picture
 """
 
 import json

@@ -1,6 +1,6 @@
 """Stage one: train an autoencoder on images, against a discriminator (LiteVAE, Sections 3 and 4).
 
-    L = L_recon + λ_reg L_KL + λ_adv L_adv                                          (Equation 1)
+L = L_recon + λ_reg L_KL + λ_adv L_adv                                          (Equation 1)
 """
 
 from collections.abc import Iterator
@@ -149,9 +149,7 @@ def train_autoencoder(
             for resolution, batch in _stream(recipe, sources, run, images_seen):
                 step = images_seen // recipe.batch_size
                 run.seed_dropout(int(batch.k[0]))
-                lr = learning_rate(
-                    recipe.lr, images_seen + recipe.batch_size, recipe.warmup_images
-                )
+                lr = learning_rate(recipe.lr, images_seen + recipe.batch_size, recipe.warmup_images)
                 for optimizer in (opt_ae, opt_critic):
                     set_learning_rate(optimizer, lr)
 
@@ -322,9 +320,7 @@ def _export(run: Run, recipe: AutoencoderRecipe, averaged: Autoencoder, images_s
         origin = provenance() | {"images_seen": images_seen, "recipe": to_tree(recipe)}
         config = to_tree(recipe.model)
         weights = averaged.state_dict()
-        save_model(
-            run.folder / "ckpt.pt", ModelFile("autoencoder", config, weights, {}, origin)
-        )
+        save_model(run.folder / "ckpt.pt", ModelFile("autoencoder", config, weights, {}, origin))
     run.accelerator.wait_for_everyone()
 
 

@@ -145,9 +145,7 @@ def train_diffusion(
                 stop=recipe.steps * recipe.batch_size,
                 batch_size=recipe.batch_size // recipe.accumulate, rank=run.rank, world=run.world,
             ):  # fmt: skip
-                lr = learning_rate(
-                    recipe.lr, images_seen + recipe.batch_size, recipe.warmup_images
-                )
+                lr = learning_rate(recipe.lr, images_seen + recipe.batch_size, recipe.warmup_images)
                 set_learning_rate(optimizer, lr)
                 run.seed_dropout(int(batch.k[0]))
 
@@ -259,9 +257,7 @@ def _export(
         inner = ModelFile("autoencoder", to_tree(ae.config), ae.state_dict())
         origin = provenance() | {"images_seen": images_seen, "autoencoder_sha256": inner.sha256}
         weights = denoiser.network.state_dict()
-        model = ModelFile(
-            "diffusion", to_tree(recipe), weights, codec.statistics(), origin, inner
-        )
+        model = ModelFile("diffusion", to_tree(recipe), weights, codec.statistics(), origin, inner)
         save_model(run.folder / "ckpt.pt", model)
     run.accelerator.wait_for_everyone()
 

@@ -56,12 +56,11 @@ class UNetDiscriminator(nn.Module):
             DownBlock(in_width, out_width, first=i == 0)
             for i, (in_width, out_width) in enumerate(pairwise([3, *down]))
         )
-        self.bottleneck = spectral_norm(_linear(down[-1]))
-        reads = [
-            down[-1],
-            *(2 * width for width in up[:-1]),
-        ]  # a skip doubles what comes from below
-        self.up = nn.ModuleList(UpBlock(*widths) for widths in zip(reads, up, strict=True))
+        self.bottleneck = spectral_norm(_orthogonal(nn.Linear(down[-1], 1)))
+        below, skips = [down[-1], *up[:-1]], [0, *reversed(down[:-1])]
+        self.up = nn.ModuleList(
+            UpBlock(width + skip, out) for width, skip, out in zip(below, skips, up, strict=True)
+        )
         self.pixels = _conv(up[-1], 1, 1)
 
     def forward(self, images: Tensor) -> Judgement:
@@ -127,10 +126,6 @@ class UpBlock(nn.Module):
 
 def _conv(in_width: int, out_width: int, size: int) -> nn.Conv2d:
     return _orthogonal(nn.Conv2d(in_width, out_width, size, padding=size // 2))
-
-
-def _linear(in_width: int) -> nn.Linear:
-    return _orthogonal(nn.Linear(in_width, 1))
 
 
 def _orthogonal(layer: nn.Module) -> nn.Module:

@@ -5,7 +5,7 @@ after `Autoencoder`. The tensors are the same, bit for bit.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ NAMES = (
     ("post_conv.", "post_quant_conv."),
     ("pre_conv.", "quant_conv."),
 )
-# the names of their attention before diffusers 0.17, which the published SD-VAE files still carry
+# what their attention was called at first, as the published SD-VAE files have it
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 # what their config must say, and what it may say of the parts that are fixed here
@@ -117,7 +117,7 @@ def tree_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _rename(name: str, pairs: Any) -> str:
+def _rename(name: str, pairs: Iterable[tuple[str, str]]) -> str:
     for old, new in pairs:
         name = name.replace(old, new)
     return name

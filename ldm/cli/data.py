@@ -44,13 +44,13 @@ def prepare(
         ),
     ] = None,
 ) -> None:
-    """Turn a folder, zip or tar of images into square PNGs in tar shards, with a manifest.
+    """Turn a folder, zip or tar of images into square PNGs in tar shards.
 
-    The central square of each image is cut out and resized; nothing is enlarged. Corrupt images are
-    named and left out; more than 1 % of them stop the work.
+    The central square of each image is cut out and resized; nothing is
+    enlarged. Corrupt images are named and left out; more than 1 % stop it.
 
-    Stop it whenever you like: the same command goes on where it stopped, and the result is the same
-    to the byte.
+    Interrupt it whenever you like: the same command goes on where it stopped,
+    and the result is the same to the byte.
     """
     from ldm.data.prepare import prepare
     from ldm.data.shards import MANIFEST
@@ -58,8 +58,9 @@ def prepare(
     manifest = prepare(source, destination, size, filter, held_out, shard_size, workers)
     train, val = (manifest["splits"][split] for split in ("train", "val"))
     typer.echo(
-        f"{manifest['count']:,} images of {size}×{size}: {train['count']:,} to train on in "
-        f"{len(train['shards'])} shards, {val['count']:,} held out in {len(val['shards'])}"
+        f"{manifest['count']:,} images of {size}×{size} in "
+        f"{len(train['shards']) + len(val['shards'])} shards: "
+        f"{train['count']:,} to train on, {val['count']:,} held out"
     )
     if skipped := len(manifest["skipped"]):
         them = "1 corrupt image" if skipped == 1 else f"{skipped:,} corrupt images"

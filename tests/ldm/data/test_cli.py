@@ -16,7 +16,7 @@ def test_prepare_says_what_it_did_and_what_comes_next(tmp_path):
     result = run("prepare", source, out, "--size", 8, "--shard-size", 150, "--workers", 0)
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines() == [
-        "199 images of 8×8: 189 to train on in 2 shards, 10 held out in 1",
+        "199 images of 8×8 in 3 shards: 189 to train on, 10 held out",
         "1 corrupt image left out: the manifest names it",
         f"manifest: {out}/manifest.json",
         f"next: ldm train-ae litevae-b data.source={out}",

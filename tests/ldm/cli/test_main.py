@@ -1,0 +1,166 @@
+"""The command line as a person meets it: what it prints, and with which code it leaves."""
+
+import re
+import sys
+import time
+
+import pytest
+import torch
+
+from ldm.checkpoint import FORMAT
+from ldm.cli import main
+from tests.small import AUTOENCODER, DIFFUSION, ldm
+
+MODES = ["train-ae", "train-diffusion", "sample", "fid", "eval-ae", "presets", "show", "demo"]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Call the command line in this process, in an empty folder: (code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["ldm", *map(str, words)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        said = capsys.readouterr()
+        return left.value.code or 0, said.out, said.err
+
+    return call
+
+
+@pytest.fixture
+def failed(run):
+    """The one line of a command that fails with a code."""
+
+    def call(*words, code: int) -> str:
+        left_with, out, err = run(*words)
+        assert left_with == code, (out, err)
+        lines = [line for line in err.splitlines() if line.strip()]
+        assert len(lines) == 1 and lines[0].startswith("error: "), err
+        return lines[0]
+
+    return call
+
+
+def test_help_names_every_command_and_is_quick(tmp_path):
+    took = []
+    for _ in range(3):
+        began = time.monotonic()
+        done = ldm("--help", cwd=tmp_path)
+        took.append(time.monotonic() - began)
+    assert done.returncode == 0 and all(mode in done.stdout for mode in [*MODES, "data"])
+    assert min(took) < 3  # half a second alone; a machine under test is not
+
+
+def test_presets_are_listed_with_what_they_are(run):
+    code, out, _ = run("presets")
+    assert code == 0
+    for name in ("litevae-b", "sdvae", "ffhq256", "tiny"):
+        assert re.search(rf"^ *{name} +\S+", out, re.MULTILINE), name
+
+
+def test_show_prints_the_resolved_settings_with_their_meaning(run):
+    code, out, _ = run("show", "litevae-b", "batch_size=32")
+    assert code == 0
+    assert re.search(r"^batch_size: 32 +# Images per step", out, re.MULTILINE)
+    assert "[{resolution: 128, steps: 100000}, {resolution: 256, steps: 50000}]" in out
+    _, both, _ = run("show", "tiny")
+    assert "# ae/tiny" in both and "# diffusion/tiny" in both
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["train-ae", "litevea-b"], "no preset 'litevea-b'; did you mean 'litevae-b'?"),
+        (["show", "ffhq265"], "did you mean 'ffhq256'?"),
+        (["show", "tiny", "steps=3"], "ae/tiny or diffusion/tiny"),
+        (["train-ae", "tiny", "batchsize=3"], "unknown key 'batchsize'; did you mean 'batch_size'"),
+        (["train-ae", "tiny", "encoder.type=sdvae", "encoder.extractor.channels=4"], "encoder.ext"),
+        (["train-ae", "tiny", "lr=fast"], "'lr': input should be a valid number"),
+        (["train-ae", "tiny", "lr"], "is not of the form key=value"),
+        (["train-ae", "tiny", "batch_size=0"], "batch_size must be a positive multiple"),
+        (["sample", "x", "--n", "0"], "--n 0: it must be at least 1"),
+        (["sample", "x", "--precision", "fp8"], "auto, fp32 or bf16"),
+    ],
+)
+def test_usage_that_cannot_be_is_one_line_and_code_2(failed, tmp_path, words, told):
+    assert told in failed(*words, code=2)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_typers_own_usage_errors_leave_with_2(run):
+    for words in (["train-ae"], ["sample", "--n", "many"], ["no-such-command"]):
+        code, _, err = run(*words)
+        assert code == 2 and "Usage" in err
+
+
+def test_a_world_that_is_not_as_needed_is_one_line_and_code_1(failed, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "truncated.pt").write_bytes(b"PK\x03\x04 not all of it")
+    torch.save({"format": FORMAT + 1, "kind": "diffusion"}, tmp_path / "newer.pt")
+    torch.save({"format": 1, "kind": "autoencoder"}, tmp_path / "other.pt")
+    for words, told in (
+        (["train-ae", "tiny", "data.source=nowhere"], "nowhere"),
+        (["train-ae", "tiny", "data.source=empty"], "empty"),
+        (["train-ae", "tiny", "run.device=cuda:77"], "PyTorch sees"),
+        (["train-diffusion"], "`ldm train-ae` first"),
+        (["sample"], "`ldm train-diffusion` first"),
+        (["sample", "nowhere.pt"], "no checkpoint at nowhere.pt"),
+        (["sample", "truncated.pt"], "truncated.pt"),
+        (["sample", "newer.pt"], "upgrade ldm"),
+        (["sample", "other.pt"], "is a stage-one autoencoder"),
+    ):
+        assert told in failed(*words, code=1)
+
+
+def test_litevae_b_without_data_says_both_ways_out(failed, tmp_path):
+    text = failed("train-ae", "litevae-b", code=1)
+    assert "ldm data prepare" in text and "data.source=photos" in text
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_missing_perceptual_loss_stops_before_training(failed, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    text = failed("train-ae", "litevae-b", "data.source=photos", code=1)
+    assert "vgg16-397923af.pth" in text and "loss.lpips=0" in text
+    assert not (tmp_path / "runs").exists()
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    """In a process of its own: the traceback is Python's, and so is the code."""
+    done = ldm("sample", "nowhere.pt", "--debug", cwd=tmp_path)
+    assert done.returncode == 1 and "Traceback" in done.stderr
+    done = ldm("sample", "nowhere.pt", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr == "error: no checkpoint at nowhere.pt\n"
+
+
+def test_what_nobody_foresaw_is_one_line_too(failed, monkeypatch):
+    import ldm.config
+
+    def surprise(kind):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(ldm.config, "list_presets", surprise)
+    assert "ZeroDivisionError: a bug (unexpected: --debug" in failed("presets", code=1)
+
+
+@pytest.mark.slow
+def test_the_four_everyday_commands_with_paths_left_out(tmp_path):
+    """train-ae, train-diffusion, sample, fid, eval-ae: each takes the newest of the one before."""
+    said = ""
+    for words in (
+        ["train-ae", "tiny", *AUTOENCODER],
+        ["train-diffusion", "tiny", *DIFFUSION],
+        ["sample", "--n", "4", "--steps", "2"],
+        ["eval-ae", "--limit", "2"],
+    ):
+        done = ldm(*words, cwd=tmp_path, TORCH_HOME=str(tmp_path))
+        assert done.returncode == 0, done.stderr
+        said += done.stdout
+    assert "next: ldm train-diffusion --ae runs/" in said
+    assert "psnr" in said and "over 2 images" in said
+    fid = ldm("fid", cwd=tmp_path, LDM_CACHE=str(tmp_path), TMPDIR=str(tmp_path))
+    if fid.returncode:  # no network: the line says what to do, and SWD is there all the same
+        assert "inception-2015-12-05.pt" in fid.stderr and "--weights" in fid.stderr
+    assert list((tmp_path / "runs").glob("*/samples/*/fid.json"))
