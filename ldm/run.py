@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoint import latest_state, load_state, save_state
 from ldm.config import Config
-from ldm.errors import LdmError
+from ldm.errors import LdmError, UsageError
 from ldm.logbook import console
 from ldm.run_folder import lock, new_or_unfinished
 from ldm.seeds import torch_seed
@@ -76,6 +76,14 @@ class Run:
         if self.precision != "bf16":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def check_batch(self, batch_size: int, accumulate: int) -> None:
+        """A batch must split evenly into micro-batches and over processes; UsageError if not."""
+        if batch_size % (accumulate * self.world):
+            raise UsageError(
+                f"batch_size={batch_size} does not divide into {accumulate} micro-batch(es) on "
+                f"{self.world} process(es): make it a multiple of {accumulate * self.world}"
+            )
 
     def accumulate(self, *modules: nn.Module) -> AbstractContextManager:
         """One micro-batch; gradients sync and `step` updates at the last one of a batch."""

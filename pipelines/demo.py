@@ -9,20 +9,17 @@ import torch
 from autoencoders import load_autoencoder
 from ldm.checkpoint import write_json
 from ldm.config import load_preset, resolve
-from ldm.data import Batch, batches, evaluation_batches, open_source
-from ldm.images import to_float, to_uint8
+from ldm.data import Batch, batches, open_source
+from ldm.images import to_uint8
 from ldm.logbook import console, read_rows
 from ldm.metrics import sliced_wasserstein
 from ldm.run_folder import provenance
 from pipelines import page
 from pipelines.evaluate import evaluate_autoencoder
 from pipelines.latent_diffusion import LatentDiffusionPipeline
-from pipelines.train_autoencoder import (
-    AutoencoderRecipe,
-    reconstruction_sheet,
-    train_autoencoder,
-)
+from pipelines.train_autoencoder import AutoencoderRecipe, train_autoencoder
 from pipelines.train_diffusion import DiffusionRecipe, train_diffusion
+from pipelines.validate import reconstruction_sheet
 
 SAMPLES = 16
 SWD_IMAGES = 256
@@ -89,7 +86,6 @@ def _report(out: Path, ae_folder: Path, ldm_folder: Path, recipe: DiffusionRecip
     }  # fmt: skip
     write_json(out / "numbers.json", numbers | provenance())
 
-    shown = next(iter(evaluation_batches(held_out, resolution, 8, limit=8)))
     return page.write_page(
         out / "report.html",
         "From photographs to samples",
@@ -108,16 +104,15 @@ def _report(out: Path, ae_folder: Path, ldm_folder: Path, recipe: DiffusionRecip
                 "the original, second what the decoder makes of its latent, third the latent's "
                 "first three channels as colours.",
                 page.picture(
-                    reconstruction_sheet(autoencoder, to_float(shown.images)),
-                    len(shown.images),
+                    *reconstruction_sheet(autoencoder, held_out, resolution, 8),
                     "original · reconstruction · latent",
                 ),
             ),
             page.section(
                 "Samples",
-                "New images: noise turned into latents by the diffusion model in 18 steps, and into "
-                "pixels by the decoder. A few minutes teach it colours and textures; "
-                "faces and rockets take a GPU and a real data set.",
+                "New images: noise turned into latents by the diffusion model in 18 steps, and "
+                "into pixels by the decoder. A few minutes teach it colours and textures; faces "
+                "and rockets take a GPU and a real data set.",
                 page.picture(drawn[:SAMPLES], 8, f"images 0 to {SAMPLES - 1} of seed 0"),
             ),
             page.section("Training", "How it went.", _curves(ae_folder, ldm_folder)),

@@ -28,7 +28,8 @@ h1 { font-size: 2rem; line-height: 1.15; margin: 0 0 .4rem; letter-spacing: -.02
 h2 { font-size: 1.2rem; margin: 2.6rem 0 .5rem }
 p { margin: .4rem 0 1rem; max-width: 46rem } .lead, figcaption, .dim { color: var(--dim) }
 figure { margin: 1rem 0; overflow-x: auto } figcaption { font-size: .88rem; margin-top: .4rem }
-img { max-width: 100%; height: auto; image-rendering: pixelated; border-radius: 6px; display: block }
+img { max-width: 100%; height: auto; image-rendering: pixelated; border-radius: 6px;
+      display: block }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem;
          margin: 1.4rem 0 }
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
@@ -129,15 +130,13 @@ def chart(title: str, series: Mapping[str, Points], x_name: str, log: bool = Fal
             f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>'
         )
         parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
-    for value, anchor in ((x_low, "start"), (x_high, "end")):
-        x = place(value, y_low)[0]
-        parts.append(
-            f'<text x="{x:.1f}" y="{height - bottom + 16}" text-anchor="{anchor}">{value:,.0f}</text>'
-        )
-    middle = (left + width - right) / 2
-    parts.append(
-        f'<text x="{middle}" y="{height - bottom + 16}" text-anchor="middle">{escape(x_name)}</text>'
-    )
+    below = height - bottom + 16
+    for x, anchor, label in (
+        (left, "start", f"{x_low:,.0f}"),
+        ((left + width - right) / 2, "middle", escape(x_name)),
+        (width - right, "end", f"{x_high:,.0f}"),
+    ):
+        parts.append(f'<text x="{x}" y="{below}" text-anchor="{anchor}">{label}</text>')
     for i, (name, points) in enumerate(shown.items()):
         colour = COLOURS[i % len(COLOURS)]
         path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in points)

@@ -16,18 +16,15 @@ from autoencoders.discriminators.unet import UNetDiscriminator, UNetDiscriminato
 from autoencoders.losses import AdversarialConfig, LossConfig, Objective, load_lpips
 from ldm.checkpoint import ModelFile, save_model, write_json
 from ldm.config import Config, to_tree
-from ldm.data import Batch, DataConfig, Source, batches, evaluation_batches, open_source
+from ldm.data import Batch, DataConfig, Source, batches, open_source
 from ldm.ema import Ema
-from ldm.errors import UsageError
-from ldm.images import grid, latents_as_rgb, save_grid, to_float
+from ldm.images import to_float
 from ldm.logbook import Logbook, progress_bar
 from ldm.run import Interrupted, Run, RunConfig, frozen, start_run
 from ldm.run_folder import is_finished, provenance
 from ldm.schedule import learning_rate, set_learning_rate
 from ldm.seeds import normal
-from pipelines.evaluate import evaluate_autoencoder
-
-PICTURES = 8
+from pipelines.validate import validate_autoencoder
 
 
 class Phase(Config):
@@ -112,7 +109,7 @@ def train_autoencoder(
         if is_finished(run.folder):
             run.say(f"{run.folder} is finished already")
             return run.folder
-        check_batch(recipe.batch_size, recipe.accumulate, run.world)
+        run.check_batch(recipe.batch_size, recipe.accumulate)
 
         # the same initial weights on every process: start_run has seeded them
         autoencoder = Autoencoder(recipe.model).to(run.device, memory_format=torch.channels_last)
@@ -131,6 +128,12 @@ def train_autoencoder(
 
         def state() -> dict[str, Any]:
             return {name: part.state_dict() for name, part in parts.items()}
+
+        def validate() -> dict[str, float]:
+            return validate_autoencoder(
+                run, ema.model, held_out, recipe.phases[-1].resolution, recipe.validate_images,
+                images_seen, logbook,
+            )  # fmt: skip
 
         images_seen, numbers = 0, {}
         if saved := run.resume():
@@ -179,9 +182,7 @@ def train_autoencoder(
                         note=f"l1 {row.get('l1', float('nan')):.3f}",
                     )  # fmt: skip
                 if step % recipe.run.validate_every_steps == 0 or last:
-                    numbers = validate_autoencoder(
-                        run, ema.model, held_out, recipe, images_seen, logbook
-                    )
+                    numbers = validate()
                     shown = ", ".join(f"{k} {v:.3f}" for k, v in numbers.items() if k != "count")
                     run.say(f"step {step:>6}/{recipe.total_steps}: held-out {shown}")
                 if step % recipe.run.save_every_steps == 0 or last or stop:
@@ -190,9 +191,7 @@ def train_autoencoder(
                 if stop and not last:
                     raise Interrupted(f"stopped after step {step}, saved in {run.folder}")
         # a run killed between its last state and its result comes back here with nothing to train
-        numbers = numbers or validate_autoencoder(
-            run, ema.model, held_out, recipe, images_seen, logbook
-        )
+        numbers = numbers or validate()
         logbook.close()
         if run.is_main:
             write_json(run.folder / "result.json", {"images_seen": images_seen, **numbers})
@@ -248,49 +247,6 @@ def train_step(
             if norm is not None:
                 terms["critic_gradient_norm"] = norm
     return terms
-
-
-def validate_autoencoder(
-    run: Run,
-    autoencoder: Autoencoder,
-    held_out: Source,
-    recipe: AutoencoderRecipe,
-    images_seen: int,
-    logbook: Logbook,
-) -> dict[str, float]:
-    """Measure held-out reconstructions and draw a few: original, reconstruction, latent."""
-    if not run.is_main:
-        return {}
-    resolution, size = recipe.phases[-1].resolution, max(1, recipe.batch_size)
-    numbers = evaluate_autoencoder(
-        autoencoder, held_out, resolution, size, run.device, limit=recipe.validate_images
-    )
-    logbook.row(images_seen, **{f"val_{name}": value for name, value in numbers.items()})
-
-    batch = next(iter(evaluation_batches(held_out, resolution, PICTURES, limit=PICTURES)))
-    sheet = reconstruction_sheet(autoencoder, to_float(batch.images).to(run.device))
-    columns = len(batch.images)
-    save_grid(sheet, run.folder / "pictures" / f"recon-{images_seen:08d}.png", columns)
-    logbook.picture("reconstructions", grid(sheet, columns), images_seen)
-    return numbers
-
-
-@torch.no_grad()
-def reconstruction_sheet(autoencoder: Autoencoder, images: Tensor) -> Tensor:
-    """Three rows of pictures: originals, reconstructions, latents as RGB; (3N, 3, H, W)."""
-    latents = autoencoder.encode(images).mode()
-    recon = autoencoder.decode(latents).float().clamp(-1, 1)
-    shown = nn.functional.interpolate(latents_as_rgb(latents), images.shape[-2:])
-    return torch.cat([images, recon, shown]).cpu()
-
-
-def check_batch(batch_size: int, accumulate: int, world: int) -> None:
-    """A batch must split evenly into micro-batches and over processes."""
-    if batch_size % (accumulate * world):
-        raise UsageError(
-            f"batch_size={batch_size} does not divide into {accumulate} micro-batch(es) on "
-            f"{world} process(es): make it a multiple of {accumulate * world}"
-        )
 
 
 def _stream(

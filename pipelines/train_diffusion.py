@@ -8,32 +8,20 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from autoencoders import load_autoencoder
-from diffusion import (
-    EDM,
-    EDMConfig,
-    UNet,
-    UNetConfig,
-    edm_loss,
-    karras_sigmas,
-    sample_heun,
-    sample_sigma,
-)
+from diffusion import EDM, EDMConfig, UNet, UNetConfig, edm_loss, sample_sigma
 from ldm.checkpoint import ModelFile, fingerprint, save_model, write_json
 from ldm.config import Config, to_tree
 from ldm.data import DataConfig, batches, open_source
 from ldm.ema import Ema
 from ldm.errors import LdmError
-from ldm.images import grid, save_grid, to_float
+from ldm.images import to_float
 from ldm.logbook import Logbook, progress_bar
 from ldm.run import Interrupted, Run, RunConfig, start_run
 from ldm.run_folder import is_finished, provenance
 from ldm.schedule import learning_rate, set_learning_rate
 from ldm.seeds import normal
 from pipelines.codec import Codec, measure_latents
-from pipelines.train_autoencoder import check_batch
-
-PICTURES = 16
-PICTURE_STEPS = 18
+from pipelines.validate import draw_samples
 
 
 class DiffusionRecipe(Config):
@@ -103,7 +91,7 @@ def train_diffusion(
         if is_finished(run.folder):
             run.say(f"{run.folder} is finished already")
             return run.folder
-        check_batch(recipe.batch_size, recipe.accumulate, run.world)
+        run.check_batch(recipe.batch_size, recipe.accumulate)
 
         network = UNet(config).to(run.device, memory_format=torch.channels_last)
         denoiser = EDM(network, recipe.edm.sigma_data)
@@ -225,27 +213,6 @@ def measure_codec(autoencoder: Any, recipe: DiffusionRecipe, source: Any, run: R
             autoencoder, images, lambda sums: run.accelerator.reduce(sums, "sum")
         )
     return Codec(autoencoder, mean, std, recipe.edm.sigma_data).to(run.device)
-
-
-@torch.no_grad()
-def draw_samples(
-    run: Run,
-    denoiser: nn.Module,
-    codec: Codec,
-    shape: tuple[int, ...],
-    images_seen: int,
-    logbook: Logbook,
-) -> None:
-    """A sheet of samples of the averaged model, always from the same noise."""
-    if not run.is_main:
-        return
-    noise = normal(run.seed, "sample", range(PICTURES), shape).to(run.device)
-    with run.autocast():
-        z = sample_heun(denoiser, noise, karras_sigmas(PICTURE_STEPS))
-        images = codec.decode(z).cpu()
-    columns = 4
-    save_grid(images, run.folder / "pictures" / f"samples-{images_seen:08d}.png", columns)
-    logbook.picture("samples", grid(images, columns), images_seen)
 
 
 def _export(

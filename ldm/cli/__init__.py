@@ -12,6 +12,8 @@ import typer
 from ldm.cli import data, demo, evaluate, presets, sample, train
 from ldm.errors import LdmError
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="ldm",
     help="Two-stage latent diffusion: train LiteVAE, train an EDM model on its latents, sample, "
@@ -34,6 +36,10 @@ app.command("presets")(presets.presets)
 app.command("show")(presets.show)
 
 
+# What Typer raises for words it cannot parse: click's class, or Typer's copy of it.
+USAGE_ERROR = typer.BadParameter.__mro__[1]
+
+
 def main() -> None:
     """Run the command line; every failure is one line, a traceback only with `--debug`."""
     debug = "--debug" in sys.argv
@@ -43,23 +49,39 @@ def main() -> None:
         warnings.filterwarnings("ignore")
         os.environ.setdefault("PYTHONWARNINGS", "ignore")
     try:
-        app()
+        code = app(standalone_mode=False, prog_name="ldm")
+    except USAGE_ERROR as error:
+        _misused(error)
     except LdmError as error:
         if debug:
             raise
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
     except Exception as error:
         if debug:
             raise
         if type(error).__name__ == "Interrupted":  # a run that has saved itself
-            _fail(f"{error}; the same command goes on from there", 130)
+            _leave(f"{error}; the same command goes on from there", INTERRUPTED)
         text = str(error).strip().partition("\n")[0]
         _fail(f"{type(error).__name__}: {text} (unexpected: --debug shows where)", 1)
+    if code == INTERRUPTED:
+        _leave("interrupted", code)
+    sys.exit(code or 0)
+
+
+def _misused(error: Exception) -> None:
+    """Words that are no command, or not of its form."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        sys.exit(2)
+    where = error.ctx.command_path if error.ctx else "ldm"
+    _fail(f"{error.format_message().rstrip('.')}; see `{where} --help`", 2)
 
 
 def _fail(text: str, code: int) -> None:
-    typer.secho("error: " if code != 130 else "", fg="red", bold=True, nl=False, err=True)
+    typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
+    _leave(text, code)
+
+
+def _leave(text: str, code: int) -> None:
     typer.echo(text, err=True)
     sys.exit(code)

@@ -1,11 +1,12 @@
 """`ldm fid` and `ldm eval-ae`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
+Split = Annotated[Literal["train", "val", "all"], typer.Option(help="Which part of the data.")]
 Data = Annotated[
     str | None, typer.Option(help="`photos`, a folder, a zip, or shards. Left out: the run's own.")
 ]
@@ -17,7 +18,7 @@ def fid(
         typer.Argument(help="A folder of images, as `ldm sample` writes it. Left out: the newest."),
     ] = None,
     data: Data = None,
-    split: Annotated[str, typer.Option(help="Of the data: train, val or all.")] = "train",
+    split: Split = "train",
     weights: Annotated[
         Path | None, typer.Option(help="inception-2015-12-05.pt, if you have it.")
     ] = None,
@@ -40,7 +41,7 @@ def eval_ae(
         typer.Argument(help="A stage-one ckpt.pt or run folder. Left out: the newest."),
     ] = None,
     data: Data = None,
-    split: Annotated[str, typer.Option(help="Of the data: train, val or all.")] = "val",
+    split: Split = "val",
     resolution: Annotated[int | None, typer.Option(help="Side of the images, pixels.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 16,
     limit: Annotated[int | None, typer.Option(help="At most this many images.")] = None,

@@ -1,7 +1,7 @@
 """`ldm sample`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -17,18 +17,17 @@ def sample(
     batch_size: Annotated[int, typer.Option(help="Images at a time, per process.")] = 64,
     out: Annotated[Path | None, typer.Option(help="Folder of the images.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16"], typer.Option(help="auto: bf16 where the device has it.")
+    ] = "auto",
 ) -> None:
     """Sample images to PNG files. Stopped, the same command goes on.
 
     ldm sample --n 50000
     """
-    from ldm.errors import UsageError
     from ldm.run_folder import newest_run
     from pipelines.sample import sample_images
 
-    if precision not in ("auto", "fp32", "bf16"):
-        raise UsageError(f"--precision {precision}: it is auto, fp32 or bf16")
     if model is None:
         model = newest_run("diffusion")
         typer.echo(f"model: {model}")

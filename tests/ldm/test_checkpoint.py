@@ -125,7 +125,7 @@ def test_a_half_written_state_is_not_taken(tmp_path):
 
 
 def test_a_full_disk_leaves_the_last_good_files(tmp_path):
-    """A real one: the process may write no file longer than 64 KiB, as a full disk would have it."""
+    """The process may write no file longer than 64 KiB: to it the disk is full."""
     save_state(tmp_path / "state", 8, {"seen": 8})
     save_model(tmp_path / "ckpt.pt", model())
     before = (tmp_path / "ckpt.pt").read_bytes()

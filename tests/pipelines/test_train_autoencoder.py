@@ -62,7 +62,7 @@ def test_every_term_changes_the_encoders_gradient(tmp_path):
 def test_the_discriminators_loss_does_not_reach_the_autoencoder(tmp_path):
     """With the judge's verdict weighing next to nothing, its own training must not show."""
     without, *_ = gradients(tmp_path, 0.0, l1=1.0)
-    with_critic, _, opt_critic, terms, ae, critic = gradients(tmp_path, 1e-30, l1=1.0)
+    with_critic, _, opt_critic, terms, ae, _ = gradients(tmp_path, 1e-30, l1=1.0)
     assert "critic" in terms
     for a, b in zip(without, with_critic, strict=True):
         assert torch.equal(a, b)

@@ -75,7 +75,7 @@ def test_another_autoencoder_under_a_started_run_is_refused(stage_one, tmp_path)
     name = next(iter(model.weights))
     model.weights[name] += 1
     save_model(file, model)
-    with pytest.raises(LdmError, match="not the autoencoder .* was started with"):
+    with pytest.raises(LdmError, match=r"not the autoencoder .* was started with"):
         train_diffusion(diffusion_recipe(file), "tiny", tmp_path / "run")
 
 

@@ -1,0 +1,86 @@
+"""What a training run shows of itself: numbers and pictures of held-out images, and samples."""
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from autoencoders import Autoencoder
+from diffusion import karras_sigmas, sample_heun
+from ldm.data import Source
+from ldm.data.transforms import center_crop
+from ldm.images import grid, latents_as_rgb, save_grid, to_float
+from ldm.logbook import Logbook
+from ldm.run import Run
+from ldm.seeds import normal
+from pipelines.codec import Codec
+from pipelines.evaluate import evaluate_autoencoder
+
+BATCH = 16
+COLUMNS = 8
+SAMPLES = 16
+SAMPLING_STEPS = 18
+
+
+def validate_autoencoder(
+    run: Run,
+    autoencoder: Autoencoder,
+    held_out: Source,
+    resolution: int,
+    limit: int,
+    images_seen: int,
+    logbook: Logbook,
+) -> dict[str, float]:
+    """Measure at most `limit` held-out images' reconstructions, and draw a few of them."""
+    if not run.is_main:
+        return {}
+    numbers = evaluate_autoencoder(autoencoder, held_out, resolution, BATCH, run.device, limit)
+    logbook.row(images_seen, **{f"val_{name}": value for name, value in numbers.items()})
+
+    sheet, columns = reconstruction_sheet(autoencoder, held_out, resolution, COLUMNS)
+    save_grid(sheet, run.folder / "pictures" / f"recon-{images_seen:08d}.png", columns)
+    logbook.picture("reconstructions", grid(sheet, columns), images_seen)
+    return numbers
+
+
+@torch.no_grad()
+def reconstruction_sheet(
+    autoencoder: Autoencoder, source: Source, resolution: int, columns: int
+) -> tuple[Tensor, int]:
+    """Three rows of float pictures: originals, reconstructions, latents as RGB (Figures 2, 4).
+
+    The images are spread evenly over the source.
+
+    Returns:
+        The pictures (3·columns, 3, H, W), on the CPU, and how many columns there are.
+    """
+    columns = min(columns, len(source))
+    chosen = [
+        center_crop(source.load(i * len(source) // columns), resolution) for i in range(columns)
+    ]
+    images = rearrange(torch.from_numpy(np.stack(chosen)), "b h w c -> b c h w")
+    images = to_float(images).to(next(autoencoder.parameters()).device)
+    latents = autoencoder.encode(images).mode()
+    recon = autoencoder.decode(latents).clamp(-1, 1)
+    shown = nn.functional.interpolate(latents_as_rgb(latents), images.shape[-2:])
+    return torch.cat([images, recon, shown]).cpu(), columns
+
+
+@torch.no_grad()
+def draw_samples(
+    run: Run,
+    denoiser: nn.Module,
+    codec: Codec,
+    shape: tuple[int, ...],
+    images_seen: int,
+    logbook: Logbook,
+) -> None:
+    """A sheet of samples of the averaged model, always from the same noise."""
+    if not run.is_main:
+        return
+    noise = normal(run.seed, "sample", range(SAMPLES), shape).to(run.device)
+    with run.autocast():
+        z = sample_heun(denoiser, noise, karras_sigmas(SAMPLING_STEPS))
+        images = codec.decode(z).cpu()
+    save_grid(images, run.folder / "pictures" / f"samples-{images_seen:08d}.png", columns=4)
+    logbook.picture("samples", grid(images, columns=4), images_seen)
