@@ -72,6 +72,11 @@ def test_self_modulation_ignores_the_scale_of_its_weight():
     torch.testing.assert_close(norms, torch.ones(4))
 
 
+def test_self_modulated_filters_start_long_enough_to_turn_slowly():
+    norms = SelfModulatedConv2d(64, 64).weight.flatten(1).norm(dim=1)
+    torch.testing.assert_close(norms, torch.full((64,), 4.0), rtol=0.15, atol=0)
+
+
 def test_self_modulated_weight_is_float32_under_autocast_and_all_of_it_learns():
     conv = SelfModulatedConv2d(3, 5)
     expected = conv.modulated_weight()
