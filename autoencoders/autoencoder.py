@@ -1,6 +1,5 @@
 """The autoencoder: one encoder, a posterior, one decoder, each of which can be exchanged."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -13,7 +12,7 @@ from autoencoders.posterior import DiagonalGaussian
 from autoencoders.sdvae.decoder import SDVAEDecoder, SDVAEDecoderConfig
 from autoencoders.sdvae.encoder import SDVAEEncoder, SDVAEEncoderConfig
 from autoencoders.sdvae.weights import read_diffusers
-from ldm.checkpoint import load_model
+from ldm.checkpoint import build_with, load_model
 from ldm.config import Config, load_preset, merge, to_tree, validate
 from ldm.errors import LdmError, UsageError
 
@@ -149,23 +148,4 @@ def load_autoencoder(path: str | Path, device: str | torch.device = "cpu") -> Au
         config = validate(AutoencoderConfig, tree)
     except UsageError as error:
         raise LdmError(f"the config in {path} is not one of this version: {error}") from error
-    with torch.device("meta"):  # no memory, no random numbers: every tensor comes from the file
-        autoencoder = Autoencoder(config)
-    _check_tensors(autoencoder.state_dict(), weights, path)
-    weights = {name: tensor.float() for name, tensor in weights.items()}
-    autoencoder.load_state_dict(weights, assign=True)
-    return autoencoder.to(device).eval()
-
-
-def _check_tensors(expected: Mapping[str, Tensor], weights: Mapping[str, Any], path: Path) -> None:
-    """Raise an LdmError about the first tensor that is not as the config describes."""
-    for name in [*expected, *(name for name in weights if name not in expected)]:
-        needed, given = (
-            tuple(tensors[name].shape) if isinstance(tensors.get(name), Tensor) else "none"
-            for tensors in (expected, weights)
-        )
-        if needed != given:
-            raise LdmError(
-                f"{path} does not fit its own config: tensor {name} is {given} in the file, "
-                f"{needed} in the model"
-            )
+    return build_with(lambda: Autoencoder(config), weights, path).to(device).eval()

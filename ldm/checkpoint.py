@@ -1,28 +1,33 @@
 """Files that outlive a process: models people pass on, and the state a run resumes from.
 
 Both hold plain Python values and tensors and load under `weights_only=True`: nothing is ever
-unpickled into code. Both are written beside their final name, flushed to disk, then renamed, so a
-full disk or a kill at any moment leaves the last good file as it was.
+unpickled into code. Both are written beside their final name, flushed, then renamed: a full disk or
+a kill at any moment leaves the last good file as it was. A power cut may not, for the folder itself
+is not flushed.
 """
 
 import json
 import os
-import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from pickle import UnpicklingError
+from typing import IO, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.errors import LdmError
 
 FORMAT = 1
 Kind = Literal["autoencoder", "diffusion"]
 STAGE = {"autoencoder": "a stage-one autoencoder", "diffusion": "a stage-two diffusion model"}
+
+
+class Damaged(LdmError):
+    """A file that is there, and is not what was written."""
 
 
 @dataclass(frozen=True)
@@ -82,30 +87,62 @@ def load_model(path: str | Path, kind: Kind) -> ModelFile:
     if not path.is_file():
         raise LdmError(f"no checkpoint at {path}")
     tree = _read_safetensors(path) if path.suffix == ".safetensors" else read_tensors(path)
-    if not isinstance(tree, dict) or tree.get("kind") not in STAGE or "format" not in tree:
+    if not isinstance(tree, dict) or tree.get("kind") not in tuple(STAGE):
         raise LdmError(f"{path} is not a model file of this toolkit (ckpt.pt of a run)")
-    if tree["format"] > FORMAT:
+    if not isinstance(tree.get("format"), int) or tree["format"] > FORMAT:
         raise LdmError(
-            f"{path} has format {tree['format']}, this version reads up to {FORMAT}: upgrade ldm"
+            f"{path} has format {tree.get('format')}, this version reads up to {FORMAT}: "
+            "upgrade ldm"
         )
     if tree["kind"] != kind:
         raise LdmError(f"{path} is {STAGE[tree['kind']]}; {STAGE[kind]} is needed here")
-    return _from_tree(tree)
+    return _from_tree(tree, path)
+
+
+def build_with(
+    build: Callable[[], nn.Module], weights: Mapping[str, Any], path: str | Path
+) -> nn.Module:
+    """The module that `build` makes, with the tensors of a file.
+
+    Raises:
+        LdmError: the file's tensors are not the module's: the first that differs, both shapes.
+    """
+    with torch.device("meta"):  # no memory, no random numbers: every tensor comes from the file
+        module = build()
+    expected = module.state_dict()
+    for name in [*expected, *(name for name in weights if name not in expected)]:
+        needed, given = (
+            tuple(tensors[name].shape) if isinstance(tensors.get(name), Tensor) else "none"
+            for tensors in (expected, weights)
+        )
+        if needed != given:
+            raise LdmError(
+                f"{path} does not fit its own config: tensor {name} is {given} in the file, "
+                f"{needed} in the model"
+            )
+    typed = {name: weights[name].to(tensor.dtype) for name, tensor in expected.items()}
+    module.load_state_dict(typed, assign=True)
+    return module
 
 
 def read_tensors(path: Path) -> Any:
-    """`torch.load` under `weights_only=True`, its many failures told as one line."""
+    """`torch.load` under `weights_only=True`, its many failures told as one line.
+
+    Raises:
+        LdmError: it is not there or may not be read.
+        Damaged: it is truncated or damaged, or a pickle that would run code.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise LdmError(f"no file at {path}") from error
-    except pickle.UnpicklingError as error:
-        raise LdmError(
+    except (FileNotFoundError, PermissionError) as error:
+        raise LdmError(f"could not read {path} ({error.strerror})") from error
+    except UnpicklingError as error:
+        raise Damaged(
             f"{path} refused: loading it would run code, or it is damaged; a model file holds "
             "tensors and plain values only"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise LdmError(f"{path} is truncated or damaged: copy or write it again") from error
+    except Exception as error:  # damage makes the reader raise nearly anything
+        raise Damaged(f"{path} is truncated or damaged: copy or write it again") from error
 
 
 def _to_tree(model: ModelFile) -> dict[str, Any]:
@@ -121,10 +158,16 @@ def _to_tree(model: ModelFile) -> dict[str, Any]:
     }
 
 
-def _from_tree(tree: dict[str, Any]) -> ModelFile:
-    parts = {key: tree[key] for key in ("kind", "config", "weights", "statistics", "provenance")}
+def _from_tree(tree: dict[str, Any], path: Path) -> ModelFile:
+    parts = {key: tree.get(key) for key in ("config", "weights", "statistics", "provenance")}
+    if not all(isinstance(part, dict) for part in parts.values()):
+        raise LdmError(f"{path} lacks a part of a model file: copy or write it again")
+    if not all(isinstance(tensor, Tensor) for tensor in parts["weights"].values()):
+        raise LdmError(f"{path} holds weights that are no tensors: copy or write it again")
     inner = tree.get("autoencoder")
-    return ModelFile(**parts, autoencoder=_from_tree(inner) if inner else None)
+    if inner and not (isinstance(inner, dict) and inner.get("kind") == "autoencoder"):
+        raise LdmError(f"{path} carries an autoencoder that is none: copy or write it again")
+    return ModelFile(tree["kind"], **parts, autoencoder=_from_tree(inner, path) if inner else None)
 
 
 def _split_tensors(tree: dict[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict]:
@@ -146,11 +189,11 @@ def _read_safetensors(path: Path) -> Any:
             tree = json.loads((file.metadata() or {}).get("ldm", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise LdmError(f"{path} is truncated or damaged: copy or write it again") from error
+        raise Damaged(f"{path} is truncated or damaged: copy or write it again") from error
     if isinstance(tree, dict):
         inner = "autoencoder/"
         tree["weights"] = {k: v for k, v in tensors.items() if not k.startswith(inner)}
-        if tree.get("autoencoder"):
+        if isinstance(tree.get("autoencoder"), dict):
             tree["autoencoder"]["weights"] = {
                 k.removeprefix(inner): v for k, v in tensors.items() if k.startswith(inner)
             }
@@ -184,8 +227,17 @@ def latest_state(folder: Path) -> Path | None:
 
 
 def load_state(state: Path) -> dict[str, Any]:
-    """Read what `save_state` wrote."""
-    return read_tensors(state / "state.pt")
+    """Read what `save_state` wrote.
+
+    Raises:
+        LdmError: it cannot be read, or is damaged.
+    """
+    try:
+        return read_tensors(state / "state.pt")
+    except Damaged as error:
+        raise Damaged(
+            f"{state} is damaged: delete that folder, and the state before it is used"
+        ) from error
 
 
 def _states(folder: Path) -> list[Path]:
@@ -196,8 +248,8 @@ def _states(folder: Path) -> list[Path]:
 
 
 # ------------------------------------------------------------------------------ atomic write
-def write_atomically(path: Path, write: Any) -> None:
-    """Call `write(file)` on a file beside `path`, flush it to disk, then rename it to `path`.
+def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Call `write(file)` on a file beside `path`, flush it, then rename it to `path`.
 
     Raises:
         LdmError: the disk is full or the folder cannot be written; what stood at `path` stays.
@@ -210,11 +262,14 @@ def write_atomically(path: Path, write: Any) -> None:
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
-    except (OSError, RuntimeError) as error:  # torch wraps the OSError of a failed write
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+    except (OSError, RuntimeError) as error:
+        # torch.save raises a RuntimeError of its own in the place of a failed write's OSError
+        failure = error.__context__ if isinstance(error, RuntimeError) else error
+        if not isinstance(failure, OSError):
+            raise
         raise LdmError(
-            f"could not write {path} ({reason}): make room or choose another folder; "
-            "what was saved before is untouched"
+            f"could not write {path} ({failure.strerror or failure}): make room or choose another "
+            "folder; what was saved before is untouched"
         ) from error
     finally:
         beside.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ A config class stands directly above what it configures, anywhere in the tree of
 module only knows how to find presets, merge overrides into them and explain what is wrong.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import resources
@@ -28,6 +29,17 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 Tree = dict[str, Any]
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1, in which 1e5 without a point is a number too, as in YAML 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    [*"-+0123456789"],
+)
+
+
 # ---------------------------------------------------------------------------------- presets
 def list_presets(kind: str) -> list[str]:
     """Names of the presets of a kind: a folder of `configs/` ("ae", "diffusion")."""
@@ -40,7 +52,7 @@ def load_preset(kind: str, name: str) -> Tree:
     if name not in list_presets(kind):
         raise UsageError(f"no preset '{name}'{did_you_mean(name, list_presets(kind))}")
     text = (resources.files("configs") / kind / f"{name}.yaml").read_text("utf-8")
-    tree = yaml.safe_load(text) or {}
+    tree = yaml.load(text, _Loader) or {}
     base = tree.pop("base", None)
     return merge(load_preset(kind, base), tree) if base else tree
 
@@ -66,6 +78,10 @@ def resolve(
     # A `type` first: it exchanges a whole section, and the section's other keys come after it.
     for path, value in sorted(edits, key=lambda edit: edit[0][-1] != "type"):
         _set(tree, path, value)
+    words = _meant_as_words(config_class, tree)
+    for text, (path, _) in zip(overrides, edits, strict=True):
+        if ".".join(path) in words:
+            _set(tree, path, text.partition("=")[2].strip())
     return validate(config_class, tree)
 
 
@@ -75,6 +91,16 @@ def validate(config_class: type[ConfigT], tree: Mapping[str, Any]) -> ConfigT:
         return config_class.model_validate(tree)
     except ValidationError as error:
         raise UsageError(_explain(config_class, error)) from error
+
+
+def _meant_as_words(config_class: type[Config], tree: Mapping[str, Any]) -> set[str]:
+    """Keys that want a word where YAML saw something else: a folder named 2024, or no."""
+    try:
+        config_class.model_validate(tree)
+    except ValidationError as error:
+        problems = [p for p in error.errors() if p["type"] == "string_type"]
+        return {_path(problem["loc"], config_class) for problem in problems}
+    return set()
 
 
 def _defaults(config_class: type[Config]) -> Tree:
@@ -92,7 +118,7 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     if not equals or not key.strip(" ."):
         raise UsageError(f"'{text}' is not of the form key=value, such as batch_size=32")
     try:
-        return key.strip().split("."), yaml.safe_load(value)
+        return key.strip().split("."), yaml.load(value, _Loader)
     except yaml.YAMLError as error:
         raise UsageError(f"the value in '{text}' is not YAML: quote it") from error
 
@@ -167,7 +193,9 @@ def _explain(config_class: type[Config], error: ValidationError) -> str:
     else:
         given = first.get("input")
         shown = "" if isinstance(given, (dict, BaseModel)) else f" (got {given!r})"
-        text = f"'{path}': {first['msg'][0].lower()}{first['msg'][1:]}{shown}"
+        where = f"'{path}': " if path else ""  # a rule between keys speaks of the whole
+        said = first["msg"].removeprefix("Value error, ")
+        text = f"{where}{said[0].lower()}{said[1:]}{shown}"
     more = len(problems) - 1
     return text + (f" (and {more} more)" if more else "")
 

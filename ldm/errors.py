@@ -11,3 +11,7 @@ class UsageError(LdmError):
     """The command or configuration asks for what cannot be: a key, a type, a range. Exit 2."""
 
     exit_code = 2
+
+
+class Interrupted(Exception):
+    """A job was asked to stop (Ctrl-C, SIGTERM) and has saved itself."""

@@ -11,6 +11,8 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from ldm.checkpoint import write_atomically
+
 
 def to_float(pixels: Tensor) -> Tensor:
     """uint8 (…, 3, H, W) in 0..255 → float32 in [−1, 1]."""
@@ -49,9 +51,9 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def save_grid(images: Tensor, path: Path, columns: int) -> None:
-    """Write a PNG sheet of float images (N, 3, H, W) in [−1, 1]."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    to_pil(grid(images, columns)).save(path)
+    """Write a PNG sheet of float images (N, 3, H, W) in [−1, 1], whole or not at all."""
+    sheet = to_pil(grid(images, columns))
+    write_atomically(path, lambda file: sheet.save(file, "PNG"))
 
 
 def latents_as_rgb(latents: Tensor) -> Tensor:

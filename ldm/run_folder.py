@@ -11,6 +11,7 @@ runs/<time>-<preset>/
 
 import json
 import platform
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +29,14 @@ from ldm.errors import LdmError
 RUNS = Path("runs")
 
 # How a run is watched, not what it computes: these may change between a stop and a resume.
-WATCHING = {"log_every_steps", "save_every_steps", "validate_every_steps", "keep_states", "workers"}
+WATCHING = {
+    "log_every_steps",
+    "save_every_steps",
+    "validate_every_steps",
+    "validate_images",
+    "keep_states",
+    "workers",
+}
 
 
 def new_or_unfinished(kind: str, preset: str, config: Config, folder: Path | None) -> Path:
@@ -36,17 +44,19 @@ def new_or_unfinished(kind: str, preset: str, config: Config, folder: Path | Non
     same configuration, else a new one named after the time and the preset.
 
     Raises:
-        LdmError: the folder given holds a run of another configuration (the keys that differ).
+        LdmError: the folder given holds a run of another configuration (the keys that differ), or
+            files that are no run.
     """
     if folder is None:
         for candidate in reversed(_all_runs(kind)):
             if not is_finished(candidate) and not differences(candidate, config):
                 return candidate
-        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-        folder = RUNS / f"{stamp}-{preset}"
-    elif (folder / "run.json").is_file():
+        folder = _new_folder(preset)
+    elif _kind(folder) is not None:
         _check_same(folder, kind, config)
         return folder
+    elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise LdmError(f"{folder} is not empty and holds no run: give --out another folder")
     describe_run(folder, kind, preset, config)
     return folder
 
@@ -90,8 +100,10 @@ def is_finished(folder: Path) -> bool:
 def differences(folder: Path, config: Config) -> list[str]:
     """Dotted keys in which a run's configuration differs from another one, watching aside."""
     try:
-        theirs = yaml.safe_load((folder / "config.yaml").read_text("utf-8")) or {}
-    except (OSError, yaml.YAMLError):
+        theirs = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        theirs = None
+    if not isinstance(theirs, dict):
         return ["config.yaml"]
     ours, theirs = dict(_leaves(to_tree(config))), dict(_leaves(theirs))
     return sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
@@ -108,11 +120,37 @@ def lock(folder: Path) -> Iterator[None]:
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except (BlockingIOError, PermissionError) as error:  # EAGAIN or EACCES: somebody holds it
             raise LdmError(
                 f"another process is at work in {folder}: wait for it, or give --out another folder"
             ) from error
+        except OSError:  # no such locks on this file system: nothing to hold
+            pass
         yield
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what a kill left half-written in a run's folder; only while its `lock` is held."""
+    for beside in (folder / "state").glob(".writing-*"):
+        shutil.rmtree(beside, ignore_errors=True)
+    for beside in [*folder.glob(".*.partial"), *folder.glob("pictures/.*.partial")]:
+        beside.unlink(missing_ok=True)
+
+
+def _new_folder(preset: str) -> Path:
+    """A folder of its own for a run that begins now, even if another begins in the same second."""
+    name, number = f"{datetime.now():%Y%m%d-%H%M%S}-{preset}", 1
+    while True:
+        folder = RUNS / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise LdmError(
+                f"could not make {folder} ({error.strerror}): give --out another folder"
+            ) from error
 
 
 def _check_same(folder: Path, kind: str, config: Config) -> None:
@@ -129,15 +167,18 @@ def _check_same(folder: Path, kind: str, config: Config) -> None:
 
 def _all_runs(kind: str) -> list[Path]:
     """Runs of a kind, oldest first."""
-    found = [path.parent for path in RUNS.glob("**/run.json") if _kind(path.parent) == kind]
-    return sorted(found, key=lambda folder: (folder / "run.json").stat().st_mtime)
+    marks = [*RUNS.glob("*/run.json"), *RUNS.glob("demo/*/run.json")]  # not deeper: many samples
+    ours = [mark for mark in marks if _kind(mark.parent) == kind]
+    return [mark.parent for mark in sorted(ours, key=lambda mark: mark.stat().st_mtime)]
 
 
 def _kind(folder: Path) -> str | None:
+    """The kind of the run in a folder, None where there is none of ours."""
     try:
-        return json.loads((folder / "run.json").read_text("utf-8")).get("kind")
+        described = json.loads((folder / "run.json").read_text("utf-8"))
     except (OSError, ValueError):
         return None
+    return described.get("kind") if isinstance(described, dict) else None
 
 
 def _leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -17,7 +17,7 @@ from ldm.errors import LdmError, UsageError
 from ldm.images import to_float, to_uint8
 from ldm.logbook import console
 from ldm.metrics import psnr, ssim
-from ldm.run import resolve_device
+from ldm.run import memory_format, resolve_device
 from ldm.run_folder import newest_run
 
 # An image that comes back bit for bit has an infinite PSNR; one would make the mean infinite. At
@@ -63,7 +63,7 @@ def evaluate_checkpoint(
     try:
         perceptual = load_lpips(where)
     except LdmError as error:
-        console.print(f"without LPIPS: {error}")
+        console.print(f"without LPIPS: {error}", markup=False)
         perceptual = None
     console.print(
         f"measuring {path} on the {split} split of {config.source} at {resolution}×{resolution}"
@@ -107,7 +107,8 @@ def evaluate_autoencoder(
     ae.eval()
     try:
         for batch in evaluation_batches(source, resolution, batch_size, limit, workers=workers):
-            images = to_float(batch.images.to(device))
+            pixels = batch.images.to(device).contiguous(memory_format=memory_format(device))
+            images = to_float(pixels)
             recon = to_float(to_uint8(ae.decode(ae.encode(images).mode())))
             sums["psnr"] += psnr(images, recon).clamp(max=PSNR_CEILING).sum().item()
             sums["ssim"] += ssim(images, recon).sum().item()

@@ -42,6 +42,7 @@ def fid_of_samples(
     weights: Path | None = None,
     device: str = "auto",
     batch_size: int = 64,
+    limit: int | None = None,
 ) -> dict[str, Any]:
     """`measure_fid` with what is left out filled in: the newest samples, their model's own data.
 
@@ -60,8 +61,10 @@ def fid_of_samples(
         if "data" not in made_with:
             raise UsageError(f"{samples} does not say what data to compare with: give --data")
         reference = validate(DataConfig, made_with["data"])
-    console.print(f"measuring {samples} against the {split} split of {reference.source}")
-    return measure_fid(samples, reference, split, weights, device, batch_size)
+    console.print(
+        f"measuring {samples} against the {split} split of {reference.source}", markup=False
+    )
+    return measure_fid(samples, reference, split, weights, device, batch_size, limit)
 
 
 def measure_fid(
@@ -137,7 +140,7 @@ def measure_fid(
     }
     write_json(samples / "fid.json", result)
     for warning in result["warnings"]:
-        console.print(f"note: {warning}")
+        console.print(f"note: {warning}", markup=False)
     if missing:
         raise LdmError(
             f"{missing}; without FID, SWD {swd['mean']:.3f} (×10³) was measured and is in "

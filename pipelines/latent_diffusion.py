@@ -9,10 +9,10 @@ from torch import Tensor
 
 from autoencoders import Autoencoder, AutoencoderConfig
 from diffusion import EDM, UNet, karras_sigmas, sample_heun
-from ldm.checkpoint import ModelFile, load_model
+from ldm.checkpoint import ModelFile, build_with, load_model
 from ldm.config import validate
 from ldm.errors import LdmError, UsageError
-from ldm.run import resolve_device, resolve_precision
+from ldm.run import memory_format, resolve_device, resolve_precision
 from ldm.seeds import normal
 from pipelines.codec import Codec
 from pipelines.train_diffusion import DiffusionRecipe
@@ -43,10 +43,12 @@ class LatentDiffusionPipeline:
             LdmError: no such file, a stage-one file, damaged weights, or a device not there.
         """
         file = load_model(path, "diffusion")
-        recipe = validate(DiffusionRecipe, file.config)
+        try:
+            recipe = validate(DiffusionRecipe, file.config)
+        except UsageError as error:
+            raise LdmError(f"the config in {path} is not of this version: {error}") from error
         autoencoder = _load_autoencoder(file, path)
-        network = UNet(recipe.network)
-        _load_weights(network, file.weights, path)
+        network = build_with(lambda: UNet(recipe.network), file.weights, path)
         codec = Codec.from_statistics(autoencoder, file.statistics)
         side = recipe.resolution // autoencoder.downsampling
         shape = (recipe.network.latent_channels, side, side)
@@ -59,7 +61,7 @@ class LatentDiffusionPipeline:
         self.device = resolve_device(device)
         self.precision = resolve_precision(precision, self.device)
         for module in (self.denoiser, self.codec):
-            module.to(self.device, memory_format=torch.channels_last)
+            module.to(self.device, memory_format=memory_format(self.device))
         return self
 
     def __call__(
@@ -72,14 +74,15 @@ class LatentDiffusionPipeline:
     ) -> Tensor:
         """Sample images 0..n−1 of a seed → (n, 3, H, W) in [−1, 1], on the CPU.
 
-        Image i depends on (seed, i) alone: n and the batch size do not change it.
+        Image i depends on (seed, i) alone: n and the batch size change it by rounding at most.
 
         Args:
             steps: of Heun's sampler; each but the last calls the network twice.
             callback: called with the number of images done, after every batch.
         """
-        if n < 1:
-            raise UsageError(f"n={n}: at least one image must be asked for")
+        for name, value in (("n", n), ("batch_size", batch_size)):
+            if value < 1:
+                raise UsageError(f"{name}={value}: it must be at least 1")
         done = []
         for start in range(0, n, batch_size):
             indices = range(start, min(n, start + batch_size))
@@ -106,14 +109,5 @@ def _load_autoencoder(file: ModelFile, path: str | Path) -> Autoencoder:
     if inner is None or inner.sha256 != named:
         state = "lacks" if inner is None else "carries another"
         raise LdmError(f"{path} {state} autoencoder than the one it was trained on: it is altered")
-    autoencoder = Autoencoder(validate(AutoencoderConfig, inner.config))
-    _load_weights(autoencoder, inner.weights, path)
-    return autoencoder
-
-
-def _load_weights(module: torch.nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
-    try:
-        module.load_state_dict(weights)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise LdmError(f"{path} does not hold the weights its config asks for: {first}") from error
+    config = validate(AutoencoderConfig, inner.config)
+    return build_with(lambda: Autoencoder(config), inner.weights, path)

@@ -42,8 +42,9 @@ def sample_images(
 ) -> Path:
     """Write images 0..n−1 of a seed as PNGs, those already there left as they are.
 
-    Image i depends on (model, seed, steps, i) alone. Under a distributed launch every process
-    takes its share of the batches.
+    Image i depends on (model, seed, steps, i) alone; another batch size or another number of
+    processes changes it by rounding at most (1/255). Under a distributed launch every process takes
+    its share of the batches.
 
     Args:
         model: a stage-two `ckpt.pt` or run folder.

@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import model_validator
+from pydantic import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 from torch import Tensor, nn
 
 from autoencoders import Autoencoder, AutoencoderConfig
@@ -16,11 +22,12 @@ from autoencoders.discriminators.unet import UNetDiscriminator, UNetDiscriminato
 from autoencoders.losses import AdversarialConfig, LossConfig, Objective, load_lpips
 from ldm.checkpoint import ModelFile, save_model, write_json
 from ldm.config import Config, to_tree
-from ldm.data import Batch, DataConfig, Source, batches, open_source
+from ldm.data import Batch, DataConfig, Source, batches, holds_out, open_source
 from ldm.ema import Ema
+from ldm.errors import Interrupted
 from ldm.images import to_float
-from ldm.logbook import Logbook, progress_bar
-from ldm.run import Interrupted, Run, RunConfig, frozen, start_run
+from ldm.logbook import Logbook
+from ldm.run import Run, RunConfig, frozen, start_run
 from ldm.run_folder import is_finished, provenance
 from ldm.schedule import learning_rate, set_learning_rate
 from ldm.seeds import normal
@@ -30,9 +37,9 @@ from pipelines.validate import validate_autoencoder
 class Phase(Config):
     """A stretch of training at one resolution; weights, optimisers and critic are carried over."""
 
-    resolution: int
+    resolution: PositiveInt
     """Side of the square training images, in pixels."""
-    steps: int
+    steps: PositiveInt
     """Steps: each updates the generator, then the discriminator."""
 
 
@@ -43,19 +50,19 @@ class AutoencoderRecipe(AutoencoderConfig):
     """What is trained in turn: [{resolution: 128, steps: 100000}, …]."""
     data: DataConfig = DataConfig()
     """The images."""
-    batch_size: int = 16
+    batch_size: PositiveInt = 16
     """Images per step, over all processes and accumulated micro-batches."""
-    accumulate: int = 1
+    accumulate: PositiveInt = 1
     """Micro-batches per step, to fit a batch into less memory."""
-    lr: float = 1e-4
+    lr: PositiveFloat = 1e-4
     """Adam's learning rate, absolute: never scaled by batch or processes."""
     betas: tuple[float, float] = (0.5, 0.9)
     """Adam's betas, of both optimisers."""
-    warmup_images: int = 0
+    warmup_images: NonNegativeInt = 0
     """Images over which the learning rate rises from 0."""
-    clip_norm: float | None = None
+    clip_norm: PositiveFloat | None = None
     """Largest norm of a gradient, in either network; null: no clipping."""
-    ema_half_life_images: float = 0.0
+    ema_half_life_images: NonNegativeFloat = 0.0
     """Half-life of the averaged weights in ckpt.pt, in images; 0: the last weights."""
     loss: LossConfig = LossConfig()
     """Weights of the reconstruction's terms; 0 turns one off, free of cost."""
@@ -63,17 +70,26 @@ class AutoencoderRecipe(AutoencoderConfig):
     """The adversarial term."""
     discriminator: UNetDiscriminatorConfig = UNetDiscriminatorConfig()
     """The network that judges."""
-    validate_images: int = 256
+    validate_images: PositiveInt = 256
     """Held-out images measured at every validation."""
     run: RunConfig = RunConfig()
     """How the run is carried out and watched."""
 
     @model_validator(mode="after")
-    def _positive(self) -> "AutoencoderRecipe":
+    def _fits_together(self) -> "AutoencoderRecipe":
+        """What would otherwise come to light hours later, when a phase or the critic begins."""
         if not self.phases:
             raise ValueError("phases is empty: give at least one, {resolution: 256, steps: 1000}")
-        if self.batch_size < 1 or self.accumulate < 1 or self.batch_size % self.accumulate:
-            raise ValueError("batch_size must be a positive multiple of accumulate")
+        if self.batch_size % self.accumulate:
+            raise ValueError("batch_size must be a multiple of accumulate")
+        halvings = 2 ** len(self.discriminator.multipliers) if self.adversarial.weight else 1
+        factor = max(self.encoder.downsampling, halvings)  # powers of two, both
+        for phase in self.phases:
+            if phase.resolution % factor:
+                raise ValueError(
+                    f"phases: resolution {phase.resolution} must be a multiple of {factor}, for "
+                    f"the encoder ({self.encoder.downsampling}) and the discriminator ({halvings})"
+                )
         return self
 
     @property
@@ -102,7 +118,8 @@ def train_autoencoder(
         phase.resolution: open_source(recipe.data, "train", phase.resolution)
         for phase in recipe.phases
     }
-    held_out = open_source(recipe.data, "val", recipe.phases[-1].resolution)
+    final = recipe.phases[-1].resolution
+    held_out = open_source(recipe.data, "val", final) if holds_out(recipe.data) else None
     perceptual = load_lpips() if recipe.loss.lpips else None
 
     with start_run("autoencoder", preset, recipe, recipe.run, recipe.accumulate, folder) as run:
@@ -112,9 +129,8 @@ def train_autoencoder(
         run.check_batch(recipe.batch_size, recipe.accumulate)
 
         # the same initial weights on every process: start_run has seeded them
-        autoencoder = Autoencoder(recipe.model).to(run.device, memory_format=torch.channels_last)
-        critic = UNetDiscriminator(recipe.discriminator)
-        critic = critic.to(run.device, memory_format=torch.channels_last)
+        autoencoder = run.place(Autoencoder(recipe.model))
+        critic = run.place(UNetDiscriminator(recipe.discriminator))
         objective = Objective(recipe.loss, recipe.adversarial, perceptual)
         ema = Ema(autoencoder, recipe.ema_half_life_images)
         opt_ae, opt_critic = (
@@ -130,10 +146,11 @@ def train_autoencoder(
             return {name: part.state_dict() for name, part in parts.items()}
 
         def validate() -> dict[str, float]:
+            if held_out is None:
+                return {}
             return validate_autoencoder(
-                run, ema.model, held_out, recipe.phases[-1].resolution, recipe.validate_images,
-                images_seen, logbook,
-            )  # fmt: skip
+                run, ema.model, held_out, final, recipe.validate_images, images_seen, logbook
+            )
 
         images_seen, numbers = 0, {}
         if saved := run.resume():
@@ -144,7 +161,7 @@ def train_autoencoder(
 
         logbook = Logbook(run.folder if run.is_main else None, images_seen)
         run.say(_opening(recipe, run, autoencoder, critic))
-        with progress_bar() as bar:
+        with run.progress() as bar:
             task = bar.add_task(
                 "training", total=recipe.total_steps, completed=images_seen // recipe.batch_size,
                 speed="", note="",
@@ -156,8 +173,7 @@ def train_autoencoder(
                 for optimizer in (opt_ae, opt_critic):
                     set_learning_rate(optimizer, lr)
 
-                images = to_float(batch.images.to(run.device, non_blocking=True))
-                images = images.contiguous(memory_format=torch.channels_last)
+                images = to_float(run.place(batch.images))
                 side = resolution // autoencoder.downsampling
                 shape = (recipe.latent_channels, side, side)
                 noise = normal(run.seed, "posterior", batch.k.tolist(), shape).to(run.device)
@@ -181,15 +197,16 @@ def train_autoencoder(
                         task, completed=step, speed=f"{row['images_per_second']:.1f} images/s",
                         note=f"l1 {row.get('l1', float('nan')):.3f}",
                     )  # fmt: skip
+                if step % recipe.run.save_every_steps == 0 or last or stop:
+                    # the model first: a run that finds its last state is over has made it
+                    _export(run, recipe, ema.model, images_seen)
+                    run.save(images_seen, state())
+                if stop and not last:
+                    raise Interrupted(f"stopped after step {step}, saved in {run.folder}")
                 if step % recipe.run.validate_every_steps == 0 or last:
                     numbers = validate()
                     shown = ", ".join(f"{k} {v:.3f}" for k, v in numbers.items() if k != "count")
                     run.say(f"step {step:>6}/{recipe.total_steps}: held-out {shown}")
-                if step % recipe.run.save_every_steps == 0 or last or stop:
-                    run.save(images_seen, state())
-                    _export(run, recipe, ema.model, images_seen)
-                if stop and not last:
-                    raise Interrupted(f"stopped after step {step}, saved in {run.folder}")
         # a run killed between its last state and its result comes back here with nothing to train
         numbers = numbers or validate()
         logbook.close()
@@ -228,16 +245,13 @@ def train_step(
             # the unwrapped critic, frozen: it passes gradients on and gets none
             with frozen(run.unwrap(critic)) as judge, run.autocast():
                 terms["adversarial"] = objective.fool(judge(out.recon))
-                total = objective.total(terms, adversarial_weight)
-                norm = run.step(total, ae, opt_ae, "autoencoder", clip_norm)
-        else:
-            total = objective.total(terms, adversarial_weight)
-            norm = run.step(total, ae, opt_ae, "autoencoder", clip_norm)
+        total = objective.total(terms, adversarial_weight)
+        norm = run.step(total, ae, opt_ae, "autoencoder", clip_norm)
         if norm is not None:
             terms["gradient_norm"] = norm
 
         if adversarial_weight > 0:
-            # one forward for real and fake: its power iteration runs once a step
+            # one forward for real and fake: the power iteration in it runs once
             with run.autocast():
                 verdicts = critic(torch.cat([images, out.recon.detach()]))
             real, fake = verdicts.chunk(2)

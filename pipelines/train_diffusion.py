@@ -4,7 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 from torch import Tensor, nn
 
 from autoencoders import load_autoencoder
@@ -13,10 +20,10 @@ from ldm.checkpoint import ModelFile, fingerprint, save_model, write_json
 from ldm.config import Config, to_tree
 from ldm.data import DataConfig, batches, open_source
 from ldm.ema import Ema
-from ldm.errors import LdmError
+from ldm.errors import Interrupted, LdmError, UsageError
 from ldm.images import to_float
-from ldm.logbook import Logbook, progress_bar
-from ldm.run import Interrupted, Run, RunConfig, start_run
+from ldm.logbook import Logbook
+from ldm.run import Run, RunConfig, start_run
 from ldm.run_folder import is_finished, provenance
 from ldm.schedule import learning_rate, set_learning_rate
 from ldm.seeds import normal
@@ -29,7 +36,7 @@ class DiffusionRecipe(Config):
 
     autoencoder: str = ""
     """Stage one: its ckpt.pt, .safetensors or run folder; `--ae` sets it."""
-    resolution: int = 256
+    resolution: PositiveInt = 256
     """Side of the square training images, in pixels."""
     network: UNetConfig = UNetConfig()
     """The network that denoises; latent_channels is taken from stage one."""
@@ -37,33 +44,31 @@ class DiffusionRecipe(Config):
     """Preconditioning and the draw of noise levels."""
     data: DataConfig = DataConfig()
     """The images."""
-    statistics_images: int = 10_000
+    statistics_images: PositiveInt = 10_000
     """Images over which the latents' mean and standard deviation are measured, before training."""
-    steps: int = 500_000
+    steps: PositiveInt = 500_000
     """Updates."""
-    batch_size: int = 48
+    batch_size: PositiveInt = 48
     """Images per step, over all processes and accumulated micro-batches."""
-    accumulate: int = 1
+    accumulate: PositiveInt = 1
     """Micro-batches per step, to fit a batch into less memory."""
-    lr: float = 1e-4
+    lr: PositiveFloat = 1e-4
     """Adam's learning rate, absolute: never scaled by batch or processes."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's betas."""
-    warmup_images: int = 0
+    warmup_images: NonNegativeInt = 0
     """Images over which the learning rate rises from 0."""
-    clip_norm: float | None = 1.0
+    clip_norm: PositiveFloat | None = 1.0
     """Largest norm of the gradient; null: no clipping."""
-    ema_half_life_images: float = 500_000
+    ema_half_life_images: NonNegativeFloat = 500_000
     """Half-life of the averaged weights in ckpt.pt, in images; 0: the last weights."""
     run: RunConfig = Field(default=RunConfig(validate_every_steps=5000, save_every_steps=5000))
     """How the run is carried out and watched."""
 
     @model_validator(mode="after")
-    def _positive(self) -> "DiffusionRecipe":
-        if self.batch_size < 1 or self.accumulate < 1 or self.batch_size % self.accumulate:
-            raise ValueError("batch_size must be a positive multiple of accumulate")
-        if self.steps < 1 or self.statistics_images < 1:
-            raise ValueError("steps and statistics_images must be at least 1")
+    def _fits_together(self) -> "DiffusionRecipe":
+        if self.batch_size % self.accumulate:
+            raise ValueError("batch_size must be a multiple of accumulate")
         return self
 
 
@@ -86,6 +91,12 @@ def train_diffusion(
     recipe = recipe.model_copy(update={"network": config})
     side = recipe.resolution // autoencoder.downsampling
     shape = (config.latent_channels, side, side)
+    factor = autoencoder.downsampling * 2 ** (len(config.multipliers) - 1)
+    if recipe.resolution % factor:
+        raise UsageError(
+            f"resolution={recipe.resolution} must be a multiple of {factor}: the autoencoder "
+            f"divides by {autoencoder.downsampling}, the network's multipliers by the rest"
+        )
 
     with start_run("diffusion", preset, recipe, recipe.run, recipe.accumulate, folder) as run:
         if is_finished(run.folder):
@@ -93,7 +104,7 @@ def train_diffusion(
             return run.folder
         run.check_batch(recipe.batch_size, recipe.accumulate)
 
-        network = UNet(config).to(run.device, memory_format=torch.channels_last)
+        network = run.place(UNet(config))
         denoiser = EDM(network, recipe.edm.sigma_data)
         ema = Ema(denoiser, recipe.ema_half_life_images)
         optimizer = torch.optim.Adam(
@@ -101,7 +112,7 @@ def train_diffusion(
         )
         parts = {"denoiser": denoiser, "ema": ema, "optimizer": optimizer}
 
-        autoencoder = autoencoder.to(run.device, memory_format=torch.channels_last)
+        autoencoder = run.place(autoencoder)
         images_seen, row, saved = 0, {}, run.resume()
         if saved is None:
             codec = measure_codec(autoencoder, recipe, source, run)
@@ -123,7 +134,7 @@ def train_diffusion(
 
         logbook = Logbook(run.folder if run.is_main else None, images_seen)
         run.say(_opening(recipe, run, network, codec))
-        with progress_bar() as bar:
+        with run.progress() as bar:
             task = bar.add_task(
                 "training", total=recipe.steps, completed=images_seen // recipe.batch_size,
                 speed="", note="",
@@ -137,8 +148,7 @@ def train_diffusion(
                 set_learning_rate(optimizer, lr)
                 run.seed_dropout(int(batch.k[0]))
 
-                images = to_float(batch.images.to(run.device, non_blocking=True))
-                images = images.contiguous(memory_format=torch.channels_last)
+                images = to_float(run.place(batch.images))
                 ks = batch.k.tolist()
                 posterior, noise = (
                     normal(run.seed, purpose, ks, shape).to(run.device, non_blocking=True)
@@ -162,14 +172,15 @@ def train_diffusion(
                         task, completed=step, speed=f"{row['images_per_second']:.1f} images/s",
                         note=f"loss {row['loss']:.3f}",
                     )  # fmt: skip
+                if step % recipe.run.save_every_steps == 0 or last or stop:
+                    # the model first: a run that finds its last state is over has made it
+                    _export(run, recipe, ema.model, codec, images_seen)
+                    run.save(images_seen, state())
+                if stop and not last:
+                    raise Interrupted(f"stopped after step {step}, saved in {run.folder}")
                 if step % recipe.run.validate_every_steps == 0 or last:
                     draw_samples(run, ema.model, codec, shape, images_seen, logbook)
                     run.say(f"step {step:>6}/{recipe.steps}: loss {loss.item():.4f}, samples drawn")
-                if step % recipe.run.save_every_steps == 0 or last or stop:
-                    run.save(images_seen, state())
-                    _export(run, recipe, ema.model, codec, images_seen)
-                if stop and not last:
-                    raise Interrupted(f"stopped after step {step}, saved in {run.folder}")
         logbook.close()
         if run.is_main:
             write_json(run.folder / "result.json", {"images_seen": images_seen, **row})
@@ -207,7 +218,7 @@ def measure_codec(autoencoder: Any, recipe: DiffusionRecipe, source: Any, run: R
         source, recipe.data, recipe.resolution, run.seed, 0, count, per_process,
         rank=run.rank, world=run.world,
     )  # fmt: skip
-    images = (to_float(batch.images.to(run.device)) for batch in stream)
+    images = (to_float(run.place(batch.images)) for batch in stream)
     with run.autocast():
         mean, std = measure_latents(
             autoencoder, images, lambda sums: run.accelerator.reduce(sums, "sum")

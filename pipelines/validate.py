@@ -1,14 +1,11 @@
 """What a training run shows of itself: numbers and pictures of held-out images, and samples."""
 
-import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from autoencoders import Autoencoder
 from diffusion import karras_sigmas, sample_heun
-from ldm.data import Source
-from ldm.data.transforms import center_crop
+from ldm.data import Source, sheet_images
 from ldm.images import grid, latents_as_rgb, save_grid, to_float
 from ldm.logbook import Logbook
 from ldm.run import Run
@@ -54,16 +51,12 @@ def reconstruction_sheet(
     Returns:
         The pictures (3·columns, 3, H, W), on the CPU, and how many columns there are.
     """
-    columns = min(columns, len(source))
-    chosen = [
-        center_crop(source.load(i * len(source) // columns), resolution) for i in range(columns)
-    ]
-    images = rearrange(torch.from_numpy(np.stack(chosen)), "b h w c -> b c h w")
-    images = to_float(images).to(next(autoencoder.parameters()).device)
+    images = to_float(sheet_images(source, resolution, columns))
+    images = images.to(next(autoencoder.parameters()).device)
     latents = autoencoder.encode(images).mode()
     recon = autoencoder.decode(latents).clamp(-1, 1)
     shown = nn.functional.interpolate(latents_as_rgb(latents), images.shape[-2:])
-    return torch.cat([images, recon, shown]).cpu(), columns
+    return torch.cat([images, recon, shown]).cpu(), len(images)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import warnings
 import typer
 
 from ldm.cli import data, demo, evaluate, presets, sample, train
-from ldm.errors import LdmError
+from ldm.errors import Interrupted, LdmError
 
 INTERRUPTED = 130
 
@@ -48,10 +48,15 @@ def main() -> None:
         # libraries' notes to developers: nothing a person at this prompt could act on
         warnings.filterwarnings("ignore")
         os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # σ and ² on a terminal that knows neither
+            stream.reconfigure(errors="replace")
     try:
         code = app(standalone_mode=False, prog_name="ldm")
     except USAGE_ERROR as error:
         _misused(error)
+    except Interrupted as error:
+        _leave(f"{error}; the same command goes on from there", INTERRUPTED)
     except LdmError as error:
         if debug:
             raise
@@ -59,8 +64,6 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        if type(error).__name__ == "Interrupted":  # a run that has saved itself
-            _leave(f"{error}; the same command goes on from there", INTERRUPTED)
         text = str(error).strip().partition("\n")[0]
         _fail(f"{type(error).__name__}: {text} (unexpected: --debug shows where)", 1)
     if code == INTERRUPTED:

@@ -23,6 +23,9 @@ def fid(
         Path | None, typer.Option(help="inception-2015-12-05.pt, if you have it.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 64,
+    limit: Annotated[
+        int | None, typer.Option(help="At most this many images of either side.")
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Measure samples against data: FID, and sliced Wasserstein distance (needs no weights).
@@ -31,7 +34,7 @@ def fid(
     """
     from pipelines.fid import fid_of_samples
 
-    result = fid_of_samples(samples, data, split, weights, device, batch_size)
+    result = fid_of_samples(samples, data, split, weights, device, batch_size, limit)
     typer.echo(f"FID {result['fid']:.3f}, SWD {result['swd']['mean']:.3f} (×10³)")
 
 

@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from ldm.cli.say import say
+
 
 def sample(
     model: Annotated[
@@ -30,7 +32,9 @@ def sample(
 
     if model is None:
         model = newest_run("diffusion")
-        typer.echo(f"model: {model}")
+        say(f"model: {model}")
     folder = sample_images(model, n, out, seed, steps, batch_size, device, precision)
-    typer.echo(f"done: {n:,} images in {folder}, the first of them in {folder}/grid.png")
-    typer.echo(f"next: ldm fid {folder}")
+    say(
+        f"done: {n:,} images in {folder}, the first of them in {folder}/grid.png",
+        f"next: ldm fid {folder}",
+    )

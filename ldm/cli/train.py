@@ -1,9 +1,12 @@
 """`ldm train-ae` and `ldm train-diffusion`."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from ldm.cli.say import say
 
 Settings = Annotated[
     list[str] | None, typer.Argument(metavar="key=value …", help="Settings; see `ldm show`.")
@@ -32,7 +35,7 @@ def train_ae(
 
     recipe = resolve(AutoencoderRecipe, load_preset("ae", preset), settings or [])
     folder = train_autoencoder(recipe, preset, run)
-    _say(f"{folder}/ckpt.pt", f"ldm train-diffusion --ae {folder}/ckpt.pt")
+    say(f"done: {folder}/ckpt.pt", f"next: ldm train-diffusion --ae {folder}/ckpt.pt")
 
 
 def train_diffusion(
@@ -53,22 +56,18 @@ def train_diffusion(
     ldm train-diffusion --ae runs/x/ckpt.pt
     """
     from ldm.config import load_preset, resolve
+    from ldm.errors import UsageError
     from ldm.run_folder import newest_run
     from pipelines.train_diffusion import DiffusionRecipe, train_diffusion
 
     words = list(words or [])
     preset = words.pop(0) if words and "=" not in words[0] else "ffhq256"
-    if ae is None:
-        ae = newest_run("autoencoder") / "ckpt.pt"
-        typer.echo(f"autoencoder: {ae}")
-    words.append(f"autoencoder={str(ae)!r}")
+    named = any(word.partition("=")[0].strip() == "autoencoder" for word in words)
+    if named and ae is not None:
+        raise UsageError("the autoencoder is given twice: --ae and autoencoder= are the same")
+    if not named:
+        ae = ae or newest_run("autoencoder") / "ckpt.pt"
+        words.append(f"autoencoder={json.dumps(str(ae))}")
     recipe = resolve(DiffusionRecipe, load_preset("diffusion", preset), words)
     folder = train_diffusion(recipe, preset, run)
-    _say(f"{folder}/ckpt.pt", f"ldm sample {folder} --n 50000")
-
-
-def _say(made: str, then: str) -> None:
-    import os
-
-    if os.environ.get("RANK", "0") == "0":
-        typer.echo(f"done: {made}\nnext: {then}")
+    say(f"done: {folder}/ckpt.pt", f"next: ldm sample {folder} --n 50000")

@@ -1,11 +1,22 @@
 """Images in: where they come from, in which order, cut how, and loaded by whom.
 
 A source holds whole images (`photos`, a folder, a zip, shards); `batches` turns one into the stream
-of a training run, `evaluation_batches` into one pass. `ldm.data.prepare` writes shards.
+of a training run, `evaluation_batches` into one pass, `sheet_images` into a picture.
+`ldm.data.prepare` writes shards.
 """
 
-from ldm.data.dataset import DataConfig, open_source
+from ldm.data.dataset import DataConfig, holds_out, open_source
 from ldm.data.loader import Batch, batches, evaluation_batches
+from ldm.data.sheet import sheet_images
 from ldm.data.source import Source
 
-__all__ = ["Batch", "DataConfig", "Source", "batches", "evaluation_batches", "open_source"]
+__all__ = [
+    "Batch",
+    "DataConfig",
+    "Source",
+    "batches",
+    "evaluation_batches",
+    "holds_out",
+    "open_source",
+    "sheet_images",
+]

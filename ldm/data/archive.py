@@ -2,7 +2,6 @@
 
 import os
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ class ZipSource:
         try:
             with zipfile.ZipFile(path) as archive:
                 self._names = sorted(name for name in archive.namelist() if is_image(name))
-        except (zipfile.BadZipFile, OSError) as error:
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
             raise LdmError(f"{path} is truncated or no zip archive: copy it again") from error
         if not self._names:
             raise LdmError(f"{path} holds no images: {' '.join(SUFFIXES)} are read")
@@ -39,8 +38,8 @@ class ZipSource:
         name = self._names[index]
         try:
             data = self._archive().read(name)
-        except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
-            raise CorruptImage(str(error)) from error  # RuntimeError: it is encrypted
+        except Exception as error:  # encryption and damage make zipfile raise nearly anything
+            raise CorruptImage(str(error) or type(error).__name__) from error
         return decode(data, Path(name).suffix)
 
     def _archive(self) -> zipfile.ZipFile:

@@ -9,7 +9,7 @@ from ldm.config import Config
 from ldm.data.archive import ZipSource
 from ldm.data.folder import FolderSource
 from ldm.data.photos import open_photos
-from ldm.data.shards import ShardSource, open_shards
+from ldm.data.shards import ShardSource, open_shards, read_manifest
 from ldm.data.source import Source
 from ldm.data.split import Split, take_split
 from ldm.errors import LdmError, UsageError
@@ -25,7 +25,7 @@ class DataConfig(Config):
     .zip, a folder of .tar shards, one .tar, or several as a/{000..009}.tar."""
 
     crop: Literal["center", "random"] = "center"
-    """center: shorter side down to the resolution, centre cut out; random: a window at native size.
+    """center: the central square, brought down to the resolution; random: a window at native size.
     The built-in photographs are always cropped at random for training."""
 
     flip: bool = False
@@ -67,6 +67,20 @@ def open_source(config: DataConfig, split: Split, resolution: int) -> Source:
     images = open_images(path)
     by_manifest = images.held_out if isinstance(images, ShardSource) else None
     return take_split(images, split, by_manifest if config.held_out is None else config.held_out)
+
+
+def holds_out(config: DataConfig) -> bool:
+    """Whether images are held out for validation, so that `open_source` can open "val".
+
+    Raises:
+        LdmError: the manifest of prepared shards is damaged, or of a newer format.
+    """
+    if config.source == PHOTOS:
+        return True
+    if config.held_out is not None:
+        return config.held_out > 0
+    manifest = read_manifest(Path(config.source).expanduser())
+    return manifest is None or manifest["splits"]["val"]["count"] > 0
 
 
 def open_images(path: Path) -> FolderSource | ZipSource | ShardSource:

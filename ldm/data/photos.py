@@ -12,6 +12,7 @@ import numpy as np
 
 from ldm.data.split import Split
 from ldm.data.transforms import resize
+from ldm.seeds import generator
 
 PHOTOGRAPHS = (
     "astronaut",
@@ -43,7 +44,11 @@ class PhotoSource:
 
 
 class PhotoTiles:
-    """R×R tiles of the right thirds: the first of each photograph, then the second of each …"""
+    """R×R tiles of the right thirds: one of each photograph, then another of each, and so on.
+
+    Which comes when is drawn once and for all, so that the first few show the photographs' middles
+    as well as their corners.
+    """
 
     def __init__(self, resolution: int):
         self.resolution = resolution
@@ -75,11 +80,13 @@ def open_photos(split: Split, resolution: int) -> PhotoSource | PhotoTiles:
 
 def _corners(photograph: str, resolution: int) -> list[tuple[int, int]]:
     height, width = _part(photograph, "val", resolution).shape[:2]
-    return [
+    corners = [
         (top, left)
         for top in range(0, height - resolution + 1, resolution)
         for left in range(0, width - resolution + 1, resolution)
     ]
+    order = generator(0, f"tiles of {photograph}", resolution).permutation(len(corners))
+    return [corners[i] for i in order]
 
 
 @lru_cache

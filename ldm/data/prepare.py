@@ -26,7 +26,7 @@ from ldm.checkpoint import write_json
 from ldm.data.dataset import open_images
 from ldm.data.faults import FaultCount
 from ldm.data.pool import run_jobs
-from ldm.data.shard_writer import ShardJob, finished_shard, sidecar, write_shard
+from ldm.data.shard_writer import ShardJob, finished_shard, printable, sidecar, write_shard
 from ldm.data.shards import MANIFEST, MANIFEST_FORMAT
 from ldm.data.source import Source
 from ldm.data.split import held_out_count
@@ -72,11 +72,11 @@ def prepare(
     source = open_images(source_path)
     count = len(source)
     held_out = held_out_count(count, held_out)
-    names = "\n".join(_relative(source.name(i), source_path) for i in range(count))
+    names = "\n".join(source.name(i).removeprefix(f"{source_path}/") for i in range(count))
     settings = {
-        "source": source_path.resolve().name,
+        "source": printable(source_path.resolve().name),
         "images": count,
-        "names_sha256": sha256(names.encode()).hexdigest(),
+        "names_sha256": sha256(names.encode("utf-8", "surrogateescape")).hexdigest(),
         "size": size,
         "filter": filter,
         "crop": "center",
@@ -130,7 +130,7 @@ def _manifest(
         ]
         splits[split] = {"count": sum(shard["count"] for shard in shards), "shards": shards}
     skipped = [
-        {"name": _relative(name, source_path), "reason": reason}
+        {"name": name.removeprefix(printable(f"{source_path}/")), "reason": reason}
         for its_jobs in jobs.values()
         for job in its_jobs
         for name, reason in reports[job.name]["skipped"]
@@ -142,10 +142,6 @@ def _manifest(
         "splits": splits,
         "skipped": skipped,
     }
-
-
-def _relative(name: str, source_path: Path) -> str:
-    return name.removeprefix(f"{source_path}/")
 
 
 # ----------------------------------------------------------------------------- doing the work

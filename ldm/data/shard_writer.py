@@ -14,7 +14,7 @@ from ldm.checkpoint import write_atomically, write_json
 from ldm.data.decode import CorruptImage
 from ldm.data.shards import SIDECAR
 from ldm.data.source import Source, load_at_least
-from ldm.data.transforms import center_square
+from ldm.data.transforms import center_crop
 from ldm.errors import LdmError
 
 
@@ -54,9 +54,9 @@ def write_shard(
                 try:
                     image = load_at_least(source, index, size)
                 except CorruptImage as error:
-                    report["skipped"].append([source.name(index), str(error)])
+                    report["skipped"].append([printable(source.name(index)), str(error)])
                 else:
-                    square = center_square(image, size, settings["filter"])
+                    square = center_crop(image, size, settings["filter"])
                     writer.write({"__key__": f"{index:08d}", "png": _as_png(square)})
                 count()
         file.flush()
@@ -104,6 +104,11 @@ def finished_shard(
 def sidecar(tar: Path) -> Path:
     """Where the description of a shard is written: beside it."""
     return tar.with_name(tar.stem + SIDECAR)
+
+
+def printable(name: str) -> str:
+    """A file's name as JSON can hold it: bytes that are no UTF-8 as \\xff."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _as_png(image: np.ndarray) -> bytes:

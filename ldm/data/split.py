@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 
 from ldm.data.source import Source
-from ldm.errors import LdmError, UsageError
+from ldm.errors import UsageError
 
 Split = Literal["train", "val", "all"]
 
@@ -54,8 +54,8 @@ def take_split(source: Source, split: Split, held_out: int | None) -> Source:
     """The training or the held-out images of a source, or the source itself for "all".
 
     Raises:
-        UsageError: none would be left to train on.
-        LdmError: the held-out images are asked for and there are none.
+        UsageError: none would be left to train on, or the held-out ones are asked for and there
+            are none.
     """
     if split == "all":
         return source
@@ -64,5 +64,5 @@ def take_split(source: Source, split: Split, held_out: int | None) -> Source:
     if split == "train":
         return Part(source, range(cut))
     if cut == count:
-        raise LdmError("no images are held out for validation: set data.held_out to 1 or more")
+        raise UsageError("no images are held out for validation: set data.held_out to 1 or more")
     return Part(source, range(cut, count))

@@ -14,19 +14,19 @@ RESAMPLING = {
 }
 
 
-def center_crop(image: np.ndarray, resolution: int) -> np.ndarray:
-    """Shorter side down to R (Lanczos), then the centre: (H, W, 3) → (R, R, 3).
+def center_crop(image: np.ndarray, resolution: int, filter: Filter = "lanczos") -> np.ndarray:
+    """The whole central square, then down to R: (H, W, 3) → (R, R, 3).
+
+    In this order always: cut after resizing, the pixels would be others, and so would the FID.
 
     Raises:
         ValueError: a side is shorter than R; nothing is ever enlarged.
     """
     height, width = _checked_size(image, resolution)
-    shorter = min(height, width)
-    if shorter > resolution:
-        height, width = (round(side * resolution / shorter) for side in (height, width))
-        image = resize(image, height, width)
-    top, left = (height - resolution) // 2, (width - resolution) // 2
-    return image[top : top + resolution, left : left + resolution]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = image[top : top + side, left : left + side]
+    return square if side == resolution else resize(square, resolution, resolution, filter)
 
 
 def random_crop(image: np.ndarray, resolution: int, rng: np.random.Generator) -> np.ndarray:
@@ -43,19 +43,6 @@ def random_crop(image: np.ndarray, resolution: int, rng: np.random.Generator) ->
 def mirror(image: np.ndarray) -> np.ndarray:
     """Left and right exchanged: (H, W, 3) → (H, W, 3)."""
     return image[:, ::-1]
-
-
-def center_square(image: np.ndarray, size: int, filter: Filter = "lanczos") -> np.ndarray:
-    """The whole central square, then down to `size`: (H, W, 3) → (size, size, 3).
-
-    Raises:
-        ValueError: a side is shorter than `size`.
-    """
-    height, width = _checked_size(image, size)
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = image[top : top + side, left : left + side]
-    return square if side == size else resize(square, size, size, filter)
 
 
 def resize(image: np.ndarray, height: int, width: int, filter: Filter = "lanczos") -> np.ndarray:

@@ -1,5 +1,7 @@
 import json
 import pickle
+import random
+import struct
 import subprocess
 import sys
 import textwrap
@@ -80,6 +82,21 @@ def test_no_file_of_ours(tmp_path):
     assert "is not a model file" in message(tmp_path / "ckpt.pt")
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [({"weights": None}, "lacks a part"), ({"weights": {"w": 1}}, "no tensors"),
+     ({"config": []}, "lacks a part"), ({"format": "new"}, "has format new"),
+     ({"kind": ["autoencoder"]}, "is not a model file"), ({"kind": {}}, "is not a model file"),
+     ({"autoencoder": [1]}, "autoencoder that is none"),
+     ({"autoencoder": {"weights": {}}}, "autoencoder that is none")],
+)  # fmt: skip
+def test_a_file_of_the_wrong_shape(tmp_path, change, told):
+    save_model(tmp_path / "ckpt.pt", model())
+    tree = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    torch.save(tree | change, tmp_path / "ckpt.pt")
+    assert told in message(tmp_path / "ckpt.pt")
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize("part", [0.0, 0.3, 0.97])
 def test_truncated(tmp_path, suffix, part):
@@ -88,6 +105,45 @@ def test_truncated(tmp_path, suffix, part):
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * part)])
     assert "damaged" in message(path)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_any_damage_is_one_line_or_a_model(tmp_path, suffix):
+    """Bytes changed at random in the pickle or the header: nothing but LdmError may come."""
+    save_model(tmp_path / "ckpt.pt", model())
+    path, rng = tmp_path / f"ckpt{suffix}", random.Random(0)
+    whole = path.read_bytes()
+    told = 0
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for _ in range(3):
+            damaged[rng.randrange(min(len(whole), 700))] = rng.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            load_model(path, "autoencoder")
+        except LdmError as error:
+            told += "\n" not in str(error)
+    assert told > 100
+
+
+@pytest.mark.parametrize("raised", [IndexError, TypeError, struct.error, AssertionError, OSError])
+def test_whatever_the_reader_raises_is_damage(tmp_path, monkeypatch, raised):
+    def load(*_, **__):
+        raise raised("inside")
+
+    (tmp_path / "ckpt.pt").touch()
+    monkeypatch.setattr(torch, "load", load)
+    assert "is truncated or damaged" in message(tmp_path / "ckpt.pt")
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    def load(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    save_state(tmp_path, 8, {})
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(LdmError, match=r"could not read .*state\.pt \(Permission denied\)$"):
+        load_state(tmp_path / "8")
 
 
 class Bomb:
@@ -124,6 +180,18 @@ def test_a_half_written_state_is_not_taken(tmp_path):
     assert latest_state(tmp_path).name == "8"
 
 
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", pickle.dumps(print)])
+def test_a_damaged_state_says_how_to_go_on(tmp_path, content):
+    save_state(tmp_path, 8, {"seen": 8})
+    save_state(tmp_path, 16, {"seen": 16})
+    (tmp_path / "16" / "state.pt").write_bytes(content)
+    with pytest.raises(LdmError) as caught:
+        load_state(latest_state(tmp_path))
+    assert str(caught.value) == (
+        f"{tmp_path}/16 is damaged: delete that folder, and the state before it is used"
+    )
+
+
 def test_a_full_disk_leaves_the_last_good_files(tmp_path):
     """The process may write no file longer than 64 KiB: to it the disk is full."""
     save_state(tmp_path / "state", 8, {"seen": 8})
@@ -151,7 +219,7 @@ def test_a_full_disk_leaves_the_last_good_files(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.strip().splitlines()
-    assert len(lines) == 2 and all("make room" in line for line in lines)
+    assert len(lines) == 2 and all("(File too large): make room" in x for x in lines)
     assert (tmp_path / "ckpt.pt").read_bytes() == before
     assert load_state(latest_state(tmp_path / "state")) == {"seen": 8}
     left = {p.name for p in tmp_path.rglob("*")}
@@ -176,3 +244,14 @@ def test_safetensors_of_others_is_told(tmp_path):
 
     save_file({"w": torch.zeros(1)}, tmp_path / "x.safetensors", {"ldm": json.dumps(None)})
     assert "is not a model file" in message(tmp_path / "x.safetensors")
+
+
+def test_only_a_failed_write_is_called_one(tmp_path):
+    """A loader's worker that dies raises a RuntimeError wherever the process just is."""
+
+    def fail(file):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        write_atomically(tmp_path / "file", fail)
+    assert not list(tmp_path.iterdir())

@@ -120,6 +120,26 @@ def test_overrides_are_yaml():
     assert parse_override("a=b=c") == (["a"], "b=c")
 
 
+@pytest.mark.parametrize("word", ["2024", "no", "1e5", "0123", "2024-01-02", "null", "[a]", "a: b"])
+def test_a_word_is_taken_as_it_was_typed(word):
+    assert resolve(Thing, {}, [f"name={word}"]).name == word
+    assert resolve(Thing, {}, ["stages=[{steps: 1}]", f"name= {word} "]).name == word
+
+
+def test_only_what_wants_a_word_is_one():
+    text = refused("stages.0.steps=[3]", "name=2024")
+    assert "'stages.0.steps'" in text and text.endswith("(got [3])")
+    assert resolve(Thing, {}, ["name=2024", "limit=null"]).limit is None
+
+
+def test_round_numbers_may_be_written_with_an_exponent():
+    thing = resolve(Thing, {}, ["stages.0.steps=1e5", "lr=1e-4", "limit=-2.5E3"])
+    assert (thing.stages[0].steps, thing.lr, thing.limit) == (100_000, 1e-4, -2500.0)
+    assert resolve(Thing, {}, ["stages=[{steps: 2e3}]"]).stages[0].steps == 2000
+    assert "'stages.0.steps'" in refused("stages.0.steps=1e-1")
+    assert parse_override("a=1e5x") == (["a"], "1e5x")
+
+
 def test_tree_and_back():
     thing = resolve(Thing, {}, ["shape={type: square, side: 2}"])
     assert resolve(Thing, yaml.safe_load(yaml.safe_dump(to_tree(thing)))) == thing

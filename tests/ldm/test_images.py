@@ -1,8 +1,11 @@
+import errno
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from ldm.errors import LdmError
 from ldm.images import assert_range, grid, latents_as_rgb, save_grid, to_float, to_uint8
 
 
@@ -47,3 +50,18 @@ def test_latents_are_stretched_and_survive_one_channel():
     assert shown.shape == (2, 3, 8, 8) and shown.min() == -1 and shown.max() == 1
     assert latents_as_rgb(latents[:, :1]).shape == (2, 3, 8, 8)
     assert torch.isfinite(latents_as_rgb(torch.zeros(1, 4, 2, 2))).all()
+
+
+def test_a_sheet_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path, images = tmp_path / "sheet.png", torch.zeros(2, 3, 4, 4)
+    save_grid(images, path, 2)
+    before = path.read_bytes()
+
+    def full(self, file, format):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(LdmError, match=r"sheet\.png \(No space left on device\): make room"):
+        save_grid(images, path, 1)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

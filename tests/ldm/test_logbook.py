@@ -1,3 +1,10 @@
+import json
+import math
+import subprocess
+import sys
+import textwrap
+
+import pytest
 import torch
 
 from ldm.logbook import Logbook, cut_rows, read_rows
@@ -38,3 +45,70 @@ def test_another_process_writes_nothing(tmp_path):
     assert book.row(1)["l1"] == 1.0
     cut_rows(tmp_path / "none.jsonl", 0)
     assert not list(tmp_path.iterdir())
+
+
+def strict(line: str) -> dict:
+    def refuse(word):
+        raise ValueError(f"{word} is not JSON")
+
+    return json.loads(line, parse_constant=refuse)
+
+
+def test_a_skipped_step_leaves_the_row_finite_and_json(tmp_path):
+    book = Logbook(tmp_path)
+    for loss, norm in ((1.0, math.inf), (math.nan, math.nan), (3.0, math.nan)):
+        book.add(loss=torch.tensor(loss), norm=norm)
+    row = book.row(8, psnr=math.inf)
+    assert row["loss"] == 2.0 and f"{row['norm']:.3f}" == "nan"
+    book.close()
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    written = strict(line)
+    assert (written["loss"], written["norm"], written["psnr"]) == (2.0, None, None)
+    assert "norm" not in read_rows(tmp_path / "metrics.jsonl")[0]
+    cut_rows(tmp_path / "metrics.jsonl", 8)
+    assert (tmp_path / "metrics.jsonl").read_text() == line + "\n"
+
+
+def test_tensorboard_is_spared_what_is_not_finite(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    book = Logbook(tmp_path)
+    book.row(8, loss=math.nan)
+    book.row(16, loss=1.0)
+    book.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in events] == [(16, 1.0)]
+
+
+@pytest.mark.parametrize("content", ["[1]\n", '{"x": 1}\n', "7\n", "\xff\n"])
+def test_lines_that_are_no_rows_are_passed_over(tmp_path, content):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(content + '{"images_seen": 4}\n', "latin-1")
+    cut_rows(path, 4)
+    assert path.read_text() == '{"images_seen": 4}\n'
+
+
+@pytest.mark.parametrize("part", ["row", "picture"])
+def test_a_full_disk_is_one_line(tmp_path, part):
+    """The process may write no file longer than 64 KiB: to it the disk is full."""
+    code = textwrap.dedent(f"""
+        import resource, signal, torch
+        from pathlib import Path
+        from ldm.errors import LdmError
+        from ldm.logbook import Logbook
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        book = Logbook(Path({str(tmp_path)!r}))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+        try:
+            for seen in range(2000):
+                if {part!r} == "row":
+                    book.row(seen, **{{f"name{{i}}": 1 / 3 for i in range(100)}})
+                else:
+                    book.picture("noise", torch.rand(3, 128, 128), seen)
+        except LdmError as error:
+            print(error)
+    """)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.strip().splitlines()
+    assert line.startswith(f"could not write the metrics in {tmp_path} (File too large): make room")

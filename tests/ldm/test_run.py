@@ -96,6 +96,30 @@ def test_accumulated_micro_batches_make_one_update(tmp_path):
     assert torch.allclose(apart.weight, expected, atol=1e-6)
 
 
+def test_an_infinite_loss_in_any_micro_batch_spoils_the_step(tmp_path):
+    run = Run(tmp_path, RunConfig(device="cpu"), make_accelerator("cpu", accumulate=2))
+    module = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    before = module.weight.clone()
+    for extra in (float("inf"), 0.0):
+        with run.accumulate(module):
+            run.step(module(torch.ones(1, 1)).sum() + extra, module, optimizer, "it", None)
+    assert torch.equal(module.weight, before) and run.skipped["it"] == 1
+
+
+def test_a_launchers_environment_does_not_change_the_recipe(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    accelerator = make_accelerator("cpu")
+    assert accelerator.mixed_precision == "no"
+    assert accelerator.gradient_accumulation_steps == 1
+
+
+def test_what_is_said_may_hold_brackets(run, capsys):
+    run.say("runs/[abl]/[/x]")
+    assert "runs/[abl]/[/x]" in capsys.readouterr().out
+
+
 def test_save_and_resume(run):
     assert run.resume() is None
     run.skipped["it"] = 3
@@ -136,17 +160,22 @@ def test_precision_as_asked():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_asks_to_stop_and_a_second_leaves(tmp_path, number):
+def test_a_signal_asks_to_stop(tmp_path, number):
     config = RunConfig(device="cpu")
     handler = signal.getsignal(number)
     with start_run("autoencoder", "x", Recipe(), config, folder=tmp_path / "run") as run:
         assert not run.stop_asked()
         os.kill(os.getpid(), number)
         assert run.stop_asked()
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), number)
-            signal.sigtimedwait([], 1)
     assert signal.getsignal(number) is handler
+
+
+def test_a_second_ctrl_c_leaves_and_a_second_sigterm_lets_it_save(run):
+    """Launchers repeat SIGTERM; only a person at the keyboard means it."""
+    for _ in range(3):
+        run.ask_to_stop(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        run.ask_to_stop(signal.SIGINT)
 
 
 def test_two_processes_do_not_train_in_one_folder(tmp_path):

@@ -1,4 +1,9 @@
+import errno
+import fcntl
 import json
+import subprocess
+import sys
+from datetime import datetime
 
 import pytest
 import yaml
@@ -6,7 +11,14 @@ import yaml
 from ldm.config import Config
 from ldm.errors import LdmError
 from ldm.run import RunConfig
-from ldm.run_folder import differences, is_finished, new_or_unfinished, newest_run
+from ldm.run_folder import (
+    clear_leftovers,
+    differences,
+    is_finished,
+    lock,
+    new_or_unfinished,
+    newest_run,
+)
 
 
 class Recipe(Config):
@@ -63,3 +75,126 @@ def test_the_newest_run_that_fits(tmp_path):
     assert newest_run("autoencoder").name == "a"
     (folder / "ckpt.pt").touch()
     assert newest_run("autoencoder").name == "b"
+
+
+def test_runs_begun_in_the_same_second_have_folders_of_their_own(monkeypatch):
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2024, 1, 2, 3, 4, 5).astimezone(tz)
+
+    monkeypatch.setattr("ldm.run_folder.datetime", Clock)
+    rates = (1e-3, 1e-4, 1e-5)
+    folders = [new_or_unfinished("autoencoder", "tiny", Recipe(lr=lr), None) for lr in rates]
+    name = "20240102-030405-tiny"
+    assert [folder.name for folder in folders] == [name, f"{name}-2", f"{name}-3"]
+    for folder, lr in zip(folders, rates, strict=True):
+        assert yaml.safe_load((folder / "config.yaml").read_text())["lr"] == lr
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "runs").touch()
+    with pytest.raises(LdmError, match=r"could not make runs/.* \(Not a directory\)"):
+        new_or_unfinished("autoencoder", "tiny", Recipe(), None)
+
+
+def test_somebodys_folder_is_not_written_in(tmp_path):
+    folder = tmp_path / "thesis"
+    folder.mkdir()
+    (folder / ".DS_Store").touch()
+    assert new_or_unfinished("autoencoder", "tiny", Recipe(), folder) == folder
+    for name in ("run.json", "config.yaml"):
+        (folder / name).unlink()
+    (folder / "chapter1.tex").touch()
+    with pytest.raises(LdmError, match="thesis is not empty and holds no run: give --out another"):
+        new_or_unfinished("autoencoder", "tiny", Recipe(), folder)
+    assert not (folder / "config.yaml").exists()
+
+
+FOREIGN = [b"[]", b"null", b"{", '{"kind": "é"}'.encode("latin-1")]
+
+
+@pytest.mark.parametrize("content", FOREIGN)
+def test_a_foreign_run_json_is_passed_over(tmp_path, content):
+    foreign = tmp_path / "runs" / "x"
+    foreign.mkdir(parents=True)
+    (foreign / "run.json").write_bytes(content)
+    (foreign / "ckpt.pt").touch()
+    assert new_or_unfinished("autoencoder", "tiny", Recipe(), None) != foreign
+    with pytest.raises(LdmError, match="no autoencoder run"):
+        newest_run("autoencoder")
+    with pytest.raises(LdmError, match="holds no run"):
+        new_or_unfinished("autoencoder", "tiny", Recipe(), foreign)
+
+
+@pytest.mark.parametrize(
+    "content", [b"[1]", b"", b"{", "a: é".encode("latin-1"), b"1-2: 2024-99-99"]
+)
+def test_a_damaged_config_yaml_is_another_configuration(content):
+    first = new_or_unfinished("autoencoder", "tiny", Recipe(), None)
+    (first / "config.yaml").write_bytes(content)
+    assert differences(first, Recipe()) == ["config.yaml"]
+    assert new_or_unfinished("autoencoder", "tiny", Recipe(), None) != first
+
+
+def test_how_many_images_are_validated_is_watching(tmp_path):
+    class Watched(Config):
+        validate_images: int = 8
+        """Images."""
+
+    folder = new_or_unfinished("autoencoder", "tiny", Watched(), None)
+    assert differences(folder, Watched(validate_images=9)) == []
+
+
+def test_runs_are_found_where_they_are_and_not_among_samples(tmp_path):
+    for place in ("a/samples/seed0", "demo/autoencoder"):
+        folder = tmp_path / "runs" / place
+        new_or_unfinished("autoencoder", "x", Recipe(), folder)
+        (folder / "ckpt.pt").touch()
+    assert newest_run("autoencoder").as_posix() == "runs/demo/autoencoder"
+    (folder / "ckpt.pt").unlink()
+    with pytest.raises(LdmError, match="no autoencoder run"):
+        newest_run("autoencoder")
+
+
+def test_a_second_process_is_told_to_wait(tmp_path):
+    take = "import sys; from pathlib import Path; from ldm.run_folder import lock\n"
+    take += "with lock(Path(sys.argv[1])): pass"
+    with lock(tmp_path):
+        done = subprocess.run(
+            [sys.executable, "-c", take, tmp_path], capture_output=True, text=True
+        )
+    assert "another process is at work in" in done.stderr
+    with lock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("number", "held"),
+    [(errno.EAGAIN, True), (errno.EACCES, True), (errno.ENOLCK, False), (errno.ENOTSUP, False)],
+)
+def test_a_file_system_without_locks_goes_on_without_one(tmp_path, monkeypatch, number, held):
+    def flock(*_):
+        raise OSError(number, "no")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    if held:
+        with pytest.raises(LdmError, match="another process is at work"), lock(tmp_path):
+            pass
+    else:
+        with lock(tmp_path):
+            pass
+
+
+def test_what_a_kill_left_is_removed_and_nothing_else(tmp_path):
+    kept = ["state/8/state.pt", "pictures/a.png", "ckpt.pt", "samples/.x.partial", "a.partial"]
+    left = ["state/.writing-16/state.pt", ".ckpt.pt.7.partial", "pictures/.b.png.7.partial"]
+    for name in kept + left:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    clear_leftovers(tmp_path)
+    files = {
+        path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()
+    }
+    assert files == set(kept) and not (tmp_path / "state" / ".writing-16").exists()
+    clear_leftovers(tmp_path / "none")

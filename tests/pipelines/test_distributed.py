@@ -1,12 +1,16 @@
 """Two processes are one run: the same data, in the same order, and equal weights on both."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from ldm.checkpoint import latest_state, load_state
-from tests.small import AUTOENCODER, DIFFUSION, ldm
+from ldm.checkpoint import latest_state, load_model, load_state
+from tests.small import AUTOENCODER, DIFFUSION, ROOT, ldm
 
 # A process prints what it holds when it is done: its weights' fingerprint, the images it saw.
 SPY = """
@@ -38,12 +42,6 @@ finally:
 
 def launch(folder, stage: str, words: list, processes: int) -> list[tuple[str, list[int]]]:
     """(fingerprint of the weights, images seen) of every process."""
-    import os
-    import subprocess
-    import sys
-
-    from tests.small import ROOT
-
     script = folder / "spy.py"
     script.write_text(SPY.format(stage=stage))
     env = os.environ | {
@@ -103,6 +101,27 @@ def test_stage_one_and_two_on_two_processes(tmp_path):
     assert len(pictures) == 6
     for picture in pictures:
         assert (tmp_path / "a" / picture).read_bytes() == (tmp_path / "b" / picture).read_bytes()
+
+
+@pytest.mark.slow
+def test_three_processes_resume_to_the_bit(tmp_path):
+    """Three, because two numbers add up the same in either order."""
+    words = ["train-ae", "tiny", *AUTOENCODER, "batch_size=6", "run.keep_states=9"]
+    for run in ("whole", "again"):
+        done = ldm(*words, "--out", run, cwd=tmp_path, processes=3)
+        assert done.returncode == 0, done.stderr[-3000:]
+        if run == "whole":
+            # as a kill after the first state would have left it
+            shutil.copytree(tmp_path / "whole", tmp_path / "again")
+            for left in ("result.json", "ckpt.pt", "ckpt.safetensors"):
+                (tmp_path / "again" / left).unlink()
+            states = (tmp_path / "again" / "state").iterdir()
+            first, *later = sorted(states, key=lambda state: int(state.name))
+            for state in later:
+                shutil.rmtree(state)
+    assert f"going on from again/state/{first.name}" in done.stdout
+    ours, theirs = (load_model(tmp_path / run, "autoencoder") for run in ("again", "whole"))
+    assert ours.sha256 == theirs.sha256
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from autoencoders import Autoencoder, load_autoencoder
 from autoencoders.discriminators.unet import UNetDiscriminator
@@ -122,6 +124,53 @@ def test_accumulation_sees_the_same_images(tmp_path):
     assert a == pytest.approx(b, rel=1e-3)
 
 
+def test_a_death_between_the_last_model_and_the_last_state_leaves_no_stale_model(
+    tmp_path, monkeypatch
+):
+    import pipelines.train_autoencoder as job
+
+    whole = train_autoencoder(autoencoder_recipe(), "tiny", tmp_path / "whole")
+    save = job.save_model
+
+    def dies_at_the_end(path, model):
+        if model.provenance["images_seen"] == 32:
+            raise LdmError("disk full")
+        save(path, model)
+
+    monkeypatch.setattr(job, "save_model", dies_at_the_end)
+    with pytest.raises(LdmError, match="disk full"):
+        train_autoencoder(autoencoder_recipe(), "tiny", tmp_path / "run")
+    assert load_model(tmp_path / "run", "autoencoder").provenance["images_seen"] < 32
+    monkeypatch.setattr(job, "save_model", save)
+    folder = train_autoencoder(autoencoder_recipe(), "tiny", tmp_path / "run")
+    ours, theirs = (load_model(path, "autoencoder") for path in (folder, whole))
+    assert ours.sha256 == theirs.sha256 and ours.provenance["images_seen"] == 32
+
+
+def make_pictures(folder, count: int) -> None:
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{i:03d}.png")
+
+
+def test_a_corrupt_held_out_picture_does_not_end_the_training(tmp_path):
+    make_pictures(tmp_path / "data", 128)
+    (tmp_path / "data" / "008.png").write_bytes(b"no picture")  # the first of those held out
+    recipe = autoencoder_recipe(f"data.source={tmp_path / 'data'}", "data.workers=0",
+                                "data.held_out=120", "validate_images=300")  # fmt: skip
+    folder = train_autoencoder(recipe, "tiny", tmp_path / "run")
+    assert read_rows(folder / "metrics.jsonl")[-1]["val_count"] == 119
+
+
+def test_with_nothing_held_out_it_trains_without_validation(tmp_path):
+    make_pictures(tmp_path / "data", 8)
+    recipe = autoencoder_recipe(f"data.source={tmp_path / 'data'}", "data.workers=0",
+                                "data.held_out=0")  # fmt: skip
+    folder = train_autoencoder(recipe, "tiny", tmp_path / "run")
+    assert (folder / "result.json").is_file() and not (folder / "pictures").exists()
+
+
 def test_missing_vgg_weights_stop_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     with pytest.raises(LdmError) as caught:
@@ -141,7 +190,18 @@ def test_missing_data_says_how_to_prepare_it_and_what_else_there_is(tmp_path):
 
 @pytest.mark.parametrize(
     ("setting", "told"),
-    [("accumulate=3", "multiple of accumulate"), ("phases=[]", "phases is empty")],
+    [
+        ("accumulate=3", "multiple of accumulate"),
+        ("phases=[]", "phases is empty"),
+        ("phases.0.steps=0", r"'phases.0.steps': .*greater than 0"),
+        ("phases.0.resolution=36", "resolution 36 must be a multiple of 8"),
+        ("discriminator.multipliers=[1, 2, 2, 2, 2, 2]", "must be a multiple of 64"),
+        ("clip_norm=0", "'clip_norm'"),
+        ("lr=-1", "'lr'"),
+        ("run.log_every_steps=0", "'run.log_every_steps'"),
+        ("run.keep_states=0", "'run.keep_states'"),
+        ("validate_images=0", "'validate_images'"),
+    ],
 )
 def test_recipes_that_cannot_be(setting, told):
     with pytest.raises(UsageError, match=told):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ldm.checkpoint import ModelFile, load_model, save_model
-from ldm.errors import LdmError
+from ldm.errors import LdmError, UsageError
 from ldm.logbook import read_rows
 from pipelines.latent_diffusion import LatentDiffusionPipeline
 from pipelines.train_autoencoder import train_autoencoder
@@ -77,6 +77,13 @@ def test_another_autoencoder_under_a_started_run_is_refused(stage_one, tmp_path)
     save_model(file, model)
     with pytest.raises(LdmError, match=r"not the autoencoder .* was started with"):
         train_diffusion(diffusion_recipe(file), "tiny", tmp_path / "run")
+
+
+def test_a_resolution_the_network_cannot_take_is_told_at_once(stage_one, tmp_path):
+    recipe = diffusion_recipe(stage_one, "resolution=40")
+    with pytest.raises(UsageError, match="resolution=40 must be a multiple of 16"):
+        train_diffusion(recipe, "tiny", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_stage_two_is_no_stage_one(stage_two, tmp_path):

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ldm.data.decode import CorruptImage
+
 
 def noise(seed: int, height: int = 48, width: int = 40) -> np.ndarray:
     """(height, width, 3) uint8, every pixel another."""
@@ -40,3 +42,21 @@ def zip_file(path: Path, members: dict[str, bytes]) -> Path:
         for name, data in members.items():
             archive.writestr(name, data)
     return path
+
+
+class Coded:
+    """Images in memory whose pixels hold (index, row, column); `corrupt` ones cannot be read."""
+
+    def __init__(self, count, corrupt=(), height=24, width=20):
+        self.count, self.corrupt, self.size = count, corrupt, (height, width)
+
+    def __len__(self):
+        return self.count
+
+    def name(self, index):
+        return f"image {index}"
+
+    def load(self, index):
+        if index in self.corrupt:
+            raise CorruptImage("truncated")
+        return coordinates(index, *self.size)

@@ -1,6 +1,7 @@
 import io
 import multiprocessing
 import pickle
+import zipfile
 
 import numpy as np
 import pytest
@@ -84,3 +85,30 @@ def test_a_zip_without_images_says_what_is_read(tmp_path):
     path = zip_file(tmp_path / "empty.zip", {"a.txt": b""})
     with pytest.raises(LdmError, match=r"empty\.zip holds no images: \.png"):
         ZipSource(path)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, 99])
+def test_damage_in_any_compression_is_corrupt(tmp_path, method):
+    """Bytes zeroed, and for 99 a method that zipfile does not know."""
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED if method == 99 else method) as archive:
+        archive.writestr("a.png", encode(noise(0)))
+    data = bytearray(path.read_bytes())
+    if method == 99:
+        # the method: 8 bytes into a local header, 10 into one of the directory
+        for signature, place in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
+            data[data.index(signature) + place] = 99
+    else:
+        data[45:400] = bytes(355)
+    path.write_bytes(data)
+    with pytest.raises(CorruptImage):
+        ZipSource(path).load(0)
+
+
+def test_a_member_that_ends_too_early_is_corrupt(edm_zip, monkeypatch):
+    def read(self, name):
+        raise EOFError
+
+    monkeypatch.setattr(zipfile.ZipFile, "read", read)
+    with pytest.raises(CorruptImage, match="EOFError"):
+        ZipSource(edm_zip).load(0)

@@ -1,7 +1,8 @@
 import pytest
 
 from ldm.config import resolve
-from ldm.data import DataConfig, open_source
+from ldm.data import DataConfig, holds_out, open_source
+from ldm.data.prepare import prepare
 from ldm.data.split import held_out_count
 from ldm.errors import LdmError, UsageError
 from tests.ldm.data.pictures import encode, noise, png_folder, zip_file
@@ -65,8 +66,27 @@ def test_a_split_that_leaves_nothing(tmp_path):
         open_source(DataConfig(source=folder), "train", 32)
     nothing_held_out = DataConfig(source=folder, held_out=0)
     assert len(open_source(nothing_held_out, "train", 32)) == 1
-    with pytest.raises(LdmError, match=r"no images are held out .*: set data\.held_out"):
+    with pytest.raises(UsageError, match=r"no images are held out .*: set data\.held_out"):
         open_source(nothing_held_out, "val", 32)
+
+
+def test_whether_images_are_held_out_is_known_beforehand(tmp_path):
+    folder = png_folder(tmp_path / "a", [noise(n) for n in range(3)])
+    prepare(folder, tmp_path / "none", size=32, held_out=0, workers=0)
+    prepare(folder, tmp_path / "some", size=32, held_out=1, workers=0)
+    for source, held_out, expected in [
+        ("photos", None, True), (folder, None, True), (folder, 0, False), (folder, 2, True),
+        (tmp_path / "none", None, False), (tmp_path / "none", 1, True),
+        (tmp_path / "some", None, True), (tmp_path / "some", 0, False),
+        (tmp_path / "some" / "val-{00000..00000}.tar", 0, False),
+    ]:  # fmt: skip
+        config = DataConfig(source=str(source), held_out=held_out)
+        assert holds_out(config) is expected
+        if expected:
+            assert len(open_source(config, "val", 32))
+        else:
+            with pytest.raises(UsageError, match="no images are held out"):
+                open_source(config, "val", 32)
 
 
 def test_held_out_does_not_apply_to_the_photographs():

@@ -9,28 +9,9 @@ import pytest
 import torch
 
 from ldm.data import DataConfig, batches, evaluation_batches, open_source
-from ldm.data.decode import CorruptImage
 from ldm.errors import LdmError, UsageError
 from ldm.seeds import generator
-from tests.ldm.data.pictures import coordinates, noise, png_folder
-
-
-class Coded:
-    """Images in memory whose pixels hold (index, row, column); `corrupt` ones cannot be read."""
-
-    def __init__(self, count, corrupt=(), height=24, width=20):
-        self.count, self.corrupt, self.size = count, corrupt, (height, width)
-
-    def __len__(self):
-        return self.count
-
-    def name(self, index):
-        return f"image {index}"
-
-    def load(self, index):
-        if index in self.corrupt:
-            raise CorruptImage("truncated")
-        return coordinates(index, *self.size)
+from tests.ldm.data.pictures import Coded, noise, png_folder
 
 
 class Fatal(Coded):

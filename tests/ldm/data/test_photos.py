@@ -82,3 +82,11 @@ def test_what_is_smaller_than_the_resolution_is_enlarged_just_enough(split):
 def test_the_photographs_cannot_be_changed_by_accident():
     with pytest.raises(ValueError, match="read-only"):
         open_photos("train", 64).load(0)[0, 0, 0] = 1
+
+
+def test_the_first_tiles_show_every_photograph_and_not_its_corner_alone():
+    tiles = open_photos("val", 64)
+    first = [tiles.name(i) for i in range(8)]
+    assert all(any(name in text for text in first) for name in PHOTOGRAPHS)
+    assert sum("row 0, column 0 " in text for text in first) < 4
+    assert first == [open_photos("val", 64).name(i) for i in range(8)]

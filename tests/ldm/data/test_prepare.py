@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from ldm.data import DataConfig, open_source
+from ldm.data import DataConfig, evaluation_batches, open_source
 from ldm.data.prepare import prepare
 from ldm.errors import LdmError, UsageError
 from tests.ldm.data.pictures import encode, noise, png_folder, zip_file
@@ -289,3 +290,29 @@ def test_a_killed_preparation_leaves_no_process_behind(large_images, tmp_path):
     while group_members(process.pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not group_members(process.pid)
+
+
+def test_prepared_or_read_directly_the_pixels_are_the_same(tmp_path):
+    """Odd sizes both ways, so that cutting and resizing do not exchange."""
+    sizes = [(97, 61), (61, 97), (64, 64), (33, 200), (32, 32), (75, 41)]
+    folder = png_folder(tmp_path / "images", [noise(n, *size) for n, size in enumerate(sizes)])
+    here(folder, tmp_path / "out", size=32, held_out=0)
+    direct, prepared = (
+        next(evaluation_batches(open_source(DataConfig(source=str(path)), "all", 32), 32, 8))
+        for path in (folder, tmp_path / "out")
+    )
+    assert len(direct.images) == 6 and torch.equal(direct.images, prepared.images)
+
+
+def test_names_that_are_no_utf8_are_written_readably(tmp_path):
+    folder = tmp_path / os.fsdecode(b"im\xe9ges")
+    try:
+        png_folder(folder, [noise(n) for n in range(150)])
+        (folder / os.fsdecode(b"0000\xff.png")).write_bytes(encode(noise(0)))
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    (folder / os.fsdecode(b"0001\xe9.png")).write_bytes(b"broken")
+    manifest = here(folder, tmp_path / "out", size=32)
+    assert manifest["count"] == 151 and manifest["source"] == "im\\xe9ges"
+    assert [skipped["name"] for skipped in manifest["skipped"]] == ["0001\\xe9.png"]
+    assert here(folder, tmp_path / "out", size=32) == manifest

@@ -2,17 +2,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.data.transforms import center_crop, center_square, mirror, random_crop
+from ldm.data.transforms import center_crop, mirror, random_crop
 from tests.ldm.data.pictures import coordinates, noise
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 96), (96, 64), (64, 64), (100, 161)])
-def test_center_crop_is_lanczos_then_the_centre(height, width):
+def test_center_crop_is_the_central_square_then_lanczos(height, width):
     image, side = noise(0, height, width), min(height, width)
-    small = (round(width * 32 / side), round(height * 32 / side))
-    whole = np.asarray(Image.fromarray(image).resize(small, Image.Resampling.LANCZOS))
-    top, left = (small[1] - 32) // 2, (small[0] - 32) // 2
-    np.testing.assert_array_equal(center_crop(image, 32), whole[top : top + 32, left : left + 32])
+    top, left = (height - side) // 2, (width - side) // 2
+    square = Image.fromarray(image).crop((left, top, left + side, top + side))
+    expected = np.asarray(square.resize((32, 32), Image.Resampling.LANCZOS))
+    np.testing.assert_array_equal(center_crop(image, 32), expected)
 
 
 def test_center_crop_at_native_size_only_cuts():
@@ -21,15 +21,15 @@ def test_center_crop_at_native_size_only_cuts():
     assert crop[-1, -1].tolist() == [7, 31, 35]
 
 
-def test_center_square_with_box_is_the_mean_of_blocks():
+def test_center_crop_with_box_is_the_mean_of_blocks():
     image = noise(1, 60, 40)
     blocks = image[10:50].reshape(10, 4, 10, 4, 3).mean(axis=(1, 3))
     # Pillow rounds after each of the two passes
-    assert abs(center_square(image, 10, "box") - blocks).max() <= 1
+    assert abs(center_crop(image, 10, "box") - blocks).max() <= 1
 
 
-def test_center_square_at_its_size_changes_nothing():
-    np.testing.assert_array_equal(center_square(noise(2, 40, 40), 40), noise(2, 40, 40))
+def test_center_crop_at_its_size_changes_nothing():
+    np.testing.assert_array_equal(center_crop(noise(2, 40, 40), 40), noise(2, 40, 40))
 
 
 def test_random_crop_reaches_every_place_and_stays_at_native_size():
@@ -48,7 +48,7 @@ def test_mirror():
 
 
 @pytest.mark.parametrize(
-    "cut", [center_crop, center_square, lambda i, r: random_crop(i, r, np.random.default_rng(0))]
+    "cut", [center_crop, lambda i, r: random_crop(i, r, np.random.default_rng(0))]
 )
 def test_nothing_is_enlarged(cut):
     with pytest.raises(ValueError, match="40×48 is smaller than 41×41"):
