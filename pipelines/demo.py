@@ -1,16 +1,19 @@
 """`ldm demo`: both stages on the photographs inside scikit-image, and a page of what they made."""
 
+import json
 import shutil
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from autoencoders import load_autoencoder
 from ldm.checkpoint import write_json
 from ldm.config import load_preset, resolve
-from ldm.data import Batch, batches, open_source
-from ldm.images import to_uint8
+from ldm.data import Batch, Source, batches, open_source
+from ldm.images import save_grid, to_uint8
 from ldm.logbook import console, read_rows
 from ldm.metrics import sliced_wasserstein
 from ldm.run_folder import provenance
@@ -24,38 +27,43 @@ from pipelines.validate import reconstruction_sheet
 SAMPLES = 16
 SWD_IMAGES = 256
 
+T = TypeVar("T")
 
-def run_demo(out: Path, fresh: bool = False) -> Path:
+
+def run_demo(
+    out: Path,
+    fresh: bool = False,
+    stage_one: Sequence[str] = (),
+    stage_two: Sequence[str] = (),
+) -> Path:
     """Train `tiny` of both stages in `out`, sample, measure, and write `out/report.html`.
 
     Stopped and started again it goes on; finished stages are not trained again.
 
     Args:
         fresh: throw away what `out` holds of an earlier demo first.
+        stage_one, stage_two: `key=value` settings over the two presets.
     """
     if fresh:
         for name in ("autoencoder", "diffusion"):
             shutil.rmtree(out / name, ignore_errors=True)
     began = time.monotonic()
-    stage_one = resolve(AutoencoderRecipe, load_preset("ae", "tiny"))
+    first = resolve(AutoencoderRecipe, load_preset("ae", "tiny"), stage_one)
     ae_folder = _timed(
-        "1/3 autoencoder", lambda: train_autoencoder(stage_one, "tiny", out / "autoencoder")
+        "1/3 autoencoder", lambda: train_autoencoder(first, "tiny", out / "autoencoder")
     )
-    stage_two = resolve(
-        DiffusionRecipe,
-        load_preset("diffusion", "tiny"),
-        [f"autoencoder={str(ae_folder / 'ckpt.pt')!r}"],
-    )
+    carried = f"autoencoder={json.dumps(str(ae_folder / 'ckpt.pt'))}"
+    second = resolve(DiffusionRecipe, load_preset("diffusion", "tiny"), [*stage_two, carried])
     ldm_folder = _timed(
-        "2/3 diffusion model", lambda: train_diffusion(stage_two, "tiny", out / "diffusion")
+        "2/3 diffusion model", lambda: train_diffusion(second, "tiny", out / "diffusion")
     )
-    path = _timed("3/3 samples and numbers", lambda: _report(out, ae_folder, ldm_folder, stage_two))
+    path = _timed("3/3 samples and numbers", lambda: _report(out, ae_folder, ldm_folder, second))
     minutes = (time.monotonic() - began) / 60
     console.print(f"the demo took {minutes:.1f} minutes")
     return path
 
 
-def _timed(what: str, job):
+def _timed(what: str, job: Callable[[], T]) -> T:
     console.print(f"[bold]{what}[/bold]")
     began = time.monotonic()
     made = job()
@@ -72,8 +80,11 @@ def _report(out: Path, ae_folder: Path, ldm_folder: Path, recipe: DiffusionRecip
 
     pipe = LatentDiffusionPipeline.from_pretrained(ldm_folder, "cpu")
     drawn = pipe(n=SWD_IMAGES, seed=0)
+    sheet, columns = reconstruction_sheet(autoencoder, held_out, resolution, 8)
+    save_grid(sheet, out / "reconstructions.png", columns)
+    save_grid(drawn[:SAMPLES], out / "samples.png", 8)
     train = open_source(recipe.data, "train", resolution)
-    # two disjoint stretches of crops the training never drew: a reference, and a floor to compare
+    # two sets of other crops of what was trained on: a reference, and the floor to compare with
     fresh = [
         torch.cat([batch.images for batch in _crops(train, recipe, seed)]) for seed in (1001, 1002)
     ]
@@ -103,10 +114,7 @@ def _report(out: Path, ae_folder: Path, ldm_folder: Path, recipe: DiffusionRecip
                 "Crops of the right third of each photograph, which training never saw. First row "
                 "the original, second what the decoder makes of its latent, third the latent's "
                 "first three channels as colours.",
-                page.picture(
-                    *reconstruction_sheet(autoencoder, held_out, resolution, 8),
-                    "original · reconstruction · latent",
-                ),
+                page.picture(sheet, columns, "original · reconstruction · latent"),
             ),
             page.section(
                 "Samples",
@@ -132,14 +140,14 @@ def _report(out: Path, ae_folder: Path, ldm_folder: Path, recipe: DiffusionRecip
     )  # fmt: skip
 
 
-def _crops(source, recipe: DiffusionRecipe, seed: int) -> list[Batch]:
+def _crops(source: Source, recipe: DiffusionRecipe, seed: int) -> list[Batch]:
     return list(batches(source, recipe.data, recipe.resolution, seed, 0, SWD_IMAGES, 32))
 
 
 def _curves(ae_folder: Path, ldm_folder: Path) -> str:
     one, two = (read_rows(folder / "metrics.jsonl") for folder in (ae_folder, ldm_folder))
 
-    def points(rows: list[dict], name: str) -> page.Points:
+    def points(rows: list[dict[str, float]], name: str) -> page.Points:
         return [(row["images_seen"], row[name]) for row in rows if name in row]
 
     return page.charts(
@@ -159,7 +167,7 @@ def _curves(ae_folder: Path, ldm_folder: Path) -> str:
     )
 
 
-def _table(numbers: dict) -> str:
+def _table(numbers: dict[str, Any]) -> str:
     return page.table([
         ("PSNR, SSIM", f"{numbers['psnr']:.3f} dB, {numbers['ssim']:.4f}: mean over "
          f"{numbers['held_out_crops']} held-out crops, averaged weights, posterior mean, 8 bit"),

@@ -93,10 +93,12 @@ def newest_samples() -> Path:
     Raises:
         LdmError: there is none.
     """
-    marks = sorted(RUNS.glob(f"**/{MARK}"), key=lambda mark: mark.stat().st_mtime)
+    # of a run, of a demo's run, or beside them; not deeper: a folder may hold 50,000 images
+    folders = ("*/samples/*", "*/*/samples/*", "*")
+    marks = [mark for folder in folders for mark in RUNS.glob(f"{folder}/{MARK}")]
     if not marks:
         raise LdmError(f"no samples under {RUNS}/: give their folder, or `ldm sample` first")
-    return marks[-1].parent
+    return max(marks, key=lambda mark: mark.stat().st_mtime).parent
 
 
 def _read_mark(mark: Path) -> dict[str, Any] | None:
