@@ -123,7 +123,12 @@ def _report(out: Path, ae_folder: Path, ldm_folder: Path, recipe: DiffusionRecip
                 "and rockets take a GPU and a real data set.",
                 page.picture(drawn[:SAMPLES], 8, f"images 0 to {SAMPLES - 1} of seed 0"),
             ),
-            page.section("Training", "How it went.", _curves(ae_folder, ldm_folder)),
+            page.section(
+                "Training",
+                "Over images seen. The discriminator joins in at a fifth of the way; PSNR is that "
+                "of averaged weights.",
+                _curves(ae_folder, ldm_folder),
+            ),
             page.section("Numbers", "What was measured, and on what.", _table(numbers)),
             page.section(
                 "Commands",
@@ -173,6 +178,6 @@ def _table(numbers: dict[str, Any]) -> str:
          f"{numbers['held_out_crops']} held-out crops, averaged weights, posterior mean, 8 bit"),
         ("Sliced Wasserstein distance", f"{numbers['swd']:.2f} ×10³: {numbers['swd_images']} "
          "samples (seed 0, 18 Heun steps) against as many random crops"),
-        ("The same for real crops", f"{numbers['swd_floor']:.2f} ×10³: what no model can beat, "
+        ("The same for real crops", f"{numbers['swd_floor']:.2f} ×10³: a floor: "
          "other crops of the same photographs"),
     ])  # fmt: skip

@@ -35,7 +35,8 @@ img { max-width: 100%; height: auto; image-rendering: pixelated; border-radius: 
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
         padding: .8rem 1rem } .tile b { display: block; font-size: 1.55rem; letter-spacing: -.02em }
 .tile span { color: var(--dim); font-size: .85rem }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); gap: 1rem }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr));
+          gap: 1rem }
 .chart { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
          padding: .8rem } .chart h3 { margin: 0 0 .3rem; font-size: .95rem }
 svg { width: 100%; height: auto; display: block } svg text { fill: var(--dim); font-size: 11px }
@@ -122,14 +123,12 @@ def chart(title: str, series: Mapping[str, Points], x_name: str, log: bool = Fal
         )
 
     parts = []
-    for i in range(5):
-        level = y_low + y_span * i / 4
-        y = place(x_low, level)[1]
-        label = f"{10**level if log else level:.3g}"
+    for level in _ticks(y_low, y_high, log):
+        y = place(x_low, scale(level))[1]
         parts.append(
             f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>'
         )
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{level:.4g}</text>')
     below = height - bottom + 16
     for x, anchor, label in (
         (left, "start", f"{x_low:,.0f}"),
@@ -151,3 +150,16 @@ def chart(title: str, series: Mapping[str, Points], x_name: str, log: bool = Fal
         f'<div class="chart"><h3>{escape(title)}</h3>'
         f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(parts)}</svg></div>'
     )
+
+
+def _ticks(low: float, high: float, log: bool) -> list[float]:
+    """Round values between two (of logarithms, if `log`): about five, 1, 2 or 5 times a power."""
+    if log:
+        decades = range(math.floor(low), math.ceil(high) + 1)
+        values = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5)]
+        return [value for value in values if low <= math.log10(value) <= high]
+    rough = (high - low) / 4 or 1.0
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(digit * power for digit in (1, 2, 5, 10) if digit * power >= rough)
+    first, last = math.ceil(low / step), math.floor(high / step)
+    return [i * step for i in range(first, last + 1)]

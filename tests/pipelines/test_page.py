@@ -1,3 +1,4 @@
+import math
 import xml.etree.ElementTree as ET
 
 import torch
@@ -23,6 +24,13 @@ def test_a_logarithm_spaces_decades_evenly_and_drops_what_has_none():
     heights = [float(p.split(",")[1]) for p in line.attrib["points"].split()]
     assert len(heights) == 3
     assert abs((heights[0] - heights[1]) - (heights[1] - heights[2])) < 0.2
+
+
+def test_ticks_are_round_and_within():
+    assert page._ticks(23.17, 27.0, log=False) == [24.0, 25.0, 26.0, 27.0]
+    assert page._ticks(-0.557, 0.57, log=False) == [-0.5, 0.0, 0.5]
+    assert page._ticks(math.log10(0.033), math.log10(0.477), log=True) == [0.05, 0.1, 0.2]
+    assert page._ticks(2.0, 2.0, log=False) == [2.0]
 
 
 def test_a_chart_of_nothing_is_nothing():
