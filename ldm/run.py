@@ -222,7 +222,15 @@ def start_run(
         run = Run(_from_main(accelerator, claim), config, accelerator)
         held.enter_context(_listening(run.ask_to_stop))
         torch.manual_seed(torch_seed(config.seed, "weights", 0))
-        yield run
+        try:
+            yield run
+        except RuntimeError as error:  # a signal's handler raises it wherever the run just is
+            if "DataLoader worker" not in str(error):
+                raise
+            raise LdmError(
+                "a loader worker was killed, most often for want of memory: lower data.workers; "
+                "the same command goes on from the last saved state"
+            ) from error
 
 
 def make_accelerator(device: str = "auto", accumulate: int = 1) -> Accelerator:

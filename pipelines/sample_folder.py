@@ -93,9 +93,8 @@ def newest_samples() -> Path:
     Raises:
         LdmError: there is none.
     """
-    # of a run, of a demo's run, or beside them; not deeper: a folder may hold 50,000 images
-    folders = ("*/samples/*", "*/*/samples/*", "*")
-    marks = [mark for folder in folders for mark in RUNS.glob(f"{folder}/{MARK}")]
+    # as deep as those of a demo's run lie, and no deeper: among the images there is none
+    marks = [mark for depth in range(1, 5) for mark in RUNS.glob("*/" * depth + MARK)]
     if not marks:
         raise LdmError(f"no samples under {RUNS}/: give their folder, or `ldm sample` first")
     return max(marks, key=lambda mark: mark.stat().st_mtime).parent

@@ -189,6 +189,14 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path):
         pass
 
 
+def test_a_killed_loader_worker_is_one_line(tmp_path):
+    with (
+        pytest.raises(LdmError, match=r"lower data\.workers"),
+        start_run("autoencoder", "x", Recipe(), RunConfig(device="cpu"), folder=tmp_path / "run"),
+    ):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+
 def test_dropout_is_tied_to_the_image(run):
     draws = []
     for image in (5, 6, 5):
