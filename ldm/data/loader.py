@@ -4,6 +4,7 @@ The same images come whatever the batch size, the workers and the processes, and
 starting at another k.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -147,6 +148,7 @@ def _load(images: NumberedImages, numbers: Iterable[range], workers: int) -> Ite
 
 
 def _data_loader(dataset: _BatchDataset, numbers: Iterable[range], workers: int) -> DataLoader:
+    workers = min(workers, os.cpu_count() or 1)  # more would wait for each other
     return DataLoader(
         dataset,
         batch_sampler=numbers,
