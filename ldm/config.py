@@ -178,7 +178,8 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
 
 def _explain(config_class: type[Config], error: ValidationError) -> str:
     problems = error.errors()
-    first = problems[0]
+    # a key that is not known first: what it was meant for is then missing, too
+    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     path = _path(first["loc"], config_class)
     if first["type"] == "extra_forbidden":
         keys = sorted(set(key_paths(config_class)))

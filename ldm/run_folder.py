@@ -83,13 +83,19 @@ def provenance() -> dict[str, Any]:
 
 def newest_run(kind: str, needs: str = "ckpt.pt") -> Path:
     """The newest run of a kind that holds `needs`, where a command's path was left out."""
-    for folder in reversed(_all_runs(kind)):
-        if (folder / needs).exists():
-            return folder
+    fitting = [folder for folder in _all_runs(kind) if (folder / needs).exists()]
+    if fitting:
+        # one that is complete before one that was only begun
+        return ([folder for folder in fitting if is_finished(folder)] or fitting)[-1]
     command = {"autoencoder": "ldm train-ae", "diffusion": "ldm train-diffusion"}[kind]
     raise LdmError(
         f"no {kind} run with a {needs} under {RUNS}/: give its path, or `{command}` first"
     )
+
+
+def unfinished_runs(kind: str) -> list[Path]:
+    """Runs of a kind that can go on, the newest first."""
+    return [folder for folder in reversed(_all_runs(kind)) if not is_finished(folder)]
 
 
 def is_finished(folder: Path) -> bool:

@@ -61,12 +61,13 @@ def evaluate_checkpoint(
     autoencoder = load_autoencoder(path, where)
     source = open_source(config, split, resolution)
     try:
-        perceptual = load_lpips(where)
+        perceptual = load_lpips(where, instead="go without it, as here")
     except LdmError as error:
         console.print(f"without LPIPS: {error}", markup=False)
         perceptual = None
     console.print(
-        f"measuring {path} on the {split} split of {config.source} at {resolution}×{resolution}"
+        f"measuring {path} on the {split} split of {config.source} at {resolution}×{resolution}",
+        markup=False,
     )
     return evaluate_autoencoder(
         autoencoder, source, resolution, batch_size, where, limit, perceptual, config.workers

@@ -135,7 +135,8 @@ def _claim(out: Path, settings: dict, n: int) -> None:
                 f"{out} holds samples made with another {', '.join(other)}: give --out another "
                 "folder"
             )
-        n = max(n, found.get("n", 0))
+        if n <= found.get("n", 0):
+            return  # it tells already of all that will be here, and of who made them
     elif out.is_dir() and any(out.iterdir()):
         raise LdmError(f"{out} is not empty and holds no samples.json: give --out another folder")
     write_json(mark, {"format": 1, "n": n} | settings | provenance())

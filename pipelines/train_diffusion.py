@@ -45,7 +45,8 @@ class DiffusionRecipe(Config):
     data: DataConfig = DataConfig()
     """The images."""
     statistics_images: PositiveInt = 10_000
-    """Images over which the latents' mean and standard deviation are measured, before training."""
+    """Images over which the latents' mean and standard deviation are measured, before training;
+    rounded up to whole batches."""
     steps: PositiveInt = 500_000
     """Updates."""
     batch_size: PositiveInt = 48
@@ -85,9 +86,12 @@ def train_diffusion(
     autoencoder = load_autoencoder(recipe.autoencoder)
     ae_sha256 = fingerprint(autoencoder.state_dict())
     source = open_source(recipe.data, "train", recipe.resolution)
-    config = recipe.network.model_copy(
-        update={"latent_channels": autoencoder.config.latent_channels}
-    )
+    n_z, asked = autoencoder.config.latent_channels, recipe.network.latent_channels
+    if asked not in (n_z, UNetConfig().latent_channels):
+        raise UsageError(
+            f"network.latent_channels={asked}, but {recipe.autoencoder} has {n_z}: leave it out"
+        )
+    config = recipe.network.model_copy(update={"latent_channels": n_z})
     recipe = recipe.model_copy(update={"network": config})
     side = recipe.resolution // autoencoder.downsampling
     shape = (config.latent_channels, side, side)

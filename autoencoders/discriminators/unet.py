@@ -22,8 +22,8 @@ class UNetDiscriminatorConfig(Config):
     channels: PositiveInt = 64
     """Base width, in feature maps."""
     multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4, 8, 16)
-    """Width after each halving of the image, as a multiple of `channels`; at 256×256 the paper
-    takes (1, 2, 4, 8, 8, 16). The way up mirrors it."""
+    """Width after each halving of the image, as a multiple of `channels`; at 256×256
+    U-Net GAN takes (1, 2, 4, 8, 8, 16). The way up mirrors it."""
 
 
 class Judgement(NamedTuple):

@@ -44,8 +44,13 @@ def _unit(features: Tensor, eps: float = 1e-10) -> Tensor:
     return features * torch.rsqrt(features.square().sum(dim=1, keepdim=True) + eps)
 
 
-def load_lpips(device: str | torch.device = "cpu") -> LPIPS:
+def load_lpips(
+    device: str | torch.device = "cpu", instead: str = "turn the loss off with loss.lpips=0"
+) -> LPIPS:
     """LPIPS with its published weights; the VGG-16 trunk is torchvision's, from torch hub's folder.
+
+    Args:
+        instead: what to do without the weights, as the end of the error line.
 
     Raises:
         LdmError: the trunk's weights are neither there nor to be fetched, or damaged.
@@ -59,7 +64,7 @@ def load_lpips(device: str | torch.device = "cpu") -> LPIPS:
         url=url,
         hash_prefix=VGG_HASH,
         folders=[Path(torch.hub.get_dir()) / "checkpoints"],
-        instead="turn the loss off with loss.lpips=0",
+        instead=instead,
     )
     trunk = read_tensors(path)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):

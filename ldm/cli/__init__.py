@@ -48,6 +48,7 @@ def main() -> None:
         # libraries' notes to developers: nothing a person at this prompt could act on
         warnings.filterwarnings("ignore")
         os.environ.setdefault("PYTHONWARNINGS", "ignore")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # σ and ² on a terminal that knows neither
             stream.reconfigure(errors="replace")
@@ -77,7 +78,10 @@ def _misused(error: Exception) -> None:
         error.show()
         sys.exit(2)
     where = error.ctx.command_path if error.ctx else "ldm"
-    _fail(f"{error.format_message().rstrip('.')}; see `{where} --help`", 2)
+    text = error.format_message().rstrip(".").replace("Value error, ", "")
+    if text.startswith("No such option"):
+        text += "; settings are given as key=value"
+    _fail(f"{text}; see `{where} --help`", 2)
 
 
 def _fail(text: str, code: int) -> None:

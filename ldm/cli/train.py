@@ -66,8 +66,28 @@ def train_diffusion(
     if named and ae is not None:
         raise UsageError("the autoencoder is given twice: --ae and autoencoder= are the same")
     if not named:
-        ae = ae or newest_run("autoencoder") / "ckpt.pt"
-        words.append(f"autoencoder={json.dumps(str(ae))}")
+        ae = ae or _carried_on(preset, words) or newest_run("autoencoder")
+        file = ae / "ckpt.pt" if (ae / "ckpt.pt").is_file() else ae
+        say(f"autoencoder: {file}")
+        words.append(f"autoencoder={json.dumps(str(file))}")
     recipe = resolve(DiffusionRecipe, load_preset("diffusion", preset), words)
     folder = train_diffusion(recipe, preset, run)
     say(f"done: {folder}/ckpt.pt", f"next: ldm sample {folder} --n 50000")
+
+
+def _carried_on(preset: str, words: list[str]) -> Path | None:
+    """The autoencoder of the newest unfinished run of the very same settings: the same command goes
+    on with it, whatever has been trained since."""
+    import yaml
+
+    from ldm.config import load_preset, resolve
+    from ldm.run_folder import differences, unfinished_runs
+    from pipelines.train_diffusion import DiffusionRecipe
+
+    for folder in unfinished_runs("diffusion"):
+        path = yaml.safe_load((folder / "config.yaml").read_text("utf-8")).get("autoencoder")
+        given = [*words, f"autoencoder={json.dumps(path)}"]
+        recipe = resolve(DiffusionRecipe, load_preset("diffusion", preset), given)
+        if not differences(folder, recipe):
+            return Path(path)
+    return None

@@ -65,6 +65,13 @@ def open_source(config: DataConfig, split: Split, resolution: int) -> Source:
             f"or train on the built-in photographs with data.source={PHOTOS}"
         )
     images = open_images(path)
+    manifest = read_manifest(path) if path.is_dir() else None
+    if manifest and manifest.get("size", resolution) < resolution:
+        size = manifest["size"]
+        raise LdmError(
+            f"{path} was prepared at {size}×{size}, and {resolution}×{resolution} is asked for: "
+            f"prepare it with --size {resolution}, or ask for a lower resolution"
+        )
     by_manifest = images.held_out if isinstance(images, ShardSource) else None
     return take_split(images, split, by_manifest if config.held_out is None else config.held_out)
 

@@ -89,7 +89,9 @@ def finished_shard(
     except (ValueError, KeyError, TypeError) as error:
         raise LdmError(f"{path} is damaged: delete it, the shard is then made again") from error
     differing = [
-        f"{key} {before.get(key)!r} there, {value!r} now"
+        "the list of images"
+        if key == "names_sha256"
+        else f"{key} {before.get(key)!r} there, {value!r} now"
         for key, value in settings.items()
         if before.get(key) != value
     ]

@@ -120,7 +120,7 @@ def test_the_mode_is_decoded_in_eval_mode_without_gradients():
 # -------------------------------------------------------------------------------- from files
 @pytest.fixture
 def no_lpips(monkeypatch):
-    def missing(device):
+    def missing(device, instead):
         raise LdmError("vgg16 is not on this machine")
 
     monkeypatch.setattr(evaluate, "load_lpips", missing)
@@ -148,7 +148,9 @@ def test_a_file_says_what_it_was_trained_on(tmp_path, no_lpips, capsys):
 
 
 def test_data_and_resolution_can_be_given(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_lpips", lambda device: lambda recon, images: torch.ones(()))
+    monkeypatch.setattr(
+        evaluate, "load_lpips", lambda device, instead: lambda recon, images: torch.ones(())
+    )
     save_run(tmp_path, {})
     result = evaluate_checkpoint(tmp_path, "photos", "val", 16, limit=2, device="cpu")
     assert result["lpips"] == 1

@@ -86,3 +86,30 @@ def test_a_polite_stop_saves_the_very_step(number, unbroken, tmp_path):
 def test_a_finished_run_is_left_alone(unbroken):
     done = ldm("train-ae", "tiny", *LONG_AE, "--out", "ae", cwd=unbroken)
     assert done.returncode == 0 and "finished already" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_same_command_goes_on_though_another_autoencoder_was_trained_since(tmp_path):
+    """Left out, the autoencoder is the newest: but a run that was stopped keeps its own."""
+    stage_two = ["train-diffusion", "tiny", *DIFFUSION, "steps=4000", "run.save_every_steps=2"]
+    assert ldm("train-ae", "tiny", *AUTOENCODER, cwd=tmp_path).returncode == 0
+    process = ldm(*stage_two, cwd=tmp_path, start=True)
+    patience, begun = time.monotonic() + 60, None
+    while not (begun and states(begun)) and time.monotonic() < patience:
+        marks = (
+            mark for mark in tmp_path.glob("runs/*/run.json") if "diffusion" in mark.read_text()
+        )
+        begun = next((mark.parent for mark in marks), None)
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert ldm("train-ae", "tiny", *AUTOENCODER, "lr=1e-4", cwd=tmp_path).returncode == 0
+
+    process = ldm(*stage_two, cwd=tmp_path, start=True)
+    before, patience = max(states(begun)), time.monotonic() + 60
+    while max(states(begun)) <= before and time.monotonic() < patience:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert max(states(begun)) > before
+    assert len(list(tmp_path.glob("runs/*"))) == 3

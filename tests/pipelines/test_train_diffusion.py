@@ -86,6 +86,12 @@ def test_a_resolution_the_network_cannot_take_is_told_at_once(stage_one, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+def test_other_latent_channels_than_the_autoencoders_are_refused(stage_one, tmp_path):
+    recipe = diffusion_recipe(stage_one, "network.latent_channels=8")
+    with pytest.raises(UsageError, match=r"network.latent_channels=8, but .* has 4"):
+        train_diffusion(recipe, "tiny", tmp_path / "run")
+
+
 def test_stage_two_is_no_stage_one(stage_two, tmp_path):
     with pytest.raises(LdmError, match="is a stage-two diffusion model"):
         train_diffusion(diffusion_recipe(stage_two / "ckpt.pt"), "tiny", tmp_path / "run")

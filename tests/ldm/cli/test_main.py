@@ -85,6 +85,8 @@ def test_show_prints_the_resolved_settings_with_their_meaning(run):
         (["fid", "--split", "test"], "'test' is not one of"),
         (["sample", "--n", "many"], "'--n': Input should be a valid integer"),
         (["train-diffusion", "--ae", "a.pt", "autoencoder=b.pt"], "given twice"),
+        (["train-ae", "tiny", "--batch_size", "4"], "settings are given as key=value"),
+        (["train-ae", "tiny", "phases=[{resolution: 64, step: 4}]"], "unknown key 'phases.0.step'"),
         (["train-ae"], "Missing argument 'preset'; see `ldm train-ae --help`"),
         (["trainae", "tiny"], "No such command 'trainae'"),
     ],

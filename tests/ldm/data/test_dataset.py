@@ -1,4 +1,5 @@
 import pytest
+from PIL import Image
 
 from ldm.config import resolve
 from ldm.data import DataConfig, holds_out, open_source
@@ -98,3 +99,14 @@ def test_held_out_does_not_apply_to_the_photographs():
 def test_bad_values_are_refused(override):
     with pytest.raises(UsageError, match=override.partition("=")[0]):
         resolve(DataConfig, {}, [override])
+
+
+def test_shards_prepared_smaller_than_asked_for_are_told_before_anything_is_read(tmp_path):
+    (tmp_path / "in").mkdir()
+    for i in range(4):
+        Image.new("RGB", (40, 40), (i, 0, 0)).save(tmp_path / "in" / f"{i}.png")
+    prepare(tmp_path / "in", tmp_path / "out", size=32, workers=0)
+    config = DataConfig(source=str(tmp_path / "out"))
+    assert len(open_source(config, "train", 32)) == 3
+    with pytest.raises(LdmError, match=r"was prepared at 32×32, .*prepare it with --size 64"):
+        open_source(config, "train", 64)

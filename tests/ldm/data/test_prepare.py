@@ -156,7 +156,7 @@ def test_a_destination_made_with_other_settings_is_refused(images, tmp_path, cha
 def test_a_source_with_other_images_is_other_settings(images, tmp_path):
     here(images, tmp_path / "out", size=32)
     (images / "0000.png").rename(images / "0000b.png")
-    with pytest.raises(LdmError, match=r"other settings \(names_sha256"):
+    with pytest.raises(LdmError, match=r"other settings \(the list of images"):
         here(images, tmp_path / "out", size=32)
 
 
