@@ -266,5 +266,5 @@ def test_a_reference_prepared_at_another_size(tmp_path, samples, reference, weig
 
     prepare(reference.source, tmp_path / "shards", 16, held_out=3, workers=0)
     config = DataConfig(source=str(tmp_path / "shards"), workers=0)
-    with pytest.raises(LdmError, match="prepared at 16×16 and the samples are 24×24"):
+    with pytest.raises(LdmError, match="prepared at 16×16, and 24×24 is asked for"):
         measure_fid(samples, config, weights=weights, device="cpu")
