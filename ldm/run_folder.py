@@ -103,13 +103,19 @@ def is_finished(folder: Path) -> bool:
     return (folder / "result.json").is_file()
 
 
+def read_config(folder: Path) -> Tree | None:
+    """A run's configuration as a tree; None where there is none, or none that can be read."""
+    try:
+        tree = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return tree if isinstance(tree, dict) else None
+
+
 def differences(folder: Path, config: Config) -> list[str]:
     """Dotted keys in which a run's configuration differs from another one, watching aside."""
-    try:
-        theirs = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        theirs = None
-    if not isinstance(theirs, dict):
+    theirs = read_config(folder)
+    if theirs is None:
         return ["config.yaml"]
     ours, theirs = dict(_leaves(to_tree(config))), dict(_leaves(theirs))
     return sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))

@@ -78,14 +78,14 @@ def train_diffusion(
 def _carried_on(preset: str, words: list[str]) -> Path | None:
     """The autoencoder of the newest unfinished run of the very same settings: the same command goes
     on with it, whatever has been trained since."""
-    import yaml
-
     from ldm.config import load_preset, resolve
-    from ldm.run_folder import differences, unfinished_runs
+    from ldm.run_folder import differences, read_config, unfinished_runs
     from pipelines.train_diffusion import DiffusionRecipe
 
     for folder in unfinished_runs("diffusion"):
-        path = yaml.safe_load((folder / "config.yaml").read_text("utf-8")).get("autoencoder")
+        path = (read_config(folder) or {}).get("autoencoder")
+        if not isinstance(path, str):  # a folder that was damaged, or is not ours
+            continue
         given = [*words, f"autoencoder={json.dumps(path)}"]
         recipe = resolve(DiffusionRecipe, load_preset("diffusion", preset), given)
         if not differences(folder, recipe):
