@@ -5,8 +5,8 @@ from autoencoders.autoencoder import (
     AutoencoderConfig,
     AutoencoderOutput,
     build_autoencoder,
-    load_autoencoder,
 )
+from autoencoders.loading import load_autoencoder
 from autoencoders.posterior import DiagonalGaussian
 
 __all__ = [

@@ -4,19 +4,23 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
-from pydantic import Field, PositiveInt, ValidationInfo, field_validator
+from pydantic import Field, PositiveInt, ValidationInfo, field_validator, model_validator
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from autoencoders.dwt.encoder import DWTEncoder, DWTEncoderConfig
+from autoencoders.layers import fuse
 from autoencoders.litevae.encoder import LiteVAEEncoder, LiteVAEEncoderConfig
 from autoencoders.posterior import DiagonalGaussian
 from autoencoders.sdvae.decoder import SDVAEDecoder, SDVAEDecoderConfig
 from autoencoders.sdvae.encoder import SDVAEEncoder, SDVAEEncoderConfig
-from autoencoders.sdvae.weights import read_diffusers
-from ldm.checkpoint import build_with, load_model
 from ldm.config import Config, load_preset, merge, to_tree, validate
-from ldm.errors import LdmError, UsageError
+from ldm.errors import LdmError
 
-ENCODERS = {"litevae": LiteVAEEncoder, "sdvae": SDVAEEncoder}
+ENCODERS = {"litevae": LiteVAEEncoder, "sdvae": SDVAEEncoder, "dwt": DWTEncoder}
+EncoderConfig = Annotated[
+    LiteVAEEncoderConfig | SDVAEEncoderConfig | DWTEncoderConfig, Field(discriminator="type")
+]
 
 
 class AutoencoderConfig(Config):
@@ -26,10 +30,8 @@ class AutoencoderConfig(Config):
     """n_z, channels of the latents."""
     conv1x1: bool = False
     """1×1 convolutions around the latent: after the encoder, before the decoder (Table 17)."""
-    encoder: Annotated[LiteVAEEncoderConfig | SDVAEEncoderConfig, Field(discriminator="type")] = (
-        LiteVAEEncoderConfig()
-    )
-    """Images to posteriors."""
+    encoder: EncoderConfig = LiteVAEEncoderConfig()
+    """Images to posteriors; type is litevae, sdvae, or dwt (not learned)."""
     decoder: SDVAEDecoderConfig = SDVAEDecoderConfig()
     """Latents to images."""
 
@@ -45,6 +47,17 @@ class AutoencoderConfig(Config):
                 f"{encoder.downsampling}×: each entry of multipliers after the first doubles"
             )
         return decoder
+
+    @model_validator(mode="after")
+    def _fits_the_transform(self) -> "AutoencoderConfig":
+        """A transform that is not learned has as many channels as it has."""
+        if self.encoder.type == "dwt" and self.latent_channels != self.encoder.latent_channels:
+            raise ValueError(
+                f"latent_channels is {self.latent_channels}, and the dwt encoder gives "
+                f"{self.encoder.latent_channels}: set latent_channels="
+                f"{self.encoder.latent_channels}, or another encoder.levels"
+            )
+        return self
 
 
 class AutoencoderOutput(NamedTuple):
@@ -78,36 +91,72 @@ class Autoencoder(nn.Module):
         self.post_conv = nn.Conv2d(n_z, n_z, 1) if config.conv1x1 else nn.Identity()
 
     def encode(self, images: Tensor) -> DiagonalGaussian:
-        """Images (B, 3, H, W) in [−1, 1] → posterior over latents (B, n_z, H/f, W/f).
+        """Images (B, 3, H, W) in [−1, 1] → posterior over latents (B, n_z, ⌈H/f⌉, ⌈W/f⌉).
+
+        Where a side is no multiple of f, the last column or row is repeated, on the right and at
+        the bottom, until it is; `decode` with the size of the images crops that off again.
 
         Raises:
-            LdmError: H or W is not a multiple of f.
+            LdmError: a side is smaller than f.
         """
         f, (height, width) = self.downsampling, images.shape[-2:]
-        if height % f or width % f or not height * width:
+        if min(height, width) < f:
             raise LdmError(
-                f"images of {height}×{width} pixels: both sides must be multiples of {f}, "
-                "the autoencoder's downsampling; crop or resize them"
+                f"images of {height}×{width} pixels: this autoencoder makes one latent of "
+                f"{f}×{f}; give it larger images, or fewer levels (encoder.depth)"
             )
+        if height % f or width % f:
+            images = F.pad(images, (0, -width % f, 0, -height % f), mode="replicate")
         return DiagonalGaussian.from_moments(self.pre_conv(self.encoder(images)))
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, n_z, h, w) → images (B, 3, f·h, f·w), float32, not clipped."""
-        return self.decoder(self.post_conv(latents)).float()
+    def decode(self, latents: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Latents (B, n_z, h, w) → images (B, 3, f·h, f·w), float32, not clipped.
+
+        Args:
+            size: height and width to crop to, those of the images encoded.
+        """
+        recon = self.decoder(self.post_conv(latents)).float()
+        return recon if size is None else recon[..., : size[0], : size[1]]
 
     def forward(
         self, images: Tensor, noise: Tensor | None = None, sample: bool = True
     ) -> AutoencoderOutput:
-        """Encode, draw, decode.
+        """Encode, draw, decode; images of any size come back in their own.
 
         Args:
             images: (B, 3, H, W) in [−1, 1].
-            noise: standard normal (B, n_z, H/f, W/f), so that noise belongs to samples.
+            noise: standard normal (B, n_z, ⌈H/f⌉, ⌈W/f⌉), so that noise belongs to samples.
             sample: False decodes the posterior's mode instead of a draw.
         """
         posterior = self.encode(images)
         latents = posterior.sample(noise=noise) if sample else posterior.mode()
-        return AutoencoderOutput(self.decode(latents), posterior, latents)
+        return AutoencoderOutput(self.decode(latents, images.shape[-2:]), posterior, latents)
+
+    def fuse(self) -> "Autoencoder":
+        """A frozen copy for inference, self-modulated convolutions made plain: the same answers.
+
+        Its state dict is not the one that its config describes: save and train this one.
+        """
+        return fuse(self)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, **where: Any) -> "Autoencoder":
+        """A trained one from this machine or the Hugging Face Hub: `autoencoders.hub`."""
+        from autoencoders.hub import from_pretrained  # it builds on this module
+
+        return from_pretrained(name_or_path, **where)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json, model.safetensors and a model card, as the Hub has them."""
+        from autoencoders.hub import save_pretrained
+
+        save_pretrained(self, folder)
+
+    def push_to_hub(self, repo_id: str, private: bool = False, token: str | None = None) -> str:
+        """Save to a repository of the Hub (`owner/name`), made if it is not there; its address."""
+        from autoencoders.hub import push_to_hub
+
+        return push_to_hub(self, repo_id, private, token)
 
 
 def build_autoencoder(preset_or_config: str | AutoencoderConfig, **overrides: Any) -> Autoencoder:
@@ -127,25 +176,3 @@ def build_autoencoder(preset_or_config: str | AutoencoderConfig, **overrides: An
     else:
         tree = to_tree(preset_or_config)
     return Autoencoder(validate(AutoencoderConfig, merge(tree, overrides)))
-
-
-def load_autoencoder(path: str | Path, device: str | torch.device = "cpu") -> Autoencoder:
-    """A trained autoencoder in eval mode.
-
-    Args:
-        path: our `.pt` or `.safetensors`, a run folder, or a diffusers `AutoencoderKL` folder.
-
-    Raises:
-        LdmError: it cannot be read, or its tensors are not those its config describes.
-    """
-    path = Path(path)
-    if (path / "config.json").is_file():
-        tree, weights = read_diffusers(path)
-    else:
-        model = load_model(path, "autoencoder")
-        tree, weights = model.config, model.weights
-    try:
-        config = validate(AutoencoderConfig, tree)
-    except UsageError as error:
-        raise LdmError(f"the config in {path} is not one of this version: {error}") from error
-    return build_with(lambda: Autoencoder(config), weights, path).to(device).eval()

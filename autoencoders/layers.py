@@ -1,14 +1,35 @@
 """The parts all the autoencoders are built of. Everything is (B, C, H, W)."""
 
 import math
+from copy import deepcopy
 from typing import Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 Norm = Literal["group", "smc"]
+
+
+def quick_layout(x: Tensor) -> Tensor:
+    """(B, C, H, W), on a CPU with its channels last where no gradient is wanted.
+
+    Convolutions then need not lay their input and output out anew, each time. Where gradients are
+    wanted GroupNorm's backward pass, slow in that layout, would cost more than they gain.
+    """
+    if x.device.type == "cpu" and not torch.is_grad_enabled():
+        return x.contiguous(memory_format=torch.channels_last)
+    return x
+
+
+def silu(x: Tensor, keep: bool = False) -> Tensor:
+    """SiLU. Where no gradient is wanted it overwrites `x`, unless that is to be kept.
+
+    The memory of a new tensor costs a CPU several times what the function does.
+    """
+    return F.silu(x, inplace=not (keep or torch.is_grad_enabled()))
 
 
 def group_norm(width: int) -> nn.GroupNorm:
@@ -43,8 +64,61 @@ class SelfModulatedConv2d(nn.Conv2d):
         """(B, in, H, W) → (B, out, H, W)."""
         return F.conv2d(x, self.modulated_weight(), self.bias, padding=1)
 
+    def fused(self) -> nn.Conv2d:
+        """The plain convolution that this one is as long as nothing is learned."""
+        conv = nn.Conv2d(self.in_channels, self.out_channels, 3, padding=1, device="meta")
+        conv.weight = nn.Parameter(self.modulated_weight().detach())
+        conv.bias = nn.Parameter(self.bias.detach().clone())
+        return conv
 
-class ResidualBlock(nn.Module):
+
+def fuse(module: nn.Module) -> nn.Module:
+    """A copy for inference, every self-modulated convolution in it turned into a plain one.
+
+    The copy is frozen and in eval mode. Its state dict is that of the plain convolutions, which the
+    module's config does not describe: save and train the module itself.
+    """
+    if isinstance(module, SelfModulatedConv2d):
+        return module.fused().eval().requires_grad_(False)
+    copy = deepcopy(module).eval().requires_grad_(False)
+    for parent in list(copy.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, SelfModulatedConv2d):
+                setattr(parent, name, fuse(child))
+    return copy
+
+
+class Block(nn.Module):
+    """A part whose activations can be recomputed in the backward pass instead of being kept.
+
+    A subclass says in `transform` what it computes; see `checkpoint_blocks`.
+    """
+
+    recompute = False
+
+    def transform(self, x: Tensor) -> Tensor:
+        """What the block computes of (B, C, H, W)."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`transform`, keeping only `x` for the backward pass where that is to recompute."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.transform, x, use_reentrant=False)
+        return self.transform(x)
+
+
+def checkpoint_blocks(module: nn.Module) -> None:
+    """Let every `Block` in a module recompute its activations in the backward pass.
+
+    Gradient checkpointing (Chen et al. 2016): the same gradients, bit for bit, and the same state
+    dict; about a third more time for much less memory. Nothing changes where no gradient is wanted.
+    """
+    for part in module.modules():
+        if isinstance(part, Block):
+            part.recompute = True
+
+
+class ResidualBlock(Block):
     """x + two 3×3 convolutions of it; a 1×1 convolution on the skip where the width changes.
 
     Args:
@@ -59,11 +133,12 @@ class ResidualBlock(nn.Module):
         same = in_width == out_width
         self.skip = nn.Identity() if same else nn.Conv2d(in_width, out_width, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def transform(self, x: Tensor) -> Tensor:
         """(B, in, H, W) → (B, out, H, W)."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.skip(x) + h
+        h = self.norm1(x)
+        h = self.conv1(silu(h, keep=h is x))
+        h = self.conv2(silu(self.norm2(h)))
+        return h.add_(self.skip(x))  # no gradient asks for h: one tensor less
 
 
 def _norm_and_conv(in_width: int, out_width: int, norm: Norm) -> tuple[nn.Module, nn.Module]:
@@ -72,7 +147,7 @@ def _norm_and_conv(in_width: int, out_width: int, norm: Norm) -> tuple[nn.Module
     return group_norm(in_width), nn.Conv2d(in_width, out_width, 3, padding=1)
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(Block):
     """x + single-head attention between all its positions: (B, width, H, W) → the same."""
 
     def __init__(self, width: int) -> None:
@@ -81,7 +156,7 @@ class SelfAttention(nn.Module):
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def transform(self, x: Tensor) -> Tensor:
         """(B, width, H, W) → (B, width, H, W)."""
         tokens = rearrange(self.norm(x), "b c h w -> b 1 (h w) c")
         mixed = F.scaled_dot_product_attention(

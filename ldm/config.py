@@ -42,19 +42,33 @@ _Loader.add_implicit_resolver(
 
 # ---------------------------------------------------------------------------------- presets
 def list_presets(kind: str) -> list[str]:
-    """Names of the presets of a kind: a folder of `configs/` ("ae", "diffusion")."""
+    """Names of the presets of a kind: a folder of `configs/` ("ae", "recipes", "diffusion")."""
     folder = resources.files("configs") / kind
     return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name[-5:] == ".yaml")
 
 
 def load_preset(kind: str, name: str) -> Tree:
-    """The tree written in `configs/<kind>/<name>.yaml`, over that of its `base`, if it has one."""
+    """The tree written in `configs/<kind>/<name>.yaml`, over that of its `base`, if it has one.
+
+    A base of another kind is named with it: `base: ae/litevae-b`.
+    """
     if name not in list_presets(kind):
         raise UsageError(f"no preset '{name}'{did_you_mean(name, list_presets(kind))}")
+    tree = _read_preset(kind, name)
+    base = tree.pop("base", "")
+    tree.pop("paper", None)
+    base_kind, _, base = base.rpartition("/")
+    return merge(load_preset(base_kind or kind, base), tree) if base else tree
+
+
+def published(kind: str, name: str) -> dict[str, Any]:
+    """What the paper reports of a preset: its table, its row and its numbers; {} if nothing."""
+    return _read_preset(kind, name).get("paper", {})
+
+
+def _read_preset(kind: str, name: str) -> Tree:
     text = (resources.files("configs") / kind / f"{name}.yaml").read_text("utf-8")
-    tree = yaml.load(text, _Loader) or {}
-    base = tree.pop("base", None)
-    return merge(load_preset(kind, base), tree) if base else tree
+    return yaml.load(text, _Loader) or {}
 
 
 def preset_summary(kind: str, name: str) -> str:
@@ -74,7 +88,7 @@ def resolve(
             with its dotted path.
     """
     edits = [parse_override(text) for text in overrides]
-    tree = merge(_defaults(config_class), tree)
+    tree = merge(_defaults(config_class), tree)  # so that a section is there to be edited
     # A `type` first: it exchanges a whole section, and the section's other keys come after it.
     for path, value in sorted(edits, key=lambda edit: edit[0][-1] != "type"):
         _set(tree, path, value)
@@ -86,9 +100,12 @@ def resolve(
 
 
 def validate(config_class: type[ConfigT], tree: Mapping[str, Any]) -> ConfigT:
-    """A tree of plain values as the config object it describes, or one line saying why not."""
+    """A tree of plain values as the config object it describes, or one line saying why not.
+
+    It is laid over the defaults, so a section that does not say its `type` is of the default's.
+    """
     try:
-        return config_class.model_validate(tree)
+        return config_class.model_validate(merge(_defaults(config_class), tree))
     except ValidationError as error:
         raise UsageError(_explain(config_class, error)) from error
 

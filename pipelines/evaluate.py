@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from autoencoders import Autoencoder, load_autoencoder
+from autoencoders.loading import read_autoencoder
 from autoencoders.losses import load_lpips
-from ldm.checkpoint import load_model
 from ldm.config import validate
 from ldm.data import DataConfig, Source, evaluation_batches, open_source
 from ldm.data.split import Split
@@ -37,7 +37,7 @@ def evaluate_checkpoint(
     """`evaluate_autoencoder` on a file: the newest, its own data, the resolution it ended at.
 
     Args:
-        model: a stage-one `ckpt.pt`, run folder, or diffusers folder.
+        model: a stage-one file or folder, ours or others', as `load_autoencoder` takes it.
         data: `photos`, a folder, a zip, or shards.
         resolution: side of the images, pixels.
 
@@ -100,8 +100,7 @@ def evaluate_autoencoder(
         `psnr` (dB), `ssim`, `lpips` (with `perceptual` alone), means over images; and `count`.
 
     Raises:
-        LdmError: there is no image; or the resolution is below SSIM's window or no multiple of the
-            autoencoder's downsampling.
+        LdmError: there is no image; or the resolution is below SSIM's window.
     """
     sums: Counter[str] = Counter()
     count, was_training = 0, ae.training
@@ -125,9 +124,7 @@ def evaluate_autoencoder(
 
 def _trained_on(path: Path) -> tuple[DataConfig | None, int | None]:
     """The data a model file was trained on and the resolution it ended at, as far as it says."""
-    if (path / "config.json").is_file():  # a diffusers folder
-        return None, None
-    recipe = load_model(path, "autoencoder").provenance.get("recipe", {})
+    recipe = read_autoencoder(path).provenance.get("recipe", {})
     data = validate(DataConfig, recipe["data"]) if "data" in recipe else None
     phases = recipe.get("phases")
     return data, phases[-1]["resolution"] if phases else None

@@ -1,57 +1,91 @@
 """LiteVAE's encoder: wavelets first, then small networks (Sadat et al. 2024, Section 4.1)."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoencoders.litevae.feature_nets import FeatureUNet, FeatureUNetConfig
-from autoencoders.wavelet import haar_dwt
+from autoencoders.litevae.feature_nets import FEATURE_NETS, AggregatorConfig, ExtractorConfig
+from autoencoders.litevae.unet import FeatureUNetConfig
+from autoencoders.wavelet import WaveletName, dwt_cascade
 from ldm.config import Config
 
-LEVELS = 3
 SUB_BAND_CHANNELS = 4 * 3
 """LL, H, V and D of three colours."""
 
 
 class LiteVAEEncoderConfig(Config):
-    """The two kinds of network in LiteVAE's encoder."""
+    """The wavelet transform of LiteVAE's encoder, and the two kinds of network that read it."""
 
     type: Literal["litevae"] = "litevae"
-    """Haar wavelets and small UNets."""
-    extractor: FeatureUNetConfig = FeatureUNetConfig()
-    """Feature extraction: one such network reads the sub-bands of each wavelet level."""
-    aggregator: FeatureUNetConfig = FeatureUNetConfig()
-    """Feature aggregation: one network joins the levels into the posterior."""
+    """A wavelet transform, read by small networks."""
+    wavelet: WaveletName = "haar"
+    """Wavelet, by its name in PyWavelets: haar, db2, sym4, bior2.2 …"""
+    depth: Annotated[int, Field(ge=1, le=5)] = 3
+    """Wavelet levels; each halves the image, so f = 2^depth."""
+    levels: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
+    """Levels whose sub-bands are read, ascending, 1 the finest; null: all ([2, 3]: Table 21)."""
+    shared: bool = False
+    """One extractor for all levels, instead of one each (Table 19)."""
+    extractor: ExtractorConfig = FeatureUNetConfig()
+    """Feature extraction: reads the sub-bands of a wavelet level (Table 18)."""
+    aggregator: AggregatorConfig = FeatureUNetConfig()
+    """Feature aggregation: one network joins the levels into the posterior (Table 20)."""
+
+    @field_validator("levels")
+    @classmethod
+    def _levels_there_are(
+        cls, levels: tuple[int, ...] | None, info: ValidationInfo
+    ) -> tuple[int, ...] | None:
+        depth = info.data.get("depth")  # absent if it was itself refused
+        if levels is None or depth is None:
+            return levels
+        if list(levels) != sorted(set(levels)) or levels[-1] > depth:
+            raise ValueError(f"they must ascend, without repeats, from 1 to at most depth, {depth}")
+        return levels
+
+    @property
+    def levels_read(self) -> tuple[int, ...]:
+        """The levels whose sub-bands are read, ascending."""
+        return self.levels or tuple(range(1, self.depth + 1))
 
     @property
     def downsampling(self) -> int:
-        """Pixels per latent, along each side."""
-        return 2**LEVELS
+        """f: pixels per latent, along each side."""
+        return 2**self.depth
 
 
 class LiteVAEEncoder(nn.Module):
-    """Images (B, 3, H, W) in [−1, 1] → moments (B, 2·n_z, H/8, W/8): mean, log-variance."""
+    """Images (B, 3, H, W) in [−1, 1] → moments (B, 2·n_z, H/f, W/f): mean, log-variance."""
 
     def __init__(self, config: LiteVAEEncoderConfig, latent_channels: int) -> None:
         super().__init__()
-        self.extractors = nn.ModuleList(
-            FeatureUNet(config.extractor, SUB_BAND_CHANNELS, SUB_BAND_CHANNELS)
-            for _ in range(LEVELS)
+        self.config = config
+        extractor, aggregator = (
+            FEATURE_NETS[net.type] for net in (config.extractor, config.aggregator)
         )
-        self.aggregator = FeatureUNet(
-            config.aggregator, LEVELS * SUB_BAND_CHANNELS, 2 * latent_channels
+        levels = len(config.levels_read)
+        self.extractors = nn.ModuleList(
+            extractor(config.extractor, SUB_BAND_CHANNELS, SUB_BAND_CHANNELS)
+            for _ in range(1 if config.shared else levels)
+        )
+        self.aggregator = aggregator(
+            config.aggregator, levels * SUB_BAND_CHANNELS, 2 * latent_channels
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) → moments (B, 2·n_z, H/8, W/8)."""
-        features = []
-        low = images
-        for level, extractor in enumerate(self.extractors, start=1):
-            # each level transforms the low-pass band of the one before: the image's own, cheaper
-            low, *edges = haar_dwt(low)  # 4 × (B, 3, H/2^l, W/2^l)
-            # an orthonormal LL grows twofold a level: dividing keeps it in the image's range
-            sub_bands = torch.cat([low, *edges], dim=1) / 2**level  # (B, 12, H/2^l, W/2^l)
-            features.append(F.avg_pool2d(extractor(sub_bands), 2 ** (LEVELS - level)))
-        return self.aggregator(torch.cat(features, dim=1))  # (B, 36, H/8, W/8) → moments
+        """Images (B, 3, H, W) → moments (B, 2·n_z, H/f, W/f).
+
+        Raises:
+            LdmError: H or W is not a multiple of f, or too small for the wavelet.
+        """
+        depth, features = self.config.depth, []
+        transform = dwt_cascade(images, depth, self.config.wavelet)
+        for i, level in enumerate(self.config.levels_read):
+            # LL grows twofold a level: dividing keeps it in the image's range
+            sub_bands = torch.cat(transform[level - 1], dim=1) / 2**level  # (B, 12, H/2^l, W/2^l)
+            extractor = self.extractors[0 if self.config.shared else i]
+            features.append(F.avg_pool2d(extractor(sub_bands), 2 ** (depth - level)))
+        return self.aggregator(torch.cat(features, dim=1))  # (B, 12·levels, H/f, W/f) → moments

@@ -1,13 +1,21 @@
 """SD-VAE's decoder (Rombach et al. 2022), which LiteVAE keeps, with or without GroupNorm."""
 
 from itertools import pairwise
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from autoencoders.layers import Norm, ResidualBlock, Upsample, group_norm, middle
+from autoencoders.layers import (
+    Norm,
+    ResidualBlock,
+    Upsample,
+    group_norm,
+    middle,
+    quick_layout,
+    silu,
+)
+from autoencoders.wavelet import haar_idwt
 from ldm.config import Config
 
 
@@ -17,16 +25,19 @@ class SDVAEDecoderConfig(Config):
     channels: PositiveInt = 128
     """Base width, in feature maps."""
     multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4, 4)
-    """Width of each resolution, the image's first, as a multiple of `channels`."""
+    """Width of each resolution, the output's first, as a multiple of `channels`."""
     blocks: PositiveInt = 2
     """Residual blocks a resolution, as the encoder counts them: the decoder has one more."""
     norm: Norm = "group"
     """group: GroupNorm before each convolution. smc: self-modulated convolution instead."""
+    output: Literal["image", "wavelet"] = "image"
+    """wavelet: Haar sub-bands at half the size, then their inverse; one multiplier fewer."""
 
     @property
     def upsampling(self) -> int:
         """Pixels per latent, along each side."""
-        return 2 ** (len(self.multipliers) - 1)
+        doublings = len(self.multipliers) - 1
+        return 2 ** (doublings + 1 if self.output == "wavelet" else doublings)
 
 
 class SDVAEDecoder(nn.Module):
@@ -39,6 +50,10 @@ class SDVAEDecoder(nn.Module):
     - the **attention's norm** stays: it stands on a branch, whose sum with its input keeps the
       input's magnitudes, attention looks at the whole picture anyway, and without it the logits
       grow with the square of the features.
+
+    With `output="wavelet"` the last convolution gives the sub-bands LL, H, V and D of three colours
+    at half the size, divided by 2 as those that LiteVAE's encoder reads, and the image is their
+    inverse Haar transform, taken in float32.
     """
 
     def __init__(self, config: SDVAEDecoderConfig, latent_channels: int) -> None:
@@ -52,18 +67,24 @@ class SDVAEDecoder(nn.Module):
             for i, (in_width, out_width) in enumerate(pairwise([widths[0], *widths]))
         )
         self.norm_out = group_norm(widths[-1]) if config.norm == "group" else nn.Identity()
-        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+        self.wavelet = config.output == "wavelet"
+        self.conv_out = nn.Conv2d(widths[-1], 4 * 3 if self.wavelet else 3, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
         """Latents (B, n_z, h, w) → images (B, 3, f·h, f·w)."""
-        x = self.middle(self.conv_in(latents))
+        x = self.middle(self.conv_in(quick_layout(latents)))
         for level in self.levels:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        normed = self.norm_out(x)
+        x = self.conv_out(silu(normed, keep=normed is x))
+        if not self.wavelet:
+            return x
+        # the encoder's division, undone: LL has twice the range of the image
+        return haar_idwt((2 * x.float()).chunk(4, dim=1))  # 4 × (B, 3, f·h/2, f·w/2) → (B, 3, …)
 
 
 class UpLevel(nn.Module):
-    """Residual blocks at one resolution, then twice that, except at the image's own."""
+    """Residual blocks at one resolution, then twice that, except at the output's own."""
 
     def __init__(
         self, in_width: int, out_width: int, blocks: int, norm: Norm, upsample: bool
@@ -74,5 +95,5 @@ class UpLevel(nn.Module):
         self.upsample = Upsample(out_width) if upsample else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in, h, w) → (B, out, 2h, 2w), or (B, out, h, w) at the image's own resolution."""
+        """(B, in, h, w) → (B, out, 2h, 2w), or (B, out, h, w) at the output's own resolution."""
         return self.upsample(self.blocks(x))

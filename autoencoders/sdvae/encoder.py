@@ -5,9 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from autoencoders.layers import Downsample, ResidualBlock, group_norm, middle
+from autoencoders.layers import Downsample, ResidualBlock, group_norm, middle, quick_layout, silu
 from ldm.config import Config
 
 
@@ -47,11 +46,11 @@ class SDVAEEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) → moments (B, 2·n_z, H/f, W/f)."""
-        x = self.conv_in(images)
+        x = self.conv_in(quick_layout(images))
         for level in self.levels:
             x = level(x)
         x = self.middle(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(silu(self.norm_out(x)))
 
 
 class DownLevel(nn.Module):

@@ -1,11 +1,12 @@
 """SD-VAE weights as the diffusers library names them (its `AutoencoderKL`), both ways.
 
-A folder of theirs holds `config.json` and `diffusion_pytorch_model.safetensors`; ours are named
-after `Autoencoder`. The tensors are the same, bit for bit.
+A folder of theirs holds `config.json` and `diffusion_pytorch_model.safetensors`, whole, in shards
+or as a variant (`.fp16`); our names follow `Autoencoder`. The tensors are the same, bit for bit.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from ldm.errors import LdmError
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+PICKLED_FILE = "diffusion_pytorch_model.bin"
 
 # (ours, theirs), replaced in this order in either direction
 NAMES = (
@@ -43,9 +45,11 @@ FIXED = {
     "in_channels": 3,
     "out_channels": 3,
     "act_fn": "silu",
-    "norm_num_groups": 32,
     "mid_block_add_attention": True,
 }
+# what every level must be: SD-VAE has attention in the middle alone
+LEVELS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+GROUPS = 32
 
 
 def to_diffusers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -71,17 +75,37 @@ def read_diffusers(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = folder / WEIGHTS_FILE
     try:
         tree = tree_from_diffusers(json.loads((folder / "config.json").read_text("utf-8")))
     except (ValueError, TypeError) as error:
         raise LdmError(f"{folder}/config.json describes no SD-VAE to load here: {error}") from error
-    if not path.is_file():
-        raise LdmError(f"{folder} holds no {WEIGHTS_FILE}: save it again as safetensors")
-    try:
-        return tree, from_diffusers(load_file(path))
-    except (SafetensorError, OSError) as error:
-        raise LdmError(f"{path} is truncated or damaged: copy or write it again") from error
+    weights: dict[str, Tensor] = {}
+    for path in weights_files(folder):
+        try:
+            weights |= load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise LdmError(f"{path} is truncated or damaged: copy or write it again") from error
+    return tree, from_diffusers(weights)
+
+
+def weights_files(folder: Path) -> list[Path]:
+    """The safetensors of a diffusers folder: the plain file, else its shards, else one variant.
+
+    Raises:
+        LdmError: there is none.
+    """
+    stem = WEIGHTS_FILE.removesuffix(".safetensors")
+    plain = folder / WEIGHTS_FILE
+    shards, variants = (
+        sorted(folder.glob(f"{stem}{kind}.safetensors")) for kind in ("-*-of-*", ".*")
+    )
+    found = [plain] if plain.is_file() else shards or variants[:1]
+    if not found:
+        how = "save it again as safetensors"
+        if (folder / PICKLED_FILE).is_file():
+            how = f"{PICKLED_FILE} is a pickle, which diffusers' save_pretrained turns into one"
+        raise LdmError(f"{folder} holds no {WEIGHTS_FILE}: {how}")
+    return found
 
 
 def tree_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,12 +122,22 @@ def tree_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in FIXED.items():
         if config.get(key, value) != value:
             raise ValueError(f"{key} is {config[key]!r}, only {value!r} is known")
+    for key, level in LEVELS.items():
+        other = next((name for name in config.get(key, ()) if name != level), None)
+        if other:
+            raise ValueError(f"{key} has {other}, only {level} is known")
     conv1x1 = [config.get(key, True) for key in ("use_quant_conv", "use_post_quant_conv")]
     if conv1x1[0] != conv1x1[1]:
         raise ValueError("it has one of the two 1×1 convolutions around the latent, not both")
     widths = config["block_out_channels"]
     if not widths or min(widths) < 1 or any(width % widths[0] for width in widths):
         raise ValueError(f"block_out_channels {widths} are not multiples of the first")
+    groups = config.get("norm_num_groups", GROUPS)
+    if groups_of(widths) != groups:
+        raise ValueError(
+            f"norm_num_groups is {groups}; here widths {widths} are normalised in "
+            f"{groups_of(widths) or 'unequal numbers of'} groups"
+        )
     sizes = {
         "channels": widths[0],
         "multipliers": [width // widths[0] for width in widths],
@@ -115,6 +149,12 @@ def tree_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
         "encoder": {"type": "sdvae", **sizes},
         "decoder": {**sizes, "norm": "group"},
     }
+
+
+def groups_of(widths: Sequence[int]) -> int | None:
+    """The one number of groups that our GroupNorms of these widths have; None: not the same."""
+    found = {math.gcd(GROUPS, width) for width in widths}
+    return found.pop() if len(found) == 1 else None
 
 
 def _rename(name: str, pairs: Iterable[tuple[str, str]]) -> str:

@@ -9,7 +9,7 @@ import warnings
 
 import typer
 
-from ldm.cli import data, demo, evaluate, presets, sample, train
+from ldm.cli import data, demo, evaluate, exchange, presets, sample, train
 from ldm.errors import Interrupted, LdmError
 
 INTERRUPTED = 130
@@ -32,6 +32,8 @@ app.command("train-diffusion")(train.train_diffusion)
 app.command("sample")(sample.sample)
 app.command("fid")(evaluate.fid)
 app.command("eval-ae")(evaluate.eval_ae)
+app.command("import")(exchange.import_model)
+app.command("export")(exchange.export_model)
 app.command("presets")(presets.presets)
 app.command("show")(presets.show)
 

@@ -41,7 +41,9 @@ def fid(
 def eval_ae(
     model: Annotated[
         Path | None,
-        typer.Argument(help="A stage-one ckpt.pt or run folder. Left out: the newest."),
+        typer.Argument(
+            help="A stage-one ckpt.pt or run folder, or an SD-VAE of others. Left out: the newest."
+        ),
     ] = None,
     data: Data = None,
     split: Split = "val",

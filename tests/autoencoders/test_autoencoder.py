@@ -141,9 +141,23 @@ def test_noise_belongs_to_samples(tiny, images):
     torch.testing.assert_close(together[1:], alone, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [(30, 32), (32, 60), (4, 8), (0, 8)])
-def test_sides_that_do_not_divide_are_refused(tiny, size):
-    with pytest.raises(LdmError, match=f"{size[0]}×{size[1]} pixels: .* multiples of 8"):
+@pytest.mark.parametrize("size", [(30, 32), (32, 61), (9, 23)])
+def test_odd_sides_are_padded_by_their_last_pixels_and_cropped(tiny, size):
+    images = torch.rand(1, 3, *size) * 2 - 1
+    padded = images
+    while padded.shape[-2] % 8:
+        padded = torch.cat([padded, padded[..., -1:, :]], dim=-2)
+    while padded.shape[-1] % 8:
+        padded = torch.cat([padded, padded[..., -1:]], dim=-1)
+    out = tiny(images, sample=False)
+    assert out.recon.shape == images.shape
+    assert torch.equal(out.latents, tiny.encode(padded).mode())
+    assert torch.equal(out.recon, tiny.decode(out.latents)[..., : size[0], : size[1]])
+
+
+@pytest.mark.parametrize("size", [(4, 8), (8, 7), (0, 8)])
+def test_sides_smaller_than_a_latent_are_refused(tiny, size):
+    with pytest.raises(LdmError, match=f"{size[0]}×{size[1]} pixels: .* one latent of 8×8"):
         tiny.encode(torch.zeros(1, 3, *size))
 
 

@@ -1,16 +1,23 @@
 import math
+from copy import deepcopy
 
 import pytest
 import torch
 from torch import nn
 
 from autoencoders.layers import (
+    Block,
     Downsample,
     ResidualBlock,
     SelfAttention,
     SelfModulatedConv2d,
     Upsample,
+    checkpoint_blocks,
+    fuse,
     group_norm,
+    middle,
+    quick_layout,
+    silu,
 )
 
 
@@ -134,3 +141,122 @@ def test_down_and_up_change_the_resolution_by_two():
     x = torch.randn(1, 4, 6, 10)
     assert Downsample(4)(x).shape == (1, 4, 3, 5)
     assert Upsample(4)(x).shape == (1, 4, 12, 20)
+
+
+# ------------------------------------------------------------------- without gradients, and with
+@pytest.mark.parametrize("norm", ["group", "smc"])
+@pytest.mark.parametrize("out_width", [32, 64])
+def test_without_gradients_the_input_is_kept_and_the_output_is_the_same(norm, out_width):
+    block, x = ResidualBlock(32, out_width, norm), torch.randn(2, 32, 8, 8)
+    before, expected = x.clone(), block(x)
+    with torch.no_grad():
+        got = block(x)
+    assert torch.equal(x, before)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_silu_overwrites_only_where_it_may():
+    x = torch.randn(3)
+    before, expected = x.clone(), x * torch.sigmoid(x)
+    torch.testing.assert_close(silu(x), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(silu(x, keep=True), expected)
+        assert torch.equal(x, before)
+        silu(x)
+    torch.testing.assert_close(x, expected)
+
+
+def test_channels_are_last_on_a_cpu_without_gradients_only():
+    x = torch.randn(2, 4, 6, 6)
+    assert quick_layout(x) is x
+    with torch.no_grad():
+        quick = quick_layout(x)
+        assert quick_layout(x.to("meta")).is_contiguous()
+    assert torch.equal(quick, x)
+    assert quick.is_contiguous(memory_format=torch.channels_last)
+
+
+# ---------------------------------------------------------------------------------- fusing
+def test_fused_convolution_is_the_same_and_plain():
+    conv = SelfModulatedConv2d(3, 5)
+    nn.init.normal_(conv.scales)
+    nn.init.constant_(conv.gain, 1.7)
+    x, plain = torch.randn(2, 3, 6, 7), conv.fused()
+    assert type(plain) is nn.Conv2d
+    torch.testing.assert_close(plain(x), conv(x), rtol=0, atol=1e-6)
+    nn.init.zeros_(conv.bias)
+    assert plain.bias.abs().max() > 0  # its own
+
+
+def test_fuse_makes_a_frozen_copy_and_leaves_the_module_alone():
+    module = nn.Sequential(ResidualBlock(8, 8, "smc"), nn.Sequential(SelfModulatedConv2d(8, 4)))
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    fused, x = fuse(module), torch.randn(1, 8, 5, 5)
+    torch.testing.assert_close(fused(x), module(x), rtol=0, atol=1e-5)
+    assert not any(isinstance(part, SelfModulatedConv2d) for part in fused.modules())
+    assert not fused.training and module.training
+    assert not any(parameter.requires_grad for parameter in fused.parameters())
+    assert all(parameter.requires_grad for parameter in module.parameters())
+    after = module.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert type(fuse(SelfModulatedConv2d(2, 2))) is nn.Conv2d
+    kept = {id(p) for p in module.parameters()}
+    assert not kept & {id(p) for p in fused.parameters()}
+
+
+# ---------------------------------------------------------------------- gradient checkpointing
+def gradients_and_memory(module, x):
+    """Gradients of a sum of squares, and the bytes that the forward pass keeps for them."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    module.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = module(x).square().sum()
+    bytes_kept = sum(kept.values())
+    loss.backward()
+    return {name: p.grad.clone() for name, p in module.named_parameters()}, bytes_kept
+
+
+@pytest.mark.parametrize("norm", ["group", "smc"])
+def test_checkpointing_keeps_less_and_gives_the_same_gradients(norm):
+    module, x = middle(32, norm), torch.randn(2, 32, 16, 16)
+    names = list(module.state_dict())
+    plain, plain_bytes = gradients_and_memory(module, x)
+    checkpoint_blocks(module)
+    checkpoint_blocks(module)  # a second time changes nothing
+    recomputed, fewer_bytes = gradients_and_memory(module, x)
+    assert list(module.state_dict()) == names
+    assert fewer_bytes < plain_bytes / 3
+    for name in plain:
+        assert torch.equal(recomputed[name], plain[name]), name
+
+
+def test_checkpointing_is_idle_without_gradients_and_copied_with_its_module(monkeypatch):
+    module, x = middle(8), torch.randn(1, 8, 4, 4)
+    checkpoint_blocks(module)
+    copy = deepcopy(module)
+    with torch.no_grad():
+        for parameter in copy.parameters():
+            parameter.zero_()
+        expected = middle_without_recomputing(module)(x)
+        calls = []
+        monkeypatch.setattr("autoencoders.layers.checkpoint", lambda *a, **k: calls.append(a))
+        assert torch.equal(module(x), expected)
+        assert torch.equal(copy(x), x)  # the copy computes with its own weights
+    assert calls == []
+
+
+def middle_without_recomputing(module):
+    plain = middle(module[0].conv1.in_channels)
+    plain.load_state_dict(module.state_dict())
+    return plain
+
+
+def test_a_block_must_say_what_it_computes():
+    with pytest.raises(NotImplementedError):
+        Block()(torch.zeros(1))

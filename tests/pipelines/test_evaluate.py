@@ -172,10 +172,9 @@ def test_a_file_that_does_not_say_what_it_was_trained_on(tmp_path):
         evaluate_checkpoint(tmp_path)
     with pytest.raises(UsageError, match="does not say what it was trained on: give --resolution"):
         evaluate_checkpoint(tmp_path, "photos")
-    (tmp_path / "diffusers").mkdir()
-    (tmp_path / "diffusers" / "config.json").write_text("{}")
+    build_autoencoder("tiny").save_pretrained(tmp_path / "hub")
     with pytest.raises(UsageError, match="give --data"):
-        evaluate_checkpoint(tmp_path / "diffusers")
+        evaluate_checkpoint(tmp_path / "hub")
 
 
 @pytest.mark.parametrize("name", ["batch_size", "resolution", "limit"])

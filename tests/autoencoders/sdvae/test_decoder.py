@@ -1,8 +1,9 @@
+import ptwt
 import pytest
 import torch
 from torch import nn
 
-from autoencoders.layers import SelfModulatedConv2d
+from autoencoders.layers import SelfModulatedConv2d, fuse
 from autoencoders.sdvae.decoder import SDVAEDecoder, SDVAEDecoderConfig
 
 SMALL = {"channels": 16, "multipliers": (1, 2, 2), "blocks": 1}
@@ -35,3 +36,62 @@ def test_scale_of_features_reaches_the_pixels_only_with_self_modulation():
         features = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
         plain, scaled = (decoder.norm_out(features * scale) for scale in (1, 10))
         assert torch.allclose(plain, scaled, atol=1e-3) == hidden
+
+
+# --------------------------------------------------------------------------------- sub-bands
+@pytest.mark.parametrize("norm", ["group", "smc"])
+def test_sub_bands_become_an_image_of_twice_their_size(norm):
+    config = SDVAEDecoderConfig(**SMALL, norm=norm, output="wavelet")
+    decoder = SDVAEDecoder(config, latent_channels=4)
+    assert config.upsampling == 8
+    assert SDVAEDecoderConfig(**SMALL).upsampling == 4
+    assert decoder.conv_out.out_channels == 12
+    seen = []
+    decoder.conv_out.register_forward_hook(lambda _m, _i, out: seen.append(out))
+    images = decoder(torch.randn(2, 4, 4, 6))
+    assert images.shape == (2, 3, 32, 48)
+    # ptwt: the orthonormal inverse; the sub-bands are half of its own, as LiteVAE's encoder has it
+    low, *edges = (2 * seen[0]).chunk(4, dim=1)
+    expected = ptwt.waverec2((low, tuple(edges)), "haar")
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
+    images.square().mean().backward()
+    assert decoder.conv_out.weight.grad.abs().max() > 0
+
+
+def test_sub_bands_of_a_flat_image_have_its_range():
+    decoder = SDVAEDecoder(SDVAEDecoderConfig(**SMALL, output="wavelet"), latent_channels=4)
+    nn.init.zeros_(decoder.conv_out.weight)
+    with torch.no_grad():
+        decoder.conv_out.bias.copy_(torch.tensor([1.0, -1.0, 0.5] + 9 * [0.0]))
+    images = decoder(torch.randn(1, 4, 2, 2))
+    expected = torch.tensor([1.0, -1.0, 0.5]).view(1, 3, 1, 1).expand_as(images)
+    torch.testing.assert_close(images, expected)
+
+
+def test_the_inverse_transform_is_float32_under_autocast():
+    decoder = SDVAEDecoder(SDVAEDecoderConfig(**SMALL, output="wavelet"), latent_channels=4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert decoder(torch.randn(1, 4, 2, 2)).dtype == torch.float32
+
+
+# ------------------------------------------------------------------ without gradients, and with
+@pytest.mark.parametrize("norm", ["group", "smc"])
+@pytest.mark.parametrize("output", ["image", "wavelet"])
+def test_fused_and_without_gradients_it_decodes_the_same(norm, output):
+    config = SDVAEDecoderConfig(**SMALL, norm=norm, output=output)
+    decoder, latents = SDVAEDecoder(config, latent_channels=4), torch.randn(2, 4, 5, 6)
+    expected = decoder(latents)
+    with torch.no_grad():
+        torch.testing.assert_close(decoder(latents), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(fuse(decoder)(latents), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["group", "smc"])
+def test_what_a_level_gave_can_be_looked_at_afterwards(norm):
+    """A hook that keeps the last feature maps must not see them overwritten."""
+    decoder = SDVAEDecoder(SDVAEDecoderConfig(**SMALL, norm=norm), latent_channels=4).eval()
+    kept = []
+    decoder.levels[-1].register_forward_hook(lambda _m, _i, out: kept.extend([out, out.clone()]))
+    with torch.no_grad():
+        decoder(torch.randn(1, 4, 2, 2))
+    assert torch.equal(*kept)

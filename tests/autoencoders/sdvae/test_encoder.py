@@ -40,3 +40,12 @@ def test_each_level_but_the_last_halves_the_image():
         level.register_forward_hook(lambda _m, _i, out: seen.append(tuple(out.shape[1:])))
     ae.encoder(torch.zeros(1, 3, 32, 64))
     assert seen == [(8, 16, 32), (16, 8, 16), (32, 4, 8), (32, 4, 8)]
+
+
+def test_without_gradients_it_encodes_the_same():
+    ae = build_autoencoder("sdvae", encoder={"channels": 8}, decoder={"channels": 8})
+    images = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    before, expected = images.clone(), ae.encoder(images)
+    with torch.no_grad():
+        torch.testing.assert_close(ae.encoder(images), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(images, before)

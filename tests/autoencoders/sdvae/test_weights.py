@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from autoencoders import load_autoencoder
-from autoencoders.sdvae.weights import WEIGHTS_FILE
+from autoencoders.loading import load_autoencoder
+from autoencoders.sdvae.weights import PICKLED_FILE, WEIGHTS_FILE, groups_of, weights_files
 from ldm.errors import LdmError
 
 CONFIG = {
@@ -32,7 +32,13 @@ def refusal(folder, config, weights=None):
     ("change", "said"),
     [
         ({"_class_name": "VQModel"}, "_class_name is not AutoencoderKL"),
-        ({"norm_num_groups": 16}, "norm_num_groups is 16, only 32 is known"),
+        (
+            {"norm_num_groups": 16},
+            "norm_num_groups is 16; here widths [32, 64] are normalised in 32",
+        ),
+        ({"block_out_channels": [16, 32]}, "normalised in unequal numbers of groups"),
+        ({"down_block_types": ["AttnDownEncoderBlock2D"]}, "down_block_types has AttnDown"),
+        ({"up_block_types": ["UpDecoderBlock2D", "AttnUpDecoderBlock2D"]}, "up_block_types has"),
         ({"mid_block_add_attention": False}, "mid_block_add_attention is False"),
         ({"use_quant_conv": False}, "one of the two 1×1 convolutions"),
         ({"block_out_channels": [64, 96]}, "are not multiples of the first"),
@@ -59,6 +65,35 @@ def test_a_config_that_is_none(tmp_path):
 
 def test_no_safetensors(tmp_path):
     assert f"holds no {WEIGHTS_FILE}: save it again" in refusal(tmp_path, CONFIG)
+
+
+def test_a_pickle_alone_is_not_read(tmp_path):
+    (tmp_path / PICKLED_FILE).write_bytes(b"")
+    assert f"{PICKLED_FILE} is a pickle, which diffusers' save_pre" in refusal(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("there", "taken"),
+    [
+        (["", ".fp16"], [""]),
+        ([".non_ema", ".fp16"], [".fp16"]),
+        (["-00001-of-00002", "-00002-of-00002"], ["-00001-of-00002", "-00002-of-00002"]),
+    ],
+)
+def test_the_plain_file_then_shards_then_a_variant(tmp_path, there, taken):
+    stem = WEIGHTS_FILE.removesuffix(".safetensors")
+    for kind in there:
+        (tmp_path / f"{stem}{kind}.safetensors").touch()
+    assert [path.name for path in weights_files(tmp_path)] == [
+        f"{stem}{kind}.safetensors" for kind in taken
+    ]
+
+
+@pytest.mark.parametrize(
+    ("widths", "groups"), [((32, 64, 96), 32), ((16, 48), 16), ((16, 32), None), ((8, 24), 8)]
+)
+def test_the_number_of_groups(widths, groups):
+    assert groups_of(widths) == groups
 
 
 def test_a_truncated_file(tmp_path):

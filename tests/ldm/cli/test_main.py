@@ -11,7 +11,10 @@ from ldm.checkpoint import FORMAT
 from ldm.cli import main
 from tests.small import AUTOENCODER, DIFFUSION, ldm
 
-MODES = ["train-ae", "train-diffusion", "sample", "fid", "eval-ae", "presets", "show", "demo"]
+MODES = [
+    "train-ae", "train-diffusion", "sample", "fid", "eval-ae", "presets", "show", "demo", "import",
+    "export",
+]  # fmt: skip
 
 
 @pytest.fixture

@@ -1,0 +1,135 @@
+"""A trained autoencoder from a file or a folder, ours or other people's, told by its content."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from autoencoders.autoencoder import Autoencoder, AutoencoderConfig
+from autoencoders.hub_folder import WEIGHTS_FILE, is_ours, read_pretrained
+from autoencoders.sdvae.compvis import find_prefix, from_compvis, pick, tree_from_compvis
+from autoencoders.sdvae.weights import read_diffusers, weights_files
+from ldm.checkpoint import Damaged, build_with, load_model
+from ldm.config import validate
+from ldm.errors import LdmError, UsageError
+from ldm.foreign import read_foreign
+
+
+class AutoencoderFile(NamedTuple):
+    """An autoencoder as it was read: all that building it needs, and where it comes from."""
+
+    tree: dict[str, Any]
+    """Of an `AutoencoderConfig`, not yet validated."""
+    weights: dict[str, Tensor]
+    """By our names."""
+    format: Literal["ldm", "hub", "diffusers", "compvis"]
+    """Ours, ours by the Hub's conventions, diffusers' `AutoencoderKL`, or CompVis's."""
+    files: tuple[Path, ...]
+    """Those that hold the weights."""
+    provenance: dict[str, Any]
+    """What the source says of itself: ours of its training, diffusers' of its scaling_factor."""
+
+
+def load_autoencoder(path: str | Path, device: str | torch.device = "cpu") -> Autoencoder:
+    """A trained autoencoder in eval mode.
+
+    Args:
+        path: our `.pt` or `.safetensors`, a run folder, a folder of `save_pretrained`, a diffusers
+            `AutoencoderKL` folder, or a CompVis checkpoint (`.ckpt`, `.pt` or `.safetensors`) of a
+            KL autoencoder or of a latent diffusion model that has one.
+
+    Raises:
+        LdmError: it cannot be read, or its tensors are not those its config describes.
+    """
+    return assemble(read_autoencoder(path), path).to(device).eval()
+
+
+def read_autoencoder(path: str | Path) -> AutoencoderFile:
+    """Read what `load_autoencoder` does, without building it.
+
+    Raises:
+        LdmError: it cannot be read, or is none of the known formats.
+    """
+    path = Path(path)
+    if (path / "config.json").is_file():
+        return _read_folder(path)
+    if path.is_file():
+        theirs = (_read_safetensors if path.suffix == ".safetensors" else _read_pickle)(path)
+        if theirs is not None:
+            return theirs
+    model = load_model(path, "autoencoder")
+    file = path / "ckpt.pt" if path.is_dir() else path
+    return AutoencoderFile(model.config, model.weights, "ldm", (file,), model.provenance)
+
+
+def assemble(file: AutoencoderFile, path: str | Path) -> Autoencoder:
+    """Build the autoencoder that was read from a path.
+
+    Raises:
+        LdmError: its config is not of this version, or its tensors are not those it describes.
+    """
+    try:
+        config = validate(AutoencoderConfig, file.tree)
+    except UsageError as error:
+        raise LdmError(f"the config in {path} is not one of this version: {error}") from error
+    return build_with(lambda: Autoencoder(config), file.weights, path)
+
+
+def _read_folder(folder: Path) -> AutoencoderFile:
+    try:
+        described = json.loads((folder / "config.json").read_text("utf-8"))
+    except (ValueError, OSError) as error:
+        raise LdmError(f"{folder}/config.json describes no SD-VAE to load here: {error}") from error
+    if is_ours(described):
+        parts = read_pretrained(folder, described)
+        return AutoencoderFile(*parts, "hub", (folder / WEIGHTS_FILE,), {})
+    parts = read_diffusers(folder)
+    said = {key: described[key] for key in ("scaling_factor",) if key in described}
+    return AutoencoderFile(*parts, "diffusers", tuple(weights_files(folder)), said)
+
+
+def _read_safetensors(path: Path) -> AutoencoderFile | None:
+    """A CompVis checkpoint; None where the file says that it is ours."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            if "ldm" in (file.metadata() or {}):
+                return None
+            names = list(file.keys())
+            prefix = find_prefix(names)
+            if prefix is None:
+                raise LdmError(f"{path} holds weights without a config{_beside(path)}")
+            weights = {name: file.get_tensor(name) for name in names if name.startswith(prefix)}
+    except (SafetensorError, OSError) as error:
+        raise Damaged(f"{path} is truncated or damaged: copy or write it again") from error
+    return _of_compvis(weights, prefix, path)
+
+
+def _read_pickle(path: Path) -> AutoencoderFile | None:
+    """A CompVis checkpoint; None where the file is none."""
+    tree = read_foreign(path)
+    weights = tree.get("state_dict", tree) if isinstance(tree, dict) else {}
+    names = [name for name in weights if isinstance(name, str)] if isinstance(weights, dict) else []
+    prefix = find_prefix(names)
+    return None if prefix is None else _of_compvis({n: weights[n] for n in names}, prefix, path)
+
+
+def _of_compvis(weights: dict[str, Any], prefix: str, path: Path) -> AutoencoderFile:
+    try:
+        theirs = pick(weights, prefix)
+        tree = tree_from_compvis(theirs)
+    except LdmError as error:
+        raise LdmError(f"{path} cannot be read: {error}") from error
+    # cloned: they are to outlive the file that they lie in
+    ours = {name: tensor.clone() for name, tensor in from_compvis(theirs).items()}
+    return AutoencoderFile(tree, ours, "compvis", (path,), {})
+
+
+def _beside(path: Path) -> str:
+    """What to give in the place of a file of weights without its config."""
+    if (path.parent / "config.json").is_file():
+        return f": give its folder, {path.parent}"
+    return ": give the folder of the model, with its config.json"

@@ -1,0 +1,307 @@
+"""CompVis's names and sizes, against the architecture written down anew, and against diffusers."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional as F
+
+from autoencoders.loading import load_autoencoder, read_autoencoder
+from autoencoders.sdvae.compvis import find_prefix, from_compvis, pick, to_compvis
+from autoencoders.sdvae.export import diffusers_config, write_compvis
+from ldm.errors import LdmError
+from tests.golden import SDVAE_DECODER_PARAMETERS, SDVAE_ENCODER_PARAMETERS
+
+# ------------------------------------------------- the architecture of Rombach et al., Appendix G
+
+
+def norm(width):
+    return nn.GroupNorm(32, width, eps=1e-6)
+
+
+class Block(nn.Module):
+    def __init__(self, a, b):
+        super().__init__()
+        self.norm1, self.conv1 = norm(a), nn.Conv2d(a, b, 3, 1, 1)
+        self.norm2, self.conv2 = norm(b), nn.Conv2d(b, b, 3, 1, 1)
+        if a != b:
+            self.nin_shortcut = nn.Conv2d(a, b, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class Attention(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm = norm(width)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
+
+    def forward(self, x):
+        b, c, h, w = x.shape
+        y = self.norm(x)
+        q, k, v = (conv(y).reshape(b, c, h * w) for conv in (self.q, self.k, self.v))
+        weights = torch.softmax(torch.einsum("bci,bcj->bij", q, k) / c**0.5, dim=2)
+        return x + self.proj_out(torch.einsum("bij,bcj->bci", weights, v).reshape(b, c, h, w))
+
+
+class Mid(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.block_1, self.attn_1 = Block(width, width), Attention(width)
+        self.block_2 = Block(width, width)
+
+    def forward(self, x):
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Conv(nn.Module):
+    def __init__(self, width, stride):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride, 0 if stride == 2 else 1)
+
+
+class Level(nn.Module):
+    def __init__(self, widths):
+        super().__init__()
+        self.block = nn.ModuleList(Block(a, b) for a, b in pairwise(widths))
+        self.attn = nn.ModuleList()
+
+
+class Down(nn.Module):
+    def __init__(self, ch, mult, blocks, z):
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, ch, 3, 1, 1)
+        self.down = nn.ModuleList()
+        width = ch
+        for i, m in enumerate(mult):
+            level = Level([width] + [ch * m] * blocks)
+            width = ch * m
+            if i < len(mult) - 1:
+                level.downsample = Conv(width, 2)
+            self.down.append(level)
+        self.mid, self.norm_out = Mid(width), norm(width)
+        self.conv_out = nn.Conv2d(width, 2 * z, 3, 1, 1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for level in self.down:
+            for block in level.block:
+                x = block(x)
+            if hasattr(level, "downsample"):
+                x = level.downsample.conv(F.pad(x, (0, 1, 0, 1)))
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Up(nn.Module):
+    def __init__(self, ch, mult, blocks, z):
+        super().__init__()
+        width = ch * mult[-1]
+        self.conv_in, self.mid = nn.Conv2d(z, width, 3, 1, 1), Mid(width)
+        levels = {}
+        for i in reversed(range(len(mult))):
+            levels[i] = Level([width] + [ch * mult[i]] * (blocks + 1))
+            width = ch * mult[i]
+            if i:
+                levels[i].upsample = Conv(width, 1)
+        self.up = nn.ModuleList(levels[i] for i in range(len(mult)))
+        self.norm_out, self.conv_out = norm(width), nn.Conv2d(width, 3, 3, 1, 1)
+
+    def forward(self, z):
+        x = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            for block in level.block:
+                x = block(x)
+            if hasattr(level, "upsample"):
+                x = level.upsample.conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class KL(nn.Module):
+    def __init__(self, ch=32, mult=(1, 2, 3), blocks=1, z=4):
+        super().__init__()
+        self.encoder, self.decoder = Down(ch, mult, blocks, z), Up(ch, mult, blocks, z)
+        self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * z, 2 * z, 1), nn.Conv2d(z, z, 1)
+
+    def moments(self, x):
+        return self.quant_conv(self.encoder(x))
+
+    def decode(self, z):
+        return self.decoder(self.post_quant_conv(z))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def training_extras():
+    """What a checkpoint of theirs holds beside the autoencoder."""
+    return {
+        "loss.discriminator.main.0.weight": torch.zeros(4, 3, 4, 4),
+        "loss.perceptual_loss.lin0.model.1.weight": torch.zeros(1, 64, 1, 1),
+        "loss.logvar": torch.zeros(()),
+        "model_ema.decay": torch.tensor(0.9999),
+        "model_ema.encoderconv_inweight": torch.zeros(1),
+    }
+
+
+class Trainer:
+    """A class that weights_only refuses."""
+
+
+def write(path, model, prefix="", dtype=torch.float32):
+    state = {f"{prefix}{name}": t.to(dtype) for name, t in model.state_dict().items()}
+    if prefix:
+        state["model.diffusion_model.out.2.weight"] = torch.zeros(2)
+        state["cond_stage_model.x"] = torch.zeros(2)
+    state |= training_extras()
+    if path.suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        tree = {"state_dict": state, "callbacks": {Trainer: Trainer()}, "global_step": 7}
+        torch.save(tree, path, _use_new_zipfile_serialization=path.suffix == ".ckpt")
+    return path
+
+
+@torch.no_grad()
+def agree(model, ours, side=32):
+    images = torch.rand(1, 3, side, side + 16) * 2 - 1
+    mean, logvar = model.moments(images).chunk(2, dim=1)
+    posterior = ours.encode(images)
+    torch.testing.assert_close(posterior.mean, mean, rtol=0, atol=1e-4)
+    torch.testing.assert_close(posterior.logvar, logvar, rtol=0, atol=1e-4)
+    latents = torch.randn_like(mean)
+    torch.testing.assert_close(ours.decode(latents), model.decode(latents), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["vae.ckpt", "legacy.pt", "vae.safetensors"])
+@pytest.mark.parametrize("prefix", ["", "first_stage_model."])
+def test_a_checkpoint_gives_the_same_outputs(tmp_path, name, prefix):
+    model = KL().eval()
+    path = write(tmp_path / name, model, prefix)
+    ours = load_autoencoder(path)
+    path.write_bytes(b"")  # the weights have been taken out of the file
+    assert not ours.training
+    agree(model, ours)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"ch": 32, "mult": (2, 3), "blocks": 1, "z": 3},  # conv_in narrower than the first level
+        {"ch": 32, "mult": (1, 2, 1, 2), "blocks": 2, "z": 8},
+        {"ch": 64, "mult": (1,), "blocks": 3, "z": 4},
+    ],
+)
+def test_the_sizes_are_those_of_the_tensors(tmp_path, sizes):
+    model = KL(**sizes).eval()
+    ours = load_autoencoder(write(tmp_path / "vae.ckpt", model))
+    config = ours.config
+    assert config.latent_channels == sizes["z"] and config.conv1x1
+    for part in (config.encoder, config.decoder):
+        assert (part.channels, part.multipliers, part.blocks) == (
+            sizes["ch"], sizes["mult"], sizes["blocks"]
+        )  # fmt: skip
+    agree(model, ours)
+
+
+def test_the_published_sizes(tmp_path):
+    """kl-f8: 128, (1, 2, 4, 4), 2, 4. On the meta device: shapes alone."""
+    with torch.device("meta"):
+        model = KL(128, (1, 2, 4, 4), 2, 4)
+    counts = [sum(p.numel() for p in part.parameters()) for part in (model.encoder, model.decoder)]
+    assert counts == [SDVAE_ENCODER_PARAMETERS, SDVAE_DECODER_PARAMETERS]
+    ours = load_autoencoder(write(tmp_path / "kl-f8.ckpt", model.to_empty(device="cpu")))
+    config = ours.config
+    assert (config.encoder.channels, config.encoder.multipliers) == (128, (1, 2, 4, 4))
+    assert (config.decoder.blocks, config.latent_channels) == (2, 4)
+
+
+def test_half_precision_is_read_as_float32(tmp_path):
+    ours = load_autoencoder(write(tmp_path / "vae.safetensors", KL(), dtype=torch.float16))
+    assert {p.dtype for p in ours.parameters()} == {torch.float32}
+
+
+def test_names_go_there_and_back_bit_for_bit(tmp_path):
+    model = KL()
+    theirs = model.state_dict()
+    back = to_compvis(from_compvis(theirs))
+    assert back.keys() == theirs.keys()
+    assert all(torch.equal(back[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("name", ["out.ckpt", "out.safetensors"])
+def test_what_is_written_is_theirs_bit_for_bit(tmp_path, name):
+    model = KL()
+    ours = load_autoencoder(write(tmp_path / "vae.ckpt", model))
+    assert write_compvis(tmp_path / name, ours) == [tmp_path / name]
+    again = KL()
+    read = read_autoencoder(tmp_path / name)
+    assert read.format == "compvis" and read.files == (tmp_path / name,)
+    again.load_state_dict(to_compvis(read.weights))
+    assert all(torch.equal(t, again.state_dict()[n]) for n, t in model.state_dict().items())
+
+
+@torch.no_grad()
+def test_diffusers_reads_the_same_out_of_it(tmp_path):
+    model = KL().eval()
+    ours = load_autoencoder(write(tmp_path / "vae.ckpt", model))
+    config = diffusers_config(ours.config)
+    theirs = AutoencoderKL.from_config(config).eval()
+    theirs.load_state_dict(convert_ldm_vae_checkpoint(model.state_dict(), config))
+    images = torch.rand(1, 3, 32, 32) * 2 - 1
+    expected = theirs.encode(images).latent_dist
+    torch.testing.assert_close(ours.encode(images).mean, expected.mean, rtol=0, atol=1e-4)
+    latents = torch.randn_like(expected.mean)
+    recon = theirs.decode(latents).sample
+    torch.testing.assert_close(ours.decode(latents), recon, rtol=0, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------- refusals
+def refusal(path, state):
+    torch.save({"state_dict": state}, path)
+    with pytest.raises(LdmError) as caught:
+        load_autoencoder(path)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+    return str(caught.value)
+
+
+def test_structures_that_are_not_sdvaes(tmp_path):
+    state, path = KL().state_dict(), tmp_path / "a.ckpt"
+    inside = {"encoder.down.2.attn.0.norm.weight": torch.zeros(96)}
+    assert "attention inside a level (encoder.down.2.attn.0.norm" in refusal(path, state | inside)
+    book = {"quantize.embedding.weight": torch.zeros(8, 4)}
+    assert "vector-quantised" in refusal(path, state | book)
+    plain = {"encoder.conv_out.weight": torch.zeros(4, 96, 3, 3)}
+    assert "has no variance" in refusal(path, state | plain)
+    flat = {"encoder.conv_in.weight": torch.zeros(32)}
+    assert "tensor encoder.conv_in.weight is (32,), where" in refusal(path, state | flat)
+    odd = {"encoder.down.1.block.0.conv1.weight": torch.zeros(48, 32, 3, 3)}
+    assert "widths [32, 48, 96] are not multiples of 32" in refusal(path, state | odd)
+
+
+def test_a_tensor_of_another_shape_is_named_with_both(tmp_path):
+    state, path = KL().state_dict(), tmp_path / "a.ckpt"
+    wide = {"decoder.mid.attn_1.q.weight": torch.zeros(96, 95, 1, 1)}
+    said = refusal(path, state | wide)
+    assert "decoder.middle.1.query.weight is (96, 95) in the file, (96, 96) in the model" in said
+    lacking = {name: t for name, t in state.items() if name != "encoder.norm_out.bias"}
+    assert "encoder.norm_out.bias is none in the file, (96,) in the model" in refusal(path, lacking)
+    missing = {name: t for name, t in state.items() if name != "decoder.conv_in.weight"}
+    assert "tensor decoder.conv_in.weight is none, where" in refusal(path, missing)
+
+
+def test_other_names_are_not_theirs():
+    assert find_prefix(["encoder.down_blocks.0.resnets.0.conv1.weight"]) is None
+    assert find_prefix(["first_stage_model.encoder.down.0.block.0.conv1.weight"]) is not None
+    kept = pick({"encoder.conv_in.weight": torch.zeros(1), "encoder.x": "no tensor"}, "")
+    assert kept.keys() == {"encoder.conv_in.weight"}

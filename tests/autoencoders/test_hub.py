@@ -1,0 +1,154 @@
+"""The Hub's conventions on disk, and its client as far as it is called; nothing goes online."""
+
+import json
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors import safe_open
+
+from autoencoders import build_autoencoder
+from autoencoders.hub import find_pretrained, from_pretrained, push_to_hub, save_pretrained
+from autoencoders.sdvae.export import write_diffusers
+from ldm.errors import LdmError
+
+
+@pytest.fixture(params=["tiny", "smc", "sdvae"])
+def ae(request):
+    settings = {
+        "tiny": {"decoder": {"channels": 8}},
+        "smc": {"decoder": {"channels": 8, "norm": "smc"}, "latent_channels": 7},
+        "sdvae": {"encoder": {"type": "sdvae", "channels": 8}, "decoder": {"channels": 8}},
+    }[request.param]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield build_autoencoder("sdvae" if request.param == "sdvae" else "tiny", **settings).eval()
+
+
+def same(ae, other):
+    state = other.state_dict()
+    assert ae.config == other.config and not ae.training
+    assert all(torch.equal(tensor, state[name]) for name, tensor in ae.state_dict().items())
+
+
+def test_saved_and_loaded_is_the_same(tmp_path, ae):
+    written = save_pretrained(ae, tmp_path / "model")
+    assert [path.name for path in written] == ["config.json", "model.safetensors", "README.md"]
+    same(from_pretrained(tmp_path / "model"), ae)
+    same(from_pretrained(str(tmp_path), subfolder="model"), ae)
+    described = json.loads(written[0].read_text("utf-8"))
+    assert described["library_name"] == "ldm" and described["model_type"] == "autoencoder"
+    with safe_open(written[1], framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    card = written[2].read_text("utf-8")
+    front = card.split("---")[1]
+    assert "library_name: ldm" in front and ae.config.encoder.type in front
+    assert f"latents ({ae.config.latent_channels}, H/{ae.downsampling}" in card
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub in a folder: what is asked of it is written down."""
+    asked = {}
+
+    def snapshot_download(repo_id, *, revision=None, allow_patterns=None):
+        asked["download"] = (repo_id, revision, allow_patterns)
+        return str(tmp_path / "hub" / repo_id)
+
+    def create_repo(repo_id, *, token=None, private=False, exist_ok=False):
+        asked["create"] = (repo_id, token, private, exist_ok)
+        return f"https://huggingface.co/{repo_id}"
+
+    def upload_folder(*, repo_id, folder_path, token=None, commit_message=None):
+        from pathlib import Path
+        from shutil import copytree
+
+        asked["upload"] = (repo_id, token, sorted(p.name for p in Path(folder_path).iterdir()))
+        copytree(folder_path, tmp_path / "hub" / repo_id)
+
+    for function in (snapshot_download, create_repo, upload_folder):
+        monkeypatch.setattr(huggingface_hub, function.__name__, function)
+    monkeypatch.chdir(tmp_path)
+    return asked
+
+
+def test_pushed_and_fetched_is_the_same(hub, ae):
+    assert push_to_hub(ae, "me/my-vae.v1", private=True, token="t") == (
+        "https://huggingface.co/me/my-vae.v1"
+    )
+    assert hub["create"] == ("me/my-vae.v1", "t", True, True)
+    assert hub["upload"] == ("me/my-vae.v1", "t", ["README.md", "config.json", "model.safetensors"])
+    same(from_pretrained("me/my-vae.v1", revision="main"), ae)
+    repo_id, revision, patterns = hub["download"]
+    assert (repo_id, revision) == ("me/my-vae.v1", "main")
+    assert patterns == ["config.json", "model.safetensors", "diffusion_pytorch_model*.safetensors"]
+
+
+def test_a_pipeline_of_diffusers(hub, tmp_path):
+    ae = build_autoencoder(
+        "sdvae", conv1x1=True,
+        encoder={"type": "sdvae", "channels": 32, "multipliers": [1]},
+        decoder={"channels": 32, "multipliers": [1]},
+    )  # fmt: skip
+    write_diffusers(tmp_path / "hub" / "them" / "sd" / "vae", ae)
+    same(from_pretrained("them/sd", subfolder="vae"), ae)
+    assert hub["download"][2][0] == "vae/config.json"
+    with pytest.raises(LdmError, match=r"holds no \./config\.json: .* vae, as its subfolder"):
+        from_pretrained("them/sd")
+
+
+def test_signatures_are_the_clients_own():
+    """What the fakes take, the client takes."""
+    from inspect import signature
+
+    download = signature(huggingface_hub.snapshot_download).parameters
+    assert {"repo_id", "revision", "allow_patterns"} <= download.keys()
+    create = signature(huggingface_hub.create_repo).parameters
+    assert {"repo_id", "token", "private", "exist_ok"} <= create.keys()
+    upload = signature(huggingface_hub.upload_folder).parameters
+    assert {"repo_id", "folder_path", "token", "commit_message"} <= upload.keys()
+
+
+@pytest.mark.parametrize("name", ["nowhere", "a/b.pt", "a/b.safetensors", "a/b/c", "/a/b", "./a/b"])
+def test_a_name_that_is_no_repository(hub, name):
+    with pytest.raises(
+        LdmError, match="it is no file or folder here, nor the name of a repository"
+    ):
+        find_pretrained(name)
+    assert not hub
+
+
+@pytest.mark.parametrize("error", [ConnectionError("offline\nand more"), ValueError("bad name")])
+def test_failures_of_the_network_are_one_line(tmp_path, monkeypatch, ae, error):
+    def fail(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("snapshot_download", "create_repo"):
+        monkeypatch.setattr(huggingface_hub, name, fail)
+    for call in (lambda: from_pretrained("me/x"), lambda: push_to_hub(ae, "me/x")):
+        with pytest.raises(LdmError) as caught:
+            call()
+        text = str(caught.value)
+        assert "\n" not in text and "me/x" in text and str(error).splitlines()[0] in text
+
+
+def test_the_client_offline_says_so_in_one_line(tmp_path, monkeypatch):
+    """The real client, told to stay offline, with nothing in its cache."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        LdmError, match=r"could not be fetched from the Hugging Face Hub \("
+    ) as caught:
+        from_pretrained("me/not-here")
+    assert "\n" not in str(caught.value)
+
+
+def test_without_the_client(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(LdmError, match="pip install huggingface_hub"):
+        from_pretrained("me/x")

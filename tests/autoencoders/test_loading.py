@@ -1,0 +1,171 @@
+"""One door for every file and folder, told apart by what is in them."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from autoencoders import build_autoencoder
+from autoencoders.hub_folder import save_pretrained
+from autoencoders.loading import load_autoencoder, read_autoencoder
+from autoencoders.sdvae.export import write_compvis, write_diffusers
+from ldm.checkpoint import ModelFile, save_model
+from ldm.config import to_tree
+from ldm.errors import LdmError
+
+SIZES = {"channels": 32, "multipliers": [1, 2], "blocks": 1}
+
+
+@pytest.fixture
+def sdvae():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield build_autoencoder(
+            "sdvae", conv1x1=True, encoder={"type": "sdvae", **SIZES}, decoder=SIZES
+        ).eval()
+
+
+@pytest.fixture
+def tiny():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield build_autoencoder("tiny", decoder={"channels": 8}).eval()
+
+
+def write(path, ae, kind="autoencoder"):
+    origin = {"recipe": {"seed": 3}}
+    save_model(path, ModelFile(kind, to_tree(ae.config), ae.state_dict(), provenance=origin))
+
+
+def same(ae, other):
+    state = other.state_dict()
+    assert ae.config == other.config and not ae.training
+    assert all(torch.equal(tensor, state[name]) for name, tensor in ae.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["ckpt.pt", "ckpt.safetensors", ""])
+def test_ours(tmp_path, tiny, name):
+    write(tmp_path / "ckpt.pt", tiny)
+    same(load_autoencoder(tmp_path / name), tiny)
+    read = read_autoencoder(tmp_path / name)
+    assert read.format == "ldm" and read.provenance["recipe"] == {"seed": 3}
+    assert read.files == (tmp_path / (name or "ckpt.pt"),)
+
+
+def test_every_format_gives_the_same_model(tmp_path, sdvae):
+    write(tmp_path / "ckpt.pt", sdvae)
+    write_diffusers(tmp_path / "diffusers", sdvae, 0.3)
+    save_pretrained(sdvae, tmp_path / "hub")
+    # endings that say nothing: a CompVis file may be called .pt, and ours .ckpt
+    write_compvis(tmp_path / "theirs.pt", sdvae)
+    write_compvis(tmp_path / "theirs.safetensors", sdvae)
+    (tmp_path / "ours.ckpt").write_bytes((tmp_path / "ckpt.pt").read_bytes())
+    for name, form in (
+        ("ckpt.pt", "ldm"), ("ours.ckpt", "ldm"), ("diffusers", "diffusers"), ("hub", "hub"),
+        ("theirs.pt", "compvis"), ("theirs.safetensors", "compvis"),
+    ):  # fmt: skip
+        same(load_autoencoder(tmp_path / name), sdvae)
+        read = read_autoencoder(tmp_path / name)
+        assert read.format == form
+        assert all(file.is_file() for file in read.files)
+    assert read_autoencoder(tmp_path / "diffusers").provenance == {"scaling_factor": 0.3}
+
+
+def test_a_variant_and_shards_of_diffusers(tmp_path, sdvae):
+    config, whole = write_diffusers(tmp_path, sdvae)
+    weights = load_file(whole)
+    whole.unlink()
+    half = {name: tensor.half() for name, tensor in weights.items()}
+    save_file(half, tmp_path / "diffusion_pytorch_model.fp16.safetensors")
+    loaded = load_autoencoder(tmp_path)
+    assert torch.equal(loaded.encoder.conv_in.weight, sdvae.encoder.conv_in.weight.half().float())
+    names = sorted(weights)
+    for i, part in enumerate((names[:9], names[9:]), start=1):
+        shard = {name: weights[name] for name in part}
+        save_file(shard, tmp_path / f"diffusion_pytorch_model-0000{i}-of-00002.safetensors")
+    same(load_autoencoder(tmp_path), sdvae)
+    assert len(read_autoencoder(tmp_path).files) == 2
+    assert config.is_file()
+
+
+# ------------------------------------------------------------------------------- refusals
+def refusal(path):
+    with pytest.raises(LdmError) as caught:
+        load_autoencoder(path)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+    return str(caught.value)
+
+
+def test_nothing_there(tmp_path):
+    assert "no checkpoint at" in refusal(tmp_path / "none.ckpt")
+    assert "holds no ckpt.pt" in refusal(tmp_path)
+
+
+def test_the_other_stage(tmp_path, tiny):
+    write(tmp_path / "ckpt.pt", tiny, "diffusion")
+    for name in ("ckpt.pt", "ckpt.safetensors"):
+        assert "is a stage-two diffusion model" in refusal(tmp_path / name)
+
+
+@pytest.mark.parametrize("tree", [{"state_dict": {"x": torch.zeros(1)}}, [1, 2], {"state_dict": 3}])
+def test_a_checkpoint_of_something_else(tmp_path, tree):
+    torch.save(tree, tmp_path / "a.ckpt")
+    assert "is not a model file of this toolkit" in refusal(tmp_path / "a.ckpt")
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("code of the file was run",))
+
+
+def test_a_file_that_would_run_code(tmp_path):
+    torch.save({"state_dict": Bomb(), "b": Bomb()}, tmp_path / "a.ckpt")
+    assert "refused: loading it would run code" in refusal(tmp_path / "a.ckpt")
+
+
+def test_weights_of_another_architecture(tmp_path, tiny, sdvae):
+    write(tmp_path / "a.pt", tiny)
+    config = to_tree(sdvae.config)
+    save_model(tmp_path / "a.pt", ModelFile("autoencoder", config, tiny.state_dict()))
+    assert "encoder.conv_in.weight is none in the file, (32, 3, 3, 3) in" in refusal(
+        tmp_path / "a.pt"
+    )
+
+
+def test_weights_without_their_config(tmp_path, sdvae):
+    write_diffusers(tmp_path / "a", sdvae)
+    file = tmp_path / "a" / "diffusion_pytorch_model.safetensors"
+    assert f"without a config: give its folder, {tmp_path / 'a'}" in refusal(file)
+    (tmp_path / "a" / "config.json").unlink()
+    assert "give the folder of the model, with its config.json" in refusal(file)
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt"])
+def test_damage(tmp_path, sdvae, name):
+    write_compvis(tmp_path / name, sdvae)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: len(content) // 2])
+    assert "damaged" in refusal(tmp_path / name)
+
+
+def test_folders_of_the_hubs_conventions(tmp_path, tiny):
+    save_pretrained(tiny, tmp_path)
+    described = json.loads((tmp_path / "config.json").read_text("utf-8"))
+
+    def said(**change):
+        (tmp_path / "config.json").write_text(json.dumps(described | change), "utf-8")
+        return refusal(tmp_path)
+
+    assert "no autoencoder, but a model_type 'unet'" in said(model_type="unet")
+    assert "has format 99, this version reads up to 1: upgrade" in said(format=99)
+    assert "is not one of this version: unknown key 'flow'" in said(
+        config=described["config"] | {"flow": 1}
+    )
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "truncated or damaged" in said()
+    file.unlink()
+    assert "holds no model.safetensors" in said()
+    (tmp_path / "config.json").write_text("{")
+    assert "describes no SD-VAE" in refusal(tmp_path)
