@@ -49,6 +49,8 @@ class RunConfig(Config):
     """Steps between two saved states; a stop by Ctrl-C or SIGTERM saves as well."""
     keep_states: PositiveInt = 2
     """How many of the newest states are kept."""
+    compile: bool = False
+    """torch.compile the networks: slow first steps, then faster ones; needs a C++ compiler."""
 
 
 class Run:
@@ -69,6 +71,15 @@ class Run:
     def prepare(self, module: nn.Module) -> nn.Module:
         """The module on this device, wrapped so that gradients sync between processes."""
         return self.accelerator.prepare_model(module)
+
+    def compile(self, *modules: nn.Module) -> None:
+        """Compile each in place, where the configuration asks for it; names in the state stay."""
+        if not self.config.compile:
+            return
+        # a graph may be walked twice (the ratio of two gradients): its buffers are not to be reused
+        torch._functorch.config.donated_buffer = False
+        for module in modules:
+            module.compile()
 
     def place(self, tensor_or_module: Any) -> Any:
         """Images or a module on this device, in the memory layout that is quick there."""
@@ -155,6 +166,10 @@ class Run:
             return flag
         flags = torch.tensor(float(flag), device=self.device)
         return bool(self.accelerator.reduce(flags, "sum") > 0)
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean of a tensor over the processes, on every one of them."""
+        return self.accelerator.reduce(tensor, "mean") if self.world > 1 else tensor
 
     # -------------------------------------------------------------------------------- saving
     def save(self, images_seen: int, tree: dict[str, Any]) -> None:

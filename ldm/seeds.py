@@ -26,6 +26,12 @@ def normal(seed: int, purpose: str, ks: Iterable[int], shape: Sequence[int]) -> 
     return torch.from_numpy(np.stack(rows))
 
 
+def uniform(seed: int, purpose: str, ks: Iterable[int], shape: Sequence[int]) -> torch.Tensor:
+    """Numbers (len(ks), *shape) in [0, 1), float32; row i depends on (seed, ks[i]) alone."""
+    rows = [generator(seed, purpose, int(k)).random(tuple(shape), dtype=np.float32) for k in ks]
+    return torch.from_numpy(np.stack(rows))
+
+
 def torch_seed(seed: int, purpose: str, k: int) -> int:
     """A 63-bit seed for torch's own generators, where one is unavoidable (dropout)."""
     return int(generator(seed, purpose, k).integers(2**63))

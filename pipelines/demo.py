@@ -20,7 +20,8 @@ from ldm.run_folder import provenance
 from pipelines import page
 from pipelines.evaluate import evaluate_autoencoder
 from pipelines.latent_diffusion import LatentDiffusionPipeline
-from pipelines.train_autoencoder import AutoencoderRecipe, train_autoencoder
+from pipelines.autoencoder_recipe import AutoencoderRecipe
+from pipelines.train_autoencoder import train_autoencoder
 from pipelines.train_diffusion import DiffusionRecipe, train_diffusion
 from pipelines.validate import reconstruction_sheet
 

@@ -3,111 +3,36 @@
 L = L_recon + λ_reg L_KL + λ_adv L_adv                                          (Equation 1)
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import (
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
 from torch import Tensor, nn
 
-from autoencoders import Autoencoder, AutoencoderConfig
-from autoencoders.discriminators.unet import UNetDiscriminator, UNetDiscriminatorConfig
-from autoencoders.losses import AdversarialConfig, LossConfig, Objective, load_lpips
-from ldm.checkpoint import ModelFile, save_model, write_json
-from ldm.config import Config, to_tree
-from ldm.data import Batch, DataConfig, Source, batches, holds_out, open_source
+from autoencoders import Autoencoder
+from autoencoders.discriminators import build_discriminator
+from autoencoders.layers import checkpoint_blocks
+from autoencoders.losses import Objective, find_lpips, load_esrgan, load_lpips
+from ldm.checkpoint import ModelFile, load_model, save_model, write_json
+from ldm.config import to_tree
+from ldm.data import Batch, Source, batches, holds_out, open_source
 from ldm.ema import Ema
 from ldm.errors import Interrupted
 from ldm.images import to_float
 from ldm.logbook import Logbook
-from ldm.run import Run, RunConfig, frozen, start_run
+from ldm.run import Run, start_run
 from ldm.run_folder import is_finished, provenance
 from ldm.schedule import learning_rate, set_learning_rate
-from ldm.seeds import normal
+from pipelines.autoencoder_recipe import AutoencoderRecipe
+from pipelines.autoencoder_step import draw, train_step
 from pipelines.validate import validate_autoencoder
-
-
-class Phase(Config):
-    """A stretch of training at one resolution; weights, optimisers and critic are carried over."""
-
-    resolution: PositiveInt
-    """Side of the square training images, in pixels."""
-    steps: PositiveInt
-    """Steps: each updates the generator, then the discriminator."""
-
-
-class AutoencoderRecipe(AutoencoderConfig):
-    """An autoencoder and how it is trained. The defaults are the paper's (Section F)."""
-
-    phases: tuple[Phase, ...] = (Phase(resolution=256, steps=100_000),)
-    """What is trained in turn: [{resolution: 128, steps: 100000}, …]."""
-    data: DataConfig = DataConfig()
-    """The images."""
-    batch_size: PositiveInt = 16
-    """Images per step, over all processes and accumulated micro-batches."""
-    accumulate: PositiveInt = 1
-    """Micro-batches per step, to fit a batch into less memory."""
-    lr: PositiveFloat = 1e-4
-    """Adam's learning rate, absolute: never scaled by batch or processes."""
-    betas: tuple[float, float] = (0.5, 0.9)
-    """Adam's betas, of both optimisers."""
-    warmup_images: NonNegativeInt = 0
-    """Images over which the learning rate rises from 0."""
-    clip_norm: PositiveFloat | None = None
-    """Largest norm of a gradient, in either network; null: no clipping."""
-    ema_half_life_images: NonNegativeFloat = 0.0
-    """Half-life of the averaged weights in ckpt.pt, in images; 0: the last weights."""
-    loss: LossConfig = LossConfig()
-    """Weights of the reconstruction's terms; 0 turns one off, free of cost."""
-    adversarial: AdversarialConfig = AdversarialConfig()
-    """The adversarial term."""
-    discriminator: UNetDiscriminatorConfig = UNetDiscriminatorConfig()
-    """The network that judges."""
-    validate_images: PositiveInt = 256
-    """Held-out images measured at every validation."""
-    run: RunConfig = RunConfig()
-    """How the run is carried out and watched."""
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> "AutoencoderRecipe":
-        """What would otherwise come to light hours later, when a phase or the critic begins."""
-        if not self.phases:
-            raise ValueError("phases is empty: give at least one, {resolution: 256, steps: 1000}")
-        if self.batch_size % self.accumulate:
-            raise ValueError("batch_size must be a multiple of accumulate")
-        halvings = 2 ** len(self.discriminator.multipliers) if self.adversarial.weight else 1
-        factor = max(self.encoder.downsampling, halvings)  # powers of two, both
-        for phase in self.phases:
-            if phase.resolution % factor:
-                raise ValueError(
-                    f"phases: resolution {phase.resolution} must be a multiple of {factor}, for "
-                    f"the encoder ({self.encoder.downsampling}) and the discriminator ({halvings})"
-                )
-        return self
-
-    @property
-    def total_steps(self) -> int:
-        """Generator updates over all phases."""
-        return sum(phase.steps for phase in self.phases)
-
-    @property
-    def model(self) -> AutoencoderConfig:
-        """The autoencoder alone, without its training."""
-        fields = AutoencoderConfig.model_fields
-        return AutoencoderConfig(**{name: getattr(self, name) for name in fields})
 
 
 def train_autoencoder(
     recipe: AutoencoderRecipe, preset: str = "autoencoder", folder: Path | None = None
 ) -> Path:
-    """Train, or go on training, and return the run's folder with `ckpt.pt` in it.
+    """Train, or go on training; return the run's folder, with `ckpt.pt` and `best.pt` in it.
 
     Raises:
         LdmError: data, perceptual weights or device missing (before anything is written), ten
@@ -120,7 +45,8 @@ def train_autoencoder(
     }
     final = recipe.phases[-1].resolution
     held_out = open_source(recipe.data, "val", final) if holds_out(recipe.data) else None
-    perceptual = load_lpips() if recipe.loss.lpips else None
+    perceptual = load_perceptual(recipe)
+    lpips = _validation_lpips(recipe, perceptual)
 
     with start_run("autoencoder", preset, recipe, recipe.run, recipe.accumulate, folder) as run:
         if is_finished(run.folder):
@@ -130,7 +56,7 @@ def train_autoencoder(
 
         # the same initial weights on every process: start_run has seeded them
         autoencoder = run.place(Autoencoder(recipe.model))
-        critic = run.place(UNetDiscriminator(recipe.discriminator))
+        critic = run.place(build_discriminator(recipe.discriminator))
         objective = Objective(recipe.loss, recipe.adversarial, perceptual)
         ema = Ema(autoencoder, recipe.ema_half_life_images)
         opt_ae, opt_critic = (
@@ -148,16 +74,25 @@ def train_autoencoder(
         def validate() -> dict[str, float]:
             if held_out is None:
                 return {}
-            return validate_autoencoder(
-                run, ema.model, held_out, final, recipe.validate_images, images_seen, logbook
+            numbers = validate_autoencoder(
+                run, ema.model, held_out, final, recipe.validate_images, images_seen, logbook, lpips
             )
+            best.offer(ema.model, numbers, images_seen)
+            return numbers
 
         images_seen, numbers = 0, {}
         if saved := run.resume():
             images_seen = saved["images_seen"]
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
+        if recipe.checkpointing:
+            checkpoint_blocks(autoencoder)
+        # now that the average was copied from it: compiling changes a module, not its weights
+        decoder = autoencoder.decoder
+        # not its last layer, where gradients are taken; see `gradient_ratio`
+        run.compile(autoencoder.encoder, decoder.middle, *decoder.levels, critic)
         ae, judge = run.prepare(autoencoder), run.prepare(critic)
+        best = Best(run, recipe)
 
         logbook = Logbook(run.folder if run.is_main else None, images_seen)
         run.say(_opening(recipe, run, autoencoder, critic))
@@ -174,13 +109,12 @@ def train_autoencoder(
                     set_learning_rate(optimizer, lr)
 
                 images = to_float(run.place(batch.images))
-                side = resolution // autoencoder.downsampling
-                shape = (recipe.latent_channels, side, side)
-                noise = normal(run.seed, "posterior", batch.k.tolist(), shape).to(run.device)
-                weight = objective.adversarial_weight(step / recipe.total_steps)
+                draws = draw(run, recipe, batch.k.tolist(), resolution)
+                watch = (step + 1) % recipe.run.log_every_steps == 0
                 terms = train_step(
-                    run, ae, judge, opt_ae, opt_critic, images, noise, objective, weight,
-                    recipe.clip_norm,
+                    run, ae, judge, opt_ae, opt_critic, images, draws, objective,
+                    objective.ramp(step / recipe.total_steps), recipe.clip_norm,
+                    ema.model if objective.needs_averaged else None, watch,
                 )  # fmt: skip
                 logbook.add(**terms)
                 if not run.accelerator.sync_gradients:
@@ -191,15 +125,15 @@ def train_autoencoder(
                 ema.update(images_seen, recipe.batch_size)
                 last, stop = step == recipe.total_steps, run.stop_asked()
                 if step % recipe.run.log_every_steps == 0 or last:
-                    extra = {"lr": lr, "adversarial_weight": weight, "resolution": resolution}
-                    row = logbook.row(images_seen, **extra, skipped=run.skipped.total())
+                    extra = {"lr": lr, "resolution": resolution, "skipped": run.skipped.total()}
+                    row = logbook.row(images_seen, **extra)
                     bar.update(
                         task, completed=step, speed=f"{row['images_per_second']:.1f} images/s",
                         note=f"l1 {row.get('l1', float('nan')):.3f}",
                     )  # fmt: skip
                 if step % recipe.run.save_every_steps == 0 or last or stop:
                     # the model first: a run that finds its last state is over has made it
-                    _export(run, recipe, ema.model, images_seen)
+                    _export(run, recipe, ema.model, images_seen, "ckpt.pt")
                     run.save(images_seen, state())
                 if stop and not last:
                     raise Interrupted(f"stopped after step {step}, saved in {run.folder}")
@@ -211,56 +145,10 @@ def train_autoencoder(
         numbers = numbers or validate()
         logbook.close()
         if run.is_main:
-            write_json(run.folder / "result.json", {"images_seen": images_seen, **numbers})
+            result = {"images_seen": images_seen, **numbers, "best": best.numbers}
+            write_json(run.folder / "result.json", result)
         run.accelerator.wait_for_everyone()
         return run.folder
-
-
-def train_step(
-    run: Run,
-    ae: nn.Module,
-    critic: nn.Module,
-    opt_ae: torch.optim.Optimizer,
-    opt_critic: torch.optim.Optimizer,
-    images: Tensor,
-    noise: Tensor,
-    objective: Objective,
-    adversarial_weight: float,
-    clip_norm: float | None,
-) -> dict[str, Tensor]:
-    """One generator update, then one discriminator update, on the same batch.
-
-    Args:
-        ae, critic: the wrapped modules: what goes through them syncs gradients between processes.
-        images: (b, 3, H, W) in [−1, 1]; noise: of the posterior (b, n_z, h, w).
-
-    Returns:
-        The named, unweighted terms, and the norms of the gradients where an update was made.
-    """
-    with run.accumulate(ae, critic):
-        with run.autocast():
-            out = ae(images, noise)
-        terms = objective.reconstruction(out, images)  # l1, lpips, gaussian, wavelet, kl
-        if adversarial_weight > 0:
-            # the unwrapped critic, frozen: it passes gradients on and gets none
-            with frozen(run.unwrap(critic)) as judge, run.autocast():
-                terms["adversarial"] = objective.fool(judge(out.recon))
-        total = objective.total(terms, adversarial_weight)
-        norm = run.step(total, ae, opt_ae, "autoencoder", clip_norm)
-        if norm is not None:
-            terms["gradient_norm"] = norm
-
-        if adversarial_weight > 0:
-            # one forward for real and fake: the power iteration in it runs once
-            with run.autocast():
-                verdicts = critic(torch.cat([images, out.recon.detach()]))
-            real, fake = verdicts.chunk(2)
-            terms["critic"] = objective.judge(real, fake)
-            terms["logit_real"], terms["logit_fake"] = real.pixels.mean(), fake.pixels.mean()
-            norm = run.step(terms["critic"], critic, opt_critic, "discriminator", clip_norm)
-            if norm is not None:
-                terms["critic_gradient_norm"] = norm
-    return terms
 
 
 def _stream(
@@ -284,14 +172,67 @@ def _stream(
         images_seen = stop
 
 
-def _export(run: Run, recipe: AutoencoderRecipe, averaged: Autoencoder, images_seen: int) -> None:
-    """Write `ckpt.pt`: averaged weights, the config that builds them, where they come from."""
-    if run.is_main:
-        origin = provenance() | {"images_seen": images_seen, "recipe": to_tree(recipe)}
-        config = to_tree(recipe.model)
-        weights = averaged.state_dict()
-        save_model(run.folder / "ckpt.pt", ModelFile("autoencoder", config, weights, {}, origin))
-    run.accelerator.wait_for_everyone()
+def load_perceptual(recipe: AutoencoderRecipe) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """The perceptual losses whose weight is not 0, with the weights they were published with."""
+    losses = {}
+    if recipe.loss.lpips:
+        losses["lpips"] = load_lpips(network=recipe.loss.lpips_network)
+    if recipe.loss.esrgan:
+        losses["esrgan"] = load_esrgan()
+    return losses
+
+
+def _validation_lpips(
+    recipe: AutoencoderRecipe, perceptual: dict[str, Callable[[Tensor, Tensor], Tensor]]
+) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """LPIPS as papers report it (VGG-16): needed if it decides, welcome if its weights are here."""
+    if "lpips" in perceptual and recipe.loss.lpips_network == "vgg":
+        return perceptual["lpips"]
+    if recipe.best_by == "lpips":
+        return load_lpips(instead="choose best_by=psnr")
+    return find_lpips()
+
+
+class Best:
+    """Keeps `best.pt`: the averaged weights that did best on held-out images so far.
+
+    The file itself says how good it is, so there is nothing more to save or to resume.
+    """
+
+    def __init__(self, run: Run, recipe: AutoencoderRecipe) -> None:
+        self.run, self.recipe = run, recipe
+        self.numbers: dict[str, float] = {}
+        path = run.folder / "best.pt"
+        if run.is_main and path.is_file():
+            origin = load_model(path, "autoencoder").provenance
+            self.numbers = {"images_seen": origin["images_seen"], **origin["held_out"]}
+
+    def offer(self, averaged: Autoencoder, numbers: dict[str, float], images_seen: int) -> None:
+        """Keep these weights if their held-out numbers are better than the best yet."""
+        by = self.recipe.best_by
+        if by not in numbers or (self.numbers and not self._better(numbers[by], self.numbers[by])):
+            return
+        _export(self.run, self.recipe, averaged, images_seen, "best.pt", held_out=numbers)
+        self.numbers = {"images_seen": images_seen, **numbers}
+
+    def _better(self, new: float, old: float) -> bool:
+        return new < old if self.recipe.best_by == "lpips" else new > old
+
+
+def _export(
+    run: Run,
+    recipe: AutoencoderRecipe,
+    averaged: Autoencoder,
+    images_seen: int,
+    name: str,
+    **more: Any,
+) -> None:
+    """Write a model file: averaged weights, the config that builds them, where they come from."""
+    if not run.is_main:
+        return
+    origin = provenance() | {"images_seen": images_seen, "recipe": to_tree(recipe)} | more
+    config, weights = to_tree(recipe.model), averaged.state_dict()
+    save_model(run.folder / name, ModelFile("autoencoder", config, weights, {}, origin))
 
 
 def _opening(recipe: AutoencoderRecipe, run: Run, ae: Autoencoder, critic: nn.Module) -> str:

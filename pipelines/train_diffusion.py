@@ -130,6 +130,7 @@ def train_diffusion(
             codec = Codec.from_statistics(autoencoder, saved["statistics"]).to(run.device)
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
+        run.compile(network)  # after the average was copied from it
         model = run.prepare(denoiser)
 
         def state() -> dict[str, Any]:

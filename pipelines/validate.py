@@ -1,5 +1,7 @@
 """What a training run shows of itself: numbers and pictures of held-out images, and samples."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -27,11 +29,14 @@ def validate_autoencoder(
     limit: int,
     images_seen: int,
     logbook: Logbook,
+    lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> dict[str, float]:
     """Measure at most `limit` held-out images' reconstructions, and draw a few of them."""
     if not run.is_main:
         return {}
-    numbers = evaluate_autoencoder(autoencoder, held_out, resolution, BATCH, run.device, limit)
+    numbers = evaluate_autoencoder(
+        autoencoder, held_out, resolution, BATCH, run.device, limit, lpips
+    )
     logbook.row(images_seen, **{f"val_{name}": value for name, value in numbers.items()})
 
     sheet, columns = reconstruction_sheet(autoencoder, held_out, resolution, COLUMNS)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from ldm.config import load_preset, resolve
-from pipelines.train_autoencoder import AutoencoderRecipe
+from pipelines.autoencoder_recipe import AutoencoderRecipe
 from pipelines.train_diffusion import DiffusionRecipe
 
 ROOT = Path(__file__).parent.parent

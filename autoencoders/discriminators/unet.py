@@ -4,40 +4,47 @@ Schönfeld, Schiele & Khoreva 2020, "A U-Net Based Discriminator for GANs" (arXi
 """
 
 from itertools import pairwise
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from autoencoders.discriminators.judgement import check_images
 from autoencoders.discriminators.spectral_norm import spectral_norm
 from ldm.config import Config
-from ldm.errors import LdmError
 
 
 class UNetDiscriminatorConfig(Config):
     """Widths of the U-Net discriminator; the defaults are the paper's for 128×128 images."""
 
+    type: Literal["unet"] = "unet"
+    """Judges every pixel, and the image as a whole."""
     channels: PositiveInt = 64
     """Base width, in feature maps."""
     multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4, 8, 16)
     """Width after each halving of the image, as a multiple of `channels`; at 256×256
     U-Net GAN takes (1, 2, 4, 8, 8, 16). The way up mirrors it."""
 
+    def check_resolution(self, resolution: int) -> None:
+        """Raise a ValueError of one line where a side of so many pixels cannot be halved."""
+        factor = 2 ** len(self.multipliers)
+        if resolution < factor or resolution % factor:
+            raise ValueError(
+                f"the U-Net discriminator halves images {len(self.multipliers)} times, so their "
+                f"sides must be multiples of {factor}; resize them, or give "
+                "discriminator.multipliers fewer entries"
+            )
 
-class Judgement(NamedTuple):
+
+class UNetJudgement(NamedTuple):
     """Logits of one batch: high is real."""
 
     pixels: Tensor
     """(B, 1, H, W), float32."""
     bottleneck: Tensor
     """(B, 1), float32: of each image as a whole."""
-
-    def chunk(self, count: int) -> tuple["Judgement", ...]:
-        """The judgements of `count` equal parts of the batch, in order: real and fake, say."""
-        heads = (head.chunk(count) for head in self)
-        return tuple(Judgement(*parts) for parts in zip(*heads, strict=True))
 
 
 class UNetDiscriminator(nn.Module):
@@ -50,6 +57,7 @@ class UNetDiscriminator(nn.Module):
 
     def __init__(self, config: UNetDiscriminatorConfig) -> None:
         super().__init__()
+        self.config = config
         down = [config.channels * m for m in config.multipliers]
         up = [*reversed(down[:-1]), config.channels]
         self.down = nn.ModuleList(
@@ -63,13 +71,13 @@ class UNetDiscriminator(nn.Module):
         )
         self.pixels = _conv(up[-1], 1, 1)
 
-    def forward(self, images: Tensor) -> Judgement:
+    def forward(self, images: Tensor) -> UNetJudgement:
         """Images (B, 3, H, W) in [−1, 1] → pixel logits (B, 1, H, W), image logits (B, 1).
 
         Raises:
             LdmError: H or W is not a multiple of 2^levels.
         """
-        self._check(images)
+        check_images(self.config, images)
         x, skips = images, []
         for block in self.down:
             x = block(x)
@@ -78,16 +86,7 @@ class UNetDiscriminator(nn.Module):
         x = self.up[0](x)
         for block in self.up[1:]:
             x = block(torch.cat([x, skips.pop()], dim=1))
-        return Judgement(self.pixels(F.relu(x)).float(), image_logits.float())
-
-    def _check(self, images: Tensor) -> None:
-        factor, (height, width) = 2 ** len(self.down), images.shape[-2:]
-        if height % factor or width % factor or not height * width:
-            raise LdmError(
-                f"images of {height}×{width} pixels: this discriminator halves them "
-                f"{len(self.down)} times, so both sides must be multiples of {factor}; "
-                "resize them, or give discriminator.multipliers fewer entries"
-            )
+        return UNetJudgement(self.pixels(F.relu(x)).float(), image_logits.float())
 
 
 class DownBlock(nn.Module):

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from torch import Tensor
 from torch.nn import functional as F
 
-Judgement = Iterable[Tensor]
+from autoencoders.discriminators.judgement import Judgement
 
 
 def hinge_generator(fake: Judgement) -> Tensor:
@@ -41,9 +41,19 @@ def logistic_discriminator(real: Judgement, fake: Judgement) -> Tensor:
     )
 
 
+def bce_discriminator(real: Judgement, fake: Judgement) -> Tensor:
+    """Binary cross-entropy of the labels, 1 for real and 0 for fake, over both as one set.
+
+    The logistic loss adds the two halves, this averages them: half of it, to the same end. It
+    is U-Net GAN's own (Schönfeld et al. 2020, arXiv 2002.12655); the generator's is the same.
+    """
+    return logistic_discriminator(real, fake) / 2
+
+
 ADVERSARIAL = {
     "hinge": (hinge_generator, hinge_discriminator),
     "logistic": (logistic_generator, logistic_discriminator),
+    "bce": (logistic_generator, bce_discriminator),
 }
 
 

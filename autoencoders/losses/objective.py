@@ -1,6 +1,7 @@
 """What stage one minimises: named terms, and their weighted sum (Sadat et al. 2024, Equation 1)."""
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 import torch
@@ -8,12 +9,18 @@ from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
 from autoencoders.autoencoder import AutoencoderOutput
-from autoencoders.losses.adversarial import ADVERSARIAL, Judgement
+from autoencoders.discriminators.judgement import Judgement
+from autoencoders.losses.adversarial import ADVERSARIAL
+from autoencoders.losses.artifacts import ldl
 from autoencoders.losses.frequency import gaussian, wavelet
-from autoencoders.losses.reconstruction import kl, l1
+from autoencoders.losses.perceptual import Network
+from autoencoders.losses.reconstruction import kl, l1, l2
 from ldm.config import Config
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Perceptual = Callable[[Tensor, Tensor], Tensor]
+PERCEPTUAL = {"lpips": "load_lpips", "esrgan": "load_esrgan"}
+"""The terms that need a network of published weights, and what loads it."""
 
 
 class LossConfig(Config):
@@ -21,66 +28,104 @@ class LossConfig(Config):
 
     l1: NonNegativeFloat = 1.0
     """Mean absolute difference of the pixels."""
+    l2: NonNegativeFloat = 0.0
+    """Mean squared difference of the pixels."""
     lpips: NonNegativeFloat = 1.0
-    """Perceptual distance (VGG-16)."""
+    """Perceptual distance, learned (LPIPS)."""
+    esrgan: NonNegativeFloat = 0.0
+    """ESRGAN's perceptual loss: VGG-19's features before activation (Table 14)."""
+    ldl: NonNegativeFloat = 0.0
+    """ℓ1 weighed by what looks like the discriminator's artifacts (Table 15)."""
     kl: NonNegativeFloat = 1e-6
     """KL of the posterior to N(0, I), in nats per image value."""
     gaussian: NonNegativeFloat = 0.5
-    """ℓ1 of what a Gaussian blur takes away."""
+    """ℓ1 of what a Gaussian blur takes away (Table 9)."""
     wavelet: NonNegativeFloat = 1.0
-    """Charbonnier loss of the high-frequency Haar sub-bands."""
+    """Charbonnier loss of the high-frequency Haar sub-bands (Table 9)."""
+    lpips_network: Network = "vgg"
+    """What LPIPS looks with: VGG-16, AlexNet or SqueezeNet 1.1."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of every term."""
+        return self.model_dump(exclude={"lpips_network"})
 
 
 class AdversarialConfig(Config):
     """The adversarial term: how strong, which, and when."""
 
     weight: NonNegativeFloat = 0.1
-    """λ_adv, constant once the ramp is over; 0 trains without a discriminator."""
-    loss: Literal["hinge", "logistic"] = "hinge"
-    """hinge, or logistic: the non-saturating one (Table 16)."""
+    """λ_adv once the ramp is over; 0 trains without a discriminator. With adaptive weighting it
+    multiplies the ratio of the gradients' norms: 0.5 is the paper's Equation 2."""
+    loss: Literal["hinge", "logistic", "bce"] = "hinge"
+    """hinge; logistic: the non-saturating one; bce: the same, with half the discriminator's loss
+    (Table 16)."""
+    weighting: Literal["constant", "adaptive"] = "constant"
+    """Whether λ_adv follows the ratio of the gradients' norms (Table 8)."""
     start: Fraction = 0.2
     """Where it begins, as a fraction of all generator steps."""
     ramp: Fraction = 0.05
     """How long its weight takes to rise from 0, as a fraction of all generator steps."""
+    cutmix: NonNegativeFloat = 0.0
+    """Weight of the CutMix consistency in the discriminator's loss; the U-Net's only."""
 
 
 class Objective:
     """The terms of stage one's losses, in float32 whatever surrounds them.
 
     Args:
-        perceptual: (recon, images) → scalar, such as `load_lpips()`; None where `loss.lpips` is 0.
+        perceptual: (recon, images) → scalar, under the name of its term: "lpips": `load_lpips()`,
+            "esrgan": `load_esrgan()`, for those of a weight above 0.
 
     Raises:
-        ValueError: `loss.lpips` is not 0, and there is no perceptual loss.
+        ValueError: one of those is missing.
     """
 
     def __init__(
         self,
         loss: LossConfig,
         adversarial: AdversarialConfig,
-        perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+        perceptual: Mapping[str, Perceptual] = MappingProxyType({}),
     ) -> None:
-        if loss.lpips and perceptual is None:
-            raise ValueError("loss.lpips needs a perceptual loss: load_lpips(), or loss.lpips=0")
+        for name, loader in PERCEPTUAL.items():
+            if loss.weights[name] and name not in perceptual:
+                raise ValueError(
+                    f"loss.{name} needs its network, perceptual={{'{name}': {loader}()}}, "
+                    f"or loss.{name}=0"
+                )
         self.loss, self.adversarial, self.perceptual = loss, adversarial, perceptual
         self._fool, self._judge = ADVERSARIAL[adversarial.loss]
 
-    def reconstruction(self, out: AutoencoderOutput, images: Tensor) -> dict[str, Tensor]:
+    @property
+    def needs_averaged(self) -> bool:
+        """Whether a term compares with what the averaged weights reconstruct."""
+        return self.loss.ldl > 0
+
+    def reconstruction(
+        self, out: AutoencoderOutput, images: Tensor, averaged: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Terms named as in `LossConfig`, unweighted scalars; only those of a weight above 0.
 
         Args:
             images: (B, 3, H, W) in [−1, 1], which `out` was computed from.
+            averaged: their reconstruction by the averaged (EMA) weights, which LDL compares with;
+                None: LDL counts every pixel.
         """
         recon, images = out.recon.float(), images.float()
+        averaged = averaged if averaged is None else averaged.float()
         terms = {
             "l1": lambda: l1(recon, images),
-            "lpips": lambda: self.perceptual(recon, images),
+            "l2": lambda: l2(recon, images),
+            "lpips": lambda: self.perceptual["lpips"](recon, images),
+            "esrgan": lambda: self.perceptual["esrgan"](recon, images),
+            "ldl": lambda: ldl(recon, images, averaged),
             "kl": lambda: kl(out.posterior, images),
             "gaussian": lambda: gaussian(recon, images),
             "wavelet": lambda: wavelet(recon, images),
         }
+        weights = self.loss.weights
         with torch.autocast(recon.device.type, enabled=False):
-            return {name: term() for name, term in terms.items() if getattr(self.loss, name)}
+            return {name: term() for name, term in terms.items() if weights[name]}
 
     def fool(self, fake: Judgement) -> Tensor:
         """The generator's adversarial term, unweighted, from the judgement of its images."""
@@ -90,17 +135,25 @@ class Objective:
         """The discriminator's loss, from its judgements of real and of reconstructed images."""
         return self._judge(real, fake)
 
-    def adversarial_weight(self, progress: float) -> float:
-        """λ_adv at a fraction of all generator steps: 0, then a linear ramp, then constant."""
+    def ramp(self, progress: float) -> float:
+        """How much of the adversarial weight counts at a fraction of all generator steps.
+
+        0 before it starts, then a linear rise, then 1.
+        """
         config = self.adversarial
         if progress < config.start:
             return 0.0
         if progress >= config.start + config.ramp:
-            return config.weight
-        return config.weight * (progress - config.start) / config.ramp
+            return 1.0
+        return (progress - config.start) / config.ramp
 
-    def total(self, terms: Mapping[str, Tensor], adversarial_weight: float) -> Tensor:
+    def total(self, terms: Mapping[str, Tensor], adversarial_weight: float | Tensor) -> Tensor:
         """The weighted sum that the generator minimises; "adversarial" is one of its terms."""
         # Sadat et al. 2024, Equation 1: L_recon + λ_reg L_reg + λ_adv L_adv
-        weights = {**self.loss.model_dump(), "adversarial": adversarial_weight}
+        weights = {**self.loss.weights, "adversarial": adversarial_weight}
         return sum(weights[name] * term for name, term in terms.items())
+
+    def recon_total(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """Equation 1's L_recon: the weighted sum of the terms of the reconstruction alone."""
+        recon = {name: term for name, term in terms.items() if name not in ("kl", "adversarial")}
+        return self.total(recon, adversarial_weight=0.0)

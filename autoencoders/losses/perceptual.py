@@ -1,16 +1,15 @@
-"""LPIPS with a VGG-16 trunk, as a loss (Zhang et al. 2018, arXiv 1801.03924)."""
+"""LPIPS as a loss (Zhang et al. 2018, arXiv 1801.03924)."""
 
 import warnings
-from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoint import read_tensors
-from ldm.errors import LdmError
-from ldm.weights import find_or_fetch
+from autoencoders.losses.trunks import fill_trunk, has_trunk, trunk_file
 
-VGG_HASH = "397923af"
+Network = Literal["vgg", "alex", "squeeze"]
+TRUNKS = {"vgg": "VGG-16", "alex": "AlexNet", "squeeze": "SqueezeNet 1.1"}
 
 
 class LPIPS:
@@ -27,11 +26,12 @@ class LPIPS:
         self.network = network.eval().requires_grad_(False)
 
     def __call__(self, recon: Tensor, images: Tensor) -> Tensor:
-        """(B, 3, H, W) and the same, in [−1, 1] → scalar."""
+        """(B, 3, H, W) and the same, in [−1, 1] → scalar, in float32 under autocast too."""
         net = self.network.to(recon.device)
-        pair = [net.net(net.scaling_layer(x)) for x in (recon, images)]
-        layers = zip(net.lins, *pair, strict=True)
-        return sum(lin((_unit(a) - _unit(b)).square()).mean() for lin, a, b in layers)
+        with torch.autocast(recon.device.type, enabled=False):
+            pair = [net.net(net.scaling_layer(x.float())) for x in (recon, images)]
+            layers = zip(net.lins, *pair, strict=True)
+            return sum(lin((_unit(a) - _unit(b)).square()).mean() for lin, a, b in layers)
 
 
 def _unit(features: Tensor, eps: float = 1e-10) -> Tensor:
@@ -45,40 +45,34 @@ def _unit(features: Tensor, eps: float = 1e-10) -> Tensor:
 
 
 def load_lpips(
-    device: str | torch.device = "cpu", instead: str = "turn the loss off with loss.lpips=0"
+    device: str | torch.device = "cpu",
+    network: Network = "vgg",
+    instead: str = "turn the loss off with loss.lpips=0",
 ) -> LPIPS:
-    """LPIPS with its published weights; the VGG-16 trunk is torchvision's, from torch hub's folder.
+    """LPIPS with its published weights; the trunk is torchvision's, from torch hub's folder.
 
     Args:
+        network: the trunk: VGG-16, AlexNet or SqueezeNet 1.1.
         instead: what to do without the weights, as the end of the error line.
 
     Raises:
         LdmError: the trunk's weights are neither there nor to be fetched, or damaged.
     """
     import lpips
-    from torchvision.models import VGG16_Weights
 
-    url = VGG16_Weights.IMAGENET1K_V1.url
-    path = find_or_fetch(
-        name=url.rpartition("/")[2],
-        url=url,
-        hash_prefix=VGG_HASH,
-        folders=[Path(torch.hub.get_dir()) / "checkpoints"],
-        instead=instead,
-    )
-    trunk = read_tensors(path)
+    path = trunk_file(TRUNKS[network], instead)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # the package calls torchvision in an outdated way
-        network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
-    _fill_trunk(network.net, trunk, path)
-    return LPIPS(network.to(device))
+        net = lpips.LPIPS(net=network, pnet_rand=True, verbose=False)
+    # the package cuts the layers into slices: slice<n>.<layer>.…
+    fill_trunk(net.net, TRUNKS[network], path, lambda name: f"features.{name.partition('.')[2]}")
+    return LPIPS(net.to(device))
 
 
-def _fill_trunk(trunk: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """Torchvision's `features.<layer>.…` into the package's `slice<n>.<layer>.…`."""
-    try:
-        trunk.load_state_dict(
-            {name: weights[f"features.{name.partition('.')[2]}"] for name in trunk.state_dict()}
-        )
-    except (KeyError, RuntimeError, TypeError) as error:
-        raise LdmError(f"{path} holds no VGG-16 of torchvision: delete or replace it") from error
+def find_lpips(device: str | torch.device = "cpu", network: Network = "vgg") -> LPIPS | None:
+    """`load_lpips` where the trunk's weights are on this machine already, else None.
+
+    Raises:
+        LdmError: the file is there, and damaged.
+    """
+    return load_lpips(device, network) if has_trunk(TRUNKS[network]) else None

@@ -10,6 +10,11 @@ def l1(recon: Tensor, images: Tensor) -> Tensor:
     return (recon - images).abs().mean()
 
 
+def l2(recon: Tensor, images: Tensor) -> Tensor:
+    """Mean squared difference of two (B, 3, H, W)."""
+    return (recon - images).square().mean()
+
+
 def kl(posterior: DiagonalGaussian, images: Tensor) -> Tensor:
     """KL to N(0, I) in nats per image value, averaged over the batch (L_reg of Equation 1).
 

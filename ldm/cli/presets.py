@@ -4,11 +4,11 @@ from typing import Annotated
 
 import typer
 
-KINDS = {"ae": "stage one: autoencoders", "diffusion": "stage two: diffusion models"}
+from ldm.cli.names import KINDS, STAGE_ONE, find_presets
 
 
 def presets() -> None:
-    """List the presets of both stages."""
+    """List the presets of both stages, and of the paper's tables."""
     from rich.table import Table
 
     from ldm.config import list_presets, preset_summary
@@ -28,29 +28,28 @@ def show(
     settings: Annotated[list[str] | None, typer.Argument(metavar="key=value …")] = None,
 ) -> None:
     """Print the resolved settings of a preset, each with what it means."""
-    from ldm.config import describe, did_you_mean, list_presets, load_preset, resolve
+    from ldm.config import describe, load_preset, published, resolve
     from ldm.errors import UsageError
     from ldm.logbook import console
 
-    kind, slash, name = preset.rpartition("/")
-    kinds = [kind] if slash else [kind for kind in KINDS if preset in list_presets(kind)]
-    if not kinds or kinds[0] not in KINDS:
-        known = [name for kind in KINDS for name in list_presets(kind)]
-        raise UsageError(f"no preset '{preset}'{did_you_mean(preset, known)}")
-    if len(kinds) > 1 and settings:
-        choices = " or ".join(f"{kind}/{name}" for kind in kinds)
+    found = find_presets(preset)
+    if len(found) > 1 and settings:
+        choices = " or ".join("/".join(one) for one in found)
         raise UsageError(f"'{preset}' is a preset of both stages: say {choices}")
-    for kind in kinds:
+    for kind, name in found:
         config = resolve(_recipe_class(kind), load_preset(kind, name), settings or [])
         console.print(f"# {kind}/{name}", style="bold", markup=False)
+        if paper := published(kind, name):
+            numbers = ", ".join(f"{key} {value}" for key, value in paper.items())
+            console.print(f"# the paper: {numbers}", style="bold", markup=False)
         for line, doc in describe(config):
             console.print(f"{line:<44}", end="", markup=False)
             console.print(f" # {doc}" if doc else "", style="dim", markup=False)
 
 
 def _recipe_class(kind: str) -> type:
-    if kind == "ae":
-        from pipelines.train_autoencoder import AutoencoderRecipe
+    if kind in STAGE_ONE:
+        from pipelines.autoencoder_recipe import AutoencoderRecipe
 
         return AutoencoderRecipe
     from pipelines.train_diffusion import DiffusionRecipe

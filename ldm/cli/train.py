@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ldm.cli.names import STAGE_ONE, STAGE_TWO, find_preset
 from ldm.cli.say import say
 
 Settings = Annotated[
@@ -22,7 +23,9 @@ Folder = Annotated[
 
 
 def train_ae(
-    preset: Annotated[str, typer.Argument(help="An autoencoder preset; see `ldm presets`.")],
+    preset: Annotated[
+        str, typer.Argument(help="An autoencoder, or a row of the paper; see `ldm presets`.")
+    ],
     settings: Settings = None,
     run: Folder = None,
 ) -> None:
@@ -31,9 +34,11 @@ def train_ae(
     ldm train-ae litevae-b data.source=data/ffhq256
     """
     from ldm.config import load_preset, resolve
-    from pipelines.train_autoencoder import AutoencoderRecipe, train_autoencoder
+    from pipelines.autoencoder_recipe import AutoencoderRecipe
+    from pipelines.train_autoencoder import train_autoencoder
 
-    recipe = resolve(AutoencoderRecipe, load_preset("ae", preset), settings or [])
+    kind, preset = find_preset(preset, STAGE_ONE)
+    recipe = resolve(AutoencoderRecipe, load_preset(kind, preset), settings or [])
     folder = train_autoencoder(recipe, preset, run)
     say(f"done: {folder}/ckpt.pt", f"next: ldm train-diffusion --ae {folder}/ckpt.pt")
 
@@ -62,6 +67,7 @@ def train_diffusion(
 
     words = list(words or [])
     preset = words.pop(0) if words and "=" not in words[0] else "ffhq256"
+    _, preset = find_preset(preset, STAGE_TWO)
     named = any(word.partition("=")[0].strip() == "autoencoder" for word in words)
     if named and ae is not None:
         raise UsageError("the autoencoder is given twice: --ae and autoencoder= are the same")

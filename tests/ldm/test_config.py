@@ -172,7 +172,7 @@ def test_a_preset_lies_over_its_base():
 
 @pytest.mark.parametrize("kind", ["ae", "diffusion"])
 def test_every_preset_resolves_and_says_what_it_is(kind):
-    from pipelines.train_autoencoder import AutoencoderRecipe
+    from pipelines.autoencoder_recipe import AutoencoderRecipe
     from pipelines.train_diffusion import DiffusionRecipe
 
     recipe = {"ae": AutoencoderRecipe, "diffusion": DiffusionRecipe}[kind]
@@ -182,7 +182,7 @@ def test_every_preset_resolves_and_says_what_it_is(kind):
 
 
 def test_every_setting_says_what_it_is():
-    from pipelines.train_autoencoder import AutoencoderRecipe
+    from pipelines.autoencoder_recipe import AutoencoderRecipe
     from pipelines.train_diffusion import DiffusionRecipe
 
     for kind, recipe in (("ae", AutoencoderRecipe), ("diffusion", DiffusionRecipe)):

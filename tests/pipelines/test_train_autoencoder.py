@@ -1,16 +1,19 @@
+import json
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from autoencoders import Autoencoder, load_autoencoder
-from autoencoders.discriminators.unet import UNetDiscriminator
+from autoencoders.discriminators import build_discriminator
 from autoencoders.losses import Objective
 from ldm.checkpoint import load_model
-from ldm.errors import LdmError, UsageError
+from ldm.errors import Interrupted, LdmError, UsageError
 from ldm.logbook import read_rows
 from ldm.run import Run, RunConfig, make_accelerator
-from pipelines.train_autoencoder import train_autoencoder, train_step
+from pipelines.autoencoder_step import draw, train_step
+from pipelines.train_autoencoder import train_autoencoder
 from tests.small import autoencoder_recipe
 
 
@@ -23,41 +26,44 @@ class Recorder(torch.optim.SGD):
         ]
 
 
-def gradients(tmp_path, weight: float, **loss: float):
+def gradients(tmp_path, ramp: float, *settings: str, watch: bool = False, **loss: float):
     """Gradients of one step: of the encoder, of the whole autoencoder, of the discriminator."""
     torch.manual_seed(0)
-    recipe = autoencoder_recipe()
+    recipe = autoencoder_recipe("adversarial.weight=1", *settings)
     run = Run(tmp_path, RunConfig(device="cpu"), make_accelerator("cpu"))
-    ae, critic = Autoencoder(recipe.model), UNetDiscriminator(recipe.discriminator)
-    off = dict.fromkeys(type(recipe.loss).model_fields, 0.0)
+    ae, critic = Autoencoder(recipe.model), build_discriminator(recipe.discriminator)
+    off = dict.fromkeys(recipe.loss.weights, 0.0)
     objective = Objective(
         recipe.loss.model_copy(update=off | loss), recipe.adversarial,
-        perceptual=lambda recon, images: (recon - images).abs().amax(),
+        perceptual=dict.fromkeys(("lpips", "esrgan"), lambda recon, x: (recon - x).abs().amax()),
     )  # fmt: skip
     images = torch.rand(2, 3, 32, 32) * 2 - 1
-    noise = torch.randn(2, 4, 4, 4)
+    averaged = Autoencoder(recipe.model) if objective.needs_averaged else None
     opt_ae, opt_critic = Recorder(ae.parameters()), Recorder(critic.parameters())
-    terms = train_step(run, ae, critic, opt_ae, opt_critic, images, noise, objective, weight, None)
+    terms = train_step(
+        run, ae, critic, opt_ae, opt_critic, images, draw(run, recipe, [0, 1], 32), objective,
+        ramp, None, averaged, watch,
+    )  # fmt: skip
     encoder = len(list(ae.encoder.parameters()))
     return opt_ae.gradients[:encoder], opt_ae, opt_critic, terms, ae, critic
 
 
-@pytest.mark.parametrize("term", ["l1", "lpips", "kl", "gaussian", "wavelet"])
+TERMS = ["l1", "l2", "lpips", "esrgan", "ldl", "kl", "gaussian", "wavelet"]
+
+
+@pytest.mark.parametrize("term", TERMS)
 def test_every_term_reaches_the_encoder_and_not_the_discriminator(tmp_path, term):
     encoder, _, opt_critic, terms, _, critic = gradients(tmp_path, 0.0, **{term: 1.0})
     assert sum(g.abs().sum() for g in encoder if g is not None) > 0
-    assert set(terms) == {term, "gradient_norm"}
+    assert set(terms) == {term, "gradient_norm", "adversarial_weight"}
     assert not hasattr(opt_critic, "gradients")
     assert all(p.grad is None for p in critic.parameters())
 
 
 def test_every_term_changes_the_encoders_gradient(tmp_path):
     base, *_ = gradients(tmp_path, 0.0, l1=1.0)
-    for weight, extra in (
-        (0.0, {"lpips": 1.0}), (0.0, {"kl": 1.0}), (0.0, {"gaussian": 1.0}),
-        (0.0, {"wavelet": 1.0}), (1.0, {}),
-    ):  # fmt: skip
-        other, *_ = gradients(tmp_path, weight, l1=1.0, **extra)
+    for ramp, extra in ((1.0, {}), *((0.0, {term: 1.0}) for term in TERMS[1:])):
+        other, *_ = gradients(tmp_path, ramp, l1=1.0, **extra)
         assert any(not torch.allclose(a, b) for a, b in zip(base, other, strict=True)), extra
 
 
@@ -82,15 +88,124 @@ def test_the_generators_terms_do_not_reach_the_discriminator(tmp_path):
     assert all(p.requires_grad for p in one[5].parameters())
 
 
+def test_an_adaptive_weight_is_the_ratio_of_the_gradients_at_the_last_layer(tmp_path):
+    settings = ("adversarial={weighting: adaptive, weight: 0.5}",)
+    _, _, _, terms, ae, _critic = gradients(tmp_path, 0.5, *settings, l1=2.0, kl=7.0)
+    # the two gradients again, one of them as a difference
+    _, recon_only, *_ = gradients(tmp_path, 0.0, l1=2.0)
+    last = [name for name, _ in ae.named_parameters()].index("decoder.conv_out.weight")
+    recon = recon_only.gradients[last].norm()
+    _, both, *_ = gradients(tmp_path, 1.0, l1=2.0)
+    adversarial = (both.gradients[last] - recon_only.gradients[last]).norm()
+    assert terms["gradient_ratio"].item() == pytest.approx(
+        (recon / (adversarial + 1e-4)).item(), rel=1e-3
+    )
+    weight = 0.5 * 0.5 * terms["gradient_ratio"].item()  # ramp × Equation 2
+    assert float(terms["adversarial_weight"]) == pytest.approx(weight, rel=1e-6)
+
+
+def test_watching_the_ratio_changes_no_gradient(tmp_path):
+    plain = gradients(tmp_path, 1.0, l1=1.0)
+    watched = gradients(tmp_path, 1.0, l1=1.0, watch=True)
+    assert "gradient_ratio" in watched[3] and "gradient_ratio" not in plain[3]
+    for which in (1, 2):
+        pairs = zip(plain[which].gradients, watched[which].gradients, strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_cutmix_adds_to_the_discriminators_gradient_alone(tmp_path):
+    plain = gradients(tmp_path, 1.0, l1=1.0)
+    mixed = gradients(tmp_path, 1.0, "adversarial.cutmix=1", l1=1.0)
+    assert mixed[3]["cutmix"] > 0 and "cutmix" not in plain[3]
+    assert all(torch.equal(a, b) for a, b in zip(plain[0], mixed[0], strict=True))
+    pairs = zip(plain[2].gradients, mixed[2].gradients, strict=True)
+    assert any(not torch.allclose(a, b) for a, b in pairs)
+
+
+def test_checkpointing_trains_to_the_same_bits(tmp_path):
+    plain, sparing = (
+        train_autoencoder(autoencoder_recipe(f"checkpointing={flag}"), "tiny", tmp_path / flag)
+        for flag in ("false", "true")
+    )
+    a, b = (load_model(folder, "autoencoder") for folder in (plain, sparing))
+    assert a.sha256 == b.sha256
+
+
+def test_compiled_training_is_the_same_training(tmp_path, monkeypatch):
+    """Captured and differentiated ahead of time, but run by PyTorch: no C++ compiler needed."""
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net: compile(net, backend="aot_eager"))
+    plain, compiled = (
+        train_autoencoder(
+            autoencoder_recipe(f"run.compile={flag}", "phases=[{resolution: 32, steps: 4}]"),
+            "tiny",
+            tmp_path / flag,
+        )
+        for flag in ("false", "true")
+    )
+    a, b = (load_model(folder, "autoencoder").weights for folder in (plain, compiled))
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        torch.testing.assert_close(b[name], tensor, rtol=1e-2, atol=1e-3)
+
+
+def test_the_best_is_kept_beside_the_last(tmp_path, monkeypatch):
+    import pipelines.train_autoencoder as job
+
+    scores = iter([20.0, 25.0, 22.0, 24.0])
+    monkeypatch.setattr(job, "validate_autoencoder", lambda *_: {"psnr": next(scores), "count": 4})
+    recipe = autoencoder_recipe("run.validate_every_steps=2")
+    folder = train_autoencoder(recipe, "tiny", tmp_path / "run")
+    best = load_model(folder / "best.pt", "autoencoder")
+    assert best.provenance["images_seen"] == 16
+    assert best.provenance["held_out"] == {"psnr": 25.0, "count": 4}
+    assert load_model(folder, "autoencoder").provenance["images_seen"] == 32
+    result = json.loads((folder / "result.json").read_text())
+    assert result["best"] == {"images_seen": 16, "psnr": 25.0, "count": 4}
+    assert result["psnr"] == 24.0
+    assert not load_autoencoder(folder / "best.pt").training
+
+
+def test_a_resumed_run_remembers_its_best(tmp_path, monkeypatch):
+    import pipelines.train_autoencoder as job
+
+    def stopping(scores, last):
+        scores = iter(scores)
+
+        def validate(run, *_):
+            score = next(scores)
+            if score == last:
+                run.ask_to_stop()
+            return {"psnr": score, "count": 4}
+
+        return validate
+
+    recipe = autoencoder_recipe("run.validate_every_steps=2")
+    monkeypatch.setattr(job, "validate_autoencoder", stopping([20.0, 25.0], 25.0))
+    with pytest.raises(Interrupted):
+        train_autoencoder(recipe, "tiny", tmp_path / "run")
+    monkeypatch.setattr(job, "validate_autoencoder", stopping([22.0, 24.0], None))
+    folder = train_autoencoder(recipe, "tiny", tmp_path / "run")
+    assert load_model(folder / "best.pt", "autoencoder").provenance["images_seen"] == 16
+
+
+def test_lpips_that_decides_must_be_there_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    with pytest.raises(LdmError, match=r"vgg16-397923af.pth.*best_by=psnr"):
+        train_autoencoder(autoencoder_recipe("best_by=lpips"), "tiny", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_run_leaves_what_it_promises(tmp_path):
     recipe = autoencoder_recipe()
     folder = train_autoencoder(recipe, "tiny", tmp_path / "run")
     for name in ("run.json", "config.yaml", "metrics.jsonl", "result.json", "ckpt.pt",
-                 "ckpt.safetensors", "state/32/state.pt", "tensorboard"):  # fmt: skip
+                 "ckpt.safetensors", "best.pt", "state/32/state.pt", "tensorboard"):  # fmt: skip
         assert (folder / name).exists(), name
     assert len(list((folder / "pictures").glob("recon-*.png"))) == 1
     rows = read_rows(folder / "metrics.jsonl")
     assert {"l1", "kl", "gaussian", "wavelet", "adversarial", "critic", "lr"} <= rows[-2].keys()
+    assert rows[-2]["gradient_ratio"] > 0 and rows[-2]["adversarial_weight"] == 0.1
     assert "val_psnr" in rows[-1]
     assert "adversarial" not in rows[0] and rows[0]["adversarial_weight"] == 0
 
@@ -195,7 +310,18 @@ def test_missing_data_says_how_to_prepare_it_and_what_else_there_is(tmp_path):
         ("phases=[]", "phases is empty"),
         ("phases.0.steps=0", r"'phases.0.steps': .*greater than 0"),
         ("phases.0.resolution=36", "resolution 36 must be a multiple of 8"),
-        ("discriminator.multipliers=[1, 2, 2, 2, 2, 2]", "must be a multiple of 64"),
+        ("discriminator.multipliers=[1, 2, 2, 2, 2, 2]", "multiples of 64"),
+        (
+            "discriminator={type: stylegan, resolution: 64}",
+            "one resolution: discriminator.resolution=64, not 32",
+        ),
+        ("discriminator={type: patchgan, layers: 5}", "at least 96 pixels a side"),
+        ("discriminator.type=transformer", "'discriminator'"),
+        ("latent_channels=0", "'latent_channels'"),
+        ("encoder={type: dwt}", "set latent_channels=12"),
+        ("encoder.depth=2", "the encoder downsamples 4×"),
+        ("loss={l1: 0, lpips: 0}", "one of l1, l2, lpips, esrgan must be above 0"),
+        ("best_by=fid", "'best_by'"),
         ("clip_norm=0", "'clip_norm'"),
         ("lr=-1", "'lr'"),
         ("run.log_every_steps=0", "'run.log_every_steps'"),
@@ -204,5 +330,16 @@ def test_missing_data_says_how_to_prepare_it_and_what_else_there_is(tmp_path):
     ],
 )
 def test_recipes_that_cannot_be(setting, told):
-    with pytest.raises(UsageError, match=told):
+    with pytest.raises(UsageError, match=told) as caught:
         autoencoder_recipe(setting)
+    assert "\n" not in str(caught.value)
+
+
+def test_cutmix_needs_a_discriminator_of_pixels():
+    with pytest.raises(UsageError, match=r"it needs discriminator\.type=unet"):
+        autoencoder_recipe("adversarial.cutmix=1", "discriminator={type: patchgan, layers: 2}")
+
+
+def test_without_an_adversary_no_discriminator_is_in_the_way():
+    recipe = autoencoder_recipe("adversarial.weight=0", "discriminator={type: stylegan}")
+    assert recipe.discriminator.resolution == 128

@@ -19,8 +19,12 @@ def largest_singular_value(weight):
     return torch.linalg.svdvals(weight.detach().double().flatten(1))[0].item()
 
 
-@pytest.mark.parametrize("layer", [nn.Conv2d(6, 9, 3), nn.Linear(7, 5), nn.Linear(8, 1)])
-def test_largest_singular_value_becomes_one(layer):
+@pytest.mark.parametrize(
+    "build",
+    [lambda: nn.Conv2d(6, 9, 3), lambda: nn.Linear(7, 5), lambda: nn.Linear(8, 1)],
+)
+def test_largest_singular_value_becomes_one(build):
+    layer = build()  # here, where the seed is set
     original = layer.weight.detach().clone()
     layer = spectral_norm(layer)
     for _ in range(100):

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from autoencoders.discriminators.unet import Judgement, UNetDiscriminator, UNetDiscriminatorConfig
+from autoencoders.discriminators import UNetDiscriminator, UNetDiscriminatorConfig
+from autoencoders.discriminators.unet import UNetJudgement
 from ldm.config import validate
 from ldm.errors import LdmError, UsageError
 
@@ -46,18 +47,9 @@ def test_widths_are_the_papers(multipliers, upward):
 @pytest.mark.parametrize("size", [(8, 8), (32, 32), (64, 24)])
 def test_two_heads_at_any_size_it_can_halve(size):
     judgement = small()(torch.randn(2, 3, *size))
+    assert isinstance(judgement, UNetJudgement)
     assert judgement.pixels.shape == (2, 1, *size)
     assert judgement.bottleneck.shape == (2, 1)
-
-
-def test_one_pass_over_real_and_fake_is_two():
-    net = small().eval()
-    real, fake = torch.randn(2, 2, 3, 16, 16)
-    together = net(torch.cat([real, fake])).chunk(2)
-    for judgement, images in zip(together, (real, fake), strict=True):
-        assert isinstance(judgement, Judgement)
-        for head, expected in zip(judgement, net(images), strict=True):
-            torch.testing.assert_close(head, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_spectral_norm_everywhere_but_at_the_last_convolution():
@@ -90,7 +82,19 @@ def test_bf16_autocast_answers_in_float32_and_its_vectors_stay_so():
         assert torch.equal(value, other), name
 
 
-def test_state_dict_round_trip():
+def test_names_in_the_state_are_those_of_earlier_checkpoints():
+    names = small(multipliers=(1, 2)).state_dict()
+    layers = {name.rpartition(".parametrizations")[0] or name for name in names}
+    assert {name for name in layers if "." in name and "bias" not in name} == {
+        *(f"{way}.{i}.{conv}" for way in ("down", "up") for i in (0, 1)
+          for conv in ("conv1", "conv2", "skip")),
+        "pixels.weight",
+    }  # fmt: skip
+    spectral = {name.rpartition(".")[2] for name in names if "parametrizations" in name}
+    assert spectral == {"original", "u", "v"}
+
+
+def test_state_dict_keeps_the_power_iterations_vectors():
     net, twin = small(), small()
     images = torch.randn(1, 3, 16, 16)
     net(images)  # its vectors move
@@ -99,20 +103,12 @@ def test_state_dict_round_trip():
         assert torch.equal(head, other)
 
 
-def test_every_parameter_learns():
-    net = small()
-    judgement = net(torch.randn(2, 3, 16, 16))
-    (judgement.pixels.square().mean() + judgement.bottleneck.square().mean()).backward()
-    for name, parameter in net.named_parameters():
-        assert parameter.grad.abs().max() > 0, name
-
-
 @pytest.mark.parametrize("size", [(4, 8), (20, 16), (16, 36)])
 def test_a_resolution_it_cannot_halve_is_refused(size):
     with pytest.raises(LdmError) as caught:
         small()(torch.zeros(1, 3, *size))
     said = str(caught.value)
-    assert f"{size[0]}×{size[1]} pixels: this discriminator halves them 3 times" in said
+    assert f"{size[0]}×{size[1]} pixels: the U-Net discriminator halves images 3 times" in said
     assert "multiples of 8" in said
     assert "\n" not in said
 

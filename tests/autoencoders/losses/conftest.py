@@ -1,3 +1,4 @@
+import urllib.error
 import warnings
 
 import pytest
@@ -13,3 +14,17 @@ def random_lpips():
         warnings.simplefilter("ignore")  # it calls torchvision in an outdated way
         torch.manual_seed(0)
         return lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty torch hub, and no network."""
+
+    def no_network(*_args, **_kwargs):
+        raise urllib.error.URLError("no network in tests")
+
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    monkeypatch.setattr("torch.hub.urlopen", no_network)
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    return folder

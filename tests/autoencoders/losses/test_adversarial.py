@@ -2,8 +2,11 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from autoencoders.losses.adversarial import (
+    ADVERSARIAL,
+    bce_discriminator,
     hinge_discriminator,
     hinge_generator,
     logistic_discriminator,
@@ -45,10 +48,30 @@ def test_logistic():
     assert logistic_discriminator(heads(REAL), heads(FAKE)).item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("loss", [hinge_generator, logistic_generator])
-def test_computed_in_float32(loss):
-    half = tuple(head.bfloat16() for head in heads(FAKE))
-    assert loss(half).dtype == torch.float32
+def test_bce_is_the_cross_entropy_of_all_logits_with_their_labels():
+    real, fake = heads(REAL), heads(FAKE)
+    per_head = []
+    for r, f in zip(real, fake, strict=True):
+        logits = torch.cat([r.flatten(), f.flatten()])
+        labels = torch.cat([torch.ones(r.numel()), torch.zeros(f.numel())])
+        per_head.append(F.binary_cross_entropy_with_logits(logits, labels))
+    torch.testing.assert_close(bce_discriminator(real, fake), sum(per_head) / 2)
+    generator, discriminator = ADVERSARIAL["bce"]
+    assert discriminator is bce_discriminator
+    labels = [F.binary_cross_entropy_with_logits(head, torch.ones_like(head)) for head in fake]
+    torch.testing.assert_close(generator(fake), sum(labels) / 2)
+
+
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_computed_in_float32(name):
+    generator, discriminator = ADVERSARIAL[name]
+    real, fake = (tuple(head.bfloat16() for head in heads(values)) for values in (REAL, FAKE))
+    wide_real, wide_fake = (tuple(head.float() for head in values) for values in (real, fake))
+    expected = generator(wide_fake), discriminator(wide_real, wide_fake)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = generator(fake), discriminator(real, fake)
+    assert [loss.dtype for loss in losses] == [torch.float32] * 2
+    assert all(torch.equal(a, b) for a, b in zip(losses, expected, strict=True))
 
 
 def test_a_large_logit_is_no_overflow():

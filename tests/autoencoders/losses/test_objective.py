@@ -1,13 +1,18 @@
 import pytest
 import torch
+from torch import nn
 
 from autoencoders import build_autoencoder
-from autoencoders.discriminators.unet import UNetDiscriminator, UNetDiscriminatorConfig
+from autoencoders.discriminators import UNetDiscriminator, UNetDiscriminatorConfig, split
 from autoencoders.losses import LPIPS, AdversarialConfig, LossConfig, Objective
+from autoencoders.losses.artifacts import ldl
+from autoencoders.losses.esrgan import ESRGANPerceptual
 from ldm.config import validate
 from ldm.errors import UsageError
 
-TERMS = {"l1", "lpips", "kl", "gaussian", "wavelet"}
+DEFAULTS = {"l1", "lpips", "kl", "gaussian", "wavelet"}
+EVERY = dict.fromkeys(("l2", "esrgan", "ldl"), 0.25)
+TERMS = DEFAULTS | EVERY.keys()
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +24,12 @@ def seed():
 
 @pytest.fixture
 def objective(random_lpips):
-    return Objective(LossConfig(), AdversarialConfig(), LPIPS(random_lpips))
+    """With every term there is. ESRGAN's stands on a small network in VGG-19's place."""
+    perceptual = {
+        "lpips": LPIPS(random_lpips),
+        "esrgan": ESRGANPerceptual(nn.Conv2d(3, 4, 3, padding=1)),
+    }
+    return Objective(LossConfig(**EVERY), AdversarialConfig(), perceptual)
 
 
 @pytest.fixture
@@ -61,7 +71,7 @@ def test_every_generator_term_reaches_the_encoder(objective, ae, critic, images)
 
 def test_only_its_own_term_reaches_the_discriminator(objective, ae, critic, images):
     out = run(ae, images)
-    real, fake = critic(torch.cat([images, out.recon.detach()])).chunk(2)
+    real, fake = split(critic(torch.cat([images, out.recon.detach()])), 2)
     objective.judge(real, fake).backward()
     assert largest_gradient(critic) > 0
     assert largest_gradient(ae) == 0
@@ -72,37 +82,60 @@ def test_only_terms_of_some_weight_are_computed(ae, images):
         pytest.fail("a term of weight 0 was computed")
 
     loss = LossConfig(lpips=0, gaussian=0)
-    terms = Objective(loss, AdversarialConfig(), forbidden).reconstruction(run(ae, images), images)
+    networks = {"lpips": forbidden, "esrgan": forbidden}
+    terms = Objective(loss, AdversarialConfig(), networks).reconstruction(run(ae, images), images)
     assert terms.keys() == {"l1", "kl", "wavelet"}
 
 
+def test_by_default_the_terms_are_the_papers(random_lpips, ae, images):
+    objective = Objective(LossConfig(), AdversarialConfig(), {"lpips": LPIPS(random_lpips)})
+    assert objective.reconstruction(run(ae, images), images).keys() == DEFAULTS
+    assert not objective.needs_averaged
+
+
+def test_ldl_alone_needs_what_the_averaged_weights_make(objective, ae, images):
+    assert objective.needs_averaged
+    out, averaged = run(ae, images), run(ae, images).recon
+    terms, without = (objective.reconstruction(out, images, x) for x in (averaged, None))
+    assert torch.equal(terms["ldl"], ldl(out.recon, images, averaged))
+    assert terms["ldl"] < without["ldl"] == ldl(out.recon, images)
+    for name in TERMS - {"ldl"}:
+        assert torch.equal(terms[name], without[name]), name
+
+
+NUMBERED = ("l1", "l2", "lpips", "esrgan", "ldl", "kl", "gaussian", "wavelet", "adversarial")
+
+
 def test_total_is_the_weighted_sum(objective):
-    terms = {
-        name: torch.tensor(float(value))
-        for value, name in enumerate(("l1", "lpips", "kl", "gaussian", "wavelet", "adversarial"), 1)
-    }
-    expected = 1 * 1 + 2 * 1 + 3 * 1e-6 + 4 * 0.5 + 5 * 1 + 6 * 0.03
+    terms = {name: torch.tensor(float(value)) for value, name in enumerate(NUMBERED, 1)}
+    recon = 1 * 1 + 2 * 0.25 + 3 * 1 + 4 * 0.25 + 5 * 0.25 + 7 * 0.5 + 8 * 1
+    assert objective.recon_total(terms).item() == pytest.approx(recon)
+    expected = recon + 6 * 1e-6 + 9 * 0.03
     assert objective.total(terms, 0.03).item() == pytest.approx(expected)
+    assert objective.total(terms, torch.tensor(0.03)).item() == pytest.approx(expected)
     del terms["adversarial"]
-    assert objective.total(terms, 0.0).item() == pytest.approx(expected - 0.18)
+    assert objective.total(terms, 0.0).item() == pytest.approx(expected - 0.27)
 
 
-def test_adversarial_weight_waits_then_rises_then_stays():
+def test_the_ramp_waits_then_rises_then_stays():
     objective = Objective(LossConfig(lpips=0), AdversarialConfig())
-    weights = [objective.adversarial_weight(p) for p in (0, 0.1999, 0.2, 0.225, 0.25, 0.9, 1)]
-    assert weights == pytest.approx([0, 0, 0, 0.05, 0.1, 0.1, 0.1])
+    shares = [objective.ramp(p) for p in (0, 0.1999, 0.2, 0.225, 0.25, 0.9, 1)]
+    assert shares == pytest.approx([0, 0, 0, 0.5, 1, 1, 1])
     at_once = Objective(LossConfig(lpips=0), AdversarialConfig(start=0, ramp=0, weight=0.5))
-    assert at_once.adversarial_weight(0.0) == 0.5
+    assert at_once.ramp(0.0) == 1
 
 
-def test_hinge_and_logistic_are_chosen_by_name():
-    fake = (torch.tensor([3.0]),)
-    hinge, logistic = (
-        Objective(LossConfig(lpips=0), AdversarialConfig(loss=name)).fool(fake).item()
-        for name in ("hinge", "logistic")
-    )
-    assert hinge == -3
-    assert logistic == pytest.approx(0.0486, abs=1e-4)
+def test_the_adversarial_loss_is_chosen_by_name():
+    real, fake = (torch.tensor([0.5]),), (torch.tensor([3.0]),)
+    objectives = {
+        name: Objective(LossConfig(lpips=0), AdversarialConfig(loss=name))
+        for name in ("hinge", "logistic", "bce")
+    }
+    fooled = {name: o.fool(fake).item() for name, o in objectives.items()}
+    assert fooled == pytest.approx({"hinge": -3, "logistic": 0.0486, "bce": 0.0486}, abs=1e-4)
+    judged = {name: o.judge(real, fake).item() for name, o in objectives.items()}
+    # ln(1 + e^−½) + ln(1 + e³)
+    assert judged == pytest.approx({"hinge": 4.5, "logistic": 3.5227, "bce": 1.7613}, abs=1e-4)
 
 
 def test_losses_are_float32_inside_autocast(objective, ae, images):
@@ -113,7 +146,9 @@ def test_losses_are_float32_inside_autocast(objective, ae, images):
     assert terms.keys() == expected.keys() == TERMS
     for name, term in terms.items():
         assert torch.equal(term, expected[name]), name
-    half = objective.reconstruction(out._replace(recon=out.recon.bfloat16()), images.bfloat16())
+    half = objective.reconstruction(
+        out._replace(recon=out.recon.bfloat16()), images.bfloat16(), images.bfloat16()
+    )
     assert {term.dtype for term in half.values()} == {torch.float32}
 
 
@@ -124,9 +159,12 @@ def test_a_perfect_reconstruction_gives_finite_gradients(objective, ae, images):
     assert recon.grad.isfinite().all()
 
 
-def test_lpips_without_a_network_is_refused():
-    with pytest.raises(ValueError, match=r"loss\.lpips needs a perceptual loss"):
-        Objective(LossConfig(), AdversarialConfig(), None)
+@pytest.mark.parametrize("name", ["lpips", "esrgan"])
+def test_a_perceptual_term_without_its_network_is_refused(name):
+    weights = {"lpips": 0, "esrgan": 0} | {name: 1}
+    with pytest.raises(ValueError, match=rf"loss\.{name} needs .*load_{name}\(\)") as caught:
+        Objective(LossConfig(**weights), AdversarialConfig(), {})
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +172,10 @@ def test_lpips_without_a_network_is_refused():
     [
         (LossConfig, {"l1": -1}),
         (AdversarialConfig, {"start": 1.5}),
+        (LossConfig, {"lpips_network": "resnet"}),
         (AdversarialConfig, {"loss": "wasserstein"}),
+        (AdversarialConfig, {"weighting": "often"}),
+        (AdversarialConfig, {"cutmix": -1}),
     ],
 )
 def test_bad_values_are_refused(config_class, tree):

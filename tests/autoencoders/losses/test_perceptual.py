@@ -1,31 +1,17 @@
 import copy
-import urllib.error
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
-from autoencoders.losses.perceptual import LPIPS, load_lpips
+from autoencoders.losses.perceptual import LPIPS, find_lpips, load_lpips
 from ldm.errors import LdmError
 
 
 @pytest.fixture
 def pair():
     return tuple(torch.rand(2, 2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1)
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """An empty torch hub, and no network."""
-
-    def no_network(*_args, **_kwargs):
-        raise urllib.error.URLError("no network in tests")
-
-    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
-    monkeypatch.setattr("torch.hub.urlopen", no_network)
-    folder = tmp_path / "checkpoints"
-    folder.mkdir()
-    return folder
 
 
 def test_equals_the_package(random_lpips, pair):
@@ -66,25 +52,76 @@ def test_frozen_asleep_and_out_of_every_tree(random_lpips, pair):
     assert recon.grad.abs().max() > 0
 
 
-def test_loads_the_trunk_from_torch_hub(hub, random_lpips, pair, capfd):
+FILES = {
+    "vgg": "vgg16-397923af.pth",
+    "alex": "alexnet-owt-7be5be79.pth",
+    "squeeze": "squeezenet1_1-b8a52dc0.pth",
+}
+
+
+@pytest.mark.parametrize("network", FILES)
+def test_loads_the_trunk_from_torch_hub(hub, network, pair, capfd):
+    """A file of torchvision's names and made-up numbers, against the package on the same trunk."""
+    import lpips
+
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(1)
+        package = lpips.LPIPS(net=network, pnet_rand=True, verbose=False).eval()
     layers = {
         f"features.{name.partition('.')[2]}": tensor
-        for name, tensor in random_lpips.net.state_dict().items()
+        for name, tensor in package.net.state_dict().items()
     }
-    torch.save(layers | {"classifier.0.weight": torch.zeros(1)}, hub / "vgg16-397923af.pth")
+    torch.save(layers | {"classifier.0.weight": torch.zeros(1)}, hub / FILES[network])
     state_before = torch.random.get_rng_state()
-    loaded = load_lpips()
+    loaded = load_lpips(network=network)
     assert torch.equal(torch.random.get_rng_state(), state_before)
     with torch.no_grad():
-        assert torch.equal(loaded(*pair), LPIPS(random_lpips)(*pair))
+        expected = package(*pair).mean()
+        torch.testing.assert_close(loaded(*pair), expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(find_lpips(network=network)(*pair), expected, rtol=1e-5, atol=0)
+    assert expected > 0
     assert capfd.readouterr() == ("", "")
 
 
-def test_missing_weights_say_what_to_do(hub, capfd):
+@pytest.mark.parametrize("network", FILES)
+def test_torchvisions_own_names_fit(hub, network):
+    """What is saved of torchvision's classifier itself, as its published files are."""
+    import torchvision
+
+    name = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}[network]
+    with torch.device("meta"):
+        classifier = getattr(torchvision.models, name)()
+    tensors = {k: torch.zeros(v.shape) for k, v in classifier.features.state_dict().items()}
+    torch.save({f"features.{k}": v for k, v in tensors.items()}, hub / FILES[network])
+    loaded = load_lpips(network=network)
+    assert sum(p.numel() for p in loaded.network.net.parameters()) == sum(
+        p.numel() for p in classifier.features.parameters()
+    )
+    assert not any(p.any() for p in loaded.network.net.parameters())
+
+
+@pytest.mark.parametrize("network", FILES)
+def test_find_without_the_file_fetches_nothing(hub, network, capfd):
+    assert find_lpips(network=network) is None
+    assert capfd.readouterr() == ("", "")
+    assert not list(hub.iterdir())
+
+
+def test_float32_under_autocast(random_lpips, pair):
+    distance = LPIPS(random_lpips)
+    with torch.no_grad():
+        expected = distance(*pair)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(distance(*pair), expected)
+
+
+@pytest.mark.parametrize("network", FILES)
+def test_missing_weights_say_what_to_do(hub, network, capfd):
     with pytest.raises(LdmError) as caught:
-        load_lpips()
+        load_lpips(network=network)
     said = str(caught.value)
-    assert "vgg16-397923af.pth is not on this machine" in said
+    assert f"{FILES[network]} is not on this machine" in said
     assert f"put the file at {hub}" in said
     assert said.endswith("or turn the loss off with loss.lpips=0")
     assert "\n" not in said
@@ -99,8 +136,9 @@ def test_missing_weights_say_what_to_do(hub, capfd):
         (None, "damaged"),
     ],
 )
-def test_another_file_under_that_name(hub, content, said):
+@pytest.mark.parametrize("load", [load_lpips, find_lpips])
+def test_another_file_under_that_name(hub, load, content, said):
     path = hub / "vgg16-397923af.pth"
     torch.save(content, path) if content is not None else path.write_bytes(b"PK\x03\x04")
     with pytest.raises(LdmError, match=said):
-        load_lpips()
+        load()
