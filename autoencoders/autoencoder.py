@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import torch
 from pydantic import Field, PositiveInt, ValidationInfo, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,7 +30,7 @@ class AutoencoderConfig(Config):
     conv1x1: bool = False
     """1×1 convolutions around the latent: after the encoder, before the decoder (Table 17)."""
     encoder: EncoderConfig = LiteVAEEncoderConfig()
-    """Images to posteriors; type is litevae, sdvae, or dwt (not learned)."""
+    """Images to posteriors."""
     decoder: SDVAEDecoderConfig = SDVAEDecoderConfig()
     """Latents to images."""
 

@@ -135,10 +135,14 @@ class ResidualBlock(Block):
 
     def transform(self, x: Tensor) -> Tensor:
         """(B, in, H, W) → (B, out, H, W)."""
+        # a line each, so that what was read is let go before the next is made
         h = self.norm1(x)
-        h = self.conv1(silu(h, keep=h is x))
-        h = self.conv2(silu(self.norm2(h)))
-        return h.add_(self.skip(x))  # no gradient asks for h: one tensor less
+        h = silu(h, keep=h is x)
+        h = self.conv1(h)
+        h = self.norm2(h)
+        h = silu(h)
+        h = self.conv2(h)
+        return h.add_(self.skip(x))  # no gradient asks for h
 
 
 def _norm_and_conv(in_width: int, out_width: int, norm: Norm) -> tuple[nn.Module, nn.Module]:

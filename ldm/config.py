@@ -256,10 +256,12 @@ def to_tree(config: Config) -> Tree:
 
 
 def describe(config: Config, indent: int = 0) -> Iterator[tuple[str, str]]:
-    """Lines of YAML with the docstring of each key: (line, docstring)."""
+    """Lines of YAML with the docstring of each key, and what it may be chosen from."""
     pad = "  " * indent
     for name, field in type(config).model_fields.items():
         value, doc = getattr(config, name), " ".join((field.description or "").split())
+        if choices := list(_choices(field.annotation)):
+            doc = f"{doc} [{' | '.join(choices)}]"
         if isinstance(value, Config):
             yield f"{pad}{name}:", doc
             yield from describe(value, indent + 1)
@@ -267,3 +269,12 @@ def describe(config: Config, indent: int = 0) -> Iterator[tuple[str, str]]:
             plain = config.model_dump(mode="json", include={name})[name]
             flow = yaml.safe_dump(plain, default_flow_style=True, allow_unicode=True, width=10_000)
             yield f"{pad}{name}: {flow.removesuffix(chr(10)).removesuffix('...').strip()}", doc
+
+
+def _choices(annotation: Any) -> Iterator[str]:
+    """The words that a key takes, or the types that a section has, where there are several."""
+    if get_origin(annotation) is Literal and len(words := get_args(annotation)) > 1:
+        yield from (word for word in words if isinstance(word, str))
+    variants = list(_sections(annotation))
+    if len(variants) > 1:
+        yield from (f"type={variant.model_fields['type'].default}" for variant in variants)

@@ -13,8 +13,10 @@ from pydantic import (
 from autoencoders import AutoencoderConfig
 from autoencoders.discriminators import DiscriminatorConfig, UNetDiscriminatorConfig
 from autoencoders.losses import AdversarialConfig, LossConfig
+from autoencoders.wavelet import check_size
 from ldm.config import Config
 from ldm.data import DataConfig
+from ldm.errors import LdmError
 from ldm.run import RunConfig
 
 
@@ -88,6 +90,11 @@ class AutoencoderRecipe(AutoencoderConfig):
                 f"phases: resolution {resolution} must be a multiple of {f}, the encoder's "
                 "downsampling"
             )
+        if self.encoder.type != "sdvae":
+            try:
+                check_size((resolution, resolution), self.encoder.depth, self.encoder.wavelet)
+            except LdmError as error:
+                raise ValueError(f"phases: {error}") from error
         if self.adversarial.weight:
             self.discriminator.check_resolution(resolution)
 

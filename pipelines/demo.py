@@ -18,9 +18,9 @@ from ldm.logbook import console, read_rows
 from ldm.metrics import sliced_wasserstein
 from ldm.run_folder import provenance
 from pipelines import page
+from pipelines.autoencoder_recipe import AutoencoderRecipe
 from pipelines.evaluate import evaluate_autoencoder
 from pipelines.latent_diffusion import LatentDiffusionPipeline
-from pipelines.autoencoder_recipe import AutoencoderRecipe
 from pipelines.train_autoencoder import train_autoencoder
 from pipelines.train_diffusion import DiffusionRecipe, train_diffusion
 from pipelines.validate import reconstruction_sheet

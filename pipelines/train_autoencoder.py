@@ -60,9 +60,7 @@ def train_autoencoder(
         objective = Objective(recipe.loss, recipe.adversarial, perceptual)
         ema = Ema(autoencoder, recipe.ema_half_life_images)
         opt_ae, opt_critic = (
-            torch.optim.Adam(
-                net.parameters(), recipe.lr, recipe.betas, fused=run.device.type == "cuda"
-            )
+            torch.optim.Adam(net.parameters(), recipe.lr, recipe.betas, fused=True)
             for net in (autoencoder, critic)
         )
         parts = {"autoencoder": autoencoder, "critic": critic, "ema": ema}
@@ -140,7 +138,8 @@ def train_autoencoder(
                 if step % recipe.run.validate_every_steps == 0 or last:
                     numbers = validate()
                     shown = ", ".join(f"{k} {v:.3f}" for k, v in numbers.items() if k != "count")
-                    run.say(f"step {step:>6}/{recipe.total_steps}: held-out {shown}")
+                    mark = " (the best yet)" if best.numbers.get("images_seen") == images_seen else ""
+                    run.say(f"step {step:>6}/{recipe.total_steps}: held-out {shown}{mark}")
         # a run killed between its last state and its result comes back here with nothing to train
         numbers = numbers or validate()
         logbook.close()

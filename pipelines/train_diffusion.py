@@ -111,9 +111,7 @@ def train_diffusion(
         network = run.place(UNet(config))
         denoiser = EDM(network, recipe.edm.sigma_data)
         ema = Ema(denoiser, recipe.ema_half_life_images)
-        optimizer = torch.optim.Adam(
-            network.parameters(), recipe.lr, recipe.betas, fused=run.device.type == "cuda"
-        )
+        optimizer = torch.optim.Adam(network.parameters(), recipe.lr, recipe.betas, fused=True)
         parts = {"denoiser": denoiser, "ema": ema, "optimizer": optimizer}
 
         autoencoder = run.place(autoencoder)

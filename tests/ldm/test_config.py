@@ -190,3 +190,14 @@ def test_every_setting_says_what_it_is():
             for line, doc in describe(resolve(recipe, load_preset(kind, name))):
                 assert doc or line.strip().startswith("type:"), f"{kind}/{name}: {line}"
     assert "phases.steps" in set(key_paths(AutoencoderRecipe))
+
+
+def test_describe_lists_what_there_is_to_choose_from():
+    from pipelines.autoencoder_recipe import AutoencoderRecipe
+
+    config = resolve(AutoencoderRecipe, load_preset("ae", "litevae-b"))
+    docs = {line.strip().partition(":")[0]: doc for line, doc in describe(config)}
+    assert docs["encoder"].endswith("[type=litevae | type=sdvae | type=dwt]")
+    assert docs["aggregator"].endswith("[type=unet | type=vit]")
+    assert docs["discriminator"].endswith("[type=unet | type=patchgan | type=stylegan]")
+    assert docs["weighting"].endswith("[constant | adaptive]")
