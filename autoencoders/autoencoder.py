@@ -1,8 +1,10 @@
 """The autoencoder: one encoder, a posterior, one decoder, each of which can be exchanged."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import torch
 from pydantic import Field, PositiveInt, ValidationInfo, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,6 +22,11 @@ ENCODERS = {"litevae": LiteVAEEncoder, "sdvae": SDVAEEncoder, "dwt": DWTEncoder}
 EncoderConfig = Annotated[
     LiteVAEEncoderConfig | SDVAEEncoderConfig | DWTEncoderConfig, Field(discriminator="type")
 ]
+
+
+AT_ONCE = 2 * 256**2
+"""Pixels in a network at once, on a CPU without gradients: the features of more leave its caches,
+and their memory is asked of the system anew each time."""
 
 
 class AutoencoderConfig(Config):
@@ -106,7 +113,10 @@ class Autoencoder(nn.Module):
             )
         if height % f or width % f:
             images = F.pad(images, (0, -width % f, 0, -height % f), mode="replicate")
-        return DiagonalGaussian.from_moments(self.pre_conv(self.encoder(images)))
+        pixels = images.shape[-2] * images.shape[-1]
+        return DiagonalGaussian.from_moments(
+            _a_few_at_once(lambda part: self.pre_conv(self.encoder(part)), images, pixels)
+        )
 
     def decode(self, latents: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """Latents (B, n_z, h, w) → images (B, 3, f·h, f·w), float32, not clipped.
@@ -114,7 +124,10 @@ class Autoencoder(nn.Module):
         Args:
             size: height and width to crop to, those of the images encoded.
         """
-        recon = self.decoder(self.post_conv(latents)).float()
+        pixels = self.downsampling**2 * latents.shape[-2] * latents.shape[-1]
+        recon = _a_few_at_once(
+            lambda part: self.decoder(self.post_conv(part)).float(), latents, pixels
+        )
         return recon if size is None else recon[..., : size[0], : size[1]]
 
     def forward(
@@ -132,7 +145,7 @@ class Autoencoder(nn.Module):
         return AutoencoderOutput(self.decode(latents, images.shape[-2:]), posterior, latents)
 
     def fuse(self) -> "Autoencoder":
-        """A frozen copy for inference, self-modulated convolutions made plain: the same answers.
+        """A frozen copy for inference, the same function in less work; see `layers.fuse`.
 
         Its state dict is not the one that its config describes: save and train this one.
         """
@@ -175,3 +188,15 @@ def build_autoencoder(preset_or_config: str | AutoencoderConfig, **overrides: An
     else:
         tree = to_tree(preset_or_config)
     return Autoencoder(validate(AutoencoderConfig, merge(tree, overrides)))
+
+
+def _a_few_at_once(network: Callable[[Tensor], Tensor], x: Tensor, pixels: int) -> Tensor:
+    """`network(x)`; on a CPU without gradients, so many images at a time as are quickest.
+
+    Args:
+        pixels: of one image.
+    """
+    few = max(AT_ONCE // pixels, 1)
+    if x.device.type != "cpu" or torch.is_grad_enabled() or len(x) <= few:
+        return network(x)
+    return torch.cat([network(part) for part in x.split(few)])

@@ -138,7 +138,9 @@ def train_autoencoder(
                 if step % recipe.run.validate_every_steps == 0 or last:
                     numbers = validate()
                     shown = ", ".join(f"{k} {v:.3f}" for k, v in numbers.items() if k != "count")
-                    mark = " (the best yet)" if best.numbers.get("images_seen") == images_seen else ""
+                    mark = (
+                        " (the best yet)" if best.numbers.get("images_seen") == images_seen else ""
+                    )
                     run.say(f"step {step:>6}/{recipe.total_steps}: held-out {shown}{mark}")
         # a run killed between its last state and its result comes back here with nothing to train
         numbers = numbers or validate()

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from autoencoders.layers import ResidualBlock
+from autoencoders.layers import ResidualBlock, quick_layout
 from ldm.config import Config
 
 
@@ -50,12 +50,13 @@ class FeatureUNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, H, W) → (B, out, H, W)."""
-        x = self.conv_in(x)
+        x = self.conv_in(quick_layout(x))
         skips = []
         for block in self.inward:
             x = block(x)
             skips.append(x)
         x = self.middle(x)
         for block in self.outward:
-            x = block(torch.cat([x, skips.pop()], dim=1))
+            x = torch.cat([x, skips.pop()], dim=1)  # a line of its own: the old x is not kept alive
+            x = block(x)
         return self.conv_out(x)

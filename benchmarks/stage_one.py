@@ -1,0 +1,275 @@
+"""Stage one's speed and memory beside diffusers' `AutoencoderKL`, in one run, as ratios.
+
+    python -m benchmarks.stage_one [--quick] [--device auto] [--out docs/results]
+
+Same precision, same batch, random weights (SD-VAE's are the same on both sides), and medians of
+repeats that take turns, so that what else the machine does falls on all alike. Peak memory is that
+of one forward pass in a process of its own. On a CPU: float32, eager. On a CUDA GPU: bfloat16,
+channels last, and `torch.compile`, on both sides.
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from autoencoders import Autoencoder, build_autoencoder
+from autoencoders.sdvae.weights import from_diffusers
+from autoencoders.wavelet import dwt_cascade
+from benchmarks.comparison import Row, Target, compare, judge, take_turns, write
+from benchmarks.machine import describe_machine, synchronise
+from ldm.run import memory_format, resolve_device
+
+PEER = "diffusers"
+OURS = ("litevae-s", "litevae-b", "litevae-m", "litevae-l", "sdvae")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured on, and how often."""
+
+    device: torch.device
+    batch: int
+    """Images in a batch."""
+    resolution: int
+    """Side of the images, in pixels; a training step takes half of it."""
+    repeats: int
+    """Timed calls of each, after one that is not."""
+    widths: tuple[int, ...] = (128, 256, 512, 512)
+    """Feature maps of SD-VAE at each resolution, the image's first."""
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+
+ENCODER, DECODER, WAVELET, STEP = "encoder", "decoder", "Haar, 3 levels", "training step"
+CPU_TARGETS = (
+    Target("encoder B", ENCODER, "litevae-b", PEER, 5),
+    Target("encoder S", ENCODER, "litevae-s", PEER, 24),
+    Target("SD-VAE's encoder", ENCODER, "sdvae", PEER, 1.25),
+    Target("encoder B", ENCODER, "litevae-b", PEER, 0.36, of_memory=True),
+    Target("wavelet transform", WAVELET, "ours", "ptwt", 2.4),
+    Target("fused SMC decoder", DECODER, "SMC, fused", PEER, 1.2),
+)
+GPU_TARGETS = (
+    Target("encoder B", ENCODER, "litevae-b", PEER, 3),
+    Target("encoder B", ENCODER, "litevae-b", PEER, 0.36, of_memory=True),
+)
+
+
+# ------------------------------------------------------------------------------------- models
+def peer(widths: tuple[int, ...]) -> AutoencoderKL:
+    """diffusers' AutoencoderKL with SD-VAE's config, in eval mode."""
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        block_out_channels=widths,
+        down_block_types=["DownEncoderBlock2D"] * len(widths),
+        up_block_types=["UpDecoderBlock2D"] * len(widths),
+        layers_per_block=2,
+    ).eval()
+
+
+def ours(name: str, widths: tuple[int, ...], **decoder: Any) -> Autoencoder:
+    """One of our presets, in eval mode."""
+    torch.manual_seed(0)
+    sizes = {"channels": widths[0], "multipliers": [width // widths[0] for width in widths]}
+    encoder = {"encoder": sizes} if name == "sdvae" else {}
+    return build_autoencoder(name, decoder={**sizes, **decoder}, **encoder).eval()
+
+
+def twin(widths: tuple[int, ...]) -> Autoencoder:
+    """Our SD-VAE with the peer's own weights, in eval mode."""
+    ae = ours("sdvae", widths)
+    ae.load_state_dict(from_diffusers(peer(widths).state_dict()))
+    return ae
+
+
+def placed(model: nn.Module, setting: Setting) -> nn.Module:
+    """On the device, in the layout that is usual there, its two networks compiled on a GPU."""
+    model.to(setting.device, memory_format=memory_format(setting.device))
+    if setting.on_gpu:
+        model.encoder.compile()
+        model.decoder.compile()
+    return model
+
+
+def images_for(setting: Setting, resolution: int) -> Tensor:
+    """(B, 3, resolution, resolution) in [−1, 1], always the same."""
+    shape = (setting.batch, 3, resolution, resolution)
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return images.to(setting.device, memory_format=memory_format(setting.device))
+
+
+# ---------------------------------------------------------------------------------- measuring
+@contextmanager
+def inference(setting: Setting) -> Iterator[None]:
+    """No gradients; bfloat16 on a GPU."""
+    with torch.no_grad(), precision(setting):
+        yield
+
+
+def precision(setting: Setting) -> torch.autocast:
+    """bfloat16 for networks on a GPU, float32 on a CPU."""
+    return torch.autocast(setting.device.type, torch.bfloat16, enabled=setting.on_gpu)
+
+
+def peak_mib(name: str, setting: Setting) -> float:
+    """Memory of one encoder pass, in MiB beyond the loaded model, in this fresh process."""
+    model = placed(peer(setting.widths) if name == PEER else ours(name, setting.widths), setting)
+    images = images_for(setting, setting.resolution)
+    with inference(setting):
+        model.encode(images[:1, :, :64, :64])  # libraries and kernels are loaded before the count
+        if setting.on_gpu:
+            model.encode(images)  # and compiled for this shape
+            synchronise(setting.device)
+            torch.cuda.reset_peak_memory_stats(setting.device)
+            before = torch.cuda.memory_allocated(setting.device)
+            model.encode(images)
+            return (torch.cuda.max_memory_allocated(setting.device) - before) / 2**20
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        model.encode(images)
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    kib = 1024 if sys.platform == "darwin" else 1  # macOS counts in bytes
+    return (after - before) / kib / 1024
+
+
+def peak_in_fresh_process(name: str, arguments: list[str]) -> float:
+    """`peak_mib` of a process that has done nothing else."""
+    command = [sys.executable, "-m", "benchmarks.stage_one", *arguments, "--peak-of", name]
+    answer = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(answer.stdout.splitlines()[-1])
+
+
+# --------------------------------------------------------------------------------- the groups
+def measure_encoders(setting: Setting, arguments: list[str]) -> list[Row]:
+    """Images to posteriors."""
+    names = (*OURS, PEER)
+    peaks = {name: peak_in_fresh_process(name, arguments) for name in names}
+    models = {name: ours(name, setting.widths) for name in OURS}
+    models |= {"sdvae": twin(setting.widths), PEER: peer(setting.widths)}
+    images = images_for(setting, setting.resolution)
+    with inference(setting):
+        calls = {
+            name: lambda model=placed(model, setting): model.encode(images)
+            for name, model in models.items()
+        }
+        return compare(
+            ENCODER, take_turns(calls, setting.repeats, setting.device), PEER, setting.batch, peaks
+        )
+
+
+def measure_decoders(setting: Setting) -> list[Row]:
+    """Latents to images, with GroupNorm or self-modulated convolution, as they are or fused."""
+    smc = ours("sdvae", setting.widths, norm="smc")
+    models = {
+        "GroupNorm": twin(setting.widths),
+        "GroupNorm, fused": twin(setting.widths).fuse(),
+        "SMC": smc,
+        "SMC, fused": smc.fuse(),
+        PEER: peer(setting.widths),
+    }
+    side = setting.resolution // 2 ** (len(setting.widths) - 1)
+    latents = torch.randn(setting.batch, 4, side, side, device=setting.device)
+    latents = latents.contiguous(memory_format=memory_format(setting.device))
+    with inference(setting):
+        calls = {
+            name: lambda model=placed(model, setting): model.decode(latents)
+            for name, model in models.items()
+        }
+        return compare(
+            DECODER, take_turns(calls, setting.repeats, setting.device), PEER, setting.batch
+        )
+
+
+def measure_wavelets(setting: Setting) -> list[Row]:
+    """Three levels of the Haar transform, in float32 everywhere, eager: ptwt does not compile."""
+    import ptwt
+
+    images = images_for(setting, setting.resolution).contiguous()
+    with torch.no_grad():
+        calls = {
+            "ours": lambda: [dwt_cascade(images, 3) for _ in range(10)],
+            "ptwt": lambda: [ptwt.wavedec2(images, "haar", level=3) for _ in range(10)],
+        }
+        return compare(
+            WAVELET, take_turns(calls, setting.repeats, setting.device), "ptwt", 10 * setting.batch
+        )
+
+
+def measure_training(setting: Setting) -> list[Row]:
+    """Encode, draw, decode, ℓ1, backward, Adam, at half the resolution, where training begins."""
+    images = images_for(setting, setting.resolution // 2)
+    calls = {
+        name: training_step(ours(name, setting.widths), setting, images)
+        for name in ("litevae-b", "sdvae")
+    }
+    calls[PEER] = training_step(peer(setting.widths), setting, images)
+    return compare(STEP, take_turns(calls, setting.repeats, setting.device), PEER, setting.batch)
+
+
+def training_step(model: nn.Module, setting: Setting, images: Tensor) -> Callable[[], None]:
+    """One whole step of a model, to be called again and again."""
+    placed(model.train(), setting)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, betas=(0.5, 0.9), fused=True)
+
+    def step() -> None:
+        with precision(setting):
+            if isinstance(model, Autoencoder):
+                recon = model(images).recon
+            else:
+                recon = model(images, sample_posterior=True).sample
+        (recon.float() - images).abs().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+# ---------------------------------------------------------------------------------------- run
+def main(arguments: list[str]) -> None:
+    """Measure, write, and print the page."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="narrow models, 64² images: a trial")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
+    parser.add_argument("--batch", type=int, help="images in a batch (4; 32 on a GPU)")
+    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder to write to")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)  # a process of our own
+    given = parser.parse_args(arguments)
+    device = resolve_device(given.device)
+    on_gpu = device.type == "cuda"
+    if given.quick:
+        setting = Setting(device, 2, 64, 2, widths=(32, 64, 64, 64))
+    elif on_gpu:
+        setting = Setting(device, 32, 256, 20)
+    else:
+        setting = Setting(device, 4, 256, 3)
+    if given.batch:
+        setting = replace(setting, batch=given.batch)
+    if given.peak_of:
+        print(peak_mib(given.peak_of, setting))
+        return
+    table = measure_encoders(setting, arguments) + measure_decoders(setting)
+    table += measure_wavelets(setting) + measure_training(setting)
+    targets = () if given.quick else GPU_TARGETS if on_gpu else CPU_TARGETS
+    facts = {
+        "command": " ".join(["python -m benchmarks.stage_one", *arguments]),
+        **describe_machine(device, "bfloat16, compiled" if on_gpu else "float32"),
+        "images": f"{setting.batch} of {setting.resolution}² in a batch; training at half the side",
+        "repeats": setting.repeats,
+    }
+    title = "Stage one: speed and memory beside diffusers' AutoencoderKL"
+    print(write(given.out, "stage_one", title, facts, table, judge(targets, table)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,308 @@
+"""Train two autoencoders side by side: the same images in the same order, steps and losses.
+
+    python -m benchmarks.train_side_by_side sdvae-quarter litevae-b-quarter \
+        data.source=photographs/ data.held_out=100 --out docs/results/side-by-side
+
+The two take turns, a chunk of steps each, so that whatever else the machine does meets both alike;
+a chunk's images are loaded once, for both, and only its steps are on the clock. Held-out PSNR and
+SSIM are those of the averaged weights. Stopped, the same command goes on.
+
+Writes result.json, README.md with the table, curves.png and pictures.png to --out.
+"""
+
+import argparse
+import shlex
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autoencoders import Autoencoder
+from autoencoders.discriminators import build_discriminator
+from autoencoders.losses import Objective
+from autoencoders.sdvae.decoder import SDVAEDecoder
+from benchmarks.machine import describe_machine, synchronise
+from ldm.checkpoint import latest_state, load_state, save_state, write_json
+from ldm.config import load_preset, resolve, to_tree
+from ldm.data import Batch, Source, batches, open_source, sheet_images
+from ldm.ema import Ema
+from ldm.errors import LdmError, UsageError
+from ldm.images import save_grid, to_float
+from ldm.run import Run, make_accelerator
+from ldm.schedule import learning_rate, set_learning_rate
+from ldm.seeds import torch_seed
+from pipelines.autoencoder_recipe import AutoencoderRecipe
+from pipelines.autoencoder_step import draw, train_step
+from pipelines.evaluate import evaluate_autoencoder
+from pipelines.train_autoencoder import load_perceptual
+
+MAY_DIFFER = {"encoder", "conv1x1"}
+COLUMNS = 8
+
+
+@dataclass
+class Contender:
+    """One of the two: its networks, its seconds of training, and what was measured on the way."""
+
+    name: str
+    recipe: AutoencoderRecipe
+    parts: dict[str, Any]
+    seconds: float = 0.0
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def averaged(self) -> Autoencoder:
+        return self.parts["ema"].model
+
+    def state(self) -> dict[str, Any]:
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        return {"parts": parts, "seconds": self.seconds, "curve": self.curve}
+
+    def load(self, state: dict[str, Any]) -> None:
+        for name, part in self.parts.items():
+            part.load_state_dict(state["parts"][name])
+        self.seconds, self.curve = state["seconds"], state["curve"]
+
+
+def main() -> None:
+    """Parse, train both, write the results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("first", help="preset, the one that ratios are over")
+    parser.add_argument("second", help="preset")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="for both")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/side-by-side"))
+    parser.add_argument("--work", type=Path, default=Path("runs/side-by-side"), help="states")
+    parser.add_argument("--chunk", type=int, default=25, help="steps between two turns")
+    parser.add_argument("--every", type=int, default=100, help="steps between two measurements")
+    given = parser.parse_args()
+    try:
+        if given.every % given.chunk:
+            raise UsageError(f"--every {given.every} is no multiple of --chunk {given.chunk}")
+        recipes = [
+            resolve(AutoencoderRecipe, load_preset("ae", name), given.settings)
+            for name in (given.first, given.second)
+        ]
+        check_comparable(*recipes)
+        run = Run(given.work, recipes[0].run, make_accelerator(recipes[0].run.device))
+        names = (given.first, given.second)
+        contenders = [make(run, *pair) for pair in zip(names, recipes, strict=True)]
+        held_out = train(run, contenders, given.chunk, given.every)
+        write_results(given.out, run, contenders, held_out)
+    except LdmError as error:
+        sys.exit(f"error: {error}")
+
+
+def check_comparable(first: AutoencoderRecipe, second: AutoencoderRecipe) -> None:
+    """Nothing but the encoders may differ, or the comparison would say nothing about them."""
+    ours, theirs = to_tree(first), to_tree(second)
+    unequal = sorted(key for key in ours if ours[key] != theirs[key] and key not in MAY_DIFFER)
+    if unequal:
+        raise UsageError(f"the two presets differ in {', '.join(unequal)}: set it for both")
+    if len(first.phases) > 1:
+        raise UsageError("one phase at a time: give phases=[{resolution: 128, steps: 1000}]")
+
+
+def make(run: Run, name: str, recipe: AutoencoderRecipe) -> Contender:
+    """Networks, optimisers and averages at step 0; both decoders start from the same weights."""
+    build = {
+        "autoencoder": lambda: Autoencoder(recipe.model),
+        "decoder": lambda: SDVAEDecoder(recipe.decoder, recipe.latent_channels),
+        "critic": lambda: build_discriminator(recipe.discriminator),
+    }
+    nets = {}
+    for what, building in build.items():
+        torch.manual_seed(torch_seed(recipe.run.seed, f"weights of the {what}", 0))
+        nets[what] = building()
+    nets["autoencoder"].decoder.load_state_dict(nets["decoder"].state_dict())
+    autoencoder, critic = nets["autoencoder"], nets["critic"]
+    autoencoder, critic = run.place(autoencoder), run.place(critic)
+    parts = {"autoencoder": autoencoder, "critic": critic}
+    parts["ema"] = Ema(autoencoder, recipe.ema_half_life_images)
+    for which in ("autoencoder", "critic"):
+        parameters = parts[which].parameters()
+        parts[f"opt_{which}"] = torch.optim.Adam(parameters, recipe.lr, recipe.betas, fused=True)
+    return Contender(name, recipe, parts)
+
+
+def train(run: Run, contenders: list[Contender], chunk: int, every: int) -> Source:
+    """Chunk by chunk, in turns, to the end of the recipe; return the held-out images."""
+    recipe = contenders[0].recipe
+    (phase,) = recipe.phases
+    source, held_out = (
+        open_source(recipe.data, split, phase.resolution) for split in ("train", "val")
+    )
+    objective = Objective(recipe.loss, recipe.adversarial, load_perceptual(recipe))
+    step, states = 0, run.folder / "state"
+    if latest := latest_state(states):
+        saved = load_state(latest)
+        if saved["recipes"] != [to_tree(c.recipe) for c in contenders]:
+            raise UsageError(f"{run.folder} holds another comparison: give --work another folder")
+        step = saved["step"]
+        for contender, state in zip(contenders, saved["contenders"], strict=True):
+            contender.load(state)
+        print(f"going on from step {step}", flush=True)
+    stream = batches(
+        source, recipe.data, phase.resolution, run.seed, start=step * recipe.batch_size,
+        stop=phase.steps * recipe.batch_size, batch_size=recipe.batch_size,
+    )  # fmt: skip
+    while step < phase.steps:
+        images = [next(stream) for _ in range(min(chunk, phase.steps - step))]
+        # who goes first alternates
+        for contender in contenders[:: 1 if (step // chunk) % 2 else -1]:
+            take_turn(run, contender, objective, images, step)
+        step += len(images)
+        if step % every == 0 or step == phase.steps:
+            for contender in contenders:
+                numbers = evaluate_autoencoder(
+                    contender.averaged, held_out, phase.resolution, 20, run.device
+                )
+                point = {"step": step, "seconds": contender.seconds}
+                contender.curve.append(point | {k: numbers[k] for k in ("psnr", "ssim")})
+                print(
+                    f"step {step:>6}  {contender.name:<20} {contender.seconds:>7.0f} s  "
+                    f"PSNR {numbers['psnr']:.2f}  SSIM {numbers['ssim']:.3f}",
+                    flush=True,
+                )
+            tree = {"step": step, "recipes": [to_tree(c.recipe) for c in contenders]}
+            tree["contenders"] = [contender.state() for contender in contenders]
+            save_state(states, step, tree)
+    return held_out
+
+
+def take_turn(
+    run: Run, contender: Contender, objective: Objective, images: list[Batch], step: int
+) -> None:
+    """A chunk of steps on the clock."""
+    recipe, parts = contender.recipe, contender.parts
+    synchronise(run.device)
+    start = time.perf_counter()
+    for batch in images:
+        seen = (step + 1) * recipe.batch_size
+        for which in ("opt_autoencoder", "opt_critic"):
+            rate = learning_rate(recipe.lr, seen, recipe.warmup_images)
+            set_learning_rate(parts[which], rate)
+        draws = draw(run, recipe, batch.k.tolist(), recipe.phases[0].resolution)
+        train_step(
+            run, parts["autoencoder"], parts["critic"], parts["opt_autoencoder"],
+            parts["opt_critic"], to_float(run.place(batch.images)), draws, objective,
+            objective.ramp(step / recipe.total_steps), recipe.clip_norm,
+            contender.averaged if objective.needs_averaged else None,
+        )  # fmt: skip
+        step += 1
+        parts["ema"].update(seen, recipe.batch_size)
+    synchronise(run.device)
+    contender.seconds += time.perf_counter() - start
+
+
+# -------------------------------------------------------------------------------- results
+def write_results(folder: Path, run: Run, contenders: list[Contender], held_out: Source) -> None:
+    """The numbers, the table, the curves and the pictures."""
+    machine = describe_machine(run.device, run.precision)
+    first = contenders[0]
+    result = {"machine": machine, "recipe": to_tree(first.recipe)}
+    result["models"] = [
+        {
+            "name": c.name,
+            "encoder_parameters": count(c.averaged.encoder),
+            "decoder_parameters": count(c.averaged.decoder),
+            "seconds": c.seconds,
+            "curve": c.curve,
+        }
+        for c in contenders
+    ]
+    write_json(folder / "result.json", result)
+    draw_curves(folder / "curves.png", contenders)
+    draw_pictures(folder / "pictures.png", contenders, held_out, run.device)
+    (folder / "README.md").write_text(report(machine, contenders, len(held_out)), "utf-8")
+    print(f"written: {folder}/README.md, curves.png, pictures.png, result.json")
+
+
+def count(module: torch.nn.Module) -> int:
+    """Parameters of a module."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def report(machine: dict[str, str], contenders: list[Contender], held_out: int) -> str:
+    """Markdown: what ran, and the table at equal steps and at equal seconds."""
+    first = contenders[0].recipe
+    (phase,) = first.phases
+    budget = min(c.seconds for c in contenders)
+    rows = []
+    for c in contenders:
+        end = c.curve[-1]
+        within = [point for point in c.curve if point["seconds"] <= budget + 1e-6][-1]
+        rows.append(
+            f"| {c.name} | {count(c.averaged.encoder):,} | {count(c.averaged.decoder):,} "
+            f"| {1000 * c.seconds / end['step']:.0f} | {end['psnr']:.2f} | {end['ssim']:.3f} "
+            f"| {within['psnr']:.2f} | {within['ssim']:.3f} (step {within['step']:,}) |"
+        )
+    names = " and ".join(c.name for c in contenders)
+    weights = {k: v for k, v in to_tree(first)["loss"].items() if isinstance(v, float) and v}
+    terms = ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
+    critic = (
+        f"adversarial {first.adversarial.weight:g}" if first.adversarial.weight else "no critic"
+    )
+    about = ", ".join(f"{key} {value}" for key, value in machine.items())
+    return f"""# {names}, side by side
+
+The same images in the same order, {phase.steps:,} steps of {first.batch_size} at
+{phase.resolution}², Adam {first.lr:g}; {terms}; {critic}. PSNR and SSIM of the averaged weights
+over {held_out} held-out images.
+
+| model | encoder | decoder | ms a step | PSNR | SSIM | PSNR in {budget:.0f} s | SSIM then |
+|---|---:|---:|---:|---:|---:|---:|---:|
+{chr(10).join(rows)}
+
+![PSNR and SSIM against steps and seconds](curves.png)
+
+Held-out images, and what each makes of them, in the table's order:
+
+![Originals and reconstructions](pictures.png)
+
+{about}.
+
+    python -m benchmarks.train_side_by_side {shlex.join(sys.argv[1:])}
+"""
+
+
+def draw_curves(path: Path, contenders: list[Contender]) -> None:
+    """Held-out PSNR and SSIM, against steps and against seconds of training."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharey="row", layout="constrained")
+    for row, (key, label) in zip(axes, (("psnr", "PSNR, dB"), ("ssim", "SSIM")), strict=True):
+        for axis, (x, name) in zip(
+            row, (("step", "steps"), ("seconds", "seconds of training")), strict=True
+        ):
+            for contender in contenders:
+                points = contender.curve
+                axis.plot([p[x] for p in points], [p[key] for p in points], label=contender.name)
+            axis.set_xlabel(name)
+            axis.grid(alpha=0.3)
+        row[0].set_ylabel(f"held-out {label}")
+    axes[0, 0].legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+@torch.no_grad()
+def draw_pictures(
+    path: Path, contenders: list[Contender], held_out: Source, device: torch.device
+) -> None:
+    """A row of held-out images, and a row of reconstructions for each model."""
+    resolution = contenders[0].recipe.phases[0].resolution
+    images = to_float(sheet_images(held_out, resolution, COLUMNS)).to(device)
+    rows = [images, *(c.averaged(images, sample=False).recon.clamp(-1, 1) for c in contenders)]
+    save_grid(torch.cat(rows).cpu(), path, columns=len(images))
+
+
+if __name__ == "__main__":
+    main()

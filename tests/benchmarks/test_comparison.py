@@ -1,0 +1,56 @@
+import json
+
+import pytest
+import torch
+
+from benchmarks.comparison import Row, Target, as_markdown, compare, judge, take_turns, write
+
+ROWS = [
+    Row("encoder", "quick", 0.1, 5.0, 40.0, 100.0),
+    Row("encoder", "theirs", 0.5, 1.0, 8.0, 400.0),
+    Row("wavelet", "ours", 0.002, 1.0, 2000.0),
+]
+
+
+def test_calls_take_turns_and_the_first_round_does_not_count(monkeypatch):
+    order, clock = [], iter([0, 100, 0, 200, 0, 1, 0, 4, 0, 3, 0, 6, 0, 2, 0, 5])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    assert take_turns(calls, 3, torch.device("cpu")) == {"a": 2, "b": 5}
+    assert order == list("abababab")
+
+
+def test_each_is_set_beside_the_reference():
+    rows = compare("encoder", {"quick": 0.1, "theirs": 0.5}, "theirs", 4, {"quick": 100.0})
+    assert rows[0] == ROWS[0]
+    assert (rows[1].ratio, rows[1].images_per_second, rows[1].peak_mib) == (1.0, 8.0, None)
+
+
+@pytest.mark.parametrize(
+    ("bound", "of_memory", "measured", "reached"),
+    [
+        (5, False, 5, True),
+        (5.1, False, 5, False),
+        (0.25, True, 0.25, True),
+        (0.2, True, 0.25, False),
+    ],
+)
+def test_targets_are_judged_by_what_was_measured(bound, of_memory, measured, reached):
+    (verdict,) = judge([Target("B", "encoder", "quick", "theirs", bound, of_memory)], ROWS)
+    assert verdict.measured == pytest.approx(measured)
+    assert verdict.reached == reached
+    assert str(bound) in verdict.target
+
+
+def test_the_page_and_its_twin_say_the_same(tmp_path):
+    verdicts = judge([Target("B", "encoder", "quick", "theirs", 6)], ROWS)
+    page = write(tmp_path / "new", "speed", "Speed", {"device": "a CPU"}, ROWS, verdicts)
+    assert (tmp_path / "new" / "speed.md").read_text("utf-8") == page
+    assert "# Speed\n\n- device: a CPU\n" in page
+    assert "| encoder | quick | 100.0 | 40 | 5.00 | 100 |\n" in page
+    assert "| wavelet | ours | 2.0 | 2e+03 | 1.00 |  |\n" in page
+    assert "| B | ≥ 6 times as fast | 5.00 | no |\n" in page
+    tree = json.loads((tmp_path / "new" / "speed.json").read_text("utf-8"))
+    assert [Row(**row) for row in tree["rows"]] == ROWS
+    assert tree["targets"][0]["reached"] is False
+    assert "target" not in as_markdown("Speed", {}, ROWS, [])
