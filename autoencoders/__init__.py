@@ -6,6 +6,7 @@ from autoencoders.autoencoder import (
     AutoencoderOutput,
     build_autoencoder,
 )
+from autoencoders.large import decode_tiled, encode_tiled, reconstruct_tiled
 from autoencoders.loading import load_autoencoder
 from autoencoders.posterior import DiagonalGaussian
 
@@ -15,5 +16,8 @@ __all__ = [
     "AutoencoderOutput",
     "DiagonalGaussian",
     "build_autoencoder",
+    "decode_tiled",
+    "encode_tiled",
     "load_autoencoder",
+    "reconstruct_tiled",
 ]

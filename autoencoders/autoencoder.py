@@ -24,11 +24,6 @@ EncoderConfig = Annotated[
 ]
 
 
-AT_ONCE = 2 * 256**2
-"""Pixels in a network at once, on a CPU without gradients: the features of more leave its caches,
-and their memory is asked of the system anew each time."""
-
-
 class AutoencoderConfig(Config):
     """Stage one's model. The defaults are LiteVAE-B with SD-VAE's decoder."""
 
@@ -113,9 +108,9 @@ class Autoencoder(nn.Module):
             )
         if height % f or width % f:
             images = F.pad(images, (0, -width % f, 0, -height % f), mode="replicate")
-        pixels = images.shape[-2] * images.shape[-1]
+        few = self.encoder.at_once // (images.shape[-2] * images.shape[-1])
         return DiagonalGaussian.from_moments(
-            _a_few_at_once(lambda part: self.pre_conv(self.encoder(part)), images, pixels)
+            _a_few_at_once(lambda part: self.pre_conv(self.encoder(part)), images, few)
         )
 
     def decode(self, latents: Tensor, size: tuple[int, int] | None = None) -> Tensor:
@@ -125,8 +120,9 @@ class Autoencoder(nn.Module):
             size: height and width to crop to, those of the images encoded.
         """
         pixels = self.downsampling**2 * latents.shape[-2] * latents.shape[-1]
+        few = self.decoder.at_once // max(pixels, 1)
         recon = _a_few_at_once(
-            lambda part: self.decoder(self.post_conv(part)).float(), latents, pixels
+            lambda part: self.decoder(self.post_conv(part)).float(), latents, few
         )
         return recon if size is None else recon[..., : size[0], : size[1]]
 
@@ -147,9 +143,11 @@ class Autoencoder(nn.Module):
     def fuse(self) -> "Autoencoder":
         """A frozen copy for inference, the same function in less work; see `layers.fuse`.
 
-        Its state dict is not the one that its config describes: save and train this one.
+        It cannot be saved, for its tensors are not those that its config describes: save this one.
         """
-        return fuse(self)
+        fused = fuse(self)
+        fused.register_state_dict_pre_hook(_refuse_to_save)
+        return fused
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, **where: Any) -> "Autoencoder":
@@ -190,13 +188,16 @@ def build_autoencoder(preset_or_config: str | AutoencoderConfig, **overrides: An
     return Autoencoder(validate(AutoencoderConfig, merge(tree, overrides)))
 
 
-def _a_few_at_once(network: Callable[[Tensor], Tensor], x: Tensor, pixels: int) -> Tensor:
-    """`network(x)`; on a CPU without gradients, so many images at a time as are quickest.
+def _a_few_at_once(network: Callable[[Tensor], Tensor], x: Tensor, few: int) -> Tensor:
+    """`network(x)`; on a CPU without gradients `few` images at a time, at least one.
 
-    Args:
-        pixels: of one image.
+    The features of more leave its caches, and their memory is asked of the system anew each time.
     """
-    few = max(AT_ONCE // pixels, 1)
+    few = max(few, 1)
     if x.device.type != "cpu" or torch.is_grad_enabled() or len(x) <= few:
         return network(x)
     return torch.cat([network(part) for part in x.split(few)])
+
+
+def _refuse_to_save(*_: Any) -> None:
+    raise LdmError("a fused autoencoder is for inference alone: save the one it was made from")

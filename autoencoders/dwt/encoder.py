@@ -53,6 +53,9 @@ class DWTEncoder(nn.Module):
         UsageError: another number of latent channels than the kept sub-bands have.
     """
 
+    at_once = 2 * 256**2
+    """Pixels that are quickest to take at once, on a CPU without gradients."""
+
     def __init__(self, config: DWTEncoderConfig, latent_channels: int) -> None:
         super().__init__()
         if latent_channels != config.latent_channels:

@@ -56,6 +56,9 @@ class SDVAEDecoder(nn.Module):
     inverse Haar transform, taken in float32.
     """
 
+    at_once = 256**2
+    """Pixels that are quickest to take at once, on a CPU without gradients."""
+
     def __init__(self, config: SDVAEDecoderConfig, latent_channels: int) -> None:
         super().__init__()
         widths = [config.channels * m for m in reversed(config.multipliers)]

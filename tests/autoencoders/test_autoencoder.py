@@ -17,6 +17,7 @@ from ldm.errors import LdmError, UsageError
 from tests.autoencoders.parameters import count
 
 OUR_PRESETS = {"litevae-s", "litevae-b", "litevae-m", "litevae-l", "sdvae", "sdvae-small", "tiny"}
+F = {"litevae-b-f4": 4, "litevae-b-f16": 16}  # 8, all others
 
 
 @pytest.fixture(autouse=True)
@@ -37,15 +38,19 @@ def images():
 
 
 # ---------------------------------------------------------------------------------- building
-@pytest.mark.parametrize("preset", sorted(OUR_PRESETS))
+@pytest.mark.parametrize("preset", list_presets("ae"))
 def test_presets_build_and_say_what_they_are(preset):
-    assert preset in list_presets("ae")
     assert preset_summary("ae", preset).endswith(".")
     with torch.device("meta"):
         ae = build_autoencoder(preset)
-        out = ae(torch.zeros(1, 3, 64, 64), noise=torch.zeros(1, 4, 8, 8))
-    assert ae.downsampling == 8
+        n_z, f = ae.config.latent_channels, ae.downsampling
+        out = ae(torch.zeros(1, 3, 64, 64), noise=torch.zeros(1, n_z, 64 // f, 64 // f))
+    assert f == F.get(preset, 8)
     assert out.recon.shape == (1, 3, 64, 64)
+
+
+def test_no_preset_of_the_papers_is_missing():
+    assert OUR_PRESETS | {"dwt", "dwt-2", *F} <= set(list_presets("ae"))
 
 
 def test_defaults_are_litevae_b():
@@ -184,6 +189,38 @@ def test_every_parameter_learns(images):
     for name, parameter in learning.items():
         assert parameter.grad.isfinite().all(), name
         assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("output", ["image", "wavelet"])
+def test_fused_it_answers_the_same_and_cannot_be_saved(images, tmp_path, output):
+    multipliers = [1, 2, 4] if output == "wavelet" else [1, 2, 4, 8]
+    decoder = {"channels": 8, "norm": "smc", "output": output, "multipliers": multipliers}
+    ae = build_autoencoder("tiny", decoder=decoder).eval()
+    fused = ae.fuse()
+    with torch.no_grad():
+        expected = ae(images, sample=False).recon
+        torch.testing.assert_close(fused(images, sample=False).recon, expected, rtol=0, atol=1e-5)
+    assert not any(isinstance(part, SelfModulatedConv2d) for part in fused.modules())
+    with pytest.raises(LdmError, match="save the one it was made from"):
+        fused.save_pretrained(tmp_path / "fused")
+    assert any(parameter.requires_grad for parameter in ae.parameters())
+    ae.state_dict()
+
+
+@torch.no_grad()
+def test_many_images_go_through_a_few_at_a_time(tiny, monkeypatch):
+    seen, forward = [], tiny.encoder.forward
+    monkeypatch.setattr(type(tiny.encoder), "at_once", 2 * 32 * 32)
+    monkeypatch.setattr(tiny.encoder, "forward", lambda x: seen.append(len(x)) or forward(x))
+    images = torch.rand(5, 3, 32, 32) * 2 - 1
+    together = tiny.eval()(images, sample=False)
+    assert seen == [2, 2, 1]
+    alone = torch.cat([tiny(image[None], sample=False).recon for image in images])
+    torch.testing.assert_close(together.recon, alone, rtol=0, atol=1e-5)
+    with torch.enable_grad():
+        seen.clear()
+        tiny(images)
+    assert seen == [5]
 
 
 # -------------------------------------------------------------------------------- files
