@@ -43,9 +43,11 @@ class AutoencoderConfig(Config):
     ) -> SDVAEDecoderConfig:
         encoder = info.data.get("encoder")  # absent if it was itself refused
         if encoder is not None and decoder.upsampling != encoder.downsampling:
+            # each entry after the first doubles, and so does the inverse of a wavelet transform
+            count = encoder.downsampling.bit_length() - (decoder.output == "wavelet")
             raise ValueError(
                 f"it upsamples {decoder.upsampling}×, the encoder downsamples "
-                f"{encoder.downsampling}×: each entry of multipliers after the first doubles"
+                f"{encoder.downsampling}×: give decoder.multipliers {count} entries"
             )
         return decoder
 
@@ -100,18 +102,27 @@ class Autoencoder(nn.Module):
         Raises:
             LdmError: a side is smaller than f.
         """
+        images = self.pad(images)
+        few = self.encoder.at_once // (images.shape[-2] * images.shape[-1])
+        return DiagonalGaussian.from_moments(
+            _a_few_at_once(lambda part: self.pre_conv(self.encoder(part)), images, few)
+        )
+
+    def pad(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) with their last column and row repeated to multiples of f.
+
+        Raises:
+            LdmError: a side is smaller than f.
+        """
         f, (height, width) = self.downsampling, images.shape[-2:]
         if min(height, width) < f:
             raise LdmError(
                 f"images of {height}×{width} pixels: this autoencoder makes one latent of "
                 f"{f}×{f}; give it larger images, or fewer levels (encoder.depth)"
             )
-        if height % f or width % f:
-            images = F.pad(images, (0, -width % f, 0, -height % f), mode="replicate")
-        few = self.encoder.at_once // (images.shape[-2] * images.shape[-1])
-        return DiagonalGaussian.from_moments(
-            _a_few_at_once(lambda part: self.pre_conv(self.encoder(part)), images, few)
-        )
+        if not (height % f or width % f):
+            return images
+        return F.pad(images, (0, -width % f, 0, -height % f), mode="replicate")
 
     def decode(self, latents: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """Latents (B, n_z, h, w) → images (B, 3, f·h, f·w), float32, not clipped.
@@ -145,9 +156,7 @@ class Autoencoder(nn.Module):
 
         It cannot be saved, for its tensors are not those that its config describes: save this one.
         """
-        fused = fuse(self)
-        fused.register_state_dict_pre_hook(_refuse_to_save)
-        return fused
+        return fuse(self)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, **where: Any) -> "Autoencoder":
@@ -197,7 +206,3 @@ def _a_few_at_once(network: Callable[[Tensor], Tensor], x: Tensor, few: int) -> 
     if x.device.type != "cpu" or torch.is_grad_enabled() or len(x) <= few:
         return network(x)
     return torch.cat([network(part) for part in x.split(few)])
-
-
-def _refuse_to_save(*_: Any) -> None:
-    raise LdmError("a fused autoencoder is for inference alone: save the one it was made from")

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from autoencoders.autoencoder import Autoencoder
 from autoencoders.posterior import DiagonalGaussian
@@ -37,9 +36,9 @@ def encode_tiled(
 
     Raises:
         UsageError: tile, overlap or batch cannot be.
+        LdmError: a side is smaller than f.
     """
-    f, (height, width) = ae.downsampling, images.shape[-2:]
-    images = F.pad(images, (0, -width % f, 0, -height % f), mode="replicate")
+    f, images = ae.downsampling, ae.pad(images)
 
     def moments(tiles: Tensor) -> Tensor:
         posterior = ae.encode(tiles)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ldm.errors import LdmError
+
 Norm = Literal["group", "smc"]
 
 
@@ -33,9 +35,17 @@ def silu(x: Tensor, keep: bool = False) -> Tensor:
     return F.silu(x, inplace=not (keep or torch.is_grad_enabled()))
 
 
-def group_norm(width: int) -> nn.GroupNorm:
+class GroupNorm(nn.GroupNorm):
+    """PyTorch's, but for its refusal of a lone value in a group, as in a latent of 1×1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) → the same, each group with mean 0 and variance 1, then scale and shift."""
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
+def group_norm(width: int) -> GroupNorm:
     """32 groups where they divide the width, else the largest power of two that does."""
-    return nn.GroupNorm(math.gcd(32, width), width, eps=1e-6)
+    return GroupNorm(math.gcd(32, width), width, eps=1e-6)
 
 
 class SelfModulatedConv2d(nn.Conv2d):
@@ -77,8 +87,8 @@ def fuse(module: nn.Module) -> nn.Module:
     """A copy for inference: what nothing is learned of any more is worked out beforehand.
 
     Self-modulated convolutions become plain ones, upsampling convolutions look at the small image.
-    The copy is frozen and in eval mode. Its state dict is not that which the module's config
-    describes: save and train the module itself.
+    The copy is frozen, in eval mode, and refuses to be saved: its tensors are not those that the
+    module's config describes. Save and train the module itself.
     """
     if isinstance(module, (SelfModulatedConv2d, Upsample)):
         return module.fused().eval().requires_grad_(False)
@@ -87,7 +97,12 @@ def fuse(module: nn.Module) -> nn.Module:
         for name, child in parent.named_children():
             if isinstance(child, (SelfModulatedConv2d, Upsample)):
                 setattr(parent, name, fuse(child))
+    copy.register_state_dict_pre_hook(_refuse_to_save)
     return copy
+
+
+def _refuse_to_save(*_: object) -> None:
+    raise LdmError("a fused autoencoder is for inference alone: save the one it was made from")
 
 
 class Block(nn.Module):
@@ -220,7 +235,8 @@ class FusedUpsample(nn.Module):
         merge = conv.weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
         # merge[parity, tap of 2, tap of 3]
         weight = torch.einsum("pik,ockl,qjl->pqocij", merge, conv.weight.detach(), merge)
-        self.weight = nn.Parameter(rearrange(weight, "p q o c i j -> (p q) o c i j"))
+        filters = rearrange(weight, "p q o c i j -> (p q) o c i j")
+        self.filters = nn.ParameterList(filter.clone() for filter in filters)
         self.bias = nn.Parameter(conv.bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -231,7 +247,7 @@ class FusedUpsample(nn.Module):
             (batch, width, 2 * height, 2 * columns), dtype=x.dtype, device=x.device,
             memory_format=torch.channels_last,
         )  # fmt: skip
-        for filter, (row, column) in zip(self.weight, product((0, 1), repeat=2), strict=True):
+        for filter, (row, column) in zip(self.filters, product((0, 1), repeat=2), strict=True):
             window = padded[..., row : row + height + 1, column : column + columns + 1]
             out[..., row::2, column::2] = F.conv2d(window, filter, self.bias)
         return out

@@ -108,9 +108,10 @@ def as_markdown(
     lines += ["|---|---|---:|---:|---:|---:|"]
     for row in rows:
         peak = "" if row.peak_mib is None else f"{row.peak_mib:.0f}"
+        digits = 0 if row.images_per_second >= 100 else 2
         lines.append(
             f"| {row.group} | {row.name} | {1000 * row.seconds:.1f} | "
-            f"{row.images_per_second:.3g} | {row.ratio:.2f} | {peak} |"
+            f"{row.images_per_second:,.{digits}f} | {row.ratio:.2f} | {peak} |"
         )
     if verdicts:
         lines += ["", "| | target | measured | reached |", "|---|---|---:|---|"]

@@ -103,6 +103,10 @@ def check_comparable(first: AutoencoderRecipe, second: AutoencoderRecipe) -> Non
     unequal = sorted(key for key in ours if ours[key] != theirs[key] and key not in MAY_DIFFER)
     if unequal:
         raise UsageError(f"the two presets differ in {', '.join(unequal)}: set it for both")
+    if first.loss.ldl and not first.ema_half_life_images:
+        raise UsageError("loss.ldl compares with an average: give ema_half_life_images")
+    if first.accumulate > 1 or first.checkpointing or first.run.compile:
+        raise UsageError("accumulate, checkpointing and run.compile are not for here: leave them")
     if len(first.phases) > 1:
         raise UsageError("one phase at a time: give phases=[{resolution: 128, steps: 1000}]")
 
@@ -235,11 +239,12 @@ def report(machine: dict[str, str], contenders: list[Contender], held_out: int) 
     rows = []
     for c in contenders:
         end = c.curve[-1]
-        within = [point for point in c.curve if point["seconds"] <= budget + 1e-6][-1]
+        within = [point for point in c.curve if point["seconds"] <= budget]
+        then = f"{within[-1]['psnr']:.2f} | {within[-1]['ssim']:.3f}" if within else "– | –"
         rows.append(
             f"| {c.name} | {count(c.averaged.encoder):,} | {count(c.averaged.decoder):,} "
             f"| {1000 * c.seconds / end['step']:.0f} | {end['psnr']:.2f} | {end['ssim']:.3f} "
-            f"| {within['psnr']:.2f} | {within['ssim']:.3f} (step {within['step']:,}) |"
+            f"| {then} |"
         )
     names = " and ".join(c.name for c in contenders)
     weights = {k: v for k, v in to_tree(first)["loss"].items() if isinstance(v, float) and v}

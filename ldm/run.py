@@ -76,8 +76,10 @@ class Run:
         """Compile each in place, where the configuration asks for it; names in the state stay."""
         if not self.config.compile:
             return
+        from torch._functorch import config
+
         # a graph may be walked twice (the ratio of two gradients): its buffers are not to be reused
-        torch._functorch.config.donated_buffer = False
+        config.donated_buffer = False
         for module in modules:
             module.compile()
 

@@ -40,8 +40,8 @@ WATCHING = {
 
 
 def new_or_unfinished(kind: str, preset: str, config: Config, folder: Path | None) -> Path:
-    """The folder this command trains in: the one given, else the newest unfinished run of the very
-    same configuration, else a new one named after the time and the preset.
+    """The folder this command trains in: the one given, else the newest unfinished run of the same
+    preset and the very same configuration, else a new one named after the time and the preset.
 
     Raises:
         LdmError: the folder given holds a run of another configuration (the keys that differ), or
@@ -49,7 +49,8 @@ def new_or_unfinished(kind: str, preset: str, config: Config, folder: Path | Non
     """
     if folder is None:
         for candidate in reversed(_all_runs(kind)):
-            if not is_finished(candidate) and not differences(candidate, config):
+            same = _described(candidate).get("preset") == preset
+            if same and not is_finished(candidate) and not differences(candidate, config):
                 return candidate
         folder = _new_folder(preset)
     elif _kind(folder) is not None:
@@ -186,11 +187,16 @@ def _all_runs(kind: str) -> list[Path]:
 
 def _kind(folder: Path) -> str | None:
     """The kind of the run in a folder, None where there is none of ours."""
+    return _described(folder).get("kind")
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    """What run.json says, {} where there is none that can be read."""
     try:
         described = json.loads((folder / "run.json").read_text("utf-8"))
     except (OSError, ValueError):
-        return None
-    return described.get("kind") if isinstance(described, dict) else None
+        return {}
+    return described if isinstance(described, dict) else {}
 
 
 def _leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -20,7 +20,7 @@ from ldm.data import Batch, Source, batches, holds_out, open_source
 from ldm.ema import Ema
 from ldm.errors import Interrupted
 from ldm.images import to_float
-from ldm.logbook import Logbook
+from ldm.logbook import Logbook, read_rows
 from ldm.run import Run, start_run
 from ldm.run_folder import is_finished, provenance
 from ldm.schedule import learning_rate, set_learning_rate
@@ -91,9 +91,14 @@ def train_autoencoder(
         run.compile(autoencoder.encoder, decoder.middle, *decoder.levels, critic)
         ae, judge = run.prepare(autoencoder), run.prepare(critic)
         best = Best(run, recipe)
+        # weights that are their own average would differ from it by rounding alone
+        compared = objective.needs_averaged and recipe.ema_half_life_images > 0
+        averaged = ema.model if compared else None
 
         logbook = Logbook(run.folder if run.is_main else None, images_seen)
         run.say(_opening(recipe, run, autoencoder, critic))
+        if _validation_was_cut_off(run, recipe, images_seen):
+            numbers = validate()
         with run.progress() as bar:
             task = bar.add_task(
                 "training", total=recipe.total_steps, completed=images_seen // recipe.batch_size,
@@ -112,7 +117,7 @@ def train_autoencoder(
                 terms = train_step(
                     run, ae, judge, opt_ae, opt_critic, images, draws, objective,
                     objective.ramp(step / recipe.total_steps), recipe.clip_norm,
-                    ema.model if objective.needs_averaged else None, watch,
+                    averaged, watch,
                 )  # fmt: skip
                 logbook.add(**terms)
                 if not run.accelerator.sync_gradients:
@@ -138,10 +143,9 @@ def train_autoencoder(
                 if step % recipe.run.validate_every_steps == 0 or last:
                     numbers = validate()
                     shown = ", ".join(f"{k} {v:.3f}" for k, v in numbers.items() if k != "count")
-                    mark = (
-                        " (the best yet)" if best.numbers.get("images_seen") == images_seen else ""
-                    )
-                    run.say(f"step {step:>6}/{recipe.total_steps}: held-out {shown}{mark}")
+                    mark = " (the best yet)" if best.found_at(images_seen) else ""
+                    if shown:
+                        run.say(f"step {step:>6}/{recipe.total_steps}: held-out {shown}{mark}")
         # a run killed between its last state and its result comes back here with nothing to train
         numbers = numbers or validate()
         logbook.close()
@@ -194,6 +198,15 @@ def _validation_lpips(
     return find_lpips()
 
 
+def _validation_was_cut_off(run: Run, recipe: AutoencoderRecipe, images_seen: int) -> bool:
+    """Whether the run was stopped between saving a state and validating it."""
+    step = images_seen // recipe.batch_size
+    if not step or step % recipe.run.validate_every_steps or step == recipe.total_steps:
+        return False
+    rows = read_rows(run.folder / "metrics.jsonl")
+    return not any(row["images_seen"] == images_seen and "val_count" in row for row in rows)
+
+
 class Best:
     """Keeps `best.pt`: the averaged weights that did best on held-out images so far.
 
@@ -215,6 +228,10 @@ class Best:
             return
         _export(self.run, self.recipe, averaged, images_seen, "best.pt", held_out=numbers)
         self.numbers = {"images_seen": images_seen, **numbers}
+
+    def found_at(self, images_seen: int) -> bool:
+        """Whether the best are the weights of this moment."""
+        return self.numbers.get("images_seen") == images_seen
 
     def _better(self, new: float, old: float) -> bool:
         return new < old if self.recipe.best_by == "lpips" else new > old

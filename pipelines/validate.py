@@ -51,7 +51,7 @@ def reconstruction_sheet(
 ) -> tuple[Tensor, int]:
     """Three rows of float pictures: originals, reconstructions, latents as RGB (Figures 2, 4).
 
-    The images are spread evenly over the source.
+    The images are the first that can be read.
 
     Returns:
         The pictures (3·columns, 3, H, W), on the CPU, and how many columns there are.

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from autoencoders.wavelet import WaveletName, dwt_cascade
 from ldm.config import Config
-from ldm.errors import UsageError
 
 LOGVAR = -30.0
 """The least a posterior keeps: its draws are its mean to 3e-7."""
@@ -47,22 +46,14 @@ class DWTEncoderConfig(Config):
 
 
 class DWTEncoder(nn.Module):
-    """Images (B, 3, H, W) in [−1, 1] → moments (B, 2·n_z, H/f, W/f): mean, log-variance of −30.
-
-    Raises:
-        UsageError: another number of latent channels than the kept sub-bands have.
-    """
+    """Images (B, 3, H, W) in [−1, 1] → moments (B, 2·n_z, H/f, W/f): mean, log-variance of −30."""
 
     at_once = 2 * 256**2
     """Pixels that are quickest to take at once, on a CPU without gradients."""
 
     def __init__(self, config: DWTEncoderConfig, latent_channels: int) -> None:
         super().__init__()
-        if latent_channels != config.latent_channels:
-            raise UsageError(
-                f"'latent_channels' is {latent_channels}, but the sub-bands of encoder.levels="
-                f"{config.levels} are {config.latent_channels}: set it to that"
-            )
+        assert latent_channels == config.latent_channels  # as `AutoencoderConfig` sees to
         self.config = config
 
     def forward(self, images: Tensor) -> Tensor:

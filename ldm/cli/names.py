@@ -2,7 +2,7 @@
 
 KINDS = {
     "ae": "stage one: autoencoders",
-    "recipes": "stage one: the rows of the paper's tables",
+    "recipes": "stage one: rows of the paper's tables, and what they stand on",
     "diffusion": "stage two: diffusion models",
 }
 STAGE_ONE, STAGE_TWO = ("ae", "recipes"), ("diffusion",)

@@ -105,7 +105,11 @@ def test_keys_a_person_types():
         ({"encoder": {"type": "vit"}}, "'encoder': "),
         ({"encoder": {"extractor": {"multipliers": []}}}, "'encoder.extractor.multipliers': "),
         ({"decoder": {"norm": "batch"}}, "'decoder.norm': "),
-        ({"decoder": {"multipliers": [1, 2]}}, "upsamples 2×, the encoder downsamples 8×"),
+        (
+            {"decoder": {"multipliers": [1, 2]}},
+            "upsamples 2×, the encoder downsamples 8×: give decoder.multipliers 4 entries",
+        ),
+        ({"decoder": {"output": "wavelet"}}, "8×: give decoder.multipliers 3 entries"),
     ],
 )
 def test_bad_values_are_one_line(overrides, said):
@@ -205,6 +209,13 @@ def test_fused_it_answers_the_same_and_cannot_be_saved(images, tmp_path, output)
         fused.save_pretrained(tmp_path / "fused")
     assert any(parameter.requires_grad for parameter in ae.parameters())
     ae.state_dict()
+
+
+@pytest.mark.parametrize("preset", ["litevae-s", "tiny"])
+@torch.no_grad()
+def test_one_image_of_one_latent(preset):
+    ae = build_autoencoder(preset, decoder={"channels": 8}).eval()
+    assert ae(torch.zeros(1, 3, 8, 8), sample=False).recon.isfinite().all()
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from torch import nn
 from autoencoders.layers import (
     Block,
     Downsample,
+    GroupNorm,
     ResidualBlock,
     SelfAttention,
     SelfModulatedConv2d,
@@ -110,7 +111,7 @@ def test_residual_block_adds_to_its_skip(norm, out_width):
     x = torch.randn(2, 32, 8, 8)
     assert block(x).shape == (2, out_width, 8, 8)
     kinds = {type(module) for module in block.modules()}
-    assert (nn.GroupNorm in kinds) == (norm == "group")
+    assert (GroupNorm in kinds) == (norm == "group")
     assert (SelfModulatedConv2d in kinds) == (norm == "smc")
     assert isinstance(block.skip, nn.Identity) == (out_width == 32)
     # without the branch, only the skip is left
@@ -186,6 +187,25 @@ def test_fused_convolution_is_the_same_and_plain():
     torch.testing.assert_close(plain(x), conv(x), rtol=0, atol=1e-6)
     nn.init.zeros_(conv.bias)
     assert plain.bias.abs().max() > 0  # its own
+
+
+def test_a_fused_upsampling_is_the_same_in_any_layout_and_at_any_border():
+    upsample = Upsample(5)
+    for size in ((1, 1), (1, 4), (3, 2)):
+        x = torch.randn(2, 5, *size)
+        expected = upsample(x)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            fused = fuse(upsample).to(memory_format=layout)
+            answer = fused(x.contiguous(memory_format=layout))
+            torch.testing.assert_close(answer, expected, rtol=0, atol=1e-6)
+
+
+def test_a_group_of_one_value_is_normalised_to_its_shift():
+    norm = group_norm(4)
+    torch.nn.init.normal_(norm.bias)
+    expected = norm.bias.detach().view(1, 4, 1, 1)
+    answer = norm(torch.randn(1, 4, 1, 1))
+    torch.testing.assert_close(answer, expected, rtol=0, atol=1e-3)  # x − x, over √ε
 
 
 def test_fuse_makes_a_frozen_copy_and_leaves_the_module_alone():

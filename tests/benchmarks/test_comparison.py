@@ -47,8 +47,8 @@ def test_the_page_and_its_twin_say_the_same(tmp_path):
     page = write(tmp_path / "new", "speed", "Speed", {"device": "a CPU"}, ROWS, verdicts)
     assert (tmp_path / "new" / "speed.md").read_text("utf-8") == page
     assert "# Speed\n\n- device: a CPU\n" in page
-    assert "| encoder | quick | 100.0 | 40 | 5.00 | 100 |\n" in page
-    assert "| wavelet | ours | 2.0 | 2e+03 | 1.00 |  |\n" in page
+    assert "| encoder | quick | 100.0 | 40.00 | 5.00 | 100 |\n" in page
+    assert "| wavelet | ours | 2.0 | 2,000 | 1.00 |  |\n" in page
     assert "| B | ≥ 6 times as fast | 5.00 | no |\n" in page
     tree = json.loads((tmp_path / "new" / "speed.json").read_text("utf-8"))
     assert [Row(**row) for row in tree["rows"]] == ROWS

@@ -9,6 +9,7 @@ import torch
 
 from autoencoders import Autoencoder, load_autoencoder
 from autoencoders.discriminators import build_discriminator
+from autoencoders.layers import checkpoint_blocks
 from autoencoders.losses import LPIPS, Objective
 from autoencoders.losses.esrgan import ESRGANPerceptual
 from ldm.checkpoint import ModelFile, save_model
@@ -104,6 +105,8 @@ def test_it_trains_and_comes_back_from_a_file(option, photographs, tmp_path):
     run = Run(tmp_path, RunConfig(device="cpu", precision=recipe.run.precision),
               make_accelerator("cpu", recipe.accumulate))  # fmt: skip
     ae, critic = Autoencoder(recipe.model), build_discriminator(recipe.discriminator)
+    if recipe.checkpointing:
+        checkpoint_blocks(ae)
     opt_ae, opt_critic = (
         torch.optim.Adam(net.parameters(), recipe.lr, recipe.betas) for net in (ae, critic)
     )

@@ -189,6 +189,34 @@ def test_a_resumed_run_remembers_its_best(tmp_path, monkeypatch):
     assert load_model(folder / "best.pt", "autoencoder").provenance["images_seen"] == 16
 
 
+def test_a_validation_that_a_stop_cut_off_is_made_up_for(tmp_path, monkeypatch):
+    import pipelines.train_autoencoder as job
+
+    scores = {8: 20.0, 16: 25.0, 24: 22.0, 32: 24.0}
+
+    def by_images_seen(run, ae, held_out, resolution, limit, seen, logbook, lpips):
+        logbook.row(seen, val_psnr=scores[seen], val_count=4)
+        return {"psnr": scores[seen], "count": 4}
+
+    monkeypatch.setattr(job, "validate_autoencoder", by_images_seen)
+    recipe = autoencoder_recipe("run.validate_every_steps=2")
+    save = Run.save
+
+    def killed_after_saving(run, images_seen, tree):
+        save(run, images_seen, tree)
+        if images_seen == 16:
+            raise Interrupted("killed")
+
+    monkeypatch.setattr(Run, "save", killed_after_saving)
+    with pytest.raises(Interrupted):
+        train_autoencoder(recipe, "tiny", tmp_path / "run")
+    monkeypatch.setattr(Run, "save", save)
+    folder = train_autoencoder(recipe, "tiny", tmp_path / "run")
+    assert load_model(folder / "best.pt", "autoencoder").provenance["images_seen"] == 16
+    rows = read_rows(folder / "metrics.jsonl")
+    assert [row["images_seen"] for row in rows if "val_psnr" in row] == [8, 16, 24, 32]
+
+
 def test_lpips_that_decides_must_be_there_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     with pytest.raises(LdmError, match=r"vgg16-397923af.pth.*best_by=psnr"):

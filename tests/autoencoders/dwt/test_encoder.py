@@ -3,6 +3,7 @@ import pytest
 import pywt
 import torch
 
+from autoencoders import build_autoencoder
 from autoencoders.dwt.encoder import DWTEncoder, DWTEncoderConfig
 from autoencoders.posterior import DiagonalGaussian
 from autoencoders.wavelet import idwt
@@ -94,9 +95,9 @@ def test_presets_are_the_papers(preset, n_z):
 
 
 def test_another_number_of_latent_channels_is_refused():
-    said = "^'latent_channels' is 4, but the sub-bands of encoder.levels=2 are 48: set it to that$"
+    said = "latent_channels is 4, and the dwt encoder gives 48: set latent_channels=48"
     with pytest.raises(UsageError, match=said):
-        DWTEncoder(DWTEncoderConfig(levels=2), latent_channels=4)
+        build_autoencoder("dwt-2", latent_channels=4)
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def test_names_that_mean_nothing_here(name, stage, told):
 
 
 @pytest.mark.parametrize("name", list_presets("recipes"))
-def test_every_recipe_resolves_and_says_what_the_paper_says(name):
+def test_every_recipe_resolves_and_carries_the_papers_row(name):
     recipe = resolve(AutoencoderRecipe, load_preset("recipes", name))
     assert recipe.data.source.startswith("data/")
     if name[0] == "t" and name[1].isdigit():  # a row of a table, not a common ground
