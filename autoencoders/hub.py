@@ -9,10 +9,11 @@ import torch
 from autoencoders.autoencoder import Autoencoder
 from autoencoders.hub_folder import WEIGHTS_FILE, save_pretrained
 from autoencoders.loading import load_autoencoder
-from ldm.errors import LdmError
+from ldm.errors import LdmError, UsageError
 
 # owner/name, as the Hub allows it; what ends like a file is meant as one
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+(?<!\.pt)(?<!\.ckpt)(?<!\.bin)(?<!\.safetensors)")
+LOG_IN = "log in with `hf auth login`"
 # what is fetched: a repository often holds the same weights several times
 FILES = ("config.json", WEIGHTS_FILE, "diffusion_pytorch_model*.safetensors")
 
@@ -43,28 +44,36 @@ def find_pretrained(
     """The file or folder of that name, else the folder that a Hub repository was fetched into.
 
     Raises:
+        UsageError: a revision of what is on this machine.
         LdmError: there is neither, or the Hub could not be reached.
     """
-    path = Path(name_or_path)
-    if not path.exists():
+    path, subfolder = Path(name_or_path), (subfolder or "").strip("/")
+    if path.exists():
+        if revision:
+            raise UsageError(
+                f"{path} is on this machine: only a repository of the Hub has a revision"
+            )
+    else:
         if not REPOSITORY.fullmatch(str(name_or_path)):
             raise LdmError(
                 f"no model at {name_or_path}: it is no file or folder here, nor the name of a "
                 "repository on the Hugging Face Hub (owner/name)"
             )
         path = _fetch(str(name_or_path), revision, subfolder)
-        if not (path / (subfolder or "") / "config.json").is_file():
+        if not (path / subfolder / "config.json").is_file():
             raise LdmError(
                 f"{name_or_path} on the Hugging Face Hub holds no {subfolder or '.'}/config.json: "
                 "name the folder that has one, in a pipeline mostly vae, as its subfolder"
             )
-    return path / subfolder if subfolder else path
+    return path / subfolder
 
 
 def push_to_hub(
     ae: Autoencoder, repo_id: str, private: bool = False, token: str | None = None
 ) -> str:
     """Save to a repository of the Hub (`owner/name`), made if it is not there; its address.
+
+    A model card that is there stays.
 
     Args:
         token: of an account that may write there; None takes that of `hf auth login`.
@@ -77,6 +86,8 @@ def push_to_hub(
         save_pretrained(ae, folder)
         try:
             url = hub.create_repo(repo_id, token=token, private=private, exist_ok=True)
+            if hub.file_exists(repo_id, "README.md", token=token):
+                (Path(folder) / "README.md").unlink()
             hub.upload_folder(
                 repo_id=repo_id, folder_path=folder, token=token,
                 commit_message="Upload an autoencoder",
@@ -84,12 +95,12 @@ def push_to_hub(
         except Exception as error:  # the client lets through whatever its own libraries raise
             raise LdmError(
                 f"could not push to {repo_id} on the Hugging Face Hub ({_brief(error)}): check the "
-                "connection and the name, and log in with `hf auth login`"
+                f"connection and the name, and {LOG_IN}"
             ) from error
     return str(url)
 
 
-def _fetch(repo_id: str, revision: str | None, subfolder: str | None) -> Path:
+def _fetch(repo_id: str, revision: str | None, subfolder: str) -> Path:
     hub = _client()
     wanted = [f"{subfolder}/{name}" if subfolder else name for name in FILES]
     try:
@@ -97,7 +108,8 @@ def _fetch(repo_id: str, revision: str | None, subfolder: str | None) -> Path:
     except Exception as error:  # the client lets through whatever its own libraries raise
         raise LdmError(
             f"{repo_id} is no file or folder here, and could not be fetched from the Hugging Face "
-            f"Hub ({_brief(error)}): check name and connection, or give a folder on this machine"
+            f"Hub ({_brief(error)}): check name and connection, "
+            f"{f'{LOG_IN}, ' if _may_not(error) else ''}or give a folder on this machine"
         ) from error
 
 
@@ -113,4 +125,9 @@ def _client():
 
 def _brief(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0].strip().rstrip(".:") if lines else type(error).__name__
+    return ": ".join([type(error).__name__, *(line.strip().rstrip(".:") for line in lines[:1])])
+
+
+def _may_not(error: Exception) -> bool:
+    """Whether the Hub wants to know who asks; it does of a repository that is none, too."""
+    return getattr(getattr(error, "response", None), "status_code", None) in (401, 403)

@@ -1,6 +1,6 @@
 """A model as a folder of the Hugging Face Hub's conventions, for any autoencoder of ours.
 
-config.json         whose it is, the version, and the `AutoencoderConfig`
+config.json         whose it is, the version, the `AutoencoderConfig`, and what it came with
 model.safetensors   the weights, by our names
 README.md           the model card
 """
@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from autoencoders.autoencoder import Autoencoder
-from ldm.checkpoint import Damaged, write_atomically, write_json
+from autoencoders.sdvae.weights import pick_said
+from ldm.checkpoint import Damaged, shown, to_json, write_together
 from ldm.config import to_tree
 from ldm.errors import LdmError
 
@@ -39,8 +40,13 @@ recon = ae.decode(latents)
 """
 
 
-def save_pretrained(ae: Autoencoder, folder: str | Path) -> list[Path]:
-    """Write config.json, model.safetensors and a README.md; what was written.
+def save_pretrained(
+    ae: Autoencoder, folder: str | Path, imported: Mapping[str, Any] | None = None
+) -> list[Path]:
+    """Write config.json, model.safetensors and, where there is none, a README.md; what was written.
+
+    Args:
+        imported: what the model came with from another toolkit: how to use it is written down too.
 
     Raises:
         LdmError: the folder cannot be written.
@@ -55,17 +61,28 @@ def save_pretrained(ae: Autoencoder, folder: str | Path) -> list[Path]:
         "version": _version(),
         "config": to_tree(ae.config),
     }
+    if said := pick_said(imported):
+        described["imported"] = said
     weights = {name: tensor.contiguous().cpu() for name, tensor in ae.state_dict().items()}
     payload = save(weights, metadata={"format": "pt"})
     card = CARD.format(
         library=LIBRARY, encoder=ae.config.encoder.type, n_z=ae.config.latent_channels,
         f=ae.downsampling, parameters=sum(p.numel() for p in ae.parameters()),
     )  # fmt: skip
-    paths = [folder / name for name in ("config.json", WEIGHTS_FILE, "README.md")]
-    write_atomically(paths[1], lambda file: file.write(payload))
-    write_atomically(paths[2], lambda file: file.write(card.encode()))
-    write_json(paths[0], described)  # the last: what it describes is there
-    return paths
+    contents = {
+        "README.md": card.encode(),
+        WEIGHTS_FILE: payload,
+        "config.json": to_json(described),
+    }
+    if (folder / "README.md").exists():  # somebody's own words
+        del contents["README.md"]
+    write_together(
+        {
+            folder / name: lambda file, content=content: file.write(content)
+            for name, content in contents.items()
+        }
+    )
+    return [folder / name for name in reversed(contents)]
 
 
 def is_ours(described: Any) -> bool:
@@ -92,7 +109,7 @@ def read_pretrained(
         raise LdmError(f"{folder}/config.json describes no autoencoder, but a model_type {kind!r}")
     if not isinstance(form, int) or form > FORMAT:
         raise LdmError(
-            f"{folder} has format {form}, this version reads up to {FORMAT}: upgrade ldm"
+            f"{folder} has format {shown(form)}, this version reads up to {FORMAT}: upgrade ldm"
         )
     path = folder / WEIGHTS_FILE
     if not path.is_file():

@@ -1,6 +1,7 @@
 """A trained autoencoder from a file or a folder, ours or other people's, told by its content."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -9,9 +10,22 @@ from torch import Tensor
 
 from autoencoders.autoencoder import Autoencoder, AutoencoderConfig
 from autoencoders.hub_folder import WEIGHTS_FILE, is_ours, read_pretrained
-from autoencoders.sdvae.compvis import find_prefix, from_compvis, pick, tree_from_compvis
-from autoencoders.sdvae.weights import read_diffusers, weights_files
-from ldm.checkpoint import Damaged, build_with, load_model
+from autoencoders.sdvae.compvis import (
+    FIRST,
+    find_prefix,
+    from_compvis,
+    pick,
+    tree_from_compvis,
+)
+from autoencoders.sdvae.weights import FIRST as DIFFUSERS_FIRST
+from autoencoders.sdvae.weights import pick_said, read_diffusers, weights_files
+from ldm.checkpoint import (
+    Damaged,
+    build_with,
+    is_safetensors,
+    load_model,
+    refuse_overstated,
+)
 from ldm.config import validate
 from ldm.errors import LdmError, UsageError
 from ldm.foreign import read_foreign
@@ -29,7 +43,8 @@ class AutoencoderFile(NamedTuple):
     files: tuple[Path, ...]
     """Those that hold the weights."""
     provenance: dict[str, Any]
-    """What the source says of itself: ours of its training, diffusers' of its scaling_factor."""
+    """What the source says of itself: ours of its training and whence it was `imported`, a folder's
+    config.json, under `imported`, of its use."""
 
 
 def load_autoencoder(path: str | Path, device: str | torch.device = "cpu") -> Autoencoder:
@@ -53,10 +68,16 @@ def read_autoencoder(path: str | Path) -> AutoencoderFile:
         LdmError: it cannot be read, or is none of the known formats.
     """
     path = Path(path)
-    if (path / "config.json").is_file():
-        return _read_folder(path)
+    if not (path / "ckpt.pt").is_file():  # a run's, whatever else was put beside it
+        if (path / "config.json").is_file():
+            return _read_folder(path)
+        if (path / "model_index.json").is_file():
+            raise LdmError(
+                f"{path} is a whole pipeline of diffusers: give the folder of its autoencoder, "
+                f"mostly {path / 'vae'} (or --subfolder vae)"
+            )
     if path.is_file():
-        theirs = (_read_safetensors if path.suffix == ".safetensors" else _read_pickle)(path)
+        theirs = (_read_safetensors if is_safetensors(path) else _read_pickle)(path)
         if theirs is not None:
             return theirs
     model = load_model(path, "autoencoder")
@@ -84,9 +105,10 @@ def _read_folder(folder: Path) -> AutoencoderFile:
         raise LdmError(f"{folder}/config.json describes no SD-VAE to load here: {error}") from error
     if is_ours(described):
         parts = read_pretrained(folder, described)
-        return AutoencoderFile(*parts, "hub", (folder / WEIGHTS_FILE,), {})
+        said = pick_said(described.get("imported"))
+        return AutoencoderFile(*parts, "hub", (folder / WEIGHTS_FILE,), {"imported": said})
     parts = read_diffusers(folder)
-    said = {key: described[key] for key in ("scaling_factor",) if key in described}
+    said = {"imported": pick_said(described)}
     return AutoencoderFile(*parts, "diffusers", tuple(weights_files(folder)), said)
 
 
@@ -101,6 +123,7 @@ def _read_safetensors(path: Path) -> AutoencoderFile | None:
             names = list(file.keys())
             prefix = find_prefix(names)
             if prefix is None:
+                _refuse_other_names(names, path)
                 raise LdmError(f"{path} holds weights without a config{_beside(path)}")
             weights = {name: file.get_tensor(name) for name in names if name.startswith(prefix)}
     except (SafetensorError, OSError) as error:
@@ -110,11 +133,15 @@ def _read_safetensors(path: Path) -> AutoencoderFile | None:
 
 def _read_pickle(path: Path) -> AutoencoderFile | None:
     """A CompVis checkpoint; None where the file is none."""
+    if path.suffix == ".json":
+        raise LdmError(f"{path} is a config without weights: give its folder, {path.parent}")
     tree = read_foreign(path)
     weights = tree.get("state_dict", tree) if isinstance(tree, dict) else {}
     names = [name for name in weights if isinstance(name, str)] if isinstance(weights, dict) else []
     prefix = find_prefix(names)
-    return None if prefix is None else _of_compvis({n: weights[n] for n in names}, prefix, path)
+    if prefix is None:
+        return _refuse_other_names(names, path)
+    return _of_compvis({name: weights[name] for name in names}, prefix, path)
 
 
 def _of_compvis(weights: dict[str, Any], prefix: str, path: Path) -> AutoencoderFile:
@@ -123,9 +150,29 @@ def _of_compvis(weights: dict[str, Any], prefix: str, path: Path) -> Autoencoder
         tree = tree_from_compvis(theirs)
     except LdmError as error:
         raise LdmError(f"{path} cannot be read: {error}") from error
+    refuse_overstated(theirs, path)
     # cloned: they are to outlive the file that they lie in
     ours = {name: tensor.clone() for name, tensor in from_compvis(theirs).items()}
     return AutoencoderFile(tree, ours, "compvis", (path,), {})
+
+
+def _refuse_other_names(names: Sequence[str], path: Path) -> None:
+    """Say what weights without a config are, where their names tell.
+
+    Raises:
+        LdmError: they are diffusers', or CompVis's under another prefix than theirs.
+    """
+    for name in names:
+        if name.endswith(DIFFUSERS_FIRST):
+            how = _beside(path)
+            if not is_safetensors(path):
+                how = ": diffusers' save_pretrained turns its model into a folder to give here"
+            raise LdmError(f"{path} holds weights of diffusers, without a config{how}")
+        if name.endswith(f".{FIRST}"):
+            raise LdmError(
+                f"{path} holds an autoencoder's weights under {name.removesuffix(FIRST)!r}, which "
+                "CompVis's names have not: save its state_dict without that prefix"
+            )
 
 
 def _beside(path: Path) -> str:

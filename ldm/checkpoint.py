@@ -1,9 +1,9 @@
 """Files that outlive a process: models people pass on, and the state a run resumes from.
 
-Both hold plain Python values and tensors and load under `weights_only=True`: nothing is ever
-unpickled into code. Both are written beside their final name, flushed, then renamed: a full disk or
-a kill at any moment leaves the last good file as it was. A power cut may not, for the folder itself
-is not flushed.
+Both hold plain Python values and tensors and load under `weights_only=True`: no code in the files
+is run. Both are written beside their final name, flushed, then renamed: a full disk or a kill at
+any moment leaves the last good file as it was. A power cut may not, for the folder itself is not
+flushed.
 """
 
 import json
@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from errno import EISDIR
 from hashlib import sha256
 from pathlib import Path
 from pickle import UnpicklingError
@@ -73,7 +74,7 @@ def save_model(path: Path, model: ModelFile) -> None:
 
 
 def load_model(path: str | Path, kind: Kind) -> ModelFile:
-    """Read a model from a `.pt`, a `.safetensors`, or a run folder (its `ckpt.pt`).
+    """Read a model from a `.pt`, a `.safetensors` (by any name), or a run folder (its `ckpt.pt`).
 
     Raises:
         LdmError: it is not there, truncated, of the other stage, of a newer format, no file of
@@ -86,12 +87,12 @@ def load_model(path: str | Path, kind: Kind) -> ModelFile:
         path = path / "ckpt.pt"
     if not path.is_file():
         raise LdmError(f"no checkpoint at {path}")
-    tree = _read_safetensors(path) if path.suffix == ".safetensors" else read_tensors(path)
+    tree = _read_safetensors(path) if is_safetensors(path) else read_tensors(path)
     if not isinstance(tree, dict) or tree.get("kind") not in tuple(STAGE):
         raise LdmError(f"{path} is not a model file of this toolkit (ckpt.pt of a run)")
     if not isinstance(tree.get("format"), int) or tree["format"] > FORMAT:
         raise LdmError(
-            f"{path} has format {tree.get('format')}, this version reads up to {FORMAT}: "
+            f"{path} has format {shown(tree.get('format'))}, this version reads up to {FORMAT}: "
             "upgrade ldm"
         )
     if tree["kind"] != kind:
@@ -106,6 +107,7 @@ def build_with(
 
     Raises:
         LdmError: the file's tensors are not the module's: the first that differs, both shapes.
+        Damaged: a tensor has more values than the file holds of it.
     """
     with torch.device("meta"):  # no memory, no random numbers: every tensor comes from the file
         module = build()
@@ -117,12 +119,46 @@ def build_with(
         )
         if needed != given:
             raise LdmError(
-                f"{path} does not fit its own config: tensor {name} is {given} in the file, "
-                f"{needed} in the model"
+                f"{path} does not fit its own config: tensor {shown(name)} is {given} in the "
+                f"file, {needed} in the model"
             )
+    refuse_overstated(weights, path)
     typed = {name: weights[name].to(tensor.dtype) for name, tensor in expected.items()}
     module.load_state_dict(typed, assign=True)
     return module
+
+
+def refuse_overstated(weights: Mapping[str, Tensor], path: str | Path) -> None:
+    """Refuse tensors that a copy would make larger than what the file holds of them.
+
+    Raises:
+        Damaged: there is one, such as with a stride of 0, or it is sparse.
+    """
+    for name, tensor in weights.items():
+        if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise Damaged(
+                f"{path} is damaged: tensor {shown(name)} is {tuple(tensor.shape)}, more than the "
+                "file holds of it"
+            )
+
+
+def shown(name: Any) -> str:
+    """What a file calls something, safe to print: control characters and newlines escaped."""
+    return name if isinstance(name, str) and name.isprintable() else repr(name)
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file is a `.safetensors`, by its ending or, whatever its ending, by its start: the
+    header's length in 8 bytes, then the header, a JSON object."""
+    if path.suffix == ".safetensors":
+        return True
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+        size = path.stat().st_size
+    except OSError:  # told by whoever reads it next
+        return False
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= size - 8
 
 
 def read_tensors(path: Path) -> Any:
@@ -254,14 +290,33 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     Raises:
         LdmError: the disk is full or the folder cannot be written; what stood at `path` stays.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    write_together({path: write})
+
+
+def write_together(files: Mapping[Path, Callable[[IO[bytes]], Any]]) -> None:
+    """Write several files that belong together: each beside its path, then all renamed in order.
+
+    The last one tells what the others are. While they are exchanged it is not there, so that a kill
+    just then leaves what is plainly incomplete, not new files under an old description.
+
+    Raises:
+        LdmError: the disk is full or the folder cannot be written; what stood there stays.
+    """
+    besides = {path: path.with_name(f".{path.name}.{os.getpid()}.partial") for path in files}
+    *others, last = files
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+        for path, write in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():  # renaming would fail, and too late
+                raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
+            with besides[path].open("wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+        if others:
+            last.unlink(missing_ok=True)
+        for path, beside in besides.items():
+            beside.replace(path)
     except (OSError, RuntimeError) as error:
         # torch.save raises a RuntimeError of its own in the place of a failed write's OSError
         failure = error.__context__ if isinstance(error, RuntimeError) else error
@@ -272,10 +327,15 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
             "folder; what was saved before is untouched"
         ) from error
     finally:
-        beside.unlink(missing_ok=True)
+        for beside in besides.values():
+            beside.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write readable JSON, whole or not at all."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, lambda file: file.write(to_json(value)))
+
+
+def to_json(value: Any) -> bytes:
+    """Readable JSON."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -4,7 +4,7 @@ A checkpoint of a training framework holds, beside its weights, objects of class
 (callbacks, configurations, counters). Here tensors and plain containers are read as what they are,
 and everything else becomes an `Inert`: no module is imported, no function of the file's choosing is
 called. The readers are written out rather than left to `torch.load`, which, where it may unpickle
-freely, also opens TorchScript and tar archives.
+freely, also opens TorchScript and tar archives, and which believes what a file says of its lengths.
 """
 
 import pickle
@@ -19,7 +19,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from ldm.checkpoint import read_tensors
+from ldm.checkpoint import Damaged
+from ldm.errors import LdmError
 
 # how torch.save's older format begins: its magic number, then its version
 LEGACY = (0x1950A86A20F9469CFC6C, 1001)
@@ -32,7 +33,8 @@ def read_foreign(path: Path) -> Any:
     """The tree in a file that `torch.save` wrote, whatever it holds.
 
     The tensors of a newer (zip) file lie in a private mapping of it: they are read when they are
-    used, and those that are to outlive the file want a clone.
+    used, and those that are to outlive the file want a clone. Kinds of tensors that `DTYPES` does
+    not have are an `Inert` like all else.
 
     Raises:
         LdmError: it is not there or may not be read.
@@ -40,8 +42,13 @@ def read_foreign(path: Path) -> Any:
     """
     try:
         return _read_zip(path) if zipfile.is_zipfile(path) else _read_legacy(path)
-    except Exception:  # a rarer kind of tensor, or damage: this knows the one, and tells the other
-        return read_tensors(path)
+    except (FileNotFoundError, PermissionError) as error:
+        raise LdmError(f"could not read {path} ({error.strerror})") from error
+    except Exception as error:  # damage makes a reader raise nearly anything
+        raise Damaged(
+            f"{path} is truncated or damaged, or no checkpoint of torch.save's: copy or write it "
+            "again"
+        ) from error
 
 
 # ------------------------------------------------------------------------------- stand-ins
@@ -79,9 +86,9 @@ class _Type(Inert):
 class _View(Inert):
     """Makes a tensor of a storage."""
 
-    def __call__(self, flat: Tensor, offset: int, size: tuple, stride: tuple, *_: Any) -> Tensor:
+    def __call__(self, flat: Any, offset: int, size: tuple, stride: tuple, *_: Any) -> Any:
         # raises where it would look past the storage's end
-        return flat.as_strided(size, stride, offset)
+        return flat.as_strided(size, stride, offset) if isinstance(flat, Tensor) else Inert()
 
 
 class _Parameter(Inert):
@@ -119,10 +126,11 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         match pid:
-            case ("storage", _Type(dtype=dtype), str(key), _, int(count)):
-                return self.storages(key, dtype, count)
-            case ("storage", _Type(dtype=dtype), str(key), _, int(count), None):
-                return self.storages(key, dtype, count)
+            case ("storage", kind, str(key), _, int(count), *view) if view in ([], [None]):
+                if count < 0:
+                    raise pickle.UnpicklingError("a storage of less than nothing")
+                known = isinstance(kind, _Type)
+                return self.storages(key, kind.dtype, count) if known else Inert()
         raise pickle.UnpicklingError("a storage of an unknown kind")
 
 
@@ -150,7 +158,7 @@ def _read_zip(path: Path) -> Any:
             name, extra = struct.unpack_from("<HH", mapped, entry.header_offset + 26)
             start = entry.header_offset + 30 + name + extra
             if not count:
-                return torch.empty(0, dtype=dtype)
+                return _zeros(0, dtype)
             return torch.frombuffer(mapped, dtype=dtype, count=count, offset=start)
 
         return _Unpickler(BytesIO(archive.read(main)), storages).load()
@@ -159,18 +167,23 @@ def _read_zip(path: Path) -> Any:
 def _read_legacy(path: Path) -> Any:
     """torch.save's format before 1.6: five pickles, then every storage's values in a row."""
     kept: dict[str, Tensor] = {}
+    left = path.stat().st_size
 
     def storages(key: str, dtype: torch.dtype, count: int) -> Tensor:
-        if count * dtype.itemsize > path.stat().st_size:
-            raise ValueError("a storage larger than the file")
+        nonlocal left
         if key not in kept:
-            kept[key] = torch.empty(count, dtype=dtype)
+            left -= count * dtype.itemsize
+            if left < 0:
+                raise ValueError("storages larger than the file")
+            kept[key] = _zeros(count, dtype)
         return kept[key]
 
     with path.open("rb") as file:
         magic, version, system, tree, keys = (_Unpickler(file, storages).load() for _ in range(5))
         if (magic, version) != LEGACY or not system["little_endian"]:
             raise ValueError("another format")
+        if set(keys) != set(kept):
+            raise ValueError("storages without values, or values without a storage")
         for key in keys:
             flat = kept[key]
             (count,) = struct.unpack("<q", file.read(8))
@@ -180,3 +193,8 @@ def _read_legacy(path: Path) -> Any:
                 values = bytearray(file.read(count * flat.itemsize))
                 flat.copy_(torch.frombuffer(values, dtype=flat.dtype, count=count))
     return tree
+
+
+def _zeros(count: int, dtype: torch.dtype) -> Tensor:
+    """A storage that cannot grow, as torch's own would where a pickle gives a tensor a state."""
+    return torch.frombuffer(bytearray(max(count, 1) * dtype.itemsize), dtype=dtype)[:count]

@@ -1,13 +1,17 @@
 """Models in and out: other people's as a `ckpt.pt` of ours, ours as others open them."""
 
+import math
+import re
+from contextlib import suppress
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from autoencoders.hub import find_pretrained, save_pretrained
-from autoencoders.loading import assemble, read_autoencoder
-from autoencoders.sdvae.export import SCALING_FACTOR, write_compvis, write_diffusers
-from ldm.checkpoint import ModelFile, save_model
+from autoencoders.loading import AutoencoderFile, assemble, read_autoencoder
+from autoencoders.sdvae.export import write_compvis, write_diffusers
+from autoencoders.sdvae.weights import pick_said
+from ldm.checkpoint import Kind, ModelFile, load_model, save_model
 from ldm.config import to_tree
 from ldm.errors import LdmError, UsageError
 from ldm.run_folder import newest_run, provenance
@@ -29,10 +33,12 @@ def import_autoencoder(
     Args:
         source: what `load_autoencoder` takes, or a Hub repository.
         out: the `.pt` to write.
+        subfolder: where in the source the autoencoder is.
+        revision: branch, tag or commit of a Hub repository.
         force: write over a file that is there.
 
     Raises:
-        UsageError: `out` is no `.pt`.
+        UsageError: `out` is no `.pt`, or a revision of what is on this machine.
         LdmError: the source cannot be read, or `out` is there already.
     """
     if out.suffix != ".pt":
@@ -47,10 +53,16 @@ def import_autoencoder(
         "format": found.format,
         "sha256": {file.name: _sha256(file) for file in found.files},
     }
-    said = {key: found.provenance[key] for key in ("scaling_factor",) if key in found.provenance}
+    subfolder = (subfolder or "").strip("/")
+    asked = {"subfolder": subfolder, "revision": revision, "commit": _commit(path)}
+    origin |= {key: value for key, value in asked.items() if value}
+    before = _imported(found)
+    origin |= pick_said(before)
+    if "source" in before:  # it was imported once already
+        origin["imported"] = before
     model = ModelFile(
         "autoencoder", to_tree(ae.config), ae.state_dict(),
-        provenance=provenance() | {"imported": origin | said},
+        provenance=provenance() | {"imported": origin},
     )  # fmt: skip
     save_model(out, model)
     return paths
@@ -73,27 +85,56 @@ def export_autoencoder(
         force: write over files that are there.
 
     Raises:
-        UsageError: `out` is not of the format's kind, or a scaling factor is not above 0.
+        UsageError: `out` is not of the format's kind, or is a model or the folder of a run, with
+            `force` as without, or a scaling factor is not above 0.
         LdmError: the model cannot be read or expressed, or `out` is there already.
     """
     if form not in get_args(ExportFormat):
         raise UsageError(f"--format {form}: there are {', '.join(get_args(ExportFormat))}")
-    if scaling_factor is not None and not scaling_factor > 0:
-        raise UsageError(f"--scaling-factor {scaling_factor}: it must be above 0")
-    is_file = out.suffix in (".safetensors", ".ckpt", ".pt")
-    if is_file != (form == "compvis"):
+    if scaling_factor is not None and not 0 < scaling_factor < math.inf:
+        raise UsageError(f"--scaling-factor {scaling_factor}: it must be above 0, and finite")
+    if _is_ours(out):
+        if model is None:
+            raise UsageError(f"{out} is a model, and OUT is missing: ldm export {out} OUT")
+        raise UsageError(f"{out} is a model or a run of yours: give OUT another name")
+    is_file = out.suffix in (".safetensors", ".ckpt")
+    if is_file != (form == "compvis") or out.suffix == ".pt":
         kind = "a .safetensors or .ckpt file" if form == "compvis" else "a folder"
         raise UsageError(f"{out}: --format {form} writes {kind}")
     _refuse_to_overwrite([out] if is_file else sorted(out.glob("*")), force)
     path = model or newest_run("autoencoder")
     found = read_autoencoder(path)
+    if any(out.resolve() in (file.resolve(), file.resolve().parent) for file in found.files):
+        raise UsageError(f"{out} is where the model to export is: give OUT another name")
     ae = assemble(found, path)
     if form == "hub":
-        return save_pretrained(ae, out)
+        return save_pretrained(ae, out, _imported(found))
     if form == "compvis":
         return write_compvis(out, ae)
-    said = found.provenance | found.provenance.get("imported", {})
-    return write_diffusers(out, ae, scaling_factor or said.get("scaling_factor", SCALING_FACTOR))
+    return write_diffusers(out, ae, scaling_factor, _imported(found))
+
+
+def _imported(found: AutoencoderFile) -> dict[str, Any]:
+    """What a model came with when it was imported; nothing where it was trained here."""
+    imported = found.provenance.get("imported")
+    return imported if isinstance(imported, dict) else {}
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a path is a run's folder or a model file of ours, not to be written over."""
+    if path.is_dir():
+        return any((path / name).exists() for name in ("run.json", "ckpt.pt"))
+    for kind in get_args(Kind):
+        with suppress(LdmError):
+            load_model(path, kind)
+            return True
+    return False
+
+
+def _commit(path: Path) -> str | None:
+    """The commit that a folder of the Hub's cache (…/snapshots/<commit>) is of; None: no such."""
+    found = re.search(r"/snapshots/([0-9a-f]{40})(/|$)", path.absolute().as_posix())
+    return found[1] if found else None
 
 
 def _refuse_to_overwrite(paths: list[Path], force: bool) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ldm.checkpoint import shown
 from ldm.errors import LdmError
 
 # (ours, theirs), replaced in this order in either direction
@@ -59,8 +60,8 @@ def pick(weights: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
     inside = next((name for name in ours if re.search(r"\.(down|up)\.\d+\.attn\.", name)), None)
     if inside:
         raise LdmError(
-            f"it has attention inside a level ({inside}), which SD-VAE has in the middle alone: "
-            "such models (kl-f16, kl-f32) are not read"
+            f"it has attention inside a level ({shown(inside)}), which SD-VAE has in the "
+            "middle alone: such models (kl-f16, kl-f32) are not read"
         )
     return {name: tensor for name, tensor in ours.items() if isinstance(tensor, Tensor)}
 

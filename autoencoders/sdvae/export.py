@@ -1,5 +1,6 @@
 """Our SD-VAE as others open it: a diffusers `AutoencoderKL` folder, or a CompVis checkpoint."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,15 @@ from autoencoders.autoencoder import Autoencoder, AutoencoderConfig
 from autoencoders.sdvae.compvis import to_compvis
 from autoencoders.sdvae.decoder import SDVAEDecoderConfig
 from autoencoders.sdvae.encoder import SDVAEEncoderConfig
-from autoencoders.sdvae.weights import GROUPS, LEVELS, WEIGHTS_FILE, groups_of, to_diffusers
-from ldm.checkpoint import write_atomically, write_json
+from autoencoders.sdvae.weights import (
+    GROUPS,
+    LEVELS,
+    WEIGHTS_FILE,
+    groups_of,
+    pick_said,
+    to_diffusers,
+)
+from ldm.checkpoint import to_json, write_atomically, write_together
 from ldm.errors import LdmError
 
 # 1 ÷ the standard deviation of the published SD-VAE's latents (Rombach et al. 2022, Appendix G)
@@ -20,12 +28,16 @@ SIZES = {"type", "channels", "multipliers", "blocks"}
 
 
 def diffusers_config(
-    config: AutoencoderConfig, scaling_factor: float = SCALING_FACTOR
+    config: AutoencoderConfig,
+    scaling_factor: float | None = None,
+    said: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Our config as the `config.json` of a diffusers `AutoencoderKL`.
 
     Args:
-        scaling_factor: what their pipelines multiply latents by, to give them unit variance.
+        scaling_factor: what their pipelines multiply latents by, to give them unit variance. None:
+            what `said` says, else SD-VAE's.
+        said: what the config that the model came with said, of which `SAID` is kept.
 
     Raises:
         LdmError: it is no SD-VAE, or one that theirs cannot express.
@@ -38,6 +50,9 @@ def diffusers_config(
     groups = groups_of(widths)
     if groups is None:
         raise _cannot("diffusers", f"widths {widths} are normalised in unequal numbers of groups")
+    kept = pick_said(said or {})
+    if scaling_factor is not None:
+        kept["scaling_factor"] = scaling_factor
     return {
         "_class_name": "AutoencoderKL",
         "in_channels": 3,
@@ -48,31 +63,40 @@ def diffusers_config(
         "act_fn": "silu",
         "latent_channels": config.latent_channels,
         "norm_num_groups": groups,
-        "sample_size": 256,
-        "scaling_factor": scaling_factor,
-        "force_upcast": True,
         "use_quant_conv": config.conv1x1,
         "use_post_quant_conv": config.conv1x1,
         "mid_block_add_attention": True,
+        "sample_size": 256,
+        "scaling_factor": SCALING_FACTOR,
+        "force_upcast": True,
+        **kept,
     }
 
 
 def write_diffusers(
-    folder: Path, ae: Autoencoder, scaling_factor: float = SCALING_FACTOR
+    folder: Path,
+    ae: Autoencoder,
+    scaling_factor: float | None = None,
+    said: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Write a folder for diffusers' `AutoencoderKL.from_pretrained`; what was written.
 
     Raises:
         LdmError: theirs cannot express this model, or the folder cannot be written.
     """
-    config = diffusers_config(ae.config, scaling_factor)
+    config = diffusers_config(ae.config, scaling_factor, said)
     weights = {
         name: tensor.contiguous().cpu() for name, tensor in to_diffusers(ae.state_dict()).items()
     }
     payload = save(weights, metadata={"format": "pt"})
-    write_atomically(folder / WEIGHTS_FILE, lambda file: file.write(payload))
-    write_json(folder / "config.json", config)
-    return [folder / "config.json", folder / WEIGHTS_FILE]
+    paths = [folder / "config.json", folder / WEIGHTS_FILE]
+    write_together(
+        {
+            paths[1]: lambda file: file.write(payload),
+            paths[0]: lambda file: file.write(to_json(config)),
+        }
+    )
+    return paths
 
 
 def write_compvis(path: Path, ae: Autoencoder) -> list[Path]:

@@ -6,16 +6,24 @@ or as a variant (`.fp16`); our names follow `Autoencoder`. The tensors are the s
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ldm.checkpoint import shown
 from ldm.errors import LdmError
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 PICKLED_FILE = "diffusion_pytorch_model.bin"
+STEM = WEIGHTS_FILE.removesuffix(".safetensors")
+# `.fp16` before the number of a shard, or, as older versions wrote it, after it
+SHARD = re.compile(
+    rf"{STEM}(\.(?P<variant>[^.]+?))?(-(?P<number>\d{{1,9}})-of-(?P<count>\d{{1,9}}))?"
+    r"(\.(?P<old_variant>[^.]+))?\.safetensors"
+)
 
 # (ours, theirs), replaced in this order in either direction
 NAMES = (
@@ -50,6 +58,12 @@ FIXED = {
 # what every level must be: SD-VAE has attention in the middle alone
 LEVELS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 GROUPS = 32
+# what a config says of using the latents and images: it is kept for who opens the model next
+SAID = (
+    "scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast", "sample_size",
+)  # fmt: skip
+# a tensor that every model of theirs has
+FIRST = "encoder.down_blocks.0.resnets.0.conv1.weight"
 
 
 def to_diffusers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -92,20 +106,27 @@ def weights_files(folder: Path) -> list[Path]:
     """The safetensors of a diffusers folder: the plain file, else its shards, else one variant.
 
     Raises:
-        LdmError: there is none.
+        LdmError: there is none, or not every shard.
     """
-    stem = WEIGHTS_FILE.removesuffix(".safetensors")
-    plain = folder / WEIGHTS_FILE
-    shards, variants = (
-        sorted(folder.glob(f"{stem}{kind}.safetensors")) for kind in ("-*-of-*", ".*")
-    )
-    found = [plain] if plain.is_file() else shards or variants[:1]
+    # by (variant, number of shards, 0 where it is whole), then by the shard's own number
+    found: dict[tuple[str, int], dict[int, Path]] = {}
+    for path in sorted(folder.glob(f"{STEM}*.safetensors")):
+        if parts := SHARD.fullmatch(path.name):
+            key = (parts["variant"] or parts["old_variant"] or "", int(parts["count"] or 0))
+            found.setdefault(key, {})[int(parts["number"] or 0)] = path
     if not found:
         how = "save it again as safetensors"
         if (folder / PICKLED_FILE).is_file():
             how = f"{PICKLED_FILE} is a pickle, which diffusers' save_pretrained turns into one"
         raise LdmError(f"{folder} holds no {WEIGHTS_FILE}: {how}")
-    return found
+    (_, count), paths = min(found.items())
+    missing = next((number for number in range(1, count + 1) if number not in paths), None)
+    if missing:
+        raise LdmError(
+            f"{folder} lacks shard {missing} of {count}, beside {next(iter(paths.values())).name}: "
+            "copy or fetch it again"
+        )
+    return list(paths.values())
 
 
 def tree_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,7 +146,7 @@ def tree_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, level in LEVELS.items():
         other = next((name for name in config.get(key, ()) if name != level), None)
         if other:
-            raise ValueError(f"{key} has {other}, only {level} is known")
+            raise ValueError(f"{key} has {shown(other)}, only {level} is known")
     conv1x1 = [config.get(key, True) for key in ("use_quant_conv", "use_post_quant_conv")]
     if conv1x1[0] != conv1x1[1]:
         raise ValueError("it has one of the two 1×1 convolutions around the latent, not both")
@@ -149,6 +170,12 @@ def tree_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
         "encoder": {"type": "sdvae", **sizes},
         "decoder": {**sizes, "norm": "group"},
     }
+
+
+def pick_said(config: Any) -> dict[str, Any]:
+    """What a config says of using the model (`SAID`), nulls aside; of no config nothing."""
+    config = config if isinstance(config, dict) else {}
+    return {key: config[key] for key in SAID if config.get(key) is not None}
 
 
 def groups_of(widths: Sequence[int]) -> int | None:

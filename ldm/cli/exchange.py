@@ -17,7 +17,7 @@ def import_model(
             "`ldm export`, or a Hugging Face Hub repository (owner/name).",
         ),
     ],
-    out: Annotated[Path, typer.Argument(help="The .pt to write.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.pt", help="The .pt to write.")],
     subfolder: Annotated[
         str | None, typer.Option(help="Where in SRC the autoencoder is, such as vae.")
     ] = None,
@@ -51,7 +51,10 @@ def export_model(
     ] = "diffusers",
     scaling_factor: Annotated[
         float | None,
-        typer.Option(help="diffusers: 1 ÷ the latents' standard deviation. Left out: SD-VAE's."),
+        typer.Option(
+            help="diffusers: 1 ÷ the latents' standard deviation. Left out: what the model came "
+            "with, else SD-VAE's 0.18215."
+        ),
     ] = None,
     force: Force = False,
 ) -> None:

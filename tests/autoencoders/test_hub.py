@@ -1,6 +1,7 @@
 """The Hub's conventions on disk, and its client as far as it is called; nothing goes online."""
 
 import json
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -10,7 +11,7 @@ from safetensors import safe_open
 from autoencoders import build_autoencoder
 from autoencoders.hub import find_pretrained, from_pretrained, push_to_hub, save_pretrained
 from autoencoders.sdvae.export import write_diffusers
-from ldm.errors import LdmError
+from ldm.errors import LdmError, UsageError
 
 
 @pytest.fixture(params=["tiny", "smc", "sdvae"])
@@ -64,9 +65,12 @@ def hub(tmp_path, monkeypatch):
         from shutil import copytree
 
         asked["upload"] = (repo_id, token, sorted(p.name for p in Path(folder_path).iterdir()))
-        copytree(folder_path, tmp_path / "hub" / repo_id)
+        copytree(folder_path, tmp_path / "hub" / repo_id, dirs_exist_ok=True)
 
-    for function in (snapshot_download, create_repo, upload_folder):
+    def file_exists(repo_id, filename, *, token=None):
+        return (tmp_path / "hub" / repo_id / filename).exists()
+
+    for function in (snapshot_download, create_repo, upload_folder, file_exists):
         monkeypatch.setattr(huggingface_hub, function.__name__, function)
     monkeypatch.chdir(tmp_path)
     return asked
@@ -84,6 +88,36 @@ def test_pushed_and_fetched_is_the_same(hub, ae):
     assert patterns == ["config.json", "model.safetensors", "diffusion_pytorch_model*.safetensors"]
 
 
+def test_a_model_card_that_is_there_stays(hub, tmp_path, ae):
+    cards = tmp_path / "model" / "README.md", tmp_path / "hub" / "me" / "x" / "README.md"
+    for card in cards:
+        card.parent.mkdir(parents=True)
+        card.write_text("my own words")
+    written = save_pretrained(ae, tmp_path / "model")
+    assert [path.name for path in written] == ["config.json", "model.safetensors"]
+    push_to_hub(ae, "me/x")
+    assert hub["upload"][2] == ["config.json", "model.safetensors"]
+    assert [card.read_text() for card in cards] == ["my own words"] * 2
+    same(from_pretrained("me/x"), ae)
+
+
+def test_a_failure_midway_leaves_the_folder_as_it_was(tmp_path, monkeypatch, ae):
+    save_pretrained(ae, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    flushed = []
+
+    def full(_number):
+        if flushed:  # the weights fit, what follows does not
+            raise OSError(28, "No space left on device")
+        flushed.append(1)
+
+    monkeypatch.setattr("os.fsync", full)
+    other = build_autoencoder("tiny", decoder={"channels": 16})
+    with pytest.raises(LdmError, match="what was saved before is untouched"):
+        save_pretrained(other, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_a_pipeline_of_diffusers(hub, tmp_path):
     ae = build_autoencoder(
         "sdvae", conv1x1=True,
@@ -91,7 +125,8 @@ def test_a_pipeline_of_diffusers(hub, tmp_path):
         decoder={"channels": 32, "multipliers": [1]},
     )  # fmt: skip
     write_diffusers(tmp_path / "hub" / "them" / "sd" / "vae", ae)
-    same(from_pretrained("them/sd", subfolder="vae"), ae)
+    for subfolder in ("vae", "vae/"):
+        same(from_pretrained("them/sd", subfolder=subfolder), ae)
     assert hub["download"][2][0] == "vae/config.json"
     with pytest.raises(LdmError, match=r"holds no \./config\.json: .* vae, as its subfolder"):
         from_pretrained("them/sd")
@@ -107,6 +142,8 @@ def test_signatures_are_the_clients_own():
     assert {"repo_id", "token", "private", "exist_ok"} <= create.keys()
     upload = signature(huggingface_hub.upload_folder).parameters
     assert {"repo_id", "folder_path", "token", "commit_message"} <= upload.keys()
+    exists = signature(huggingface_hub.file_exists).parameters
+    assert {"repo_id", "filename", "token"} <= exists.keys()
 
 
 @pytest.mark.parametrize("name", ["nowhere", "a/b.pt", "a/b.safetensors", "a/b/c", "/a/b", "./a/b"])
@@ -130,7 +167,28 @@ def test_failures_of_the_network_are_one_line(tmp_path, monkeypatch, ae, error):
         with pytest.raises(LdmError) as caught:
             call()
         text = str(caught.value)
-        assert "\n" not in text and "me/x" in text and str(error).splitlines()[0] in text
+        assert "\n" not in text and "me/x" in text
+        assert f"({type(error).__name__}: {str(error).splitlines()[0]})" in text
+
+
+@pytest.mark.parametrize(("status", "asked"), [(401, True), (403, True), (404, False)])
+def test_a_repository_that_not_everybody_may_read(tmp_path, monkeypatch, status, asked):
+    class GatedRepoError(OSError):
+        response = SimpleNamespace(status_code=status)
+
+    def fail(*_args, **_kwargs):
+        raise GatedRepoError(f"{status} Client Error. (Request ID: 1)\n\nCannot access it.")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(LdmError, match=rf"\(GatedRepoError: {status} Client Error") as caught:
+        from_pretrained("me/x")
+    assert ("log in with `hf auth login`" in str(caught.value)) == asked
+
+
+def test_what_is_here_has_no_revision(tmp_path):
+    with pytest.raises(UsageError, match="is on this machine: only a repository of the Hub has"):
+        find_pretrained(tmp_path, revision="main")
 
 
 def test_the_client_offline_says_so_in_one_line(tmp_path, monkeypatch):

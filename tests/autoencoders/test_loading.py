@@ -9,7 +9,9 @@ from safetensors.torch import load_file, save_file
 from autoencoders import build_autoencoder
 from autoencoders.hub_folder import save_pretrained
 from autoencoders.loading import load_autoencoder, read_autoencoder
+from autoencoders.sdvae.compvis import to_compvis
 from autoencoders.sdvae.export import write_compvis, write_diffusers
+from autoencoders.sdvae.weights import to_diffusers
 from ldm.checkpoint import ModelFile, save_model
 from ldm.config import to_tree
 from ldm.errors import LdmError
@@ -69,7 +71,7 @@ def test_every_format_gives_the_same_model(tmp_path, sdvae):
         read = read_autoencoder(tmp_path / name)
         assert read.format == form
         assert all(file.is_file() for file in read.files)
-    assert read_autoencoder(tmp_path / "diffusers").provenance == {"scaling_factor": 0.3}
+    assert read_autoencoder(tmp_path / "diffusers").provenance["imported"]["scaling_factor"] == 0.3
 
 
 def test_a_variant_and_shards_of_diffusers(tmp_path, sdvae):
@@ -87,6 +89,22 @@ def test_a_variant_and_shards_of_diffusers(tmp_path, sdvae):
     same(load_autoencoder(tmp_path), sdvae)
     assert len(read_autoencoder(tmp_path).files) == 2
     assert config.is_file()
+
+
+def test_a_run_with_a_config_beside_it_is_still_the_run(tmp_path, tiny, sdvae):
+    write(tmp_path / "ckpt.pt", tiny)
+    save_pretrained(sdvae, tmp_path)
+    same(load_autoencoder(tmp_path), tiny)
+    assert read_autoencoder(tmp_path).provenance["recipe"] == {"seed": 3}
+
+
+def test_the_ending_does_not_matter(tmp_path, sdvae, tiny):
+    write_compvis(tmp_path / "a.safetensors", sdvae)
+    (tmp_path / "a.safetensors").rename(tmp_path / "a.ckpt")
+    same(load_autoencoder(tmp_path / "a.ckpt"), sdvae)
+    write(tmp_path / "ckpt.pt", tiny)
+    (tmp_path / "ckpt.safetensors").rename(tmp_path / "b.ckpt")
+    same(load_autoencoder(tmp_path / "b.ckpt"), tiny)
 
 
 # ------------------------------------------------------------------------------- refusals
@@ -139,6 +157,47 @@ def test_weights_without_their_config(tmp_path, sdvae):
     assert f"without a config: give its folder, {tmp_path / 'a'}" in refusal(file)
     (tmp_path / "a" / "config.json").unlink()
     assert "give the folder of the model, with its config.json" in refusal(file)
+
+
+def test_a_pickle_by_diffusers_names(tmp_path, sdvae):
+    theirs = to_diffusers(sdvae.state_dict())
+    path = tmp_path / "diffusion_pytorch_model.bin"
+    for prefix in ("", "vae."):
+        torch.save({f"{prefix}{name}": tensor for name, tensor in theirs.items()}, path)
+        said = refusal(path)
+        assert "holds weights of diffusers, without a config: diffusers' save_pretrained" in said
+
+
+@pytest.mark.parametrize("name", ["a.ckpt", "a.safetensors"])
+def test_an_unknown_prefix(tmp_path, sdvae, name):
+    weights = {f"vae.{name}": t.contiguous() for name, t in to_compvis(sdvae.state_dict()).items()}
+    path = tmp_path / name
+    save_file(weights, path) if path.suffix == ".safetensors" else torch.save(weights, path)
+    assert "under 'vae.', which CompVis's names have not: save its state_dict" in refusal(path)
+
+
+def test_a_config_itself(tmp_path, sdvae):
+    config, _ = write_diffusers(tmp_path, sdvae)
+    assert f"is a config without weights: give its folder, {tmp_path}" in refusal(config)
+
+
+def test_a_pipeline_of_diffusers(tmp_path, sdvae):
+    write_diffusers(tmp_path / "vae", sdvae)
+    (tmp_path / "model_index.json").write_text("{}")
+    said = refusal(tmp_path)
+    assert "is a whole pipeline of diffusers: give the folder of its autoencoder, mostly " in said
+    assert f"{tmp_path}/vae (or --subfolder vae)" in said
+    same(load_autoencoder(tmp_path / "vae"), sdvae)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_tensor_larger_than_what_the_file_holds_of_it(tmp_path, sdvae, zipped):
+    weights = to_compvis(sdvae.state_dict())
+    weights["encoder.extra"] = torch.zeros(1).expand(2**23, 2**23)
+    torch.save(weights, tmp_path / "a.ckpt", _use_new_zipfile_serialization=zipped)
+    assert "tensor encoder.extra is (8388608, 8388608), more than the file holds" in refusal(
+        tmp_path / "a.ckpt"
+    )
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt"])

@@ -11,14 +11,18 @@ import torch
 
 from ldm.checkpoint import (
     FORMAT,
+    Damaged,
     ModelFile,
+    build_with,
     fingerprint,
     latest_state,
     load_model,
     load_state,
     save_model,
     save_state,
+    shown,
     write_atomically,
+    write_together,
 )
 from ldm.errors import LdmError
 
@@ -237,6 +241,86 @@ def test_write_atomically_keeps_what_stood_there_when_the_writer_fails(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         write_atomically(path, fail)
     assert path.read_bytes() == b"first" and list(tmp_path.iterdir()) == [path]
+
+
+def test_files_that_belong_together_are_all_new_or_all_old(tmp_path, monkeypatch):
+    paths = [tmp_path / name for name in ("weights", "config")]
+
+    def write(what, last=None):
+        write_together(
+            {
+                paths[0]: lambda file: file.write(what),
+                paths[1]: last or (lambda file: file.write(what)),
+            }
+        )
+
+    def full(_file):
+        raise OSError(28, "No space left on device")
+
+    write(b"old")
+    with pytest.raises(LdmError, match=r"config \(No space left on device\): .* is untouched"):
+        write(b"new", full)
+    assert [path.read_bytes() for path in paths] == [b"old", b"old"]
+    assert sorted(tmp_path.iterdir()) == sorted(paths)
+
+    paths[0].unlink()
+    paths[0].mkdir()
+    with pytest.raises(LdmError, match=r"weights \(Is a directory\)"):
+        write(b"new")
+    assert paths[1].read_bytes() == b"old"
+    paths[0].rmdir()
+
+    # a kill between the two renames: the new one has no old description
+    rename, done = type(tmp_path).replace, []
+
+    def die(path, target):
+        if done:
+            raise KeyboardInterrupt
+        done.append(rename(path, target))
+
+    monkeypatch.setattr(type(tmp_path), "replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        write(b"new")
+    assert paths[0].read_bytes() == b"new" and not paths[1].exists()
+
+
+@pytest.mark.parametrize("name", ["encoder.weight", "größe"])
+def test_what_can_be_printed_is_shown_as_it_is(name):
+    assert shown(name) == name
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[2Jb", "a\u202eb", 3, ("a\n",)])
+def test_what_cannot_is_shown_escaped(name):
+    assert shown(name).isprintable() and shown(name) == repr(name)
+
+
+def test_names_of_tensors_do_not_reach_the_terminal_raw(tmp_path):
+    with pytest.raises(LdmError) as caught:
+        build_with(lambda: torch.nn.Identity(), {"x\n\x1b[2J": torch.zeros(1)}, tmp_path)
+    assert str(caught.value).isprintable() and r"\n\x1b[2J" in str(caught.value)
+
+
+def test_a_tensor_larger_than_what_the_file_holds_of_it(tmp_path):
+    """Half precision, so that making it what the model has would copy it."""
+    weights = {"weight": torch.zeros(1, dtype=torch.float16).expand(2**20, 2**20)}
+    build = lambda: torch.nn.Linear(2**20, 2**20, bias=False)  # noqa: E731
+    with pytest.raises(Damaged, match=r"tensor weight is \(1048576, 1048576\), more than the file"):
+        build_with(build, weights, tmp_path)
+    sparse = {"weight": torch.zeros(2, 2).to_sparse()}
+    with pytest.raises(Damaged, match="more than the file holds"):
+        build_with(lambda: torch.nn.Linear(2, 2, bias=False), sparse, tmp_path)
+
+
+def test_safetensors_are_known_by_any_name(tmp_path):
+    saved = model()
+    save_model(tmp_path / "ckpt.pt", saved)
+    (tmp_path / "ckpt.safetensors").rename(tmp_path / "a.ckpt")
+    assert load_model(tmp_path / "a.ckpt", "autoencoder").sha256 == saved.sha256
+
+
+def test_a_format_that_is_no_number_is_shown_escaped(tmp_path):
+    torch.save({"format": "a\nb", "kind": "autoencoder"}, tmp_path / "ckpt.pt")
+    assert r"has format 'a\nb'" in message(tmp_path / "ckpt.pt")
 
 
 def test_safetensors_of_others_is_told(tmp_path):

@@ -121,6 +121,55 @@ def test_the_scaling_factor_an_imported_model_came_with(tmp_path, sdvae, given, 
     assert AutoencoderKL.load_config(tmp_path / "b")["scaling_factor"] == expected
 
 
+SAID = {
+    "scaling_factor": 0.3611, "shift_factor": 0.1159, "latents_mean": [0.0, 0.1, 0.2, 0.3],
+    "latents_std": [1.0, 1.1, 1.2, 1.3], "force_upcast": False, "sample_size": 1024,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", [["a.pt"], ["a.pt", "b.pt"], ["a.pt", "hub", "b.pt"], ["hub"], []])
+def test_what_a_config_says_of_its_use_outlives_every_way(sdvae, way):
+    write_diffusers(Path("source"), sdvae, said=SAID)
+    last = "source"
+    for step in way:
+        if step.endswith(".pt"):
+            import_autoencoder(last, Path(step))
+        else:
+            export_autoencoder(Path(step), "hub", Path(last))
+        last = step
+    export_autoencoder(Path("out"), "diffusers", Path(last))
+    config = AutoencoderKL.load_config("out")
+    assert {key: config[key] for key in SAID} == SAID
+    same(load_autoencoder("out"), sdvae)
+
+
+def test_a_null_is_not_said_again(sdvae):
+    write_diffusers(Path("vae"), sdvae)
+    config = json.loads(Path("vae/config.json").read_text("utf-8"))
+    Path("vae/config.json").write_text(json.dumps(config | dict.fromkeys(SAID)))
+    import_autoencoder("vae", Path("a.pt"))
+    assert not SAID.keys() & load_model("a.pt", "autoencoder").provenance["imported"].keys()
+    export_autoencoder(Path("out"), "diffusers", Path("a.pt"))
+    assert AutoencoderKL.load_config("out")["scaling_factor"] == 0.18215
+
+
+def test_where_a_model_of_the_hub_comes_from(tmp_path, sdvae, monkeypatch):
+    commit = "0123456789abcdef" * 2 + "01234567"
+    snapshot = tmp_path / "cache" / "models--them--sd" / "snapshots" / commit
+    write_diffusers(snapshot / "vae", sdvae, 0.3)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_a, **_k: str(snapshot))
+    import_autoencoder("them/sd", Path("a.pt"), subfolder="vae/", revision="v2")
+    first = load_model("a.pt", "autoencoder").provenance["imported"]
+    assert (first["source"], first["subfolder"], first["revision"], first["commit"]) == (
+        "them/sd", "vae", "v2", commit
+    )  # fmt: skip
+    import_autoencoder("a.pt", Path("b.pt"))
+    second = load_model("b.pt", "autoencoder").provenance["imported"]
+    assert second["source"] == "a.pt" and second["imported"] == first
+    assert not {"subfolder", "revision", "commit"} & second.keys()
+    assert second["scaling_factor"] == 0.3
+
+
 def test_any_autoencoder_goes_out_by_the_hubs_conventions(tmp_path):
     ae = build_autoencoder("tiny", decoder={"channels": 8})
     model = ours(tmp_path / "ckpt.pt", ae)
@@ -166,6 +215,73 @@ def test_nothing_is_written_over_unless_asked(tmp_path, sdvae):
         run("import", "vae", "a.pt")
 
 
+@pytest.fixture
+def a_run(sdvae):
+    """The newest run, which a forgotten OUT would export over itself."""
+    folder = Path("runs/x")
+    ours(folder / "ckpt.pt", sdvae)
+    (folder / "run.json").write_text(json.dumps({"kind": "autoencoder"}))
+    save_model(Path("stage-two.pt"), ModelFile("diffusion", {}, {"w": torch.zeros(1)}))
+    yield folder
+
+
+def everything():
+    return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+@pytest.mark.parametrize(
+    ("out", "form"),
+    [
+        ("runs/x/ckpt.pt", "compvis"), ("runs/x/ckpt.pt", "diffusers"), ("runs/x", "hub"),
+        ("runs/x", "diffusers"), ("runs/x/ckpt.safetensors", "compvis"),
+        ("stage-two.safetensors", "compvis"), ("runs/x/ckpt.pt", "hub"),
+    ],
+)  # fmt: skip
+def test_a_forgotten_out_is_told_and_harms_nothing(a_run, out, form, force):
+    before = everything()
+    with pytest.raises(UsageError, match=rf"^{out} is a model, and OUT is missing: ldm export"):
+        run("export", out, "--format", form, *force)
+    assert everything() == before
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+@pytest.mark.parametrize(
+    ("model", "out", "form"),
+    [
+        ("runs/x", "runs/x", "hub"), ("runs/x/ckpt.pt", "runs/x", "diffusers"),
+        ("runs/x", "runs/x/ckpt.safetensors", "compvis"), ("vae", "runs/x", "hub"),
+    ],
+)  # fmt: skip
+def test_a_run_is_never_written_over(sdvae, a_run, model, out, form, force):
+    write_diffusers(Path("vae"), sdvae)
+    before = everything()
+    with pytest.raises(UsageError, match=rf"^{out} is a model or a run of yours: give OUT"):
+        run("export", model, out, "--format", form, *force)
+    assert everything() == before
+
+
+@pytest.mark.parametrize(
+    ("model", "out", "form"),
+    [("vae", "vae", "hub"), ("vae", "./vae/", "diffusers"), ("kl.ckpt", "kl.ckpt", "compvis"),
+     ("vae", "vae/diffusion_pytorch_model.safetensors", "compvis")],
+)  # fmt: skip
+def test_the_model_itself_is_never_written_over(sdvae, model, out, form):
+    write_diffusers(Path("vae"), sdvae)
+    write_compvis(Path("kl.ckpt"), sdvae)
+    before = everything()
+    with pytest.raises(UsageError, match="is where the model to export is: give OUT another name"):
+        run("export", model, out, "--format", form, "--force")
+    assert everything() == before
+
+
+def test_the_help_names_the_ending_to_give():
+    told = CliRunner().invoke(app, ["import", "--help"], env={"COLUMNS": "200"}).output
+    assert "OUT.pt" in told
+    told = CliRunner().invoke(app, ["export", "--help"], env={"COLUMNS": "200"}).output
+    assert "else SD-VAE's 0.18215" in told
+
+
 @pytest.mark.parametrize(
     ("words", "kind", "told"),
     [
@@ -176,7 +292,13 @@ def test_nothing_is_written_over_unless_asked(tmp_path, sdvae):
         (["export", "a", "b", "c"], UsageError, "3 paths: MODEL and OUT are two"),
         (["export", "vae", "b.pt"], UsageError, "--format diffusers writes a folder"),
         (["export", "vae", "b", "--format", "compvis"], UsageError, "writes a .safetensors or"),
-        (["export", "vae", "b", "--scaling-factor", "0"], UsageError, "it must be above 0"),
+        *(
+            (["export", "vae", "b", "--scaling-factor", number], UsageError, "above 0, and finite")
+            for number in ("0", "inf", "nan")
+        ),
+        (["export", "vae", "b.pt", "--format", "compvis"], UsageError, "writes a .safetensors or"),
+        (["export", "vae", "b.pt", "--format", "hub"], UsageError, "--format hub writes a folder"),
+        (["import", "vae", "a.pt", "--revision", "v2"], UsageError, "vae is on this machine"),
         (["export", "b"], LdmError, "no autoencoder run with a ckpt.pt under runs/"),
     ],
 )

@@ -69,6 +69,38 @@ def test_round_trips_are_bit_equal(tmp_path):
     assert all(torch.equal(tensor, again[name]) for name, tensor in theirs.state_dict().items())
 
 
+def test_what_a_config_said_is_said_again(tmp_path):
+    said = {
+        "scaling_factor": 0.3611, "shift_factor": 0.1159, "latents_mean": [0.0, 0.1, 0.2, 0.3],
+        "latents_std": [1.0, 1.1, 1.2, 1.3], "force_upcast": False, "sample_size": 1024,
+    }  # fmt: skip
+    ours = small()
+    write_diffusers(tmp_path, ours, said=said | {"act_fn": "mish"})
+    theirs = AutoencoderKL.from_pretrained(tmp_path).config
+    assert {key: theirs[key] for key in said} == said and theirs["act_fn"] == "silu"
+    assert diffusers_config(ours.config, 0.5, said)["scaling_factor"] == 0.5
+    nulls = diffusers_config(ours.config, said=dict.fromkeys(said))
+    assert nulls == diffusers_config(ours.config)
+    assert nulls["scaling_factor"] == 0.18215
+
+
+def test_a_failure_midway_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
+    write_diffusers(tmp_path, small())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    flushed = []
+
+    def full(_number):
+        if flushed:  # the weights fit, what follows does not
+            raise OSError(28, "No space left on device")
+        flushed.append(1)
+
+    monkeypatch.setattr("os.fsync", full)
+    wide = SIZES | {"channels": 64}
+    with pytest.raises(LdmError, match="what was saved before is untouched"):
+        write_diffusers(tmp_path, small(wide, wide))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_their_config_of_the_published_model():
     """The values of the config.json that stabilityai's sd-vae-ft-mse comes with."""
     with torch.device("meta"):

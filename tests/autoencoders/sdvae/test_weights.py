@@ -78,6 +78,18 @@ def test_a_pickle_alone_is_not_read(tmp_path):
         (["", ".fp16"], [""]),
         ([".non_ema", ".fp16"], [".fp16"]),
         (["-00001-of-00002", "-00002-of-00002"], ["-00001-of-00002", "-00002-of-00002"]),
+        *(
+            ([*shards, ".z"], list(shards))
+            for shards in (
+                (".fp16-00001-of-00002", ".fp16-00002-of-00002"),
+                ("-00001-of-00002.fp16", "-00002-of-00002.fp16"),  # as older versions wrote it
+            )
+        ),
+        (
+            ["-00001-of-00002", "-00001-of-00002.fp16", "-00002-of-00002"],
+            ["-00001-of-00002", "-00002-of-00002"],
+        ),
+        (["-00001-of-00001", ""], [""]),
     ],
 )
 def test_the_plain_file_then_shards_then_a_variant(tmp_path, there, taken):
@@ -87,6 +99,23 @@ def test_the_plain_file_then_shards_then_a_variant(tmp_path, there, taken):
     assert [path.name for path in weights_files(tmp_path)] == [
         f"{stem}{kind}.safetensors" for kind in taken
     ]
+
+
+@pytest.mark.parametrize(
+    ("there", "missing"),
+    [
+        (["-00001-of-00003", "-00003-of-00003"], "shard 2 of 3"),
+        (["-00002-of-00002"], "shard 1 of 2"),
+        (["-00001-of-00002.fp16"], "shard 2 of 2"),
+        ([".fp16-00001-of-00002"], "shard 2 of 2"),
+    ],
+)
+def test_a_missing_shard_is_named(tmp_path, there, missing):
+    stem = WEIGHTS_FILE.removesuffix(".safetensors")
+    for kind in there:
+        (tmp_path / f"{stem}{kind}.safetensors").touch()
+    said = refusal(tmp_path, CONFIG)
+    assert f"lacks {missing}, beside {stem}{there[0]}.safetensors: copy or fetch" in said
 
 
 @pytest.mark.parametrize(
