@@ -61,7 +61,8 @@ class AutoencoderRecipe(AutoencoderConfig):
     validate_images: PositiveInt = 256
     """Held-out images measured at every validation."""
     best_by: Literal["psnr", "ssim", "lpips"] = "psnr"
-    """The held-out number that best.pt is chosen by; lpips needs VGG-16's weights."""
+    """The held-out number that best.pt is chosen by. PSNR likes the blur from before the
+    discriminator begins; lpips does not, and needs VGG-16's weights."""
     run: RunConfig = RunConfig()
     """How the run is carried out and watched."""
 
