@@ -25,6 +25,9 @@ class Config(BaseModel):
     )
 
 
+MANY = 12
+"""Names that a line of an error still lists."""
+
 ConfigT = TypeVar("ConfigT", bound=Config)
 Tree = dict[str, Any]
 
@@ -186,11 +189,14 @@ def _index(items: list, part: str, where: str) -> int:
 
 # --------------------------------------------------------------------------- what is wrong
 def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """`; did you mean 'x'?`, or the list of what there is."""
+    """`; did you mean 'x'?`, or what there is, so far as it fits in a line."""
     close = get_close_matches(name, known, n=1, cutoff=0.5)
     if close:
         return f"; did you mean '{close[0]}'?"
-    return f"; there are: {', '.join(sorted(known))}" if known else ""
+    shown = sorted(set(known))
+    if len(shown) > MANY:
+        shown = [*shown[:MANY], f"and {len(shown) - MANY} more"]
+    return f"; there are: {', '.join(shown)}" if shown else ""
 
 
 def _explain(config_class: type[Config], error: ValidationError) -> str:

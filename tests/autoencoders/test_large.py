@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from autoencoders import DiagonalGaussian, build_autoencoder
+from autoencoders import Autoencoder, DiagonalGaussian, build_autoencoder
 from autoencoders.large import _Tiling, decode_tiled, encode_tiled, reconstruct_tiled
-from ldm.errors import UsageError
+from ldm.errors import LdmError, UsageError
 
 LEVEL = 1 / 255  # a step of uint8, of a range of 1
 
@@ -32,6 +32,8 @@ def smooth(height, width):
 class Local(nn.Module):
     """Stands for an autoencoder with f = 8 that sees no farther than 8 pixels from a latent."""
 
+    pad = Autoencoder.pad
+
     def __init__(self):
         super().__init__()
         self.config = build_autoencoder("tiny", decoder={"channels": 8}).config
@@ -47,6 +49,11 @@ class Local(nn.Module):
     def decode(self, latents):
         self.seen.append(latents.shape)
         return self.up(latents)
+
+
+def test_images_smaller_than_a_latent_are_refused_as_by_encode():
+    with pytest.raises(LdmError, match="9×4 pixels: this autoencoder makes one latent of 8×8"):
+        encode_tiled(small(), torch.zeros(1, 3, 9, 4), tile=16, overlap=8)
 
 
 # ------------------------------------------------------------------------------------ blending

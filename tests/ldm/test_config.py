@@ -7,6 +7,7 @@ from pydantic import Field
 from ldm.config import (
     Config,
     describe,
+    did_you_mean,
     key_paths,
     list_presets,
     load_preset,
@@ -201,3 +202,8 @@ def test_describe_lists_what_there_is_to_choose_from():
     assert docs["aggregator"].endswith("[type=unet | type=vit]")
     assert docs["discriminator"].endswith("[type=unet | type=patchgan | type=stylegan]")
     assert docs["weighting"].endswith("[constant | adaptive]")
+
+
+def test_a_long_list_of_what_there_is_is_cut():
+    said = did_you_mean("zzz", [f"name{i:03d}" for i in range(100)])
+    assert said.startswith("; there are: name000, ") and said.endswith(", and 88 more")
