@@ -6,7 +6,6 @@ README.md           the model card
 """
 
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,11 @@ from torch import Tensor
 
 from autoencoders.autoencoder import Autoencoder
 from autoencoders.sdvae.weights import pick_said
-from ldm.checkpoint import Damaged, shown, to_json, write_together
+from ldm.checkpoint import Damaged, shown
 from ldm.config import to_tree
 from ldm.errors import LdmError
+from ldm.files import to_json, write_together
+from ldm.run_folder import installed_version
 
 LIBRARY, MODEL_TYPE, FORMAT = "ldm", "autoencoder", 1
 WEIGHTS_FILE = "model.safetensors"
@@ -58,7 +59,7 @@ def save_pretrained(
         "library_name": LIBRARY,
         "model_type": MODEL_TYPE,
         "format": FORMAT,
-        "version": _version(),
+        "version": installed_version(LIBRARY),
         "config": to_tree(ae.config),
     }
     if said := pick_said(imported):
@@ -118,10 +119,3 @@ def read_pretrained(
         return tree, load_file(path)
     except (SafetensorError, OSError) as error:
         raise Damaged(f"{path} is truncated or damaged: copy or write it again") from error
-
-
-def _version() -> str:
-    try:
-        return version(LIBRARY)
-    except PackageNotFoundError:  # the source tree, not installed
-        return "unknown"

@@ -1,6 +1,7 @@
 """The parts all the autoencoders are built of. Everything is (B, C, H, W)."""
 
 import math
+from abc import ABC, abstractmethod
 from copy import deepcopy
 from itertools import product
 from typing import Literal
@@ -105,7 +106,7 @@ def _refuse_to_save(*_: object) -> None:
     raise LdmError("a fused autoencoder is for inference alone: save the one it was made from")
 
 
-class Block(nn.Module):
+class Block(nn.Module, ABC):
     """A part whose activations can be recomputed in the backward pass instead of being kept.
 
     A subclass says in `transform` what it computes; see `checkpoint_blocks`.
@@ -113,9 +114,9 @@ class Block(nn.Module):
 
     recompute = False
 
+    @abstractmethod
     def transform(self, x: Tensor) -> Tensor:
         """What the block computes of (B, C, H, W)."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """`transform`, keeping only `x` for the backward pass where that is to recompute."""

@@ -27,7 +27,7 @@ from autoencoders.sdvae.weights import from_diffusers
 from autoencoders.wavelet import dwt_cascade
 from benchmarks.comparison import Row, Target, compare, judge, take_turns, write
 from benchmarks.machine import describe_machine, synchronise
-from ldm.run import memory_format, resolve_device
+from ldm.device import memory_format, resolve_device
 
 PEER = "diffusers"
 OURS = ("litevae-s", "litevae-b", "litevae-m", "litevae-l", "sdvae")
@@ -139,8 +139,8 @@ def peak_mib(name: str, setting: Setting) -> float:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         model.encode(images)
         after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    kib = 1024 if sys.platform == "darwin" else 1  # macOS counts in bytes
-    return (after - before) / kib / 1024
+    units_in_a_mib = 2**20 if sys.platform == "darwin" else 2**10  # macOS: bytes; Linux: KiB
+    return (after - before) / units_in_a_mib
 
 
 def peak_in_fresh_process(name: str, arguments: list[str]) -> float:

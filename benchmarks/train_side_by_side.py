@@ -25,11 +25,12 @@ from autoencoders.discriminators import build_discriminator
 from autoencoders.losses import Objective
 from autoencoders.sdvae.decoder import SDVAEDecoder
 from benchmarks.machine import describe_machine, synchronise
-from ldm.checkpoint import latest_state, load_state, save_state, write_json
+from ldm.checkpoint import latest_state, load_state, save_state
 from ldm.config import load_preset, resolve, to_tree
 from ldm.data import Batch, Source, batches, open_source, sheet_images
 from ldm.ema import Ema
 from ldm.errors import LdmError, UsageError
+from ldm.files import write_json
 from ldm.images import save_grid, to_float
 from ldm.run import Run, make_accelerator
 from ldm.schedule import learning_rate, set_learning_rate

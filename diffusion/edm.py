@@ -1,21 +1,28 @@
 """EDM: preconditioning, noise levels and loss of Karras et al. 2022 (arXiv 2206.00364)."""
 
+from typing import Literal
+
 import torch
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 
+from diffusion.uncertainty import Uncertainty, weigh
 from ldm.config import Config
 
 
 class EDMConfig(Config):
     """The standard deviation of the data, and the noise levels seen in training."""
 
+    type: Literal["edm"] = "edm"
+    """Which denoiser this is."""
     sigma_data: PositiveFloat = 0.5
     """Standard deviation of the standardised latents."""
     noise_mean: float = -1.2
     """Mean of ln σ in training (the paper's P_mean)."""
     noise_std: PositiveFloat = 1.2
     """Standard deviation of ln σ in training (the paper's P_std)."""
+    uncertainty: bool = False
+    """Weight noise levels by a learned uncertainty of their loss (EDM2), too."""
 
 
 def preconditioning(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -32,23 +39,46 @@ def preconditioning(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, T
 class EDM(nn.Module):
     """The denoiser D(x; σ) built around a network F of unit-variance input and output.
 
-    The network runs in its parameters' dtype, or under autocast; all else in x's dtype, which
-    counts as float32 where it is lower.
+    The network runs in its parameters' dtype, or under autocast; all else, and the noise level that
+    the network is told, in x's dtype or its own, which count as float32 where they are lower.
+
+    Args:
+        network: (x (B, C, H, W), c_noise (B,)) → (B, C, H, W), with `labels` and `augment` too
+            where they are given.
     """
+
+    sigma_min, sigma_max = 0.002, 80.0
+    """Noise levels between which sampling runs (Table 1)."""
 
     def __init__(self, network: nn.Module, sigma_data: float = 0.5):
         super().__init__()
         self.network = network
         self.sigma_data = sigma_data
 
-    def forward(self, x: Tensor, sigma: Tensor | float) -> Tensor:
-        """Noisy latents x (B, C, H, W) and σ > 0 of shape (B,) or () → denoised (B, C, H, W)."""
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        labels: Tensor | None = None,
+        augment: Tensor | None = None,
+    ) -> Tensor:
+        """The denoised latents (B, C, H, W) of noisy ones.
+
+        Args:
+            x: noisy latents (B, C, H, W).
+            sigma: their noise levels σ > 0, (B,) or ().
+            labels: classes (B,), −1 for none; None for none at all.
+            augment: the parameters (B, A) of the augmentation; None for the images as they are.
+        """
         dtype = torch.promote_types(x.dtype, torch.float32)
         inner = next(self.network.parameters(), x).dtype
         sigma = torch.as_tensor(sigma, dtype=dtype, device=x.device).expand(len(x))
         sigma = sigma.view(-1, 1, 1, 1)  # (B, 1, 1, 1), and so are the four
         c_skip, c_out, c_in, c_noise = preconditioning(sigma, self.sigma_data)
-        output = self.network((c_in * x).to(inner), c_noise.flatten().to(inner))
+        told = {"labels": labels, "augment": augment}
+        told = {key: value for key, value in told.items() if value is not None}
+        c_noise = c_noise.flatten().to(torch.promote_types(inner, torch.float32))  # (B,)
+        output = self.network((c_in * x).to(inner), c_noise, **told)
         # Eq. 7
         return c_skip * x + c_out * output
 
@@ -59,18 +89,53 @@ def sample_sigma(normal_draws: Tensor, config: EDMConfig) -> Tensor:
     return (config.noise_mean + config.noise_std * normal_draws).exp()
 
 
-def edm_loss(denoiser: nn.Module, z: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+def edm_loss(
+    denoiser: nn.Module,
+    z: Tensor,
+    sigma: Tensor,
+    noise: Tensor,
+    labels: Tensor | None = None,
+    augment: Tensor | None = None,
+) -> Tensor:
     """λ(σ) ‖D(z + σn; σ) − z‖², the mean over a latent's values: one loss an image, (B,).
 
     Args:
-        denoiser: an EDM, or what wraps one to synchronise its gradients (DDP).
+        denoiser: an `EDM`.
         z: standardised latents (B, C, H, W).
         sigma: noise levels (B,), as from `sample_sigma`.
         noise: standard normal n, of z's shape.
+        labels, augment: what else the denoiser is told.
     """
-    sigma_data = getattr(denoiser, "module", denoiser).sigma_data
-    denoised = denoiser(z + sigma.view(-1, 1, 1, 1) * noise, sigma)
+    sigma_data = denoiser.sigma_data
+    denoised = denoiser(z + sigma.view(-1, 1, 1, 1) * noise, sigma, labels, augment)
     # Table 1, "Loss weighting": λ(σ) c_out(σ)² = 1
     weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
     # Eq. 2, weighted as in Section 5
     return weight * (denoised - z).square().mean(dim=(1, 2, 3))
+
+
+class EDMLoss(nn.Module):
+    """What is trained, as one module for DDP to wrap: a denoiser, and its uncertainty if any.
+
+    Args:
+        denoiser: an `EDM`.
+        uncertainty: u(σ), the logarithm of the loss to be expected at σ; None for none.
+    """
+
+    def __init__(self, denoiser: EDM, uncertainty: Uncertainty | None = None) -> None:
+        super().__init__()
+        self.denoiser, self.uncertainty = denoiser, uncertainty
+
+    def forward(
+        self,
+        z: Tensor,
+        sigma: Tensor,
+        noise: Tensor,
+        labels: Tensor | None = None,
+        augment: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Of every image, (B,) each: what is minimised, and `edm_loss` to be looked at."""
+        loss = edm_loss(self.denoiser, z, sigma, noise, labels, augment)
+        if self.uncertainty is None:
+            return loss, loss.detach()
+        return weigh(loss, self.uncertainty(sigma.log() / 4)), loss.detach()

@@ -1,26 +1,23 @@
 """Files that outlive a process: models people pass on, and the state a run resumes from.
 
 Both hold plain Python values and tensors and load under `weights_only=True`: no code in the files
-is run. Both are written beside their final name, flushed, then renamed: a full disk or a kill at
-any moment leaves the last good file as it was. A power cut may not, for the folder itself is not
-flushed.
+is run. Both are written whole or not at all; see `ldm.files`.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from errno import EISDIR
 from hashlib import sha256
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ldm.errors import LdmError
+from ldm.files import write_atomically
 
 FORMAT = 1
 Kind = Literal["autoencoder", "diffusion"]
@@ -281,61 +278,3 @@ def _states(folder: Path) -> list[Path]:
         return []
     found = (p for p in folder.iterdir() if p.name.isdigit() and (p / "state.pt").is_file())
     return sorted(found, key=lambda p: int(p.name))
-
-
-# ------------------------------------------------------------------------------ atomic write
-def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Call `write(file)` on a file beside `path`, flush it, then rename it to `path`.
-
-    Raises:
-        LdmError: the disk is full or the folder cannot be written; what stood at `path` stays.
-    """
-    write_together({path: write})
-
-
-def write_together(files: Mapping[Path, Callable[[IO[bytes]], Any]]) -> None:
-    """Write several files that belong together: each beside its path, then all renamed in order.
-
-    The last one tells what the others are. While they are exchanged it is not there, so that a kill
-    just then leaves what is plainly incomplete, not new files under an old description.
-
-    Raises:
-        LdmError: the disk is full or the folder cannot be written; what stood there stays.
-    """
-    besides = {path: path.with_name(f".{path.name}.{os.getpid()}.partial") for path in files}
-    *others, last = files
-    try:
-        for path, write in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_dir():  # renaming would fail, and too late
-                raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
-            with besides[path].open("wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-        if others:
-            last.unlink(missing_ok=True)
-        for path, beside in besides.items():
-            beside.replace(path)
-    except (OSError, RuntimeError) as error:
-        # torch.save raises a RuntimeError of its own in the place of a failed write's OSError
-        failure = error.__context__ if isinstance(error, RuntimeError) else error
-        if not isinstance(failure, OSError):
-            raise
-        raise LdmError(
-            f"could not write {path} ({failure.strerror or failure}): make room or choose another "
-            "folder; what was saved before is untouched"
-        ) from error
-    finally:
-        for beside in besides.values():
-            beside.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write readable JSON, whole or not at all."""
-    write_atomically(path, lambda file: file.write(to_json(value)))
-
-
-def to_json(value: Any) -> bytes:
-    """Readable JSON."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -11,7 +11,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from ldm.checkpoint import write_atomically
+from ldm.files import write_atomically
 
 
 def to_float(pixels: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from ldm.checkpoint import write_atomically
 from ldm.errors import LdmError
+from ldm.files import write_atomically
 
 console = Console(highlight=False, soft_wrap=True)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
@@ -24,6 +24,12 @@ from torch import Tensor, nn
 
 from ldm.checkpoint import latest_state, load_state, save_state
 from ldm.config import Config
+from ldm.device import (
+    keep_freed_memory,
+    memory_format,
+    resolve_device,
+    resolve_precision,
+)
 from ldm.errors import LdmError, UsageError
 from ldm.logbook import console, progress_bar
 from ldm.run_folder import clear_leftovers, lock, new_or_unfinished
@@ -173,6 +179,18 @@ class Run:
         """The mean of a tensor over the processes, on every one of them."""
         return self.accelerator.reduce(tensor, "mean") if self.world > 1 else tensor
 
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over the processes, on every one of them."""
+        return self.accelerator.reduce(tensor, "sum") if self.world > 1 else tensor
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The processes' tensors (b, …) one after another, on every one of them."""
+        return self.accelerator.gather(tensor) if self.world > 1 else tensor
+
+    def from_main(self, make: Callable[[], Any]) -> Any:
+        """What `make` returns on the main process, on all; or the LdmError it raises, on all."""
+        return from_main(self.accelerator, make)
+
     # -------------------------------------------------------------------------------- saving
     def save(self, images_seen: int, tree: dict[str, Any]) -> None:
         """Save the state to resume from (main process), whole or not at all."""
@@ -184,7 +202,7 @@ class Run:
     def resume(self) -> dict[str, Any] | None:
         """The newest saved state, or None for a run that starts; the same on every process."""
         # one process looks and all take its word: a shared disk may show them different things
-        state = _from_main(self.accelerator, lambda: latest_state(self.folder / "state"))
+        state = self.from_main(lambda: latest_state(self.folder / "state"))
         if state is None:
             return None
         tree = load_state(state)
@@ -236,7 +254,7 @@ def start_run(
             clear_leftovers(chosen)
             return chosen
 
-        run = Run(_from_main(accelerator, claim), config, accelerator)
+        run = Run(from_main(accelerator, claim), config, accelerator)
         held.enter_context(_listening(run.ask_to_stop))
         torch.manual_seed(torch_seed(config.seed, "weights", 0))
         try:
@@ -253,6 +271,7 @@ def start_run(
 def make_accelerator(device: str = "auto", accumulate: int = 1) -> Accelerator:
     """The Accelerate object for a device named as in `RunConfig.device`."""
     where = resolve_device(device)
+    keep_freed_memory(where)
     if where.type == "cuda" and where.index is not None:
         torch.cuda.set_device(where)
     accelerator = Accelerator(
@@ -272,47 +291,6 @@ def make_accelerator(device: str = "auto", accumulate: int = 1) -> Accelerator:
     return accelerator
 
 
-def resolve_device(device: str = "auto") -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:1` as a device that is there.
-
-    Raises:
-        LdmError: a GPU is asked for where there is none, or the name means nothing.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        where = torch.device(device)
-    except RuntimeError as error:
-        raise LdmError(f"device '{device}' is not one of auto, cpu, cuda, cuda:1") from error
-    if where.type not in ("cpu", "cuda"):
-        raise LdmError(f"device '{device}' is not supported: use auto, cpu, cuda or cuda:1")
-    if where.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (where.index or 0) >= count:
-            there = f"{count} CUDA device(s)" if count else "no CUDA device"
-            raise LdmError(f"device '{device}' asked for, but PyTorch sees {there} here: use cpu")
-    return where
-
-
-def memory_format(device: torch.device) -> torch.memory_format:
-    """The layout of images and weights: channels last on a GPU.
-
-    On a CPU PyTorch's GroupNorm is slow in that layout, its backward pass most of all: a step of
-    `tiny` takes 1.8 times as long.
-    """
-    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
-
-
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """`auto` as fp32 or bf16: bf16 where the device computes in it, not where it is emulated."""
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return "bf16" if native() else "fp32"
-
-
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[nn.Module]:
     """The module as a judge: in eval mode, its parameters without gradients, for a while."""
@@ -326,7 +304,7 @@ def frozen(module: nn.Module) -> Iterator[nn.Module]:
             parameter.requires_grad_(wants)
 
 
-def _from_main(accelerator: Accelerator, make: Callable[[], Any]) -> Any:
+def from_main(accelerator: Accelerator | PartialState, make: Callable[[], Any]) -> Any:
     """What `make` returns on the main process, on all; or the LdmError it raises there, on all."""
     made: list[Any] = [None]
     if accelerator.is_main_process:

@@ -14,7 +14,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,9 +22,9 @@ from typing import Any
 
 import yaml
 
-from ldm.checkpoint import write_atomically, write_json
-from ldm.config import Config, Tree, to_tree
-from ldm.errors import LdmError
+from ldm.config import Config, Tree, to_tree, validate
+from ldm.errors import LdmError, UsageError
+from ldm.files import write_atomically, write_json
 
 RUNS = Path("runs")
 
@@ -48,9 +48,8 @@ def new_or_unfinished(kind: str, preset: str, config: Config, folder: Path | Non
             files that are no run.
     """
     if folder is None:
-        for candidate in reversed(_all_runs(kind)):
-            same = _described(candidate).get("preset") == preset
-            if same and not is_finished(candidate) and not differences(candidate, config):
+        for candidate in unfinished_runs(kind, preset):
+            if not differences(candidate, config):
                 return candidate
         folder = _new_folder(preset)
     elif _kind(folder) is not None:
@@ -76,27 +75,42 @@ def provenance() -> dict[str, Any]:
         "created": datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": {
             "python": platform.python_version(),
-            **{name: _version(name) for name in ("ldm", "torch", "numpy")},
+            **{name: installed_version(name) for name in ("ldm", "torch", "numpy")},
         },
         "platform": f"{platform.system()} {platform.machine()}",
     }
 
 
-def newest_run(kind: str, needs: str = "ckpt.pt") -> Path:
-    """The newest run of a kind that holds `needs`, where a command's path was left out."""
-    fitting = [folder for folder in _all_runs(kind) if (folder / needs).exists()]
+def newest_run(kind: str, needs: str = "ckpt.pt", preset: str | None = None) -> Path:
+    """The newest run of a kind, or of one preset, that holds `needs`, where no path was given.
+
+    Raises:
+        LdmError: there is none.
+    """
+    fitting = [
+        folder
+        for folder in _all_runs(kind)
+        if (folder / needs).exists() and preset in (None, preset_of(folder))
+    ]
     if fitting:
         # one that is complete before one that was only begun
         return ([folder for folder in fitting if is_finished(folder)] or fitting)[-1]
     command = {"autoencoder": "ldm train-ae", "diffusion": "ldm train-diffusion"}[kind]
+    which, command = (kind, command) if preset is None else (preset, f"{command} {preset}")
     raise LdmError(
-        f"no {kind} run with a {needs} under {RUNS}/: give its path, or `{command}` first"
+        f"no {which} run with {needs} under {RUNS}/: give its path, or `{command}` first"
     )
 
 
-def unfinished_runs(kind: str) -> list[Path]:
-    """Runs of a kind that can go on, the newest first."""
-    return [folder for folder in reversed(_all_runs(kind)) if not is_finished(folder)]
+def unfinished_runs(kind: str, preset: str) -> list[Path]:
+    """Runs of a preset that can go on, the newest first."""
+    runs = reversed(_all_runs(kind))
+    return [r for r in runs if not is_finished(r) and preset_of(r) == preset]
+
+
+def preset_of(folder: Path) -> str | None:
+    """The preset that the run in a folder was begun with; None where there is no run."""
+    return _described(folder).get("preset")
 
 
 def is_finished(folder: Path) -> bool:
@@ -118,6 +132,8 @@ def differences(folder: Path, config: Config) -> list[str]:
     theirs = read_config(folder)
     if theirs is None:
         return ["config.yaml"]
+    with suppress(UsageError):  # a key that is newer than the run had its default then
+        theirs = to_tree(validate(type(config), theirs))
     ours, theirs = dict(_leaves(to_tree(config))), dict(_leaves(theirs))
     return sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
 
@@ -146,7 +162,7 @@ def clear_leftovers(folder: Path) -> None:
     """Remove what a kill left half-written in a run's folder; only while its `lock` is held."""
     for beside in (folder / "state").glob(".writing-*"):
         shutil.rmtree(beside, ignore_errors=True)
-    for beside in [*folder.glob(".*.partial"), *folder.glob("pictures/.*.partial")]:
+    for beside in (b for at in ("", "pictures/", "ema/") for b in folder.glob(f"{at}.*.partial")):
         beside.unlink(missing_ok=True)
 
 
@@ -207,7 +223,8 @@ def _leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def _version(package: str) -> str:
+def installed_version(package: str) -> str:
+    """The version of an installed package, or "unknown" for a source tree."""
     try:
         return version(package)
     except PackageNotFoundError:

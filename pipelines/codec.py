@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from autoencoders import Autoencoder
+from autoencoders.posterior import DiagonalGaussian
+from ldm.device import memory_format
 from ldm.errors import LdmError
 from ldm.images import assert_range
 
@@ -20,8 +22,11 @@ class Codec(nn.Module):
 
     Args:
         autoencoder: stage one; it is frozen and put into eval mode.
-        mean, std: per-channel statistics of its sampled latents (n_z,), from `measure`.
+        mean, std: per-channel statistics of its sampled latents (n_z,), from `measure_latents`.
         sigma_data: the standard deviation z is given (EDM's σ_data).
+
+    Raises:
+        LdmError: the statistics are not finite, or a channel does not vary.
     """
 
     def __init__(
@@ -43,12 +48,22 @@ class Codec(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
+    def posterior(self, images: Tensor) -> DiagonalGaussian:
+        """images (B, 3, H, W) in [−1, 1] → what stage one says of their raw latents."""
+        assert_range(images)
+        return self.autoencoder.encode(images)
+
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """images (B, 3, H, W) in [−1, 1] → z; posterior noise (B, n_z, h, w), or its mean."""
-        assert_range(images)
-        posterior = self.autoencoder.encode(images)
+        return self.standardise(self.posterior(images), noise)
+
+    @torch.no_grad()
+    def standardise(self, posterior: DiagonalGaussian, noise: Tensor | None = None) -> Tensor:
+        """A draw from a posterior, made with `noise`, or its mean, as z (B, n_z, h, w)."""
         latents = posterior.mode() if noise is None else posterior.sample(noise=noise)
-        return (latents - self.mean) * (self.sigma_data / self.std)
+        z = (latents - self.mean) * (self.sigma_data / self.std)
+        # an encoder without gradients may have chosen another layout than training is quick in
+        return z.contiguous(memory_format=memory_format(z.device))
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
@@ -73,25 +88,26 @@ class Codec(nn.Module):
 
 @torch.no_grad()
 def measure_latents(
-    autoencoder: Autoencoder,
-    images: Iterable[Tensor],
+    posteriors: Iterable[DiagonalGaussian],
+    drawn: bool = True,
     reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> tuple[Tensor, Tensor]:
-    """Per-channel mean and standard deviation (n_z,) of the latents sampled for some images.
+    """Per-channel mean and standard deviation (n_z,) of the latents of some images.
 
     The posterior is summed over in closed form: E[z] = E[μ], E[z²] = E[μ² + σ²], in float64.
 
     Args:
-        images: batches (B, 3, H, W) in [−1, 1].
+        posteriors: of batches of images.
+        drawn: of draws from the posteriors; else of their means alone, E[z²] = E[μ²].
         reduce: adds the sums (3, n_z) of several processes.
     """
     sums: Tensor | float = 0.0
-    for batch in images:
-        posterior = autoencoder.encode(batch)
-        mean, variance = posterior.mean.double(), posterior.logvar.double().exp()
+    for posterior in posteriors:
+        mean = posterior.mean.double()
+        squares = mean.square() + (posterior.logvar.double().exp() if drawn else 0)
         count = torch.full_like(mean[0, :, 0, 0], mean[:, 0].numel())
         over = (0, 2, 3)
-        sums = sums + torch.stack([mean.sum(over), (mean.square() + variance).sum(over), count])
+        sums = sums + torch.stack([mean.sum(over), squares.sum(over), count])
     first, second, count = reduce(torch.as_tensor(sums))
     mean = first / count
     return mean, (second / count - mean.square()).clamp_min(0).sqrt()

@@ -10,19 +10,20 @@ from typing import Any, TypeVar
 import torch
 
 from autoencoders import load_autoencoder
-from ldm.checkpoint import write_json
 from ldm.config import load_preset, resolve
 from ldm.data import Batch, Source, batches, open_source
+from ldm.files import write_json
 from ldm.images import save_grid, to_uint8
 from ldm.logbook import console, read_rows
 from ldm.metrics import sliced_wasserstein
 from ldm.run_folder import provenance
 from pipelines import page
 from pipelines.autoencoder_recipe import AutoencoderRecipe
+from pipelines.diffusion_recipe import DiffusionRecipe
 from pipelines.evaluate import evaluate_autoencoder
 from pipelines.latent_diffusion import LatentDiffusionPipeline
 from pipelines.train_autoencoder import train_autoencoder
-from pipelines.train_diffusion import DiffusionRecipe, train_diffusion
+from pipelines.train_diffusion import train_diffusion
 from pipelines.validate import reconstruction_sheet
 
 SAMPLES = 16

@@ -13,11 +13,11 @@ from autoencoders.losses import load_lpips
 from ldm.config import validate
 from ldm.data import DataConfig, Source, evaluation_batches, open_source
 from ldm.data.split import Split
+from ldm.device import memory_format, resolve_device
 from ldm.errors import LdmError, UsageError
 from ldm.images import to_float, to_uint8
 from ldm.logbook import console
 from ldm.metrics import psnr, ssim
-from ldm.run import memory_format, resolve_device
 from ldm.run_folder import newest_run
 
 # An image that comes back bit for bit has an infinite PSNR; one would make the mean infinite. At

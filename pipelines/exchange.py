@@ -38,20 +38,17 @@ def import_autoencoder(
         force: write over a file that is there.
 
     Raises:
-        UsageError: `out` is no `.pt`, or a revision of what is on this machine.
+        UsageError: `out` is no `.pt` or is the source, or a revision of what is on this machine.
         LdmError: the source cannot be read, or `out` is there already.
     """
-    if out.suffix != ".pt":
-        raise UsageError(f"{out}: the file to write must end in .pt, such as {out.stem}.pt")
-    paths = [out, out.with_suffix(".safetensors")]
-    _refuse_to_overwrite(paths, force)
+    paths = import_paths(source, out, force)
     path = find_pretrained(source, revision, subfolder)
     found = read_autoencoder(path)
     ae = assemble(found, path)
     origin: dict[str, Any] = {
         "source": source,
         "format": found.format,
-        "sha256": {file.name: _sha256(file) for file in found.files},
+        "sha256": {file.name: file_sha256(file) for file in found.files},
     }
     subfolder = (subfolder or "").strip("/")
     asked = {"subfolder": subfolder, "revision": revision, "commit": _commit(path)}
@@ -93,15 +90,12 @@ def export_autoencoder(
         raise UsageError(f"--format {form}: there are {', '.join(get_args(ExportFormat))}")
     if scaling_factor is not None and not 0 < scaling_factor < math.inf:
         raise UsageError(f"--scaling-factor {scaling_factor}: it must be above 0, and finite")
-    if _is_ours(out):
-        if model is None:
-            raise UsageError(f"{out} is a model, and OUT is missing: ldm export {out} OUT")
-        raise UsageError(f"{out} is a model or a run of yours: give OUT another name")
+    refuse_our_own(out, is_named=model is not None)
     is_file = out.suffix in (".safetensors", ".ckpt")
     if is_file != (form == "compvis") or out.suffix == ".pt":
         kind = "a .safetensors or .ckpt file" if form == "compvis" else "a folder"
         raise UsageError(f"{out}: --format {form} writes {kind}")
-    _refuse_to_overwrite([out] if is_file else sorted(out.glob("*")), force)
+    refuse_to_overwrite([out] if is_file else sorted(out.glob("*")), force)
     path = model or newest_run("autoencoder")
     found = read_autoencoder(path)
     if any(out.resolve() in (file.resolve(), file.resolve().parent) for file in found.files):
@@ -120,6 +114,55 @@ def _imported(found: AutoencoderFile) -> dict[str, Any]:
     return imported if isinstance(imported, dict) else {}
 
 
+def import_paths(source: str, out: Path, force: bool) -> list[Path]:
+    """The files that an import writes: `out` and its `.safetensors` twin.
+
+    Raises:
+        UsageError: `out` is no `.pt`, or one of the files is the source itself.
+        LdmError: one of them is there already, and `force` is not given.
+    """
+    if out.suffix != ".pt":
+        raise UsageError(f"{out}: the file to write must end in .pt, such as {out.stem}.pt")
+    paths = [out, out.with_suffix(".safetensors")]
+    same = next((path for path in paths if path.resolve() == Path(source).resolve()), None)
+    if same:
+        raise UsageError(f"{same} is what is to be imported: give OUT.pt another name")
+    refuse_to_overwrite(paths, force)
+    return paths
+
+
+def refuse_our_own(out: Path, is_named: bool) -> None:
+    """Refuse to export over a run's folder or a model file of ours, forced or not.
+
+    Args:
+        is_named: whether the model to export was named; else `out` may be it, and OUT forgotten.
+
+    Raises:
+        UsageError: `out` is one.
+    """
+    if _is_ours(out):
+        if not is_named:
+            raise UsageError(f"{out} is a model, and OUT is missing: ldm export {out} OUT")
+        raise UsageError(f"{out} is a model or a run of yours: give OUT another name")
+
+
+def refuse_to_overwrite(paths: list[Path], force: bool) -> None:
+    """Refuse to write over files, unless forced.
+
+    Raises:
+        LdmError: one of them is there already.
+    """
+    there = next((path for path in paths if path.exists()), None)
+    if there and not force:
+        raise LdmError(f"{there} is there already: give another name, or --force to write over it")
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
 def _is_ours(path: Path) -> bool:
     """Whether a path is a run's folder or a model file of ours, not to be written over."""
     if path.is_dir():
@@ -135,14 +178,3 @@ def _commit(path: Path) -> str | None:
     """The commit that a folder of the Hub's cache (…/snapshots/<commit>) is of; None: no such."""
     found = re.search(r"/snapshots/([0-9a-f]{40})(/|$)", path.absolute().as_posix())
     return found[1] if found else None
-
-
-def _refuse_to_overwrite(paths: list[Path], force: bool) -> None:
-    there = next((path for path in paths if path.exists()), None)
-    if there and not force:
-        raise LdmError(f"{there} is there already: give another name, or --force to write over it")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return file_digest(file, "sha256").hexdigest()

@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from ldm.checkpoint import write_json
 from ldm.config import to_tree, validate
 from ldm.data import Batch, DataConfig, batches, evaluation_batches, open_source
 from ldm.data.dataset import PHOTOS
 from ldm.data.shards import read_manifest
 from ldm.data.split import Split
+from ldm.device import resolve_device
 from ldm.errors import LdmError, UsageError
+from ldm.files import write_json
 from ldm.logbook import console, progress_bar
 from ldm.metrics import FeatureStatistics, PatchDescriptors, frechet_distance
 from ldm.metrics.inception import FeatureExtractor, load_inception
 from ldm.metrics.wasserstein import compare_descriptors
-from ldm.run import resolve_device
 from ldm.run_folder import provenance
 from ldm.seeds import generator
 from pipelines.sample_folder import SampleFolder, newest_samples
@@ -192,7 +192,7 @@ def _open_reference(
 
 def _first(stream: Iterator[Batch], count: int) -> Iterator[Batch]:
     for batch in stream:
-        yield Batch(batch.images[:count], batch.k[:count])
+        yield Batch(*(part[:count] for part in batch))
         count -= len(batch.images)
 
 

@@ -1,113 +1,183 @@
-"""The trained model as one object for Python users: seeds in, images out."""
+"""The trained model as one object for Python users: seeds and images in, images out."""
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from autoencoders import Autoencoder, AutoencoderConfig
-from diffusion import EDM, UNet, karras_sigmas, sample_heun
-from ldm.checkpoint import ModelFile, build_with, load_model
-from ldm.config import validate
-from ldm.errors import LdmError, UsageError
-from ldm.run import memory_format, resolve_device, resolve_precision
+from diffusion.guidance import inpaint
+from ldm.errors import UsageError
+from ldm.images import to_float, to_pil
+from ldm.logbook import progress_bar
 from ldm.seeds import normal
-from pipelines.codec import Codec
-from pipelines.train_diffusion import DiffusionRecipe
+from pipelines.latent_model import LatentModel
+from pipelines.masks import fill_hidden, latent_mask
+from pipelines.sampling import Churn, Options, count, slerp, whole
+
+Images = Tensor | list[Image.Image]
 
 
-class LatentDiffusionPipeline:
+class LatentDiffusionPipeline(LatentModel):
     """Samples images from a stage-two checkpoint, which carries its stage one.
 
-    >>> pipe = LatentDiffusionPipeline.from_pretrained("runs/x")
-    >>> images = pipe(n=4, seed=0, steps=18)             # (4, 3, H, W) in [−1, 1]
+    >>> pipe = LatentDiffusionPipeline.from_pretrained("runs/x").to("cuda")
+    >>> images = pipe(n=4, seed=0, steps=18)             # (4, 3, H, W) in [−1, 1], on the CPU
+
+    Images that go in are (B, 3, H, W) in [−1, 1] or a list of pictures, of the model's size. Image
+    i of what comes out depends on (seed, i), on what went in at i, and on the options alone: how
+    many there are, and the batch size, change it by rounding at most. In fp32 that is below 1/255;
+    what it comes to in bf16 on a GPU has not been measured.
     """
 
-    def __init__(
-        self, denoiser: EDM, codec: Codec, latent_shape: tuple[int, int, int], sha256: str = ""
-    ) -> None:
-        self.denoiser, self.codec = denoiser.eval().requires_grad_(False), codec
-        self.latent_shape, self.sha256 = latent_shape, sha256
-        self.device, self.precision = torch.device("cpu"), "fp32"
-        self.recipe: DiffusionRecipe | None = None
-
-    @classmethod
-    def from_pretrained(
-        cls, path: str | Path, device: str = "auto", precision: str = "auto"
-    ) -> "LatentDiffusionPipeline":
-        """Load a `ckpt.pt`, its `.safetensors` twin, or a run folder.
-
-        Raises:
-            LdmError: no such file, a stage-one file, damaged weights, or a device not there.
-        """
-        file = load_model(path, "diffusion")
-        try:
-            recipe = validate(DiffusionRecipe, file.config)
-        except UsageError as error:
-            raise LdmError(f"the config in {path} is not of this version: {error}") from error
-        autoencoder = _load_autoencoder(file, path)
-        network = build_with(lambda: UNet(recipe.network), file.weights, path)
-        codec = Codec.from_statistics(autoencoder, file.statistics)
-        side = recipe.resolution // autoencoder.downsampling
-        shape = (recipe.network.latent_channels, side, side)
-        pipe = cls(EDM(network, recipe.edm.sigma_data), codec, shape, file.sha256)
-        pipe.recipe = recipe
-        return pipe.to(device, precision)
-
-    def to(self, device: str, precision: str = "auto") -> "LatentDiffusionPipeline":
-        """Move to a device; precision fp32, bf16 (networks under autocast) or auto."""
-        self.device = resolve_device(device)
-        self.precision = resolve_precision(precision, self.device)
-        for module in (self.denoiser, self.codec):
-            module.to(self.device, memory_format=memory_format(self.device))
-        return self
-
-    def __call__(
-        self,
-        n: int = 1,
-        seed: int = 0,
-        steps: int = 18,
-        batch_size: int = 64,
-        callback: Callable[[int], None] | None = None,
-    ) -> Tensor:
-        """Sample images 0..n−1 of a seed → (n, 3, H, W) in [−1, 1], on the CPU.
-
-        Image i depends on (seed, i) alone: n and the batch size change it by rounding at most.
+    def __call__(self, n: int = 1, seed: int = 0, **options: Any) -> Images:
+        """Sample images 0 … n−1 of a seed. All methods take these options:
 
         Args:
-            steps: of Heun's sampler; each but the last calls the network twice.
+            steps: 18 by default.
+            sampler: "heun", "euler" or "dpmpp-2m".
+            schedule: of noise levels, "karras", "cosine" or "linear".
+            sigma_min, sigma_max: its ends; by default the model's own.
+            churn: fresh noise during sampling, a number (S_churn) or a `Churn`.
+            labels: a class by number or name, one for each image, −1 for none; None: drawn evenly
+                for each image, where the model has classes.
+            guidance: its scale, 1 changes nothing. Of a model with classes it is classifier-free
+                (Ho & Salimans 2022), unless there is a `weaker` one.
+            weaker: a pipeline, or the path of a model, of the same autoencoder, to be guided away
+                from (autoguidance, Karras et al. 2024). A pipeline is moved to this one's device.
+            interval: noise levels (low, high) at which guidance acts.
+            batch_size: images at a time, 64 by default.
             callback: called with the number of images done, after every batch.
+            progress: show a bar.
+            output: "tensor", or "pil" for a list of pictures.
+
+        Raises:
+            UsageError: an option is unknown, has no meaning, would change nothing, or does not fit
+                the model.
+            LdmError: what comes out is not finite.
         """
-        for name, value in (("n", n), ("batch_size", batch_size)):
-            if value < 1:
-                raise UsageError(f"{name}={value}: it must be at least 1")
-        done = []
-        for start in range(0, n, batch_size):
-            indices = range(start, min(n, start + batch_size))
-            done.append(self.sample(indices, seed, steps))
-            if callback:
-                callback(indices.stop)
-        return torch.cat(done)
+        asked, sample = self._read(options, n, seed)
+        return _in_batches(n, asked, sample)
 
-    @torch.no_grad()
-    def sample(self, indices: Sequence[int], seed: int, steps: int) -> Tensor:
-        """One batch: the images with these numbers under a seed, (len, 3, H, W) on the CPU."""
-        if steps < 1:
-            raise UsageError(f"steps={steps}: the sampler needs at least one")
-        noise = normal(seed, "sample", indices, self.latent_shape).to(self.device)
-        sigmas = karras_sigmas(steps)
-        bf16 = self.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
-            return self.codec.decode(sample_heun(self.denoiser, noise, sigmas)).cpu()
+    def interpolate(self, seed_a: int, seed_b: int, count: int = 8, **options: Any) -> Images:
+        """`count` images from image 0 of one seed to image 0 of another, by turning the noise.
+
+        A model with classes needs `labels`. Churn would part the images, and is refused.
+        """
+        if count < 2:
+            raise UsageError(f"count={count}: an interpolation has two ends, it must be at least 2")
+        asked, sample = self._read(options, count, seed_a)
+        if asked.sampling.churn.S_churn > 0:
+            raise UsageError("interpolation and churn do not go together: leave churn out")
+        if self.classes.count and asked.labels is None:
+            raise UsageError("the class must not be drawn anew from image to image: give labels")
+        a, b = (normal(seed, "sample", [0], self.latent_shape) for seed in (seed_a, seed_b))
+        noise = slerp(a, b, torch.linspace(0, 1, count))
+        return _in_batches(count, asked, lambda i: sample(i, noise=noise[_part(i)]))
+
+    def edit(self, images: Images, strength: float = 0.6, seed: int = 0, **options: Any) -> Images:
+        """Noise images part of the way, and sample from there: SDEdit.
+
+        Meng et al. 2021 (arXiv 2108.01073).
+
+        Args:
+            strength: the share of the schedule's steps that is run, rounded. 0 gives the
+                autoencoder's reconstruction; 1 keeps nothing and is a new sample.
+        """
+        images = self._read_images(images)
+        if not 0 <= strength <= 1:
+            raise UsageError(f"strength={strength}: it must lie between 0 and 1")
+        asked, sample = self._read(options, len(images), seed)
+        skip = asked.sampling.steps - round(strength * asked.sampling.steps)
+
+        def change(i: range) -> Tensor:
+            return sample(i, skip=skip, from_z=self.encode(images[_part(i)]) if skip else None)
+
+        return _in_batches(len(images), asked, change)
+
+    def inpaint(self, images: Images, mask: Tensor, seed: int = 0, **options: Any) -> Images:
+        """Paint the masked part of images anew; every other pixel stays exactly as it was.
+
+        What lies under the mask is not looked at. By default there is as much churn as can be
+        (with dpmpp-2m none): without, the new part follows the known one too little.
+
+        Args:
+            mask: (B or 1, 1, H, W), 1 or true where to paint, 0 or false elsewhere.
+        """
+        images = self._read_images(images)
+        mask = _read_mask(mask, images)
+        if "churn" not in options and options.get("sampler") != "dpmpp-2m":
+            options = options | {"churn": Churn(S_churn=float("inf"))}
+        asked, sample = self._read(options, len(images), seed)
+
+        def paint(i: range) -> Tensor:
+            given, hidden = images[_part(i)], mask[_part(i)]
+            known = self.encode(fill_hidden(given, hidden))
+            where = latent_mask(hidden, self.latent_shape[1:]).to(self.device)
+            made = sample(i, hold=lambda denoise: inpaint(denoise, known, where))
+            return torch.where(hidden > 0, made, given)
+
+        return _in_batches(len(images), asked, paint)
+
+    def _read(
+        self, options: dict[str, Any], n: int, seed: int
+    ) -> tuple[Options, Callable[..., Tensor]]:
+        """What the options ask for, and `LatentModel.sample` as they want it of some images."""
+        n, seed = count("n=", n), whole("seed=", seed)
+        asked = Options.read(options)
+        labels = self.classes.choose(asked.labels, n, seed)
+        weaker = self.check_guidance(asked.sampling, asked.weaker, labels)
+
+        def sample(i: range, **how: Any) -> Tensor:
+            theirs = None if labels is None else labels[_part(i)]
+            return self.sample(i, seed, asked.sampling, theirs, weaker, **how)
+
+        return asked, sample
+
+    def _read_images(self, images: Images) -> Tensor:
+        """(B, 3, H, W) in [−1, 1] on the CPU, of the model's size."""
+        if not isinstance(images, Tensor):
+            pictures = [np.array(image.convert("RGB")) for image in images]
+            if len({picture.shape for picture in pictures}) != 1:
+                raise UsageError(f"{len(pictures)} pictures: give one or more, all of one size")
+            images = to_float(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2))
+        factor = self.codec.autoencoder.downsampling
+        wanted = (3, *(side * factor for side in self.latent_shape[1:]))
+        if images.shape[1:] != wanted or not len(images):
+            sides = ", ".join(map(str, wanted))
+            raise UsageError(f"the images are {tuple(images.shape)}: they must be (B, {sides})")
+        if not images.is_floating_point() or not (images.abs() <= 1).all():
+            raise UsageError("the images must be floating point in [−1, 1]")
+        return images.detach().float().cpu()
 
 
-def _load_autoencoder(file: ModelFile, path: str | Path) -> Autoencoder:
-    inner = file.autoencoder
-    named = file.provenance.get("autoencoder_sha256")
-    if inner is None or inner.sha256 != named:
-        state = "lacks" if inner is None else "carries another"
-        raise LdmError(f"{path} {state} autoencoder than the one it was trained on: it is altered")
-    config = validate(AutoencoderConfig, inner.config)
-    return build_with(lambda: Autoencoder(config), inner.weights, path)
+def _read_mask(mask: Tensor, images: Tensor) -> Tensor:
+    """(B, 1, H, W) of 0.0 and 1.0, on the CPU."""
+    count, _, height, width = images.shape
+    if mask.ndim != 4 or mask.shape[1:] != (1, height, width) or len(mask) not in (1, count):
+        raise UsageError(f"the mask is {tuple(mask.shape)}: it must be {(count, 1, height, width)}")
+    if not ((mask == 0) | (mask == 1)).all():
+        raise UsageError("the mask must be 1 where to paint and 0 elsewhere, nothing between")
+    return mask.cpu().float().expand(count, -1, -1, -1)
+
+
+def _in_batches(n: int, asked: Options, make: Callable[[range], Tensor]) -> Images:
+    made = []
+    bar = progress_bar("images")
+    bar.disable = bar.disable or not asked.progress
+    with bar:
+        task = bar.add_task("sampling", total=n, speed="", note="")
+        for start in range(0, n, asked.batch_size):
+            indices = range(start, min(n, start + asked.batch_size))
+            made.append(make(indices))
+            bar.update(task, advance=len(indices))
+            if asked.callback:
+                asked.callback(indices.stop)
+    images = torch.cat(made)
+    return list(map(to_pil, images)) if asked.output == "pil" else images
+
+
+def _part(indices: range) -> slice:
+    return slice(indices.start, indices.stop)

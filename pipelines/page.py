@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ldm.checkpoint import write_atomically
+from ldm.files import write_atomically
 from ldm.images import grid, to_pil
 
 COLOURS = ("#3b7dd8", "#d9622b", "#2f9e6e", "#a44fc0", "#b8860b")

@@ -1,149 +1,207 @@
 """Sample many images to disk: any number of processes, stopped and gone on with at will.
 
 <out>/samples.json   the model, the seed, the sampler: what every image here was made with
-<out>/00000/img00000000.png …   a thousand images a folder
+<out>/labels.json    the class of each image, where the model has classes
 <out>/grid.png       the first few, as one picture
+<out>/…              the images, as PNGs, shards or a zip: see `pipelines.sample_store`
 """
 
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
-from PIL import Image
 from torch import Tensor
 
-from ldm.checkpoint import write_atomically, write_json
-from ldm.config import to_tree
-from ldm.errors import LdmError, UsageError
+from ldm.config import to_tree, validate
+from ldm.device import keep_freed_memory, resolve_device
+from ldm.errors import UsageError
 from ldm.images import save_grid, to_float, to_pil
-from ldm.logbook import progress_bar
-from ldm.run import resolve_device
-from ldm.run_folder import provenance
-from pipelines.latent_diffusion import LatentDiffusionPipeline
+from ldm.logbook import console, progress_bar
+from ldm.run import from_main
+from pipelines.classes import Classes, Label
+from pipelines.latent_model import LatentModel
+from pipelines.sample_claim import claim_folder, default_folder, write_labels
+from pipelines.sample_folder import GRID, SampleFolder
+from pipelines.sample_store import STORES, Files, PngStore
+from pipelines.sampling import Sampling, count, noise_levels, whole
 
-GRID = 64
+IN_GRID = 64
 WRITERS = 4
+LABELS = "labels.json"
 
 
 def sample_images(
-    model: Path,
+    model: Path | str,
     n: int,
-    out: Path | None = None,
+    out: Path | str | None = None,
     seed: int = 0,
-    steps: int = 18,
+    *,
+    labels: Label | Sequence[Label] | None = None,
+    weaker: Path | str | None = None,
+    files: Files = "png",
     batch_size: int = 64,
     device: str = "auto",
     precision: str = "auto",
+    **sampling: Any,
 ) -> Path:
-    """Write images 0..n−1 of a seed as PNGs, those already there left as they are.
+    """Write images 0 … n−1 of a seed, those already there left as they are.
 
-    Image i depends on (model, seed, steps, i) alone; another batch size or another number of
-    processes changes it by rounding at most (1/255). Under a distributed launch every process takes
-    its share of the batches.
+    Image i depends on (model, seed, settings, i) alone; another batch size or another number of
+    processes changes it by rounding at most. In fp32 that is one level of 255; what it comes to in
+    bf16 on a GPU has not been measured. Under a distributed launch every process takes its share of
+    the batches.
 
     Args:
         model: a stage-two `ckpt.pt` or run folder.
-        out: where to; by default `samples/seed<seed>-steps<steps>` beside the model.
+        out: where to; by default a folder of `samples/` beside the model, named after the seed and
+            the settings: `seed0-steps18`.
+        labels: classes, image i is of the (i mod len)-th; None: drawn evenly for each image, as
+            FID against all of a data set needs, where the model has classes.
+        weaker: a model to be guided away from, see `LatentDiffusionPipeline`.
+        files: "png": files of their own; "shards": tar, readable as data, with its labels where
+            every image has a class; "zip": one archive.
+        sampling: the fields of `Sampling`.
 
     Returns:
         The folder of the images.
 
     Raises:
-        UsageError: n, steps or batch size below one.
-        LdmError: the model cannot be read, or `out` holds images of another model or setting.
+        UsageError: a setting has no meaning, would change nothing, or does not fit the model.
+        LdmError: a model cannot be read; `out` cannot be written, holds images of another model or
+            setting, or another process is at work in it; or images came out that are not finite,
+            of which none is written.
     """
-    for name, value in (("n", n), ("steps", steps), ("batch-size", batch_size)):
-        if value < 1:
-            raise UsageError(f"--{name} {value}: it must be at least 1")
-    ranks = PartialState(cpu=resolve_device(device).type == "cpu")
+    n, batch_size = count("--n ", n), count("--batch-size ", batch_size)
+    model, out, seed = Path(model), Path(out) if out else None, whole("--seed ", seed)
+    if files not in STORES:
+        raise UsageError(f"--format {files}: it must be one of {', '.join(STORES)}")
+    how = validate(Sampling, sampling)
+    where = resolve_device(device)
+    keep_freed_memory(where)
+    ranks = PartialState(cpu=where.type == "cpu")
     device = str(ranks.device) if ranks.num_processes > 1 else device
-    pipe = LatentDiffusionPipeline.from_pretrained(model, device, precision)
-    beside = model if model.is_dir() else model.parent
-    out = out or beside / "samples" / f"seed{seed}-steps{steps}"
-
+    pipe = LatentModel.from_pretrained(model, device, precision)
+    # what cannot be is refused before a folder is made
+    noise_levels(how, pipe.denoiser)
+    chosen = None if labels is None else pipe.classes.read(labels)
+    worse = pipe.check_guidance(how, weaker, chosen)
+    label = _labeller(pipe.classes, chosen, seed)
     settings = {
-        "model": {"path": str(model), "sha256": pipe.sha256},
+        "model": _named(model, pipe),
         "seed": seed,
-        "sampler": "heun",
-        "steps": steps,
+        **to_tree(how),
+        "weaker": worse and _named(weaker, worse),
+        "labels": chosen and list(chosen),
+        "files": files,
         "precision": pipe.precision,
         "resolution": pipe.recipe.resolution,
         "data": to_tree(pipe.recipe.data),
     }
-    if ranks.is_main_process:
-        _claim(out, settings, n)
-    ranks.wait_for_everyone()
+    out = out or default_folder(model, settings)
+    store = STORES[files](out, label, ranks.process_index, ranks.num_processes)
 
-    missing = [i for i in range(n) if not image_path(out, i).is_file()]
-    ranks.wait_for_everyone()  # nobody writes before everybody has looked
-    batches = list(_split(missing, batch_size))[ranks.process_index :: ranks.num_processes]
-    if ranks.is_main_process and len(missing) < n:
-        print(f"{n - len(missing):,} of {n:,} images are in {out} already")
+    def make(indices: list[int]) -> Tensor:
+        theirs = None if label is None else [label(i) for i in indices]
+        return pipe.sample(indices, seed, how, theirs, worse)
 
-    bar = progress_bar("images") if ranks.is_main_process else nullcontext()
-    with bar as progress, ThreadPoolExecutor(WRITERS) as pool:
-        if progress is not None:
-            total = sum(map(len, batches))
-            task = progress.add_task("sampling", total=total, speed="", note="")
-        writing: list[Future] = []
-        for indices in batches:
-            images = pipe.sample(indices, seed, steps)
-            # while these are written the next are computed; the one before must be done by then,
-            # so that memory does not grow with n
-            _finish(writing)
-            writing = [
-                pool.submit(_write_png, image, image_path(out, i))
-                for i, image in zip(indices, images, strict=True)
-            ]
-            if progress is not None:
-                speed = progress.tasks[task].speed
-                shown = f"{speed:.1f} images/s" if speed else ""
-                progress.update(task, advance=len(indices), speed=shown)
-        _finish(writing)
-    ranks.wait_for_everyone()
-    if ranks.is_main_process:
-        shown = [_read_png(image_path(out, i)) for i in range(min(n, GRID))]
-        columns = max(1, round(len(shown) ** 0.5))
-        save_grid(torch.stack(shown), out / "grid.png", columns)
-    ranks.wait_for_everyone()
+    with ExitStack() as held:
+
+        def begin() -> list[int]:
+            announced = claim_folder(out, settings, n, held)
+            if label is not None:
+                write_labels(out / LABELS, [label(i) for i in range(announced)], pipe.classes.names)
+            missing = store.missing(n)
+            store.begin(missing)
+            return missing
+
+        # one process looks and all take its word, so that nobody writes before; and where it
+        # refuses, all do
+        missing = from_main(ranks, begin)
+        if ranks.is_main_process:
+            _say_what_is_there(out, n - len(missing), n)
+        else:
+            store.begin(missing)
+        mine = list(_split(missing, batch_size))[ranks.process_index :: ranks.num_processes]
+        _write_batches(mine, make, store, shown=ranks.is_main_process)
+        _pack(store, ranks)
+        if ranks.is_main_process:
+            source = f"samples of model {pipe.sha256[:12]}, seed {seed}"
+            store.conclude(pipe.recipe.resolution, source, pipe.classes.names)
+            _draw_grid(out, store)
     return out
 
 
-def image_path(out: Path, i: int) -> Path:
-    """Where image i of a sampling job is: a thousand a folder."""
-    return out / f"{i // 1000:05d}" / f"img{i:08d}.png"
+# ---------------------------------------------------------------------------- what is asked for
+def _labeller(
+    classes: Classes, chosen: Sequence[int] | None, seed: int
+) -> Callable[[int], int] | None:
+    """The class of image i, chosen or drawn; None for a model without classes."""
+    if not classes.count:
+        return None
+    if chosen is None:
+        return lambda i: classes.draw(seed, [i])[0]
+    return lambda i: chosen[i % len(chosen)]
 
 
-def _claim(out: Path, settings: dict, n: int) -> None:
-    """Mark the folder as holding images of these settings, or refuse one that holds others."""
-    mark = out / "samples.json"
-    if mark.is_file():
-        try:
-            found = json.loads(mark.read_text("utf-8"))
-        except ValueError as error:
-            raise LdmError(f"{mark} is damaged: give --out another folder") from error
-        other = [key for key in _identity(settings) if found.get(key) != settings[key]]
-        if found.get("model", {}).get("sha256") != settings["model"]["sha256"]:
-            other.append("model")
-        if other:
-            raise LdmError(
-                f"{out} holds samples made with another {', '.join(other)}: give --out another "
-                "folder"
-            )
-        if n <= found.get("n", 0):
-            return  # it tells already of all that will be here, and of who made them
-    elif out.is_dir() and any(out.iterdir()):
-        raise LdmError(f"{out} is not empty and holds no samples.json: give --out another folder")
-    write_json(mark, {"format": 1, "n": n} | settings | provenance())
+def _named(path: Path | str | None, model: LatentModel) -> dict[str, str]:
+    return {"path": str(path), "sha256": model.sha256, "identity": model.identity}
 
 
-def _identity(settings: dict) -> set[str]:
-    return settings.keys() - {"model", "data"}
+def _say_what_is_there(out: Path, there: int, n: int) -> None:
+    if there:
+        console.print(f"{there:,} of {n:,} images are in {out} already", markup=False)
+
+
+# ------------------------------------------------------------------------------------ the work
+def _write_batches(
+    batches: Sequence[list[int]],
+    make: Callable[[list[int]], Tensor],
+    store: PngStore,
+    shown: bool,
+) -> None:
+    """Make each batch of images while the one before is written.
+
+    Args:
+        make: numbers of images → images (len, 3, H, W) in [−1, 1], on the CPU.
+        shown: whether there is a bar.
+    """
+    bar = progress_bar("images")
+    bar.disable = bar.disable or not shown
+    with bar, ThreadPoolExecutor(WRITERS) as pool:
+        task = bar.add_task("sampling", total=sum(map(len, batches)), speed="", note="")
+        writing: list[Future] = []
+        for indices in batches:
+            images = make(indices)
+            # the batch before must be written by now, so that memory does not grow with n
+            _finish(writing)
+            writing = [
+                pool.submit(store.write, i, to_pil(image))
+                for i, image in zip(indices, images, strict=True)
+            ]
+            writing.append(pool.submit(store.tidy))
+            speed = bar.tasks[task].speed
+            bar.update(task, advance=len(indices), speed=f"{speed:.1f} images/s" if speed else "")
+        _finish(writing)
+
+
+def _pack(store: PngStore, ranks: PartialState) -> None:
+    """Pack every process's share, once all images are there; the main process's own comes last."""
+    ranks.wait_for_everyone()
+    if not ranks.is_main_process:
+        store.finish()
+    ranks.wait_for_everyone()
+    # a zip is all its share, and a large one takes longer than processes wait for one another
+    if ranks.is_main_process:
+        store.finish()
+
+
+def _finish(writing: list[Future]) -> None:
+    for future in writing:
+        future.result()  # a full disk is raised here
 
 
 def _split(indices: list[int], size: int) -> Iterator[list[int]]:
@@ -151,16 +209,10 @@ def _split(indices: list[int], size: int) -> Iterator[list[int]]:
         yield indices[start : start + size]
 
 
-def _write_png(image: Tensor, path: Path) -> None:
-    picture = to_pil(image)
-    write_atomically(path, lambda file: picture.save(file, format="png"))
-
-
-def _read_png(path: Path) -> Tensor:
-    pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB")))
-    return to_float(pixels.permute(2, 0, 1))
-
-
-def _finish(writing: list[Future]) -> None:
-    for future in writing:
-        future.result()  # a full disk is raised here
+def _draw_grid(out: Path, store: PngStore) -> None:
+    """The first images that are there, however few were asked for now, so that it never shrinks."""
+    gaps = store.missing(IN_GRID)
+    shown = gaps[0] if gaps else IN_GRID
+    folder = SampleFolder(out, limit=shown, least=1)
+    images = torch.stack([torch.tensor(folder.load(i)).permute(2, 0, 1) for i in range(shown)])
+    save_grid(to_float(images), out / GRID, max(1, round(shown**0.5)))

@@ -1,4 +1,4 @@
-"""A folder of samples, read back: as `ldm sample` wrote it, or any folder of PNGs."""
+"""A folder of samples, read back: as `ldm sample` wrote it in any form, or any folder of PNGs."""
 
 import json
 import re
@@ -7,61 +7,72 @@ from typing import Any
 
 import numpy as np
 
+from ldm.data import Source
+from ldm.data.archive import ZipSource
 from ldm.data.decode import CorruptImage, decode
+from ldm.data.shards import ShardSource
 from ldm.errors import LdmError
 from ldm.run_folder import RUNS
+from pipelines.sample_store import SHARDS, ZIP
 
 MARK = "samples.json"
+GRID, NEIGHBOURS = "grid.png", "neighbours.png"
+"""Sheets of pictures that our commands write beside samples, and are none."""
 NUMBERED = re.compile(r"\d{5}/img\d{8}\.png")
 LOSSY = {".jpg", ".jpeg", ".webp"}
+KINDS = {"n": int, "model": dict, "weaker": dict | None, "data": dict, "files": str}
+"""What is read of a `samples.json`, and of which kind it is."""
 
 
 class SampleFolder:
     """The images of a folder as a data source: square, of one size, lossless.
 
-    Where there is a `samples.json`, only the numbered images beside it count, and its sheet of
-    pictures does not; elsewhere every PNG does, however deep.
+    Where there is a `samples.json`, only the images it speaks of count, numbered PNGs, shards or a
+    zip; elsewhere every PNG does, however deep, but for sheets named as those that we write.
 
     Args:
         limit: only the first so many images, by name.
+        least: how many there must be; a covariance needs two.
 
     Attributes:
         made_with: what `samples.json` says of model, seed and sampler; None without one.
         resolution: edge of the images, pixels.
 
     Raises:
-        LdmError: no such folder, fewer than two images, sampling was not finished, compressed
-            images, images that are not square, or several folders of samples in one.
+        LdmError: no such folder, too few images, sampling was not finished, compressed images,
+            images that are not square, or several folders of samples in one.
     """
 
-    def __init__(self, path: Path, limit: int | None = None) -> None:
+    def __init__(self, path: Path, limit: int | None = None, least: int = 2) -> None:
         if not path.is_dir():
             raise LdmError(f"no folder of samples at {path}: make one with `ldm sample`")
         self.path = path
-        self.made_with = _read_mark(path / MARK)
-        names = _list_images(path, numbered=self.made_with is not None)
+        self.made_with = read_mark(path, "delete it to measure the folder without it")
+        self._images = _open(path, self.made_with)
+        there = len(self._images) if self._images else 0
         announced = (self.made_with or {}).get("n", 0)
-        if len(names) < min(announced, limit or announced):
+        if there < min(announced, limit or announced):
             raise LdmError(
-                f"{path} holds {len(names)} of its {announced} samples: run the `ldm sample` that "
+                f"{path} holds {there} of its {announced} samples: run the `ldm sample` that "
                 "began it again, it goes on where it stopped"
             )
-        self._names = names[:limit]
-        if len(self._names) < 2:
+        self._count = there if limit is None else min(there, limit)
+        if self._count < least:
+            needed = "a covariance needs two or more" if least == 2 else f"{least} are needed"
             raise LdmError(
-                f"{path} gives {len(self._names)} PNG image(s) to measure, and a covariance needs "
-                "two or more: sample more with `ldm sample --n`"
+                f"{path} gives {self._count} PNG image(s) to measure, and {needed}: sample more "
+                "with `ldm sample --n`"
             )
-        height, width = self._decode(0).shape[:2]
+        height, width = self._load(0).shape[:2]
         if height != width:
             raise LdmError(f"{self.name(0)} is {width}×{height}: samples must be square")
         self.resolution = height
 
     def __len__(self) -> int:
-        return len(self._names)
+        return self._count
 
     def name(self, index: int) -> str:
-        return f"{self.path}/{self._names[index]}"
+        return self._images.name(index)
 
     def load(self, index: int) -> np.ndarray:
         """An image as RGB uint8 (R, R, 3).
@@ -69,7 +80,7 @@ class SampleFolder:
         Raises:
             LdmError: it is damaged, or of another size than the first.
         """
-        image = self._decode(index)
+        image = self._load(index)
         height, width = image.shape[:2]
         if (height, width) != (self.resolution, self.resolution):
             raise LdmError(
@@ -78,13 +89,34 @@ class SampleFolder:
             )
         return image
 
-    def _decode(self, index: int) -> np.ndarray:
+    def _load(self, index: int) -> np.ndarray:
+        try:
+            return self._images.load(index)
+        except CorruptImage as error:
+            name = Path(self.name(index))  # of a file, or of what lies in one
+            file = next((path for path in (name, *name.parents) if path.is_file()), name)
+            raise LdmError(
+                f"{name} is damaged ({error}): delete {file} and sample again"
+            ) from error
+
+
+class _Pngs:
+    """The PNGs of a folder, by their relative paths."""
+
+    def __init__(self, path: Path, names: list[str]) -> None:
+        self.path, self._names = path, names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, index: int) -> str:
+        return f"{self.path}/{self._names[index]}"
+
+    def load(self, index: int) -> np.ndarray:
         try:
             return decode((self.path / self._names[index]).read_bytes(), ".png")
-        except (OSError, CorruptImage) as error:
-            raise LdmError(
-                f"{self.name(index)} is damaged ({error}): delete it and sample it again"
-            ) from error
+        except OSError as error:
+            raise CorruptImage(error.strerror or str(error)) from error
 
 
 def newest_samples() -> Path:
@@ -100,13 +132,36 @@ def newest_samples() -> Path:
     return max(marks, key=lambda mark: mark.stat().st_mtime).parent
 
 
-def _read_mark(mark: Path) -> dict[str, Any] | None:
+def read_mark(folder: Path, advice: str) -> dict[str, Any] | None:
+    """What a folder's `samples.json` says, its parts of the kinds that they should be; None where
+    there is none.
+
+    Raises:
+        LdmError: it cannot be read, or is damaged; `advice` is what to do then.
+    """
+    mark = folder / MARK
     if not mark.is_file():
         return None
     try:
-        return dict(json.loads(mark.read_text("utf-8")))
-    except (ValueError, TypeError) as error:
-        raise LdmError(f"{mark} is damaged: delete it to measure the folder without it") from error
+        told = json.loads(mark.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise LdmError(f"{mark} is damaged: {advice}") from error
+    if not isinstance(told, dict) or not all(
+        isinstance(told[key], kind) for key, kind in KINDS.items() if key in told
+    ):
+        raise LdmError(f"{mark} is damaged: {advice}")
+    return told
+
+
+def _open(path: Path, made_with: dict[str, Any] | None) -> Source | None:
+    """The images in the form in which they are kept; None where there are none yet."""
+    files = (made_with or {}).get("files", "png")
+    if files == "zip":
+        return ZipSource(path / ZIP) if (path / ZIP).is_file() else None
+    if files == "shards":
+        shards = sorted(path.glob(SHARDS))
+        return ShardSource(shards) if shards else None
+    return _Pngs(path, _list_images(path, numbered=made_with is not None))
 
 
 def _list_images(path: Path, numbered: bool) -> list[str]:
@@ -123,4 +178,5 @@ def _list_images(path: Path, numbered: bool) -> list[str]:
     inner = [str(path / file.parent) for file in files if file.name == MARK]
     if inner:
         raise LdmError(f"{path} holds folders of samples, give one of them: {', '.join(inner)}")
-    return [file.as_posix() for file in files if file.suffix.lower() == ".png"]
+    sheets = (GRID, NEIGHBOURS)
+    return [f.as_posix() for f in files if f.suffix.lower() == ".png" and f.name not in sheets]

@@ -14,11 +14,12 @@ from autoencoders import Autoencoder
 from autoencoders.discriminators import build_discriminator
 from autoencoders.layers import checkpoint_blocks
 from autoencoders.losses import Objective, find_lpips, load_esrgan, load_lpips
-from ldm.checkpoint import ModelFile, load_model, save_model, write_json
+from ldm.checkpoint import ModelFile, load_model, save_model
 from ldm.config import to_tree
 from ldm.data import Batch, Source, batches, holds_out, open_source
 from ldm.ema import Ema
 from ldm.errors import Interrupted
+from ldm.files import write_json
 from ldm.images import to_float
 from ldm.logbook import Logbook, read_rows
 from ldm.run import Run, start_run
@@ -39,10 +40,9 @@ def train_autoencoder(
             steps in a row not finite, or a disk that is full.
         Interrupted: asked to stop; the state is saved and the same call goes on from it.
     """
-    sources = {
-        phase.resolution: open_source(recipe.data, "train", phase.resolution)
-        for phase in recipe.phases
-    }
+    # the largest first: what it says of missing data then suits every phase
+    resolutions = sorted({phase.resolution for phase in recipe.phases}, reverse=True)
+    sources = {side: open_source(recipe.data, "train", side) for side in resolutions}
     final = recipe.phases[-1].resolution
     held_out = open_source(recipe.data, "val", final) if holds_out(recipe.data) else None
     perceptual = load_perceptual(recipe)

@@ -1,6 +1,7 @@
 """What a training run shows of itself: numbers and pictures of held-out images, and samples."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -9,11 +10,12 @@ from autoencoders import Autoencoder
 from diffusion import karras_sigmas, sample_heun
 from ldm.data import Source, sheet_images
 from ldm.images import grid, latents_as_rgb, save_grid, to_float
-from ldm.logbook import Logbook
+from ldm.logbook import Logbook, read_rows
 from ldm.run import Run
 from ldm.seeds import normal
 from pipelines.codec import Codec
 from pipelines.evaluate import evaluate_autoencoder
+from pipelines.noise_bands import draw_bands
 
 BATCH = 16
 COLUMNS = 8
@@ -73,12 +75,22 @@ def draw_samples(
     images_seen: int,
     logbook: Logbook,
 ) -> None:
-    """A sheet of samples of the averaged model, always from the same noise."""
+    """A sheet of samples of the averaged model, always from the same noise, the classes in turn."""
     if not run.is_main:
         return
     noise = normal(run.seed, "sample", range(SAMPLES), shape).to(run.device)
+    classes = denoiser.network.config.classes
+    labels = torch.arange(SAMPLES, device=run.device) % classes if classes else None
     with run.autocast():
-        z = sample_heun(denoiser, noise, karras_sigmas(SAMPLING_STEPS))
+        denoise = partial(denoiser, labels=labels)
+        z = sample_heun(denoise, noise, karras_sigmas(SAMPLING_STEPS))
         images = codec.decode(z).cpu()
     save_grid(images, run.folder / "pictures" / f"samples-{images_seen:08d}.png", columns=4)
     logbook.picture("samples", grid(images, columns=4), images_seen)
+
+
+def draw_losses(run: Run) -> None:
+    """A picture of the loss at each band of noise levels, over the run so far."""
+    if run.is_main:
+        rows = read_rows(run.folder / "metrics.jsonl")
+        draw_bands(rows, run.folder / "pictures" / "loss-by-sigma.png")

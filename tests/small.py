@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
+from autoencoders import Autoencoder, build_autoencoder
 from ldm.config import load_preset, resolve
 from pipelines.autoencoder_recipe import AutoencoderRecipe
-from pipelines.train_diffusion import DiffusionRecipe
+from pipelines.diffusion_recipe import DiffusionRecipe
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,6 +38,28 @@ def autoencoder_recipe(*settings: str) -> AutoencoderRecipe:
 def diffusion_recipe(autoencoder: Path, *settings: str) -> DiffusionRecipe:
     settings = (*DIFFUSION, f"autoencoder={str(autoencoder)!r}", *settings)
     return resolve(DiffusionRecipe, load_preset("diffusion", "tiny"), settings)
+
+
+def sdvae() -> Autoencoder:
+    """An SD-VAE, with its 1×1 convolutions, always of the same weights."""
+    sizes = {"channels": 32, "multipliers": [1, 2], "blocks": 1}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build_autoencoder(
+            "sdvae", conv1x1=True, encoder={"type": "sdvae", **sizes}, decoder=sizes
+        ).eval()
+
+
+def fill_disk_after_one_file(monkeypatch) -> None:
+    """The first file fits, what follows does not."""
+    flushed = []
+
+    def full(_number):
+        if flushed:
+            raise OSError(28, "No space left on device")
+        flushed.append(1)
+
+    monkeypatch.setattr("os.fsync", full)
 
 
 def ldm(*words: str, cwd: Path, processes: int = 1, start: bool = False, **environment: str):

@@ -49,7 +49,7 @@ class DWTEncoder(nn.Module):
     """Images (B, 3, H, W) in [−1, 1] → moments (B, 2·n_z, H/f, W/f): mean, log-variance of −30."""
 
     at_once = 2 * 256**2
-    """Pixels that are quickest to take at once, on a CPU without gradients."""
+    """Pixels that go through at once, on a CPU without gradients; see `Autoencoder`."""
 
     def __init__(self, config: DWTEncoderConfig, latent_channels: int) -> None:
         super().__init__()

@@ -57,7 +57,7 @@ class SDVAEDecoder(nn.Module):
     """
 
     at_once = 256**2
-    """Pixels that are quickest to take at once, on a CPU without gradients."""
+    """Pixels that go through at once, on a CPU without gradients; see `Autoencoder`."""
 
     def __init__(self, config: SDVAEDecoderConfig, latent_channels: int) -> None:
         super().__init__()

@@ -19,8 +19,8 @@ from autoencoders.sdvae.weights import (
     pick_said,
     to_diffusers,
 )
-from ldm.checkpoint import to_json, write_atomically, write_together
 from ldm.errors import LdmError
+from ldm.files import to_json, write_atomically, write_together
 
 # 1 ÷ the standard deviation of the published SD-VAE's latents (Rombach et al. 2022, Appendix G)
 SCALING_FACTOR = 0.18215

@@ -9,7 +9,18 @@ import warnings
 
 import typer
 
-from ldm.cli import data, demo, evaluate, exchange, presets, sample, train
+from ldm.cli import (
+    data,
+    demo,
+    doctor,
+    ema,
+    evaluate,
+    exchange,
+    neighbours,
+    presets,
+    sample,
+    train,
+)
 from ldm.errors import Interrupted, LdmError
 
 INTERRUPTED = 130
@@ -29,11 +40,14 @@ app.command("demo")(demo.demo)
 app.add_typer(data.app, name="data", help="Prepare a data set for training.")
 app.command("train-ae")(train.train_ae)
 app.command("train-diffusion")(train.train_diffusion)
+app.command("ema")(ema.ema)
 app.command("sample")(sample.sample)
+app.command("neighbours")(neighbours.neighbours)
 app.command("fid")(evaluate.fid)
 app.command("eval-ae")(evaluate.eval_ae)
 app.command("import")(exchange.import_model)
 app.command("export")(exchange.export_model)
+app.command("doctor")(doctor.doctor)
 app.command("presets")(presets.presets)
 app.command("show")(presets.show)
 

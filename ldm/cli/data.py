@@ -31,7 +31,7 @@ def prepare(
         typer.Option(
             min=0,
             show_default="FFHQ 10,000; CelebA-HQ 5,000; else one in twenty, at most 10,000",
-            help="Images for validation, the last by name.",
+            help="Images for validation, the last by name; with --labels every so many-th.",
         ),
     ] = None,
     shard_size: Annotated[int, typer.Option(min=1, help="Images per shard.")] = 1000,
@@ -43,6 +43,13 @@ def prepare(
             help="Processes; 0 works in this one.",
         ),
     ] = None,
+    labels: Annotated[
+        bool,
+        typer.Option(
+            "--labels",
+            help="Keep class labels: the first folder an image lies in, or .cls in a .tar.",
+        ),
+    ] = False,
 ) -> None:
     """Turn a folder, zip or tar of images into square PNGs in tar shards.
 
@@ -55,12 +62,13 @@ def prepare(
     from ldm.data.prepare import prepare
     from ldm.data.shards import MANIFEST
 
-    manifest = prepare(source, destination, size, filter, held_out, shard_size, workers)
+    manifest = prepare(source, destination, size, filter, held_out, shard_size, workers, labels)
     train, val = (manifest["splits"][split] for split in ("train", "val"))
+    classes = f", {len(manifest['classes']):,} classes" if labels else ""
     typer.echo(
         f"{manifest['count']:,} images of {size}×{size} in "
         f"{len(train['shards']) + len(val['shards'])} shards: "
-        f"{train['count']:,} to train on, {val['count']:,} held out"
+        f"{train['count']:,} to train on, {val['count']:,} held out{classes}"
     )
     if skipped := len(manifest["skipped"]):
         them = "1 corrupt image" if skipped == 1 else f"{skipped:,} corrupt images"

@@ -24,14 +24,58 @@ def import_model(
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")
     ] = None,
+    diffusion: Annotated[
+        bool,
+        typer.Option(
+            "--diffusion",
+            help="Take the whole latent diffusion model, not its autoencoder alone, of a CompVis "
+            "checkpoint or a diffusers pipeline's folder (unet/, vae/, scheduler/).",
+        ),
+    ] = False,
+    resolution: Annotated[
+        int | None,
+        typer.Option(help="--diffusion: side of its images. Left out: what SRC says, else 256."),
+    ] = None,
+    head_width: Annotated[
+        int | None,
+        typer.Option(
+            help="--diffusion, CompVis: channels of an attention head, num_head_channels in its "
+            "yaml. Left out: 32."
+        ),
+    ] = None,
+    heads: Annotated[
+        int | None,
+        typer.Option(help="--diffusion, CompVis: attention heads instead, num_heads in its yaml."),
+    ] = None,
+    scale_factor: Annotated[
+        float | None,
+        typer.Option(
+            help="--diffusion: what its latents are multiplied by. Left out: what SRC says."
+        ),
+    ] = None,
     force: Force = False,
 ) -> None:
-    """Make a model file of ours of a pretrained SD-VAE, ready for stage two.
+    """Make a model file of ours of a pretrained SD-VAE or latent diffusion model.
 
     ldm import stabilityai/sd-vae-ft-mse sd-vae.pt
+
+    ldm import lsun-churches.ckpt churches.pt --diffusion --heads 8
     """
+    if diffusion:
+        from pipelines.exchange_diffusion import import_diffusion
+
+        _refuse_given("is for autoencoders", subfolder=subfolder, revision=revision)
+        done = import_diffusion(source, out, resolution, head_width, heads, scale_factor, force)
+        _told(done.paths)
+        for line in (*done.notes, f"next: ldm sample {out}"):
+            typer.echo(line)
+        return
     from pipelines.exchange import import_autoencoder
 
+    _refuse_given(
+        "goes with --diffusion", resolution=resolution, head_width=head_width, heads=heads,
+        scale_factor=scale_factor,
+    )  # fmt: skip
     _told(import_autoencoder(source, out, subfolder, revision, force))
     typer.echo(f"next: ldm train-diffusion --ae {out}")
 
@@ -41,13 +85,17 @@ def export_model(
         list[Path],
         typer.Argument(
             metavar="[MODEL] OUT",
-            help="A stage-one ckpt.pt or run folder (left out: the newest), and what to write: a "
-            "folder, or for compvis a .safetensors or .ckpt.",
+            help="A ckpt.pt or run folder (left out: the newest), of stage one, or for unet of "
+            "stage two; and what to write: a folder, or for compvis a .safetensors or .ckpt.",
         ),
     ],
     form: Annotated[
-        Literal["diffusers", "compvis", "hub"],
-        typer.Option("--format", help="hub takes any autoencoder, the others an SD-VAE."),
+        Literal["diffusers", "compvis", "hub", "unet"],
+        typer.Option(
+            "--format",
+            help="hub takes any autoencoder, diffusers and compvis an SD-VAE; unet a stage-two "
+            "model's network, as a diffusers UNet2DModel.",
+        ),
     ] = "diffusers",
     scaling_factor: Annotated[
         float | None,
@@ -58,21 +106,45 @@ def export_model(
     ] = None,
     force: Force = False,
 ) -> None:
-    """Write an autoencoder as other programs open it.
+    """Write a model as other programs open it.
 
     ldm export runs/x/ckpt.pt my-vae --format diffusers
+
+    ldm export runs/y/ckpt.pt my-unet --format unet
     """
     from ldm.errors import UsageError
-    from pipelines.exchange import export_autoencoder
 
     if len(paths) > 2:
         raise UsageError(f"{len(paths)} paths: MODEL and OUT are two")
     *model, out = paths
-    _told(export_autoencoder(out, form, model[0] if model else None, scaling_factor, force))
+    named = model[0] if model else None
+    if form == "unet":
+        from pipelines.exchange_diffusion import export_network
+
+        _refuse_given("is for --format diffusers", scaling_factor=scaling_factor)
+        _told(export_network(out, named, force))
+        typer.echo(
+            f"{out}/ldm.json says what the network takes as its timestep, how its answer is read, "
+            "and the latents' mean and standard deviation"
+        )
+        typer.echo(f"next: diffusers.UNet2DModel.from_pretrained({str(out)!r})")
+        return
+    from pipelines.exchange import export_autoencoder
+
+    _told(export_autoencoder(out, form, named, scaling_factor, force))
     if form == "diffusers":
         typer.echo(f"next: diffusers.AutoencoderKL.from_pretrained({str(out)!r})")
     elif form == "hub":
         typer.echo(f"next: hf upload OWNER/NAME {out}")
+
+
+def _refuse_given(why: str, **options: object) -> None:
+    """Refuse options that do not go with what is asked for."""
+    from ldm.errors import UsageError
+
+    for name, value in options.items():
+        if value is not None:
+            raise UsageError(f"--{name.replace('_', '-')} {why}: leave it out")
 
 
 def _told(paths: list[Path]) -> None:

@@ -52,6 +52,6 @@ def _recipe_class(kind: str) -> type:
         from pipelines.autoencoder_recipe import AutoencoderRecipe
 
         return AutoencoderRecipe
-    from pipelines.train_diffusion import DiffusionRecipe
+    from pipelines.diffusion_recipe import DiffusionRecipe
 
     return DiffusionRecipe

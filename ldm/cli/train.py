@@ -50,7 +50,16 @@ def train_diffusion(
     ] = None,
     ae: Annotated[
         Path | None,
-        typer.Option(help="Stage one: a ckpt.pt or run folder. Left out: the newest."),
+        typer.Option(
+            help="Stage one: a ckpt.pt, a run folder, an SD-VAE of others, or a preset, such as "
+            "dwt: its newest run. Left out: the newest of all."
+        ),
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of latents: encoded once, then trained from. Left out: on the fly."
+        ),
     ] = None,
     run: Folder = None,
 ) -> None:
@@ -62,38 +71,22 @@ def train_diffusion(
     """
     from ldm.config import load_preset, resolve
     from ldm.errors import UsageError
-    from ldm.run_folder import newest_run
-    from pipelines.train_diffusion import DiffusionRecipe, train_diffusion
+    from pipelines.diffusion_recipe import DiffusionRecipe
+    from pipelines.stage_one import find_stage_one
+    from pipelines.train_diffusion import train_diffusion
 
     words = list(words or [])
     preset = words.pop(0) if words and "=" not in words[0] else "ffhq256"
     _, preset = find_preset(preset, STAGE_TWO)
-    named = any(word.partition("=")[0].strip() == "autoencoder" for word in words)
-    if named and ae is not None:
-        raise UsageError("the autoencoder is given twice: --ae and autoencoder= are the same")
-    if not named:
-        ae = ae or _carried_on(preset, words) or newest_run("autoencoder")
-        file = ae / "ckpt.pt" if (ae / "ckpt.pt").is_file() else ae
-        say(f"autoencoder: {file}")
-        words.append(f"autoencoder={json.dumps(str(file))}")
+    if cache is not None:
+        words.append(f"cache={json.dumps(str(cache))}")
+    if ae is not None:
+        if any(word.partition("=")[0].strip() == "autoencoder" for word in words):
+            raise UsageError("the autoencoder is given twice: --ae and autoencoder= are the same")
+        words.append(f"autoencoder={json.dumps(str(ae))}")
     recipe = resolve(DiffusionRecipe, load_preset("diffusion", preset), words)
+    file = find_stage_one(recipe, preset, run)
+    say(f"autoencoder: {file}")
+    recipe = recipe.model_copy(update={"autoencoder": str(file)})
     folder = train_diffusion(recipe, preset, run)
     say(f"done: {folder}/ckpt.pt", f"next: ldm sample {folder} --n 50000")
-
-
-def _carried_on(preset: str, words: list[str]) -> Path | None:
-    """The autoencoder of the newest unfinished run of the very same settings: the same command goes
-    on with it, whatever has been trained since."""
-    from ldm.config import load_preset, resolve
-    from ldm.run_folder import differences, read_config, unfinished_runs
-    from pipelines.train_diffusion import DiffusionRecipe
-
-    for folder in unfinished_runs("diffusion"):
-        path = (read_config(folder) or {}).get("autoencoder")
-        if not isinstance(path, str):  # a folder that was damaged, or is not ours
-            continue
-        given = [*words, f"autoencoder={json.dumps(path)}"]
-        recipe = resolve(DiffusionRecipe, load_preset("diffusion", preset), given)
-        if not differences(folder, recipe):
-            return Path(path)
-    return None

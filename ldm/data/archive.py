@@ -7,17 +7,22 @@ from pathlib import Path
 import numpy as np
 
 from ldm.data.decode import SUFFIXES, CorruptImage, decode, is_image
+from ldm.data.labels import folder_labels, unlabelled
 from ldm.errors import LdmError
 
 
 class ZipSource:
     """Every image in a zip, in the order of their paths; other files in it are ignored.
 
+    Args:
+        labels: read the folders as classes, as `folder_labels` does.
+
     Raises:
         LdmError: it is truncated, no zip, or holds no image.
+        UsageError: labels are asked for and an image has none.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, labels: bool = False):
         self.path = path
         self._handle: tuple[int, zipfile.ZipFile] | None = None
         try:
@@ -27,6 +32,9 @@ class ZipSource:
             raise LdmError(f"{path} is truncated or no zip archive: copy it again") from error
         if not self._names:
             raise LdmError(f"{path} holds no images: {' '.join(SUFFIXES)} are read")
+        self.classes, self._labels = (
+            folder_labels(self._names, str(path)) if labels else unlabelled(len(self._names))
+        )
 
     def __len__(self) -> int:
         return len(self._names)
@@ -41,6 +49,9 @@ class ZipSource:
         except Exception as error:  # encryption and damage make zipfile raise nearly anything
             raise CorruptImage(str(error) or type(error).__name__) from error
         return decode(data, Path(name).suffix)
+
+    def label(self, index: int) -> int:
+        return int(self._labels[index])
 
     def _archive(self) -> zipfile.ZipFile:
         # one handle a process: forked ones would share, and move, one position in the file

@@ -31,9 +31,14 @@ class DataConfig(Config):
     flip: bool = False
     """Mirror each training image with probability 1/2."""
 
+    labels: bool = False
+    """Read class labels: the first folder an image lies in, `.cls` in shards, or which photograph.
+    A folder that holds all images is no class: of x/cat/1.png and x/dog/2.png, cat and dog are."""
+
     held_out: Annotated[int, Field(ge=0)] | None = None
-    """Images held out for validation, the last by name. Left out: what the manifest says, else
-    10,000 of FFHQ's 70,000, 5,000 of CelebA-HQ's 30,000, else one in twenty, up to 10,000."""
+    """Images held out for validation, the last by name; with labels every so many-th by name, since
+    the last would be whole classes. Left out: what the manifest says, else 10,000 of FFHQ's 70,000,
+    5,000 of CelebA-HQ's 30,000, else one in twenty, up to 10,000."""
 
     workers: Annotated[int, Field(ge=0)] = 4
     """Loader processes per GPU; 0 loads in the training process, as the photographs always do."""
@@ -48,7 +53,8 @@ def open_source(config: DataConfig, split: Split, resolution: int) -> Source:
 
     Raises:
         LdmError: there is nothing at the path, or nothing that can be used.
-        UsageError: the split leaves nothing to train on, or does not apply.
+        UsageError: the split leaves nothing to train on, or does not apply; labels are asked for
+            and an image has none.
     """
     if config.source == PHOTOS:
         if config.held_out is not None:
@@ -56,7 +62,7 @@ def open_source(config: DataConfig, split: Split, resolution: int) -> Source:
                 "data.held_out is for folders and archives: the built-in photographs hold out "
                 "their right thirds; leave it out"
             )
-        return open_photos(split, resolution)
+        return open_photos(split, resolution, config.labels)
     path = Path(config.source).expanduser()
     if not path.exists() and "{" not in config.source:
         raise LdmError(
@@ -64,7 +70,7 @@ def open_source(config: DataConfig, split: Split, resolution: int) -> Source:
             f"`ldm data prepare SRC {path} --size {resolution}`, "
             f"or train on the built-in photographs with data.source={PHOTOS}"
         )
-    images = open_images(path)
+    images = open_images(path, config.labels)
     manifest = read_manifest(path) if path.is_dir() else None
     if manifest and manifest.get("size", resolution) < resolution:
         size = manifest["size"]
@@ -73,7 +79,10 @@ def open_source(config: DataConfig, split: Split, resolution: int) -> Source:
             f"prepare it with --size {resolution}, or ask for a lower resolution"
         )
     by_manifest = images.held_out if isinstance(images, ShardSource) else None
-    return take_split(images, split, by_manifest if config.held_out is None else config.held_out)
+    held_out = by_manifest if config.held_out is None else config.held_out
+    # preparation has put those it holds out last, whichever they were
+    evenly = config.labels and (by_manifest is None or held_out != by_manifest)
+    return take_split(images, split, held_out, evenly)
 
 
 def holds_out(config: DataConfig) -> bool:
@@ -90,16 +99,18 @@ def holds_out(config: DataConfig) -> bool:
     return manifest is None or manifest["splits"]["val"]["count"] > 0
 
 
-def open_images(path: Path) -> FolderSource | ZipSource | ShardSource:
+def open_images(path: Path, labels: bool = False) -> FolderSource | ZipSource | ShardSource:
     """All images at a path that is there: a folder, a .zip, or .tar shards.
 
     Raises:
         LdmError: it is none of these, damaged, or empty.
+        UsageError: labels are asked for and an image has none.
     """
     if path.is_dir():
-        return open_shards(path) if any(path.glob("*.tar")) else FolderSource(path)
+        has_shards = any(path.glob("*.tar"))
+        return open_shards(path, labels) if has_shards else FolderSource(path, labels)
     if path.suffix == ".tar":
-        return open_shards(path)
+        return open_shards(path, labels)
     if path.suffix == ".zip":
-        return ZipSource(path)
+        return ZipSource(path, labels)
     raise LdmError(f"{path} is neither a folder of images, nor a .zip, nor a .tar of them")

@@ -25,13 +25,16 @@ from ldm.errors import LdmError, UsageError
 
 
 class Batch(NamedTuple):
-    """Images, and which they are."""
+    """Images, which they are, and of which class."""
 
     images: Tensor
     """uint8 (b, 3, R, R), channels last in memory."""
 
     k: Tensor
     """int64 (b,): the number of each image in the run, or its index in the source."""
+
+    labels: Tensor
+    """int64 (b,): the class of each image, its place in the source's `classes`; −1 for none."""
 
 
 def batches(
@@ -47,8 +50,8 @@ def batches(
 ) -> Iterator[Batch]:
     """Images k = start … stop−1 of a training run, in batches of R×R crops.
 
-    A corrupt image is named in a warning and replaced by the next good one of the source. Each
-    process counts the corrupt images it meets itself, anew in each call.
+    A corrupt image is named in a warning and replaced by the next good one of the source, which
+    brings its own label. Each process counts the corrupt images it meets itself, anew in each call.
 
     Args:
         resolution: side R of the crops, in pixels.
@@ -81,6 +84,7 @@ def evaluation_batches(
     rank: int = 0,
     world: int = 1,
     workers: int = 0,
+    faults: FaultCount | None = None,
 ) -> Iterator[Batch]:
     """Every image of a source once over all processes, its centre cut out, never mirrored.
 
@@ -92,6 +96,7 @@ def evaluation_batches(
         batch_size: images over all processes; each gets a contiguous 1/world of every batch.
         limit: only the first so many images of the source.
         workers: loader processes; 0 loads in this one, as the built-in photographs always do.
+        faults: counts the corrupt images of several passes over parts of one source as one.
 
     Raises:
         UsageError, LdmError: as `batches`.
@@ -100,11 +105,11 @@ def evaluation_batches(
     count = len(source) if limit is None else min(limit, len(source))
     firsts = range(rank * share, count, batch_size)
     numbers = (range(first, min(first + share, count)) for first in firsts)
-    return _load(EvaluationImages(source, resolution), numbers, workers)
+    return _load(EvaluationImages(source, resolution), numbers, workers, faults)
 
 
 # ------------------------------------------------------------------------------ torch's loader
-Loaded = tuple[Tensor, Tensor, dict[str, str]]
+Loaded = tuple[Batch, dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -119,26 +124,32 @@ class _BatchDataset:
             loaded = {k: self.images.load(k, faults) for k in ks}
         except LdmError as error:
             return error  # raised, it would reach the caller wrapped in a worker's traceback
-        good = {k: image for k, image in loaded.items() if image is not None}
+        good = {k: sample for k, sample in loaded.items() if sample is not None}
         side = self.images.resolution
         empty = np.empty((0, side, side, 3), np.uint8)
-        pixels = np.stack(list(good.values())) if good else empty
+        pixels = np.stack([sample.pixels for sample in good.values()]) if good else empty
         pixels = rearrange(torch.from_numpy(pixels), "b h w c -> b c h w")
-        return pixels, torch.tensor(list(good), dtype=torch.int64), faults
+        ks, labels = list(good), [sample.label for sample in good.values()]
+        return Batch(pixels, *(torch.tensor(n, dtype=torch.int64) for n in (ks, labels))), faults
 
 
-def _load(images: NumberedImages, numbers: Iterable[range], workers: int) -> Iterator[Batch]:
+def _load(
+    images: NumberedImages,
+    numbers: Iterable[range],
+    workers: int,
+    counted: FaultCount | None = None,
+) -> Iterator[Batch]:
     if isinstance(images.source, PhotoSource | PhotoTiles):
         workers = 0  # they are in memory: handing them over would cost more than cutting them
-    counted = FaultCount(len(images.source))
+    counted = counted or FaultCount(len(images.source))
     try:
         for loaded in _data_loader(_BatchDataset(images), numbers, workers):
             if isinstance(loaded, LdmError):
                 raise loaded
-            pixels, ks, faults = loaded
+            batch, faults = loaded
             counted.add(faults)
-            if len(ks):
-                yield Batch(pixels, ks)
+            if len(batch.k):
+                yield batch
     except RuntimeError as error:
         if "DataLoader worker (pid" not in str(error):
             raise

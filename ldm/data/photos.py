@@ -27,9 +27,14 @@ PHOTOGRAPHS = (
 
 
 class PhotoSource:
-    """The left two thirds ("train") of the eight photographs, or the whole of them ("all")."""
+    """The left two thirds ("train") of the eight photographs, or the whole of them ("all").
 
-    def __init__(self, split: Split, resolution: int):
+    Args:
+        labels: each photograph is a class of its own.
+    """
+
+    def __init__(self, split: Split, resolution: int, labels: bool = False):
+        self.classes = PHOTOGRAPHS if labels else ()
         self.split = split
         self.resolution = resolution
 
@@ -42,15 +47,22 @@ class PhotoSource:
     def load(self, index: int) -> np.ndarray:
         return _part(PHOTOGRAPHS[index], self.split, self.resolution)
 
+    def label(self, index: int) -> int:
+        return index if self.classes else -1
+
 
 class PhotoTiles:
     """R×R tiles of the right thirds: one of each photograph, then another of each, and so on.
 
     Which comes when is drawn once and for all, so that the first few show the photographs' middles
     as well as their corners.
+
+    Args:
+        labels: each photograph is a class of its own.
     """
 
-    def __init__(self, resolution: int):
+    def __init__(self, resolution: int, labels: bool = False):
+        self.classes = PHOTOGRAPHS if labels else ()
         self.resolution = resolution
         corners = [_corners(photograph, resolution) for photograph in PHOTOGRAPHS]
         self._tiles = [
@@ -72,10 +84,15 @@ class PhotoTiles:
         held_out = _part(photograph, "val", self.resolution)
         return held_out[top : top + self.resolution, left : left + self.resolution]
 
+    def label(self, index: int) -> int:
+        return self.classes.index(self._tiles[index][0]) if self.classes else -1
 
-def open_photos(split: Split, resolution: int) -> PhotoSource | PhotoTiles:
+
+def open_photos(split: Split, resolution: int, labels: bool = False) -> PhotoSource | PhotoTiles:
     """The built-in photographs: eight regions for "train" and "all", tiles for "val"."""
-    return PhotoTiles(resolution) if split == "val" else PhotoSource(split, resolution)
+    if split == "val":
+        return PhotoTiles(resolution, labels)
+    return PhotoSource(split, resolution, labels)
 
 
 def _corners(photograph: str, resolution: int) -> list[tuple[int, int]]:

@@ -4,6 +4,7 @@ Each shard is one piece of work, written whole or not at all. A preparation that
 on when it is asked for again, and the result is the same to the byte.
 """
 
+import json
 import os
 from contextlib import closing
 from functools import partial
@@ -22,16 +23,17 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from ldm.checkpoint import write_json
 from ldm.data.dataset import open_images
 from ldm.data.faults import FaultCount
+from ldm.data.labels import printable
 from ldm.data.pool import run_jobs
-from ldm.data.shard_writer import ShardJob, finished_shard, printable, sidecar, write_shard
+from ldm.data.shard_writer import ShardJob, finished_shard, sidecar, write_shard
 from ldm.data.shards import MANIFEST, MANIFEST_FORMAT
 from ldm.data.source import Source
-from ldm.data.split import held_out_count
+from ldm.data.split import Indices, held_out_count, split_indices
 from ldm.data.transforms import RESAMPLING, Filter
 from ldm.errors import LdmError, UsageError
+from ldm.files import write_json
 
 Report = dict[str, Any]
 
@@ -44,11 +46,13 @@ def prepare(
     held_out: int | None = None,
     shard_size: int = 1000,
     workers: int | None = None,
+    labels: bool = False,
 ) -> dict[str, Any]:
     """Write a folder, a zip or tar shards of images as `size`×`size` PNGs in shards.
 
     The central square of each image is cut out, then resized. The images keep the order of their
-    names; the last `held_out` go into `val-00000.tar` …, the others into `train-00000.tar` ….
+    names; the last `held_out` (with labels: every so many-th, so that each class has its share) go
+    into `val-00000.tar` …, the others into `train-00000.tar` ….
     Shards that are there already are kept.
 
     Args:
@@ -58,6 +62,9 @@ def prepare(
             twenty, at least 1 and at most 10,000.
         shard_size: images per shard.
         workers: processes; None: one per CPU core; 0: none but this one.
+        labels: write the class of each image beside it, and the names of the classes into the
+            manifest. A class is the first folder an image lies in (see `folder_labels`), or what
+            the `.cls` of a shard says.
 
     Returns:
         The manifest, as written to `manifest.json` in the destination.
@@ -65,11 +72,11 @@ def prepare(
     Raises:
         LdmError: there are no images at the source; one is smaller than `size`; more than 1 % are
             corrupt; the destination was made with other settings; the disk is full.
-        UsageError: an argument has no meaning.
+        UsageError: an argument has no meaning; or labels are asked for and an image has none.
     """
     source_path, destination = Path(source_path).expanduser(), Path(destination).expanduser()
     _check(source_path, destination, size, filter, shard_size)
-    source = open_images(source_path)
+    source = open_images(source_path, labels)
     count = len(source)
     held_out = held_out_count(count, held_out)
     names = "\n".join(source.name(i).removeprefix(f"{source_path}/") for i in range(count))
@@ -83,12 +90,16 @@ def prepare(
         "held_out": held_out,
         "shard_size": shard_size,
     }
-    jobs = {
-        "train": _plan("train", range(count - held_out), shard_size),
-        "val": _plan("val", range(count - held_out, count), shard_size),
-    }
+    if labels:
+        of_images = [source.label(i) for i in range(count)]
+        text = json.dumps([source.classes, of_images])
+        settings["labels_sha256"] = sha256(text.encode()).hexdigest()
+    train, val = split_indices(count, held_out, evenly=labels)
+    jobs = {"train": _plan("train", train, shard_size), "val": _plan("val", val, shard_size)}
     reports = _write_all(source, jobs["train"] + jobs["val"], settings, destination, workers)
     manifest = _manifest(jobs, reports, settings, source_path)
+    if labels:
+        manifest["classes"] = list(source.classes)
     write_json(destination / MANIFEST, manifest)
     return manifest
 
@@ -109,7 +120,7 @@ def _check(source: Path, destination: Path, size: int, filter: Filter, shard_siz
         raise UsageError(f"size={size} and shard_size={shard_size} must be 1 or more")
 
 
-def _plan(split: str, indices: range, shard_size: int) -> list[ShardJob]:
+def _plan(split: str, indices: Indices, shard_size: int) -> list[ShardJob]:
     return [
         ShardJob(f"{split}-{number:05d}", indices[first : first + shard_size])
         for number, first in enumerate(range(0, len(indices), shard_size))

@@ -5,16 +5,26 @@ In a run there is no state: which image is the k-th, its crop and its flip are f
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from ldm.data.decode import CorruptImage
 from ldm.data.faults import stop_if_too_many
 from ldm.data.order import image_index
-from ldm.data.source import Source, load_at_least
+from ldm.data.source import Source, label_of, load_at_least
 from ldm.data.transforms import center_crop, mirror, random_crop
 from ldm.seeds import generator
+
+
+class Sample(NamedTuple):
+    """An image ready for use, and its class."""
+
+    pixels: np.ndarray
+    """uint8 (R, R, 3)."""
+
+    label: int
+    """Its place in the source's `classes`, −1 for none."""
 
 
 class NumberedImages(Protocol):
@@ -28,8 +38,8 @@ class NumberedImages(Protocol):
     def resolution(self) -> int:
         """Side R of the images, in pixels."""
 
-    def load(self, k: int, faults: dict[str, str]) -> np.ndarray | None:
-        """Image k, (R, R, 3) uint8, or None; corrupt images met on the way go into `faults`."""
+    def load(self, k: int, faults: dict[str, str]) -> Sample | None:
+        """Image k, or None; corrupt images met on the way go into `faults`."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,7 @@ class TrainingImages:
     at_random: bool
     flip: bool
 
-    def load(self, k: int, faults: dict[str, str]) -> np.ndarray:
+    def load(self, k: int, faults: dict[str, str]) -> Sample:
         count = len(self.source)
         index = image_index(self.seed, count, k)
         while (image := _read(self.source, index, self.resolution, faults)) is None:
@@ -53,7 +63,7 @@ class TrainingImages:
         else:
             image = center_crop(image, self.resolution)
         mirrored = self.flip and generator(self.seed, "flip", k).integers(2)
-        return mirror(image) if mirrored else image
+        return Sample(mirror(image) if mirrored else image, label_of(self.source, index))
 
 
 @dataclass(frozen=True)
@@ -63,9 +73,11 @@ class EvaluationImages:
     source: Source
     resolution: int
 
-    def load(self, k: int, faults: dict[str, str]) -> np.ndarray | None:
+    def load(self, k: int, faults: dict[str, str]) -> Sample | None:
         image = _read(self.source, k, self.resolution, faults)
-        return None if image is None else center_crop(image, self.resolution)
+        if image is None:
+            return None
+        return Sample(center_crop(image, self.resolution), label_of(self.source, k))
 
 
 def _read(source: Source, index: int, side: int, faults: dict[str, str]) -> np.ndarray | None:

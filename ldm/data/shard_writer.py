@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,19 +10,24 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from ldm.checkpoint import write_atomically, write_json
 from ldm.data.decode import CorruptImage
+from ldm.data.labels import printable
 from ldm.data.shards import SIDECAR
-from ldm.data.source import Source, load_at_least
+from ldm.data.source import Source, label_of, load_at_least
 from ldm.data.transforms import center_crop
 from ldm.errors import LdmError
+from ldm.files import write_atomically, write_json
 
 
 class ShardJob(NamedTuple):
     """A shard to write: its name without `.tar`, and the images of the source that go into it."""
 
     name: str
-    indices: range
+    indices: Sequence[int]
+
+
+_NAMED = {"names_sha256": "the list of images", "labels_sha256": "the class labels"}
+"""Settings that stand for more than can be shown."""
 
 
 def write_shard(
@@ -34,6 +39,7 @@ def write_shard(
 ) -> dict[str, Any]:
     """Write `<name>.tar` and the sidecar that describes it; return what that holds.
 
+    Beside an image with a class goes its number, as decimal text in webdataset's `.cls`.
     The same images and settings give the same bytes. A corrupt image is left out and reported under
     "skipped" as [name, reason].
 
@@ -57,7 +63,9 @@ def write_shard(
                     report["skipped"].append([printable(source.name(index)), str(error)])
                 else:
                     square = center_crop(image, size, settings["filter"])
-                    writer.write({"__key__": f"{index:08d}", "png": _as_png(square)})
+                    label = label_of(source, index)
+                    labelled = {} if label < 0 else {"cls": b"%d" % label}
+                    writer.write({"__key__": f"{index:08d}", "png": _as_png(square)} | labelled)
                 count()
         file.flush()
         with Path(file.name).open("rb") as written:
@@ -85,15 +93,13 @@ def finished_shard(
         return None
     try:
         report = json.loads(path.read_text("utf-8"))
-        before, size = report["settings"], report["bytes"]
+        before, size = dict(report["settings"]), report["bytes"]
     except (ValueError, KeyError, TypeError) as error:
         raise LdmError(f"{path} is damaged: delete it, the shard is then made again") from error
     differing = [
-        "the list of images"
-        if key == "names_sha256"
-        else f"{key} {before.get(key)!r} there, {value!r} now"
-        for key, value in settings.items()
-        if before.get(key) != value
+        _NAMED.get(key) or f"{key} {before.get(key)!r} there, {settings.get(key)!r} now"
+        for key in settings | before
+        if before.get(key) != settings.get(key)
     ]
     if differing:
         raise LdmError(
@@ -106,11 +112,6 @@ def finished_shard(
 def sidecar(tar: Path) -> Path:
     """Where the description of a shard is written: beside it."""
     return tar.with_name(tar.stem + SIDECAR)
-
-
-def printable(name: str) -> str:
-    """A file's name as JSON can hold it: bytes that are no UTF-8 as \\xff."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _as_png(image: np.ndarray) -> bytes:

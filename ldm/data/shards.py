@@ -2,10 +2,11 @@
 
 An image is found by its offset in its shard, so any order, and resuming at any image, costs what
 reading in sequence does; the file is opened anew for each image, and no handle is ever shared
-between processes.
+between processes. A class is a number in a `.cls` member beside its image, read with the index.
 """
 
 import json
+import re
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -14,24 +15,33 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ldm.data.decode import SUFFIXES, CorruptImage, decode, is_image
-from ldm.errors import LdmError
+from ldm.data.labels import Labels, unlabelled
+from ldm.errors import LdmError, UsageError
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
 SIDECAR = ".tar.json"
 """Ends the name of the note that preparation leaves beside each finished shard."""
 
+_LONGEST_CLASS = 32  # bytes of a .cls that are read: a number of six digits, and space around it
+
 
 class Member(NamedTuple):
-    """One image in a tar: its name there, and where its bytes are."""
+    """One image in a tar: its name there, where its bytes are, and its class, if that was read."""
 
     name: str
     offset: int
     size: int
+    label: int | None = None
 
 
 class ShardSource:
     """Every image in local tar shards, shard by shard in the order given.
+
+    Args:
+        counts: images per shard by its name, as a manifest says.
+        labels: read the `.cls` members.
+        classes: names of the classes; None: they are called by their numbers, "0" to the highest.
 
     Attributes:
         held_out: how many of the last images the manifest holds out; None where it does not say.
@@ -39,6 +49,7 @@ class ShardSource:
     Raises:
         LdmError: a shard is not there, truncated, corrupt, or holds another number of images than
             `counts` says; or there is no image in any.
+        UsageError: labels are asked for and an image has none, or none of `classes`.
     """
 
     def __init__(
@@ -46,15 +57,22 @@ class ShardSource:
         shards: Sequence[Path],
         counts: Mapping[str, int] | None = None,
         held_out: int | None = None,
+        labels: bool = False,
+        classes: Sequence[str] | None = None,
     ):
         self.held_out = held_out
         self._shards = list(shards)
-        index = [index_shard(path, (counts or {}).get(path.name)) for path in shards]
+        index = [index_shard(path, (counts or {}).get(path.name), labels) for path in shards]
         self._names = [member.name for members in index for member in members]
         if not self._names:
             raise LdmError(f"no images in {_listed(shards)}: {' '.join(SUFFIXES)} are read")
         self._places = np.array(  # (n, 3): shard, offset, size
             [(i, m.offset, m.size) for i, members in enumerate(index) for m in members]
+        )
+        self.classes, self._labels = (
+            self._read_labels([member.label for members in index for member in members], classes)
+            if labels
+            else unlabelled(len(self._names))
         )
 
     def __len__(self) -> int:
@@ -73,34 +91,59 @@ class ShardSource:
             raise CorruptImage(error.strerror or str(error)) from error
         return decode(data, Path(self._names[index]).suffix)
 
+    def label(self, index: int) -> int:
+        return int(self._labels[index])
 
-def open_shards(path: Path) -> ShardSource:
+    def _read_labels(self, labels: list[int | None], classes: Sequence[str] | None) -> Labels:
+        if None in labels:
+            raise UsageError(
+                f"{self.name(labels.index(None))} has no class, a .cls beside it: "
+                "prepare the images with `ldm data prepare … --labels`, or leave labels out"
+            )
+        highest = max(labels)
+        names = tuple(map(str, range(highest + 1)) if classes is None else classes)
+        if highest >= len(names):
+            raise UsageError(
+                f"{self.name(labels.index(highest))} is of class {highest}, and {MANIFEST} names "
+                f"only those below {len(names)}: prepare the images again, or leave labels out"
+            )
+        return names, np.array(labels, np.int32)
+
+
+def open_shards(path: Path, labels: bool = False) -> ShardSource:
     """A folder of `.tar` shards, one `.tar`, or several by a pattern such as a/{000..009}.tar.
 
     A folder that `ldm data prepare` wrote is read as its manifest says: these shards, with these
-    numbers of images, and this split.
+    numbers of images, this split, and these names of classes.
+
+    Args:
+        labels: read the classes of the images.
 
     Raises:
         LdmError: as `ShardSource`; or the preparation of the folder was not finished.
+        UsageError: as `ShardSource`.
     """
     if path.is_dir():
         manifest = read_manifest(path)
         if manifest:
-            shards = [path / name for name in _counts(manifest)]
-            return ShardSource(shards, _counts(manifest), manifest["splits"]["val"]["count"])
+            counts, held_out = _counts(manifest), manifest["splits"]["val"]["count"]
+            shards = [path / name for name in counts]
+            return ShardSource(shards, counts, held_out, labels, manifest.get("classes"))
         if any(path.glob(f"*{SIDECAR}")):
             raise LdmError(
                 f"{path} is not complete: run the `ldm data prepare` that began it again, "
                 "it goes on where it stopped"
             )
-        return ShardSource(sorted(path.glob("*.tar")))
+        return ShardSource(sorted(path.glob("*.tar")), labels=labels)
     if path.exists():
         shards = [path]
     else:
         from braceexpand import braceexpand
 
         shards = [Path(name) for name in braceexpand(str(path))]
-    return ShardSource(shards, _counts(read_manifest(shards[0].parent)))
+    manifest = read_manifest(shards[0].parent)
+    classes = manifest and manifest.get("classes")
+    return ShardSource(shards, _counts(manifest), labels=labels, classes=classes)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -126,22 +169,25 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def index_shard(path: Path, expected: int | None = None) -> list[Member]:
+def index_shard(path: Path, expected: int | None = None, labels: bool = False) -> list[Member]:
     """The images in a tar, in its order: members whose name after the first dot is an image's.
 
     Args:
         expected: how many there should be, where a manifest says.
+        labels: read the `.cls` members too, each the class of the images with the same key.
 
     Raises:
-        LdmError: the shard is not there, truncated or corrupt.
+        LdmError: the shard is not there, truncated or corrupt, or a `.cls` holds no number.
     """
+    members, classes = [], {}
     try:
         with tarfile.open(path, "r:") as tar:
-            members = [
-                Member(member.name, member.offset_data, member.size)
-                for member in tar
-                if member.isfile() and _is_image_member(member.name)
-            ]
+            for member in filter(tarfile.TarInfo.isfile, tar):
+                if _is_image_member(member.name):
+                    members.append(Member(member.name, member.offset_data, member.size))
+                elif labels and (key := _class_key(member.name)):
+                    text = tar.extractfile(member).read(_LONGEST_CLASS)
+                    classes[key] = _class_number(text, f"{path}/{member.name}")
             tar.fileobj.seek(tar.offset)
             end = tar.fileobj.read(tarfile.BLOCKSIZE)
     except FileNotFoundError as error:
@@ -153,12 +199,33 @@ def index_shard(path: Path, expected: int | None = None) -> list[Member]:
         raise LdmError(_damaged(path, "it does not end as a tar does"))
     if expected is not None and len(members) != expected:
         raise LdmError(_damaged(path, f"{len(members)} images, {expected} in the manifest"))
-    return members
+    return [member._replace(label=classes.get(_key(member.name))) for member in members]
 
 
 def _is_image_member(name: str) -> bool:
     """Webdataset's key ends at the first dot of the last part: `a.seg.png` is no image of `a`."""
     return is_image(name) and PurePosixPath(name).name.count(".") == 1
+
+
+def _key(name: str) -> str:
+    """What the members of one sample share, for a name with one dot in its last part."""
+    return name.rpartition(".")[0]
+
+
+def _class_key(name: str) -> str | None:
+    """The key of a `.cls` member; None for any other member."""
+    path = PurePosixPath(name)
+    return _key(name) if path.suffix.lower() == ".cls" and path.name.count(".") == 1 else None
+
+
+def _class_number(text: bytes, where: str) -> int:
+    # six digits: a number gone wrong does not become a million millions of classes
+    if not re.fullmatch(rb"\s*\d{1,6}\s*", text):
+        raise LdmError(
+            f"{where} holds {text!r}, not the number of a class from 0 to 999999: "
+            "repair it, or leave labels out"
+        )
+    return int(text)
 
 
 def _counts(manifest: Mapping[str, Any] | None) -> dict[str, int]:

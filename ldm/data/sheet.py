@@ -23,7 +23,7 @@ def sheet_images(source: Source, resolution: int, count: int) -> Tensor:
     """
     images, faults = EvaluationImages(source, resolution), {}
     loaded = (images.load(k, faults) for k in range(len(source)))
-    chosen = list(islice((image for image in loaded if image is not None), count))
+    chosen = list(islice((sample.pixels for sample in loaded if sample is not None), count))
     if not chosen:
         name, reason = next(iter(faults.items()))
         raise LdmError(f"no image can be read, not even {name} ({reason}): repair or replace them")

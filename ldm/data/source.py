@@ -1,4 +1,4 @@
-"""What a data set is to the rest of the toolkit: images that have a number and a name."""
+"""What a data set is to the rest of the toolkit: images that have a number, a name, a class."""
 
 from typing import Protocol
 
@@ -8,7 +8,13 @@ from ldm.errors import LdmError
 
 
 class Source(Protocol):
-    """Whole images, numbered: one split of a data set. It pickles, so that workers can have it."""
+    """Whole images, numbered: one split of a data set. It pickles, so that workers can have it.
+
+    A source without classes may leave out `classes` and `label`: they are read by `label_of`.
+    """
+
+    classes: tuple[str, ...]
+    """Names of the classes; () where labels were not asked for."""
 
     def __len__(self) -> int:
         """Number of images."""
@@ -22,6 +28,14 @@ class Source(Protocol):
         Raises:
             ldm.data.decode.CorruptImage: it cannot be read.
         """
+
+    def label(self, index: int) -> int:
+        """The class of an image: a place in `classes`, or −1 for none."""
+
+
+def label_of(source: Source, index: int) -> int:
+    """The class of an image of any source, −1 where it has none."""
+    return source.label(index) if getattr(source, "classes", ()) else -1
 
 
 def load_at_least(source: Source, index: int, side: int) -> np.ndarray:

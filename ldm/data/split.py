@@ -1,4 +1,8 @@
-"""Training images and held-out images: the last by name are held out."""
+"""Training images and held-out images.
+
+The last by name are held out. Labelled images come class by class, so that these would be whole
+classes: of them, every so many-th is held out instead.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,6 +13,7 @@ from ldm.data.source import Source
 from ldm.errors import UsageError
 
 Split = Literal["train", "val", "all"]
+Indices = range | np.ndarray
 
 # FFHQ and CelebA-HQ as split by Rombach et al. 2022: 60,000 + 10,000 and 25,000 + 5,000
 USUAL_HELD_OUT = {70_000: 10_000, 30_000: 5_000}
@@ -33,12 +38,29 @@ def held_out_count(count: int, asked: int | None) -> int:
     return held_out
 
 
+def split_indices(count: int, held_out: int, evenly: bool) -> tuple[Indices, Indices]:
+    """The numbers, both rising, of the training images and of the `held_out` others of `count`.
+
+    Args:
+        evenly: hold out the last of each of `held_out` runs of equal length (to one image), else
+            the last of all.
+    """
+    if not evenly:
+        return range(count - held_out), range(count - held_out, count)
+    ends = np.arange(1, held_out + 1) * count // held_out - 1
+    return np.delete(np.arange(count), ends), ends
+
+
 @dataclass(frozen=True)
 class Part:
-    """The images `indices` of a source, as a source of its own."""
+    """The images `indices` of a source, as a source of its own, with the same classes."""
 
     whole: Source
-    indices: range
+    indices: Indices
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.whole.classes
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -49,9 +71,16 @@ class Part:
     def load(self, index: int) -> np.ndarray:
         return self.whole.load(self.indices[index])
 
+    def label(self, index: int) -> int:
+        return self.whole.label(self.indices[index])
 
-def take_split(source: Source, split: Split, held_out: int | None) -> Source:
+
+def take_split(source: Source, split: Split, held_out: int | None, evenly: bool = False) -> Source:
     """The training or the held-out images of a source, or the source itself for "all".
+
+    Args:
+        held_out: how many; None: as `held_out_count` says.
+        evenly: as in `split_indices`.
 
     Raises:
         UsageError: none would be left to train on, or the held-out ones are asked for and there
@@ -59,10 +88,9 @@ def take_split(source: Source, split: Split, held_out: int | None) -> Source:
     """
     if split == "all":
         return source
-    count = len(source)
-    cut = count - held_out_count(count, held_out)
+    train, val = split_indices(len(source), held_out_count(len(source), held_out), evenly)
     if split == "train":
-        return Part(source, range(cut))
-    if cut == count:
+        return Part(source, train)
+    if not len(val):
         raise UsageError("no images are held out for validation: set data.held_out to 1 or more")
-    return Part(source, range(cut, count))
+    return Part(source, val)

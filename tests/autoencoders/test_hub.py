@@ -12,6 +12,7 @@ from autoencoders import build_autoencoder
 from autoencoders.hub import find_pretrained, from_pretrained, push_to_hub, save_pretrained
 from autoencoders.sdvae.export import write_diffusers
 from ldm.errors import LdmError, UsageError
+from tests.small import fill_disk_after_one_file
 
 
 @pytest.fixture(params=["tiny", "smc", "sdvae"])
@@ -104,14 +105,7 @@ def test_a_model_card_that_is_there_stays(hub, tmp_path, ae):
 def test_a_failure_midway_leaves_the_folder_as_it_was(tmp_path, monkeypatch, ae):
     save_pretrained(ae, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    flushed = []
-
-    def full(_number):
-        if flushed:  # the weights fit, what follows does not
-            raise OSError(28, "No space left on device")
-        flushed.append(1)
-
-    monkeypatch.setattr("os.fsync", full)
+    fill_disk_after_one_file(monkeypatch)
     other = build_autoencoder("tiny", decoder={"channels": 16})
     with pytest.raises(LdmError, match="what was saved before is untouched"):
         save_pretrained(other, tmp_path)

@@ -15,17 +15,12 @@ from autoencoders.sdvae.weights import to_diffusers
 from ldm.checkpoint import ModelFile, save_model
 from ldm.config import to_tree
 from ldm.errors import LdmError
-
-SIZES = {"channels": 32, "multipliers": [1, 2], "blocks": 1}
+from tests import small
 
 
 @pytest.fixture
 def sdvae():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield build_autoencoder(
-            "sdvae", conv1x1=True, encoder={"type": "sdvae", **SIZES}, decoder=SIZES
-        ).eval()
+    return small.sdvae()
 
 
 @pytest.fixture

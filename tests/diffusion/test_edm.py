@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion import EDM, EDMConfig, UNet, UNetConfig, edm_loss, sample_sigma
+from diffusion import EDM, EDMConfig, EDMLoss, UNet, UNetConfig, edm_loss, sample_sigma
 from diffusion.edm import preconditioning
+from diffusion.uncertainty import Uncertainty
 
 SIGMAS = torch.logspace(-3, 2, 21, dtype=torch.float64)
 
@@ -83,21 +84,36 @@ def test_ideal_loss_is_one_before_training():
     assert (loss - 1).abs().max() < 0.25
 
 
-def test_loss_goes_through_forward_of_a_wrapper():
-    class Wrapper(nn.Module):
-        def __init__(self, module):
-            super().__init__()
-            self.module, self.calls = module, 0
-
-        def forward(self, *args):
-            self.calls += 1
-            return self.module(*args)
-
+def test_what_is_trained_is_the_loss_and_with_uncertainty_more():
     denoiser = EDM(Affine(), sigma_data=0.8)
-    wrapped = Wrapper(denoiser)
     batch = normal(3, 4, 2, 2), torch.tensor([0.1, 1.0, 10.0]), normal(3, 4, 2, 2, seed=1)
-    torch.testing.assert_close(edm_loss(wrapped, *batch), edm_loss(denoiser, *batch))
-    assert wrapped.calls == 1
+    plain = edm_loss(denoiser, *batch)
+    minimised, shown = EDMLoss(denoiser)(*batch)
+    torch.testing.assert_close((minimised, shown), (plain, plain))
+    assert minimised.requires_grad and not shown.requires_grad
+
+    uncertainty = Uncertainty(16)
+    minimised, shown = EDMLoss(denoiser, uncertainty)(*batch)
+    u = uncertainty(batch[1].log() / 4)
+    # Karras et al. 2024, Eq. 21
+    torch.testing.assert_close(minimised, plain / u.exp() + u)
+    torch.testing.assert_close(shown, plain)
+    minimised.sum().backward()
+    assert all(p.grad is not None for p in uncertainty.parameters())
+
+
+def test_the_network_is_told_what_is_known_and_nothing_else():
+    class Listener(nn.Module):
+        def forward(self, x, c_noise, **told):
+            self.told = told
+            return x
+
+    network, x = Listener(), normal(2, 4, 2, 2)
+    EDM(network)(x, 1.0)
+    assert network.told == {}
+    labels, augment = torch.tensor([1, -1]), torch.zeros(2, 9)
+    edm_loss(EDM(network), x, torch.ones(2), x, labels, augment)
+    assert network.told["labels"] is labels and network.told["augment"] is augment
 
 
 def test_sigma_data_enters_the_loss():
@@ -129,7 +145,7 @@ def test_float64_latents_keep_their_precision_around_a_float32_network():
 def test_low_precision_latents_are_summed_in_float32():
     denoiser = EDM(Affine().bfloat16())
     assert denoiser(normal(2, 4, 2, 2).bfloat16(), 1.0).dtype == torch.float32
-    assert denoiser.network.dtypes == (torch.bfloat16, torch.bfloat16)
+    assert denoiser.network.dtypes == (torch.bfloat16, torch.float32)
 
 
 def test_autocast_leaves_the_sum_in_float32():

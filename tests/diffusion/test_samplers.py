@@ -1,72 +1,53 @@
-"""Schedules and the Heun sampler against the paper's equations, in plain loops."""
+"""Samplers against the papers' algorithms in plain loops, diffusers, scipy and closed forms."""
 
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
+from scipy.integrate import solve_ivp
 
-from diffusion import EDM, UNet, UNetConfig, karras_sigmas, make_churn, sample_heun
-from ldm.errors import UsageError
+from diffusion import EDM, UNet, UNetConfig
+from diffusion.samplers import (
+    SAMPLERS,
+    make_churn,
+    sample_dpmpp_2m,
+    sample_euler,
+    sample_heun,
+)
+from diffusion.schedules import SCHEDULES, karras_sigmas
 from ldm.seeds import normal
+from tests.diffusion import known_answers
+
+samplers = pytest.mark.parametrize("sample", SAMPLERS.values(), ids=SAMPLERS.keys())
+churned = pytest.mark.parametrize("sample", [sample_heun, sample_euler])
 
 MEAN, STD = 0.3, 0.7
+denoise_gaussian = known_answers.gaussian(MEAN, STD)
+
+# Two values a sample, three unequal components
+MEANS = torch.tensor([[-1.0, 0.0], [0.8, 0.6], [0.5, -0.9]], dtype=torch.float64).view(3, 2, 1, 1)
+STDS = torch.tensor([0.15, 0.1, 0.2], dtype=torch.float64)
+WEIGHTS = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+denoise_mixture = known_answers.mixture(MEANS, STDS, WEIGHTS)
 
 
-def denoise_gaussian(x, sigma):
-    """E[z | x] for z ~ N(MEAN, STD²) and x = z + σn."""
-    return (STD**2 * x + sigma**2 * MEAN) / (STD**2 + sigma**2)
+def noise(count=3, purpose="start", shape=(2, 4, 4)):
+    return normal(0, purpose, range(count), shape)
 
 
-def solve_gaussian(x, sigma, sigma_end):
-    """The probability-flow ODE from σ to σ_end, solved by hand for the same data."""
-    return MEAN + (x - MEAN) * math.sqrt((STD**2 + sigma_end**2) / (STD**2 + sigma**2))
+def draw(step):
+    return noise(purpose=f"churn {step}")
 
 
-def noise(count=3, purpose="start"):
-    return normal(0, purpose, range(count), (2, 4, 4))
+def enough(sample) -> int:
+    """Steps after which what is left of the error is below the tolerances here."""
+    return 1000 if sample is sample_euler else 100
 
 
-# -------------------------------------------------------------------------------- schedule
-@pytest.mark.parametrize("steps", [2, 18, 40])
-def test_schedule_is_equation_5(steps):
-    sigmas = karras_sigmas(steps)
-    assert sigmas.dtype == torch.float64
-    assert sigmas.shape == (steps + 1,)
-    expected = [
-        (80 ** (1 / 7) + i / (steps - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
-        for i in range(steps)
-    ]
-    assert sigmas.tolist() == pytest.approx([*expected, 0.0], rel=1e-12)
-    assert sigmas[0].item() == pytest.approx(80)
-    assert sigmas[-2].item() == pytest.approx(0.002)
-    assert (sigmas.diff() < 0).all()
-
-
-def test_schedule_of_rho_1_is_linear():
-    assert karras_sigmas(5, 1.0, 5.0, rho=1).tolist() == pytest.approx([5, 4, 3, 2, 1, 0])
-
-
-def test_a_single_step_goes_straight_to_the_denoised():
-    sigmas = karras_sigmas(1)
-    assert sigmas.tolist() == pytest.approx([80, 0])
-    out = sample_heun(denoise_gaussian, noise(), sigmas)
-    torch.testing.assert_close(out, denoise_gaussian(noise().double() * 80, 80))
-
-
-def test_no_steps_are_refused():
-    with pytest.raises(UsageError, match="at least 1 step, not 0"):
-        karras_sigmas(0)
-
-
-@pytest.mark.parametrize("low, high", [(0.0, 80.0), (2.0, 1.0), (1.0, 1.0), (-1.0, 1.0)])
-def test_a_schedule_that_does_not_fall_is_refused(low, high):
-    with pytest.raises(UsageError, match="must fall from sigma_max to sigma_min"):
-        karras_sigmas(4, low, high)
-
-
-# ------------------------------------------------------------------------------------ Heun
-def algorithm_2(denoise, start, sigmas, draw, S_churn, S_min, S_max, S_noise):
+# ------------------------------------------------------------------------- the algorithms
+def algorithm_2(denoise, start, sigmas, draw, S_churn, S_min, S_max, S_noise, second_order=True):
     """Karras et al. 2022, Algorithm 2, value by value in Python's floats."""
     steps, samples = len(sigmas) - 1, []
     draws = [draw(i).double().flatten().tolist() for i in range(steps)]
@@ -80,17 +61,14 @@ def algorithm_2(denoise, start, sigmas, draw, S_churn, S_min, S_max, S_noise):
             x_hat = x + math.sqrt(t_hat**2 - t**2) * epsilon
             d = (x_hat - denoise(x_hat, t_hat)) / t_hat
             x = x_hat + (t_next - t_hat) * d
-            if t_next != 0:
+            if t_next != 0 and second_order:
                 d_next = (x - denoise(x, t_next)) / t_next
                 x = x_hat + (t_next - t_hat) * (d / 2 + d_next / 2)
         samples.append(x)
     return torch.tensor(samples, dtype=torch.float64).view(start.shape)
 
 
-def draw(step):
-    return noise(purpose=f"churn {step}")
-
-
+@churned
 @pytest.mark.parametrize(
     "churn",
     [
@@ -99,71 +77,182 @@ def draw(step):
         (40, 0.0, math.inf, 1.0),  # γ at its bound √2 − 1
     ],
 )
-def test_heun_is_algorithm_2(churn):
+def test_heun_and_euler_are_algorithm_2_with_and_without_its_correction(sample, churn):
     sigmas = karras_sigmas(12)
-    out = sample_heun(denoise_gaussian, noise(), sigmas, make_churn(sigmas, draw, *churn))
-    expected = algorithm_2(denoise_gaussian, noise(), sigmas.tolist(), draw, *churn)
+    out = sample(denoise_gaussian, noise(), sigmas, make_churn(sigmas, draw, *churn))
+    expected = algorithm_2(
+        denoise_gaussian, noise(), sigmas.tolist(), draw, *churn, second_order=sample is sample_heun
+    )
     assert out.dtype == torch.float64
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_heun_solves_the_gaussian_case_at_second_order():
-    """Halving the steps' size divides the error by four, measured at σ_min, before the last step.
+def dpm_solver_2m(denoise, start, sigmas):
+    """Lu et al. 2022, Algorithm 2 with α = 1, in their λ, value by value; then one step to 0."""
+    samples, levels = [], sigmas[:-1]
+    lambdas = [-math.log(sigma) for sigma in levels]
+    for first in start.double().flatten().tolist():
+        x, buffer = first * levels[0], []
+        for i in range(1, len(levels)):
+            buffer.append(denoise(x, levels[i - 1]))
+            h = lambdas[i] - lambdas[i - 1]
+            d = buffer[-1]
+            if i > 1:
+                r = (lambdas[i - 1] - lambdas[i - 2]) / h
+                d = (1 + 1 / (2 * r)) * buffer[-1] - 1 / (2 * r) * buffer[-2]
+            x = levels[i] / levels[i - 1] * x - (math.exp(-h) - 1) * d
+        samples.append(denoise(x, levels[-1]))
+    return torch.tensor(samples, dtype=torch.float64).view(start.shape)
 
-    (That step, from σ_min to 0, is of first order, and its size is the same in both.)
+
+@pytest.mark.parametrize("steps", [2, 3, 18])
+def test_dpmpp_2m_is_algorithm_2_of_its_paper(steps):
+    sigmas = karras_sigmas(steps)
+    out = sample_dpmpp_2m(denoise_gaussian, noise(), sigmas)
+    assert out.dtype == torch.float64
+    expected = dpm_solver_2m(denoise_gaussian, noise(), sigmas.tolist())
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [2, 10, 25])
+def test_dpmpp_2m_is_diffusers(steps):
+    """Theirs holds x / √(1 + σ²), in float32; our schedule in place of the one they make."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    scheduler = DPMSolverMultistepScheduler(
+        algorithm_type="dpmsolver++", solver_order=2, prediction_type="sample"
+    )
+    scheduler.set_timesteps(steps)
+    scheduler.sigmas = sigmas = karras_sigmas(steps, 0.02, 15.0)
+    x = noise(4, shape=(2, 1, 1)).double() * sigmas[0] / (1 + sigmas[0] ** 2).sqrt()
+    for sigma, t in zip(sigmas, scheduler.timesteps, strict=False):
+        denoised = denoise_mixture(x * (1 + sigma**2).sqrt(), sigma)
+        x = scheduler.step(denoised, t, x).prev_sample
+    out = sample_dpmpp_2m(denoise_mixture, noise(4, shape=(2, 1, 1)), sigmas)
+    torch.testing.assert_close(out, x, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [2, 25])
+def test_euler_is_diffusers(steps):
+    from diffusers import EulerDiscreteScheduler
+
+    sigmas = karras_sigmas(steps, 0.02, 15.0)
+    scheduler = EulerDiscreteScheduler(prediction_type="sample")
+    scheduler.set_timesteps(sigmas=sigmas.tolist())
+    x = noise(4, shape=(2, 1, 1)).double() * sigmas[0]
+    for sigma, t in zip(sigmas, scheduler.timesteps, strict=False):
+        x = scheduler.step(denoise_mixture(x, sigma), t, x).prev_sample
+    out = sample_euler(denoise_mixture, noise(4, shape=(2, 1, 1)), sigmas)
+    torch.testing.assert_close(out, x, rtol=0, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------- the order
+def solve_by_scipy(denoise, x, first, last):
+    """dx/dσ = (x − D) / σ from σ = first to last, by an adaptive method of eighth order."""
+
+    def slope(sigma, flat):
+        state = torch.from_numpy(flat).view(x.shape)
+        return ((state - denoise(state, sigma)) / sigma).numpy().ravel()
+
+    flat = x.numpy().ravel()
+    solved = solve_ivp(slope, (first, last), flat, method="DOP853", rtol=1e-11, atol=1e-12)
+    return torch.from_numpy(solved.y[:, -1]).view(x.shape)
+
+
+@pytest.mark.parametrize("name, order", [("euler", 1), ("heun", 2), ("dpmpp-2m", 2)])
+def test_the_error_falls_with_the_order_of_the_sampler(name, order):
+    """The slope of log error over log steps, on a mixture, at σ_min.
+
+    (The last step, from σ_min to 0, is left out: its size is the same however many there are.)
     """
-    errors = []
-    for steps in (32, 64, 128, 256):
-        sigmas = karras_sigmas(steps)[:-1]
-        out = sample_heun(denoise_gaussian, noise(), sigmas)
-        exact = solve_gaussian(noise().double() * 80, 80, sigmas[-1].item())
-        errors.append((out - exact).abs().max().item())
-    for coarse, fine in pairwise(errors):
-        assert coarse / fine == pytest.approx(4, rel=0.15)
-    assert errors[-1] < 2e-3 * STD
+    start = noise(16, shape=(2, 1, 1))
+    exact = solve_by_scipy(denoise_mixture, start.double() * 10, 10.0, 0.05)
+    counts, errors = [64, 128, 256, 512], []
+    for steps in counts:
+        out = SAMPLERS[name](denoise_mixture, start, karras_sigmas(steps, 0.05, 10.0)[:-1])
+        errors.append((out - exact).square().mean().sqrt().item())
+    measured = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
+    assert measured == pytest.approx(order, abs=0.1), f"errors {errors}"
+    assert all(coarse > fine for coarse, fine in pairwise(errors))
 
 
-def test_heun_reaches_the_data():
-    out = sample_heun(denoise_gaussian, noise(), karras_sigmas(400))
-    torch.testing.assert_close(out, solve_gaussian(noise().double() * 80, 80, 0), rtol=0, atol=2e-4)
+# -------------------------------------------------------------------------- exact outcomes
+@samplers
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_gaussian_is_reached_along_its_closed_path(sample, schedule):
+    sigmas = SCHEDULES[schedule](1000)
+    out = sample(denoise_gaussian, noise(), sigmas)
+    exact = known_answers.gaussian_path(80 * noise().double(), 80, 0, MEAN, STD)
+    tolerance = 0.02 if sample is sample_euler else 1e-3
+    torch.testing.assert_close(out, exact, rtol=0, atol=tolerance)
 
 
-def test_churned_samples_keep_the_distribution():
-    """Fresh noise moves every sample, yet leaves their mean and spread as they are."""
-    sigmas = karras_sigmas(60)
-    start = normal(0, "many", range(4), (1, 64, 64))
-    churn = make_churn(sigmas, lambda i: normal(0, f"many {i}", range(4), (1, 64, 64)), 20)
-    out = sample_heun(denoise_gaussian, start, sigmas, churn)
+@samplers
+def test_samples_of_a_gaussian_have_its_mean_and_spread(sample):
+    out = sample(denoise_gaussian, noise(4, "many", (1, 64, 64)), karras_sigmas(enough(sample)))
     assert out.mean().item() == pytest.approx(MEAN, abs=0.02)
-    assert out.std().item() == pytest.approx(STD, abs=0.02)
-    plain = sample_heun(denoise_gaussian, start, sigmas)
-    assert torch.corrcoef(torch.stack([out.flatten(), plain.flatten()]))[0, 1] < 0.5
+    assert out.std().item() == pytest.approx(STD, abs=0.01)
 
 
-def test_no_churn_draws_nothing_and_changes_nothing():
-    sigmas = karras_sigmas(8)
-    plain = sample_heun(denoise_gaussian, noise(), sigmas)
-    for churn in (
-        make_churn(sigmas, lambda i: pytest.fail("drew noise"), 0),
-        make_churn(sigmas, lambda i: pytest.fail("drew noise"), 10, S_min=100.0),
-    ):
-        assert torch.equal(sample_heun(denoise_gaussian, noise(), sigmas, churn), plain)
+@samplers
+def test_samples_of_a_mixture_fall_to_its_components_by_weight(sample):
+    start = noise(4000, shape=(2, 1, 1))
+    out = sample(denoise_mixture, start, karras_sigmas(enough(sample)))
+    distance = (out[:, None] - MEANS).flatten(2).norm(dim=2) / STDS
+    nearest = distance.argmin(dim=1)
+    for k in range(3):
+        mine = out[nearest == k]
+        assert len(mine) / 4000 == pytest.approx(WEIGHTS[k].item(), abs=0.025)  # 3 std of a count
+        assert mine.mean(dim=0).flatten().tolist() == pytest.approx(
+            MEANS[k].flatten().tolist(), abs=0.025
+        )
+        assert (mine - MEANS[k]).std().item() == pytest.approx(STDS[k].item(), rel=0.1)
 
 
-def test_denoiser_is_called_twice_a_step_but_the_last():
-    calls = []
+@samplers
+def test_samples_of_a_data_set_are_its_images(sample):
+    images = normal(0, "data", range(4), (2, 4, 4)).double()
+    out = sample(known_answers.dataset(images), noise(32), karras_sigmas(40))
+    off = (out[:, None] - images).abs().amax(dim=(2, 3, 4))  # (32, 4)
+    assert (off.amin(dim=1) < 1e-6).all()
+    assert len(set(off.argmin(dim=1).tolist())) == 4, "every image is somebody's"
+
+
+@samplers
+def test_a_single_step_goes_straight_to_the_denoised(sample):
+    out = sample(denoise_gaussian, noise(), karras_sigmas(1))
+    assert torch.equal(out, denoise_gaussian(noise().double() * 80, 80))
+
+
+# ------------------------------------------------------------------------------- the calls
+@pytest.mark.parametrize("name, calls", [("heun", 35), ("euler", 18), ("dpmpp-2m", 18)])
+def test_the_denoiser_is_called_as_often_as_said_and_never_at_0(name, calls):
+    asked = []
 
     def counting(x, sigma):
         assert x.dtype == torch.float64
-        calls.append(float(sigma))
+        assert sigma.shape == ()
+        asked.append(float(sigma))
         return denoise_gaussian(x, sigma)
 
-    sample_heun(counting, noise(), karras_sigmas(18))
-    assert len(calls) == 35  # Karras et al. 2022, Table 2: NFE of 18 steps
-    assert min(calls) > 0
+    SAMPLERS[name](counting, noise(), karras_sigmas(18))
+    assert len(asked) == calls  # Karras et al. 2022, Table 2: 35 evaluations for Heun's 18 steps
+    assert min(asked) > 0
 
 
-def test_a_sample_does_not_depend_on_its_batch():
+@samplers
+def test_a_denoiser_in_float32_still_gives_float64(sample):
+    def single(x, sigma):
+        return denoise_gaussian(x, sigma).float()
+
+    out = sample(single, noise(), karras_sigmas(5))
+    assert out.dtype == torch.float64
+    exact = sample(denoise_gaussian, noise(), karras_sigmas(5))
+    torch.testing.assert_close(out, exact, rtol=1e-4, atol=1e-4)
+
+
+@samplers
+def test_a_sample_does_not_depend_on_its_batch(sample):
     torch.manual_seed(0)
     config = UNetConfig(latent_channels=2, channels=16, multipliers=(1, 2), blocks=1, head_width=16)
     denoiser = EDM(UNet(config)).eval()
@@ -171,16 +260,14 @@ def test_a_sample_does_not_depend_on_its_batch():
         torch.nn.init.normal_(parameter, std=0.1)
     sigmas = karras_sigmas(4)
 
-    def sample(ks):
-        def fresh(step):
-            return normal(7, f"churn {step}", ks, (2, 8, 8))
-
+    def draw_samples(ks):
+        churn = make_churn(sigmas, lambda step: normal(7, f"churn {step}", ks, (2, 8, 8)), 2)
+        options = {} if sample is sample_dpmpp_2m else {"churn": churn}
         with torch.no_grad():
-            churn = make_churn(sigmas, fresh, 2)
-            return sample_heun(denoiser, normal(7, "start", ks, (2, 8, 8)), sigmas, churn)
+            return sample(denoiser, normal(7, "start", ks, (2, 8, 8)), sigmas, **options)
 
-    together = sample([0, 1, 2, 3, 4])
-    assert torch.equal(sample([0, 1, 2, 3, 4]), together)
-    torch.testing.assert_close(sample([3]), together[3:4], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(sample([4, 1]), together[[4, 1]], rtol=1e-5, atol=1e-5)
+    together = draw_samples([0, 1, 2, 3, 4])
+    assert torch.equal(draw_samples([0, 1, 2, 3, 4]), together)
+    torch.testing.assert_close(draw_samples([3]), together[3:4], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(draw_samples([4, 1]), together[[4, 1]], rtol=1e-5, atol=1e-5)
     assert (together[0] - together[1]).abs().max() > 0.1

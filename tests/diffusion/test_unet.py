@@ -1,15 +1,18 @@
-"""The UNet: its size, its twin in diffusers, its gradients, and that it learns."""
+"""The UNet: its size, what it is told, its gradients, what it refuses, and that it learns."""
 
 import pytest
 import torch
 from torch import nn
 
 from diffusion import EDM, UNet, UNetConfig, edm_loss
-from diffusion.layers import group_norm, sinusoids
+from diffusion.layers import ResidualBlock
 from ldm.config import validate
 from ldm.errors import LdmError, UsageError
 
 TINY = UNetConfig(channels=16, multipliers=(1, 2), blocks=1, head_width=8)
+TOLD = TINY.model_copy(update={"classes": 3, "augment_parameters": 9})
+FULL = TOLD.model_copy(update={"scale_shift": True, "resample_blocks": True, "heads": 2})
+EVERY = pytest.mark.parametrize("config", [TINY, TOLD, FULL], ids=["tiny", "told", "full"])
 
 
 def build(config=TINY, scramble=False, seed=0):
@@ -36,116 +39,81 @@ def test_default_is_the_network_of_ffhq_256():
     assert out.shape == (2, 4, 32, 32)
 
 
-# ------------------------------------------------------------------------------- diffusers
-RESIDUAL = {
-    "norm1": "norm1",
-    "conv1": "conv1",
-    "shift": "time_emb_proj",
-    "norm2": "norm2",
-    "conv2": "conv2",
-    "skip": "conv_shortcut",
-}
-
-
-def diffusers_weights(network, config):
-    """Our weights under the names of diffusers' UNet2DModel."""
-    levels, parts = len(config.multipliers), {}
-
-    def put(theirs, ours):
-        parts.update({f"{theirs}.{name}": value for name, value in ours.state_dict().items()})
-
-    def put_block(theirs, index, ours):
-        for name, module in ours.residual.named_children():
-            put(f"{theirs}.resnets.{index}.{RESIDUAL.get(name, name)}", module)
-        attention = ours.attention
-        if not isinstance(attention, nn.Identity):
-            prefix = f"{theirs}.attentions.{index}"
-            put(f"{prefix}.group_norm", attention.norm)
-            put(f"{prefix}.to_out.0", attention.proj)
-            for kind in ("weight", "bias"):
-                three = getattr(attention.qkv, kind).detach().chunk(3)
-                for name, part in zip("qkv", three, strict=True):
-                    parts[f"{prefix}.to_{name}.{kind}"] = part
-
-    put("time_embedding.linear_1", network.embed.linear_in)
-    put("time_embedding.linear_2", network.embed.linear_out)
-    put("conv_in", network.enter[0])
-    for level in range(levels):
-        if level > 0:
-            put(f"down_blocks.{level - 1}.downsamplers.0.conv", network.enter[level])
-        for index, block in enumerate(network.encoder[level]):
-            put_block(f"down_blocks.{level}", index, block)
-    put_block("mid_block", 0, network.middle_in)
-    put_block("mid_block", 1, network.middle_out)
-    for level in range(levels):
-        for index, block in enumerate(network.decoder[level]):
-            put_block(f"up_blocks.{level}", index, block)
-        if level < levels - 1:
-            put(f"up_blocks.{level}.upsamplers.0.conv", network.leave[level].conv)
-    put("conv_norm_out", network.leave[-1][0])
-    put("conv_out", network.leave[-1][2])
-    return parts
-
-
-def test_same_weights_give_the_same_as_in_diffusers():
-    from diffusers import UNet2DModel
-
-    config = UNetConfig(
-        latent_channels=3,
-        channels=64,
-        multipliers=(1, 2, 3),
-        blocks=2,
-        attention_factors=(2, 4),
-        head_width=16,
-    )
-    network = build(config, scramble=True).eval()
-    twin = UNet2DModel(
-        in_channels=3,
-        out_channels=3,
-        block_out_channels=(64, 128, 192),
-        layers_per_block=2,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=16,
-        norm_num_groups=32,
-        flip_sin_to_cos=True,
-        freq_shift=0,
-    ).eval()
-    twin.load_state_dict(diffusers_weights(network, config))  # strict: every weight has its twin
-    x, c_noise = normal(2, 3, 16, 24), torch.tensor([-1.3, 0.9])
-    with torch.no_grad():
-        ours, theirs = network(x, c_noise), twin(x, c_noise).sample
-    assert theirs.std() > 0.1
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
-
-
 # ------------------------------------------------------------------------------- behaviour
-def test_the_noise_level_is_embedded_as_cosines_and_sines():
-    waves = sinusoids(torch.tensor([0.5, -2.0]), 4)
-    expected = torch.tensor([[0.5, 0.005], [-2.0, -0.02]])
-    torch.testing.assert_close(waves, torch.cat([expected.cos(), expected.sin()], 1))
-
-
-@pytest.mark.parametrize(
-    "width, groups", [(224, 32), (64, 32), (32, 16), (16, 8), (48, 16), (36, 4), (2, 1)]
-)
-def test_group_count(width, groups):
-    assert group_norm(width).num_groups == groups
-
-
-def test_starts_as_zero_made_of_identities():
-    network, h = build(), normal(2, 32, 4, 4)
+@EVERY
+def test_starts_as_zero_made_of_identities(config):
+    network, h = build(config), normal(2, 32, 4, 4)
+    assert network.config is config
     assert network(normal(2, 4, 8, 8), torch.zeros(2)).abs().max() == 0
     assert torch.equal(network.middle_in(h, normal(2, 64)), h)
 
 
-def test_gradient_reaches_every_parameter():
-    network = build(scramble=True).double()
-    x = normal(2, 4, 8, 8).double().requires_grad_()
-    network(x, torch.tensor([-1.0, 0.5]).double()).square().mean().backward()
+@EVERY
+def test_gradient_reaches_every_parameter(config):
+    network = build(config, scramble=True).double()
+    x = normal(3, 4, 8, 8).double().requires_grad_()
+    c_noise, labels, augment = torch.tensor([-1.0, 0.5, 2.0]), torch.tensor([0, 1, 2]), None
+    if config.augment_parameters:
+        augment = normal(3, 9)
+    labels = labels if config.classes else None
+    network(x, c_noise.double(), labels, augment).square().mean().backward()
     for name, parameter in network.named_parameters():
         assert parameter.grad.abs().max() > 1e-9, name  # rounding alone gives 1e-17
     assert x.grad.abs().min() > 0
+
+
+def test_told_nothing_every_parameter_still_has_a_gradient():
+    """DDP waits for one of each."""
+    network = build(TOLD, scramble=True)
+    network(normal(1, 4, 8, 8), torch.zeros(1)).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+    assert network.embed.classes.weight.grad.abs().max() == 0
+
+
+def test_no_label_and_no_augmentation_are_minus_one_and_zeros():
+    network, x, c_noise = build(FULL, scramble=True).eval(), normal(3, 4, 8, 8), torch.zeros(3)
+    nothing = network(x, c_noise)
+    labels, augment = torch.tensor([-1, 2, -1]), torch.zeros(3, 9)
+    assert torch.equal(network(x, c_noise, torch.full((3,), -1), augment), nothing)
+    labelled = network(x, c_noise, labels)
+    torch.testing.assert_close(labelled[[0, 2]], nothing[[0, 2]], rtol=1e-4, atol=1e-5)
+    assert (labelled[1] - nothing[1]).abs().max() > 1e-3
+    assert not torch.allclose(network(x, c_noise, torch.tensor([-1, 1, -1]))[1], labelled[1])
+    augment[0, 3] = 1
+    augmented = network(x, c_noise, None, augment)
+    assert (augmented[0] - nothing[0]).abs().max() > 1e-3
+    torch.testing.assert_close(augmented[1:], nothing[1:], rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_without_classes_is_the_same_with_labels_of_none():
+    network, x = build(scramble=True).eval(), normal(2, 4, 8, 8)
+    assert torch.equal(
+        network(x, torch.zeros(2), torch.tensor([-1, -1])), network(x, torch.zeros(2))
+    )
+
+
+@EVERY
+@pytest.mark.parametrize("way", ["weights", "autocast"])
+def test_in_bfloat16_it_is_nearly_the_same(config, way):
+    network = build(config, scramble=True).eval()
+    x, c_noise = normal(2, 4, 8, 8), torch.tensor([-1.0, 0.5])
+    labels = torch.tensor([0, -1]) if config.classes else None
+    plain = network(x, c_noise, labels)
+    if way == "weights":
+        answer = network.to(torch.bfloat16)(x.bfloat16(), c_noise.bfloat16(), labels)
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            answer = network(x, c_noise, labels)
+    assert answer.dtype == torch.bfloat16
+    torch.testing.assert_close(answer.float(), plain, rtol=0, atol=0.05 * plain.abs().max().item())
+
+
+def test_a_time_step_keeps_its_precision_in_a_network_of_bfloat16():
+    """999 is 1000 in bfloat16, so it is given in float32."""
+    network = build(scramble=True).eval().bfloat16()
+    x = normal(1, 4, 8, 8).bfloat16()
+    answers = [network(x, torch.tensor([t])) for t in (999.0, 1000.0)]
+    assert not torch.equal(*answers)
 
 
 def test_noise_level_matters_and_images_do_not_mix():
@@ -189,6 +157,21 @@ def test_attention_stands_where_it_is_asked_for():
     assert attends([network.middle_in, network.middle_out]) == [True, False]
 
 
+@pytest.mark.parametrize("heads, expected", [(None, [8, 8]), (2, [8, 16]), (1, [16, 32])])
+def test_heads_are_counted_or_of_one_width(heads, expected):
+    network = build(TINY.model_copy(update={"heads": heads, "attention_factors": (1,)}))
+    found = [network.encoder[0][0].attention.head_width, network.middle_in.attention.head_width]
+    assert found == expected
+
+
+def test_blocks_that_resample_stand_between_the_levels():
+    network = build(FULL)
+    assert [type(layer) for layer in network.enter] == [nn.Conv2d, ResidualBlock]
+    assert [type(layer) for layer in network.leave] == [ResidualBlock, nn.Sequential]
+    assert [network.enter[1].resample, network.leave[0].resample] == ["down", "up"]
+    assert network.middle_in.residual.resample is None
+
+
 def test_sides_that_cannot_be_halved_are_refused():
     network = build(UNetConfig(channels=16, multipliers=(1, 1, 1), blocks=1, head_width=8))
     with pytest.raises(LdmError, match=r"10×8 do not fit this UNet.*multiples of 4"):
@@ -202,6 +185,9 @@ def test_sides_that_cannot_be_halved_are_refused():
         ({"channels": 48}, "'head_width'.*must divide the 144 channels at factor 4"),
         ({"channels": 15}, "'channels'.*multiple of 2"),
         ({"multipliers": []}, "'multipliers'"),
+        ({"channels": 48, "heads": 7}, "'heads'.*must divide the 144 channels at factor 4"),
+        ({"heads": 0}, "'heads'"),
+        ({"classes": -1}, "'classes'"),
         ({"dropout": 1.0}, "'dropout'"),
         ({"type": "adm"}, "'type'"),
     ],
@@ -209,6 +195,11 @@ def test_sides_that_cannot_be_halved_are_refused():
 def test_a_network_that_cannot_be_built_is_refused(tree, message):
     with pytest.raises(UsageError, match=message):
         validate(UNetConfig, {"multipliers": [1, 2, 3], "attention_factors": [4], **tree})
+
+
+def test_where_heads_are_counted_their_width_is_not_asked():
+    config = validate(UNetConfig, {"channels": 48, "multipliers": [1, 2], "heads": 8})
+    assert config.attending_widths() == {96}
 
 
 def test_heads_must_fit_the_middle_even_without_other_attention():
@@ -227,9 +218,9 @@ def test_learns_four_images():
         return edm_loss(denoiser, z, sigma, normal(16, 4, 8, 8, seed=seed)).mean()
 
     before = loss(seed=1).item()  # the network is 0: as good as the best for Gaussian data
-    for step in range(250):
+    for step in range(150):
         optimizer.zero_grad()
         loss(seed=2 + step).backward()
         optimizer.step()
     assert before == pytest.approx(1, abs=0.1)
-    assert loss(seed=1).item() < 0.2
+    assert loss(seed=1).item() < 0.45

@@ -21,8 +21,6 @@ from ldm.checkpoint import (
     save_model,
     save_state,
     shown,
-    write_atomically,
-    write_together,
 )
 from ldm.errors import LdmError
 
@@ -230,60 +228,6 @@ def test_a_full_disk_leaves_the_last_good_files(tmp_path):
     assert left == {"state", "8", "state.pt", "ckpt.pt", "ckpt.safetensors"}
 
 
-def test_write_atomically_keeps_what_stood_there_when_the_writer_fails(tmp_path):
-    path = tmp_path / "file"
-    write_atomically(path, lambda file: file.write(b"first"))
-
-    def fail(file):
-        file.write(b"sec")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, fail)
-    assert path.read_bytes() == b"first" and list(tmp_path.iterdir()) == [path]
-
-
-def test_files_that_belong_together_are_all_new_or_all_old(tmp_path, monkeypatch):
-    paths = [tmp_path / name for name in ("weights", "config")]
-
-    def write(what, last=None):
-        write_together(
-            {
-                paths[0]: lambda file: file.write(what),
-                paths[1]: last or (lambda file: file.write(what)),
-            }
-        )
-
-    def full(_file):
-        raise OSError(28, "No space left on device")
-
-    write(b"old")
-    with pytest.raises(LdmError, match=r"config \(No space left on device\): .* is untouched"):
-        write(b"new", full)
-    assert [path.read_bytes() for path in paths] == [b"old", b"old"]
-    assert sorted(tmp_path.iterdir()) == sorted(paths)
-
-    paths[0].unlink()
-    paths[0].mkdir()
-    with pytest.raises(LdmError, match=r"weights \(Is a directory\)"):
-        write(b"new")
-    assert paths[1].read_bytes() == b"old"
-    paths[0].rmdir()
-
-    # a kill between the two renames: the new one has no old description
-    rename, done = type(tmp_path).replace, []
-
-    def die(path, target):
-        if done:
-            raise KeyboardInterrupt
-        done.append(rename(path, target))
-
-    monkeypatch.setattr(type(tmp_path), "replace", die)
-    with pytest.raises(KeyboardInterrupt):
-        write(b"new")
-    assert paths[0].read_bytes() == b"new" and not paths[1].exists()
-
-
 @pytest.mark.parametrize("name", ["encoder.weight", "größe"])
 def test_what_can_be_printed_is_shown_as_it_is(name):
     assert shown(name) == name
@@ -328,14 +272,3 @@ def test_safetensors_of_others_is_told(tmp_path):
 
     save_file({"w": torch.zeros(1)}, tmp_path / "x.safetensors", {"ldm": json.dumps(None)})
     assert "is not a model file" in message(tmp_path / "x.safetensors")
-
-
-def test_only_a_failed_write_is_called_one(tmp_path):
-    """A loader's worker that dies raises a RuntimeError wherever the process just is."""
-
-    def fail(file):
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
-
-    with pytest.raises(RuntimeError, match="DataLoader worker"):
-        write_atomically(tmp_path / "file", fail)
-    assert not list(tmp_path.iterdir())

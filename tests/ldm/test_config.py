@@ -174,7 +174,7 @@ def test_a_preset_lies_over_its_base():
 @pytest.mark.parametrize("kind", ["ae", "diffusion"])
 def test_every_preset_resolves_and_says_what_it_is(kind):
     from pipelines.autoencoder_recipe import AutoencoderRecipe
-    from pipelines.train_diffusion import DiffusionRecipe
+    from pipelines.diffusion_recipe import DiffusionRecipe
 
     recipe = {"ae": AutoencoderRecipe, "diffusion": DiffusionRecipe}[kind]
     for name in list_presets(kind):
@@ -184,7 +184,7 @@ def test_every_preset_resolves_and_says_what_it_is(kind):
 
 def test_every_setting_says_what_it_is():
     from pipelines.autoencoder_recipe import AutoencoderRecipe
-    from pipelines.train_diffusion import DiffusionRecipe
+    from pipelines.diffusion_recipe import DiffusionRecipe
 
     for kind, recipe in (("ae", AutoencoderRecipe), ("diffusion", DiffusionRecipe)):
         for name in list_presets(kind):

@@ -7,16 +7,7 @@ from torch import nn
 
 from ldm.checkpoint import load_state
 from ldm.errors import LdmError
-from ldm.run import (
-    MAX_BAD_STEPS,
-    Run,
-    RunConfig,
-    frozen,
-    make_accelerator,
-    resolve_device,
-    resolve_precision,
-    start_run,
-)
+from ldm.run import MAX_BAD_STEPS, Run, RunConfig, frozen, make_accelerator, start_run
 
 
 class Recipe(RunConfig):
@@ -139,24 +130,6 @@ def test_frozen_takes_gradients_from_the_weights_alone():
         still(x).sum().backward()
     assert x.grad is not None and judge[0].weight.grad is None
     assert judge.training and judge[0].weight.requires_grad and not judge[0].bias.requires_grad
-
-
-def test_a_gpu_where_there_is_none(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(LdmError, match="sees no CUDA device here: use cpu"):
-        resolve_device("cuda")
-    assert resolve_device("auto").type == "cpu"
-
-
-@pytest.mark.parametrize("name", ["gpu", "mps", "cuda:x"])
-def test_a_device_that_means_nothing(name):
-    with pytest.raises(LdmError, match=f"device '{name}'"):
-        resolve_device(name)
-
-
-def test_precision_as_asked():
-    assert resolve_precision("fp32", torch.device("cpu")) == "fp32"
-    assert resolve_precision("auto", torch.device("cpu")) in ("fp32", "bf16")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

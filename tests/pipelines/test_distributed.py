@@ -88,7 +88,7 @@ def test_stage_one_and_two_on_two_processes(tmp_path):
     words.append("network.dropout=0")
     one = launch(tmp_path / "ldm", "train_diffusion", [*words, "--out", "one"], 1)
     two = launch(tmp_path / "ldm", "train_diffusion", [*words, "--out", "two"], 2)
-    compare(one, two, tmp_path / "ldm", "denoiser")
+    compare(one, two, tmp_path / "ldm", "objective")
 
     # sampling shares the images out, and makes the same ones
     for run, processes in (("a", 1), ("b", 2)):

@@ -21,8 +21,7 @@ from ldm.config import to_tree
 from ldm.errors import LdmError, UsageError
 from pipelines.codec import Codec, measure_latents
 from pipelines.exchange import export_autoencoder, import_autoencoder
-
-SIZES = {"channels": 32, "multipliers": [1, 2], "blocks": 1}
+from tests import small
 
 app = typer.Typer(pretty_exceptions_enable=False)
 app.command("import")(import_model)
@@ -42,11 +41,7 @@ def here(tmp_path, monkeypatch):
 
 @pytest.fixture
 def sdvae():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield build_autoencoder(
-            "sdvae", conv1x1=True, encoder={"type": "sdvae", **SIZES}, decoder=SIZES
-        ).eval()
+    return small.sdvae()
 
 
 def same(ae, other):
@@ -94,7 +89,7 @@ def test_an_imported_model_goes_through_stage_two(tmp_path, sdvae):
     import_autoencoder("vae", tmp_path / "vae.pt")
     ae = load_autoencoder(tmp_path / "vae.pt")
     images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    mean, std = measure_latents(ae, [images])
+    mean, std = measure_latents([ae.encode(images)])
     codec = Codec(ae, mean, std)
     z = codec.encode(images, torch.zeros(4, 4, 8, 8))
     assert z.shape == (4, 4, 8, 8) and z.mean().abs() < 0.05
@@ -299,7 +294,7 @@ def test_the_help_names_the_ending_to_give():
         (["export", "vae", "b.pt", "--format", "compvis"], UsageError, "writes a .safetensors or"),
         (["export", "vae", "b.pt", "--format", "hub"], UsageError, "--format hub writes a folder"),
         (["import", "vae", "a.pt", "--revision", "v2"], UsageError, "vae is on this machine"),
-        (["export", "b"], LdmError, "no autoencoder run with a ckpt.pt under runs/"),
+        (["export", "b"], LdmError, "no autoencoder run with ckpt.pt under runs/"),
     ],
 )
 def test_refusals(tmp_path, sdvae, words, kind, told):

@@ -14,7 +14,7 @@ from ldm.errors import LdmError, UsageError
 from ldm.metrics import inception, sliced_wasserstein
 from ldm.seeds import generator
 from pipelines.fid import fid_of_samples, measure_fid
-from pipelines.sample import image_path
+from pipelines.sample_store import STORES, image_path
 from tests.ldm.metrics.fake_inception import Layers, save_fake_inception
 
 SIZE = 24
@@ -95,6 +95,20 @@ def test_fid_is_the_direct_computation(samples, reference, weights):
     assert result["fid"] == pytest.approx(expected, rel=1e-4)
     assert result["samples"]["count"] == 10
     assert result["reference"]["count"] == 12
+
+
+@pytest.mark.parametrize("files", ["zip", "shards"])
+def test_samples_in_other_forms(tmp_path, samples, reference, weights, files):
+    packed = tmp_path / "packed"
+    store = STORES[files](packed)
+    store.begin(range(10))
+    for i, picture in enumerate(pictures(10, seed=0)):
+        store.write(i, Image.fromarray(picture))
+    store.finish()
+    mark = json.loads((samples / "samples.json").read_text()) | {"files": files}
+    (packed / "samples.json").write_text(json.dumps(mark))
+    one, other = (measure_fid(s, reference, "train", weights, "cpu") for s in (samples, packed))
+    assert one["fid"] == other["fid"] and one["swd"] == other["swd"]
 
 
 def test_the_held_out_split(samples, reference, weights):

@@ -1,40 +1,35 @@
+"""Sampling to disk: what is made, what is made again, and what is refused."""
+
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from autoencoders import build_autoencoder
-from diffusion import EDM, UNet
-from ldm.checkpoint import ModelFile, save_model
-from ldm.config import to_tree
+from ldm.checkpoint import load_model, save_model
 from ldm.errors import LdmError, UsageError
-from pipelines.latent_diffusion import LatentDiffusionPipeline
-from pipelines.sample import image_path, sample_images
-from tests.small import autoencoder_recipe, diffusion_recipe
-
-
-def make_model(folder, seed: int):
-    """A stage-two file of random weights: what is tested is not what it draws."""
-    torch.manual_seed(seed)
-    recipe = diffusion_recipe("none")
-    autoencoder = build_autoencoder(autoencoder_recipe().model)
-    network = UNet(recipe.network)
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
-    inner = ModelFile("autoencoder", to_tree(autoencoder.config), autoencoder.state_dict())
-    statistics = {"mean": [0.0] * 4, "std": [1.0] * 4, "sigma_data": 0.5}
-    origin = {"autoencoder_sha256": inner.sha256}
-    model = ModelFile("diffusion", to_tree(recipe), network.state_dict(), statistics, origin, inner)
-    save_model(folder / "ckpt.pt", model)
-    assert isinstance(LatentDiffusionPipeline.from_pretrained(folder).denoiser, EDM)
-    return folder
+from pipelines.sample import sample_images
+from pipelines.sample_folder import SampleFolder
+from pipelines.sample_store import image_path
+from tests.pipelines.untrained import CLASSES, make_model, pipeline
+from tests.small import ROOT, ldm
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("model"), 0)
+
+
+@pytest.fixture(scope="module")
+def conditional(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("classes"), 0, CLASSES)
 
 
 def draw(model, out, n=6, **settings):
@@ -63,6 +58,15 @@ def test_a_thousand_images_a_folder(tmp_path):
     assert image_path(tmp_path, 49_999) == tmp_path / "00049" / "img00049999.png"
 
 
+def test_they_are_the_pipelines_images(conditional, tmp_path):
+    pipe = pipeline(0, CLASSES)
+    how = {"guidance": 2, "churn": {"S_churn": 4}, "sampler": "euler", "interval": (0.1, 9)}
+    out = draw(conditional, tmp_path / "out", seed=3, batch_size=6, **how)
+    pictures = pipe(6, 3, steps=2, output="pil", **how)
+    for i, picture in enumerate(pictures):
+        assert np.array_equal(pixels(image_path(out, i)), np.array(picture))
+
+
 def test_only_what_is_missing_is_made(model, tmp_path):
     out = draw(model, tmp_path / "out")
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in out.rglob("img*.png")}
@@ -77,41 +81,183 @@ def test_only_what_is_missing_is_made(model, tmp_path):
     assert json.loads((out / "samples.json").read_text())["n"] == 8
 
 
-def test_batch_size_does_not_matter(model, tmp_path):
-    a, b = draw(model, tmp_path / "a", batch_size=1), draw(model, tmp_path / "b", batch_size=7)
-    for i in range(6):
-        difference = pixels(image_path(a, i)).astype(int) - pixels(image_path(b, i))
-        assert abs(difference).max() <= 1
+def test_the_batch_size_does_not_matter(model, tmp_path):
+    how = {"steps": 3, "churn": 10, "n": 7}
+    one = draw(model, tmp_path / "one", batch_size=1, **how)
+    for size in (3, 7):
+        other = draw(model, tmp_path / f"by-{size}", batch_size=size, **how)
+        for i in range(7):
+            apart = pixels(image_path(one, i)).astype(int) - pixels(image_path(other, i))
+            assert abs(apart).max() <= 1
+
+
+@pytest.mark.slow
+def test_killed_and_finished(model, tmp_path):
+    """However far it had come, the same images are there in the end; and they equal the PNGs."""
+    out, how = tmp_path / "out", {"n": 24, "steps": 40, "batch_size": 1}
+    words = ["sample", model, "--n", 24, "--steps", 40, "--batch-size", 1, "--precision", "fp32"]
+    running = ldm(*words, "--format", "shards", "--out", out, cwd=tmp_path, start=True)
+    deadline = time.monotonic() + 120
+    while len(list(out.rglob("*.png"))) < 3:
+        assert running.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    running.send_signal(signal.SIGKILL)
+    running.wait(60)
+    there = len(list(out.rglob("img*.png")))
+    assert 3 <= there < 24 and not (out / "grid.png").exists()
+    with pytest.raises(LdmError, match="of its 24 samples"):
+        SampleFolder(out)
+
+    draw(model, out, files="shards", **how)
+    folder, pngs = SampleFolder(out), SampleFolder(draw(model, tmp_path / "pngs", **how))
+    assert len(folder) == len(pngs) == 24
+    assert all(np.array_equal(folder.load(i), pngs.load(i)) for i in range(24))
+    assert (out / "grid.png").read_bytes() == (tmp_path / "pngs" / "grid.png").read_bytes()
+    assert not list(out.glob("[0-9]*"))
+
+
+TWO_PROCESSES = """
+import sys
+from pathlib import Path
+from accelerate import PartialState
+from ldm.errors import LdmError
+from pipelines import sample, sample_store
+from pipelines.sample_store import PngStore, ShardStore
+
+rank, how = PartialState(cpu=True).process_index, dict(batch_size=2, device="cpu")
+how |= dict(steps=3, churn=10, precision="fp32", n=9, model=sys.argv[1])
+write = PngStore.write
+def watched(store, i, picture):
+    with open(f"wrote-{rank}", "a") as file:
+        print(i, file=file)
+    write(store, i, picture)
+PngStore.write = watched
+sample_store.THOUSAND = 4  # so that each process has a shard to pack, and does so at the end
+ShardStore.tidy = PngStore.tidy
+sample.sample_images(out="two", files="shards", **how)
+try:  # of the main process alone, were it not told to the other
+    sample.sample_images(out="two", seed=1, files="shards", **how)
+except LdmError as error:
+    Path(f"refused-{rank}").write_text(str(error))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work_and_are_refused_together(model, tmp_path):
+    (tmp_path / "job.py").write_text(TWO_PROCESSES)
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, "job.py", str(model)], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    wrote = [(tmp_path / f"wrote-{rank}").read_text().split() for rank in range(2)]
+    assert [sorted(map(int, mine)) for mine in wrote] == [[0, 1, 4, 5, 8], [2, 3, 6, 7]]
+    for rank in range(2):
+        told = (tmp_path / f"refused-{rank}").read_text()
+        assert told == "two holds samples made with another seed: give --out another folder"
+    one = SampleFolder(draw(model, tmp_path / "one", n=9, steps=3, churn=10, batch_size=2))
+    two = SampleFolder(tmp_path / "two")
+    assert len(two) == 9 and not list(two.path.glob("[0-9]*"))
+    for i in range(9):  # a process of one thread rounds differently
+        assert abs(one.load(i).astype(int) - two.load(i)).max() <= 1
+    assert pixels(two.path / "grid.png").shape == pixels(one.path / "grid.png").shape
+
+
+def test_the_grid_never_shrinks(model, tmp_path):
+    out = draw(model, tmp_path / "out", n=5)
+    five = (out / "grid.png").read_bytes()
+    draw(model, out, n=2)
+    assert (out / "grid.png").read_bytes() == five
+    draw(model, out, n=7)
+    assert pixels(out / "grid.png").shape[0] > 2 * 34
+    # of a larger job that was stopped there is what there is
+    image_path(out, 3).unlink()
+    draw(model, out, n=2)
+    assert pixels(out / "grid.png").shape == (34 + 32, 34 + 32, 3)
+
+
+@pytest.mark.parametrize("files", ["zip", "shards"])
+def test_other_forms_hold_the_same(model, tmp_path, files):
+    pngs = SampleFolder(draw(model, tmp_path / "png", n=7))
+    draw(model, tmp_path / "out", n=5, files=files)
+    out = draw(model, tmp_path / "out", n=7, files=files)
+    folder = SampleFolder(out)
+    assert len(folder) == 7
+    for i in range(7):
+        assert abs(folder.load(i).astype(int) - pngs.load(i)).max() <= 1
+    with pytest.raises(LdmError, match="another files"):
+        draw(model, out)
+
+
+# ----------------------------------------------------------------------------------- classes
+def test_classes_are_drawn_given_or_taken_in_turn(conditional, tmp_path):
+    pipe = pipeline(0, CLASSES)
+    out = draw(conditional, tmp_path / "drawn", n=4)
+    draw(conditional, out, n=6)
+    drawn = json.loads((out / "labels.json").read_text())
+    assert drawn == {"classes": list(CLASSES), "labels": pipe.classes.draw(0, range(6))}
+    draw(conditional, out, n=2)
+    assert json.loads((out / "labels.json").read_text()) == drawn
+
+    turns = draw(conditional, tmp_path / "turns", n=5, labels=["dog", "0"])
+    assert json.loads((turns / "labels.json").read_text())["labels"] == [1, 0, 1, 0, 1]
+    given = draw(conditional, tmp_path / "given", n=3, labels=[1])
+    apart = [
+        abs(pixels(image_path(turns, i)).astype(int) - pixels(image_path(given, i))).max()
+        for i in range(3)
+    ]
+    assert apart[0] <= 1 and apart[2] <= 1 and apart[1] > 3
+    with pytest.raises(LdmError, match="another labels"):
+        draw(conditional, given)
+
+
+def test_labels_of_any_kind(conditional, tmp_path):
+    out = draw(conditional, tmp_path / "out", n=2, labels=np.array([1, 0]))
+    assert json.loads((out / "samples.json").read_text())["labels"] == [1, 0]
+    draw(conditional, out, n=2, labels=["dog", " cat"])
+    one = draw(conditional, tmp_path / "one", n=1, labels="dog", seed=np.int64(0))
+    assert json.loads((one / "labels.json").read_text())["labels"] == [1]
+
+
+def test_classes_a_model_has_not(model, conditional, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match="this model has no classes"):
+        draw(model, out, labels=["cat"])
+    with pytest.raises(UsageError, match="label 7: classes are 0 to 2"):
+        draw(conditional, out, labels=["cat", "7"])
+    for which in (model, conditional):
+        with pytest.raises(UsageError, match="labels are empty"):
+            draw(which, out, labels=[])
+    with pytest.raises(UsageError, match="label -1 asks for one"):
+        draw(conditional, out, labels=[0, -1], guidance=2)
+    assert not out.exists()
+
+
+# ------------------------------------------------------------------------- what cannot be made
+@pytest.mark.parametrize("bad", [{"n": 0}, {"n": -3}, {"steps": 0}, {"batch_size": 0}])
+def test_counts_below_one(model, tmp_path, bad):
+    with pytest.raises(UsageError, match=r"must be at least 1|should be greater than 0"):
+        draw(model, tmp_path / "out", **bad)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"), [({"seed": 1}, "another seed"), ({"steps": 3}, "another steps")]
+    ("bad", "told"),
+    [
+        ({"sigma_max": 99}, "sigma_max=99: this model denoises"),
+        ({"batch_size": 2.5}, "--batch-size 2.5: it must be a whole number"),
+        ({"seed": 1.0}, "--seed 1.0: it must be a whole number"),
+        ({"files": "jpg"}, "--format jpg: it must be one of png, shards, zip"),
+        ({"steps": 10**20}, "'steps': input should be less than or equal to 100000"),
+        ({"interval": (0.2, 3)}, "the interval is where guidance acts"),
+        ({"guidance": 2}, "needs a weaker model"),
+        ({"churn": 2, "sampler": "dpmpp-2m"}, "knows no churn"),
+        ({"step": 3}, "unknown key 'step'; did you mean 'steps'"),
+    ],
 )
-def test_a_folder_of_other_settings_is_refused(model, tmp_path, changed, told):
-    draw(model, tmp_path / "out", n=1)
-    with pytest.raises(LdmError, match=told):
-        draw(model, tmp_path / "out", **changed)
-
-
-def test_a_folder_of_another_model_is_refused(model, tmp_path):
-    draw(model, tmp_path / "out", n=1)
-    other = make_model(tmp_path / "other", 1)
-    with pytest.raises(LdmError, match="another model"):
-        draw(other, tmp_path / "out")
-
-
-def test_a_folder_of_something_else_is_refused(model, tmp_path):
-    (tmp_path / "photo.jpg").touch()
-    with pytest.raises(LdmError, match=r"holds no samples\.json"):
-        draw(model, tmp_path)
-    (tmp_path / "samples.json").write_text("{")
-    with pytest.raises(LdmError, match="damaged"):
-        draw(model, tmp_path)
-
-
-@pytest.mark.parametrize("bad", [{"n": 0}, {"n": -3}, {"steps": 0}, {"batch_size": 0}])
-def test_counts_below_one(model, tmp_path, bad):
-    with pytest.raises(UsageError, match="must be at least 1"):
+def test_settings_that_cannot_be_leave_no_folder(model, tmp_path, bad, told):
+    with pytest.raises(UsageError, match=told):
         draw(model, tmp_path / "out", **bad)
     assert not (tmp_path / "out").exists()
 
@@ -122,3 +268,18 @@ def test_a_write_that_fails_is_told(model, tmp_path, monkeypatch):
     (out / "00000" / "img00000002.png").mkdir()
     with pytest.raises(LdmError, match="could not write"):
         draw(model, out, n=4)
+
+
+def test_paths_as_words(model, tmp_path):
+    out = draw(str(model), str(tmp_path / "out"), n=1)
+    assert image_path(out, 0).is_file() and draw(model, out, n=1) == out
+
+
+def test_images_that_are_not_finite_are_not_written(model, tmp_path):
+    whole = load_model(model, "diffusion")
+    weights = {name: tensor * torch.nan for name, tensor in whole.weights.items()}
+    (tmp_path / "nan").mkdir()
+    save_model(tmp_path / "nan" / "ckpt.pt", replace(whole, weights=weights))
+    with pytest.raises(LdmError, match="images 0 to 3 came out with numbers that are not finite"):
+        draw(tmp_path / "nan", tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.png"))

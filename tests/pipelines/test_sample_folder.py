@@ -2,14 +2,15 @@
 
 import json
 import os
+import pickle
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from ldm.errors import LdmError
-from pipelines.sample import image_path
 from pipelines.sample_folder import SampleFolder, newest_samples
+from pipelines.sample_store import STORES, image_path
 
 
 def write(path, size=16, level=0):
@@ -46,15 +47,14 @@ def test_numbered_images_count_and_the_sheet_does_not(sampled):
 
 
 def test_any_folder_of_pngs(tmp_path):
-    for name in ("b.png", "deep/er/a.PNG", "grid.png"):
+    for name in ("b.png", "deep/er/a.PNG", "grid.png", "neighbours.png"):
         write(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no image")
     folder = SampleFolder(tmp_path)
     assert [folder.name(i).removeprefix(f"{tmp_path}/") for i in range(len(folder))] == [
         "b.png",
         "deep/er/a.PNG",
-        "grid.png",
-    ]
+    ], "sheets that our commands write are no samples"
     assert folder.made_with is None
 
 
@@ -97,7 +97,10 @@ def test_sampling_that_was_not_finished(sampled):
     assert "holds 3 of its 50 samples" in refused(sampled, limit=4)
 
 
-@pytest.mark.parametrize("text", ["{", "[1, 2]"])
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[1, 2]", '{"n": null}', '{"n": "3"}', '{"model": "x"}', '{"data": 1}', '{"files": 2}'],
+)
 def test_a_damaged_mark(sampled, text):
     (sampled / "samples.json").write_text(text)
     assert "samples.json is damaged: delete it" in refused(sampled)
@@ -134,7 +137,61 @@ def test_a_damaged_image(tmp_path):
     write(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:50])
     folder = SampleFolder(tmp_path)
-    with pytest.raises(LdmError, match=r"b.png is damaged \(.*\): delete it and sample it again"):
+    with pytest.raises(LdmError, match=r"b.png is damaged \(.*\): delete .*b.png and"):
         folder.load(1)
     (tmp_path / "a.png").write_bytes(b"")
     assert "a.png is damaged" in refused(tmp_path)
+
+
+@pytest.fixture(params=["zip", "shards"])
+def packed(request, tmp_path):
+    """Three samples in another form, and a sheet beside them."""
+    store = STORES[request.param](tmp_path)
+    store.begin(range(3))
+    for i in range(3):
+        store.write(i, Image.fromarray(np.random.default_rng(i).integers(0, 256, (9, 9, 3), "u1")))
+    store.finish()
+    write(tmp_path / "grid.png", size=40)
+    (tmp_path / "samples.json").write_text(json.dumps({"n": 3, "files": request.param}))
+    return tmp_path
+
+
+def test_samples_in_a_zip_or_in_shards(packed):
+    folder = SampleFolder(packed)
+    assert len(folder) == 3 and folder.resolution == 9
+    assert len(SampleFolder(packed, limit=2)) == 2
+    assert np.array_equal(
+        folder.load(2), np.random.default_rng(2).integers(0, 256, (9, 9, 3), "u1")
+    )
+    copy = pickle.loads(pickle.dumps(folder))  # as loader processes get it
+    assert np.array_equal(copy.load(1), folder.load(1))
+
+
+def test_packed_samples_that_are_not_finished(packed):
+    mark = json.loads((packed / "samples.json").read_text())
+    (packed / "samples.json").write_text(json.dumps(mark | {"n": 4}))
+    assert "holds 3 of its 4 samples" in refused(packed)
+    for path in (*packed.glob("*.zip"), *packed.glob("*.tar")):
+        path.unlink()
+    assert "holds 0 of its 4 samples" in refused(packed)
+
+
+def test_packed_samples_that_are_damaged(packed):
+    path = next(iter([*packed.glob("*.zip"), *packed.glob("*.tar")]))
+    data = bytearray(path.read_bytes())
+    where = data.index(b"\x89PNG")
+    data[where : where + 40] = bytes(40)
+    path.write_bytes(data)
+    assert "is damaged (" in refused(packed)
+    assert refused(packed).endswith(f"delete {path} and sample again")
+    path.write_bytes(data[:600])
+    assert "is truncated" in refused(packed)
+
+
+def test_one_image_is_enough_to_be_looked_at(sampled):
+    assert len(SampleFolder(sampled, limit=1, least=1)) == 1
+    for path in sampled.glob("*/*.png"):
+        path.unlink()
+    (sampled / "samples.json").write_text("{}")
+    with pytest.raises(LdmError, match="gives 0 PNG image"):
+        SampleFolder(sampled, least=1)

@@ -1,3 +1,5 @@
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -5,8 +7,10 @@ from ldm.checkpoint import ModelFile, load_model, save_model
 from ldm.errors import LdmError, UsageError
 from ldm.logbook import read_rows
 from pipelines.latent_diffusion import LatentDiffusionPipeline
+from pipelines.learner import Learner
+from pipelines.noise_bands import band_names
 from pipelines.train_autoencoder import train_autoencoder
-from pipelines.train_diffusion import train_diffusion
+from pipelines.train_diffusion import snapshot_due, train_diffusion
 from tests.small import autoencoder_recipe, diffusion_recipe
 
 
@@ -79,17 +83,122 @@ def test_another_autoencoder_under_a_started_run_is_refused(stage_one, tmp_path)
         train_diffusion(diffusion_recipe(file), "tiny", tmp_path / "run")
 
 
-def test_a_resolution_the_network_cannot_take_is_told_at_once(stage_one, tmp_path):
-    recipe = diffusion_recipe(stage_one, "resolution=40")
-    with pytest.raises(UsageError, match="resolution=40 must be a multiple of 16"):
-        train_diffusion(recipe, "tiny", tmp_path / "run")
+def test_what_does_not_fit_is_told_before_there_is_a_folder(stage_one, tmp_path):
+    for setting in ("resolution=40", "network.latent_channels=8", "network.classes=3"):
+        with pytest.raises(UsageError, match=setting):
+            train_diffusion(diffusion_recipe(stage_one, setting), "tiny", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_other_latent_channels_than_the_autoencoders_are_refused(stage_one, tmp_path):
-    recipe = diffusion_recipe(stage_one, "network.latent_channels=8")
-    with pytest.raises(UsageError, match=r"network.latent_channels=8, but .* has 4"):
-        train_diffusion(recipe, "tiny", tmp_path / "run")
+def test_the_loss_is_told_by_noise_level(stage_two):
+    rows = read_rows(stage_two / "metrics.jsonl")
+    bands = {key for row in rows for key in row if key.startswith("loss_sigma_")}
+    assert len(bands) >= 4 and bands <= set(band_names().values())
+    assert (stage_two / "pictures" / "loss-by-sigma.png").is_file()
+
+
+OPTIONS = {
+    "classes": ["data.labels=true", "label_dropout=0.5"],
+    "augmented": ["augment.probability=0.3", "data.flip=false", "posterior=mean"],
+    "edm2": [
+        "network={type: edm2, channels: 16, multipliers: [1, 2], blocks: 1, head_width: 8, "
+        "attention_factors: [2]}",
+        "denoiser={uncertainty: true, noise_mean: -0.4, noise_std: 1}", "clip_norm=null",
+        "lr=1e-2", "lr_schedule=inverse_sqrt", "lr_decay_images=16", "betas=[0.9, 0.99]",
+    ],
+    "unet's options": ["network.scale_shift=true", "network.resample_blocks=true"],
+    "schedule": ["lr_schedule=cosine", "accumulate=2", "statistics_images=null"],
+    "averages": ["ema_stds=[0.05, 0.1]", "snapshots=4"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_trains_and_samples(option, stage_one, tmp_path):
+    recipe = diffusion_recipe(stage_one / "ckpt.pt", *OPTIONS[option])
+    folder = train_diffusion(recipe, "tiny", tmp_path / "run")
+    rows = read_rows(folder / "metrics.jsonl")
+    assert rows[-1]["skipped"] == 0
+    pipe = LatentDiffusionPipeline.from_pretrained(folder, "cpu", "fp32")
+    assert pipe(n=2, seed=0, steps=2).isfinite().all()
+    model = load_model(folder, "diffusion")
+    assert len(model.statistics["classes"]) == (8 if option == "classes" else 0)
+    if option == "averages":
+        names = sorted(path.name for path in (folder / "ema").iterdir())
+        assert len(names) == 8
+    if option == "schedule":
+        assert rows[-1]["lr"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def learner(stage_one):
+    """After some steps of the options that act on the optimiser, and what it began with."""
+    recipe = diffusion_recipe(stage_one / "ckpt.pt", *OPTIONS["edm2"], "accumulate=2")
+    kept = {}
+
+    class Kept(Learner):
+        def __init__(self, *args):
+            super().__init__(*args)
+            kept.update(learner=self, before=deepcopy(self.objective.state_dict()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipelines.train_diffusion.Learner", Kept)
+        train_diffusion(recipe, "tiny", stage_one.parent / "edm2")
+    return kept["learner"], kept["before"]
+
+
+def test_the_optimiser_has_the_rate_of_the_schedule(learner):
+    # 32 images seen, 16 until the decay begins
+    assert learner[0].optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 / 2**0.5)
+
+
+def test_everything_learns_and_its_weights_keep_their_norm(learner):
+    learner, before = learner
+    held = [name for name in before if name.endswith("weight")]
+    assert any(name.startswith("uncertainty") for name in held)
+    for name, weight in learner.objective.state_dict().items():
+        if name in held:
+            assert not torch.equal(weight, before[name]), name
+            norms = weight.flatten(1).norm(dim=1) / weight[0].numel() ** 0.5
+            assert (norms - 1).abs().max() < 1e-5, name
+
+
+def test_the_gradient_is_clipped_where_asked(stage_one, tmp_path, monkeypatch):
+    limits = []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def spy(parameters, limit, *rest, **named):
+        limits.append(limit)
+        return clip(parameters, limit, *rest, **named)
+
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", spy)
+    recipe = diffusion_recipe(stage_one / "ckpt.pt", "clip_norm=0.25", "steps=2")
+    train_diffusion(recipe, "tiny", tmp_path / "run")
+    assert limits == [0.25, 0.25]
+
+
+def test_looking_and_logging_keep_different_time(stage_one, tmp_path):
+    recipe = diffusion_recipe(
+        stage_one / "ckpt.pt", "run.validate_every_steps=3", "run.log_every_steps=5"
+    )
+    folder = train_diffusion(recipe, "tiny", tmp_path / "run")
+    rows = [row["images_seen"] // 4 for row in read_rows(folder / "metrics.jsonl")]
+    assert rows == [3, 5, 6, 8]
+
+
+@pytest.mark.parametrize(("steps", "snapshots"), [(63, 32), (100, 3), (5, 32), (8, 8)])
+def test_there_are_as_many_snapshots_as_asked_for(steps, snapshots):
+    recipe = diffusion_recipe("none", f"steps={steps}", f"snapshots={snapshots}")
+    due = [step for step in range(1, steps + 1) if snapshot_due(step, recipe)]
+    assert len(due) == min(steps, snapshots) and due[-1] == steps
+
+
+def test_latents_that_are_not_finite_stop_before_training(stage_one, tmp_path):
+    model = load_model(stage_one, "autoencoder")
+    for weight in model.weights.values():
+        weight.fill_(float("nan"))
+    save_model(tmp_path / "ckpt.pt", model)
+    with pytest.raises(LdmError, match="latent statistics are degenerate"):
+        train_diffusion(diffusion_recipe(tmp_path / "ckpt.pt"), "tiny", tmp_path / "run")
 
 
 def test_stage_two_is_no_stage_one(stage_two, tmp_path):

@@ -12,6 +12,7 @@ from autoencoders.sdvae.export import diffusers_config, write_compvis, write_dif
 from autoencoders.sdvae.weights import WEIGHTS_FILE, tree_from_diffusers
 from ldm.config import to_tree
 from ldm.errors import LdmError
+from tests.small import fill_disk_after_one_file
 
 SIZES = {"channels": 32, "multipliers": [1, 2], "blocks": 1}
 
@@ -87,14 +88,7 @@ def test_what_a_config_said_is_said_again(tmp_path):
 def test_a_failure_midway_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
     write_diffusers(tmp_path, small())
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    flushed = []
-
-    def full(_number):
-        if flushed:  # the weights fit, what follows does not
-            raise OSError(28, "No space left on device")
-        flushed.append(1)
-
-    monkeypatch.setattr("os.fsync", full)
+    fill_disk_after_one_file(monkeypatch)
     wide = SIZES | {"channels": 64}
     with pytest.raises(LdmError, match="what was saved before is untouched"):
         write_diffusers(tmp_path, small(wide, wide))

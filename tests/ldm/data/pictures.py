@@ -36,6 +36,14 @@ def png_folder(path: Path, images: list[np.ndarray]) -> Path:
     return path
 
 
+def class_folder(path: Path, images: dict[str, np.ndarray]) -> Path:
+    """A new folder of PNGs by their paths in it, such as `cat/1.png`."""
+    for name, image in images.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(encode(image))
+    return path
+
+
 def zip_file(path: Path, members: dict[str, bytes]) -> Path:
     """A zip of these members, in this order."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -60,3 +68,12 @@ class Coded:
         if index in self.corrupt:
             raise CorruptImage("truncated")
         return coordinates(index, *self.size)
+
+
+class CodedClasses(Coded):
+    """`Coded`, where image i is of class i % 3."""
+
+    classes = ("a", "b", "c")
+
+    def label(self, index):
+        return index % 3

@@ -3,7 +3,7 @@ from typer.testing import CliRunner
 
 from ldm.cli.data import app
 from ldm.errors import LdmError
-from tests.ldm.data.pictures import encode, noise, png_folder
+from tests.ldm.data.pictures import class_folder, encode, noise, png_folder
 
 
 def run(*words):
@@ -30,6 +30,16 @@ def test_options_reach_the_job(tmp_path):
     manifest = (out / "manifest.json").read_text()
     assert '"filter": "box"' in manifest
     assert '"count": 3' in manifest
+
+
+def test_labels(tmp_path):
+    files = {f"{name}/{n}.png": noise(n, 8, 8) for name in "ab" for n in range(4)}
+    source, out = class_folder(tmp_path / "a", files), tmp_path / "out"
+    words = ["prepare", source, out, "--size", 8, "--held-out", 2, "--workers", 0, "--labels"]
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    first = "8 images of 8×8 in 2 shards: 6 to train on, 2 held out, 2 classes"
+    assert result.stdout.splitlines()[0] == first
 
 
 def test_errors_are_left_to_the_command_line_above(tmp_path):

@@ -6,7 +6,7 @@ from ldm.data import DataConfig, holds_out, open_source
 from ldm.data.prepare import prepare
 from ldm.data.split import held_out_count
 from ldm.errors import LdmError, UsageError
-from tests.ldm.data.pictures import encode, noise, png_folder, zip_file
+from tests.ldm.data.pictures import class_folder, encode, noise, png_folder, zip_file
 
 
 def names(config, split):
@@ -30,6 +30,19 @@ def test_the_last_by_name_are_held_out(tmp_path):
     assert names(five, "val") == [f"{n:04d}.png" for n in range(36, 41)]
     source = open_source(five, "val", 32)
     assert (source.load(4) == noise(40)).all()
+
+
+def test_with_labels_every_so_many_th_is_held_out(tmp_path):
+    files = {
+        f"{c}/{n:04d}.png": noise(n) for c, n in zip("a" * 30 + "b" * 10, range(40), strict=True)
+    }
+    folder = class_folder(tmp_path / "a", files)
+    config = DataConfig(source=str(folder), labels=True)
+    assert names(config, "val") == ["0019.png", "0039.png"]
+    assert len(names(config, "train")) == 38
+    four = DataConfig(source=str(folder), labels=True, held_out=4)
+    assert names(four, "val") == ["0009.png", "0019.png", "0029.png", "0039.png"]
+    assert sorted(names(four, "train") + names(four, "val")) == names(four, "all")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from ldm.data import DataConfig, batches, evaluation_batches, open_source
 from ldm.errors import LdmError, UsageError
 from ldm.seeds import generator
-from tests.ldm.data.pictures import Coded, noise, png_folder
+from tests.ldm.data.pictures import Coded, CodedClasses, class_folder, noise, png_folder
 
 
 class Fatal(Coded):
@@ -25,7 +25,7 @@ def stream(source, start=0, stop=48, batch_size=4, rank=0, world=1, **config):
     """What a run sees, image by image: {k: (R, R, 3)}."""
     config = DataConfig(**{"source": "/", "crop": "random", "flip": True, "workers": 0} | config)
     seen = {}
-    for images, k in batches(source, config, 16, 3, start, stop, batch_size, rank, world):
+    for images, k, _ in batches(source, config, 16, 3, start, stop, batch_size, rank, world):
         assert images.shape == (batch_size // world, 3, 16, 16)
         assert (images.dtype, k.dtype) == (torch.uint8, torch.int64)
         seen |= dict(zip(k.tolist(), images.permute(0, 2, 3, 1).numpy(), strict=True))
@@ -88,7 +88,7 @@ def test_workers_give_the_same_stream_and_leave_signals_to_the_training_process(
     state = torch.get_rng_state()
     seen = {}
     config = DataConfig(source="/", crop="random", flip=True, workers=2)
-    for images, k in batches(source, config, 16, 3, 0, 48, 4):
+    for images, k, _ in batches(source, config, 16, 3, 0, 48, 4):
         workers = multiprocessing.active_children()
         for worker in workers if 4 in k else ():
             os.kill(worker.pid, signal.SIGINT)
@@ -153,7 +153,7 @@ def test_a_batch_must_divide_over_the_processes():
 def test_evaluation_sees_every_image_once_over_all_processes(world, limit):
     source, seen = Coded(21, height=16, width=20), []
     for rank in range(world):
-        for images, k in evaluation_batches(source, 16, 8, limit, rank, world):
+        for images, k, _ in evaluation_batches(source, 16, 8, limit, rank, world):
             assert 0 < len(k) <= 8 // world
             assert images[:, 0, 0, 0].tolist() == k.tolist()
             assert images[:, 1:, 0, 0].tolist() == [[0, 2]] * len(k)  # the centre, not mirrored
@@ -180,6 +180,69 @@ def test_evaluation_with_workers_reads_a_folder(tmp_path):
     for one, other in zip(here, there, strict=True):
         assert torch.equal(one.images, other.images)
         assert torch.equal(one.k, other.k)
+
+
+def labels_by_number(stream):
+    """{k: (index coded in the pixels, label)}, the types checked."""
+    seen = {}
+    for images, ks, labels in stream:
+        assert labels.dtype == torch.int64 and labels.shape == ks.shape
+        pairs = zip(images[:, 0, 0, 0].tolist(), labels.tolist(), strict=True)
+        seen |= dict(zip(ks.tolist(), pairs, strict=True))
+    return seen
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_labels_come_with_their_images_on_resuming_too(workers):
+    config = DataConfig(source="/", crop="random", workers=workers)
+    source = CodedClasses(20)
+    whole = labels_by_number(batches(source, config, 16, 3, 0, 48, 4))
+    assert all(label == index % 3 for index, label in whole.values())
+    assert {label for _, label in whole.values()} == {0, 1, 2}
+    rest = labels_by_number(batches(source, config, 16, 3, 24, 48, 8))
+    assert rest == {k: whole[k] for k in range(24, 48)}
+    halves = [labels_by_number(batches(source, config, 16, 3, 0, 48, 8, r, 2)) for r in range(2)]
+    assert dict(sorted((halves[0] | halves[1]).items())) == whole
+
+
+def test_the_replacement_of_a_corrupt_image_brings_its_own_label():
+    config = DataConfig(source="/", workers=0)
+    seen = labels_by_number(batches(CodedClasses(200, (5,)), config, 16, 3, 0, 200, 8))
+    order = generator(3, "order", 0).permutation(200).tolist()
+    assert seen[order.index(5)] == (6, 0)  # and not class 2, as image 5 is
+    assert seen[order.index(8)] == (8, 2)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_carries_labels_and_leaves_those_of_corrupt_images_out(workers):
+    source = CodedClasses(200, corrupt=(3,))
+    seen = labels_by_number(evaluation_batches(source, 16, 64, workers=workers))
+    assert seen == {k: (k, k % 3) for k in range(200) if k != 3}
+
+
+def test_without_classes_every_label_is_minus_one():
+    config = DataConfig(source="/", workers=0)
+    for stream in (
+        batches(Coded(20), config, 16, 0, 0, 40, 4),
+        evaluation_batches(Coded(20), 16, 8),
+        batches(open_source(DataConfig(), "train", 32), DataConfig(), 32, 0, 0, 8, 8),
+    ):
+        assert {label for _, label in labels_by_number(stream).values()} == {-1}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_labels_of_a_folder_from_disk_to_batch(tmp_path, workers):
+    files = {f"{name}/{n}.png": noise(n) for name in ("dog", "cat") for n in range(10)}
+    config = DataConfig(
+        source=str(class_folder(tmp_path / "a", files)), labels=True, held_out=4, workers=workers
+    )
+    train = open_source(config, "train", 32)
+    assert train.classes == ("cat", "dog")
+    seen = {k: label for *_, ks, labels in batches(train, config, 32, 0, 0, 16, 4)
+            for k, label in zip(ks.tolist(), labels.tolist(), strict=True)}  # fmt: skip
+    order = generator(0, "order", 0).permutation(16).tolist()
+    assert seen == {k: int("/dog/" in train.name(order[k])) for k in range(16)}
+    assert sorted(seen.values()) == [0] * 8 + [1] * 8
 
 
 def test_leaving_early_ends_the_workers():

@@ -90,3 +90,12 @@ def test_the_first_tiles_show_every_photograph_and_not_its_corner_alone():
     assert all(any(name in text for text in first) for name in PHOTOGRAPHS)
     assert sum("row 0, column 0 " in text for text in first) < 4
     assert first == [open_photos("val", 64).name(i) for i in range(8)]
+
+
+def test_with_labels_each_photograph_is_a_class():
+    for split in ("train", "val", "all"):
+        source, without = (open_photos(split, 64, labels) for labels in (True, False))
+        assert source.classes == PHOTOGRAPHS and without.classes == ()
+        for index in range(len(source)):
+            assert f"'{PHOTOGRAPHS[source.label(index)]}'" in source.name(index)
+            assert without.label(index) == -1

@@ -7,7 +7,7 @@ from webdataset import TarWriter
 
 from ldm.data.decode import CorruptImage
 from ldm.data.shards import index_shard, open_shards, read_manifest
-from ldm.errors import LdmError
+from ldm.errors import LdmError, UsageError
 from tests.ldm.data.pictures import encode, noise
 
 
@@ -151,3 +151,83 @@ def test_a_corrupt_image_and_a_shard_that_is_gone(tmp_path):
     path.unlink()
     with pytest.raises(CorruptImage, match="No such file"):
         source.load(0)
+
+
+def labelled_shard(path, classes, **others):
+    """Image n and beside it `classes[n]`, the bytes of its .cls; None: there is none."""
+    with TarWriter(str(path), encoder=False, mtime=0) as writer:
+        for n, text in enumerate(classes):
+            sample = {"__key__": f"sub/{n:04d}", "png": encode(noise(n)), "seg.cls": b"77"}
+            writer.write(sample | ({} if text is None else {"cls": text}) | others)
+    return path
+
+
+def labels_of(source):
+    return [source.label(i) for i in range(len(source))]
+
+
+def test_classes_are_the_cls_beside_the_images(tmp_path):
+    labelled_shard(tmp_path / "a.tar", [b"2", b" 0\n", b"11"])
+    labelled_shard(tmp_path / "b.tar", [b"2"], CLS=b"3")  # of two, the last in the tar counts
+    source = open_shards(tmp_path, labels=True)
+    assert labels_of(source) == [2, 0, 11, 2]
+    assert source.classes == tuple(str(n) for n in range(12))
+    np.testing.assert_array_equal(source.load(2), noise(2))
+    without = open_shards(tmp_path)
+    assert (labels_of(without), without.classes) == ([-1] * 4, ())
+
+
+def test_a_cls_may_come_before_or_after_its_image(tmp_path):
+    for number, names in enumerate([("1.cls", "1.png"), ("1.png", "1.cls")]):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for name in names:
+                path = tmp_path / name
+                path.write_bytes(b"4" if name == "1.cls" else encode(noise(1)))
+                tar.add(path, arcname=name)
+    assert labels_of(open_shards(tmp_path, labels=True)) == [4, 4]
+
+
+def test_the_manifest_names_the_classes(tmp_path):
+    labelled_shard(tmp_path / "a.tar", [b"1", b"0"])
+    manifest = manifest_of({"a.tar": 2})
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert open_shards(tmp_path, labels=True).classes == ("0", "1")
+    manifest["classes"] = ["cat", "dog", "newt"]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    for path in (tmp_path, tmp_path / "a.tar", tmp_path / "{a,a}.tar"):
+        assert open_shards(path, labels=True).classes == ("cat", "dog", "newt")
+    assert open_shards(tmp_path).classes == ()
+    manifest["classes"] = ["cat"]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UsageError) as error:
+        open_shards(tmp_path, labels=True)
+    assert str(error.value) == (
+        f"{tmp_path}/a.tar/sub/0000.png is of class 1, and manifest.json names only those below 1: "
+        "prepare the images again, or leave labels out"
+    )
+
+
+def test_an_image_without_cls_is_named(tmp_path):
+    labelled_shard(tmp_path / "a.tar", [b"1", None])
+    with pytest.raises(UsageError) as error:
+        open_shards(tmp_path, labels=True)
+    assert str(error.value) == (
+        f"{tmp_path}/a.tar/sub/0001.png has no class, a .cls beside it: prepare the images with "
+        "`ldm data prepare … --labels`, or leave labels out"
+    )
+
+
+@pytest.mark.parametrize("text", [b"", b"cat", b"-1", b"1.0", b"1_0", b"1000000", b"9" * 5000])
+def test_a_cls_that_is_no_number_is_named(tmp_path, text):
+    labelled_shard(tmp_path / "a.tar", [b"1", text])
+    with pytest.raises(LdmError, match=r"^.*a\.tar/sub/0001\.cls holds b'.{0,32}', not the num.*$"):
+        open_shards(tmp_path, labels=True)
+    assert len(open_shards(tmp_path)) == 2
+
+
+def test_a_shard_cut_in_a_cls_is_one_clear_line(tmp_path):
+    path = labelled_shard(tmp_path / "a.tar", [b"1"])
+    data = path.read_bytes()
+    path.write_bytes(data[: data.index(b"sub/0000.cls") + 512])
+    with pytest.raises(LdmError, match=r"a\.tar is truncated or corrupt \(.+\): copy or prepare"):
+        open_shards(path, labels=True)

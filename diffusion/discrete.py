@@ -1,0 +1,127 @@
+"""Networks of discrete time (DDPM, iDDPM, latent diffusion) as a denoiser D(x; σ).
+
+Such a network was trained on T noise levels x_t = √ᾱ_t x₀ + √(1−ᾱ_t) ε and told the whole number t
+(Ho et al. 2020, arXiv 2006.11239). Divided by √ᾱ_t that is x₀ plus noise of standard deviation
+σ_t = √((1−ᾱ_t) / ᾱ_t), and every sampler of noise levels can use it (Karras et al. 2022,
+arXiv 2206.00364, Appendix C.3).
+"""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, ValidationInfo, field_validator
+from torch import Tensor, nn
+
+from ldm.config import Config
+
+Beta = Annotated[float, Field(gt=0, lt=1)]
+
+
+class DiscreteConfig(Config):
+    """The noise levels and the target a network was trained with; the defaults are those of
+    Rombach et al. 2022's unconditional models: `linear_start`, `linear_end`, ε."""
+
+    type: Literal["discrete"] = "discrete"
+    """Which denoiser this is."""
+    timesteps: Annotated[int, Field(ge=2)] = 1000
+    """Noise levels in training, T."""
+    beta_start: Beta = 0.0015
+    """β of the first time step."""
+    beta_end: Beta = 0.0195
+    """β of the last time step, above the first."""
+    schedule: Literal["scaled_linear", "linear"] = "scaled_linear"
+    """What is evenly spaced: √β (scaled_linear, which CompVis' code calls linear), or β (linear, as
+    in DDPM; CompVis' sqrt_linear)."""
+    prediction: Literal["epsilon", "v"] = "epsilon"
+    """What the network answers: the noise ε, or v = √ᾱ ε − √(1−ᾱ) x₀ (Salimans and Ho 2022)."""
+
+    @field_validator("beta_end")
+    @classmethod
+    def _rises(cls, beta_end: float, info: ValidationInfo) -> float:
+        start = info.data.get("beta_start")
+        if start is not None and beta_end <= start:
+            raise ValueError(f"must be above beta_start, {start}")
+        return beta_end
+
+
+def log_sigmas(config: DiscreteConfig) -> Tensor:
+    """ln σ_t for t = 0 … T−1, rising: float64 (T,), on the CPU."""
+    ends, double = (config.beta_start, config.beta_end), torch.float64
+    if config.schedule == "linear":
+        betas = torch.linspace(*ends, config.timesteps, dtype=double)
+    else:
+        betas = torch.linspace(*(end**0.5 for end in ends), config.timesteps, dtype=double) ** 2
+    # Ho et al. 2020, above Equation 4: ᾱ_t = Π (1 − β_s), of which logarithms neither vanish
+    log_alpha_bar = torch.log1p(-betas).cumsum(0)
+    # Karras et al. 2022, Appendix C.3.4: σ_t² = (1 − ᾱ_t) / ᾱ_t
+    return (torch.log(-torch.expm1(log_alpha_bar)) - log_alpha_bar) / 2
+
+
+class DiscreteDenoiser(nn.Module):
+    """D(x; σ) built around a network F of discrete time, and of data of standard deviation 1.
+
+    Between two of its noise levels the network is told the time step that lies as far between
+    theirs as ln σ does between the levels; beyond the first and the last, those. The network runs
+    in its parameters' dtype, or under autocast; all else in x's dtype, which counts as float32
+    where it is lower.
+
+    Args:
+        network: (x (B, C, H, W), t (B,)) → (B, C, H, W), with `labels` and `augment` too where they
+            are given.
+
+    Attributes:
+        sigma_min, sigma_max: the first and the last noise level it was trained on.
+        sigma_data: standard deviation of the data it was trained on: 1.
+    """
+
+    sigma_data = 1.0
+
+    def __init__(self, network: nn.Module, config: DiscreteConfig | None = None):
+        super().__init__()
+        self.network = network
+        self.config = config or DiscreteConfig()
+        self.log_sigmas = log_sigmas(self.config)  # no buffer: it stays float64 whatever else is
+        self.sigma_min, self.sigma_max = self.log_sigmas[[0, -1]].exp().tolist()
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        labels: Tensor | None = None,
+        augment: Tensor | None = None,
+    ) -> Tensor:
+        """The denoised latents (B, C, H, W) of noisy ones.
+
+        Args:
+            x: noisy latents x₀ + σ ε (B, C, H, W).
+            sigma: their noise levels σ > 0, (B,) or ().
+            labels: classes (B,), −1 for none; None for none at all.
+            augment: the parameters (B, A) of the augmentation; None for the images as they are.
+        """
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        inner = next(self.network.parameters(), x).dtype
+        sigma = torch.as_tensor(sigma, dtype=dtype, device=x.device).expand(len(x))
+        time = self.time_of(sigma).to(torch.promote_types(inner, torch.float32))
+        sigma = sigma.view(-1, 1, 1, 1)
+        # √ᾱ: what the noisy image was multiplied by before the network saw it
+        c_in = 1 / (sigma**2 + 1).sqrt()
+        if self.config.prediction == "epsilon":
+            # Karras et al. 2022, Table 1, columns "VP" and "iDDPM": x₀ = x − σ ε
+            c_skip, c_out = 1, -sigma
+        else:
+            # Salimans and Ho 2022, Section 4: x₀ = √ᾱ x_t − √(1−ᾱ) v, and x_t = √ᾱ x
+            c_skip, c_out = c_in**2, -sigma * c_in
+        told = {"labels": labels, "augment": augment}
+        told = {key: value for key, value in told.items() if value is not None}
+        output = self.network((c_in * x).to(inner), time, **told)
+        # Karras et al. 2022, Equation 7
+        return c_skip * x + c_out * output
+
+    def time_of(self, sigma: Tensor) -> Tensor:
+        """Time steps t in [0, T−1] of noise levels (B,), between two by ln σ: float64 (B,)."""
+        table = self.log_sigmas.to(sigma.device)
+        wanted = sigma.double().log()
+        above = torch.searchsorted(table, wanted).clamp(1, len(table) - 1)
+        below = above - 1
+        part = (wanted - table[below]) / (table[above] - table[below])
+        return below + part.clamp(0, 1)

@@ -1,0 +1,284 @@
+"""The network of EDM2 (Karras et al. 2024, arXiv 2312.02696), its config G: Figure 22."""
+
+import math
+from typing import Annotated, Literal
+
+import torch
+from einops import rearrange
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffusion.condition import check_condition
+from diffusion.magnitude import (
+    MPConv2d,
+    MPFourier,
+    MPLinear,
+    mp_cat,
+    mp_silu,
+    mp_sum,
+    normalize_weights,
+    pixel_norm,
+)
+from ldm.config import Config
+from ldm.errors import LdmError
+
+Balance = Annotated[float, Field(ge=0, le=1)]
+
+
+class EDM2Config(Config):
+    """The defaults are EDM2-S: 280.2 M parameters with the 1000 classes of ImageNet."""
+
+    type: Literal["edm2"] = "edm2"
+    """Which network this is."""
+    latent_channels: PositiveInt = 4
+    """Channels of the latents, in and out; taken from stage one."""
+    classes: NonNegativeInt = 0
+    """Classes that a label may name, 0: unconditional; taken from the data."""
+    augment_parameters: NonNegativeInt = 0
+    """Parameters of the augmentation that the network is told; taken from the recipe."""
+    channels: PositiveInt = 192
+    """Width at full resolution, in channels: 128 XS, 192 S, 256 M, 320 L, 384 XL, 448 XXL."""
+    multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 3, 4)
+    """Width of each level, in multiples of `channels`; every level halves the resolution."""
+    blocks: PositiveInt = 3
+    """Blocks a level on the way down; one more on the way up."""
+    attention_factors: tuple[PositiveInt, ...] = (4, 8)
+    """Downsampling factors at which blocks have attention, the middle always has it; the default
+    is the paper's 16×16 and 8×8 for latents of 64×64: for 32×32 (2, 4) attends at the same."""
+    head_width: PositiveInt = 64
+    """Channels of an attention head; divides every width that has attention."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability of dropping a value inside a block; the paper's is 0.1 from M upwards."""
+    label_balance: Balance = 0.5
+    """Share of the class in the embedding, 0 to 1; the rest is the noise level's."""
+    residual_balance: Balance = 0.3
+    """Share of the residual branch in a block's sum, 0 to 1."""
+    attention_balance: Balance = 0.3
+    """Share of the attention in a block's sum, 0 to 1."""
+    concat_balance: Balance = 0.5
+    """Share of the skip in the decoder's concatenation, 0 to 1."""
+    clip: PositiveFloat = 256.0
+    """Largest activation that leaves a block, in absolute value."""
+
+    @field_validator("head_width")
+    @classmethod
+    def _divides(cls, head_width: int, info: ValidationInfo) -> int:
+        known = info.data
+        if {"channels", "multipliers", "attention_factors"} <= known.keys():
+            last = len(known["multipliers"]) - 1
+            for level, multiplier in enumerate(known["multipliers"]):
+                width = known["channels"] * multiplier
+                attends = level == last or 2**level in known["attention_factors"]
+                if attends and width % head_width:
+                    raise ValueError(f"must divide the {width} channels at factor {2**level}")
+        return head_width
+
+
+class Embedding(nn.Module):
+    """Noise level, class and augmentation as the vector (B, 4·channels) that every block reads.
+
+    An image without a label adds zeros to the sum of the two; a network without classes has no
+    sum, as the unconditional ones of the paper. The augmentation is not the paper's: its layer has
+    no bias and is added as it is, so that zeros, an image left alone, change nothing.
+    """
+
+    def __init__(self, config: EDM2Config) -> None:
+        super().__init__()
+        width, self.config = 4 * config.channels, config
+        self.fourier = MPFourier(config.channels)
+        self.noise = MPLinear(config.channels, width)
+        self.label = MPLinear(config.classes, width) if config.classes else None
+        augmented = config.augment_parameters
+        self.augmentation = MPLinear(augmented, width) if augmented else None
+
+    def forward(self, c_noise: Tensor, labels: Tensor | None, augment: Tensor | None) -> Tensor:
+        known = self.config.classes, self.config.augment_parameters
+        check_condition(len(c_noise), labels, augment, *known)
+        embedding = self.noise(self.fourier(c_noise))
+        if self.label is not None:
+            if labels is None:
+                labels = c_noise.new_full(c_noise.shape, -1)
+            classes, labels = self.config.classes, labels.to(c_noise.device)
+            one_hot = labels[:, None] == torch.arange(classes, device=labels.device)  # (B, N)
+            # Appendix B.3: √N one-hot has magnitude 1
+            label = self.label(math.sqrt(classes) * one_hot)
+            embedding = mp_sum(embedding, label, self.config.label_balance)
+        if self.augmentation is not None:
+            if augment is None:
+                augment = c_noise.new_zeros(len(c_noise), self.config.augment_parameters)
+            embedding = embedding + self.augmentation(augment)
+        return mp_silu(embedding)
+
+
+class Residual(nn.Module):
+    """Two 3×3 convolutions, the embedding scaling what is between: (B, in, H, W) → (B, out, …)."""
+
+    def __init__(self, in_width: int, out_width: int, config: EDM2Config) -> None:
+        super().__init__()
+        self.conv1 = MPConv2d(in_width, out_width, 3)
+        self.scale = MPLinear(4 * config.channels, out_width)
+        self.gain = nn.Parameter(torch.zeros(()))
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = MPConv2d(out_width, out_width, 3)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        x = self.conv1(mp_silu(x))
+        # Eq. 104: a learned gain, 0 at first, so that the embedding begins without effect
+        scale = 1 + self.scale(embedding, self.gain)  # (B, out)
+        x = mp_silu(x * scale[:, :, None, None].to(x.dtype))
+        return self.conv2(self.dropout(x))
+
+
+class CosineAttention(nn.Module):
+    """Multi-head attention between all positions, by angles alone: (B, width, H, W) → the same."""
+
+    def __init__(self, width: int, head_width: int) -> None:
+        super().__init__()
+        self.head_width = head_width
+        self.qkv = MPConv2d(width, 3 * width, 1)
+        self.proj = MPConv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = rearrange(
+            self.qkv(x), "b (qkv heads d) h w -> qkv b heads (h w) d", qkv=3, d=self.head_width
+        )
+        # Eq. 32 to 34: of norm √d each, so that ⟨q, k⟩/√d is √d cos φ
+        query, key, value = pixel_norm(qkv, dim=-1)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(rearrange(mixed, "b heads (h w) d -> b (heads d) h w", h=x.shape[2]))
+
+
+class Block(nn.Module):
+    """A residual branch, then attention where there is any: (B, in, H, W) → (B, out, H', W').
+
+    Args:
+        in_width, out_width: channels; where they differ, a 1×1 convolution leads over.
+        config: the network's.
+        encodes: whether it is a block of the encoder, which normalises what it reads.
+        attends: whether it has attention.
+        scale: factor of both sides, before all else: 2 doubles them, 0.5 halves them.
+    """
+
+    def __init__(
+        self, in_width: int, out_width: int, config: EDM2Config,
+        encodes: bool, attends: bool = False, scale: float = 1,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.config, self.encodes, self.scale = config, encodes, scale
+        self.fit = MPConv2d(in_width, out_width, 1) if in_width != out_width else nn.Identity()
+        self.residual = Residual(out_width if encodes else in_width, out_width, config)
+        self.attention = CosineAttention(out_width, config.head_width) if attends else None
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        if self.scale == 0.5:
+            x = F.avg_pool2d(x, 2)
+        elif self.scale == 2:
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
+        main = self.fit(x)
+        if self.encodes:  # its residual branch reads what the 1×1 convolution made
+            x = main = pixel_norm(main)
+        x = mp_sum(main, self.residual(x, embedding), self.config.residual_balance)
+        if self.attention is not None:
+            x = mp_sum(x, self.attention(x), self.config.attention_balance)
+        return x.clamp(-self.config.clip, self.config.clip)
+
+
+class EDM2UNet(nn.Module):
+    """F(x; c_noise), the network inside `EDM`; untrained, it answers 0.
+
+    The order of the levels, blocks and skips is that of `UNet`, but a level is entered and left
+    by a block. Every activation has about magnitude 1 where x has, as c_in(σ) makes it. Call
+    `normalize_weights` after every step of the optimiser.
+    """
+
+    def __init__(self, config: EDM2Config) -> None:
+        super().__init__()
+        self.config = config
+        widths = [config.channels * multiplier for multiplier in config.multipliers]
+        attends = [2**level in config.attention_factors for level in range(len(widths))]
+        self.factor = 2 ** (len(widths) - 1)
+        self.embed = Embedding(config)
+
+        width, skip_widths = config.channels, []
+        # one channel more: a constant 1, in place of every bias (Appendix B.3)
+        self.enter = nn.ModuleList([MPConv2d(config.latent_channels + 1, width, 3)])
+        self.encoder = nn.ModuleList()
+        for level, out_width in enumerate(widths):
+            if level > 0:
+                self.enter.append(Block(width, width, config, encodes=True, scale=0.5))
+            into = [width] + [out_width] * (config.blocks - 1)
+            self.encoder.append(
+                nn.ModuleList(Block(i, out_width, config, True, attends[level]) for i in into)
+            )
+            skip_widths += [width] + [out_width] * config.blocks
+            width = out_width
+
+        self.middle_in = Block(width, width, config, encodes=False, attends=True)
+        self.middle_out = Block(width, width, config, encodes=False)
+
+        self.leave, self.decoder = nn.ModuleList(), nn.ModuleList()
+        for level, out_width in reversed(list(enumerate(widths))):
+            blocks = nn.ModuleList()
+            for _ in range(config.blocks + 1):
+                into = width + skip_widths.pop()
+                blocks.append(Block(into, out_width, config, False, attends[level]))
+                width = out_width
+            self.decoder.append(blocks)
+            if level > 0:
+                self.leave.append(Block(width, width, config, encodes=False, scale=2))
+        self.out = MPConv2d(width, config.latent_channels, 3)
+        self.gain = nn.Parameter(torch.zeros(()))
+
+    def forward(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        labels: Tensor | None = None,
+        augment: Tensor | None = None,
+    ) -> Tensor:
+        """F(x; c_noise) of latents, of their shape.
+
+        Args:
+            x: latents (B, n_z, H, W), of magnitude 1.
+            c_noise: scaled noise levels (B,).
+            labels: classes (B,) of type int64, −1 for none; None for none at all.
+            augment: parameters (B, augment_parameters) of the augmentation; None is all zeros.
+
+        Raises:
+            LdmError: H or W cannot be halved once for each level but the last, a label the
+                network does not know, or parameters it does not take.
+        """
+        height, width = x.shape[2:]
+        if height % self.factor or width % self.factor:
+            raise LdmError(
+                f"latents of {height}×{width} do not fit this UNet: "
+                f"both sides must be multiples of {self.factor}"
+            )
+        embedding = self.embed(c_noise, labels, augment)  # (B, 4·channels)
+        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        skips = []
+        for level, blocks in enumerate(self.encoder):
+            x = self.enter[level](x, embedding) if level > 0 else self.enter[0](x)
+            skips.append(x)
+            for block in blocks:
+                x = block(x, embedding)
+                skips.append(x)
+        x = self.middle_out(self.middle_in(x, embedding), embedding)
+        for level, blocks in enumerate(self.decoder):
+            if level > 0:
+                x = self.leave[level - 1](x, embedding)
+            for block in blocks:
+                x = block(mp_cat(x, skips.pop(), self.config.concat_balance), embedding)
+        return self.out(x, self.gain)
+
+    def normalize_weights(self) -> None:
+        """Forced weight normalisation, in place; call it after every step of the optimiser."""
+        normalize_weights(self)

@@ -1,0 +1,78 @@
+"""`ldm import --diffusion` and `ldm export --format unet`: what is said, and which options go."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from ldm.cli.exchange import export_model, import_model
+from ldm.cli.sample import sample
+from ldm.errors import LdmError, UsageError
+from tests.pipelines.foreign_models import SIZE, write_compvis, write_diffusers
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_checkpoint_is_imported_sampled_and_its_network_exported(capsys):
+    write_compvis(Path("model.ckpt"))
+    import_model("model.ckpt", Path("out.pt"), diffusion=True, resolution=SIZE)
+    said = capsys.readouterr().out
+    assert re.search(r"^wrote out\.pt \(\d+\.\d MiB\)$", said, re.MULTILINE)
+    assert re.search(r"^UNet of [\d,]+ parameters, no classes; latents 4 × 8 × 8", said, re.M)
+    assert "it predicts epsilon; 20 noise levels, β 0.01 to 0.5 (scaled_linear)\n" in said
+    assert "give --head-width or --heads\n" in said
+    assert said.endswith("next: ldm sample out.pt\n")
+
+    sample(Path("out.pt"), n=2, steps=2, out=Path("images"), device="cpu")
+    assert len(list(Path("images").rglob("*.png"))) == 3  # and the grid
+    capsys.readouterr()
+
+    export_model([Path("out.pt"), Path("unet")], "unet")
+    said = capsys.readouterr().out
+    assert re.search(r"^wrote unet/ldm\.json \(\d+\.\d KiB\)$", said, re.MULTILINE)
+    assert "unet/ldm.json says what the network takes as its timestep, how its answer" in said
+    assert said.endswith("next: diffusers.UNet2DModel.from_pretrained('unet')\n")
+
+
+def test_a_folder_is_imported_over_what_is_there_by_force(capsys):
+    write_diffusers(Path("pipeline"))
+    Path("out.pt").write_bytes(b"")
+    import_model("pipeline", Path("out.pt"), diffusion=True, force=True)
+    said = capsys.readouterr().out
+    assert f"images {SIZE}×{SIZE}" in said and "--heads" not in said
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"resolution": 32}, "--resolution goes with --diffusion: leave it out"),
+        ({"head_width": 32}, "--head-width goes with --diffusion"),
+        ({"heads": 8}, "--heads goes with --diffusion"),
+        ({"scale_factor": 1.0}, "--scale-factor goes with --diffusion"),
+        ({"diffusion": True, "subfolder": "vae"}, "--subfolder is for autoencoders: leave it out"),
+        ({"diffusion": True, "revision": "v2"}, "--revision is for autoencoders"),
+        ({"diffusion": True, "heads": 8, "head_width": 8}, "--head-width and --heads say the same"),
+    ],
+)
+def test_options_that_do_not_go_together(options, told):
+    write_compvis(Path("model.ckpt"))
+    with pytest.raises(UsageError) as caught:
+        import_model("model.ckpt", Path("out.pt"), **options)
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+    assert [path.name for path in Path().iterdir()] == ["model.ckpt"]
+
+
+def test_an_export_is_of_its_own_stage():
+    write_compvis(Path("model.ckpt"))
+    import_model("model.ckpt", Path("vae.pt"))
+    import_model("model.ckpt", Path("whole.pt"), diffusion=True, resolution=SIZE)
+    with pytest.raises(LdmError, match="a stage-two diffusion model is needed here"):
+        export_model([Path("vae.pt"), Path("out")], "unet")
+    with pytest.raises(LdmError, match="a stage-one autoencoder is needed here"):
+        export_model([Path("whole.pt"), Path("out")], "diffusers")
+    with pytest.raises(UsageError, match="--scaling-factor is for --format diffusers"):
+        export_model([Path("whole.pt"), Path("out")], "unet", scaling_factor=0.5)
+    assert not Path("out").exists()

@@ -1,0 +1,130 @@
+"""Guidance of whole models: by no label, and by a weaker model."""
+
+import pytest
+import torch
+
+from diffusion.samplers import sample_heun
+from diffusion.schedules import karras_sigmas
+from ldm.seeds import normal
+from tests.pipelines.untrained import CLASSES, load, make_model, pipeline, said
+
+FEW = {"steps": 3}
+
+
+@pytest.fixture
+def pipe():
+    return pipeline(0)
+
+
+@pytest.fixture
+def other():
+    """Another network on the same latents."""
+    return pipeline(1)
+
+
+@pytest.fixture
+def conditional():
+    return pipeline(0, CLASSES)
+
+
+def guided(strong, weak, scale, low=0.0):
+    """The formula, with no regard to which of the two need be asked."""
+
+    def denoise(x, sigma):
+        if sigma <= low:
+            return strong(x, sigma)
+        return weak(x, sigma) + scale * (strong(x, sigma) - weak(x, sigma))
+
+    noise = normal(0, "sample", range(2), (4, 4, 4))
+    return sample_heun(denoise, noise, karras_sigmas(3))
+
+
+def test_classifier_free_guidance(conditional):
+    labels = torch.tensor([2, 2])
+    z = guided(
+        lambda x, sigma: conditional.denoiser(x, sigma, labels), conditional.denoiser, 3.0, 0.5
+    )
+    made = conditional(2, labels="emu", guidance=3, interval=(0.5, 90), **FEW)
+    torch.testing.assert_close(made, conditional.codec.decode(z), atol=1e-5, rtol=0)
+    assert not torch.equal(made, conditional(2, labels="emu", guidance=3, **FEW))
+    assert torch.equal(conditional(2, labels=2, guidance=1, **FEW), conditional(2, labels=2, **FEW))
+
+
+def test_autoguidance(pipe, other):
+    z = guided(pipe.denoiser, other.denoiser, 2.0)
+    made = pipe(2, guidance=2, weaker=other, **FEW)
+    torch.testing.assert_close(made, pipe.codec.decode(z), atol=1e-5, rtol=0)
+
+
+def test_autoguidance_by_a_path_and_by_a_model_without_classes(conditional, tmp_path):
+    plain = make_model(tmp_path, 1)
+    labels = torch.tensor([1, 1])
+    z = guided(lambda x, sigma: conditional.denoiser(x, sigma, labels), load(plain).denoiser, 2.0)
+    made = conditional(2, labels=1, guidance=2, weaker=plain, **FEW)
+    torch.testing.assert_close(made, conditional.codec.decode(z), atol=1e-5, rtol=0)
+
+
+def test_a_weaker_model_is_told_the_class(conditional):
+    weaker, labels = pipeline(1, CLASSES), torch.tensor([2, 2])
+    z = guided(
+        lambda x, sigma: conditional.denoiser(x, sigma, labels),
+        lambda x, sigma: weaker.denoiser(x, sigma, labels),
+        2.0,
+    )
+    made = conditional(2, labels="emu", guidance=2, weaker=weaker, **FEW)
+    torch.testing.assert_close(made, conditional.codec.decode(z), atol=1e-5, rtol=0)
+    # which is not what it says of no class
+    z = guided(lambda x, sigma: conditional.denoiser(x, sigma, labels), weaker.denoiser, 2.0)
+    assert (made - conditional.codec.decode(z)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ({"autoencoder_seed": 1}, "the weaker model has another autoencoder than this one"),
+        ({"std": 4.1}, "other statistics of the latents"),
+        ({"mean": 0.2}, "other statistics of the latents"),
+        ({"sigma_data": 1.0}, "other statistics of the latents"),
+        ({"settings": ("resolution=64",)}, "latents of another shape, (4, 8, 8) against (4, 4, 4)"),
+        ({"classes": ("cow",)}, "other classes"),
+    ],
+)
+def test_a_weaker_model_of_other_latents(pipe, tmp_path, how, told):
+    weaker = make_model(tmp_path, 1, **how)
+    assert told in said(lambda: pipe(1, guidance=2, weaker=weaker))
+
+
+def test_statistics_measured_anew_will_do(pipe, tmp_path):
+    weaker = make_model(tmp_path / "anew", 1, std=4.02, mean=0.01)
+    assert pipe(1, guidance=2, weaker=weaker, **FEW).isfinite().all()
+    # given twice the standard deviation, of latents that vary twice as much: the same z
+    scaled = make_model(tmp_path / "scaled", 1, std=8.0, sigma_data=1.0)
+    assert pipe(1, guidance=2, weaker=scaled, **FEW).isfinite().all()
+
+
+# ----------------------------------------------------------- guidance that would do nothing
+def test_no_label_is_not_guided_away_from_itself(conditional):
+    for labels in (-1, [1, -1]):
+        told = said(lambda labels=labels: conditional(2, labels=labels, guidance=2))
+        assert "label -1 asks for one: give another label, or weaker" in told
+    assert len(conditional(1, labels=-1, guidance=2, weaker=pipeline(1), **FEW)) == 1
+
+
+def test_a_model_that_never_saw_an_image_without_its_label(tmp_path):
+    knows = load(make_model(tmp_path, 0, CLASSES, settings=("label_dropout=0",)))
+    assert "trained with label_dropout=0" in said(lambda: knows(1, labels=1, guidance=2))
+    assert len(knows(1, labels=1, guidance=2, weaker=pipeline(1), **FEW)) == 1
+    assert len(knows(1, labels=1, **FEW)) == 1
+
+
+def test_a_weaker_model_is_asked_only_what_it_knows(pipe, tmp_path):
+    levels = "denoiser={type: discrete, beta_start: 0.00085, beta_end: 0.012}"
+    weaker = load(make_model(tmp_path, 1, settings=(levels,)))
+    low, high = weaker.denoiser.sigma_min, weaker.denoiser.sigma_max
+    told = said(lambda: pipe(1, guidance=2, weaker=weaker))
+    assert f"σ from 0.002 to 80, and it denoises {low:g} to {high:g}: narrow the interval" in told
+    how = {"guidance": 2, "weaker": weaker, **FEW}
+    assert "σ from 0.002 to" in said(lambda: pipe(1, interval=(0, 9), **how))
+    assert len(pipe(1, interval=(low, 5.0), **how)) == 1
+    assert len(pipe(1, sigma_min=low, sigma_max=high, **how)) == 1
+    assert "it denoises" in said(lambda: pipe(1, churn=9, sigma_min=low, sigma_max=high, **how))
