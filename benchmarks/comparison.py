@@ -1,16 +1,10 @@
-"""Two sides measured in one run: calls that take turns, a table of ratios, targets, a page."""
+"""Two sides measured in one run: a table of ratios, targets, a page."""
 
 import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
-
-import torch
-
-from benchmarks.machine import synchronise
 
 
 @dataclass(frozen=True)
@@ -49,23 +43,6 @@ class Verdict:
     target: str
     measured: float
     reached: bool
-
-
-def take_turns(
-    calls: dict[str, Callable[[], Any]], repeats: int, device: torch.device
-) -> dict[str, float]:
-    """Median seconds of each call. Each is called once unmeasured, then all in turn, repeatedly."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for repeat in range(repeats + 1):
-        for name, call in calls.items():
-            synchronise(device)
-            start = time.perf_counter()
-            call()
-            synchronise(device)
-            elapsed = time.perf_counter() - start
-            if repeat > 0:
-                seconds[name].append(elapsed)
-    return {name: median(values) for name, values in seconds.items()}
 
 
 def compare(

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from autoencoders import build_autoencoder, decode_tiled, encode_tiled
-from benchmarks.machine import describe_machine
+from ldm.timing import describe_machine
 
 
 def main() -> None:

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from autoencoders import Autoencoder, build_autoencoder
 from autoencoders.sdvae.weights import from_diffusers
 from autoencoders.wavelet import dwt_cascade
-from benchmarks.comparison import Row, Target, compare, judge, take_turns, write
-from benchmarks.machine import describe_machine, synchronise
+from benchmarks.comparison import Row, Target, compare, judge, write
 from ldm.device import keep_freed_memory, memory_format, resolve_device
+from ldm.timing import describe_machine, synchronise, take_turns
 
 PEER = "diffusers"
 OURS = ("litevae-s", "litevae-b", "litevae-m", "litevae-l", "sdvae")

@@ -24,7 +24,6 @@ from autoencoders import Autoencoder
 from autoencoders.discriminators import build_discriminator
 from autoencoders.losses import Objective
 from autoencoders.sdvae.decoder import SDVAEDecoder
-from benchmarks.machine import describe_machine, synchronise
 from ldm.checkpoint import latest_state, load_state, save_state
 from ldm.config import load_preset, resolve, to_tree
 from ldm.data import Batch, Source, batches, open_source, sheet_images
@@ -35,6 +34,7 @@ from ldm.images import save_grid, to_float
 from ldm.run import Run, make_accelerator
 from ldm.schedule import learning_rate, set_learning_rate
 from ldm.seeds import torch_seed
+from ldm.timing import describe_machine, synchronise
 from pipelines.autoencoder_recipe import AutoencoderRecipe
 from pipelines.autoencoder_step import draw, train_step
 from pipelines.evaluate import evaluate_autoencoder

@@ -1,23 +1,14 @@
 import json
 
 import pytest
-import torch
 
-from benchmarks.comparison import Row, Target, as_markdown, compare, judge, take_turns, write
+from benchmarks.comparison import Row, Target, as_markdown, compare, judge, write
 
 ROWS = [
     Row("encoder", "quick", 0.1, 5.0, 40.0, 100.0),
     Row("encoder", "theirs", 0.5, 1.0, 8.0, 400.0),
     Row("wavelet", "ours", 0.002, 1.0, 2000.0),
 ]
-
-
-def test_calls_take_turns_and_the_first_round_does_not_count(monkeypatch):
-    order, clock = [], iter([0, 100, 0, 200, 0, 1, 0, 4, 0, 3, 0, 6, 0, 2, 0, 5])
-    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    calls = {name: lambda name=name: order.append(name) for name in "ab"}
-    assert take_turns(calls, 3, torch.device("cpu")) == {"a": 2, "b": 5}
-    assert order == list("abababab")
 
 
 def test_each_is_set_beside_the_reference():

@@ -1,0 +1,20 @@
+import torch
+
+from ldm.timing import describe_machine, name_device, take_turns
+
+CPU = torch.device("cpu")
+
+
+def test_calls_take_turns_and_the_first_round_does_not_count(monkeypatch):
+    order, clock = [], iter([0, 100, 0, 200, 0, 1, 0, 4, 0, 3, 0, 6, 0, 2, 0, 5])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    assert take_turns(calls, 3, CPU) == {"a": 2, "b": 5}
+    assert order == list("abababab")
+
+
+def test_the_machine_is_described_in_words():
+    told = describe_machine(CPU, "float32")
+    assert told["device"] == name_device(CPU) and told["precision"] == "float32"
+    assert told["device"].endswith(f", {torch.get_num_threads()} threads")
+    assert told["torch"] == torch.__version__
