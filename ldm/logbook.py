@@ -21,7 +21,7 @@ from torch import Tensor
 from ldm.errors import LdmError
 from ldm.files import write_atomically
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, emoji=False)  # a:b: is a path
 
 
 def progress_bar(unit: str = "steps") -> Progress:

@@ -43,9 +43,15 @@ def find_or_fetch(
         reason = getattr(error, "reason", None) or error
         raise LdmError(
             f"{name} is not on this machine and could not be fetched from {url} ({reason}): "
-            f"put the file at {target}, or {instead}"
+            f"put the file at {from_home(target)}, or {instead}"
         ) from error
     return target
+
+
+def from_home(path: Path) -> str:
+    """A path as people write it: `~/.cache/…` below the home folder."""
+    home = Path.home()
+    return f"~/{path.relative_to(home).as_posix()}" if path.is_relative_to(home) else str(path)
 
 
 @contextmanager

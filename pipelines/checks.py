@@ -28,6 +28,7 @@ from ldm.device import resolve_precision
 from ldm.errors import LdmError
 from ldm.metrics.inception import WEIGHTS, weight_folders
 from ldm.run import RunConfig
+from ldm.weights import from_home
 from pipelines.autoencoder_recipe import AutoencoderRecipe
 from pipelines.diffusion_recipe import DiffusionRecipe
 from pipelines.latent_cache import check_cache
@@ -98,7 +99,7 @@ def check_inception() -> list[Problem]:
         return []
     text = (
         f"{_missing('Inception')}: `ldm fid` will fetch them; without internet, put {WEIGHTS} in "
-        f"{weight_folders()[0]}"
+        f"{from_home(weight_folders()[0])}"
     )
     return [Problem("note", text)]
 
@@ -110,7 +111,7 @@ def _fetched(network: str, instead: str) -> Problem | None:
     if has_trunk(network):
         return None
     url = get_weight(PUBLISHED[network]).url
-    target = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    target = from_home(Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2])
     size = ask_size(url)
     if size is None:
         return Problem(

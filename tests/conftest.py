@@ -1,4 +1,4 @@
-"""Tests that run side by side (`pytest -n 2`) have a core each: more threads would get in the way."""
+"""Tests side by side (`pytest -n 2`) have a core each: more threads would get in the way."""
 
 import os
 

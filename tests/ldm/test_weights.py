@@ -9,7 +9,7 @@ from threading import Thread
 import pytest
 
 from ldm.errors import LdmError
-from ldm.weights import cache_folder, find_or_fetch
+from ldm.weights import cache_folder, find_or_fetch, from_home
 
 CONTENT = bytes(range(256)) * 4
 HASH = hashlib.sha256(CONTENT).hexdigest()
@@ -111,3 +111,9 @@ def test_a_download_that_breaks_off_is_not_kept(tmp_path, breaking_off):
 def test_the_cache_cannot_be_written(tmp_path, published):
     (tmp_path / "a").write_text("a file where the folder should be")
     assert "could not be fetched" in failure(published, [tmp_path / "a"])
+
+
+def test_paths_are_told_from_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "me")
+    assert from_home(tmp_path / "me" / ".cache" / "w.pt") == "~/.cache/w.pt"
+    assert from_home(tmp_path / "meadow" / "w.pt") == str(tmp_path / "meadow" / "w.pt")
