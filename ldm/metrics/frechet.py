@@ -19,6 +19,29 @@ class FeatureStatistics:
         self._mean: Array = np.zeros(dim)
         self._scatter: Array = np.zeros((dim, dim))  # Σ (x − mean)(x − mean)ᵀ
 
+    @classmethod
+    def from_moments(
+        cls, count: int, mean: ArrayLike, covariance: ArrayLike
+    ) -> "FeatureStatistics":
+        """Those of `count` features whose mean (dim,) and covariance (dim, dim) are known.
+
+        Raises:
+            ValueError: the shapes do not fit, a number is not finite, or `count` is below two.
+        """
+        mean, covariance = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
+        if mean.ndim != 1 or covariance.shape != mean.shape * 2:
+            raise ValueError(
+                f"mean {mean.shape} and covariance {covariance.shape} do not fit: need (dim,) and "
+                "(dim, dim)"
+            )
+        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+            raise ValueError("mean or covariance hold a NaN or an infinity")
+        if count < 2:
+            raise ValueError(f"a covariance needs two features or more, not {count}")
+        statistics = cls(len(mean))
+        statistics._add(count, mean, covariance * (count - 1))
+        return statistics
+
     @property
     def dim(self) -> int:
         """Length of a feature vector."""

@@ -1,7 +1,9 @@
 """Inception's features of images, exactly as clean-fid makes them (Parmar et al. 2022).
 
-clean-fid's own resizer (bicubic with antialiasing, floats kept), and the TorchScript Inception it
-uses, without its downloader, which writes to a fixed folder and leaves broken files there.
+Its mode `clean`: clean-fid's own resizer (bicubic with antialiasing, floats kept) before the
+TorchScript Inception it uses. Its mode `legacy_tensorflow`: the same file resizes by itself, as the
+first FIDs' TensorFlow graph did (bilinear, not antialiased). Neither needs clean-fid's downloader,
+which writes to a fixed folder and leaves broken files there.
 """
 
 import os
@@ -9,6 +11,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import file_digest
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,13 +23,17 @@ from ldm.weights import cache_folder, find_or_fetch
 WEIGHTS = "inception-2015-12-05.pt"
 SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 
+Mode = Literal["clean", "legacy-tensorflow"]
+RESIZING: dict[Mode, str] = {"clean": "clean-fid", "legacy-tensorflow": "TensorFlow's legacy"}
+
 
 class FeatureExtractor:
     """The pooled features of a TorchScript Inception, with where it comes from.
 
     Args:
         path: a TorchScript archive with the submodule `layers`, (B, 3, 299, 299) floats in
-            [−1, 1) → (B, 2048).
+            [−1, 1) → (B, 2048). In mode `legacy-tensorflow` the archive itself is called, with
+            floats (B, 3, H, W) in 0..255 and `return_features=True`.
 
     Raises:
         LdmError: the file is not such an archive, or damaged.
@@ -34,15 +41,16 @@ class FeatureExtractor:
 
     dim = 2048
 
-    def __init__(self, path: Path, device: torch.device | str) -> None:
+    def __init__(self, path: Path, device: torch.device | str, mode: Mode = "clean") -> None:
         from cleanfid.resize import build_resizer
 
         with path.open("rb") as file:
             self.sha256 = file_digest(file, "sha256").hexdigest()
-        self.name = f"{path.name}, clean-fid resizing"
+        self.name = f"{path.name}, {RESIZING[mode]} resizing"
         self._path = path
         self._device = torch.device(device)
-        self._layers = _load_layers(path, self._device)
+        self._mode = mode
+        self._network = _load_network(path, self._device)
         self._resize = build_resizer("clean")  # (H, W, 3) uint8 → (299, 299, 3) float32, 0..255
         self._threads = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
 
@@ -58,10 +66,11 @@ class FeatureExtractor:
             raise TypeError(
                 f"images must be uint8 (B, 3, H, W), not {images.dtype} {tuple(images.shape)}"
             )
-        pixels = images.permute(0, 2, 3, 1).cpu().numpy()
-        resized = np.stack(list(self._threads.map(self._resize, pixels)))  # (B, 299, 299, 3)
-        inputs = torch.from_numpy(resized).permute(0, 3, 1, 2).to(self._device)
-        features = self._layers((inputs - 128) / 128).flatten(1)
+        if self._mode == "clean":
+            features = self._network.layers(self._resized(images)).flatten(1)
+        else:
+            inputs = images.to(self._device).float()
+            features = self._network(inputs, return_features=True).flatten(1)
         if features.shape != (len(images), self.dim):
             raise LdmError(
                 f"{self._path} gives {features.shape[1]} features, not {self.dim}: no Inception "
@@ -69,8 +78,17 @@ class FeatureExtractor:
             )
         return features.float().cpu()
 
+    def _resized(self, images: Tensor) -> Tensor:
+        """The inputs of the layers: (B, 3, 299, 299) in [−1, 1)."""
+        pixels = images.permute(0, 2, 3, 1).cpu().numpy()
+        resized = np.stack(list(self._threads.map(self._resize, pixels)))  # (B, 299, 299, 3)
+        inputs = torch.from_numpy(resized).permute(0, 3, 1, 2).to(self._device)
+        return (inputs - 128) / 128
 
-def load_inception(weights: Path | None, device: torch.device | str) -> FeatureExtractor:
+
+def load_inception(
+    weights: Path | None, device: torch.device | str, mode: Mode = "clean"
+) -> FeatureExtractor:
     """The extractor from a given file, else from where such files are kept, else fetched once.
 
     Raises:
@@ -79,13 +97,13 @@ def load_inception(weights: Path | None, device: torch.device | str) -> FeatureE
     if weights is not None:
         if not weights.is_file():
             raise LdmError(f"no Inception weights at {weights}: give {WEIGHTS} with --weights PATH")
-        return FeatureExtractor(weights, device)
+        return FeatureExtractor(weights, device, mode)
     from cleanfid.downloads_helper import inception_url
 
     path = find_or_fetch(
         WEIGHTS, inception_url, SHA256, weight_folders(), "give it with --weights PATH"
     )
-    return FeatureExtractor(path, device)
+    return FeatureExtractor(path, device, mode)
 
 
 def weight_folders() -> list[Path]:
@@ -93,19 +111,20 @@ def weight_folders() -> list[Path]:
     return [cache_folder(), Path("/tmp"), Path(torch.hub.get_dir()) / "checkpoints"]
 
 
-def _load_layers(path: Path, device: torch.device) -> torch.nn.Module:
+def _load_network(path: Path, device: torch.device) -> torch.nn.Module:
     try:
         with warnings.catch_warnings():
             # torch deprecates TorchScript; the published weights exist in no other form
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
-            return torch.jit.load(path, map_location=device).eval().layers
+            network = torch.jit.load(path, map_location=device).eval()
     except (RuntimeError, ValueError) as error:
         raise LdmError(
             f"{path} is damaged or no TorchScript file: delete it to have it fetched again, or "
             f"give {WEIGHTS} with --weights PATH"
         ) from error
-    except AttributeError as error:
+    if not hasattr(network, "layers"):
         raise LdmError(
             f"{path} is TorchScript but no Inception network: give {WEIGHTS} with --weights PATH"
-        ) from error
+        )
+    return network

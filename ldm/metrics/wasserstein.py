@@ -5,7 +5,7 @@ the mean, over random directions, of the one-dimensional Wasserstein distance of
 The finest level compares edges and noise, the coarsest large structures. It needs no weights.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -25,8 +25,8 @@ DIRECTIONS_AT_ONCE = 16  # bounds the memory: all points are sorted along so man
 class PatchDescriptors:
     """Patches of a stream of images: all that the distance needs to know of a set.
 
-    Image i gives the same places in every set, so that equal sets are at distance 0; places are
-    functions of (seed, i) alone, whatever the batches.
+    Image k gives the same places in every set, so that equal sets are at distance 0; places and
+    order are functions of (seed, k) alone, whatever the batches and the processes.
 
     Args:
         resolution: edge of the images, pixels; 7 or more.
@@ -42,20 +42,36 @@ class PatchDescriptors:
         self.resolutions = pyramid_resolutions(resolution)
         self.patches = patches
         self.seed = seed
-        self.count = 0
-        self._levels: list[list[Tensor]] = [[] for _ in self.resolutions]
+        self._ks: dict[int, None] = {}  # the images' numbers, in the order in which they came
+        self._levels: list[list[Tensor]] = [[] for _ in self.resolutions]  # each (B · P, 3, 49)
 
-    def update(self, images: Tensor) -> None:
-        """Take in images (B, 3, R, R), uint8, or floats in [−1, 1]."""
+    @property
+    def count(self) -> int:
+        """Images seen."""
+        return len(self._ks)
+
+    def update(self, images: Tensor, ks: Tensor | Sequence[int] | None = None) -> None:
+        """Take in images (B, 3, R, R), uint8, or floats in [−1, 1].
+
+        Args:
+            ks: the images' numbers, each once; by default they go on from `count`.
+
+        Raises:
+            ValueError: images of another size, or a number that has come before.
+        """
         resolution = self.resolutions[0]
         if images.ndim != 4 or images.shape[1:] != (3, resolution, resolution):
             raise ValueError(
                 f"images must be (B, 3, {resolution}, {resolution}), not {tuple(images.shape)}"
             )
+        numbers = range(self.count, self.count + len(images)) if ks is None else ks
+        numbers = [int(k) for k in numbers]
+        if len(numbers) != len(images):
+            raise ValueError(f"{len(images)} images need as many numbers, not {len(numbers)}")
+        self._add_numbers(numbers)
         if not len(images):
             return
-        ks = range(self.count, self.count + len(images))
-        draws = [generator(self.seed, "swd patches", k) for k in ks]
+        draws = [generator(self.seed, "swd patches", k) for k in numbers]
         images = to_float(images) if images.dtype == torch.uint8 else images.float()
         pyramid = laplacian_pyramid(images, len(self.resolutions))
         for band, level in zip(pyramid, self._levels, strict=True):
@@ -64,11 +80,40 @@ class PatchDescriptors:
             # half precision: 6 GB instead of 12 for the paper's 16,384 images at 256², and its
             # rounding, 5e-4 of a value, is even on both sides
             level.append(cut_patches(band, torch.from_numpy(corners)).half().cpu())
-        self.count += len(images)
+
+    def merge(self, other: "PatchDescriptors") -> None:
+        """Take in what another process has seen of the same set.
+
+        Raises:
+            ValueError: the other is not of the same resolution, patches and seed, or both have
+                seen an image.
+        """
+        ours, theirs = ((side.resolutions, side.patches, side.seed) for side in (self, other))
+        if ours != theirs:
+            raise ValueError("descriptors of other resolutions, patch counts or seeds do not merge")
+        self._add_numbers(other._ks)
+        for level, batches in zip(self._levels, other._levels, strict=True):
+            level.extend(batches)
 
     def level(self, index: int, images: int) -> Tensor:
-        """The patches of the first `images` images at a level: (images · patches, 3, 49)."""
-        return torch.cat(self._levels[index])[: images * self.patches]
+        """The patches of the `images` images of lowest number, by number: (images · P, 3, 49)."""
+        # each batch to its place: sorting afterwards would hold a level, 0.6 GB, once more
+        rank = torch.tensor(list(self._ks), dtype=torch.long).argsort().argsort()
+        level = torch.empty(min(images, self.count), self.patches, 3, PATCH**2, dtype=torch.half)
+        start = 0
+        for batch in self._levels[index]:
+            patches = batch.unflatten(0, (-1, self.patches))
+            places = rank[start : start + len(patches)]
+            wanted = places < len(level)
+            level[places[wanted]] = patches[wanted]
+            start += len(patches)
+        return level.flatten(0, 1)
+
+    def _add_numbers(self, numbers: Iterable[int]) -> None:
+        for k in numbers:
+            if k in self._ks:
+                raise ValueError(f"image {k} has come before: number each image once")
+            self._ks[k] = None
 
 
 def sliced_wasserstein(

@@ -21,14 +21,17 @@ class Layers(nn.Module):
 
 
 class FakeInception(nn.Module):
-    """What a caller of the published file meets: a submodule `layers`."""
+    """What a caller of the published file meets: a submodule `layers`; called itself, it resizes
+    floats (B, 3, H, W) in 0..255, and gives features where it is asked for them."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.layers = Layers(dim)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images)
+    def forward(self, images: Tensor, return_features: bool = False) -> Tensor:
+        resized = nn.functional.interpolate(images, [299, 299], mode="bilinear")
+        features = self.layers((resized - 128) / 128)
+        return features if return_features else features[:, :1008]  # else classes
 
 
 def save_script(module: nn.Module, path: Path) -> Path:

@@ -6,6 +6,7 @@ import torch
 from scipy import linalg
 
 from ldm.metrics import FeatureStatistics, frechet_distance
+from tests.ldm.metrics.photo_features import photo_features
 
 
 def features(count: int, dim: int, seed: int = 0) -> np.ndarray:
@@ -64,6 +65,25 @@ def test_torch_features_of_any_type_and_an_empty_batch():
     np.testing.assert_allclose(statistics.mean, values.astype(np.float64).mean(0), rtol=1e-13)
 
 
+def test_known_moments_go_on_as_if_seen():
+    values = features(60, 5)
+    known = FeatureStatistics.from_moments(40, values[:40].mean(0), np.cov(values[:40].T))
+    known.update(values[40:])
+    both = statistics_of(values)
+    assert known.count == 60
+    np.testing.assert_allclose(known.mean, both.mean, rtol=1e-13)
+    np.testing.assert_allclose(known.covariance, both.covariance, rtol=1e-12)
+
+
+def test_known_moments_must_be_moments():
+    with pytest.raises(ValueError, match=r"mean \(3,\) and covariance \(2, 2\) do not fit"):
+        FeatureStatistics.from_moments(5, np.zeros(3), np.eye(2))
+    with pytest.raises(ValueError, match="NaN or an infinity"):
+        FeatureStatistics.from_moments(5, np.zeros(2), np.full((2, 2), np.nan))
+    with pytest.raises(ValueError, match="two features or more, not 1"):
+        FeatureStatistics.from_moments(1, np.zeros(2), np.eye(2))
+
+
 def test_what_is_returned_is_not_the_inside():
     statistics = statistics_of(features(10, 4))
     before = statistics.mean
@@ -101,6 +121,16 @@ def test_full_covariances_as_scipys_matrix_root():
     a, b = statistics_of(features(200, 12, seed=1)), statistics_of(features(200, 12, seed=2))
     arguments = a.mean, a.covariance, b.mean, b.covariance
     assert frechet_distance(*arguments) == pytest.approx(by_sqrtm(*arguments), rel=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore:Matrix is singular")  # scipy's, of the smaller sets
+@pytest.mark.parametrize("count", [120, 20])
+def test_photographs_as_scipys_matrix_root(count):
+    """120 images, and 20 with 32 features: covariances of rank 19 at most."""
+    a, b = (statistics_of(photo_features(split, count, 32)) for split in ("train", "val"))
+    arguments = a.mean, a.covariance, b.mean, b.covariance
+    assert (np.linalg.matrix_rank(a.covariance) > 20) == (count > 32)
+    assert frechet_distance(*arguments) == pytest.approx(by_sqrtm(*arguments), rel=1e-6)
 
 
 def test_symmetric_and_zero_on_itself():
