@@ -140,7 +140,7 @@ def _report(out: Path, ae_folder: Path, ldm_folder: Path, recipe: DiffusionRecip
                     "ldm train-diffusion tiny",
                     f"ldm sample --n {SAMPLES}",
                     "ldm eval-ae",
-                    "ldm fid",
+                    "ldm fid --force",
                 ]),
             ),
         ],

@@ -1,77 +1,39 @@
-"""Measure an autoencoder's reconstructions: PSNR, SSIM, and LPIPS where its weights are."""
+"""Measure autoencoders' reconstructions: rFID, LPIPS, PSNR, SSIM, KID, precision, recall, SWD.
 
-from collections import Counter
-from collections.abc import Callable
+What needs weights that are not to be had is left out, and said to be. A run's validation, the demo
+and `ldm eval-ae` share one loop, `pipelines.reconstruction`.
+"""
+
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from autoencoders import Autoencoder, load_autoencoder
-from autoencoders.loading import read_autoencoder
-from autoencoders.losses import load_lpips
-from ldm.config import validate
-from ldm.data import DataConfig, Source, evaluation_batches, open_source
+from ldm.data import DataConfig, Source, evaluation_batches
+from ldm.data.faults import FaultCount, stop_if_too_many
 from ldm.data.split import Split
-from ldm.device import memory_format, resolve_device
-from ldm.errors import LdmError, UsageError
-from ldm.images import to_float, to_uint8
-from ldm.logbook import console
-from ldm.metrics import psnr, ssim
+from ldm.device import keep_freed_memory, memory_format, resolve_device
+from ldm.errors import UsageError
+from ldm.logbook import console, progress_bar
+from ldm.metrics.inception import Mode
+from ldm.run import from_main
 from ldm.run_folder import newest_run
-
-# An image that comes back bit for bit has an infinite PSNR; one would make the mean infinite. At
-# 256² even a single value off by one level is below 102 dB.
-PSNR_CEILING = 100.0
-
-
-def evaluate_checkpoint(
-    model: Path | None = None,
-    data: str | None = None,
-    split: Split = "val",
-    resolution: int | None = None,
-    batch_size: int = 16,
-    limit: int | None = None,
-    device: str = "auto",
-) -> dict[str, float]:
-    """`evaluate_autoencoder` on a file: the newest, its own data, the resolution it ended at.
-
-    Args:
-        model: a stage-one file or folder, ours or others', as `load_autoencoder` takes it.
-        data: `photos`, a folder, a zip, or shards.
-        resolution: side of the images, pixels.
-
-    Raises:
-        UsageError: data or resolution left out, and the file does not say; or a number below one.
-        LdmError: the model or the data cannot be read.
-    """
-    for name, value in (("--batch-size", batch_size), ("--resolution", resolution),
-                        ("--limit", limit)):  # fmt: skip
-        if value is not None and value < 1:
-            raise UsageError(f"{name} {value}: it must be at least 1")
-    where = resolve_device(device)
-    path = model or newest_run("autoencoder")
-    config, trained_at = (DataConfig(source=data), None) if data else (None, None)
-    if config is None or resolution is None:
-        own, trained_at = _trained_on(path)
-        config, resolution = config or own, resolution or trained_at
-    if config is None or resolution is None:
-        lacking = "--data" if config is None else "--resolution"
-        raise UsageError(f"{path} does not say what it was trained on: give {lacking}")
-    autoencoder = load_autoencoder(path, where)
-    source = open_source(config, split, resolution)
-    try:
-        perceptual = load_lpips(where, instead="go without it, as here")
-    except LdmError as error:
-        console.print(f"without LPIPS: {error}", markup=False)
-        perceptual = None
-    console.print(
-        f"measuring {path} on the {split} split of {config.source} at {resolution}×{resolution}",
-        markup=False,
-    )
-    return evaluate_autoencoder(
-        autoencoder, source, resolution, batch_size, where, limit, perceptual, config.workers
-    )
+from pipelines.evaluation import (
+    NUMBERS,
+    Evaluation,
+    check_writable,
+    conclude,
+    default_path,
+    write_last,
+)
+from pipelines.evaluation_plan import Job, plan_jobs
+from pipelines.instruments import NOT_ASKED, Instruments, find_instruments
+from pipelines.reconstruction import Perceptual, Sums, reconstruct
+from pipelines.survey import NEAREST, Surveyor, compare_surveys, gather_surveys
 
 
 @torch.no_grad()
@@ -82,7 +44,7 @@ def evaluate_autoencoder(
     batch_size: int,
     device: torch.device,
     limit: int | None = None,
-    perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+    perceptual: Perceptual | None = None,
     workers: int = 0,
 ) -> dict[str, float]:
     """Reconstruct every image of a source once, from its posterior's mode, in float32, and average.
@@ -100,31 +62,173 @@ def evaluate_autoencoder(
         `psnr` (dB), `ssim`, `lpips` (with `perceptual` alone), means over images; and `count`.
 
     Raises:
-        LdmError: there is no image; or the resolution is below SSIM's window.
+        LdmError: there is no image; the resolution is below SSIM's window; or a reconstruction is
+            not finite.
     """
-    sums: Counter[str] = Counter()
-    count, was_training = 0, ae.training
-    ae.eval()
-    try:
-        for batch in evaluation_batches(source, resolution, batch_size, limit, workers=workers):
-            pixels = batch.images.to(device).contiguous(memory_format=memory_format(device))
-            images = to_float(pixels)
-            recon = to_float(to_uint8(ae.decode(ae.encode(images).mode())))
-            sums["psnr"] += psnr(images, recon).clamp(max=PSNR_CEILING).sum().item()
-            sums["ssim"] += ssim(images, recon).sum().item()
-            if perceptual is not None:
-                sums["lpips"] += perceptual(recon, images).item() * len(images)
-            count += len(images)
-    finally:
-        ae.train(was_training)
-    if not count:
-        raise LdmError("no image to evaluate: the data is empty, or all of it is corrupt")
-    return {name: total / count for name, total in sums.items()} | {"count": count}
+    sums = Sums()
+    stream = evaluation_batches(source, resolution, batch_size, limit, workers=workers)
+    with closing(reconstruct(ae, stream, device)) as pairs:
+        for pair in pairs:
+            sums.add(pair, perceptual)
+    return sums.means() | {"count": sums.count}
 
 
-def _trained_on(path: Path) -> tuple[DataConfig | None, int | None]:
-    """The data a model file was trained on and the resolution it ended at, as far as it says."""
-    recipe = read_autoencoder(path).provenance.get("recipe", {})
-    data = validate(DataConfig, recipe["data"]) if "data" in recipe else None
-    phases = recipe.get("phases")
-    return data, phases[-1]["resolution"] if phases else None
+# -------------------------------------------------------------------------------- from files
+def evaluate_checkpoints(
+    models: Sequence[Path | str] = (),
+    data: str | DataConfig | None = None,
+    split: Split = "val",
+    resolutions: Sequence[int] | None = None,
+    batch_size: int = 16,
+    limit: int | None = None,
+    device: str = "auto",
+    fid: bool = True,
+    weights: Path | None = None,
+    features: str | None = None,
+    mode: Mode = "clean",
+    out: Path | None = None,
+    force: bool = False,
+) -> list[Evaluation]:
+    """Measure autoencoders in files, and write what comes of it as JSON.
+
+    Images are cut at their centres to each resolution, never mirrored; reconstructions are the
+    posterior's mode, in float32, rounded to 8 bits. PSNR, SSIM and LPIPS are means over images.
+    rFID, KID, precision and recall compare Inception's features of all originals with those of
+    all reconstructions; SWD compares patches of both, of 16,384 images at most, so that memory does
+    not grow with more. Under a distributed launch the processes share the images, each of which is
+    measured once, and all return the same.
+
+    Numbers whose weights cannot be had are left out, and so is an rFID over fewer images than
+    there are features. What is there, and why the rest is not, is in the result.
+
+    Args:
+        models: stage-one files or folders, ours or others', as `load_autoencoder` takes them;
+            none: the newest run.
+        data: `photos`, a folder, a zip, or shards; None: what each model was trained on.
+        resolutions: sides of the images, pixels; None: that at which each model's training ended.
+        batch_size: images at a time, per process.
+        limit: only the first so many images.
+        fid: False leaves out all that needs features.
+        weights: `inception-2015-12-05.pt`; by default from where it usually lies, or fetched.
+        features: an extractor of one's own, as `load_extractor` takes it.
+        mode: how Inception's images are resized.
+        out: one JSON for all; by default one of each model and resolution beside the model, in
+            `eval/`.
+        force: measure images as held out that were trained on, and rFID over few images, both
+            noted in the result.
+
+    Returns:
+        One evaluation of each model at each resolution, in this order.
+
+    Raises:
+        UsageError: data or resolution left out, and a file does not say; a number below one; or
+            options that do not go together.
+        LdmError: a file is no autoencoder, or cannot take a resolution; the data cannot be read;
+            held-out images were trained on; weights that were asked for cannot be had;
+            reconstructions or features are not finite; or the result cannot be written.
+    """
+    for name, value in (
+        ("--batch-size", batch_size), ("--limit", limit),
+        *(("--resolution", resolution) for resolution in resolutions or []),
+    ):  # fmt: skip
+        if value is not None and value < 1:
+            raise UsageError(f"{name} {value}: it must be at least 1")
+    where = resolve_device(device)
+    keep_freed_memory(where)
+    ranks = PartialState(cpu=where.type == "cpu")
+    where = ranks.device if ranks.num_processes > 1 else where
+    paths = list(dict.fromkeys(map(Path, models)))
+    paths = paths or [from_main(ranks, lambda: newest_run("autoencoder"))]
+    jobs = plan_jobs(paths, data, split, resolutions, limit, ranks, force)
+    settings = [
+        *([f"first{limit}"] if limit else []), *([] if fid else ["no-fid"]),
+        *([features] if features else []), *([mode] if mode != "clean" else []),
+    ]  # fmt: skip
+    places = [out or default_path(j.model, j.data, split, j.resolution, *settings) for j in jobs]
+    from_main(ranks, lambda: [check_writable(place) for place in places])
+    instruments = find_instruments(fid, weights, features, mode, jobs[0].resolution, where, ranks)
+    _say_missing(instruments.missing, ranks)
+
+    done: list[Evaluation] = []
+    for job, place in zip(jobs, places, strict=True):
+        if not done or done[-1].model != job.model:
+            ae = load_autoencoder(job.model, where).to(memory_format=memory_format(where))
+        _say(
+            f"measuring {job.model} on the {split} split of {job.data.source} "
+            f"at {job.resolution}×{job.resolution}",
+            ranks,
+        )
+        done.append(_measure(ae, job, place, instruments, batch_size, limit, force, where, ranks))
+        fresh = {n: w for n, w in done[-1].about["missing"].items() if n not in instruments.missing}
+        _say_missing(fresh, ranks)
+        from_main(ranks, lambda: write_last(done, together=out is not None))
+    return done
+
+
+def _measure(
+    ae: Autoencoder,
+    job: Job,
+    path: Path,
+    instruments: Instruments,
+    batch_size: int,
+    limit: int | None,
+    force: bool,
+    device: torch.device,
+    ranks: PartialState,
+) -> Evaluation:
+    """One pass over this process's share of the images, and what all shares say together."""
+    world, total = ranks.num_processes, min(len(job.source), limit or len(job.source))
+    extractor = instruments.extractor if total > NEAREST else None
+    sums, faults = Sums(), FaultCount(len(job.source))
+    real, made = (Surveyor(total, job.resolution, extractor, device) for _ in range(2))
+    stream = evaluation_batches(
+        job.source, job.resolution, batch_size * world, limit, ranks.process_index, world,
+        job.data.workers, faults,
+    )  # fmt: skip
+    bar = progress_bar("images")
+    bar.disable = bar.disable or not ranks.is_main_process
+    with bar, closing(reconstruct(ae, stream, device)) as pairs:
+        task = bar.add_task("measuring", total=total, speed="", note="")
+        for pair in pairs:
+            sums.add(pair, instruments.lpips)
+            real.add(pair.images, pair.k)
+            made.add(pair.recon, pair.k)
+            speed = bar.tasks[task].speed
+            shown = f"{speed:.1f} images/s" if speed else ""
+            bar.update(task, advance=len(pair.k) * world, speed=shown)
+    shares = gather_object([(sums, faults.found)])
+    originals, recons = (gather_surveys(side.survey, ranks) for side in (real, made))
+
+    def together() -> Evaluation:
+        everything, corrupt = Sums(), {}
+        for some, found in shares:
+            everything.merge(some)
+            corrupt |= found
+        stop_if_too_many(corrupt, len(job.source))
+        means, compared = everything.means(), compare_surveys(recons, originals, device)
+        how = {
+            "limit": limit, "corrupt": len(corrupt), "device": _device_name(device),
+            "processes": world, "batch_size": batch_size,
+        }  # fmt: skip
+        return conclude(
+            job, path, means, everything.count, compared, extractor, instruments, force, how
+        )
+
+    return from_main(ranks, together)
+
+
+# ------------------------------------------------------------------------------------- telling
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _say(text: str, ranks: PartialState) -> None:
+    if ranks.is_main_process:
+        console.print(text, markup=False)
+
+
+def _say_missing(missing: dict[str, str], ranks: PartialState) -> None:
+    """One line for each reason."""
+    for why in dict.fromkeys(why for why in missing.values() if why != NOT_ASKED):
+        names = [title for name, title in NUMBERS.items() if missing.get(name) == why]
+        _say(f"without {', '.join(names)}: {why}", ranks)

@@ -1,271 +1,269 @@
-"""Measure samples against data: FID, and the sliced Wasserstein distance, which needs no weights.
+"""Measure samples against a reference: FID, KID, precision, recall, sliced Wasserstein distance.
 
-<samples>/fid.json   both numbers, and all they depend on: the two sets, how the reference was
-                     made, the network, the versions
+<samples>/fid.json                   the numbers, and all they depend on: the two sets, how the
+                                     reference was made, the network, the versions
+<samples>.zip.fid.json               the same of an archive
+<model>/fid/seed0-steps18-n5000.json the same of samples straight from a model
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import Progress
+from accelerate import PartialState
 
-from ldm.config import to_tree, validate
-from ldm.data import Batch, DataConfig, batches, evaluation_batches, open_source
-from ldm.data.dataset import PHOTOS
-from ldm.data.shards import read_manifest
+from ldm.config import validate
+from ldm.data import DataConfig
 from ldm.data.split import Split
 from ldm.device import resolve_device
 from ldm.errors import LdmError, UsageError
 from ldm.files import write_json
-from ldm.logbook import console, progress_bar
-from ldm.metrics import FeatureStatistics, PatchDescriptors, frechet_distance
-from ldm.metrics.inception import FeatureExtractor, load_inception
-from ldm.metrics.wasserstein import compare_descriptors
+from ldm.logbook import console
+from ldm.metrics.extractors import Extractor
+from ldm.run import from_main
 from ldm.run_folder import provenance
-from ldm.seeds import generator
+from pipelines.bootstrap import FeatureRows, bootstrap_fid
+from pipelines.comparability import check_size, find_copies, find_doubts, place, samples_filter
+from pipelines.evaluation import check_writable
+from pipelines.fingerprints import identify_set
+from pipelines.image_pass import Seen, Tools, survey_images
+from pipelines.kept_statistics import survey_reference
+from pipelines.measuring import Measuring, describe_extractor, find_extractor, notes_on
+from pipelines.model_samples import FID_50K, ModelSamples
+from pipelines.reference import ImageReference
 from pipelines.sample_folder import SampleFolder, newest_samples
+from pipelines.statistics_file import StatisticsReference, open_statistics
+from pipelines.survey import SWD_IMAGES, compare_surveys
 
-FORMAT = 1
-SEED = 0  # of patches, directions and crops: the same in every measurement, so that they compare
-SWD_IMAGES = 16_384  # Karras et al. 2018, Section 5
-ENOUGH_IMAGES = 2_048  # as many as features: with fewer the covariance is singular
+Samples = SampleFolder | ModelSamples
+Reference = ImageReference | StatisticsReference
+
+FORMAT = 2
+DEFAULT_SPLIT: Split = "all"
 
 
 def fid_of_samples(
     samples: Path | None = None,
     data: str | None = None,
-    split: Split = "train",
+    split: Split | None = None,
     weights: Path | None = None,
     device: str = "auto",
     batch_size: int = 64,
     limit: int | None = None,
+    *,
+    model: Path | None = None,
+    reference: str | None = None,
+    sampling: dict[str, Any] | None = None,
+    **measuring: Any,
 ) -> dict[str, Any]:
     """`measure_fid` with what is left out filled in: the newest samples, their model's own data.
 
     Args:
+        samples: a folder, a zip or shards.
         data: `photos`, a folder, a zip, or shards.
+        model: a stage-two file or run folder, to sample from without writing.
+        reference: statistics in the place of data: `ffhq256`, `ffhq1024`, or a file.
+        sampling: of the model: the keywords of `ModelSamples`.
+        measuring: the other fields of `Measuring`.
 
     Raises:
-        UsageError: `data` is left out, and the samples do not say what their model learnt from.
+        UsageError: things that exclude each other are given; or `data` is left out, and the
+            samples do not say what their model learnt from.
         LdmError: as `measure_fid`; or there are no samples.
     """
-    samples = samples or newest_samples()
-    if data is not None:
-        reference = DataConfig(source=data)
+    how = Measuring(weights=weights, device=device, batch_size=batch_size, limit=limit, **measuring)
+    for one, other, names in (
+        (samples, model, "samples and --model"),
+        (data, reference, "--data and --reference"),
+        (split, reference, "--split and --reference"),
+    ):
+        if one is not None and other is not None:
+            raise UsageError(f"{names} exclude each other: give one of them")
+    made: Samples
+    if model is not None:
+        asked = sampling or {}
+        if limit is not None:
+            asked = asked | {"n": min(asked.get("n", FID_50K), limit)}
+        made = ModelSamples(model, device=device, **asked)
+    elif sampling:
+        raise UsageError(
+            f"--{next(iter(sampling))} is of sampling from a model: give --model, or leave it out"
+        )
     else:
-        made_with = SampleFolder(samples).made_with or {}
-        if "data" not in made_with:
-            raise UsageError(f"{samples} does not say what data to compare with: give --data")
-        reference = validate(DataConfig, made_with["data"])
-    console.print(
-        f"measuring {samples} against the {split} split of {reference.source}", markup=False
-    )
-    return measure_fid(samples, reference, split, weights, device, batch_size, limit)
+        made = SampleFolder(samples or newest_samples(), limit, archives=True)
+    against = reference or _choose_data(data, made)
+    if against is None:
+        raise UsageError(f"{made.path} does not say what data to compare with: give --data")
+    return _measure(made, against, split, how)
 
 
 def measure_fid(
     samples: Path,
-    reference: DataConfig,
-    split: Split = "train",
+    reference: DataConfig | str,
+    split: Split | None = None,
     weights: Path | None = None,
     device: str | torch.device = "auto",
     batch_size: int = 64,
     limit: int | None = None,
+    **measuring: Any,
 ) -> dict[str, Any]:
-    """Measure a folder of samples against one split of a data set; write and return `fid.json`.
+    """Measure samples against one split of a data set; write and return `fid.json`.
 
     The reference's images are cut at their centres to the samples' size, never mirrored. Of the
     built-in photographs, which are eight and large, it is as many random crops as there are
-    samples (split val: its tiles).
+    samples (split val: its tiles). Its statistics are kept, and taken up where the data is the same
+    to the byte (see `pipelines.kept_statistics`).
 
-    FID (Heusel et al. 2017) is over all images of both sides, on clean-fid's features. The sliced
-    Wasserstein distance (Karras et al. 2018) is over equally many of each, drawn at random.
+    FID (Heusel et al. 2017) is over all images of both sides, KID (Bińkowski et al. 2018) and
+    precision and recall (Kynkäänniemi et al. 2019) over at most 10,000 features of either, the
+    sliced Wasserstein distance (Karras et al. 2018) over equally many images of each, drawn at
+    random.
 
     Args:
-        samples: as `ldm sample` writes it, or any folder of PNGs.
-        weights: `inception-2015-12-05.pt`; by default from where it usually lies, or fetched.
+        samples: as `ldm sample` writes it; any folder of PNGs; a zip or shards of lossless images.
+        reference: the data; or statistics: `ffhq256`, `ffhq1024`, or a file of such.
+        split: by default all images, training and held out, as published FIDs on FFHQ are measured
+            against all 70,000. Where a model was trained on all of them, that is refused: a person
+            has to say that it is meant, by naming the split.
         limit: only the first so many images of either side.
+        measuring: the other fields of `Measuring`.
 
     Raises:
         UsageError: a batch size below one, or a limit below two.
-        LdmError: samples or reference cannot be measured; or the Inception weights cannot be had:
-            then the other numbers are in `fid.json`, and `fid` in it is null.
+        LdmError: samples or reference cannot be measured; there is a doubt whether they may be
+            compared, and no `force`; or the Inception weights cannot be had: then SWD is in
+            `fid.json`, and the other numbers in it are null.
     """
-    if batch_size < 1:
-        raise UsageError(f"batch size {batch_size}: it must be at least 1")
-    if limit is not None and limit < 2:
-        raise UsageError(f"limit {limit}: a covariance needs two images or more")
-    device = resolve_device(device) if isinstance(device, str) else device
-    folder = SampleFolder(samples, limit)
-    resolution, count = folder.resolution, len(folder)
-    stream = evaluation_batches(folder, resolution, batch_size, workers=reference.workers)
-    made = _Images("samples", count, stream)
-    real = _open_reference(reference, split, resolution, count, batch_size, limit)
-    extractor, missing = _find_inception(weights, device)
+    how = Measuring(weights=weights, device=device, batch_size=batch_size, limit=limit, **measuring)
+    return _measure(SampleFolder(samples, limit, archives=True), reference, split, how)
 
-    chosen = min(made.count, real.count, SWD_IMAGES)
-    with progress_bar("images") as bar:
-        ours, theirs = (
-            _survey(side, resolution, chosen, extractor, device, bar) for side in (made, real)
-        )
-    swd = compare_descriptors(ours.patches, theirs.patches, SEED, device=device)
-    fid = None
-    if extractor is not None:
-        a, b = ours.features, theirs.features
-        fid = frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
-    made_by = provenance()
-    made_by["versions"] |= {name: version(name) for name in ("clean-fid", "pillow")}
-    result = {
-        "format": FORMAT,
-        "fid": fid,
-        "fid_missing": str(missing) if missing else None,
-        "swd": swd,
-        "swd_images": min(ours.patches.count, theirs.patches.count),
-        "resolution": folder.resolution,
-        "samples": {"path": str(samples), "count": ours.count, "made_with": folder.made_with},
-        "reference": {
-            "what": real.what,
-            "split": split,
-            "count": theirs.count,
-            "data": to_tree(reference),
-            "prepared": _preparation(reference),
-        },
-        "extractor": {"name": extractor.name, "sha256": extractor.sha256} if extractor else None,
-        "warnings": _warnings(ours.count, theirs.count, extractor),
-        **made_by,
-    }
-    write_json(samples / "fid.json", result)
-    for warning in result["warnings"]:
-        console.print(f"note: {warning}", markup=False)
+
+# -------------------------------------------------------------------------------- the work
+def _measure(
+    samples: Samples, against: DataConfig | str, split: Split | None, how: Measuring
+) -> dict[str, Any]:
+    where = resolve_device(how.device) if isinstance(how.device, str) else how.device
+    ranks = PartialState(cpu=where.type == "cpu")
+    where = ranks.device if ranks.num_processes > 1 else where
+    if how.bootstrap and ranks.num_processes > 1:
+        raise UsageError("--bootstrap is for one process: leave torchrun out")
+    out = how.out or samples.result_path
+    from_main(ranks, lambda: check_writable(out))
+    extractor, missing = find_extractor(how, samples.resolution, where)
+    reference = _open_reference(against, split, samples, extractor, missing, how)
+    check_size(samples, reference)
+    trained_on = None
+    with suppress(UsageError):  # of another version: then it is not known
+        trained_on = _trained_on(samples)
+    doubts = list(find_doubts(samples, reference, trained_on, extractor, split))
+    _refuse(doubts, how.force)
+    if ranks.is_main_process:
+        console.print(f"measuring {samples.what} against {reference.what}", markup=False)
+
+    has_images = isinstance(reference, ImageReference)
+    chosen = min(len(samples), len(reference), SWD_IMAGES) if has_images else 0
+    workers = against.workers if isinstance(against, DataConfig) else DataConfig().workers
+    tools = Tools(extractor, where, how.batch_size, workers, ranks, chosen)
+    rows = FeatureRows(extractor.dim) if extractor and how.bootstrap else None
+    # the reference first: what is wrong with it shows before hours of sampling from a model
+    real = survey_reference(reference, tools, how.mode) if has_images else reference.seen()
+    made = survey_images(samples, tools, rows)
+
+    def conclude() -> dict[str, Any]:
+        copies = list(find_copies(samples, made.prints, real.prints))
+        _refuse(copies, how.force)
+        result = {
+            "format": FORMAT,
+            **_numbers(made, real, rows, where, how.bootstrap),
+            "fid_missing": str(missing) if missing else None,
+            "mode": how.mode if how.features is None else None,
+            "resolution": samples.resolution,
+            "samples": {
+                "path": str(samples.path),
+                "what": samples.what,
+                "count": made.survey.count,
+                "made_with": samples.made_with,
+                "filter": samples_filter(samples, trained_on),
+                "fingerprint": identify_set(made.prints),
+            },
+            "reference": reference.about()
+            | {"split_asked": split, "count": real.survey.count}
+            | real.about,
+            "extractor": describe_extractor(extractor),
+            "forced": how.force,
+            "warnings": [*doubts, *copies, *notes_on(extractor, how)],
+            **_made_by(),
+        }
+        write_json(out, result)
+        return result | {"written": str(out)}
+
+    result = from_main(ranks, conclude)
+    if ranks.is_main_process:
+        for warning in result["warnings"]:
+            # rich would draw :four: of module:four: as a picture
+            console.print(f"note: {warning}", markup=False)
     if missing:
-        raise LdmError(
-            f"{missing}; without FID, SWD {swd['mean']:.3f} (×10³) was measured and is in "
-            f"{samples / 'fid.json'}"
-        ) from missing
+        swd = f"SWD {result['swd']['mean']:.3f} (×10³)"
+        raise LdmError(f"{missing}; without FID, {swd} was measured and is in {out}") from missing
     return result
 
 
-# --------------------------------------------------------------------------------- two sides
-@dataclass(frozen=True)
-class _Images:
-    """One side: what it is, in words, how many images, and the images."""
-
-    what: str
-    count: int
-    batches: Iterator[Batch]
-
-
 def _open_reference(
-    config: DataConfig,
-    split: Split,
-    resolution: int,
-    samples: int,
-    batch_size: int,
-    limit: int | None,
-) -> _Images:
-    source = open_source(config, split, resolution)
-    if config.source == PHOTOS and split != "val":
-        unmirrored = config.model_copy(update={"flip": False})
-        stop = -(-samples // batch_size) * batch_size  # whole batches; the last is cut
-        crops = batches(source, unmirrored, resolution, SEED, 0, stop, batch_size)
-        what = f"photos, {split}: {samples} random crops, seed {SEED}"
-        return _Images(what, samples, _first(crops, samples))
-    prepared = _preparation(config)
-    if prepared and prepared["size"] != resolution:
-        size = prepared["size"]
-        raise LdmError(
-            f"{config.source} was prepared at {size}×{size} and the samples are "
-            f"{resolution}×{resolution}: resizing twice changes every number; prepare the data "
-            f"with --size {resolution}"
-        )
-    count = min(len(source), limit or len(source))
-    what = f"{config.source}, {split}: {count} images, centre-cropped"
-    if count < 2:
-        raise LdmError(f"{what}: a covariance needs two images or more, give another --data")
-    images = evaluation_batches(source, resolution, batch_size, limit, workers=config.workers)
-    return _Images(what, count, images)
-
-
-def _first(stream: Iterator[Batch], count: int) -> Iterator[Batch]:
-    for batch in stream:
-        yield Batch(*(part[:count] for part in batch))
-        count -= len(batch.images)
-
-
-def _preparation(config: DataConfig) -> dict[str, Any] | None:
-    """How `ldm data prepare` made the reference (size, filter, crop, source), where it did."""
-    path = Path(config.source).expanduser()
-    if config.source == PHOTOS or path.suffix == ".zip":
-        return None
-    manifest = read_manifest(path if path.is_dir() else path.parent)
-    return manifest and {key: manifest[key] for key in ("size", "filter", "crop", "source")}
-
-
-# ----------------------------------------------------------------------------- one pass each
-@dataclass
-class _Survey:
-    """What one pass over a set of images keeps of it."""
-
-    patches: PatchDescriptors
-    features: FeatureStatistics | None
-    count: int = 0
-
-
-def _survey(
-    images: _Images,
-    resolution: int,
-    chosen: int,
-    extractor: FeatureExtractor | None,
-    device: torch.device,
-    bar: Progress,
-) -> _Survey:
-    """Features of all images, and patches of `chosen` of them."""
-    features = FeatureStatistics(extractor.dim) if extractor else None
-    survey = _Survey(PatchDescriptors(resolution, seed=SEED), features)
-    # at random: a data set may be sorted by class
-    draw = generator(SEED, "swd images", 0).permutation(images.count)[:chosen]
-    wanted = torch.zeros(images.count, dtype=torch.bool)
-    wanted[torch.from_numpy(draw)] = True
-    task = bar.add_task(images.what, total=images.count, speed="", note="")
-    for batch in images.batches:
-        survey.patches.update(batch.images[wanted[batch.k]].to(device))
-        if extractor is not None and features is not None:
-            features.update(extractor(batch.images))
-        survey.count += len(batch.images)
-        speed = bar.tasks[task].speed
-        shown = f"{speed:.1f} images/s" if speed else ""
-        bar.update(task, advance=len(batch.images), speed=shown)
-    return survey
-
-
-def _find_inception(
-    weights: Path | None, device: torch.device
-) -> tuple[FeatureExtractor | None, LdmError | None]:
-    """The extractor, or why there is none. A file that was asked for must be there."""
-    try:
-        return load_inception(weights, device), None
-    except LdmError as error:
-        if weights is not None:
-            raise
-        return None, error
-
-
-def _warnings(samples: int, real: int, extractor: FeatureExtractor | None) -> list[str]:
+    against: DataConfig | str,
+    split: Split | None,
+    samples: Samples,
+    extractor: Extractor | None,
+    missing: LdmError | None,
+    how: Measuring,
+) -> Reference:
+    if isinstance(against, DataConfig):
+        chosen = split or DEFAULT_SPLIT
+        return ImageReference(against, chosen, samples.resolution, len(samples), how.limit)
     if extractor is None:
-        return []
-    warnings = []
-    if min(samples, real) < ENOUGH_IMAGES:
-        warnings.append(
-            f"FID over {samples:,} samples and {real:,} images is biased upwards: compare it only "
-            f"with FIDs over as many; below {ENOUGH_IMAGES:,} the covariance is singular"
-        )
-    if not extractor.is_published:
-        warnings.append(
-            "the network is not the published Inception (another SHA-256): compare this FID only "
-            "with others of the same file"
-        )
-    return warnings
+        # of statistics nothing can be measured without features
+        raise missing or UsageError(f"no extractor for {against}")
+    return open_statistics(against, extractor, how.mode)
+
+
+def _choose_data(data: str | None, samples: Samples) -> DataConfig | None:
+    """The data that is named, or the samples' own; that of their model is split as for training."""
+    if data is None:
+        return _trained_on(samples)
+    own = None
+    with suppress(UsageError):  # of another version
+        own = _trained_on(samples)
+    # by another split, images that were trained on would be among those held out
+    same = own is not None and place(own.source) == place(data)
+    return own if same else DataConfig(source=data)
+
+
+def _trained_on(samples: Samples) -> DataConfig | None:
+    """The data that the samples' model learnt from, where they say; a UsageError where that is of
+    another version."""
+    data = (samples.made_with or {}).get("data")
+    return None if data is None else validate(DataConfig, data)
+
+
+def _refuse(doubts: list[str], force: bool) -> None:
+    if doubts and not force:
+        raise LdmError(f"{doubts[0]}; --force measures all the same")
+
+
+# ------------------------------------------------------------------------------- the result
+def _numbers(
+    made: Seen, real: Seen, rows: FeatureRows | None, device: torch.device, draws: int
+) -> dict[str, Any]:
+    numbers = compare_surveys(made.survey, real.survey, device)
+    interval = None
+    if rows is not None and real.survey.features is not None:
+        statistics = real.survey.features.statistics
+        interval = bootstrap_fid(rows, statistics, numbers["fid"], draws)._asdict()
+    return {"fid": numbers.pop("fid"), "fid_interval": interval, **numbers}
+
+
+def _made_by() -> dict[str, Any]:
+    made_by = provenance()
+    made_by["versions"] |= {name: version(name) for name in ("clean-fid", "pillow")}
+    return made_by

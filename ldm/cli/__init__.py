@@ -16,6 +16,7 @@ from ldm.cli import (
     ema,
     evaluate,
     exchange,
+    fid,
     neighbours,
     presets,
     sample,
@@ -43,7 +44,7 @@ app.command("train-diffusion")(train.train_diffusion)
 app.command("ema")(ema.ema)
 app.command("sample")(sample.sample)
 app.command("neighbours")(neighbours.neighbours)
-app.command("fid")(evaluate.fid)
+app.command("fid")(fid.fid)
 app.command("eval-ae")(evaluate.eval_ae)
 app.command("import")(exchange.import_model)
 app.command("export")(exchange.export_model)

@@ -1,60 +1,114 @@
-"""`ldm fid` and `ldm eval-ae`."""
+"""`ldm eval-ae`."""
 
+import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
-Split = Annotated[Literal["train", "val", "all"], typer.Option(help="Which part of the data.")]
-Data = Annotated[
-    str | None, typer.Option(help="`photos`, a folder, a zip, or shards. Left out: the run's own.")
-]
-
-
-def fid(
-    samples: Annotated[
-        Path | None,
-        typer.Argument(help="A folder of images, as `ldm sample` writes it. Left out: the newest."),
-    ] = None,
-    data: Data = None,
-    split: Split = "train",
-    weights: Annotated[
-        Path | None, typer.Option(help="inception-2015-12-05.pt, if you have it.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 64,
-    limit: Annotated[
-        int | None, typer.Option(help="At most this many images of either side.")
-    ] = None,
-    device: Device = "auto",
-) -> None:
-    """Measure samples against data: FID, and sliced Wasserstein distance (needs no weights).
-
-    ldm fid runs/x/samples/seed0-steps18 --data data/ffhq256
-    """
-    from pipelines.fid import fid_of_samples
-
-    result = fid_of_samples(samples, data, split, weights, device, batch_size, limit)
-    typer.echo(f"FID {result['fid']:.3f}, SWD {result['swd']['mean']:.3f} (×10³)")
+from ldm.cli.say import say
 
 
 def eval_ae(
-    model: Annotated[
-        Path | None,
+    models: Annotated[
+        list[Path] | None,
         typer.Argument(
-            help="A stage-one ckpt.pt or run folder, or an SD-VAE of others. Left out: the newest."
+            metavar="[CKPT …]",
+            help="Stage-one ckpt.pt files or run folders, or SD-VAEs of others; several give a "
+            "table. Left out: the newest.",
         ),
     ] = None,
-    data: Data = None,
-    split: Split = "val",
-    resolution: Annotated[int | None, typer.Option(help="Side of the images, pixels.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 16,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="`photos`, a folder, a zip, or shards. Left out: what each was trained on."
+        ),
+    ] = None,
+    split: Annotated[
+        Literal["train", "val", "all"], typer.Option(help="Which part of the data.")
+    ] = "val",
+    resolution: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Side of the images, pixels; several as 128,256. Left out: that at which each "
+            "one's training ended."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Images at a time, per process.")] = 16,
     limit: Annotated[int | None, typer.Option(help="At most this many images.")] = None,
-    device: Device = "auto",
+    fid: Annotated[
+        bool,
+        typer.Option(
+            " /--no-fid", help="Leave out rFID, KID, precision and recall.", show_default=False
+        ),
+    ] = True,
+    weights: Annotated[
+        Path | None, typer.Option(help="inception-2015-12-05.pt, if you have it.")
+    ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(metavar="module:function", help="A network of your own, for Inception."),
+    ] = None,
+    mode: Annotated[
+        Literal["clean", "legacy-tensorflow"],
+        typer.Option(help="How Inception's images are resized."),
+    ] = "clean",
+    layout: Annotated[
+        Literal["table", "markdown", "latex", "json"],
+        typer.Option("--format", help="What is printed; all but table is fit for a pipe."),
+    ] = "table",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="One JSON for all. Left out: one of each in eval/ beside its checkpoint."
+        ),
+    ] = None,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="Measure held-out images that were trained on, and rFID over fewer images than "
+            "features; both are noted.",
+        ),
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
 ) -> None:
-    """Measure an autoencoder's reconstructions: PSNR, SSIM, and LPIPS where its weights are."""
-    from pipelines.evaluate import evaluate_checkpoint
+    """Measure autoencoders' reconstructions: rFID, LPIPS, PSNR, SSIM, KID, precision, recall, SWD.
 
-    result = evaluate_checkpoint(model, data, split, resolution, batch_size, limit, device)
-    numbers = [f"{name} {value:.4g}" for name, value in result.items() if name != "count"]
-    typer.echo(f"{', '.join(numbers)} over {result['count']:,} images")
+    What needs weights that are not to be had is left out.
+
+    ldm eval-ae runs/x --data data/ffhq256 --resolution 128,256
+
+    ldm eval-ae runs/x runs/y sd-vae.pt --data data/ffhq256 --resolution 256 --format latex
+    """
+    from pipelines.evaluate import evaluate_checkpoints
+    from pipelines.evaluation_table import format_evaluations
+
+    sides = _sides(resolution) if resolution else None
+    # what a pipe takes is the table alone
+    with nullcontext() if layout == "table" else redirect_stdout(sys.stderr):
+        evaluations = evaluate_checkpoints(
+            models or (), data, split, sides, batch_size, limit, device, fid, weights, features,
+            mode, out, force,
+        )  # fmt: skip
+    say(format_evaluations(evaluations, layout))
+    if layout == "table":
+        say(*(f"done: {path}" for path in dict.fromkeys(each.path for each in evaluations)))
+
+
+def _sides(words: list[str]) -> list[int]:
+    """Whole numbers, with commas between them or each given by itself.
+
+    Raises:
+        UsageError: a word is none.
+    """
+    from ldm.errors import UsageError
+
+    given = ",".join(words)
+    try:
+        return [int(word) for word in given.split(",")]
+    except ValueError:
+        raise UsageError(
+            f"--resolution {given}: it must be a whole number, or several with commas between"
+        ) from None

@@ -1,21 +1,19 @@
-"""Reconstruction metrics over a data set, on autoencoders whose reconstructions are known."""
+"""Means over a data set, on autoencoders whose reconstructions are known."""
 
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from skimage import data, metrics
+from skimage import data
 from torch import nn
 
 from autoencoders import build_autoencoder
-from ldm.checkpoint import ModelFile, save_model
-from ldm.config import to_tree
 from ldm.data import DataConfig, evaluation_batches, open_source
-from ldm.errors import LdmError, UsageError
+from ldm.errors import LdmError
 from ldm.images import to_float
-from pipelines import evaluate
-from pipelines.evaluate import evaluate_autoencoder, evaluate_checkpoint
+from pipelines.evaluate import evaluate_autoencoder
+from tests.pipelines.reconstructed import by_scikit_image
 
 CPU = torch.device("cpu")
 
@@ -31,7 +29,7 @@ class Adding(nn.Module):
         self.modes.append(self.training)
         return SimpleNamespace(mode=lambda: images)
 
-    def decode(self, latents):
+    def decode(self, latents, size):
         return latents + self.amount
 
 
@@ -49,18 +47,6 @@ class Crops:
 
     def load(self, index: int) -> np.ndarray:
         return self.images[index]
-
-
-def by_scikit_image(images, recon) -> tuple[float, float]:
-    """Mean PSNR and SSIM of lists of uint8 images."""
-    pairs = list(zip(images, recon, strict=True))
-    psnr = [metrics.peak_signal_noise_ratio(x, y, data_range=255) for x, y in pairs]
-    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
-    ssim = [
-        metrics.structural_similarity(x, y, data_range=255, channel_axis=2, **options)
-        for x, y in pairs
-    ]
-    return float(np.mean(psnr)), float(np.mean(ssim))
 
 
 # --------------------------------------------------------------------------------- numbers
@@ -117,72 +103,7 @@ def test_the_mode_is_decoded_in_eval_mode_without_gradients():
     assert (result["psnr"], result["ssim"]) == pytest.approx((psnr, ssim), abs=1e-4)
 
 
-# -------------------------------------------------------------------------------- from files
-@pytest.fixture
-def no_lpips(monkeypatch):
-    def missing(device, instead):
-        raise LdmError("vgg16 is not on this machine")
-
-    monkeypatch.setattr(evaluate, "load_lpips", missing)
-
-
-def save_run(folder, recipe: dict) -> None:
-    torch.manual_seed(0)
-    ae = build_autoencoder("tiny")
-    tree = to_tree(ae.config)
-    save_model(
-        folder / "ckpt.pt",
-        ModelFile("autoencoder", tree, ae.state_dict(), provenance={"recipe": recipe}),
-    )
-
-
-def test_a_file_says_what_it_was_trained_on(tmp_path, no_lpips, capsys):
-    phases = [{"resolution": 64, "steps": 1}, {"resolution": 32, "steps": 1}]
-    save_run(tmp_path, {"data": to_tree(DataConfig(workers=0)), "phases": phases})
-    result = evaluate_checkpoint(tmp_path / "ckpt.pt", limit=3, device="cpu")
-    assert result["count"] == 3
-    assert result.keys() == {"psnr", "ssim", "count"}
-    out = capsys.readouterr().out
-    assert "without LPIPS: vgg16 is not on this machine" in out
-    assert f"measuring {tmp_path / 'ckpt.pt'} on the val split of photos at 32×32" in out
-
-
-def test_data_and_resolution_can_be_given(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        evaluate, "load_lpips", lambda device, instead: lambda recon, images: torch.ones(())
-    )
-    save_run(tmp_path, {})
-    result = evaluate_checkpoint(tmp_path, "photos", "val", 16, limit=2, device="cpu")
-    assert result["lpips"] == 1
-    assert result["count"] == 2
-
-
-def test_the_newest_run(tmp_path, monkeypatch, no_lpips):
-    run = tmp_path / "runs" / "x"
-    save_run(run, {})
-    (run / "run.json").write_text('{"kind": "autoencoder"}')
-    monkeypatch.chdir(tmp_path)
-    assert evaluate_checkpoint(None, "photos", "val", 16, limit=1, device="cpu")["count"] == 1
-
-
 # ---------------------------------------------------------------------------------- errors
-def test_a_file_that_does_not_say_what_it_was_trained_on(tmp_path):
-    save_run(tmp_path, {})
-    with pytest.raises(UsageError, match="does not say what it was trained on: give --data"):
-        evaluate_checkpoint(tmp_path)
-    with pytest.raises(UsageError, match="does not say what it was trained on: give --resolution"):
-        evaluate_checkpoint(tmp_path, "photos")
-    build_autoencoder("tiny").save_pretrained(tmp_path / "hub")
-    with pytest.raises(UsageError, match="give --data"):
-        evaluate_checkpoint(tmp_path / "hub")
-
-
-@pytest.mark.parametrize("name", ["batch_size", "resolution", "limit"])
-def test_numbers_below_one(name):
-    with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} 0: it must be at least 1"):
-        evaluate_checkpoint(**{name: 0})
-
-
 def test_no_images():
     with pytest.raises(LdmError, match="no image to evaluate"):
         evaluate_autoencoder(Adding(0.0), Crops(0), 32, 2, CPU)

@@ -1,55 +1,55 @@
-"""FID and SWD of folders against a direct computation, on a tiny network instead of Inception."""
+"""FID and SWD of samples against a direct computation, on a tiny network instead of Inception."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
-from cleanfid.resize import build_resizer
 from PIL import Image
-from scipy import linalg, ndimage
 
 from ldm.data import DataConfig, batches, open_source
 from ldm.errors import LdmError, UsageError
 from ldm.metrics import inception, sliced_wasserstein
+from ldm.metrics.kid import kernel_distance
+from ldm.metrics.precision_recall import precision_recall
 from ldm.seeds import generator
 from pipelines.fid import fid_of_samples, measure_fid
-from pipelines.sample_store import STORES, image_path
-from tests.ldm.metrics.fake_inception import Layers, save_fake_inception
+from pipelines.sample import sample_images
+from pipelines.sample_store import STORES
+from tests.ldm.metrics.fake_inception import save_fake_inception
+from tests.pipelines.fid_sides import (
+    DIM,
+    SIZE,
+    direct_features,
+    direct_fid,
+    pictures,
+    to_nchw,
+    write_folder,
+    write_samples,
+)
+from tests.pipelines.untrained import make_model
+from tests.small import ldm
 
-SIZE = 24
-DIM = 32
+OURS = pictures(10, seed=0)
+THEIRS = pictures(15, seed=1, blur=1.3)
 
 
-def pictures(count: int, seed: int, blur: float = 1.0) -> np.ndarray:
-    """Blurred colour noise (count, SIZE, SIZE, 3) uint8."""
-    noise = np.random.default_rng(seed).standard_normal((count, SIZE, SIZE, 3))
-    noise = ndimage.gaussian_filter(noise, (0, blur, blur, 0))
-    return (noise / noise.std() * 60 + 128).clip(0, 255).astype(np.uint8)
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
 def samples(tmp_path):
     """Ten samples as `ldm sample` writes them, and what it says of them."""
-    folder = tmp_path / "samples"
-    for i, picture in enumerate(pictures(10, seed=0)):
-        path = image_path(folder, i)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(path)
-    Image.fromarray(pictures(1, seed=9)[0]).save(folder / "grid.png")
-    data = {"source": str(tmp_path / "data"), "held_out": 3, "workers": 0}
-    mark = {"format": 1, "n": 10, "seed": 0, "model": {"sha256": "abc"}, "data": data}
-    (folder / "samples.json").write_text(json.dumps(mark))
-    return folder
+    return write_samples(tmp_path / "samples", OURS, tmp_path / "data")
 
 
 @pytest.fixture
 def reference(tmp_path) -> DataConfig:
     """A folder of 15 images, 3 of them held out."""
-    (tmp_path / "data").mkdir()
-    for i, picture in enumerate(pictures(15, seed=1, blur=1.3)):
-        Image.fromarray(picture).save(tmp_path / "data" / f"{i:03d}.png")
-    return DataConfig(source=str(tmp_path / "data"), held_out=3, workers=0)
+    folder = write_folder(tmp_path / "data", THEIRS)
+    return DataConfig(source=str(folder), held_out=3, workers=0)
 
 
 @pytest.fixture
@@ -61,151 +61,253 @@ def weights(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def measure(weights):
+    """`measure_fid` of few images, against what was trained on, on a CPU."""
+
+    def call(samples, reference, split="train", **options):
+        given = {"weights": weights, "device": "cpu", "force": True} | options
+        return measure_fid(samples, reference, split, **given)
+
+    return call
+
+
+@pytest.fixture
 def no_inception(tmp_path, monkeypatch):
     """A machine on which Inception is in none of the folders and not to be fetched."""
     monkeypatch.setattr(inception, "weight_folders", lambda: [tmp_path / "cache"])
     monkeypatch.setattr("cleanfid.downloads_helper.inception_url", "file:///nowhere/inception.pt")
 
 
-def direct_fid(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """The definition in float64: clean-fid's resizer, numpy's covariance, scipy's matrix root."""
-    resize, layers = build_resizer("clean"), Layers(DIM)
-    sides = []
-    for images in (ours, theirs):
-        resized = np.stack([resize(image) for image in images])
-        inputs = torch.from_numpy((resized - 128) / 128).permute(0, 3, 1, 2)
-        sides.append(layers(inputs).double().numpy())
-    # in the span of all features, since a general root of a singular matrix is ill-conditioned
-    basis = linalg.orth(np.concatenate(sides).T)
-    (mean_a, cov_a), (mean_b, cov_b) = (
-        ((side @ basis).mean(0), np.cov(side @ basis, rowvar=False)) for side in sides
-    )
-    root = linalg.sqrtm(cov_a @ cov_b).real
-    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a + cov_b - 2 * root))
-
-
-def to_nchw(images: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(images).permute(0, 3, 1, 2)
-
-
 # --------------------------------------------------------------------------------- numbers
-def test_fid_is_the_direct_computation(samples, reference, weights):
-    result = measure_fid(samples, reference, weights=weights, device="cpu", batch_size=4)
-    expected = direct_fid(pictures(10, seed=0), pictures(15, seed=1, blur=1.3)[:12])
-    assert result["fid"] == pytest.approx(expected, rel=1e-4)
+def test_fid_is_the_direct_computation(samples, reference, measure):
+    result = measure(samples, reference, batch_size=4)
+    assert result["fid"] == pytest.approx(direct_fid(OURS, THEIRS[:12]), rel=1e-4)
     assert result["samples"]["count"] == 10
     assert result["reference"]["count"] == 12
 
 
+def test_the_other_numbers_are_those_of_the_features(samples, reference, measure):
+    result = measure(samples, reference)
+    ours, theirs = direct_features(OURS), direct_features(THEIRS[:12])
+    kernel, closeness = kernel_distance(ours, theirs), precision_recall(theirs, ours)
+    assert result["kid"] == pytest.approx(kernel.mean, rel=1e-4)
+    assert result["kid_std"] == pytest.approx(kernel.std, rel=1e-4, abs=1e-12)
+    assert (result["precision"], result["recall"]) == closeness
+
+
+def test_a_mode_resizes_in_its_own_way(samples, reference, measure):
+    clean, legacy = (
+        measure(samples, reference, mode=mode) for mode in ("clean", "legacy-tensorflow")
+    )
+    assert clean["fid"] != legacy["fid"]
+    assert clean["fid"] == pytest.approx(legacy["fid"], rel=0.2)
+    assert (clean["mode"], legacy["mode"]) == ("clean", "legacy-tensorflow")
+    assert "legacy" in legacy["extractor"]["name"]
+
+
 @pytest.mark.parametrize("files", ["zip", "shards"])
-def test_samples_in_other_forms(tmp_path, samples, reference, weights, files):
+def test_samples_in_other_forms(tmp_path, samples, reference, measure, files):
     packed = tmp_path / "packed"
     store = STORES[files](packed)
     store.begin(range(10))
-    for i, picture in enumerate(pictures(10, seed=0)):
+    for i, picture in enumerate(OURS):
         store.write(i, Image.fromarray(picture))
     store.finish()
+    given = packed / {"zip": "samples.zip", "shards": "train-00000.tar"}[files]
+    other = measure(given, reference)  # as anybody may have written it
+    assert other["samples"]["made_with"] is None
     mark = json.loads((samples / "samples.json").read_text()) | {"files": files}
     (packed / "samples.json").write_text(json.dumps(mark))
-    one, other = (measure_fid(s, reference, "train", weights, "cpu") for s in (samples, packed))
-    assert one["fid"] == other["fid"] and one["swd"] == other["swd"]
+    for result in (other, measure(packed, reference)):
+        one = measure(samples, reference)
+        assert one["fid"] == result["fid"] and one["swd"] == result["swd"]
+        assert one["samples"]["fingerprint"] == result["samples"]["fingerprint"]
+    written = given.with_name(f"{given.name}.fid.json")
+    assert json.loads(written.read_text())["fid"] == other["fid"]
 
 
-def test_the_held_out_split(samples, reference, weights):
-    result = measure_fid(samples, reference, "val", weights, "cpu")
-    expected = direct_fid(pictures(10, seed=0), pictures(15, seed=1, blur=1.3)[12:])
-    assert result["fid"] == pytest.approx(expected, rel=1e-4)
+def test_the_held_out_split(samples, reference, measure):
+    result = measure(samples, reference, "val")
+    assert result["fid"] == pytest.approx(direct_fid(OURS, THEIRS[12:]), rel=1e-4)
+    assert result["precision"] is None, "three images span no manifold"
 
 
-def test_the_batch_size_changes_nothing(samples, reference, weights):
+def test_the_split_is_all_where_none_is_named(samples, reference, measure):
+    result = measure(samples, reference, None)
+    assert result["fid"] == pytest.approx(direct_fid(OURS, THEIRS), rel=1e-4)
+    assert ", all: 15 images" in result["reference"]["what"]
+    assert result["reference"]["split_asked"] is None
+
+
+def test_the_batch_size_changes_nothing(samples, reference, measure):
     one, other = (
-        measure_fid(samples, reference, weights=weights, device=torch.device("cpu"), batch_size=b)
-        for b in (3, 64)
+        measure(samples, reference, device=torch.device("cpu"), batch_size=b) for b in (3, 64)
     )
     assert one["fid"] == pytest.approx(other["fid"], rel=1e-6)
     assert one["swd"] == pytest.approx(other["swd"], rel=1e-9)
 
 
-def test_a_set_against_itself_is_at_zero(tmp_path, reference, weights):
-    folder = tmp_path / "data"
+def test_a_set_against_itself_is_at_zero(tmp_path, reference, measure):
     everything = reference.model_copy(update={"held_out": 0})
-    result = measure_fid(folder, everything, "all", weights, "cpu")
+    result = measure(tmp_path / "data", everything, "all")
     assert result["fid"] < 1e-3
     assert result["swd"] == {"24": 0.0, "mean": 0.0}
+    assert any(text.startswith("15 of 15 samples") for text in result["warnings"])
 
 
-def test_swd_is_that_of_equally_many_images(samples, reference, weights):
+def test_swd_is_that_of_equally_many_images(samples, reference, measure):
     """With ten of each, drawing images at random can only change their order."""
-    limited = measure_fid(samples, reference, weights=weights, device="cpu", limit=10)
+    limited = measure(samples, reference, limit=10)
     assert limited["swd_images"] == 10
     assert limited["reference"]["count"] == 10
-    direct = sliced_wasserstein(
-        to_nchw(pictures(10, seed=0)), to_nchw(pictures(15, seed=1, blur=1.3)[:10])
-    )
+    direct = sliced_wasserstein(to_nchw(OURS), to_nchw(THEIRS[:10]))
     assert limited["swd"] == pytest.approx(direct, rel=1e-9)
 
 
-def test_swd_draws_from_the_whole_of_the_larger_set(samples, reference, weights, monkeypatch):
+def test_swd_draws_from_the_whole_of_the_larger_set(samples, reference, measure, monkeypatch):
     """A data set may be sorted by class: its first images are not a fair part of it."""
     monkeypatch.setattr("pipelines.fid.SWD_IMAGES", 3)
-    result = measure_fid(samples, reference, weights=weights, device="cpu", batch_size=2)
+    result = measure(samples, reference, batch_size=2)
     assert result["swd_images"] == 3
     assert result["samples"]["count"] == 10  # FID is over all
-    theirs, ours = pictures(15, seed=1, blur=1.3), pictures(10, seed=0)
     picks = [np.sort(generator(0, "swd images", 0).permutation(n)[:3]) for n in (10, 12)]
     assert not np.array_equal(picks[1], [0, 1, 2])
-    direct = sliced_wasserstein(to_nchw(ours[picks[0]]), to_nchw(theirs[picks[1]]))
+    direct = sliced_wasserstein(to_nchw(OURS[picks[0]]), to_nchw(THEIRS[picks[1]]))
     assert result["swd"] == pytest.approx(direct, rel=1e-9)
 
 
-def test_photographs_are_random_crops(samples, weights):
+def test_photographs_are_random_crops(samples, measure):
     config = DataConfig(flip=True, workers=0)
-    result = measure_fid(samples, config, "train", weights, "cpu", batch_size=4)
+    result = measure(samples, config, batch_size=4)
     assert result["reference"]["what"] == "photos, train: 10 random crops, seed 0"
     source = open_source(config, "train", SIZE)
     stream = batches(source, DataConfig(flip=False), SIZE, 0, 0, 10, 10)
     crops = next(iter(stream)).images.permute(0, 2, 3, 1).numpy()
-    assert result["fid"] == pytest.approx(direct_fid(pictures(10, seed=0), crops), rel=1e-4)
+    assert result["fid"] == pytest.approx(direct_fid(OURS, crops), rel=1e-4)
+
+
+def test_the_interval_lies_about_the_fid(samples, reference, measure):
+    result = measure(samples, reference, bootstrap=5)
+    interval = result["fid_interval"]
+    assert interval["low"] < result["fid"] < interval["high"] and interval["draws"] == 5
+    assert measure(samples, reference)["fid_interval"] is None
+    assert measure(samples, reference, bootstrap=5)["fid_interval"] == interval
+
+
+def test_an_extractor_of_ones_own(tmp_path, samples, reference, monkeypatch, capsys):
+    (tmp_path / "my_features.py").write_text(
+        "def eyes():\n    return lambda images: images.float().mean((2, 3))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    result = measure_fid(samples, reference, "train", features="my_features:eyes", device="cpu")
+    a, b = (side.reshape(len(side), -1, 3).mean(1) for side in (OURS, THEIRS[:12]))
+    gap = float(((a.mean(0) - b.mean(0)) ** 2).sum())
+    assert result["fid"] > gap and result["extractor"]["dim"] == 3
+    assert result["mode"] is None
+    assert "are no FID and KID of any paper" in result["warnings"][0]
+    assert "note: the features are of my_features:eyes: these" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------ straight from a model
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("model"), 0, ("cat", "dog"))
+
+
+def test_images_of_a_model_are_those_that_it_writes(tmp_path, model, weights):
+    options = {"weights": weights, "device": "cpu", "batch_size": 4, "force": True}
+    settings = {"n": 6, "seed": 3, "steps": 2, "precision": "fp32"}
+    direct = fid_of_samples(model=model, data="photos", sampling=settings, **options)
+    folder = sample_images(
+        model, 6, tmp_path / "out", 3, steps=2, batch_size=4, device="cpu", precision="fp32"
+    )
+    written = fid_of_samples(folder, "photos", **options)
+    assert direct["samples"]["fingerprint"] == written["samples"]["fingerprint"]
+    assert direct["fid"] == written["fid"] and direct["swd"] == written["swd"]
+    told, before = (result["samples"]["made_with"] for result in (direct, written))
+    assert {key: told[key] for key in told if key != "n"} == {
+        key: before[key] for key in told if key != "n"
+    }
+    path = model / "fid" / "seed3-steps2-n6.json"
+    assert json.loads(path.read_text())["fid"] == direct["fid"]
+    assert list(model.iterdir()) != [] and not list(model.rglob("*.png"))
+
+
+def test_a_limit_is_of_the_images_of_a_model_too(model, weights, monkeypatch):
+    asked = []
+
+    class Stop(Exception):
+        pass
+
+    def note(path, n=50_000, **settings):
+        asked.append(n)
+        raise Stop
+
+    monkeypatch.setattr("pipelines.fid.ModelSamples", note)
+    for sampling in ({}, {"n": 9}, {"n": 3}):
+        with pytest.raises(Stop):
+            fid_of_samples(model=model, data="photos", limit=5, sampling=sampling, device="cpu")
+    assert asked == [5, 5, 3]
+
+
+def test_options_that_exclude_each_other(samples, model):
+    for given, told in (
+        ({"samples": samples, "model": model}, "samples and --model exclude each other"),
+        ({"data": "photos", "reference": "ffhq256"}, "--data and --reference exclude"),
+        ({"split": "all", "reference": "ffhq256"}, "--split and --reference exclude"),
+        ({"samples": samples, "sampling": {"n": 3}}, "--n is of sampling from a model"),
+        ({"model": model, "sampling": {"n": 0}}, "--n 0: it must be at least 1"),
+        ({"model": model, "sampling": {"guidance": -1.0}}, "'guidance'"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            fid_of_samples(**given, device="cpu")
 
 
 # ------------------------------------------------------------------------------ provenance
-def test_what_is_written(samples, reference, weights):
-    result = measure_fid(samples, reference, weights=weights, device="cpu")
-    assert json.loads((samples / "fid.json").read_text()) == result
+def test_what_is_written(samples, reference, measure):
+    result = measure(samples, reference)
+    written = json.loads((samples / "fid.json").read_text())
+    assert result == written | {"written": str(samples / "fid.json")}
     assert result["samples"]["made_with"]["model"] == {"sha256": "abc"}
-    assert result["reference"]["split"] == "train"
+    assert result["reference"]["split"] == result["reference"]["split_asked"] == "train"
     assert result["reference"]["data"]["source"] == reference.source
     assert result["reference"]["prepared"] is None
     assert result["resolution"] == SIZE
     assert len(result["extractor"]["sha256"]) == 64
     assert {"torch", "clean-fid", "pillow"} <= result["versions"].keys()
-    assert result["created"]
+    assert result["created"] and result["forced"]
     assert result["fid_missing"] is None
 
 
-def test_measuring_again_does_not_count_its_own_file(samples, reference, weights):
-    first = measure_fid(samples, reference, weights=weights, device="cpu")
-    assert measure_fid(samples, reference, weights=weights, device="cpu")["fid"] == first["fid"]
+def test_the_file_may_be_elsewhere(tmp_path, samples, reference, measure):
+    result = measure(samples, reference, out=tmp_path / "there" / "x.json")
+    assert json.loads((tmp_path / "there" / "x.json").read_text())["fid"] == result["fid"]
+    assert not (samples / "fid.json").exists()
 
 
-def test_the_preparation_of_the_reference_is_told(tmp_path, samples, reference, weights):
+def test_measuring_again_does_not_count_its_own_file(samples, reference, measure):
+    first = measure(samples, reference)
+    assert measure(samples, reference)["fid"] == first["fid"]
+
+
+def test_the_preparation_of_the_reference_is_told(tmp_path, samples, reference, measure):
     from ldm.data.prepare import prepare
 
     prepare(reference.source, tmp_path / "shards", SIZE, "box", held_out=3, workers=0)
     config = DataConfig(source=str(tmp_path / "shards"), workers=0)
-    result = measure_fid(samples, config, weights=weights, device="cpu")
+    result = measure(samples, config)
     assert result["reference"]["count"] == 12
     assert result["reference"]["prepared"] == {
         "size": SIZE, "filter": "box", "crop": "center", "source": "data",
     }  # fmt: skip
+    assert result["reference"]["filter"] == "box"
 
 
-def test_few_images_and_another_network_are_noted(samples, reference, weights, capsys):
-    result = measure_fid(samples, reference, weights=weights, device="cpu")
-    few, other = result["warnings"]
-    assert few.startswith("FID over 10 samples and 12 images is biased upwards")
+def test_another_network_is_noted(samples, reference, measure, capsys):
+    *_, other = measure(samples, reference)["warnings"]
     assert other.startswith("the network is not the published Inception")
-    assert few in capsys.readouterr().out
+    assert other in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------- without Inception
@@ -218,12 +320,18 @@ def test_without_inception_the_rest_is_measured(samples, reference, no_inception
     assert text.endswith(f"was measured and is in {samples / 'fid.json'}")
 
     written = json.loads((samples / "fid.json").read_text())
-    assert written["fid"] is None
+    assert written["fid"] is None and written["kid"] is None and written["precision"] is None
     assert "could not be fetched" in written["fid_missing"]
     assert written["extractor"] is None
     assert written["warnings"] == []
     assert written["swd"]["mean"] > 0
     assert f"SWD {written['swd']['mean']:.3f} (×10³)" in text
+
+
+def test_without_inception_nothing_is_compared_with_statistics(samples, no_inception):
+    with pytest.raises(LdmError, match="could not be fetched"):
+        measure_fid(samples, "ffhq256", device="cpu")
+    assert not (samples / "fid.json").exists()
 
 
 def test_weights_asked_for_must_be_there(samples, reference, tmp_path):
@@ -238,14 +346,23 @@ def test_the_newest_samples_and_their_own_data(samples, reference, weights, monk
     (home / "runs" / "x").mkdir(parents=True)
     samples.rename(home / "runs" / "x" / "samples")
     monkeypatch.chdir(home)
-    result = fid_of_samples(weights=weights, device="cpu")
-    assert result["reference"]["count"] == 12
-    assert "measuring runs/x/samples against the train split of" in capsys.readouterr().out
+    result = fid_of_samples(weights=weights, device="cpu", force=True)
+    assert result["reference"]["count"] == 15
+    said = capsys.readouterr().out
+    assert "measuring 10 images of runs/x/samples against" in said and ", all: 15 images" in said
 
 
 def test_other_data_than_their_own(samples, weights):
-    result = fid_of_samples(samples, "photos", weights=weights, device="cpu")
-    assert result["reference"]["what"].startswith("photos, train")
+    result = fid_of_samples(samples, "photos", weights=weights, device="cpu", force=True)
+    assert result["reference"]["what"].startswith("photos, all")
+
+
+def test_their_own_data_is_split_as_for_training(samples, reference, weights):
+    """By default one in twenty is held out: of these fifteen, one alone."""
+    given = {"weights": weights, "device": "cpu", "force": True}
+    result = fid_of_samples(samples, reference.source, "val", **given)
+    assert result["reference"]["count"] == 3
+    assert result["reference"]["data"]["held_out"] == 3
 
 
 def test_samples_that_do_not_say_their_data(tmp_path, reference):
@@ -253,32 +370,99 @@ def test_samples_that_do_not_say_their_data(tmp_path, reference):
         fid_of_samples(tmp_path / "data")
 
 
+def test_what_an_older_version_says_of_the_data_is_not_needed(samples, reference, measure):
+    mark = json.loads((samples / "samples.json").read_text())
+    mark["data"] = {"folder": "x"}
+    (samples / "samples.json").write_text(json.dumps(mark))
+    assert measure(samples, reference)["samples"]["filter"] is None
+    with pytest.raises(UsageError, match="unknown key 'folder'"):
+        fid_of_samples(samples, device="cpu")
+
+
 # ---------------------------------------------------------------------------------- errors
 def test_numbers_that_make_no_sense(samples, reference):
-    with pytest.raises(UsageError, match="batch size 0"):
-        measure_fid(samples, reference, batch_size=0)
-    with pytest.raises(UsageError, match="limit 1: a covariance needs two"):
-        measure_fid(samples, reference, limit=1)
+    for given, told in (
+        ({"batch_size": 0}, "batch size 0"),
+        ({"limit": 1}, "limit 1: a covariance needs two"),
+        ({"bootstrap": 1}, "bootstrap 1: it must be 0, or 2"),
+        ({"bootstrap": -3}, "bootstrap -3"),
+        ({"mode": "dirty"}, "mode 'dirty' does not exist"),
+        ({"features": "nothing"}, "names no function"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            measure_fid(samples, reference, device="cpu", **given)
+    assert not (samples / "fid.json").exists()
 
 
-def test_a_reference_of_one_image(samples, reference, weights):
+def test_a_reference_of_one_image(samples, reference, measure):
     one = reference.model_copy(update={"held_out": 1})
     with pytest.raises(LdmError, match=r"val: 1 images, .*needs two images or more"):
-        measure_fid(samples, one, "val", weights, "cpu")
+        measure(samples, one, "val")
 
 
-def test_a_reference_of_smaller_images(tmp_path, reference, weights):
+def test_a_reference_of_smaller_images(tmp_path, reference, measure):
     (tmp_path / "large").mkdir()
     for name in ("a", "b"):
         Image.new("RGB", (64, 64)).save(tmp_path / "large" / f"{name}.png")
     with pytest.raises(LdmError, match="is 24×24, smaller than"):
-        measure_fid(tmp_path / "large", reference, weights=weights, device="cpu")
+        measure(tmp_path / "large", reference)
 
 
-def test_a_reference_prepared_at_another_size(tmp_path, samples, reference, weights):
+def test_a_reference_prepared_at_another_size(tmp_path, samples, reference, measure):
     from ldm.data.prepare import prepare
 
-    prepare(reference.source, tmp_path / "shards", 16, held_out=3, workers=0)
-    config = DataConfig(source=str(tmp_path / "shards"), workers=0)
-    with pytest.raises(LdmError, match="prepared at 16×16, and 24×24 is asked for"):
-        measure_fid(samples, config, weights=weights, device="cpu")
+    write_folder(tmp_path / "big", pictures(6, 4).repeat(2, 1).repeat(2, 2))
+    for size, told in ((16, "prepared at 16×16, and 24×24 is asked for"),
+                       (48, r"prepared at 48×48 .* 24×24: resizing twice")):  # fmt: skip
+        source = tmp_path / "big" if size > SIZE else reference.source
+        prepare(source, tmp_path / f"{size}", size, held_out=3, workers=0)
+        config = DataConfig(source=str(tmp_path / f"{size}"), workers=0)
+        with pytest.raises(LdmError, match=told):
+            measure(samples, config)
+
+
+def test_features_that_are_not_finite(tmp_path, samples, reference, monkeypatch):
+    (tmp_path / "broken_features.py").write_text(
+        "def nan():\n    return lambda images: images.float().mean((2, 3)).log() * float('nan')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(LdmError, match="NaN or an infinity"):
+        measure_fid(samples, reference, "train", features="broken_features:nan", device="cpu")
+    assert not (samples / "fid.json").exists()
+
+
+def test_a_result_that_cannot_be_written_stops_before_the_work(samples, reference, measure):
+    (samples / "fid.json").mkdir()
+    with pytest.raises(LdmError, match="is a folder"):
+        measure(samples, reference)
+
+
+# -------------------------------------------------------------------------------- processes
+@pytest.mark.slow
+def test_two_processes_measure_the_same(tmp_path, samples, reference):
+    (tmp_path / "thumbnails.py").write_text(
+        "from torch.nn.functional import adaptive_avg_pool2d as pool\n"
+        "def four():\n    return lambda images: pool(images.float().mean(1), 2).flatten(1)\n"
+    )
+    results = []
+    for processes in (1, 2):
+        done = ldm(
+            "fid", samples, "--data", reference.source, "--features", "thumbnails:four",
+            "--batch-size", "4", cwd=tmp_path, processes=processes,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("written") == 1
+        results.append(json.loads((samples / "fid.json").read_text()))
+    one, other = results
+    assert one["samples"] == other["samples"] and one["swd"] == other["swd"]
+    for name in ("fid", "kid", "precision", "recall"):
+        assert one[name] == pytest.approx(other[name], rel=1e-9)
+
+
+def test_an_interval_is_for_one_process(samples, reference, monkeypatch):
+    class Two:
+        num_processes, process_index, is_main_process, device = 2, 0, True, torch.device("cpu")
+
+    monkeypatch.setattr("pipelines.fid.PartialState", lambda cpu: Two)
+    with pytest.raises(UsageError, match="--bootstrap is for one process"):
+        measure_fid(samples, reference, device="cpu", bootstrap=9)

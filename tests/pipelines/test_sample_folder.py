@@ -1,16 +1,21 @@
 """Folders of samples: which images count, and which folders are refused."""
 
+import io
 import json
 import os
 import pickle
+import zipfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from ldm.data.prepare import prepare
 from ldm.errors import LdmError
 from pipelines.sample_folder import SampleFolder, newest_samples
 from pipelines.sample_store import STORES, image_path
+from tests.pipelines.fid_sides import write_folder
 
 
 def write(path, size=16, level=0):
@@ -195,3 +200,80 @@ def test_one_image_is_enough_to_be_looked_at(sampled):
     (sampled / "samples.json").write_text("{}")
     with pytest.raises(LdmError, match="gives 0 PNG image"):
         SampleFolder(sampled, least=1)
+
+
+# ------------------------------------------------------------------------- those of others
+LEVELS = [np.random.default_rng(i).integers(0, 256, (9, 9, 3), "u1") for i in range(4)]
+
+
+def zip_of(path, names=("b.png", "deep/a.png", "c.png")):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, image in zip(names, LEVELS, strict=False):
+            file = io.BytesIO()
+            Image.fromarray(image).save(file, "JPEG" if name.endswith("jpg") else "PNG")
+            archive.writestr(name, file.getvalue())
+        archive.writestr("readme.txt", "no image")
+    return path
+
+
+def test_a_zip_of_others(tmp_path):
+    folder = SampleFolder(zip_of(tmp_path / "x.zip"), archives=True)
+    assert len(folder) == 3 and folder.made_with is None and folder.resolution == 9
+    order = [0, 2, 1]  # of their names
+    assert all(np.array_equal(folder.load(i), LEVELS[order[i]]) for i in range(3))
+    assert folder.result_path == tmp_path / "x.zip.fid.json"
+    assert folder.name(2) == f"{tmp_path}/x.zip/deep/a.png"
+
+
+def test_shards_of_others(tmp_path):
+    write_folder(tmp_path / "images", np.stack(LEVELS))
+    prepare(tmp_path / "images", tmp_path / "shards", 9, held_out=1, shard_size=2, workers=0)
+    folder = SampleFolder(tmp_path / "shards")
+    assert len(folder) == 4 and np.array_equal(folder.load(3), LEVELS[3])
+    assert folder.result_path == tmp_path / "shards" / "fid.json"
+    some = SampleFolder(tmp_path / "shards" / "train-0000{0,1}.tar", archives=True)
+    assert len(some) == 3 and np.array_equal(some.load(2), LEVELS[2])
+    one = SampleFolder(tmp_path / "shards" / "train-00000.tar", archives=True)
+    assert len(one) == 2 and one.result_path.name == "train-00000.tar.fid.json"
+
+
+def test_the_zip_of_a_folder_is_that_folder(tmp_path):
+    file = zip_of(tmp_path / "samples.zip")
+    assert SampleFolder(file, archives=True).path == file
+    (tmp_path / "samples.json").write_text(json.dumps({"n": 3, "files": "zip"}))
+    folder = SampleFolder(file, archives=True)
+    assert folder.path == tmp_path and folder.made_with["n"] == 3
+
+
+def test_archives_only_where_they_are_asked_for(tmp_path):
+    for name in ("x.zip", "gone.zip", "gone.tar"):
+        zip_of(tmp_path / "x.zip")
+        with pytest.raises(LdmError, match="no folder of samples at"):
+            SampleFolder(tmp_path / name, archives=name.startswith("gone"))
+
+
+def test_archives_with_compressed_images(tmp_path):
+    with pytest.raises(LdmError, match=r"x.zip holds compressed images \(b.jpg\)"):
+        SampleFolder(zip_of(tmp_path / "x.zip", ["a.png", "b.jpg"]), archives=True)
+
+
+def test_archives_that_are_damaged_or_empty(tmp_path):
+    (tmp_path / "x.zip").write_bytes(zip_of(tmp_path / "y.zip").read_bytes()[:200])
+    (tmp_path / "x.tar").write_bytes(b"no tar at all" * 100)
+    zip_of(tmp_path / "empty.zip", [])
+    for name, told in (("x.zip", "is truncated"), ("x.tar", "is truncated or corrupt"),
+                       ("empty.zip", "holds no images")):  # fmt: skip
+        with pytest.raises(LdmError, match=told):
+            SampleFolder(tmp_path / name, archives=True)
+    with pytest.raises(LdmError, match=r"gives 1 PNG image"):
+        SampleFolder(zip_of(tmp_path / "one.zip", ["a.png"]), archives=True)
+
+
+def test_batches_are_all_images_once(sampled):
+    folder = SampleFolder(sampled)
+    shares = [list(folder.batches(2, rank, 2)) for rank in (0, 1)]
+    ks = [k for share in shares for batch in share for k in batch.k.tolist()]
+    assert sorted(ks) == [0, 1, 2]
+    (batch,) = folder.batches(5)
+    assert batch.images.dtype == torch.uint8 and batch.images.shape == (3, 3, 16, 16)
+    assert batch.images[:, 0, 0, 0].tolist() == [0, 999 % 256, 1000 % 256]

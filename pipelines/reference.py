@@ -1,0 +1,177 @@
+"""The images that samples are compared with: one split of a data set."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import file_digest, sha256
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldm.config import to_tree
+from ldm.data import Batch, DataConfig, batches, evaluation_batches, open_source
+from ldm.data.dataset import PHOTOS
+from ldm.data.faults import FaultCount
+from ldm.data.split import Part, Split
+from ldm.errors import LdmError
+from ldm.logbook import progress_bar
+from pipelines.preparation import preparation, resize_filter
+from pipelines.survey import SEED
+
+READERS = 8  # files hashed at once: one is bound by the processor
+
+
+class ImageReference:
+    """Images of one split, cut at their centres to a resolution, never mirrored.
+
+    Of the built-in photographs, which are eight and large, it is random crops, as many as there are
+    samples (of their split val: its tiles).
+
+    Args:
+        samples: how many there are.
+        limit: only the first so many images.
+
+    Attributes:
+        what: what they are, in words.
+        prepared: how `ldm data prepare` made them (size, filter, crop, source), where it did.
+        filter: what brings, or brought, them down to the resolution, where that is known.
+
+    Raises:
+        LdmError: there is no such data; it was prepared at another size; or there are not two.
+        UsageError: the data has no such split.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        split: Split,
+        resolution: int,
+        samples: int,
+        limit: int | None = None,
+    ) -> None:
+        self.config, self.split, self.resolution = config, split, resolution
+        self.source = open_source(config, split, resolution)
+        self.prepared = preparation(config)
+        centred = config.model_copy(update={"crop": "center"})
+        self.filter = resize_filter(centred, self.source, resolution)
+        self.is_crops = config.source == PHOTOS and split != "val"
+        if self.is_crops:
+            self._count = samples
+            self.what = f"photos, {split}: {samples} random crops, seed {SEED}"
+            return
+        if self.prepared and self.prepared["size"] != resolution:
+            size = self.prepared["size"]
+            raise LdmError(
+                f"{config.source} was prepared at {size}×{size} and the samples are "
+                f"{resolution}×{resolution}: resizing twice changes every number; prepare the data "
+                f"with --size {resolution}"
+            )
+        self._count = min(len(self.source), limit or len(self.source))
+        self.what = f"{config.source}, {split}: {self._count} images, centre-cropped"
+        if self._count < 2:
+            raise LdmError(
+                f"{self.what}: a covariance needs two images or more, give another --data"
+            )
+
+    def __len__(self) -> int:
+        return self._count
+
+    def batches(
+        self, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
+    ) -> Iterator[Batch]:
+        """Every image once over all processes.
+
+        Raises:
+            LdmError: (while iterating) more than 1 % are corrupt, or one is too small.
+        """
+        if not self.is_crops:
+            yield from evaluation_batches(
+                self.source, self.resolution, batch_size, self._count, rank, world, workers
+            )
+            return
+        unmirrored = self.config.model_copy(update={"flip": False})
+        stop = -(-self._count // batch_size) * batch_size  # whole batches; the last is cut
+        for batch in batches(
+            self.source, unmirrored, self.resolution, SEED, 0, stop, batch_size, rank, world
+        ):
+            wanted = batch.k < self._count
+            if wanted.any():  # of the last batch a process may have none
+                yield Batch(*(part[wanted] for part in batch))
+
+    def part(self, indices: Tensor) -> "ReferencePart":
+        """Some of the images, numbered anew; not of crops, which are in no source."""
+        return ReferencePart(self, indices)
+
+    def content(self) -> str:
+        """SHA-256 over the content of every file with an image of this set, in order, and over
+        which of their images it is.
+
+        Names of files and dates are not in it: a data set that was moved or copied is the same, one
+        with a changed byte is another. What it costs is to read all files.
+
+        Raises:
+            LdmError: a file cannot be read, or is not there any more.
+        """
+        files: dict[str, int] = {}  # in the order of their first image → place
+        chosen, file = sha256(), None
+        for name in map(self.source.name, range(self._count)):
+            # the next image may lie in the same archive
+            if file is None or not name.startswith(f"{file}/"):
+                file = _file_of(name)
+            place = files.setdefault(file, len(files))
+            chosen.update(f"{place}{name.removeprefix(file)}\0".encode("utf-8", "surrogateescape"))
+        with ThreadPoolExecutor(READERS) as pool, progress_bar("files") as bar:
+            task = bar.add_task("is it the same data?", total=len(files), speed="", note="")
+            for digest in pool.map(_digest, files):
+                chosen.update(digest)
+                bar.update(task, advance=1)
+        return chosen.hexdigest()
+
+    def about(self) -> dict[str, Any]:
+        """What a result says of them."""
+        return {
+            "what": self.what,
+            "split": self.split,
+            "count": len(self),
+            "data": to_tree(self.config),
+            "prepared": self.prepared,
+            "filter": self.filter,
+        }
+
+
+class ReferencePart:
+    """Some images of a reference, as a set of their own."""
+
+    def __init__(self, whole: ImageReference, indices: Tensor) -> None:
+        self.what, self.resolution = whole.what, whole.resolution
+        self._source = Part(whole.source, indices.numpy())
+        self._of = len(whole.source)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def batches(
+        self, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
+    ) -> Iterator[Batch]:
+        """As of the whole, of whose images 1 % may be corrupt, though it were many of these."""
+        faults = FaultCount(self._of)
+        return evaluation_batches(
+            self._source, self.resolution, batch_size, None, rank, world, workers, faults
+        )
+
+
+def _file_of(name: str) -> str:
+    """The file that an image of a source lies in: its own, or an archive."""
+    path = Path(name)
+    found = next((str(part) for part in (path, *path.parents) if part.is_file()), None)
+    if found is None:
+        raise LdmError(f"{name} is not there any more: is the data being changed?")
+    return found
+
+
+def _digest(file: str) -> bytes:
+    try:
+        with Path(file).open("rb") as opened:
+            return file_digest(opened, "sha256").digest()
+    except OSError as error:
+        raise LdmError(f"could not read {file} ({error.strerror})") from error
