@@ -1,0 +1,1 @@
+"""What the paper says of autoencoders beyond their scores: `ldm analyze`, a module a figure."""

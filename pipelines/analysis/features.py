@@ -1,0 +1,207 @@
+"""Whether a decoder's feature maps are balanced (Sadat et al. 2024, Figure 3).
+
+features.png   how strong the features of each level are, place by place, a row a model and image
+features.csv   for every model, image and level: how far the strongest places stand out
+
+The paper shows maps of "the final block" without saying what is drawn of their many channels. Here
+it is their magnitude, the root mean square over channels, divided by its mean over the map: 1
+everywhere in a map that is balanced.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from matplotlib.colors import LogNorm
+from torch import Tensor, nn
+
+from autoencoders import Autoencoder
+from ldm.data import sheet_images
+from ldm.data.split import Split
+from ldm.device import memory_format, resolve_device
+from ldm.errors import LdmError, UsageError
+from ldm.images import to_float
+from pipelines.analysis.output import Analysis, analysis_folder, write_csv
+from pipelines.analysis.plots import WIDTH, bare, drawing, name_rows, show_image
+from pipelines.analysis.subjects import load_subjects, open_images
+
+NORMS = {"group": "GroupNorm", "smc": "SMC"}
+TOP = 0.01  # the strongest places, as a share of all
+RANGE = (0.25, 8.0)  # of the colours, in means of the map
+
+
+class Imbalance(NamedTuple):
+    """How uneven a map of magnitudes (h, w) is; of a flat one 1 and 1 %."""
+
+    peak: float
+    """The largest magnitude over the mean."""
+    top_energy: float
+    """Share of the squared magnitudes in the strongest 1 % of the places (at least one)."""
+
+
+def analyze_features(
+    models: Sequence[str | Path] = (),
+    data: str | None = None,
+    count: int = 2,
+    resolution: int | None = None,
+    device: str = "auto",
+    split: Split = "val",
+    out: Path | None = None,
+) -> Analysis:
+    """Decode the posteriors' modes of a few images, and measure the feature maps on the way.
+
+    Args:
+        models: PATH or NAME=PATH, each; none: the newest run.
+        data: `photos`, a folder, a zip, or shards; None: what they were trained on.
+        count: images, the first of the split.
+        resolution: side of the images, pixels; None: what the training ended at.
+        out: folder of the files; None: `analysis/` beside the first model.
+
+    Raises:
+        UsageError: a number is out of its range, or left out where the file does not say it.
+        LdmError: a model or the data cannot be read, or a feature is not finite.
+    """
+    if count < 1:
+        raise UsageError(f"--images {count}: it must be at least 1")
+    where = resolve_device(device)
+    subjects = load_subjects(models, where)
+    images = open_images(subjects, data, split, resolution)
+    pixels = sheet_images(images.source, images.resolution, count).to(where)
+    shown = to_float(pixels.contiguous(memory_format=memory_format(where)))
+    maps = {}
+    for s in subjects:
+        maps[s.name] = decoder_magnitudes(s.autoencoder, shown)
+        if not all(level.isfinite().all() for level in maps[s.name]):
+            raise LdmError(f"{s.path}: its decoder's features are not finite: take another model")
+    norms = {s.name: s.autoencoder.config.decoder.norm for s in subjects}
+
+    header = ("model", "norm", "image", "level", "height", "width", "peak_over_mean",
+              "top_1_percent_energy", "rms")  # fmt: skip
+    rows = [
+        (name, norms[name], image, level, *m.shape, *imbalance(m), m.square().mean().sqrt().item())
+        for name, levels in maps.items()
+        for level, of_images in enumerate(levels, 1)
+        for image, m in enumerate(of_images)
+    ]
+    folder = analysis_folder(out, subjects[0].path)
+    table = write_csv(folder / "features.csv", header, rows)
+    picture = folder / "features.png"
+    named = {
+        name: name if NORMS[norm].lower() in name.lower() else f"{name}\n({NORMS[norm]})"
+        for name, norm in norms.items()
+    }
+    first = "image" if len(shown) == 1 else f"{len(shown)} images"
+    what = f"the first {first} of {images.what}"
+    _draw(picture, shown, maps, named, what)
+    return Analysis(
+        f"decoder's feature maps, mean over {what}",
+        ("model", "norm", "level", "map", "peak / mean", "energy in top 1 %"),
+        [
+            (name, NORMS[norms[name]], str(level), f"{of_images.shape[-2]}×{of_images.shape[-1]}",
+             f"{_mean(m.peak for m in uneven):.2f}", f"{_mean(m.top_energy for m in uneven):.2%}")
+            for name, levels in maps.items()
+            for level, of_images in enumerate(levels, 1)
+            for uneven in [[imbalance(m) for m in of_images]]
+        ],
+        (picture, table),
+    )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------- measuring
+@torch.no_grad()
+def decoder_magnitudes(autoencoder: Autoencoder, images: Tensor) -> list[Tensor]:
+    """What each of the decoder's levels puts out, as magnitudes: root mean squares over channels.
+
+    Args:
+        images: (B, 3, H, W) in [−1, 1], on the autoencoder's device.
+
+    Returns:
+        For each level, the coarsest first, (B, h, w) float32 on the CPU.
+    """
+    with _watching(autoencoder.decoder.levels) as seen:
+        autoencoder.decode(autoencoder.encode(images).mode())
+    return [torch.cat(parts) for _, parts in sorted(seen.items())]
+
+
+@contextmanager
+def _watching(levels: nn.ModuleList) -> Iterator[dict[int, list[Tensor]]]:
+    """Note the magnitudes of what modules put out, call by call, by their number."""
+    seen: dict[int, list[Tensor]] = defaultdict(list)
+
+    def note(index: int, features: Tensor) -> None:
+        # at once: a later part may overwrite the features, and all of them are large
+        seen[index].append(features.float().square().mean(1).sqrt().cpu())
+
+    handles = [
+        level.register_forward_hook(lambda _module, _in, out, i=i: note(i, out))
+        for i, level in enumerate(levels)
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def imbalance(magnitudes: Tensor) -> Imbalance:
+    """How uneven a map of magnitudes (h, w) is."""
+    energy = magnitudes.double().square().flatten()
+    top = energy.topk(max(1, round(TOP * len(energy)))).values
+    mean, total = magnitudes.double().mean().item(), energy.sum().item()
+    tiny = torch.finfo(torch.float64).tiny  # a map of zeros has no peak
+    return Imbalance(magnitudes.max().item() / max(mean, tiny), top.sum().item() / max(total, tiny))
+
+
+def _mean(values: Iterator[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+# ---------------------------------------------------------------------------------- showing
+def _draw(
+    path: Path, images: Tensor, maps: dict[str, list[Tensor]], named: dict[str, str], what: str
+) -> None:
+    """A row for every image and model: the image, then the magnitudes of each level."""
+    columns = 1 + max(len(levels) for levels in maps.values())
+    rows = len(images) * len(maps)
+    under = (
+        f"{what[0].upper()}{what[1:]}. Magnitude of the features after each level, root mean "
+        "square over channels, over its mean over the map; a balanced map has one colour. Below: "
+        "the peak over the mean, and the share of all energy in the strongest 1 % of the places."
+    )
+    cell = (WIDTH - 1.5) / columns - 0.12
+    height = rows * (cell + 0.47) + 0.45
+    norm = LogNorm(*RANGE)
+    with drawing(
+        path, "Feature maps of the decoder: where they are strong", under, height
+    ) as figure:
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for row, (image, name) in enumerate((i, n) for i in range(len(images)) for n in maps):
+            show_image(grid[row, 0], images[image])
+            for axes in grid[row, 1:]:
+                bare(axes)
+            for level, of_images in enumerate(maps[name]):
+                m = of_images[image]
+                uneven = imbalance(m)
+                shown = grid[row, 1 + level].imshow(
+                    (m / m.mean()).numpy(), cmap="magma", norm=norm, interpolation="nearest"
+                )
+                size = "" if sizes[level] else f"{m.shape[0]}×{m.shape[1]}\n"
+                grid[row, 1 + level].set_xlabel(
+                    f"{size}peak {uneven.peak:.1f}×\ntop 1 %: {100 * uneven.top_energy:.1f} %",
+                    fontsize=8.5,
+                )
+        grid[0, 0].set_title("image")
+        finest = maps[max(maps, key=lambda name: len(maps[name]))]
+        for level, of_images in enumerate(finest, 1):
+            last = ", the last" if level == len(finest) else ""
+            h, w = of_images.shape[-2:]
+            grid[0, level].set_title(f"level {level}{last}\n{h}×{w}")
+        name_rows(grid[:, 0], [named[name] for _ in images for name in maps], cell)
+        bar = figure.colorbar(shown, ax=grid, shrink=min(1, 3 / height), aspect=18, extend="both")
+        bar.set_label("÷ mean of the map")
+        bar.set_ticks([0.25, 0.5, 1, 2, 4, 8], labels=["¼", "½", "1", "2", "4", "8"])
+        bar.ax.minorticks_off()

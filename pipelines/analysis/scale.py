@@ -1,0 +1,201 @@
+"""How reconstructions fare over resolutions (Sadat et al. 2024, Figures 5 and 8).
+
+scale.png   rFID, PSNR, SSIM and LPIPS over the images' side, a line a model
+scale.csv   a row for every model and resolution
+scale.json  the same, and all that the numbers depend on
+
+The images of a folder or archive are brought to each resolution whole, as in the paper. The
+built-in photographs are not: of them `val` is windows cut at their own scale, so that a larger side
+shows more of a picture, not more of its detail.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from autoencoders.loading import read_autoencoder
+from ldm.data import DataConfig, Source, open_source
+from ldm.data.dataset import PHOTOS
+from ldm.data.decode import CorruptImage
+from ldm.data.shards import read_manifest
+from ldm.data.split import Split
+from ldm.errors import LdmError, UsageError
+from ldm.run import from_main
+from pipelines.analysis.output import Analysis, analysis_folder, write_csv
+from pipelines.analysis.plots import colour, drawing, marker
+from pipelines.analysis.subjects import choose_data, join_processes, parse_models
+from pipelines.evaluate import evaluate_checkpoints
+from pipelines.evaluation import Evaluation
+
+RESOLUTIONS = (32, 64, 128, 256, 512)  # Sadat et al. 2024, Figures 5 and 8: 2⁵ … 2⁹
+PANELS = {
+    "rfid": ("rFID", "lower is better"),
+    "psnr": ("PSNR, dB", "higher is better"),
+    "ssim": ("SSIM", "higher is better"),
+    "lpips": ("LPIPS", "lower is better"),
+}
+
+
+def analyze_scale(
+    models: Sequence[str | Path] = (),
+    data: str | None = None,
+    resolutions: Sequence[int] | None = None,
+    split: Split = "val",
+    fid: bool = True,
+    weights: Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 16,
+    device: str = "auto",
+    force: bool = False,
+    out: Path | None = None,
+) -> Analysis | None:
+    """`evaluate_checkpoints` of one or several models over resolutions, as Figures 5 and 8 have it.
+
+    Args:
+        models: PATH or NAME=PATH, each; none: the newest run.
+        data: `photos`, a folder, a zip, or shards; None: what the models were trained on.
+        resolutions: sides of the images, pixels; None: those of `RESOLUTIONS` that no image is
+            smaller than.
+        fid, weights, limit, batch_size, force: as `evaluate_checkpoints` takes them.
+        out: folder of the files; None: `analysis/` beside the first model.
+
+    Returns:
+        What was found; None on all processes but the main one.
+
+    Raises:
+        UsageError: data is left out, and the files do not say or disagree; or a number below one.
+        LdmError: as `evaluate_checkpoints`; or no image is as large as the smallest resolution.
+    """
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit {limit}: it must be at least 1")
+    ranks, _ = join_processes(device)
+    paths = parse_models(models)
+    recipes = {
+        name: read_autoencoder(path).provenance.get("recipe") or {} for name, path in paths.items()
+    }
+    config = choose_data(recipes, data)
+    if resolutions is None:
+        resolutions = from_main(ranks, lambda: _fitting(config, split, limit))
+    sides = sorted(set(resolutions))
+    folder = analysis_folder(out, next(iter(paths.values())))
+    found = evaluate_checkpoints(
+        list(paths.values()), config, split, sides, batch_size, limit, device, fid, weights,
+        out=folder / "scale.json", force=force,
+    )  # fmt: skip
+    if not ranks.is_main_process:
+        return None
+    # by path: a file under two names is measured once
+    measurements = {(each.model, each.resolution): each for each in found}
+    by_model = {name: [measurements[p, side] for side in sides] for name, p in paths.items()}
+    measured = [
+        number for number in PANELS
+        if any(each.numbers[number] is not None for each in found)
+    ]  # fmt: skip
+    rows = [
+        (name, each.resolution, each.count, *(each.numbers[n] for n in PANELS),
+         f"{config.source}, {split}")
+        for name, evaluations in by_model.items()
+        for each in evaluations
+    ]  # fmt: skip
+    header = ("model", "resolution", "images", *PANELS, "data")
+    table = write_csv(folder / "scale.csv", header, rows)
+    picture = folder / "scale.png"
+    counts = sorted({each.count for each in found})
+    many = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+    what = f"{many} images of the {split} split of {config.source}"
+    _draw(picture, by_model, measured, what)
+    return Analysis(
+        f"reconstructions over resolutions, {what}",
+        ("model", "side", *(PANELS[number][0] for number in measured)),
+        [
+            (name, f"{each.resolution}²", *(_cell(each.numbers[number]) for number in measured))
+            for name, evaluations in by_model.items()
+            for each in evaluations
+        ],
+        (picture, table, folder / "scale.json"),
+        tuple(_notes(found, config)),
+    )
+
+
+def _fitting(config: DataConfig, split: Split, limit: int | None) -> list[int]:
+    """Those of `RESOLUTIONS` that images can be brought down to.
+
+    Raises:
+        LdmError: there is none.
+    """
+    if config.source == PHOTOS:  # of which a part that is too small is enlarged
+        return list(RESOLUTIONS)
+    path = Path(config.source).expanduser()
+    manifest = read_manifest(path) if path.is_dir() else None
+    if manifest and "size" in manifest:
+        smallest = manifest["size"]
+    else:
+        smallest = _smallest_side(open_source(config, split, 1), limit)
+    fitting = [side for side in RESOLUTIONS if side <= smallest]
+    if not fitting:
+        raise LdmError(
+            f"{config.source}: its smallest image has a side of {smallest} pixels, below "
+            f"{RESOLUTIONS[0]}: give --resolutions"
+        )
+    return fitting
+
+
+def _smallest_side(source: Source, limit: int | None) -> int:
+    """The shortest side of the images that will be measured, pixels; no more than is needed."""
+    smallest = RESOLUTIONS[-1]
+    for index in range(min(len(source), limit or len(source))):
+        try:
+            smallest = min(smallest, *source.load(index).shape[:2])
+        except CorruptImage:  # it will be left out, and told
+            continue
+        if smallest < RESOLUTIONS[0]:
+            break
+    return smallest
+
+
+# ---------------------------------------------------------------------------------- showing
+def _notes(found: Sequence[Evaluation], config: DataConfig) -> list[str]:
+    notes = []
+    if config.source == PHOTOS:
+        notes.append(
+            "the built-in photographs are cut, not brought, to each side (and enlarged where a "
+            "part is smaller): for the paper's question give a folder of large images by --data"
+        )
+    for each in found:
+        notes += [why for name, why in each.about["doubtful"].items() if name in PANELS]
+        notes += each.about["notes"]
+    return list(dict.fromkeys(notes))
+
+
+def _cell(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def _draw(
+    path: Path, by_model: dict[str, list[Evaluation]], measured: Sequence[str], what: str
+) -> None:
+    """A panel for each number that was measured, two in a row."""
+    under = f"{what[0].upper()}{what[1:]}, the posteriors' modes decoded."
+    columns, rows = min(len(measured), 2), math.ceil(len(measured) / 2)
+    title = "How good are reconstructions at other resolutions?"
+    with drawing(path, title, under, 3.0 * rows + 0.3) as figure:
+        panels = figure.subplots(rows, columns, squeeze=False).flatten()
+        for axes in panels[len(measured) :]:
+            axes.set_visible(False)
+        for axes, number in zip(panels, measured, strict=False):
+            name, better = PANELS[number]
+            for i, (model, evaluations) in enumerate(by_model.items()):
+                points = [
+                    (e.resolution, e.numbers[number]) for e in evaluations
+                    if e.numbers[number] is not None
+                ]  # fmt: skip
+                axes.plot(
+                    *zip(*points, strict=True), color=colour(i), marker=marker(i), label=model
+                )
+            sides = sorted({e.resolution for each in by_model.values() for e in each})
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(sides, [str(side) for side in sides])
+            axes.minorticks_off()
+            axes.set(title=f"{name} ({better})", xlabel="side of the images, pixels", ylabel=name)
+            axes.grid()
+        panels[0].legend()

@@ -1,0 +1,84 @@
+"""`ldm analyze`: what it prints, where it writes, and the words it takes."""
+
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from ldm.cli import analyze
+from ldm.errors import UsageError
+from ldm.logbook import console
+from tests.pipelines.analysis.subjects import save
+from tests.pipelines.analysis.test_gradients import write_run
+
+
+@pytest.fixture
+def command(monkeypatch):
+    app = typer.Typer()
+    app.add_typer(analyze.app, name="analyze")
+
+    def call(*words):
+        # the console was made with the standard output of that moment
+        with console.capture() as printed:
+            done = CliRunner().invoke(app, ["analyze", *map(str, words)])
+        if done.exception and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        return done, printed.get()
+
+    return call
+
+
+def test_help_names_every_analysis(command):
+    done, _ = command("--help")
+    for name in ("mmd", "scale", "latents", "features", "gradients"):
+        assert name in done.output
+
+
+@pytest.mark.parametrize(
+    ("words", "files", "told"),
+    [
+        (["mmd", "--n", 4, "--draws", 2, "--sigmas", "8,25.5"], ["mmd"], "25.5"),
+        (["scale", "--no-fid", "--limit", 2, "--resolutions", "32,64"], ["scale"], "64²"),
+        (["latents", "--n", 4, "--images", 1], ["latents", "latents-statistics"], "n_z"),
+        (["features", "--images", 1], ["features"], "SMC"),
+    ],
+)
+def test_a_model_by_its_path(command, tmp_path, words, files, told):
+    folder = save(tmp_path / "a-model")
+    done, printed = command(*words, f"mine={folder}", "--device", "cpu", "--out", tmp_path / "out")
+    assert told in printed and "mine" in printed
+    assert done.exit_code == 0
+    for name in files:
+        assert f"wrote {tmp_path / 'out' / name}.png" in done.output.replace("\n", "")
+        assert (tmp_path / "out" / f"{name}.png").is_file()
+    assert (tmp_path / "out" / f"{files[0]}.csv").is_file()
+
+
+def test_the_newest_run_and_its_folder(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = write_run(tmp_path / "runs" / "20250101-000000-tiny", [0.1, 0.2, 10.0])
+    (run / "run.json").write_text(json.dumps({"kind": "autoencoder", "preset": "tiny"}))
+    done, printed = command("gradients")
+    assert done.exit_code == 0 and "tiny" in printed and "constant" in printed
+    assert (run / "analysis" / "gradients.png").is_file()
+
+
+def test_a_table_is_never_cut(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(console, "_width", 40)
+    run = write_run(tmp_path / "[run]", [0.1, 0.2])
+    _, printed = command("gradients", f"a-long-name-for-so-narrow-a-terminal={run}")
+    (row,) = [line for line in printed.splitlines() if "a-long-name" in line]
+    assert "a-long-name-for-so-narrow-a-terminal" in row and "constant" in row and "…" not in row
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["mmd", "--sigmas", "25,many"], "--sigmas 25,many: it must be numbers, with commas"),
+        (["scale", "--resolutions", "32.5"], "--resolutions 32.5: it must be whole numbers"),
+    ],
+)
+def test_words_that_are_no_numbers(command, words, told):
+    with pytest.raises(UsageError, match=told):
+        command(*words)
