@@ -10,6 +10,8 @@ import warnings
 import typer
 
 from ldm.cli import (
+    analyze,
+    bench,
     data,
     demo,
     doctor,
@@ -19,6 +21,8 @@ from ldm.cli import (
     fid,
     neighbours,
     presets,
+    report,
+    reproduce,
     sample,
     train,
 )
@@ -46,6 +50,10 @@ app.command("sample")(sample.sample)
 app.command("neighbours")(neighbours.neighbours)
 app.command("fid")(fid.fid)
 app.command("eval-ae")(evaluate.eval_ae)
+app.add_typer(analyze.app, name="analyze", help="Look into autoencoders, as the paper does.")
+app.command("bench")(bench.bench)
+app.command("report")(report.report)
+app.command("reproduce")(reproduce.reproduce)
 app.command("import")(exchange.import_model)
 app.command("export")(exchange.export_model)
 app.command("doctor")(doctor.doctor)

@@ -1,41 +1,18 @@
-import math
-import xml.etree.ElementTree as ET
+import base64
+import io
+import re
 
+import numpy as np
+import pytest
 import torch
+from PIL import Image
 
 from pipelines import page
 
 
-def test_a_chart_is_well_formed_and_within_its_frame():
-    drawn = page.chart("loss & more", {"a": [(0, 1.0), (10, 3.0)], "b": [(5, 2.0)]}, "images")
-    svg = ET.fromstring(drawn[drawn.index("<svg") : drawn.index("</svg>") + 6])
-    _, _, width, height = map(float, svg.attrib["viewBox"].split())
-    lines = [e for e in svg if e.tag == "polyline"]
-    points = [tuple(map(float, p.split(","))) for p in lines[0].attrib["points"].split()]
-    assert len(lines) == 2 and points[0][1] > points[1][1]  # a higher value stands higher
-    assert all(0 <= x <= width and 0 <= y <= height for x, y in points)
-    assert "loss &amp; more" in drawn
-
-
-def test_a_logarithm_spaces_decades_evenly_and_drops_what_has_none():
-    drawn = page.chart("l", {"a": [(0, 0.01), (1, 0.1), (2, 1.0), (3, 0.0)]}, "x", log=True)
-    svg = ET.fromstring(drawn[drawn.index("<svg") : drawn.index("</svg>") + 6])
-    (line,) = [e for e in svg if e.tag == "polyline"]
-    heights = [float(p.split(",")[1]) for p in line.attrib["points"].split()]
-    assert len(heights) == 3
-    assert abs((heights[0] - heights[1]) - (heights[1] - heights[2])) < 0.2
-
-
-def test_ticks_are_round_and_within():
-    assert page._ticks(23.17, 27.0, log=False) == [24.0, 25.0, 26.0, 27.0]
-    assert page._ticks(-0.557, 0.57, log=False) == [-0.5, 0.0, 0.5]
-    assert page._ticks(math.log10(0.033), math.log10(0.477), log=True) == [0.05, 0.1, 0.2]
-    assert page._ticks(2.0, 2.0, log=False) == [2.0]
-
-
-def test_a_chart_of_nothing_is_nothing():
-    assert page.chart("none", {"a": [(0, float("nan"))]}, "x") == ""
-    assert "<polyline" in page.chart("one", {"a": [(5, 2.0)]}, "x")
+def decoded(html: str) -> list[np.ndarray]:
+    found = re.findall(r"base64,([^\"]+)", html)
+    return [np.array(Image.open(io.BytesIO(base64.b64decode(data)))) for data in found]
 
 
 def test_the_page_is_one_file_that_escapes_what_it_is_told(tmp_path):
@@ -43,8 +20,36 @@ def test_the_page_is_one_file_that_escapes_what_it_is_told(tmp_path):
     path = page.write_page(
         tmp_path / "p.html", "<title>", "lead",
         [page.tiles({"x": "1"}), page.section("s", "t", picture), page.commands(["a > b"]),
-         page.table([("k", "<v>")])],
+         page.table([("k", "<v>")]), page.note("<n>"), page.folded("<f>", "body"),
+         page.columns(["<h>"], [["<c>"]]), page.chip("red", "<i>")],
     )  # fmt: skip
     text = path.read_text("utf-8")
     assert "data:image/png;base64," in text and "http" not in text
-    assert "a &lt;b&gt; &amp; c" in text and "&lt;title&gt;" in text and "<v>" not in text
+    assert "a &lt;b&gt; &amp; c" in text and "&lt;title&gt;" in text
+    assert not re.search(r"<[vnfhci]>", text)
+
+
+def test_markup_is_not_escaped_again():
+    chip = page.chip("red", "a & b")
+    table = page.columns(["run", chip], [["x", "1"]])
+    assert f"<th>{chip}</th>" in table and "a &amp; b" in table
+
+
+def test_strips_keep_pixels_and_one_width():
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    html = page.strips([("few", images), ("small", images[:, :, :8, :8])])
+    few = decoded(html)[:2]
+    assert (few[1] == ((images[1] + 1) * 127.5).round().permute(1, 2, 0).numpy()).all()
+    assert [int(w) for w in re.findall(r'width="(\d+)"', html)] == [160] * 4
+    assert 'width="256"' in page.strips([("large", torch.zeros(1, 3, 256, 256))])
+
+
+def test_a_picture_that_is_there_is_embedded_as_it_is(tmp_path):
+    Image.new("RGB", (4, 2), (1, 2, 3)).save(tmp_path / "x.png")
+    html = page.png(tmp_path / "x.png", "x & y")
+    assert (tmp_path / "x.png").read_bytes() == base64.b64decode(
+        re.search(r"base64,([^\"]+)", html).group(1)
+    )
+    assert "x &amp; y" in html
+    with pytest.raises(OSError):
+        page.png(tmp_path / "nowhere.png", "")

@@ -13,7 +13,7 @@ from tests.small import AUTOENCODER, DIFFUSION, ldm
 
 MODES = [
     "train-ae", "train-diffusion", "sample", "fid", "eval-ae", "presets", "show", "demo", "import",
-    "export", "ema", "neighbours", "doctor",
+    "export", "ema", "neighbours", "doctor", "analyze", "bench", "reproduce", "report",
 ]  # fmt: skip
 
 

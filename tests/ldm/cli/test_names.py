@@ -47,7 +47,9 @@ def test_every_recipe_resolves_and_carries_the_papers_row(name):
     if name[0] == "t" and name[1].isdigit():  # a row of a table, not a common ground
         paper = published("recipes", name)
         assert str(paper["table"]) == name[1:].partition("-")[0].lstrip("0")
-        assert 0 < paper["rfid"] < 6 and paper["row"]
+        assert paper["row"]
+        if paper["table"] not in (3, 6):  # which are of costs and of latents
+            assert 0 < paper["rfid"] < 6
         if "psnr" in paper:
             assert 24 < paper["psnr"] < 31 and 0.6 < paper["ssim"] < 0.9
 

@@ -1,0 +1,42 @@
+"""`ldm report`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN …",
+            help="Folders of runs, of either stage, or of several, such as a demo's.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
+    images: Annotated[
+        int, typer.Option(help="Held-out images to reconstruct, and samples to draw.")
+    ] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 18,
+    data: Annotated[
+        str | None,
+        typer.Option(help="What to reconstruct: `photos`, a folder, … Left out: each run's own."),
+    ] = None,
+    resolution: Annotated[
+        int | None,
+        typer.Option(help="Side of what is reconstructed, pixels. Left out: the runs' highest."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+) -> None:
+    """Write a page over one run, or several side by side: settings, curves, pictures, numbers.
+
+    One file that needs nothing else, readable on a phone, in dark and in light.
+
+    ldm report runs/a runs/b --out a-and-b.html
+    """
+    from pipelines.report import write_report
+
+    page = write_report(runs, out, images, seed, steps, data, resolution, device)
+    typer.echo(f"done: open {page} in a browser")

@@ -1,0 +1,123 @@
+"""What runs have left in their folders, read once; what is missing is said, not raised."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ldm.config import Tree
+from ldm.errors import LdmError
+from ldm.logbook import read_rows
+from ldm.run_folder import is_finished, read_config
+
+Kind = Literal["autoencoder", "diffusion"]
+STAGES: dict[Kind, str] = {"autoencoder": "stage one", "diffusion": "stage two"}
+
+
+@dataclass
+class Record:
+    """One run.
+
+    Attributes:
+        label: what tells it from the other runs of a report.
+        described: its run.json: preset, command, versions.
+        config: the resolved settings; {} where they cannot be read.
+        rows: of metrics.jsonl, in order.
+        result: what it ended with; None where it has not ended.
+        notes: what is missing or damaged, each a sentence for the page.
+        sha256: of its model's weights, once the model has been read.
+    """
+
+    folder: Path
+    kind: Kind
+    label: str
+    described: dict[str, Any]
+    config: Tree
+    rows: list[dict[str, float]]
+    result: dict[str, Any] | None
+    notes: list[str] = field(default_factory=list)
+    sha256: str | None = None
+
+    @property
+    def images_seen(self) -> int:
+        """As far as its metrics or its result tell."""
+        last = [row["images_seen"] for row in self.rows[-1:]]
+        told = (self.result or {}).get("images_seen")
+        return int(max([*last, told if isinstance(told, int) else 0]))
+
+    def newest_picture(self, prefix: str) -> Path | None:
+        """The newest of its pictures whose name begins so: they are numbered by images seen."""
+        found = sorted((self.folder / "pictures").glob(f"{prefix}-*.png"))
+        return found[-1] if found else None
+
+
+def read_records(paths: Sequence[Path]) -> list[Record]:
+    """The runs in some folders, each once: a run's own, or one that holds runs, as a demo's does.
+
+    Raises:
+        LdmError: a path is no folder, or neither a run nor a folder of runs.
+    """
+    folders: dict[Path, Path] = {}
+    for path in paths:
+        for folder in _runs_in(path):
+            folders.setdefault(folder.resolve(), folder)
+    labels = _tell_apart(list(folders))
+    return [_read(folder, label) for folder, label in zip(folders.values(), labels, strict=True)]
+
+
+def read_tree(path: Path) -> Any | None:
+    """What a JSON file holds; None where it cannot be read."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _runs_in(path: Path) -> list[Path]:
+    if path.is_file():
+        raise LdmError(f"{path} is a file: give the folder of its run, such as {path.parent}")
+    if not path.is_dir():
+        raise LdmError(f"no folder at {path}: give that of a run, such as runs/<time>-<preset>")
+    if _kind(path) is not None:
+        return [path]
+    found = sorted(mark.parent for mark in path.glob("*/run.json") if _kind(mark.parent))
+    if not found:
+        raise LdmError(
+            f"{path} holds no run of ours (no run.json that can be read, in it or one below): "
+            "give a folder that `ldm train-ae` or `ldm train-diffusion` has made"
+        )
+    return found
+
+
+def _tell_apart(folders: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that are all different."""
+    deepest = max(len(folder.parts) for folder in folders)
+    for depth in range(1, deepest + 1):
+        labels = ["/".join(folder.parts[-depth:]) for folder in folders]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [str(folder) for folder in folders]
+
+
+def _read(folder: Path, label: str) -> Record:
+    notes = []
+    config = read_config(folder)
+    if config is None:
+        notes.append("config.yaml is not there or damaged: its settings are not shown.")
+    rows = read_rows(folder / "metrics.jsonl")
+    if not rows:
+        notes.append("metrics.jsonl is not there or empty: it has no curves.")
+    result = read_tree(folder / "result.json")
+    if is_finished(folder) and not isinstance(result, dict):
+        notes.append("result.json is damaged: its last numbers are not shown.")
+    described = read_tree(folder / "run.json")
+    result = result if isinstance(result, dict) else None
+    kind = described["kind"]
+    return Record(folder, kind, label, described, config or {}, rows, result, notes)
+
+
+def _kind(folder: Path) -> Kind | None:
+    described = read_tree(folder / "run.json")
+    kind = described.get("kind") if isinstance(described, dict) else None
+    return kind if kind in STAGES else None

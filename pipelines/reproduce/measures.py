@@ -1,0 +1,200 @@
+"""What is measured of a row's model: reconstructions, samples, latents, or what encoding costs."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from autoencoders import load_autoencoder
+from ldm.device import resolve_device
+from ldm.errors import LdmError
+from ldm.metrics.inception import FeatureExtractor
+from ldm.timing import name_device
+from pipelines.bench import measure_encoders
+from pipelines.counting import count_parameters
+from pipelines.evaluate import evaluate_checkpoints
+from pipelines.reproduce.columns import SIGMAS
+from pipelines.reproduce.layout import shown_columns
+from pipelines.reproduce.plan import Job
+from pipelines.reproduce.records import read_record
+from pipelines.reproduce.scales import Measuring
+from pipelines.reproduce.stand_ins import FEATURES, random_trunk
+from pipelines.reproduce.tables import Number, Table
+from pipelines.reproduce.training import Model
+
+ENOUGH = FeatureExtractor.dim
+"""Images of a FID that is to be judged by: of fewer than features the covariance is singular."""
+PAPER_LATENT = 4 * 32 * 32
+"""Values of one image's latents where Table 6 was measured."""
+STOOD_IN = "this scale asks for no published network: another stood in, to see that the code runs"
+
+
+@dataclass
+class Measured:
+    """The numbers of a row."""
+
+    numbers: dict[str, Number | None]
+    """By column; None where one could not be measured."""
+    missing: dict[str, str] = field(default_factory=dict)
+    """Why a number is not there, or is not to be judged by."""
+    notes: list[str] = field(default_factory=list)
+    """How it was measured, where that is not as in the paper."""
+    count: int | None = None
+    """Images measured."""
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What rows are measured with."""
+
+    how: Measuring
+    weights: Path | None = None
+    """Inception's; None: from where they usually lie, or fetched."""
+    force: bool = False
+    """Measure what there are doubts about, and note them."""
+
+
+def measure(table: Table, job: Job, model: Model, tools: Tools) -> Measured:
+    """The numbers of one row.
+
+    Raises:
+        LdmError: the model, the data or weights that were asked for cannot be read.
+    """
+    by = {"reconstruction": _reconstruction, "mmd": _latents, "generation": _samples}
+    found = by[table.config.measure](job, model, tools)
+    found.numbers = _parameters(table, model) | found.numbers
+    shown = shown_columns(table)
+    found.numbers = {name: found.numbers.get(name) for name in shown}
+    found.missing = {name: why for name, why in found.missing.items() if name in shown}
+    return found
+
+
+def measure_costs(table: Table, device: str, how: Measuring) -> dict[str, Measured]:
+    """Those of all rows of Table 3, whose encoders take turns."""
+    names = [row.name for row in table.rows]  # they are presets
+    side, batch = how.encoder_side, how.encoder_batch
+    costs = measure_encoders(names, side, batch, device, how.encoder_repeats)
+    where = resolve_device(device)
+    notes = [f"Measured on {name_device(where)}, {batch} images of {side}²."]
+    if where.type != "cuda":
+        notes.append(
+            "Memory: what is held between two operations, counted on paper; timed were a few "
+            "images at a time, as a CPU takes them."
+        )
+    return {
+        cost.name: Measured(
+            {
+                "params": cost.parameters / 1e6,
+                "memory": cost.peak_mib * 2**20 / 1e6,
+                "images_per_second": cost.images_per_second,
+                "gmac": cost.gmac,
+            },
+            notes=notes,
+        )
+        for cost in costs
+    }
+
+
+# --------------------------------------------------------------------------------- the kinds
+def _reconstruction(job: Job, model: Model, tools: Tools) -> Measured:
+    how = tools.how
+    with random_trunk("VGG-16", not how.published):
+        [found] = evaluate_checkpoints(
+            [model.path], job.data, "val", [job.resolution], limit=how.images,
+            device=job.training.recipe.run.device, weights=tools.weights,
+            features=None if how.published else FEATURES,
+            out=job.folder / "evaluation.json", force=tools.force,
+        )  # fmt: skip
+    numbers, missing = dict(found.numbers), found.about["missing"] | found.about["doubtful"]
+    notes = [_over(found.count, job), *found.about["notes"]]
+    if not how.published:
+        notes = notes[:1]
+        missing |= dict.fromkeys(("rfid", "lpips"), STOOD_IN)
+        numbers |= dict.fromkeys(("rfid", "lpips"))
+    return Measured(numbers, missing, notes, found.count)
+
+
+def _over(count: int, job: Job) -> str:
+    return f"Measured over {count:,} held-out images of {job.data.source} at {job.resolution}²."
+
+
+def _latents(job: Job, model: Model, tools: Tools) -> Measured:
+    from pipelines.analysis.mmd import latents_mmd
+
+    how = tools.how
+    data = job.data.source if model.taken else None  # its own, split as its training split it
+    found = latents_mmd(
+        model.path, data, how.latents, SIGMAS, how.draws, job.resolution,
+        job.training.recipe.run.device,
+    )  # fmt: skip
+    autoencoder = load_autoencoder(model.path)
+    side = job.resolution // autoencoder.downsampling
+    values = autoencoder.config.latent_channels * side**2
+    notes = [
+        f"Latents of up to {how.latents:,} held-out images of {job.data.source} at "
+        f"{job.resolution}², {how.draws} draws, divided by their standard deviation; MMD² × 100."
+    ]
+    if values != PAPER_LATENT:
+        notes.append(
+            f"Latents of {values:,} values; the kernels' widths suit the paper's {PAPER_LATENT:,}, "
+            "whose square root is 64."
+        )
+    return Measured({f"mmd_{sigma:g}": tuple(found[sigma]) for sigma in SIGMAS}, {}, notes)
+
+
+def _samples(job: Job, model: Model, tools: Tools) -> Measured:
+    from pipelines.sample import sample_images
+
+    how, device = tools.how, job.training.recipe.run.device
+    beside = job.folder / f"samples-{model.sha256[:8]}"
+    if not model.taken and not (model.stage_one and model.stage_one.taken):
+        beside = job.training.folder.parent / "samples"  # equal rows have equal samples
+    folder = sample_images(model.path, how.samples, beside, steps=how.sampler_steps, device=device)
+    found = _compare(folder, job, device, tools)
+    swd = (found.get("swd") or {}).get("mean")
+    reference = found["reference"]
+    notes = [
+        f"{how.samples:,} samples, {how.sampler_steps} steps of Heun's sampler, against "
+        f"{reference['what']}."
+    ]
+    if not how.published:
+        return Measured({"fid": None, "swd": swd}, {"fid": STOOD_IN}, notes, how.samples)
+    result = Measured({"fid": found["fid"], "swd": swd}, {}, notes, how.samples)
+    result.notes += found["warnings"]
+    few = min(how.samples, reference["count"])
+    if found["fid"] is None:
+        result.missing["fid"] = found["fid_missing"] or "not measured"
+    elif few < ENOUGH:
+        result.missing["fid"] = f"over {few:,} images: below {ENOUGH:,} the covariance is singular"
+    return result
+
+
+def _compare(folder: Path, job: Job, device: str, tools: Tools) -> dict[str, Any]:
+    """`measure_fid`; without Inception's weights, what else it measured."""
+    from pipelines.fid import measure_fid
+
+    features = None if tools.how.published else FEATURES
+    written = folder / "fid.json"
+    written.unlink(missing_ok=True)
+    try:
+        return measure_fid(
+            folder, job.data, "train", tools.weights, device, force=True, features=features
+        )
+    except LdmError:
+        found = read_record(written)
+        if not found:  # something else was wrong
+            raise
+        return found
+
+
+# --------------------------------------------------------------------------------- parameters
+def _parameters(table: Table, model: Model) -> dict[str, Number | None]:
+    """Millions of parameters, where the table has them."""
+    wanted = {"params", "aggregator_params"} & set(table.config.columns)
+    if not wanted:
+        return {}
+    encoder = load_autoencoder(model.path).encoder
+    parts = {"params": encoder, "aggregator_params": getattr(encoder, "aggregator", None)}
+    return {
+        name: None if parts[name] is None else count_parameters(parts[name]) / 1e6
+        for name in wanted
+    }

@@ -1,0 +1,119 @@
+"""What is kept of a finished row, and how far the rows of a table are.
+
+<row>/row.json   the numbers, what was asked, what was trained or taken, the machine, the time
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from autoencoders.losses.trunks import has_trunk
+from ldm.config import to_tree
+from ldm.files import write_json
+from ldm.metrics.inception import WEIGHTS, weight_folders
+from pipelines.reproduce.plan import Job, Training
+from pipelines.reproduce.scales import SCALES, Measuring
+from pipelines.reproduce.tables import Row
+
+FORMAT = 1
+RECORD = "row.json"
+State = Literal["done", "begun", "–"]
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A JSON file of ours; {} where there is none that can be read."""
+    try:
+        record = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def write_record(job: Job, record: dict[str, Any]) -> None:
+    """Keep a finished row."""
+    if is_main():
+        write_json(job.folder / RECORD, {"format": FORMAT, "state": "done", **record})
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and speaks, of however many were launched."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def row_states(out: Path, row: Row) -> dict[str, State]:
+    """How far a row is, by scale."""
+    return {scale: _state(out / scale / row.table / row.name) for scale in SCALES}
+
+
+def _state(folder: Path) -> State:
+    if read_record(folder / RECORD).get("state") == "done":
+        return "done"
+    return "begun" if folder.is_dir() else "–"
+
+
+# ------------------------------------------------------------------------------- what was asked
+def asked_of(job: Job, measuring: Measuring) -> dict[str, Any]:
+    """All that decides a row's numbers, as plain values."""
+    stages = {"recipe": _decisive(job.training)}
+    if job.stage_two is not None:
+        stages["stage_one"] = _decisive(job.stage_one)
+    data = to_tree(job.data)
+    data.pop("workers")
+    measured = {"resolution": job.resolution, "data": data, **asdict(measuring)}
+    # as JSON has it: what is compared was read from there
+    return json.loads(json.dumps({"trained": stages, "measured": measured}))
+
+
+def finished(
+    job: Job, asked: dict[str, Any], taken_sha256: str | None, weights: Path | None
+) -> dict[str, Any] | None:
+    """The record of a row that need not be done again.
+
+    A row that was measured with a checkpoint given to it stays so until another one is given. One
+    whose columns are empty for want of weights is measured again when they are there.
+
+    Args:
+        taken_sha256: of the checkpoint that is given now.
+        weights: Inception's, where they are given now.
+    """
+    record = read_record(job.folder / RECORD)
+    if record.get("format") != FORMAT or record.get("state") != "done":
+        return None
+    then = record["asked"]
+    theirs = (record["taken"] or {}).get("sha256")
+    if then["measured"] != asked["measured"] or taken_sha256 not in (None, theirs):
+        return None
+    if theirs is None and then != asked:
+        return None
+    still = lacking(record["lacked"], weights)
+    return record if still == record["lacked"] else None
+
+
+def lacking(numbers: Iterable[str], weights: Path | None) -> list[str]:
+    """Those of some numbers whose weights are not on this machine.
+
+    Args:
+        weights: Inception's, where they are given.
+    """
+    return [name for name in numbers if not _is_there(name, weights)]
+
+
+def _decisive(training: Training) -> dict[str, Any]:
+    """A recipe without what only says how a run is watched."""
+    tree = to_tree(training.recipe)
+    tree["run"] = {key: tree["run"][key] for key in ("seed", "precision")}
+    tree["data"].pop("workers")
+    tree.pop("validate_images", None)
+    return tree
+
+
+def _is_there(number: str, weights: Path | None) -> bool:
+    """Whether the weights that a number needs, if it needs any, are on this machine."""
+    if number == "lpips":
+        return has_trunk("VGG-16")
+    if number in ("rfid", "fid"):
+        return weights is not None or any((f / WEIGHTS).is_file() for f in weight_folders())
+    return True

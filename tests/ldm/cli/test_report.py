@@ -1,0 +1,34 @@
+"""`ldm report`: the page it writes, and the words it takes."""
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from ldm.cli.report import report
+from ldm.errors import LdmError, UsageError
+from tests.pipelines.run_folders import stage_one
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    app = typer.Typer()
+    app.command()(report)
+    return lambda *words: CliRunner().invoke(app, [*map(str, words)])
+
+
+def test_it_writes_a_page_here_or_elsewhere(command, tmp_path):
+    stage_one(tmp_path / "a"), stage_one(tmp_path / "b")
+    done = command("a", "b", "--images", 1, "--resolution", 32, "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    assert "done: open report.html in a browser" in done.output
+    assert "2 runs side by side" in (tmp_path / "report.html").read_text("utf-8")
+    done = command("a", "--images", 1, "--out", "new/a.html", "--data", "photos")
+    assert done.exit_code == 0 and (tmp_path / "new" / "a.html").is_file()
+
+
+def test_what_is_no_run_or_no_page_is_said(command, tmp_path):
+    assert command().exit_code == 2
+    assert isinstance(command("nowhere").exception, LdmError)
+    stage_one(tmp_path / "a")
+    assert isinstance(command("a", "--images", 0).exception, UsageError)

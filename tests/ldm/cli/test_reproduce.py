@@ -1,0 +1,94 @@
+"""`ldm reproduce` as it is typed: what it passes on, prints, lists and refuses."""
+
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from ldm.cli.reproduce import reproduce
+from ldm.errors import UsageError
+from ldm.files import write_json
+from pipelines.reproduce import job as jobs
+from pipelines.reproduce.records import FORMAT
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Call the command in an empty folder: its output."""
+    monkeypatch.chdir(tmp_path)
+    app = typer.Typer()
+    app.command()(reproduce)
+
+    def call(*words):
+        done = CliRunner().invoke(app, [str(word) for word in words])
+        if done.exception is not None and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    return call
+
+
+class Result:
+    files = (Path("t09/table.md"), Path("t09/table.json"))
+
+    def summary(self):
+        return ["# T9: a table", "| a [b] |"]
+
+
+def test_what_is_passed_on_and_printed(run, monkeypatch):
+    asked = []
+
+    def faked(*words):
+        asked.append(words)
+        return [Result(), Result()]
+
+    monkeypatch.setattr(jobs, "reproduce", faked)
+    out = run(
+        "t9", "loss.lpips=0", "lr=1e-3", "--scale", "smoke", "--data", "ffhq=/x", "--data", "/y",
+        "--take", "gaussian=a.pt", "--out", "o", "--weights", "w.pt", "--force",
+    )  # fmt: skip
+    [words] = asked
+    assert words == (
+        "t9", "smoke", ["ffhq=/x", "/y"], ["gaussian=a.pt"], ["loss.lpips=0", "lr=1e-3"],
+        Path("o"), Path("w.pt"), True,
+    )  # fmt: skip
+    assert out.count("| a [b] |") == 2 and "done: t09/table.md, t09/table.json" in out
+
+
+def test_what_is_left_out(run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(jobs, "reproduce", lambda *words: asked.append(words) or [])
+    run("T9")
+    assert asked == [("T9", "small", (), (), [], Path("reproduce"), None, False)]
+
+
+def test_the_list_has_every_table_and_how_far_its_rows_are(run, tmp_path):
+    done = {"format": FORMAT, "state": "done"}
+    write_json(tmp_path / "reproduce/small/t04/smc/row.json", done)
+    (tmp_path / "reproduce/smoke/t04/smc").mkdir(parents=True)
+    lines = run("--list").splitlines()
+    for number in ("T1 ", "T2a ", "T2b ", "T13 ", "T22 "):
+        assert sum(line.startswith(number) for line in lines) == 1, number
+    [smc] = [line for line in lines if line.split()[:1] == ["smc"]]
+    assert smc.split() == ["smc", "smoke", "begun", "small", "done", "paper", "–"]
+    [group] = [line for line in lines if line.split()[:1] == ["group"]]
+    assert group.split()[2::2] == ["–", "–", "–"]
+    assert any("small: an hour a table on a GPU" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["t23"], "no table 't23'; did you mean 'T3'; there are: T1, T2a"),
+        ([], "which table; there are: T1, T2a"),
+        (["lr=3"], "which table"),
+        (["t4", "smc"], "'smc' is not of the form key=value"),
+        (["--list", "t4"], "leave out the rest"),
+    ],
+)
+def test_words_that_cannot_be(run, words, told):
+    with pytest.raises(UsageError) as caught:
+        run(*words)
+    assert told in str(caught.value) and "\n" not in str(caught.value)

@@ -1,0 +1,70 @@
+"""Training and measuring that take no time, and remember what they were asked."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from autoencoders import Autoencoder
+from ldm.checkpoint import ModelFile, save_model
+from ldm.config import to_tree
+from ldm.errors import Interrupted
+from ldm.files import write_json
+from ldm.run_folder import is_finished, new_or_unfinished, provenance
+from pipelines.evaluation import NUMBERS
+from pipelines.reproduce import measures, training
+
+
+class Faked:
+    """Stands in for the trainer of stage one and for `evaluate_checkpoints`.
+
+    Attributes:
+        trained: folders of the runs that really trained, in order.
+        measured: models that were measured.
+        stops: trainings are interrupted while this is above 0, which each one lowers.
+        lacks: numbers that cannot be measured.
+    """
+
+    def __init__(self) -> None:
+        self.trained: list[str] = []
+        self.measured: list[str] = []
+        self.stops, self.lacks = 0, ("rfid", "lpips")
+
+    def train(self, recipe, preset, folder: Path) -> Path:
+        new_or_unfinished("autoencoder", preset, recipe, folder)  # refuses another recipe
+        if is_finished(folder):
+            return folder
+        self.trained.append(str(folder))
+        if self.stops:
+            self.stops -= 1
+            raise Interrupted(f"stopped, saved in {folder}")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(len(self.trained))
+            weights = Autoencoder(recipe.model).state_dict()
+        origin = provenance() | {"images_seen": 64, "recipe": to_tree(recipe)}
+        save_model(
+            folder / "ckpt.pt", ModelFile("autoencoder", to_tree(recipe.model), weights, {}, origin)
+        )
+        write_json(folder / "result.json", {})
+        return folder
+
+    def evaluate(self, models, data, split, resolutions, **how) -> list[SimpleNamespace]:
+        self.measured.append(str(models[0]))
+        numbers = dict.fromkeys(NUMBERS, 20.0 + len(self.measured))
+        numbers |= dict.fromkeys(self.lacks)
+        missing = dict.fromkeys(self.lacks, "no weights")
+        about = {"missing": missing, "doubtful": {}, "notes": []}
+        return [SimpleNamespace(count=how.get("limit") or 40, numbers=numbers, about=about)]
+
+
+@pytest.fixture
+def faked(tmp_path, monkeypatch) -> Faked:
+    """In an empty folder, with neither network nor published weights."""
+    made = Faked()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(training, "train_autoencoder", made.train)
+    monkeypatch.setattr(measures, "evaluate_checkpoints", made.evaluate)
+    return made

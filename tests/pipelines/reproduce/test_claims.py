@@ -1,0 +1,92 @@
+"""When a claim holds, when it does not, and when nobody can say."""
+
+import pytest
+
+from pipelines.reproduce.claims import judge
+from pipelines.reproduce.tables import Claim, Table, TableConfig
+
+
+def table(relation: str, columns: tuple[str, ...] = ("rfid", "psnr")) -> Table:
+    claim = Claim(says="a beats b", row="a", relation=relation, than="b")
+    config = TableConfig(
+        title="", header=("row",), rows=("a", "b"), columns=("params", *columns), claims=(claim,)
+    )
+    return Table("t99", config, ())
+
+
+def verdict(relation: str, column: str, a, b) -> str:
+    [judgement] = judge(table(relation, (column,)), {"a": {column: a}, "b": {column: b}}, {})
+    return judgement.verdict
+
+
+@pytest.mark.parametrize(
+    ("relation", "column", "a", "b", "holds"),
+    [
+        ("better", "rfid", 0.99, 1.0, True),  # lower is better
+        ("better", "rfid", 1.0, 1.0, False),
+        ("better", "rfid", 1.01, 1.0, False),
+        ("better", "psnr", 29.1, 29.0, True),  # higher is better
+        ("better", "psnr", 28.9, 29.0, False),
+        ("no_worse", "rfid", 1.05, 1.0, True),  # 5 % of the row compared with
+        ("no_worse", "rfid", 1.06, 1.0, False),
+        ("no_worse", "rfid", 0.2, 1.0, True),
+        ("no_worse", "psnr", 28.6, 29.0, True),  # 0.4 dB
+        ("no_worse", "psnr", 28.5, 29.0, False),
+        ("no_worse", "ssim", 0.86, 0.88, True),  # whose difference is a hair above 0.02
+        ("similar", "psnr", 29.4, 29.0, True),
+        ("similar", "psnr", 29.5, 29.0, False),  # better is not alike
+        ("similar", "psnr", 28.5, 29.0, False),
+    ],
+)
+def test_relations(relation, column, a, b, holds):
+    assert verdict(relation, column, a, b) == ("holds" if holds else "does not hold")
+
+
+@pytest.mark.parametrize("relation", ["better", "no_worse", "similar"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_judged(relation, number):
+    assert verdict(relation, "psnr", number, 29.0) == "cannot be judged"
+
+
+def test_parameters_are_no_matter_of_quality():
+    assert table("better").claimed(table("better").config.claims[0]) == ("rfid", "psnr")
+
+
+def test_no_column_stands_in_for_another():
+    numbers = {"a": {"psnr": 30.0, "rfid": None}, "b": {"psnr": 29.0, "rfid": 1.0}}
+    why = {"a": {"rfid": "no weights"}}
+    [judgement] = judge(table("better"), numbers, why)
+    assert judgement.verdict == "cannot be judged"
+    assert [f.verdict for f in judgement.findings] == ["cannot be judged", "holds"]
+    assert judgement.findings[0].why == "no weights" and judgement.findings[0].here is None
+    # but one column that speaks against it is enough
+    numbers["a"]["psnr"] = 28.0
+    [judgement] = judge(table("better"), numbers, why)
+    assert judgement.verdict == "does not hold"
+
+
+def test_a_number_that_is_in_doubt_is_shown_and_not_judged_by():
+    numbers = {"a": {"rfid": 1.0, "psnr": 30.0}, "b": {"rfid": 2.0, "psnr": 29.0}}
+    [judgement] = judge(table("better"), numbers, {"b": {"rfid": "of 38 images"}})
+    finding = judgement.findings[0]
+    assert (finding.verdict, finding.here, finding.why) == (
+        "cannot be judged", (1.0, 2.0), "of 38 images",
+    )  # fmt: skip
+
+
+def test_a_row_that_was_not_done():
+    [judgement] = judge(table("better"), {"b": {"rfid": 1.0, "psnr": 2.0}}, {})
+    assert {f.why for f in judgement.findings} == {"not measured"}
+
+
+def test_a_scale_that_is_too_short_judges_nothing():
+    numbers = {"a": {"rfid": 1.0, "psnr": 30.0}, "b": {"rfid": 2.0, "psnr": 29.0}}
+    [judgement] = judge(table("better"), numbers, {}, "too short")
+    assert judgement.verdict == "cannot be judged"
+    assert all(f.why == "too short" and f.here for f in judgement.findings)
+
+
+def test_means_closer_than_their_spread_decide_nothing():
+    assert verdict("better", "mmd_25", (1.0, 0.1), (1.3, 0.1)) == "holds"
+    assert verdict("better", "mmd_25", (1.0, 0.2), (1.3, 0.2)) == "cannot be judged"
+    assert verdict("better", "mmd_25", (1.3, 0.1), (1.0, 0.1)) == "does not hold"

@@ -1,0 +1,41 @@
+"""Figures are found by name, and drawn of the rows they show."""
+
+import pytest
+
+from ldm.errors import UsageError
+from pipelines.reproduce.figures import FIGURES, find_figure
+from pipelines.reproduce.job import reproduce
+from pipelines.reproduce.tables import all_tables
+
+
+@pytest.mark.parametrize(
+    ("word", "found"),
+    [("f5", "f5"), ("F5", "f5"), ("figure 5", "f5"), ("fig. 3", "f3"), ("f1", None),
+     ("f23", None), ("t5", None), ("", None)],
+)  # fmt: skip
+def test_words_that_mean_a_figure(word, found):
+    assert find_figure(word) == found
+
+
+def test_figures_show_rows_that_there_are():
+    presets = {row.preset for table in all_tables() for row in table.rows}
+    for figure in FIGURES.values():
+        assert figure.rows and set(figure.rows.values()) <= presets
+    assert list(FIGURES) == [f"f{number}" for number in range(2, 10)]
+
+
+def test_what_a_figure_cannot_be(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="f5 measures LPIPS: give --scale small"):
+        reproduce("f5", "smoke")
+    with pytest.raises(UsageError, match="--take is for tables"):
+        reproduce("f3", "smoke", take=["x=y"])
+
+
+@pytest.mark.slow
+def test_figure_7_for_real(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    [drawing] = reproduce("f7", "smoke", settings=["phases.0.steps=8"])
+    assert [file.name for file in drawing.files if file.suffix == ".png"]
+    assert all(file.is_file() and file.parent.name == "f7" for file in drawing.files)
+    assert drawing.summary()[0].startswith("# F7: ")

@@ -1,0 +1,213 @@
+"""A table from beginning to end, with a faked trainer: what is done, and what is not done twice."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ldm.errors import Interrupted, LdmError, UsageError
+from pipelines.reproduce import job, records, training
+from pipelines.reproduce.job import reproduce
+from pipelines.reproduce.measures import Measured
+from pipelines.reproduce.records import row_states
+from pipelines.reproduce.tables import find_tables
+
+pytestmark = pytest.mark.usefixtures("faked")
+ROOT = Path("reproduce/smoke")
+
+
+def run(word="t9", **how):
+    [result] = reproduce(word, "smoke", **how)
+    return result
+
+
+def test_a_table_is_trained_measured_and_written(faked):
+    result = run()
+    assert faked.trained == [
+        f"reproduce/smoke/{name}/autoencoder"
+        for name in ("t04/group", "t09/gaussian", "t01/imagenet128-nz12-litevae")
+    ]
+    assert result.numbers["gaussian"]["psnr"] == 22.0
+    text = (ROOT / "t09" / "table.md").read_text("utf-8")
+    tree = json.loads((ROOT / "t09" / "table.json").read_text("utf-8"))
+    assert text.startswith("# T9: High-frequency losses") and "29.73" in text and "23.00" in text
+    assert [row["here"]["numbers"]["psnr"] for row in tree["rows"]] == [21.0, 22.0, 23.0]
+    assert [row["paper"]["psnr"] for row in tree["rows"]] == [29.33, 29.64, 29.73]
+    assert tree["claims"][0]["verdict"] == "cannot be judged"  # smoke is too short
+    assert tree["scale"] == "smoke" and tree["versions"]["torch"] and tree["machine"]
+    record = json.loads((ROOT / "t09" / "baseline" / "row.json").read_text("utf-8"))
+    assert record["trained_in"] == "reproduce/smoke/t04/group/autoencoder"
+    assert record["asked"]["trained"]["recipe"]["loss"]["gaussian"] == 0
+
+
+def test_what_is_finished_is_not_redone(faked):
+    first = run()
+    again = run()
+    assert len(faked.trained) == 3 and len(faked.measured) == 3
+    assert again.numbers == first.numbers
+
+
+def test_rows_of_other_tables_find_the_training_there(faked):
+    run("t9")
+    run("t15")
+    assert faked.trained[3:] == ["reproduce/smoke/t15/with/autoencoder"]
+    assert len(faked.measured) == 5  # each row is measured by its own
+
+
+def test_a_row_that_was_stopped_goes_on(faked):
+    faked.stops = 1
+    with pytest.raises(Interrupted):
+        run()
+    [table] = find_tables("t9")
+    states = [row_states(Path("reproduce"), row)["smoke"] for row in table.rows]
+    assert states == ["begun", "–", "–"]
+    assert not (ROOT / "t09" / "table.md").exists()
+    run()
+    assert faked.trained[:2] == ["reproduce/smoke/t04/group/autoencoder"] * 2
+    states = [row_states(Path("reproduce"), row) for row in table.rows]
+    assert states == [{"smoke": "done", "small": "–", "paper": "–"}] * 3
+    clock = json.loads((ROOT / "t04" / "group" / "training.json").read_text("utf-8"))
+    assert clock["autoencoder"] >= 0
+
+
+def test_another_recipe_in_the_same_folder_is_refused(faked):
+    run()
+    with pytest.raises(LdmError, match=r"another configuration \(batch_size\): give --out"):
+        run(settings=["batch_size=2"])
+    run(settings=["batch_size=2"], out=Path("elsewhere"))
+    assert len(faked.trained) == 6
+
+
+def test_how_a_run_is_watched_changes_no_number(faked):
+    run()
+    run(settings=["run.log_every_steps=1", "data.workers=2"])
+    assert len(faked.measured) == 3
+
+
+def test_numbers_that_lacked_weights_are_measured_when_those_are_there(faked, monkeypatch):
+    [result] = reproduce("t4", "small")
+    assert result.numbers["smc"]["rfid"] is None and len(faked.measured) == 2
+    reproduce("t4", "small")
+    assert len(faked.measured) == 2
+    monkeypatch.setattr(records, "has_trunk", lambda network: network == "VGG-16")
+    faked.lacks = ("rfid",)
+    [result] = reproduce("t4", "small")
+    assert len(faked.measured) == 4 and len(faked.trained) == 2
+    assert result.numbers["smc"]["lpips"] is not None
+    # and once more for those of Inception, when they are given
+    Path("inception.pt").touch()
+    faked.lacks = ()
+    [result] = reproduce("t4", "small", weights=Path("inception.pt"))
+    assert len(faked.measured) == 6 and result.numbers["smc"]["rfid"] is not None
+
+
+def test_what_more_weights_would_not_give_is_not_measured_again(faked, monkeypatch):
+    """An rFID of few images is missing though Inception is there."""
+    Path("inception.pt").touch()
+    faked.lacks = ("rfid",)
+    for _ in range(2):
+        reproduce("t4", "small", weights=Path("inception.pt"))
+    assert len(faked.measured) == 2
+
+
+def test_an_rfid_that_is_missing_leaves_its_claim_open(faked):
+    [result] = reproduce("t4", "small")
+    [judgement] = result.judgements
+    by_column = {finding.column: finding for finding in judgement.findings}
+    assert by_column["rfid"].verdict == "cannot be judged"
+    assert by_column["rfid"].why == "no weights"
+    assert by_column["psnr"].verdict == "holds"
+    assert judgement.verdict == "cannot be judged"
+    text = "\n".join(result.summary())
+    assert "- rFID, LPIPS: no weights" in text and "| SWD" in text.replace("  ", " ")
+
+
+# ---------------------------------------------------------------------------------- given
+def test_a_checkpoint_is_taken_in_place_of_training(faked):
+    run("t9")
+    given = ROOT / "t09" / "gaussian" / "autoencoder" / "ckpt.pt"
+    result = run("t4", take=[f"smc={given}"], out=Path("other"))
+    assert "other/smoke/t04/smc/autoencoder" not in faked.trained
+    record = result.records["smc"]
+    assert record["taken"]["path"] == str(given) and record["model"]["taken"]
+    assert any("Row smc is" in line for line in result.deviations)
+    assert "taken: " in result.as_markdown()
+    # it stays so without being said again, and gives way to another one
+    count = len(faked.measured)
+    run("t4", out=Path("other"))
+    assert len(faked.measured) == count
+    other = ROOT / "t04" / "group" / "autoencoder" / "best.pt"
+    other.write_bytes((ROOT / "t04" / "group" / "autoencoder" / "ckpt.pt").read_bytes())
+    result = run("t4", take=[f"smc={other}"], out=Path("other"))
+    assert len(faked.measured) == count + 1 and result.records["smc"]["taken"]["path"] == str(other)
+
+
+def test_checkpoints_that_cannot_be_taken(faked):
+    Path("bad.pt").write_bytes(b"PK\x03\x04 not all of it")
+    with pytest.raises(LdmError, match=r"bad\.pt"):
+        run("t4", take=["smc=bad.pt"])
+    with pytest.raises(UsageError, match="no row 'x'"):
+        run("t4", take=["x=bad.pt"])
+    with pytest.raises(LdmError, match="for one table: say t2a or t2b"):
+        reproduce("t2", "smoke", take=["vae=bad.pt"])
+    with pytest.raises(LdmError, match="T3 measures encoders of presets"):
+        run("t3", take=["sdvae=bad.pt"])
+    assert not faked.trained
+
+
+def test_encoders_are_measured_again_on_another_machine(monkeypatch):
+    measured = []
+
+    def measure(table, device, how):
+        measured.append(device)
+        numbers = {"params": 1.0, "memory": 2.0, "images_per_second": 3.0, "gmac": 4.0}
+        return {row.name: Measured(numbers) for row in table.rows}
+
+    monkeypatch.setattr(job, "measure_costs", measure)
+    run("t3", settings=["run.device=cpu"])
+    run("t3", settings=["run.device=cpu"])
+    assert measured == ["cpu"]
+    monkeypatch.setattr(job, "name_device", lambda device: "another machine")
+    run("t3", settings=["run.device=cpu"])
+    assert measured == ["cpu", "cpu"]
+    with pytest.raises(UsageError, match="leave out lr=1e-3"):
+        run("t3", settings=["lr=1e-3"])
+
+
+def test_a_row_whose_loss_lacks_its_weights_is_left_out(faked, monkeypatch):
+    def missing(network, instead):
+        raise LdmError(f"{network} is not on this machine: {instead}")
+
+    monkeypatch.setattr(training, "trunk_file", missing)
+    [result] = reproduce("t14", "small", settings=["loss.lpips=0"])
+    assert faked.trained == ["reproduce/small/t04/group/autoencoder"]
+    assert result.numbers["esrgan"]["psnr"] is None
+    assert all(j.verdict == "cannot be judged" for j in result.judgements)
+    assert "VGG-19 is not on this machine" in "\n".join(result.summary())
+    [table] = find_tables("t14")
+    assert row_states(Path("reproduce"), table.rows[1])["small"] == "–"
+    # tried again when they are there
+    monkeypatch.setattr(training, "trunk_file", lambda network, instead: Path())
+    [result] = reproduce("t14", "small", settings=["loss.lpips=0"])
+    assert result.numbers["esrgan"]["psnr"] is not None
+
+
+def test_two_halves_of_a_table(faked):
+    results = reproduce("t2", "smoke")
+    assert [result.table.number for result in results] == ["T2a", "T2b"]
+    sizes = [results[0].numbers[row]["params"] for row in ("s", "b", "m", "l")]
+    assert sizes == sorted(sizes) and sizes[0] > 0
+
+
+def test_words_that_cannot_be_are_refused_before_anything_is_written(faked):
+    for how, told in (
+        ({"word": "t99"}, "there are: T1"),
+        ({"word": "t4", "settings": ["lr=fast"]}, "lr"),
+        ({"word": "t9", "settings": ["loss.gaussian=0"]}, "the same"),
+        ({"word": "t4", "data": ["cifar=x"]}, "data sets"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            reproduce(scale="smoke", **how)
+    with pytest.raises(UsageError, match="--scale huge"):
+        reproduce("t4", "huge")
+    assert not Path("reproduce").exists()
