@@ -90,7 +90,7 @@ def analyze_features(
     table = write_csv(folder / "features.csv", header, rows)
     picture = folder / "features.png"
     named = {
-        name: name if NORMS[norm].lower() in name.lower() else f"{name}\n({NORMS[norm]})"
+        name: name if NORMS[norm].lower() in name.lower() else f"{name}\n{NORMS[norm]}"
         for name, norm in norms.items()
     }
     first = "image" if len(shown) == 1 else f"{len(shown)} images"
@@ -165,15 +165,21 @@ def _draw(
     path: Path, images: Tensor, maps: dict[str, list[Tensor]], named: dict[str, str], what: str
 ) -> None:
     """A row for every image and model: the image, then the magnitudes of each level."""
-    columns = 1 + max(len(levels) for levels in maps.values())
-    rows = len(images) * len(maps)
+    depths = {len(levels) for levels in maps.values()}
+    columns, rows = 1 + max(depths), len(images) * len(maps)
+    # models that downsample differently have other sizes at the same level
+    sizes = [
+        {f"{m[i].shape[-2]}×{m[i].shape[-1]}" for m in maps.values() if i < len(m)}
+        for i in range(max(depths))
+    ]
     under = (
         f"{what[0].upper()}{what[1:]}. Magnitude of the features after each level, root mean "
         "square over channels, over its mean over the map; a balanced map has one colour. Below: "
         "the peak over the mean, and the share of all energy in the strongest 1 % of the places."
     )
     cell = (WIDTH - 1.5) / columns - 0.12
-    height = rows * (cell + 0.47) + 0.45
+    below = 0.47 if all(len(size) == 1 for size in sizes) else 0.61
+    height = rows * (cell + below) + 0.45
     norm = LogNorm(*RANGE)
     with drawing(
         path, "Feature maps of the decoder: where they are strong", under, height
@@ -189,17 +195,16 @@ def _draw(
                 shown = grid[row, 1 + level].imshow(
                     (m / m.mean()).numpy(), cmap="magma", norm=norm, interpolation="nearest"
                 )
-                size = "" if sizes[level] else f"{m.shape[0]}×{m.shape[1]}\n"
+                size = f"{m.shape[0]}×{m.shape[1]}\n" if len(sizes[level]) > 1 else ""
                 grid[row, 1 + level].set_xlabel(
                     f"{size}peak {uneven.peak:.1f}×\ntop 1 %: {100 * uneven.top_energy:.1f} %",
                     fontsize=8.5,
                 )
         grid[0, 0].set_title("image")
-        finest = maps[max(maps, key=lambda name: len(maps[name]))]
-        for level, of_images in enumerate(finest, 1):
-            last = ", the last" if level == len(finest) else ""
-            h, w = of_images.shape[-2:]
-            grid[0, level].set_title(f"level {level}{last}\n{h}×{w}")
+        for level, size in enumerate(sizes, 1):
+            last = ", the last" if depths == {level} else ""
+            common = f"\n{min(size)}" if len(size) == 1 else ""
+            grid[0, level].set_title(f"level {level}{last}{common}")
         name_rows(grid[:, 0], [named[name] for _ in images for name in maps], cell)
         bar = figure.colorbar(shown, ax=grid, shrink=min(1, 3 / height), aspect=18, extend="both")
         bar.set_label("÷ mean of the map")

@@ -24,6 +24,7 @@ from pipelines.analysis.subjects import parse_models
 
 SMOOTH = 31  # at most so many rows around one make its running median
 PERCENTILES = (5, 50, 95)
+MIXED = "a row of an adaptive run is a mean over its steps, of a constant one it is a single step"
 RATIO = r"$\|\nabla L_\mathrm{adv}\| \,/\, \|\nabla L_\mathrm{recon}\|$"
 
 
@@ -80,7 +81,12 @@ def analyze_gradients(runs: Sequence[str | Path] = (), out: Path | None = None) 
             for name, c in curves.items()
         ],
         (picture, table),
-        ("decades: log₁₀ of the 95 % over the 5 % point, how unsteady the ratio was",),
+        (
+            "decades: log₁₀ of the 95 % over the 5 % point, how unsteady the ratio was",
+            # a mean is steadier than what it is of, and would hide what Figure 7 is about
+            *([f"{MIXED}: compare decades of runs trained with run.log_every_steps=1"]
+              if _mixed(curves) else []),
+        ),
     )  # fmt: skip
 
 
@@ -127,13 +133,18 @@ def running_median(values: np.ndarray, width: int) -> np.ndarray:
     )
 
 
+def _mixed(curves: dict[str, Curve]) -> bool:
+    """Whether rows that are means stand beside rows that are not."""
+    return {"constant", "adaptive"} <= {c.weighting for c in curves.values()}
+
+
 # ---------------------------------------------------------------------------------- showing
 def _draw(path: Path, curves: dict[str, Curve]) -> None:
     by_steps = all(c.steps is not None for c in curves.values())
     under = (
         "Norms of gradients at the decoder's last layer. Thin: as logged; thick: running median. "
         "Above 1 the adversarial loss pulls harder than the reconstruction."
-    )
+    ) + (f" Not alike: {MIXED}." if _mixed(curves) else "")
     title = "How hard the adversarial loss pulls, against the reconstruction"
     names = [n if c.weighting in n else f"{n} ({c.weighting} weight)" for n, c in curves.items()]
     with drawing(path, title, under, 4.1 + 0.1 * len(names)) as figure:
@@ -144,8 +155,12 @@ def _draw(path: Path, curves: dict[str, Curve]) -> None:
                 x = c.steps if by_steps else c.images
                 y = c.ratio * c.weight if weighted else c.ratio
                 width = min(SMOOTH, len(y) // 8 * 2 + 1)
+                dot = "o" if len(y) == 1 else None  # no line goes through one point
                 axes.plot(x, y, color=colour(i), linewidth=0.7, alpha=0.4)
-                axes.plot(x, running_median(y, width), color=colour(i), linewidth=2, label=names[i])
+                axes.plot(
+                    x, running_median(y, width), color=colour(i), linewidth=2, label=names[i],
+                    marker=dot,
+                )  # fmt: skip
             axes.axhline(1, color=DIM, linewidth=0.9, linestyle=(0, (4, 3)))
             axes.set(
                 yscale="log", title=title, xlabel="training steps" if by_steps else "images seen"

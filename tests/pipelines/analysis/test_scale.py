@@ -77,7 +77,9 @@ def test_one_file_under_two_names(tmp_path):
     a, b = save(tmp_path / "a"), save(tmp_path / "b", seed=1, norm="group")
     how = {"resolutions": [32, 64], "limit": 2, "fid": False, "device": "cpu"}
     rows = analyze_scale([f"A={a}", f"again={a}", f"B={b}"], **how).rows
-    assert [row[:2] for row in rows] == [(n, s) for n in ("A", "again", "B") for s in ("32²", "64²")]
+    assert [row[:2] for row in rows] == [
+        (n, s) for n in ("A", "again", "B") for s in ("32²", "64²")
+    ]
     assert [row[1:] for row in rows[:2]] == [row[1:] for row in rows[2:4]]
     assert [row[1:] for row in rows[4:]] == [row[1:] for row in analyze_scale([b], **how).rows]
 
