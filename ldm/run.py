@@ -304,6 +304,17 @@ def frozen(module: nn.Module) -> Iterator[nn.Module]:
             parameter.requires_grad_(wants)
 
 
+def join_processes(device: str) -> tuple[PartialState, torch.device]:
+    """This process among those launched together, alone or not, and the device it works on.
+
+    Raises:
+        LdmError: the device is not there.
+    """
+    where = resolve_device(device)
+    ranks = PartialState(cpu=where.type == "cpu")
+    return ranks, ranks.device if ranks.num_processes > 1 else where
+
+
 def from_main(accelerator: Accelerator | PartialState, make: Callable[[], Any]) -> Any:
     """What `make` returns on the main process, on all; or the LdmError it raises there, on all."""
     made: list[Any] = [None]

@@ -16,11 +16,11 @@ from autoencoders import Autoencoder, load_autoencoder
 from ldm.data import DataConfig, Source, evaluation_batches
 from ldm.data.faults import FaultCount, stop_if_too_many
 from ldm.data.split import Split
-from ldm.device import keep_freed_memory, memory_format, resolve_device
+from ldm.device import keep_freed_memory, memory_format
 from ldm.errors import UsageError
 from ldm.logbook import console, progress_bar
 from ldm.metrics.inception import Mode
-from ldm.run import from_main
+from ldm.run import from_main, join_processes
 from ldm.run_folder import newest_run
 from pipelines.evaluation import (
     NUMBERS,
@@ -133,10 +133,8 @@ def evaluate_checkpoints(
     ):  # fmt: skip
         if value is not None and value < 1:
             raise UsageError(f"{name} {value}: it must be at least 1")
-    where = resolve_device(device)
+    ranks, where = join_processes(device)
     keep_freed_memory(where)
-    ranks = PartialState(cpu=where.type == "cpu")
-    where = ranks.device if ranks.num_processes > 1 else where
     paths = list(dict.fromkeys(map(Path, models)))
     paths = paths or [from_main(ranks, lambda: newest_run("autoencoder"))]
     jobs = plan_jobs(paths, data, split, resolutions, limit, ranks, force)

@@ -12,17 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from ldm.config import validate
 from ldm.data import DataConfig
 from ldm.data.split import Split
-from ldm.device import resolve_device
 from ldm.errors import LdmError, UsageError
 from ldm.files import write_json
 from ldm.logbook import console
 from ldm.metrics.extractors import Extractor
-from ldm.run import from_main
+from ldm.run import from_main, join_processes
 from ldm.run_folder import provenance
 from pipelines.bootstrap import FeatureRows, bootstrap_fid
 from pipelines.comparability import check_size, find_copies, find_doubts, place, samples_filter
@@ -144,9 +142,7 @@ def measure_fid(
 def _measure(
     samples: Samples, against: DataConfig | str, split: Split | None, how: Measuring
 ) -> dict[str, Any]:
-    where = resolve_device(how.device) if isinstance(how.device, str) else how.device
-    ranks = PartialState(cpu=where.type == "cpu")
-    where = ranks.device if ranks.num_processes > 1 else where
+    ranks, where = join_processes(str(how.device))
     if how.bootstrap and ranks.num_processes > 1:
         raise UsageError("--bootstrap is for one process: leave torchrun out")
     out = how.out or samples.result_path

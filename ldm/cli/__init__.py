@@ -94,7 +94,16 @@ def main() -> None:
         _fail(f"{type(error).__name__}: {text} (unexpected: --debug shows where)", 1)
     if code == INTERRUPTED:
         _leave("interrupted", code)
+    _part()
     sys.exit(code or 0)
+
+
+def _part() -> None:
+    """Take leave of the processes launched together: the group's threads, left running, would
+    abort this one on its way out."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _misused(error: Exception) -> None:

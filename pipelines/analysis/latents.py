@@ -17,6 +17,7 @@ from ldm.data import sheet_images
 from ldm.data.split import Split
 from ldm.errors import UsageError
 from ldm.images import latents_as_rgb, to_float
+from ldm.run import join_processes
 from pipelines.analysis.latent_plots import Rows, draw_sheet, draw_statistics
 from pipelines.analysis.latent_statistics import LatentStatistics, measure
 from pipelines.analysis.output import Analysis, analysis_folder, write_csv
@@ -24,7 +25,6 @@ from pipelines.analysis.subjects import (
     Images,
     Subject,
     draw_images,
-    join_processes,
     load_subjects,
     open_images,
 )

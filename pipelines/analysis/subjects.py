@@ -19,7 +19,7 @@ from ldm.config import validate
 from ldm.data import DataConfig, Source, evaluation_batches, open_source
 from ldm.data.dataset import PHOTOS
 from ldm.data.split import Part, Split
-from ldm.device import memory_format, resolve_device
+from ldm.device import memory_format
 from ldm.errors import LdmError, UsageError
 from ldm.images import to_float
 from ldm.run_folder import newest_run
@@ -186,17 +186,6 @@ def _agreed(models: Iterable[str], said: dict[str, Any], what: str) -> str:
 
 
 # ----------------------------------------------------------------------------- several processes
-def join_processes(device: str) -> tuple[PartialState, torch.device]:
-    """This process among those launched together, alone or not, and the device it works on.
-
-    Raises:
-        LdmError: the device is not there.
-    """
-    where = resolve_device(device)
-    ranks = PartialState(cpu=where.type == "cpu")
-    return ranks, ranks.device if ranks.num_processes > 1 else where
-
-
 def gather(ranks: PartialState, share: Any) -> list[Any]:
     """What every process has, in their order, on all of them."""
     return gather_object([share]) if ranks.num_processes > 1 else [share]

@@ -102,7 +102,7 @@ SCALES = {
         ),
         Scale(
             "small",
-            "an hour a table on a GPU, a night on a CPU, on a folder of photographs",
+            "meant for an hour a table on a GPU, a night on a CPU, on a folder of photographs",
             # 40 is not quite a quarter of 128, but of 32 channels GroupNorm would normalise each
             # alone, and hide how bright a picture is as a whole; of 40 it makes groups of five
             # (the paper's have four and more).

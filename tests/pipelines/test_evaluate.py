@@ -1,36 +1,18 @@
 """Means over a data set, on autoencoders whose reconstructions are known."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 from skimage import data
-from torch import nn
 
 from autoencoders import build_autoencoder
 from ldm.data import DataConfig, evaluation_batches, open_source
 from ldm.errors import LdmError
 from ldm.images import to_float
 from pipelines.evaluate import evaluate_autoencoder
-from tests.pipelines.reconstructed import by_scikit_image
+from tests.pipelines.reconstructed import Adding, by_scikit_image
 
 CPU = torch.device("cpu")
-
-
-class Adding(nn.Module):
-    """An "autoencoder" whose reconstruction is the image plus a constant; it counts its batches."""
-
-    def __init__(self, amount: float) -> None:
-        super().__init__()
-        self.amount, self.modes = amount, []
-
-    def encode(self, images):
-        self.modes.append(self.training)
-        return SimpleNamespace(mode=lambda: images)
-
-    def decode(self, latents, size):
-        return latents + self.amount
 
 
 class Crops:

@@ -463,6 +463,6 @@ def test_an_interval_is_for_one_process(samples, reference, monkeypatch):
     class Two:
         num_processes, process_index, is_main_process, device = 2, 0, True, torch.device("cpu")
 
-    monkeypatch.setattr("pipelines.fid.PartialState", lambda cpu: Two)
+    monkeypatch.setattr("pipelines.fid.join_processes", lambda device: (Two, Two.device))
     with pytest.raises(UsageError, match="--bootstrap is for one process"):
         measure_fid(samples, reference, device="cpu", bootstrap=9)

@@ -1,36 +1,18 @@
 """The loop that every measurement of stage one is: what it feeds, rounds, sums and refuses."""
 
 from contextlib import closing
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from ldm.data import Batch
 from ldm.errors import LdmError
 from ldm.images import to_float
 from pipelines.reconstruction import Pair, Sums, reconstruct
-from tests.pipelines.reconstructed import crops, random_autoencoder
+from tests.pipelines.reconstructed import Adding, crops, random_autoencoder
 
 CPU = torch.device("cpu")
-
-
-class Adding(nn.Module):
-    """An "autoencoder" whose reconstruction is the image plus a constant; it counts its batches."""
-
-    def __init__(self, amount: float) -> None:
-        super().__init__()
-        self.amount, self.modes = amount, []
-
-    def encode(self, images):
-        self.modes.append(self.training)
-        return SimpleNamespace(mode=lambda: images)
-
-    def decode(self, latents, size):
-        assert size == latents.shape[-2:]
-        return latents + self.amount
 
 
 def stream(count: int, size: int = 32, batch_size: int = 2):

@@ -75,7 +75,7 @@ def test_the_list_has_every_table_and_how_far_its_rows_are(run, tmp_path):
     assert smc.split() == ["smc", "smoke", "begun", "small", "done", "paper", "–"]
     [group] = [line for line in lines if line.split()[:1] == ["group"]]
     assert group.split()[2::2] == ["–", "–", "–"]
-    assert any("small: an hour a table on a GPU" in line for line in lines)
+    assert any("small: meant for an hour a table on a GPU" in line for line in lines)
 
 
 @pytest.mark.parametrize(
