@@ -1,7 +1,7 @@
 """Measure autoencoders' reconstructions: rFID, LPIPS, PSNR, SSIM, KID, precision, recall, SWD.
 
 What needs weights that are not to be had is left out, and said to be. A run's validation, the demo
-and `ldm eval-ae` share one loop, `pipelines.reconstruction`.
+and `ldm eval-ae` share one loop, `pipelines.measuring.reconstruction`.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from ldm.logbook import console, progress_bar
 from ldm.metrics.inception import Mode
 from ldm.run import from_main, join_processes
 from ldm.run_folder import newest_run
-from pipelines.evaluation import (
+from pipelines.measuring.evaluation import (
     NUMBERS,
     Evaluation,
     check_writable,
@@ -30,10 +30,10 @@ from pipelines.evaluation import (
     default_path,
     write_last,
 )
-from pipelines.evaluation_plan import Job, plan_jobs
-from pipelines.instruments import NOT_ASKED, Instruments, find_instruments
-from pipelines.reconstruction import Perceptual, Sums, reconstruct
-from pipelines.survey import NEAREST, Surveyor, compare_surveys, gather_surveys
+from pipelines.measuring.evaluation_plan import Job, plan_jobs
+from pipelines.measuring.instruments import NOT_ASKED, Instruments, find_instruments
+from pipelines.measuring.reconstruction import Perceptual, Sums, reconstruct
+from pipelines.measuring.survey import NEAREST, Surveyor, compare_surveys, gather_surveys
 
 
 @torch.no_grad()

@@ -22,18 +22,24 @@ from ldm.logbook import console
 from ldm.metrics.extractors import Extractor
 from ldm.run import from_main, join_processes
 from ldm.run_folder import provenance
-from pipelines.bootstrap import FeatureRows, bootstrap_fid
-from pipelines.comparability import check_size, find_copies, find_doubts, place, samples_filter
-from pipelines.evaluation import check_writable
-from pipelines.fingerprints import identify_set
-from pipelines.image_pass import Seen, Tools, survey_images
-from pipelines.kept_statistics import survey_reference
-from pipelines.measuring import Measuring, describe_extractor, find_extractor, notes_on
-from pipelines.model_samples import FID_50K, ModelSamples
-from pipelines.reference import ImageReference
+from pipelines.measuring.bootstrap import FeatureRows, bootstrap_fid
+from pipelines.measuring.comparability import (
+    check_size,
+    find_copies,
+    find_doubts,
+    place,
+    samples_filter,
+)
+from pipelines.measuring.evaluation import check_writable
+from pipelines.measuring.fingerprints import identify_set
+from pipelines.measuring.image_pass import Seen, Tools, survey_images
+from pipelines.measuring.kept_statistics import survey_reference
+from pipelines.measuring.model_samples import FID_50K, ModelSamples
+from pipelines.measuring.reference import ImageReference
+from pipelines.measuring.settings import Measuring, describe_extractor, find_extractor, notes_on
+from pipelines.measuring.statistics_file import StatisticsReference, open_statistics
+from pipelines.measuring.survey import SWD_IMAGES, compare_surveys
 from pipelines.sample_folder import SampleFolder, newest_samples
-from pipelines.statistics_file import StatisticsReference, open_statistics
-from pipelines.survey import SWD_IMAGES, compare_surveys
 
 Samples = SampleFolder | ModelSamples
 Reference = ImageReference | StatisticsReference
@@ -112,7 +118,7 @@ def measure_fid(
     The reference's images are cut at their centres to the samples' size, never mirrored. Of the
     built-in photographs, which are eight and large, it is as many random crops as there are
     samples (split val: its tiles). Its statistics are kept, and taken up where the data is the same
-    to the byte (see `pipelines.kept_statistics`).
+    to the byte (see `pipelines.measuring.kept_statistics`).
 
     FID (Heusel et al. 2017) is over all images of both sides, KID (Bińkowski et al. 2018) and
     precision and recall (Kynkäänniemi et al. 2019) over at most 10,000 features of either, the

@@ -83,7 +83,7 @@ def eval_ae(
     ldm eval-ae runs/x runs/y sd-vae.pt --data data/ffhq256 --resolution 256 --format latex
     """
     from pipelines.evaluate import evaluate_checkpoints
-    from pipelines.evaluation_table import format_evaluations
+    from pipelines.measuring.evaluation_table import format_evaluations
 
     sides = _sides(resolution) if resolution else None
     # what a pipe takes is the table alone

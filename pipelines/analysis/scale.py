@@ -25,7 +25,7 @@ from pipelines.analysis.output import Analysis, analysis_folder, write_csv
 from pipelines.analysis.plots import colour, drawing, marker
 from pipelines.analysis.subjects import choose_data, parse_models
 from pipelines.evaluate import evaluate_checkpoints
-from pipelines.evaluation import Evaluation
+from pipelines.measuring.evaluation import Evaluation
 
 RESOLUTIONS = (32, 64, 128, 256, 512)  # Sadat et al. 2024, Figures 5 and 8: 2⁵ … 2⁹
 PANELS = {

@@ -13,9 +13,9 @@ from ldm.config import to_tree
 from ldm.data import DataConfig
 from ldm.errors import LdmError, UsageError
 from ldm.metrics import sliced_wasserstein
-from pipelines import instruments
 from pipelines.evaluate import evaluate_checkpoints
-from tests.pipelines.reconstructed import (
+from pipelines.measuring import instruments
+from tests.pipelines.measuring.reconstructed import (
     DIM,
     FEATURES,
     by_scikit_image,
@@ -207,7 +207,7 @@ def test_a_corrupt_image_is_left_out_and_counted(tmp_path):
 
 def test_features_that_are_not_finite(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(
-        "tests.pipelines.reconstructed.thumbnails",
+        "tests.pipelines.measuring.reconstructed.thumbnails",
         lambda: lambda images: torch.full((len(images), DIM), float("nan")),
     )
     with pytest.raises(LdmError, match="the features of image 0 hold a NaN"):

@@ -17,7 +17,7 @@ from pipelines.fid import fid_of_samples, measure_fid
 from pipelines.sample import sample_images
 from pipelines.sample_store import STORES
 from tests.ldm.metrics.fake_inception import save_fake_inception
-from tests.pipelines.fid_sides import (
+from tests.pipelines.measuring.fid_sides import (
     DIM,
     SIZE,
     direct_features,

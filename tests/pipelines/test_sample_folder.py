@@ -15,7 +15,7 @@ from ldm.data.prepare import prepare
 from ldm.errors import LdmError
 from pipelines.sample_folder import SampleFolder, newest_samples
 from pipelines.sample_store import STORES, image_path
-from tests.pipelines.fid_sides import write_folder
+from tests.pipelines.measuring.fid_sides import write_folder
 
 
 def write(path, size=16, level=0):

@@ -7,9 +7,9 @@ import pytest
 
 from ldm.cli import main
 from ldm.errors import LdmError
-from pipelines import instruments
 from pipelines.evaluate import evaluate_checkpoints
-from tests.pipelines.reconstructed import DIM, FEATURES, crops, save_images, save_run
+from pipelines.measuring import instruments
+from tests.pipelines.measuring.reconstructed import DIM, FEATURES, crops, save_images, save_run
 from tests.small import ldm
 
 # where no weights are, and none can be fetched

@@ -9,9 +9,9 @@ import typer
 from ldm.cli.fid import fid
 from ldm.errors import LdmError, UsageError
 from ldm.metrics import inception
-from pipelines import statistics_file
+from pipelines.measuring import statistics_file
 from tests.ldm.metrics.fake_inception import save_fake_inception
-from tests.pipelines.fid_sides import pictures, write_folder, write_samples
+from tests.pipelines.measuring.fid_sides import pictures, write_folder, write_samples
 from tests.pipelines.untrained import make_model
 
 DIM = 8

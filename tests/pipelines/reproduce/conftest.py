@@ -12,7 +12,7 @@ from ldm.config import to_tree
 from ldm.errors import Interrupted
 from ldm.files import write_json
 from ldm.run_folder import is_finished, new_or_unfinished, provenance
-from pipelines.evaluation import NUMBERS
+from pipelines.measuring.evaluation import NUMBERS
 from pipelines.reproduce import measures, training
 
 

@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from pipelines.fingerprints import Fingerprints, find_shared, identify_set
-from tests.pipelines.fid_sides import pictures, to_nchw
+from pipelines.measuring.fingerprints import Fingerprints, find_shared, identify_set
+from tests.pipelines.measuring.fid_sides import pictures, to_nchw
 
 IMAGES = to_nchw(pictures(8, 0))
 

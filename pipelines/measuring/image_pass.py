@@ -10,9 +10,9 @@ from accelerate import PartialState
 from ldm.data import Batch
 from ldm.logbook import progress_bar
 from ldm.metrics.extractors import Extractor
-from pipelines.bootstrap import FeatureRows
-from pipelines.fingerprints import Fingerprints, Prints
-from pipelines.survey import Survey, Surveyor, gather, gather_surveys
+from pipelines.measuring.bootstrap import FeatureRows
+from pipelines.measuring.fingerprints import Fingerprints, Prints
+from pipelines.measuring.survey import Survey, Surveyor, gather, gather_surveys
 
 
 class Images(Protocol):

@@ -9,8 +9,8 @@ import torch
 from ldm.data import Batch
 from ldm.errors import LdmError
 from ldm.images import to_float
-from pipelines.reconstruction import Pair, Sums, reconstruct
-from tests.pipelines.reconstructed import Adding, crops, random_autoencoder
+from pipelines.measuring.reconstruction import Pair, Sums, reconstruct
+from tests.pipelines.measuring.reconstructed import Adding, crops, random_autoencoder
 
 CPU = torch.device("cpu")
 

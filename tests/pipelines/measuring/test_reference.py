@@ -11,8 +11,8 @@ from PIL import Image
 from ldm.data import DataConfig
 from ldm.data.prepare import prepare
 from ldm.errors import LdmError
-from pipelines.reference import ImageReference
-from tests.pipelines.fid_sides import SIZE, pictures, write_folder
+from pipelines.measuring.reference import ImageReference
+from tests.pipelines.measuring.fid_sides import SIZE, pictures, write_folder
 
 THEIRS = pictures(12, seed=1)
 

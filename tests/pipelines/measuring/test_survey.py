@@ -9,8 +9,14 @@ from accelerate import PartialState
 
 from ldm.errors import LdmError
 from ldm.metrics import frechet_distance, sliced_wasserstein
-from pipelines.survey import Survey, Surveyor, compare_surveys, drawn_images, gather_surveys
-from tests.pipelines.fid_sides import SIZE, pictures, to_nchw
+from pipelines.measuring.survey import (
+    Survey,
+    Surveyor,
+    compare_surveys,
+    drawn_images,
+    gather_surveys,
+)
+from tests.pipelines.measuring.fid_sides import SIZE, pictures, to_nchw
 
 CPU = torch.device("cpu")
 

@@ -15,8 +15,8 @@ from ldm.data.faults import FaultCount
 from ldm.data.split import Part, Split
 from ldm.errors import LdmError
 from ldm.logbook import progress_bar
-from pipelines.preparation import preparation, resize_filter
-from pipelines.survey import SEED
+from pipelines.measuring.preparation import preparation, resize_filter
+from pipelines.measuring.survey import SEED
 
 READERS = 8  # files hashed at once: one is bound by the processor
 

@@ -19,7 +19,7 @@ from ldm.data import DataConfig, Source, open_source
 from ldm.data.dataset import PHOTOS
 from ldm.data.split import Split
 from ldm.errors import LdmError, UsageError
-from pipelines.overlap import Overlap, find_overlap
+from pipelines.measuring.overlap import Overlap, find_overlap
 
 Compared = dict[tuple[DataConfig, DataConfig], Overlap | LdmError]
 """Data measured, and data trained on → what they share, or why that is not known."""

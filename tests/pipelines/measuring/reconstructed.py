@@ -17,7 +17,7 @@ from ldm.config import to_tree
 SIZE = 32
 DIM = 12
 """Of the features of `thumbnails`."""
-FEATURES = "tests.pipelines.reconstructed:thumbnails"
+FEATURES = "tests.pipelines.measuring.reconstructed:thumbnails"
 
 
 def thumbnails():

@@ -16,7 +16,7 @@ from ldm.data import Source, evaluation_batches
 from ldm.data.split import Part
 from ldm.errors import LdmError
 from ldm.seeds import generator
-from pipelines.fingerprints import Fingerprints, Prints, find_shared
+from pipelines.measuring.fingerprints import Fingerprints, Prints, find_shared
 
 COMPARED = 10_000
 """Images of either side that are compared at most, drawn at random where there are more: that takes

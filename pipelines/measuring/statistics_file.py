@@ -18,10 +18,10 @@ from ldm.metrics import FeatureStatistics
 from ldm.metrics.extractors import Extractor
 from ldm.metrics.feature_set import FeatureSet
 from ldm.weights import cache_folder, find_or_fetch
-from pipelines.fingerprints import Prints
-from pipelines.image_pass import Seen
-from pipelines.kept_statistics import name_extractor, read_prints
-from pipelines.survey import Survey
+from pipelines.measuring.fingerprints import Prints
+from pipelines.measuring.image_pass import Seen
+from pipelines.measuring.kept_statistics import name_extractor, read_prints
+from pipelines.measuring.survey import Survey
 
 ADDRESS = "https://www.cs.cmu.edu/~clean-fid/stats"
 

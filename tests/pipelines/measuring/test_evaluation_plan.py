@@ -10,8 +10,8 @@ from ldm.checkpoint import ModelFile, save_model
 from ldm.config import to_tree
 from ldm.data import DataConfig
 from ldm.errors import LdmError, UsageError
-from pipelines.evaluation_plan import plan_jobs
-from tests.pipelines.reconstructed import crops, save_images, save_run
+from pipelines.measuring.evaluation_plan import plan_jobs
+from tests.pipelines.measuring.reconstructed import crops, save_images, save_run
 
 
 def plan(*models, data=None, split="val", resolutions=(32,), limit=None, force=False):

@@ -7,9 +7,9 @@ from PIL import Image
 
 from ldm.data.folder import FolderSource
 from ldm.errors import LdmError
-from pipelines import overlap
-from pipelines.overlap import find_overlap
-from tests.pipelines.reconstructed import crops, save_images
+from pipelines.measuring import overlap
+from pipelines.measuring.overlap import find_overlap
+from tests.pipelines.measuring.reconstructed import crops, save_images
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from ldm.errors import LdmError
 from ldm.metrics import inception
 from pipelines.fid import fid_of_samples, measure_fid
 from tests.ldm.metrics.fake_inception import save_fake_inception
-from tests.pipelines.fid_sides import SIZE, pictures, write_folder, write_samples
+from tests.pipelines.measuring.fid_sides import SIZE, pictures, write_folder, write_samples
 
 DIM = 8
 OURS, THEIRS = pictures(10, 0), pictures(12, 1, 1.3)

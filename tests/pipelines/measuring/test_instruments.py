@@ -6,11 +6,11 @@ from accelerate import PartialState
 
 from ldm.errors import LdmError, UsageError
 from ldm.metrics import inception
-from pipelines import instruments
-from pipelines.instruments import FEATURES, NOT_ASKED, find_instruments
+from pipelines.measuring import instruments
+from pipelines.measuring.instruments import FEATURES, NOT_ASKED, find_instruments
 from tests.ldm.metrics.fake_inception import save_fake_inception
-from tests.pipelines.reconstructed import DIM
-from tests.pipelines.reconstructed import FEATURES as THUMBNAILS
+from tests.pipelines.measuring.reconstructed import DIM
+from tests.pipelines.measuring.reconstructed import FEATURES as THUMBNAILS
 
 CPU = torch.device("cpu")
 

@@ -7,8 +7,13 @@ from PIL import Image
 
 from ldm.data import DataConfig, open_source
 from ldm.data.prepare import prepare
-from pipelines.preparation import compressed_image, preparation, resize_filter, training_filter
-from tests.pipelines.fid_sides import SIZE, pictures, write_folder
+from pipelines.measuring.preparation import (
+    compressed_image,
+    preparation,
+    resize_filter,
+    training_filter,
+)
+from tests.pipelines.measuring.fid_sides import SIZE, pictures, write_folder
 
 IMAGES = pictures(4, 0)
 

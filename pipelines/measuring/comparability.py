@@ -13,10 +13,10 @@ from ldm.data.dataset import PHOTOS
 from ldm.data.split import Split
 from ldm.errors import LdmError
 from ldm.metrics.extractors import Extractor
-from pipelines.fingerprints import Prints, find_shared
-from pipelines.preparation import compressed_image, read_preparation, training_filter
-from pipelines.reference import ImageReference
-from pipelines.statistics_file import StatisticsReference
+from pipelines.measuring.fingerprints import Prints, find_shared
+from pipelines.measuring.preparation import compressed_image, read_preparation, training_filter
+from pipelines.measuring.reference import ImageReference
+from pipelines.measuring.statistics_file import StatisticsReference
 
 Reference = ImageReference | StatisticsReference
 

@@ -27,10 +27,10 @@ from ldm.metrics.inception import FeatureExtractor
 from ldm.run import from_main
 from ldm.run_folder import provenance
 from ldm.weights import cache_folder
-from pipelines.fingerprints import Prints
-from pipelines.image_pass import Seen, Tools, survey_images
-from pipelines.reference import ImageReference
-from pipelines.survey import drawn_images
+from pipelines.measuring.fingerprints import Prints
+from pipelines.measuring.image_pass import Seen, Tools, survey_images
+from pipelines.measuring.reference import ImageReference
+from pipelines.measuring.survey import drawn_images
 
 FORMAT = 1
 

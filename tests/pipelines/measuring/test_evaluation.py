@@ -4,8 +4,8 @@ import pytest
 
 from ldm.data import DataConfig
 from ldm.errors import LdmError
-from pipelines.evaluation import check_writable, default_path
-from tests.pipelines.reconstructed import save_run
+from pipelines.measuring.evaluation import check_writable, default_path
+from tests.pipelines.measuring.reconstructed import save_run
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from ldm.errors import UsageError
 from ldm.files import to_json
-from pipelines.evaluation import NUMBERS, Evaluation
+from pipelines.measuring.evaluation import NUMBERS, Evaluation
 
 Layout = Literal["table", "markdown", "latex", "json"]
 
