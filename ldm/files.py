@@ -7,6 +7,7 @@ leaves the last good file as it was. A power cut may not, for the folder itself 
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from errno import EISDIR
 from pathlib import Path
 from typing import IO, Any
@@ -58,7 +59,8 @@ def write_together(files: Mapping[Path, Callable[[IO[bytes]], Any]]) -> None:
         ) from error
     finally:
         for beside in besides.values():
-            beside.unlink(missing_ok=True)
+            with suppress(FileNotFoundError, NotADirectoryError):
+                beside.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:

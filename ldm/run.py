@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,8 @@ from ldm.run_folder import clear_leftovers, lock, new_or_unfinished
 from ldm.seeds import torch_seed
 
 MAX_BAD_STEPS = 10
+PATIENCE = timedelta(hours=1)
+"""How long processes wait for the one that compares what all have measured."""
 
 
 class RunConfig(Config):
@@ -311,7 +314,7 @@ def join_processes(device: str) -> tuple[PartialState, torch.device]:
         LdmError: the device is not there.
     """
     where = resolve_device(device)
-    ranks = PartialState(cpu=where.type == "cpu")
+    ranks = PartialState(cpu=where.type == "cpu", timeout=PATIENCE)
     return ranks, ranks.device if ranks.num_processes > 1 else where
 
 

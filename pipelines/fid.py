@@ -31,12 +31,13 @@ from pipelines.measuring.comparability import (
     samples_filter,
 )
 from pipelines.measuring.evaluation import check_writable
+from pipelines.measuring.features import describe_extractor, find_extractor, notes_on
 from pipelines.measuring.fingerprints import identify_set
 from pipelines.measuring.image_pass import Seen, Tools, survey_images
 from pipelines.measuring.kept_statistics import survey_reference
 from pipelines.measuring.model_samples import FID_50K, ModelSamples
 from pipelines.measuring.reference import ImageReference
-from pipelines.measuring.settings import Measuring, describe_extractor, find_extractor, notes_on
+from pipelines.measuring.settings import Measuring
 from pipelines.measuring.statistics_file import StatisticsReference, open_statistics
 from pipelines.measuring.survey import SWD_IMAGES, compare_surveys
 from pipelines.sample_folder import SampleFolder, newest_samples
@@ -153,7 +154,9 @@ def _measure(
         raise UsageError("--bootstrap is for one process: leave torchrun out")
     out = how.out or samples.result_path
     from_main(ranks, lambda: check_writable(out))
-    extractor, missing = find_extractor(how, samples.resolution, where)
+    extractor, missing = find_extractor(
+        how.features, how.mode, how.weights, samples.resolution, where, ranks
+    )
     reference = _open_reference(against, split, samples, extractor, missing, how)
     check_size(samples, reference)
     trained_on = None
@@ -179,7 +182,7 @@ def _measure(
         result = {
             "format": FORMAT,
             **_numbers(made, real, rows, where, how.bootstrap),
-            "fid_missing": str(missing) if missing else None,
+            "fid_missing": missing,
             "mode": how.mode if how.features is None else None,
             "resolution": samples.resolution,
             "samples": {
@@ -195,7 +198,7 @@ def _measure(
             | real.about,
             "extractor": describe_extractor(extractor),
             "forced": how.force,
-            "warnings": [*doubts, *copies, *notes_on(extractor, how)],
+            "warnings": [*doubts, *copies, *notes_on(extractor, how.features)],
             **_made_by(),
         }
         write_json(out, result)
@@ -208,7 +211,7 @@ def _measure(
             console.print(f"note: {warning}", markup=False)
     if missing:
         swd = f"SWD {result['swd']['mean']:.3f} (×10³)"
-        raise LdmError(f"{missing}; without FID, {swd} was measured and is in {out}") from missing
+        raise LdmError(f"{missing}; without FID, {swd} was measured and is in {out}")
     return result
 
 
@@ -217,7 +220,7 @@ def _open_reference(
     split: Split | None,
     samples: Samples,
     extractor: Extractor | None,
-    missing: LdmError | None,
+    missing: str | None,
     how: Measuring,
 ) -> Reference:
     if isinstance(against, DataConfig):
@@ -225,7 +228,7 @@ def _open_reference(
         return ImageReference(against, chosen, samples.resolution, len(samples), how.limit)
     if extractor is None:
         # of statistics nothing can be measured without features
-        raise missing or UsageError(f"no extractor for {against}")
+        raise LdmError(f"{against}: {missing}")
     return open_statistics(against, extractor, how.mode)
 
 

@@ -17,11 +17,11 @@ from accelerate import PartialState
 from torch import Tensor
 
 from ldm.config import to_tree, validate
-from ldm.device import keep_freed_memory, resolve_device
+from ldm.device import keep_freed_memory
 from ldm.errors import UsageError
 from ldm.images import save_grid, to_float, to_pil
 from ldm.logbook import console, progress_bar
-from ldm.run import from_main
+from ldm.run import from_main, join_processes
 from pipelines.classes import Classes, Label
 from pipelines.latent_model import LatentModel
 from pipelines.sample_claim import claim_folder, default_folder, write_labels
@@ -80,11 +80,9 @@ def sample_images(
     if files not in STORES:
         raise UsageError(f"--format {files}: it must be one of {', '.join(STORES)}")
     how = validate(Sampling, sampling)
-    where = resolve_device(device)
+    ranks, where = join_processes(device)
     keep_freed_memory(where)
-    ranks = PartialState(cpu=where.type == "cpu")
-    device = str(ranks.device) if ranks.num_processes > 1 else device
-    pipe = LatentModel.from_pretrained(model, device, precision)
+    pipe = LatentModel.from_pretrained(model, where, precision)
     # what cannot be is refused before a folder is made
     noise_levels(how, pipe.denoiser)
     chosen = None if labels is None else pipe.classes.read(labels)

@@ -19,8 +19,8 @@ def reproduce(
     scale: Annotated[
         Literal["smoke", "small", "paper"],
         typer.Option(
-            help="smoke: a minute on a CPU, to see that it runs. small: an hour on a GPU, a night "
-            "on a CPU. paper: the full recipe."
+            help="smoke: a minute on a CPU, to see that it runs. small: meant for an hour on a "
+            "GPU, a night on a CPU. paper: the full recipe."
         ),
     ] = "small",
     data: Annotated[

@@ -37,6 +37,9 @@ from ldm.files import write_json
 
 Report = dict[str, Any]
 
+NOT_RESIZED = "none"
+"""What a manifest says of the filter where every image had its size already."""
+
 
 def prepare(
     source_path: str | Path,
@@ -146,10 +149,13 @@ def _manifest(
         for job in its_jobs
         for name, reason in reports[job.name]["skipped"]
     ]
+    # sidecars of versions that did not count are of images that may have been
+    resized = any(report.get("resized", 1) for report in reports.values())
+    told = settings if resized else settings | {"filter": NOT_RESIZED}
     return {
         "format": MANIFEST_FORMAT,
         "count": sum(split["count"] for split in splits.values()),
-        **{key: settings[key] for key in ("size", "filter", "crop", "source")},
+        **{key: told[key] for key in ("size", "filter", "crop", "source")},
         "splits": splits,
         "skipped": skipped,
     }

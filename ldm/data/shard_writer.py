@@ -50,7 +50,7 @@ def write_shard(
         LdmError: an image is smaller than the size asked for, or the disk is full.
     """
     tar, size = destination / f"{job.name}.tar", settings["size"]
-    report: dict[str, Any] = {"name": tar.name, "settings": settings, "skipped": []}
+    report: dict[str, Any] = {"name": tar.name, "settings": settings, "resized": 0, "skipped": []}
 
     def write(file: io.BufferedWriter) -> None:
         from webdataset import TarWriter
@@ -63,6 +63,7 @@ def write_shard(
                     report["skipped"].append([printable(source.name(index)), str(error)])
                 else:
                     square = center_crop(image, size, settings["filter"])
+                    report["resized"] += min(image.shape[:2]) != size
                     label = label_of(source, index)
                     labelled = {} if label < 0 else {"cls": b"%d" % label}
                     writer.write({"__key__": f"{index:08d}", "png": _as_png(square)} | labelled)

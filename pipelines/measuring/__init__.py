@@ -4,7 +4,7 @@ Both see every image once (`survey`), and know images by their pixels (`fingerpr
 
 Reconstructions: `evaluation_plan` says what is measured and looks for images that were trained on
 (`overlap`); `reconstruction` is the loop, `evaluation` its result, `evaluation_table` the printed
-one; `instruments` are what needs weights.
+one; `instruments` are what needs weights, `features` those of a network.
 
 Samples: `settings` say how; `model_samples` are one side, `reference`, `kept_statistics` and
 `statistics_file` the other, `image_pass` goes over either; `comparability` with `preparation`

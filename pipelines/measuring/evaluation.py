@@ -17,9 +17,9 @@ from ldm.files import write_json
 from ldm.metrics.extractors import Extractor
 from ldm.run_folder import installed_version, provenance
 from pipelines.measuring.evaluation_plan import Job
+from pipelines.measuring.features import describe_extractor
 from pipelines.measuring.instruments import FEATURES, Instruments
 from pipelines.measuring.preparation import preparation
-from pipelines.measuring.settings import describe_extractor
 
 FORMAT = 1
 NUMBERS = {

@@ -1,23 +1,22 @@
 """What reconstructions are measured with, as far as its weights are to be had."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
 
 from autoencoders.losses import LPIPS, load_lpips
-from ldm.errors import LdmError, UsageError
-from ldm.metrics.extractors import Extractor, load_extractor
+from ldm.errors import UsageError
+from ldm.metrics.extractors import Extractor
 from ldm.metrics.inception import Mode
-from ldm.run import from_main
+from pipelines.measuring.features import find_extractor, load_on_all
 
-T = TypeVar("T")
 FEATURES = ("rfid", "kid", "precision", "recall")
 """The numbers that a network's features are needed for."""
 NOT_ASKED = "--no-fid"
+"""Why they are not there, where a person has left them out."""
 
 
 class Instruments(NamedTuple):
@@ -51,36 +50,12 @@ def find_instruments(
     asked = weights is not None or features is not None
     if not fid and (asked or mode != "clean"):
         raise UsageError("--no-fid leaves out what --weights, --features and --mode are for")
-    lpips, why = _find(partial(load_lpips, device, instead="go without it, as here"), ranks)
+    load = partial(load_lpips, device, instead="go without it, as here")
+    lpips, why = load_on_all(load, ranks)
     missing = {} if why is None else {"lpips": why}
-    extractor = None
+    extractor, why = None, NOT_ASKED
     if fid:
-        load = partial(load_extractor, features, mode, weights, device, resolution)
-        extractor, why = _find(load, ranks)
-        if why is not None and asked:
-            raise LdmError(why)
-    else:
-        why = NOT_ASKED
+        extractor, why = find_extractor(features, mode, weights, resolution, device, ranks)
     if why is not None:
         missing |= dict.fromkeys(FEATURES, why)
     return Instruments(lpips, extractor, missing)
-
-
-def _find(load: Callable[[], T], ranks: PartialState) -> tuple[T | None, str | None]:
-    """What `load` returns on every process, or why it does not. The main process tries first, so
-    that what is fetched is fetched once."""
-    made: list[T] = []
-
-    def attempt() -> str | None:
-        try:
-            made.append(load())
-        except UsageError:
-            raise
-        except LdmError as error:
-            return str(error)
-        return None
-
-    why = from_main(ranks, attempt)
-    if why is None and not made:
-        made.append(load())
-    return (made[0] if made else None), why

@@ -1,9 +1,6 @@
 """The images that samples are compared with: one split of a data set."""
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from hashlib import file_digest, sha256
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -12,13 +9,11 @@ from ldm.config import to_tree
 from ldm.data import Batch, DataConfig, batches, evaluation_batches, open_source
 from ldm.data.dataset import PHOTOS
 from ldm.data.faults import FaultCount
+from ldm.data.identity import content_identity
 from ldm.data.split import Part, Split
 from ldm.errors import LdmError
-from ldm.logbook import progress_bar
 from pipelines.measuring.preparation import preparation, resize_filter
 from pipelines.measuring.survey import SEED
-
-READERS = 8  # files hashed at once: one is bound by the processor
 
 
 class ImageReference:
@@ -112,20 +107,7 @@ class ImageReference:
         Raises:
             LdmError: a file cannot be read, or is not there any more.
         """
-        files: dict[str, int] = {}  # in the order of their first image → place
-        chosen, file = sha256(), None
-        for name in map(self.source.name, range(self._count)):
-            # the next image may lie in the same archive
-            if file is None or not name.startswith(f"{file}/"):
-                file = _file_of(name)
-            place = files.setdefault(file, len(files))
-            chosen.update(f"{place}{name.removeprefix(file)}\0".encode("utf-8", "surrogateescape"))
-        with ThreadPoolExecutor(READERS) as pool, progress_bar("files") as bar:
-            task = bar.add_task("is it the same data?", total=len(files), speed="", note="")
-            for digest in pool.map(_digest, files):
-                chosen.update(digest)
-                bar.update(task, advance=1)
-        return chosen.hexdigest()
+        return content_identity(self.source, self._count)
 
     def about(self) -> dict[str, Any]:
         """What a result says of them."""
@@ -158,20 +140,3 @@ class ReferencePart:
         return evaluation_batches(
             self._source, self.resolution, batch_size, None, rank, world, workers, faults
         )
-
-
-def _file_of(name: str) -> str:
-    """The file that an image of a source lies in: its own, or an archive."""
-    path = Path(name)
-    found = next((str(part) for part in (path, *path.parents) if part.is_file()), None)
-    if found is None:
-        raise LdmError(f"{name} is not there any more: is the data being changed?")
-    return found
-
-
-def _digest(file: str) -> bytes:
-    try:
-        with Path(file).open("rb") as opened:
-            return file_digest(opened, "sha256").digest()
-    except OSError as error:
-        raise LdmError(f"could not read {file} ({error.strerror})") from error

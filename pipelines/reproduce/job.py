@@ -20,7 +20,14 @@ from ldm.timing import name_device
 from pipelines.reproduce.figures import Drawing, draw_figure, find_figure
 from pipelines.reproduce.measures import Measured, Tools, measure, measure_costs
 from pipelines.reproduce.plan import Job, Plan
-from pipelines.reproduce.records import asked_of, finished, is_main, lacking, write_record
+from pipelines.reproduce.records import (
+    asked_of,
+    finished,
+    is_main,
+    lacking,
+    listing_of,
+    write_record,
+)
 from pipelines.reproduce.result import Result, write_result
 from pipelines.reproduce.scales import find_scale, setting_key
 from pipelines.reproduce.tables import Table, find_tables
@@ -61,6 +68,7 @@ def reproduce(
         LdmError: as training and measuring; rows that are done stay so.
         Interrupted: asked to stop while training.
     """
+    listing_of.cache_clear()  # a notebook may have changed them since
     if figure := find_figure(word):
         if take:
             raise UsageError(f"--take is for tables: {figure} is drawn of others by `ldm analyze`")

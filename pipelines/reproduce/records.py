@@ -7,11 +7,13 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from autoencoders.losses.trunks import has_trunk
 from ldm.config import to_tree
+from ldm.data.identity import listing_identity
 from ldm.files import write_json
 from ldm.metrics.inception import WEIGHTS, weight_folders
 from pipelines.reproduce.plan import Job, Training
@@ -62,7 +64,12 @@ def asked_of(job: Job, measuring: Measuring) -> dict[str, Any]:
         stages["stage_one"] = _decisive(job.stage_one)
     data = to_tree(job.data)
     data.pop("workers")
-    measured = {"resolution": job.resolution, "data": data, **asdict(measuring)}
+    measured = {
+        "resolution": job.resolution,
+        "data": data,
+        "listing": listing_of(job.data.source),
+        **asdict(measuring),
+    }
     # as JSON has it: what is compared was read from there
     return json.loads(json.dumps({"trained": stages, "measured": measured}))
 
@@ -84,12 +91,23 @@ def finished(
         return None
     then = record["asked"]
     theirs = (record["taken"] or {}).get("sha256")
-    if then["measured"] != asked["measured"] or taken_sha256 not in (None, theirs):
+    if not _equal(then["measured"], asked["measured"]) or taken_sha256 not in (None, theirs):
         return None
-    if theirs is None and then != asked:
+    if theirs is None and then["trained"] != asked["trained"]:
         return None
     still = lacking(record["lacked"], weights)
     return record if still == record["lacked"] else None
+
+
+@cache
+def listing_of(data: str) -> str | None:
+    """Which images a data set holds, asked once; None where it is not here now."""
+    return listing_identity(data)
+
+
+def same_images(then: str | None, now: str | None) -> bool:
+    """Whether a data set holds what it held, as far as either is known."""
+    return None in (then, now) or then == now
 
 
 def lacking(numbers: Iterable[str], weights: Path | None) -> list[str]:
@@ -108,6 +126,11 @@ def _decisive(training: Training) -> dict[str, Any]:
     tree["data"].pop("workers")
     tree.pop("validate_images", None)
     return tree
+
+
+def _equal(then: dict[str, Any], now: dict[str, Any]) -> bool:
+    blank = {"listing": None}
+    return then | blank == now | blank and same_images(then.get("listing"), now["listing"])
 
 
 def _is_there(number: str, weights: Path | None) -> bool:

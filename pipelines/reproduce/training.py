@@ -17,12 +17,12 @@ from ldm.run_folder import is_finished
 from pipelines.autoencoder_recipe import AutoencoderRecipe
 from pipelines.diffusion_recipe import DiffusionRecipe
 from pipelines.reproduce.plan import Job, Training
-from pipelines.reproduce.records import is_main, read_record
+from pipelines.reproduce.records import is_main, listing_of, read_record, same_images
 from pipelines.reproduce.stand_ins import random_trunk
 from pipelines.train_autoencoder import train_autoencoder
 from pipelines.train_diffusion import train_diffusion
 
-CLOCK = "training.json"
+NOTES = "training.json"
 ESRGAN_TRUNK = "VGG-19"
 
 
@@ -121,18 +121,19 @@ def check_weights(recipe: AutoencoderRecipe) -> str | None:
 
 def _train(training: Training, stage_one: Model | None = None) -> Model:
     folder, recipe = training.folder, training.recipe
+    _check_images(training)
     if isinstance(recipe, AutoencoderRecipe):
-        with _timed(folder):
+        with _timed(folder, recipe.data.source):
             train_autoencoder(recipe, training.preset, folder)
     else:
         recipe = _standing_on(recipe, stage_one)
-        with _timed(folder):
+        with _timed(folder, recipe.data.source):
             train_diffusion(recipe, training.preset, folder)
     kind = "diffusion" if isinstance(recipe, DiffusionRecipe) else "autoencoder"
     path = folder / "ckpt.pt"
     if stage_one is not None:
         _check_stands_on(path, stage_one)
-    seconds = read_record(folder.parent / CLOCK).get(folder.name)
+    seconds = _noted(folder).get("seconds")
     return Model(path, load_model(path, kind).sha256, False, stage_one, seconds)
 
 
@@ -155,17 +156,36 @@ def _check_stands_on(path: Path, stage_one: Model) -> None:
         )
 
 
+def _check_images(training: Training) -> None:
+    """Whether a run that was begun learnt from the images that its data holds now.
+
+    Raises:
+        LdmError: from others.
+    """
+    folder, source = training.folder, training.recipe.data.source
+    if folder.is_dir() and not same_images(_noted(folder).get("listing"), listing_of(source)):
+        raise LdmError(
+            f"{folder} was trained on other images than {source} holds now: remove that folder, or "
+            "give --out another one"
+        )
+
+
 @contextmanager
-def _timed(folder: Path) -> Iterator[None]:
-    """Add the time spent inside to what earlier starts of this run took."""
+def _timed(folder: Path, data: str) -> Iterator[None]:
+    """Add the time spent inside to what earlier starts of this run took, and note its images."""
     if is_finished(folder):
         yield
         return
-    began, clock = time.monotonic(), folder.parent / CLOCK
+    began, notes = time.monotonic(), folder.parent / NOTES
     try:
         yield
     finally:
-        before = read_record(clock)
-        spent = before.get(folder.name, 0.0) + time.monotonic() - began
+        spent = _noted(folder).get("seconds", 0.0) + time.monotonic() - began
         if is_main() and folder.is_dir():  # not where training was refused
-            write_json(clock, before | {folder.name: round(spent, 2)})
+            noted = {"seconds": round(spent, 2), "listing": listing_of(data)}
+            write_json(notes, read_record(notes) | {folder.name: noted})
+
+
+def _noted(folder: Path) -> dict[str, Any]:
+    """What was noted of a run."""
+    return read_record(folder.parent / NOTES).get(folder.name, {})

@@ -17,6 +17,14 @@ def test_write_atomically_keeps_what_stood_there_when_the_writer_fails(tmp_path)
     assert path.read_bytes() == b"first" and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_in_the_place_of_a_folder(tmp_path):
+    (tmp_path / "eval").touch()
+    with pytest.raises(LdmError, match=r"could not write .*eval/a.json"):
+        write_atomically(tmp_path / "eval" / "a.json", lambda file: file.write(b"x"))
+    with pytest.raises(LdmError, match=r"could not write .*deeper"):
+        write_atomically(tmp_path / "eval" / "deeper" / "a", lambda file: file.write(b"x"))
+
+
 def test_only_a_failed_write_is_called_one(tmp_path):
     """A loader's worker that dies raises a RuntimeError wherever the process just is."""
 

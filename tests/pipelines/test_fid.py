@@ -22,6 +22,7 @@ from tests.pipelines.measuring.fid_sides import (
     SIZE,
     direct_features,
     direct_fid,
+    enlarged,
     pictures,
     to_nchw,
     write_folder,
@@ -291,15 +292,16 @@ def test_measuring_again_does_not_count_its_own_file(samples, reference, measure
     assert measure(samples, reference)["fid"] == first["fid"]
 
 
-def test_the_preparation_of_the_reference_is_told(tmp_path, samples, reference, measure):
+def test_the_preparation_of_the_reference_is_told(tmp_path, samples, measure):
     from ldm.data.prepare import prepare
 
-    prepare(reference.source, tmp_path / "shards", SIZE, "box", held_out=3, workers=0)
+    whole = write_folder(tmp_path / "whole", enlarged(pictures(15, 3)))
+    prepare(whole, tmp_path / "shards", SIZE, "box", held_out=3, workers=0)
     config = DataConfig(source=str(tmp_path / "shards"), workers=0)
     result = measure(samples, config)
     assert result["reference"]["count"] == 12
     assert result["reference"]["prepared"] == {
-        "size": SIZE, "filter": "box", "crop": "center", "source": "data",
+        "size": SIZE, "filter": "box", "crop": "center", "source": "whole",
     }  # fmt: skip
     assert result["reference"]["filter"] == "box"
 

@@ -59,6 +59,16 @@ def test_shards_manifest_and_split(images, tmp_path):
         assert tar.getnames() == [f"{index:08d}.png" for index in range(21, 25)]
 
 
+def test_images_of_the_size_were_resized_by_no_filter(tmp_path):
+    """A statistic is by how images came to their size, and these came as they are."""
+    squares = png_folder(tmp_path / "squares", [noise(n)[:32, :32] for n in range(3)])
+    manifest = here(squares, tmp_path / "out", size=32, held_out=1)
+    assert manifest["filter"] == "none"
+    assert here(squares, tmp_path / "out", size=32, held_out=1) == manifest  # from the sidecars
+    (squares / "larger.png").write_bytes(encode(noise(3)))
+    assert here(squares, tmp_path / "other", size=32, held_out=1)["filter"] == "lanczos"
+
+
 @pytest.mark.parametrize(
     ("filter", "resampling"),
     [

@@ -23,6 +23,11 @@ def pictures(count: int, seed: int, blur: float = 1.0) -> np.ndarray:
     return (noise / noise.std() * 60 + 128).clip(0, 255).astype(np.uint8)
 
 
+def enlarged(images: np.ndarray) -> np.ndarray:
+    """Twice as high and as wide, every pixel four times."""
+    return images.repeat(2, axis=1).repeat(2, axis=2)
+
+
 def write_folder(folder: Path, images: np.ndarray) -> Path:
     """PNGs by their numbers: `000.png` …"""
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,13 @@ from ldm.errors import LdmError
 from ldm.metrics import inception
 from pipelines.fid import fid_of_samples, measure_fid
 from tests.ldm.metrics.fake_inception import save_fake_inception
-from tests.pipelines.measuring.fid_sides import SIZE, pictures, write_folder, write_samples
+from tests.pipelines.measuring.fid_sides import (
+    SIZE,
+    enlarged,
+    pictures,
+    write_folder,
+    write_samples,
+)
 
 DIM = 8
 OURS, THEIRS = pictures(10, 0), pictures(12, 1, 1.3)
@@ -95,9 +101,10 @@ def samples_without_result(samples):
     return samples
 
 
-def test_other_filters(tmp_path, data, samples, weights, refused):
+def test_other_filters(tmp_path, samples, weights, refused):
+    large = write_folder(tmp_path / "large", enlarged(THEIRS))
     for name in ("box", "lanczos"):
-        prepare(data, tmp_path / name, SIZE, name, held_out=1, workers=0)
+        prepare(large, tmp_path / name, SIZE, name, held_out=1, workers=0)
     mark = json.loads((samples / "samples.json").read_text())
     mark["data"] = {"source": str(tmp_path / "box"), "workers": 0}
     (samples / "samples.json").write_text(json.dumps(mark))
@@ -111,9 +118,13 @@ def test_other_filters(tmp_path, data, samples, weights, refused):
     assert len(unknown["warnings"]) == 1 and unknown["samples"]["filter"] is None
 
 
-def test_samples_that_were_prepared_themselves(tmp_path, data, refused):
-    prepare(write_folder(tmp_path / "mine", OURS), tmp_path / "made", SIZE, "bicubic", workers=0)
-    prepare(data, tmp_path / "lanczos", SIZE, "lanczos", held_out=1, workers=0)
+def test_samples_that_were_prepared_themselves(tmp_path, refused):
+    mine, large = (
+        write_folder(tmp_path / name, enlarged(images))
+        for name, images in (("mine", OURS), ("large", THEIRS))
+    )
+    prepare(mine, tmp_path / "made", SIZE, "bicubic", workers=0)
+    prepare(large, tmp_path / "lanczos", SIZE, "lanczos", held_out=1, workers=0)
     text = refused(tmp_path / "made", data=str(tmp_path / "lanczos"))
     assert "brought down by lanczos" in text and "by bicubic" in text
 

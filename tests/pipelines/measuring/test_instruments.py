@@ -47,7 +47,7 @@ def test_what_is_there_is_taken(tmp_path, monkeypatch):
 
 
 def test_no_fid_looks_for_no_inception(monkeypatch):
-    monkeypatch.setattr(instruments, "load_extractor", None)  # calling it would be an error
+    monkeypatch.setattr(instruments, "find_extractor", None)  # calling it would be an error
     found = find(fid=False)
     assert found.extractor is None
     assert {found.missing[name] for name in FEATURES} == {NOT_ASKED}

@@ -11,6 +11,7 @@ from pipelines.reproduce.job import reproduce
 from pipelines.reproduce.measures import Measured
 from pipelines.reproduce.records import row_states
 from pipelines.reproduce.tables import find_tables
+from tests.ldm.data.pictures import encode, noise, png_folder
 
 pytestmark = pytest.mark.usefixtures("faked")
 ROOT = Path("reproduce/smoke")
@@ -66,8 +67,8 @@ def test_a_row_that_was_stopped_goes_on(faked):
     assert faked.trained[:2] == ["reproduce/smoke/t04/group/autoencoder"] * 2
     states = [row_states(Path("reproduce"), row) for row in table.rows]
     assert states == [{"smoke": "done", "small": "–", "paper": "–"}] * 3
-    clock = json.loads((ROOT / "t04" / "group" / "training.json").read_text("utf-8"))
-    assert clock["autoencoder"] >= 0
+    noted = json.loads((ROOT / "t04" / "group" / "training.json").read_text("utf-8"))
+    assert noted["autoencoder"]["seconds"] >= 0
 
 
 def test_another_recipe_in_the_same_folder_is_refused(faked):
@@ -76,6 +77,25 @@ def test_another_recipe_in_the_same_folder_is_refused(faked):
         run(settings=["batch_size=2"])
     run(settings=["batch_size=2"], out=Path("elsewhere"))
     assert len(faked.trained) == 6
+
+
+def test_other_images_under_the_same_path_are_not_taken_for_those_measured(faked, tmp_path):
+    data = png_folder(tmp_path / "data", [noise(n, 64, 64) for n in range(24)])
+    run(data=[str(data)])
+    run(data=[str(data)])
+    assert len(faked.measured) == 3
+    (data / "0000.png").write_bytes(encode(noise(99, 64, 64)[:, :48]))
+    with pytest.raises(LdmError, match=r"autoencoder was trained on other images than .*/data hol"):
+        run(data=[str(data)])
+    run(data=[str(data)], out=Path("elsewhere"))
+    assert len(faked.trained) == 6 and len(faked.measured) == 6
+
+
+def test_data_that_is_gone_undoes_no_finished_row(faked, tmp_path):
+    data = png_folder(tmp_path / "data", [noise(n, 64, 64) for n in range(24)])
+    first = run(data=[str(data)])
+    data.rename(tmp_path / "moved")
+    assert run(data=[str(data)]).numbers == first.numbers and len(faked.measured) == 3
 
 
 def test_how_a_run_is_watched_changes_no_number(faked):
