@@ -32,7 +32,7 @@ from ldm.device import keep_freed_memory, memory_format, resolve_device
 from ldm.images import to_float
 from ldm.timing import describe_machine, take_turns
 from pipelines.codec import Codec
-from pipelines.latent_stream import one_ahead
+from pipelines.training.latent_stream import one_ahead
 
 PEER = "diffusers"
 TRAINING, STEP, SAMPLING, ENCODING = (

@@ -35,10 +35,10 @@ from ldm.run import Run, make_accelerator
 from ldm.schedule import learning_rate, set_learning_rate
 from ldm.seeds import torch_seed
 from ldm.timing import describe_machine, synchronise
-from pipelines.autoencoder_recipe import AutoencoderRecipe
-from pipelines.autoencoder_step import draw, train_step
 from pipelines.evaluate import evaluate_autoencoder
 from pipelines.train_autoencoder import load_perceptual
+from pipelines.training.autoencoder_recipe import AutoencoderRecipe
+from pipelines.training.autoencoder_step import draw, train_step
 
 MAY_DIFFER = {"encoder", "conv1x1"}
 COLUMNS = 8

@@ -1,4 +1,9 @@
-"""Floor 2: the jobs. They build models, move data through them, and write what comes out."""
+"""Floor 2: the jobs. They build models, move data through them, and write what comes out.
+
+A module here is a job, and so is a package with one of its own name or a command's (`doctor`,
+`report`, `reproduce`, `analysis`, `exchange`); `training`, `sampling` and `measuring` are what jobs
+are made of.
+"""
 
 from typing import Any
 

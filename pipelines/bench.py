@@ -14,7 +14,7 @@ from ldm.device import memory_format, resolve_device
 from ldm.errors import LdmError, UsageError
 from ldm.logbook import console
 from ldm.timing import name_device, synchronise, take_turns
-from pipelines.counting import Holder, count_gmac, count_parameters
+from pipelines.doctor.counting import Holder, count_gmac, count_parameters
 
 ENCODERS = ("sdvae", "litevae-s", "litevae-b", "litevae-m", "litevae-l")
 REFERENCE = "sdvae"

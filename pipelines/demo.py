@@ -17,14 +17,14 @@ from ldm.images import save_grid, to_uint8
 from ldm.logbook import console, read_rows
 from ldm.metrics import sliced_wasserstein
 from ldm.run_folder import provenance
-from pipelines import page
-from pipelines.autoencoder_recipe import AutoencoderRecipe
-from pipelines.diffusion_recipe import DiffusionRecipe
 from pipelines.evaluate import evaluate_autoencoder
 from pipelines.latent_diffusion import LatentDiffusionPipeline
+from pipelines.report import page
 from pipelines.train_autoencoder import train_autoencoder
 from pipelines.train_diffusion import train_diffusion
-from pipelines.validate import reconstruction_sheet
+from pipelines.training.autoencoder_recipe import AutoencoderRecipe
+from pipelines.training.diffusion_recipe import DiffusionRecipe
+from pipelines.training.validate import reconstruction_sheet
 
 SAMPLES = 16
 SWD_IMAGES = 256

@@ -40,7 +40,7 @@ from pipelines.measuring.reference import ImageReference
 from pipelines.measuring.settings import Measuring
 from pipelines.measuring.statistics_file import StatisticsReference, open_statistics
 from pipelines.measuring.survey import SWD_IMAGES, compare_surveys
-from pipelines.sample_folder import SampleFolder, newest_samples
+from pipelines.sampling.folder import SampleFolder, newest_samples
 
 Samples = SampleFolder | ModelSamples
 Reference = ImageReference | StatisticsReference

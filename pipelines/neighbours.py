@@ -28,8 +28,8 @@ from ldm.files import write_json
 from ldm.images import save_grid, to_float
 from ldm.logbook import console, progress_bar
 from ldm.run_folder import provenance
-from pipelines.latent_model import LatentModel
-from pipelines.sample_folder import NEIGHBOURS, SampleFolder, newest_samples
+from pipelines.sampling.folder import NEIGHBOURS, SampleFolder, newest_samples
+from pipelines.sampling.latent_model import LatentModel
 
 Space = Literal["latents", "pixels"]
 Embed = Callable[[Tensor], Tensor]

@@ -3,7 +3,7 @@
 <out>/samples.json   the model, the seed, the sampler: what every image here was made with
 <out>/labels.json    the class of each image, where the model has classes
 <out>/grid.png       the first few, as one picture
-<out>/…              the images, as PNGs, shards or a zip: see `pipelines.sample_store`
+<out>/…              the images, as PNGs, shards or a zip: see `pipelines.sampling.store`
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,12 +22,12 @@ from ldm.errors import UsageError
 from ldm.images import save_grid, to_float, to_pil
 from ldm.logbook import console, progress_bar
 from ldm.run import from_main, join_processes
-from pipelines.classes import Classes, Label
-from pipelines.latent_model import LatentModel
-from pipelines.sample_claim import claim_folder, default_folder, write_labels
-from pipelines.sample_folder import GRID, SampleFolder
-from pipelines.sample_store import STORES, Files, PngStore
-from pipelines.sampling import Sampling, count, noise_levels, whole
+from pipelines.sampling.claim import claim_folder, default_folder, write_labels
+from pipelines.sampling.classes import Classes, Label
+from pipelines.sampling.folder import GRID, SampleFolder
+from pipelines.sampling.latent_model import LatentModel
+from pipelines.sampling.settings import Sampling, count, noise_levels, whole
+from pipelines.sampling.store import STORES, Files, PngStore
 
 IN_GRID = 64
 WRITERS = 4

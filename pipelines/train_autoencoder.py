@@ -25,9 +25,9 @@ from ldm.logbook import Logbook, read_rows
 from ldm.run import Run, start_run
 from ldm.run_folder import is_finished, provenance
 from ldm.schedule import learning_rate, set_learning_rate
-from pipelines.autoencoder_recipe import AutoencoderRecipe
-from pipelines.autoencoder_step import draw, train_step
-from pipelines.validate import validate_autoencoder
+from pipelines.training.autoencoder_recipe import AutoencoderRecipe
+from pipelines.training.autoencoder_step import draw, train_step
+from pipelines.training.validate import validate_autoencoder
 
 
 def train_autoencoder(

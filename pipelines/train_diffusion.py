@@ -18,12 +18,12 @@ from ldm.logbook import Logbook
 from ldm.run import Run, start_run
 from ldm.run_folder import is_finished, provenance
 from pipelines.codec import Codec, measure_latents
-from pipelines.diffusion_recipe import DiffusionRecipe, fit, latent_shape
-from pipelines.latent_cache import open_cache
-from pipelines.latent_stream import LatentBatch, latent_batches
-from pipelines.learner import Learner
-from pipelines.noise_bands import band_losses
-from pipelines.validate import draw_losses, draw_samples
+from pipelines.training.diffusion_recipe import DiffusionRecipe, fit, latent_shape
+from pipelines.training.latent_cache import open_cache
+from pipelines.training.latent_stream import LatentBatch, latent_batches
+from pipelines.training.learner import Learner
+from pipelines.training.noise_bands import band_losses
+from pipelines.training.validate import draw_losses, draw_samples
 
 
 def train_diffusion(

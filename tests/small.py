@@ -9,8 +9,8 @@ import torch
 
 from autoencoders import Autoencoder, build_autoencoder
 from ldm.config import load_preset, resolve
-from pipelines.autoencoder_recipe import AutoencoderRecipe
-from pipelines.diffusion_recipe import DiffusionRecipe
+from pipelines.training.autoencoder_recipe import AutoencoderRecipe
+from pipelines.training.diffusion_recipe import DiffusionRecipe
 
 ROOT = Path(__file__).parent.parent
 

@@ -11,7 +11,7 @@ from ldm.cli.names import COMMAND, STAGE_ONE, STAGE_TWO, find_preset, find_prese
 from ldm.cli.train import Settings
 
 if TYPE_CHECKING:
-    from pipelines.diagnosis import Diagnosis
+    from pipelines.doctor.diagnosis import Diagnosis
 
 Rows = list[tuple[str, ...]]
 COLOURS = {"error": "red", "warning": "yellow", "note": "dim"}
@@ -56,14 +56,14 @@ def doctor(
         words.append(f"autoencoder={json.dumps(ae)}")
     how = {"processes": processes} | ({} if trial else {"seconds": 0})
     if kind in STAGE_ONE:
-        from pipelines.autoencoder_recipe import AutoencoderRecipe
-        from pipelines.doctor import diagnose_autoencoder
+        from pipelines.doctor.doctor import diagnose_autoencoder
+        from pipelines.training.autoencoder_recipe import AutoencoderRecipe
 
         recipe = resolve(AutoencoderRecipe, load_preset(kind, name), words)
         diagnosis = diagnose_autoencoder(recipe, name, **how)
     else:
-        from pipelines.diffusion_recipe import DiffusionRecipe
-        from pipelines.doctor import diagnose_diffusion
+        from pipelines.doctor.doctor import diagnose_diffusion
+        from pipelines.training.diffusion_recipe import DiffusionRecipe
 
         recipe = resolve(DiffusionRecipe, load_preset(kind, name), words)
         diagnosis = diagnose_diffusion(recipe, name, **how)

@@ -62,7 +62,7 @@ def import_model(
     ldm import lsun-churches.ckpt churches.pt --diffusion --heads 8
     """
     if diffusion:
-        from pipelines.exchange_diffusion import import_diffusion
+        from pipelines.exchange.diffusion import import_diffusion
 
         _refuse_given("is for autoencoders", subfolder=subfolder, revision=revision)
         done = import_diffusion(source, out, resolution, head_width, heads, scale_factor, force)
@@ -70,7 +70,7 @@ def import_model(
         for line in (*done.notes, f"next: ldm sample {out}"):
             typer.echo(line)
         return
-    from pipelines.exchange import import_autoencoder
+    from pipelines.exchange.autoencoders import import_autoencoder
 
     _refuse_given(
         "goes with --diffusion", resolution=resolution, head_width=head_width, heads=heads,
@@ -119,7 +119,7 @@ def export_model(
     *model, out = paths
     named = model[0] if model else None
     if form == "unet":
-        from pipelines.exchange_diffusion import export_network
+        from pipelines.exchange.diffusion import export_network
 
         _refuse_given("is for --format diffusers", scaling_factor=scaling_factor)
         _told(export_network(out, named, force))
@@ -129,7 +129,7 @@ def export_model(
         )
         typer.echo(f"next: diffusers.UNet2DModel.from_pretrained({str(out)!r})")
         return
-    from pipelines.exchange import export_autoencoder
+    from pipelines.exchange.autoencoders import export_autoencoder
 
     _told(export_autoencoder(out, form, named, scaling_factor, force))
     if form == "diffusers":

@@ -49,9 +49,9 @@ def show(
 
 def _recipe_class(kind: str) -> type:
     if kind in STAGE_ONE:
-        from pipelines.autoencoder_recipe import AutoencoderRecipe
+        from pipelines.training.autoencoder_recipe import AutoencoderRecipe
 
         return AutoencoderRecipe
-    from pipelines.diffusion_recipe import DiffusionRecipe
+    from pipelines.training.diffusion_recipe import DiffusionRecipe
 
     return DiffusionRecipe

@@ -34,8 +34,8 @@ def train_ae(
     ldm train-ae litevae-b data.source=data/ffhq256
     """
     from ldm.config import load_preset, resolve
-    from pipelines.autoencoder_recipe import AutoencoderRecipe
     from pipelines.train_autoencoder import train_autoencoder
+    from pipelines.training.autoencoder_recipe import AutoencoderRecipe
 
     kind, preset = find_preset(preset, STAGE_ONE)
     recipe = resolve(AutoencoderRecipe, load_preset(kind, preset), settings or [])
@@ -71,9 +71,9 @@ def train_diffusion(
     """
     from ldm.config import load_preset, resolve
     from ldm.errors import UsageError
-    from pipelines.diffusion_recipe import DiffusionRecipe
-    from pipelines.stage_one import find_stage_one
     from pipelines.train_diffusion import train_diffusion
+    from pipelines.training.diffusion_recipe import DiffusionRecipe
+    from pipelines.training.stage_one import find_stage_one
 
     words = list(words or [])
     preset = words.pop(0) if words and "=" not in words[0] else "ffhq256"

@@ -12,10 +12,10 @@ from ldm.data import Batch
 from ldm.device import keep_freed_memory, resolve_device
 from ldm.errors import UsageError
 from ldm.images import to_uint8
-from pipelines.classes import Label
-from pipelines.latent_model import LatentModel
-from pipelines.sample_claim import default_folder
-from pipelines.sampling import Sampling, count, noise_levels, whole
+from pipelines.sampling.claim import default_folder
+from pipelines.sampling.classes import Label
+from pipelines.sampling.latent_model import LatentModel
+from pipelines.sampling.settings import Sampling, count, noise_levels, whole
 
 FID_50K = 50_000  # as many as papers take
 

@@ -16,7 +16,7 @@ from ldm.data.dataset import PHOTOS
 from ldm.data.decode import CorruptImage
 from ldm.data.shards import read_manifest
 from ldm.errors import LdmError
-from pipelines.sample_folder import is_lossy
+from pipelines.sampling.folder import is_lossy
 
 LOOKED_AT = 16  # images whose size tells that of all
 

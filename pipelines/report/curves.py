@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from math import inf
 
-from pipelines import page
-from pipelines.noise_bands import band_names
+from pipelines.report import page
 from pipelines.report.records import Record
+from pipelines.training.noise_bands import band_names
 
 POINTS = 300
 """Of a line at most: more would not be seen, and make the page heavy."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipelines import page
+from pipelines.report import page
 from pipelines.report.records import Record, read_tree
 from pipelines.report.settings import flatten
 

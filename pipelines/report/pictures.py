@@ -18,8 +18,8 @@ from ldm.errors import LdmError
 from ldm.images import latents_as_rgb, to_float, to_uint8
 from ldm.logbook import console
 from ldm.metrics import psnr
-from pipelines import page
 from pipelines.latent_diffusion import LatentDiffusionPipeline
+from pipelines.report import page
 from pipelines.report.records import Record
 
 T = TypeVar("T")

@@ -7,7 +7,7 @@ from pathlib import Path
 from ldm.device import resolve_device
 from ldm.errors import UsageError
 from ldm.run_folder import provenance
-from pipelines import page
+from pipelines.report import page
 from pipelines.report.curves import curves_section
 from pipelines.report.numbers import numbers_section
 from pipelines.report.pictures import Looks, reconstructions_section, samples_section

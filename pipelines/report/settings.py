@@ -7,7 +7,7 @@ import yaml
 
 from ldm.config import Tree
 from ldm.run_folder import WATCHING
-from pipelines import page
+from pipelines.report import page
 from pipelines.report.records import Record
 
 ABSENT = "–"

@@ -118,7 +118,7 @@ def _find_job(plan: Plan, preset: str) -> Job:
 
 def _draw_samples(name: str, job: Job, models: dict[str, Model], plan: Plan) -> Drawing:
     from pipelines.sample import sample_images
-    from pipelines.sample_folder import GRID
+    from pipelines.sampling.folder import GRID
 
     how, device = plan.scale.measuring, job.training.recipe.run.device
     [model] = models.values()

@@ -10,7 +10,7 @@ from ldm.errors import LdmError
 from ldm.metrics.inception import FeatureExtractor
 from ldm.timing import name_device
 from pipelines.bench import measure_encoders
-from pipelines.counting import count_parameters
+from pipelines.doctor.counting import count_parameters
 from pipelines.evaluate import evaluate_checkpoints
 from pipelines.reproduce.columns import SIGMAS
 from pipelines.reproduce.layout import shown_columns

@@ -22,10 +22,10 @@ from ldm.config import list_presets, load_preset, resolve, to_tree
 from ldm.data import DataConfig
 from ldm.data.dataset import PHOTOS
 from ldm.errors import LdmError, UsageError
-from pipelines.autoencoder_recipe import AutoencoderRecipe
-from pipelines.diffusion_recipe import DiffusionRecipe
 from pipelines.reproduce.scales import Scale, check_settings, evaluation_side, scale_recipe
 from pipelines.reproduce.tables import Row, Table, find_row, trained_rows
+from pipelines.training.autoencoder_recipe import AutoencoderRecipe
+from pipelines.training.diffusion_recipe import DiffusionRecipe
 
 Recipe = AutoencoderRecipe | DiffusionRecipe
 

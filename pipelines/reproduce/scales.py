@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 from ldm.config import Config, Tree, key_paths, merge, parse_override, resolve, to_tree
 from ldm.errors import UsageError
-from pipelines.autoencoder_recipe import AutoencoderRecipe
-from pipelines.diffusion_recipe import DiffusionRecipe
+from pipelines.training.autoencoder_recipe import AutoencoderRecipe
+from pipelines.training.diffusion_recipe import DiffusionRecipe
 
 RecipeT = TypeVar("RecipeT", AutoencoderRecipe, DiffusionRecipe)
 

@@ -14,13 +14,13 @@ from ldm.checkpoint import fingerprint, load_model
 from ldm.errors import LdmError
 from ldm.files import write_json
 from ldm.run_folder import is_finished
-from pipelines.autoencoder_recipe import AutoencoderRecipe
-from pipelines.diffusion_recipe import DiffusionRecipe
 from pipelines.reproduce.plan import Job, Training
 from pipelines.reproduce.records import is_main, listing_of, read_record, same_images
 from pipelines.reproduce.stand_ins import random_trunk
 from pipelines.train_autoencoder import train_autoencoder
 from pipelines.train_diffusion import train_diffusion
+from pipelines.training.autoencoder_recipe import AutoencoderRecipe
+from pipelines.training.diffusion_recipe import DiffusionRecipe
 
 NOTES = "training.json"
 ESRGAN_TRUNK = "VGG-19"

@@ -17,8 +17,8 @@ from ldm.config import load_preset, resolve, to_tree
 from ldm.data import DataConfig, batches, open_source
 from ldm.images import to_float
 from ldm.run import Run, RunConfig, make_accelerator
-from pipelines.autoencoder_recipe import AutoencoderRecipe
-from pipelines.autoencoder_step import draw, train_step
+from pipelines.training.autoencoder_recipe import AutoencoderRecipe
+from pipelines.training.autoencoder_step import draw, train_step
 
 RESOLUTION, BATCH, STEPS = 32, 4, 20
 SMALL = [

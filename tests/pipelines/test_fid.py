@@ -15,7 +15,7 @@ from ldm.metrics.precision_recall import precision_recall
 from ldm.seeds import generator
 from pipelines.fid import fid_of_samples, measure_fid
 from pipelines.sample import sample_images
-from pipelines.sample_store import STORES
+from pipelines.sampling.store import STORES
 from tests.ldm.metrics.fake_inception import save_fake_inception
 from tests.pipelines.measuring.fid_sides import (
     DIM,

@@ -9,7 +9,7 @@ from diffusion.schedules import karras_sigmas
 from ldm.errors import LdmError
 from ldm.images import to_uint8
 from ldm.seeds import generator, normal
-from pipelines.sampling import Churn
+from pipelines.sampling.settings import Churn
 from tests.pipelines.untrained import CLASSES, SIZE, pipeline, said
 
 FEW = {"steps": 3}

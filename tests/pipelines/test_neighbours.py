@@ -12,9 +12,9 @@ from scipy import ndimage
 from ldm.data import DataConfig, open_source
 from ldm.errors import LdmError, UsageError
 from ldm.images import to_float
-from pipelines.latent_model import LatentModel
 from pipelines.neighbours import find_neighbours
-from pipelines.sample_store import image_path
+from pipelines.sampling.latent_model import LatentModel
+from pipelines.sampling.store import image_path
 from tests.pipelines.untrained import SIZE, make_model
 
 TRAIN, HELD_OUT = 12, 3

@@ -16,8 +16,8 @@ from PIL import Image
 from ldm.checkpoint import load_model, save_model
 from ldm.errors import LdmError, UsageError
 from pipelines.sample import sample_images
-from pipelines.sample_folder import SampleFolder
-from pipelines.sample_store import image_path
+from pipelines.sampling.folder import SampleFolder
+from pipelines.sampling.store import image_path
 from tests.pipelines.untrained import CLASSES, make_model, pipeline
 from tests.small import ROOT, ldm
 
@@ -121,8 +121,9 @@ import sys
 from pathlib import Path
 from accelerate import PartialState
 from ldm.errors import LdmError
-from pipelines import sample, sample_store
-from pipelines.sample_store import PngStore, ShardStore
+from pipelines import sample
+from pipelines.sampling import store as sample_store
+from pipelines.sampling.store import PngStore, ShardStore
 
 rank, how = PartialState(cpu=True).process_index, dict(batch_size=2, device="cpu")
 how |= dict(steps=3, churn=10, precision="fp32", n=9, model=sys.argv[1])
@@ -139,6 +140,7 @@ try:  # of the main process alone, were it not told to the other
     sample.sample_images(out="two", seed=1, files="shards", **how)
 except LdmError as error:
     Path(f"refused-{rank}").write_text(str(error))
+PartialState().destroy_process_group()
 """
 
 

@@ -10,13 +10,13 @@ from typer.testing import CliRunner
 
 from ldm.cli.doctor import _disk, _duration, _trial, doctor
 from ldm.errors import UsageError
-from pipelines import checks, trial
-from pipelines import doctor as doctors
-from pipelines.diagnosis import Diagnosis, Length, Machine
-from pipelines.room import Disk, Memory
-from pipelines.trial import Load, Speed, Trial
-from tests.pipelines.papers import paper_autoencoder, paper_diffusion
-from tests.pipelines.test_checks import save_run
+from pipelines.doctor import checks, trial
+from pipelines.doctor import doctor as doctors
+from pipelines.doctor.diagnosis import Diagnosis, Length, Machine
+from pipelines.doctor.room import Disk, Memory
+from pipelines.doctor.trial import Load, Speed, Trial
+from tests.pipelines.doctor.papers import paper_autoencoder, paper_diffusion
+from tests.pipelines.doctor.test_checks import save_run
 
 TINY = [
     "phases=[{resolution: 32, steps: 4}]", "batch_size=2", "discriminator.multipliers=[1, 2]",

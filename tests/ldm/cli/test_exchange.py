@@ -8,7 +8,7 @@ import pytest
 from ldm.cli.exchange import export_model, import_model
 from ldm.cli.sample import sample
 from ldm.errors import LdmError, UsageError
-from tests.pipelines.foreign_models import SIZE, write_compvis, write_diffusers
+from tests.pipelines.exchange.foreign_models import SIZE, write_compvis, write_diffusers
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from ldm.cli.report import report
 from ldm.errors import LdmError, UsageError
-from tests.pipelines.run_folders import stage_one
+from tests.pipelines.report.run_folders import stage_one
 
 
 @pytest.fixture

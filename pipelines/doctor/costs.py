@@ -1,0 +1,210 @@
+"""What training costs, worked out on paper: the real step, on tensors that have no values.
+
+The networks and the step are those of the training itself, run under PyTorch's `FakeTensorMode`:
+shapes, types and autocast are as on the device, and nothing is computed or allocated.
+"""
+
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from autoencoders import Autoencoder, AutoencoderConfig
+from autoencoders.discriminators import build_discriminator
+from autoencoders.layers import checkpoint_blocks
+from autoencoders.losses import LPIPS, Objective
+from autoencoders.losses.esrgan import CONV5_4, ESRGANPerceptual
+from diffusion.build import build_denoiser, build_network
+from diffusion.edm import EDMLoss
+from diffusion.uncertainty import Uncertainty
+from pipelines.doctor.counting import Counter, Holder, PaperRun, count_gmac
+from pipelines.train_diffusion import train_step as train_diffusion_step
+from pipelines.training.autoencoder_recipe import AutoencoderRecipe
+from pipelines.training.autoencoder_step import Draws
+from pipelines.training.autoencoder_step import train_step as train_autoencoder_step
+from pipelines.training.diffusion_recipe import DiffusionRecipe
+from pipelines.training.latent_stream import LatentBatch
+
+
+class StepCost(NamedTuple):
+    """What one training step costs."""
+
+    activations: int
+    """Bytes kept for the backward pass at the worst moment, of the whole micro-batch."""
+    gmac: float
+    """10⁹ multiply-accumulates per image, forward and backward, of every network in the step."""
+
+
+def blank_perceptual(recipe: AutoencoderRecipe) -> dict[str, LPIPS | ESRGANPerceptual]:
+    """The perceptual losses of a recipe, of random weights: what they cost, not what they say."""
+    losses: dict[str, LPIPS | ESRGANPerceptual] = {}
+    if recipe.loss.lpips:
+        import lpips
+
+        how = {"pretrained": False, "pnet_rand": True, "verbose": False}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the package calls torchvision in an outdated way
+            losses["lpips"] = LPIPS(lpips.LPIPS(net=recipe.loss.lpips_network, **how))
+    if recipe.loss.esrgan:
+        from torchvision.models import vgg19
+
+        losses["esrgan"] = ESRGANPerceptual(vgg19().features[: CONV5_4 + 1])
+    return losses
+
+
+# -------------------------------------------------------------------------------- stage one
+class PaperAutoencoder:
+    """Stage one's networks on paper.
+
+    Args:
+        device: where the training would run; it need not have the room.
+        precision: "fp32" or "bf16".
+        batch: images in a micro-batch: on paper, many take no longer than one.
+    """
+
+    def __init__(
+        self, recipe: AutoencoderRecipe, device: torch.device, precision: str, batch: int
+    ) -> None:
+        self.recipe, self.device, self.precision, self.batch = recipe, device, precision, batch
+        self._costs: dict[tuple[int, bool, int], StepCost] = {}
+        self._mode = FakeTensorMode()
+        with self._mode, torch.device(device):
+            self.autoencoder = Autoencoder(recipe.model)
+            self.critic = build_discriminator(recipe.discriminator)
+            perceptual = blank_perceptual(recipe)
+        self.trained: list[nn.Module] = [self.autoencoder, self.critic]
+        self.averaged: list[nn.Module] = [self.autoencoder]
+        self.frozen: list[nn.Module] = [
+            loss.network if isinstance(loss, LPIPS) else loss.features
+            for loss in perceptual.values()
+        ]
+        for network in self.frozen:
+            # the losses put their network where the images are: it is there, and tensors on paper
+            # cannot be exchanged
+            network.to = lambda *_, network=network: network
+        self._objective = Objective(recipe.loss, recipe.adversarial, perceptual)
+        if recipe.checkpointing:
+            checkpoint_blocks(self.autoencoder)
+
+    def gmac(self, resolution: int) -> dict[str, float]:
+        """10⁹ multiply-accumulates of each network for one image, forward."""
+        latent, batch = resolution // self.recipe.encoder.downsampling, self.batch
+        shape = (batch, self.recipe.latent_channels, latent, latent)
+        # as in a step: what is known of its operations need not be worked out again
+        with self._mode, PaperRun(self.device, self.precision).autocast():
+            images = torch.zeros(batch, 3, resolution, resolution, device=self.device)
+            latents = torch.zeros(shape, device=self.device)
+            counted = {
+                "encoder": count_gmac(lambda: self.autoencoder.encode(images)),
+                "decoder": count_gmac(lambda: self.autoencoder.decode(latents)),
+            }
+            if self.recipe.adversarial.weight:
+                counted["discriminator"] = count_gmac(lambda: self.critic(images))
+        return {name: gmac / batch for name, gmac in counted.items()}
+
+    def cost(self, resolution: int, fights: bool = True, batch: int | None = None) -> StepCost:
+        """Of a step with `batch` images, or `self.batch`. Worked out once.
+
+        Args:
+            fights: with the discriminator, if there is one.
+        """
+        key = (resolution, fights and self.recipe.adversarial.weight > 0, batch or self.batch)
+        if key not in self._costs:
+            self._costs[key] = self._work_out(*key)
+        return self._costs[key]
+
+    def _work_out(self, resolution: int, fights: bool, batch: int) -> StepCost:
+        recipe, net, device = self.recipe, self.autoencoder, self.device
+        side = resolution // recipe.encoder.downsampling
+        run = PaperRun(device, self.precision, net, self.critic, *self.frozen)
+        averaged = net if self._objective.needs_averaged and recipe.ema_half_life_images else None
+        with self._mode:
+            images = torch.zeros(batch, 3, resolution, resolution, device=device)
+            noise = torch.zeros(batch, recipe.latent_channels, side, side, device=device)
+            boxes = torch.zeros(batch, 3, device=device) if recipe.adversarial.cutmix else None
+            with Counter() as counter, run.watching():
+                train_autoencoder_step(
+                    run, net, self.critic, None, None, images, Draws(noise, boxes),
+                    self._objective, float(fights), None, averaged,
+                )  # fmt: skip
+        return StepCost(run.worst, counter.gmac / batch)
+
+
+# -------------------------------------------------------------------------------- stage two
+class PaperDiffusion:
+    """Stage two's networks on paper.
+
+    Args:
+        recipe: with the network's sizes filled in; see `diffusion_recipe.fit`.
+        config: of the autoencoder that makes the latents.
+        device, precision, batch: as of `PaperAutoencoder`.
+    """
+
+    def __init__(
+        self,
+        recipe: DiffusionRecipe,
+        config: AutoencoderConfig,
+        device: torch.device,
+        precision: str,
+        batch: int,
+    ) -> None:
+        self.recipe, self.device, self.precision, self.batch = recipe, device, precision, batch
+        self._gmac: dict[int, dict[str, float]] = {}
+        self._costs: dict[tuple[int, int], StepCost] = {}
+        self._mode = FakeTensorMode()
+        with self._mode, torch.device(device):
+            self.autoencoder = Autoencoder(config).eval().requires_grad_(False)
+            self.network = build_network(recipe.network)
+            uncertainty = Uncertainty() if recipe.denoiser.uncertainty else None
+            self.objective = EDMLoss(build_denoiser(self.network, recipe.denoiser), uncertainty)
+        self.trained: list[nn.Module] = [self.objective]
+        self.averaged: list[nn.Module] = [self.network] * (1 + len(recipe.ema_stds))
+        self.frozen: list[nn.Module] = [self.autoencoder]
+
+    def gmac(self, resolution: int) -> dict[str, float]:
+        """10⁹ multiply-accumulates of each network for one image, forward."""
+        if resolution not in self._gmac:
+            with self._mode:
+                images = torch.zeros(1, 3, resolution, resolution, device=self.device)
+                z = torch.zeros(1, *self._shape(resolution), device=self.device)
+                sigma = torch.ones(1, device=self.device)
+                self._gmac[resolution] = {
+                    "network": count_gmac(lambda: self.network(z, sigma)),
+                    "encoder": count_gmac(lambda: self.autoencoder.encode(images)),
+                }
+        return self._gmac[resolution]
+
+    def cost(self, resolution: int, batch: int | None = None) -> StepCost:
+        """Of a step with `batch` images, or `self.batch`, encoded on the fly unless the recipe has
+        a cache. Worked out once."""
+        key = (resolution, batch or self.batch)
+        if key not in self._costs:
+            self._costs[key] = self._work_out(*key)
+        return self._costs[key]
+
+    def encoding(self, resolution: int, batch: int | None = None) -> int:
+        """Bytes that stage one holds at the worst moment while it encodes so many images."""
+        autocast = PaperRun(self.device, self.precision).autocast()
+        with self._mode, Holder() as holder, torch.no_grad(), autocast:
+            shape = (batch or self.batch, 3, resolution, resolution)
+            self.autoencoder.encode(torch.zeros(shape, device=self.device))
+        return holder.worst
+
+    def _work_out(self, resolution: int, batch: int) -> StepCost:
+        run = PaperRun(self.device, self.precision, self.objective)
+        with self._mode:
+            z = torch.zeros(batch, *self._shape(resolution), device=self.device)
+            sigma = torch.ones(batch, device=self.device)
+            images = LatentBatch(z, sigma, torch.zeros_like(z), None, None)
+            with Counter() as counter, run.watching():
+                train_diffusion_step(run, self.objective, None, images, None)
+        gmac = counter.gmac / batch
+        if not self.recipe.cache:
+            gmac += self.gmac(resolution)["encoder"]
+        return StepCost(run.worst, gmac)
+
+    def _shape(self, resolution: int) -> tuple[int, int, int]:
+        side = resolution // self.autoencoder.downsampling
+        return (self.recipe.network.latent_channels, side, side)

@@ -1,0 +1,216 @@
+"""One self-contained HTML page: pictures inside, curves as SVG, readable in dark and in light."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+from torch import Tensor
+
+from ldm.files import write_atomically
+from ldm.images import grid, to_pil
+from pipelines.report.chart import Points, chart, charts, colour
+
+__all__ = [
+    "Markup",
+    "Points",
+    "breakable",
+    "chart",
+    "charts",
+    "chip",
+    "colour",
+    "columns",
+    "commands",
+    "folded",
+    "note",
+    "picture",
+    "png",
+    "section",
+    "strips",
+    "table",
+    "tiles",
+    "under",
+    "write_page",
+]
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1d2330; --dim: #5c6675; --paper: #fbfaf8; --card: #fff;
+        --line: #e3e1dc; --mark: #fdf3d7; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e8e6e1; --dim: #9aa3b2; --paper: #14161b; --card: #1c1f26; --line: #2e333d;
+          --mark: #3a3220; } }
+* { box-sizing: border-box }
+body { margin: 0; background: var(--paper); color: var(--ink); overflow-wrap: break-word;
+       font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; }
+main { max-width: 68rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem }
+h1 { font-size: 2rem; line-height: 1.15; margin: 0 0 .4rem; letter-spacing: -.02em }
+h2 { font-size: 1.2rem; margin: 2.6rem 0 .5rem }
+p { margin: .4rem 0 1rem; max-width: 46rem } .lead, figcaption, .dim { color: var(--dim) }
+figure { margin: 1rem 0; overflow-x: auto } figcaption { font-size: .88rem; margin-top: .4rem }
+img { max-width: 100%; height: auto; image-rendering: pixelated; border-radius: 6px;
+      display: block }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem;
+         margin: 1.4rem 0 }
+.tile, .card, .chart, pre { background: var(--card); border: 1px solid var(--line);
+        border-radius: 10px }
+.tile { padding: .8rem 1rem } .tile b { display: block; font-size: 1.55rem; letter-spacing: -.02em }
+.tile span { color: var(--dim); font-size: .85rem }
+.card { padding: .9rem 1rem; margin: .75rem 0 }
+.card p { margin: .2rem 0 0; font-size: .93rem; max-width: none } code { font-size: .82rem }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr));
+          gap: 1rem; margin: 1rem 0 }
+.chart { padding: .8rem; min-width: 0 } .chart h3 { margin: 0 0 .3rem; font-size: .95rem }
+svg { width: 100%; height: auto; display: block } svg text { fill: var(--dim); font-size: 12px }
+svg .grid { stroke: var(--line) }
+.legend { display: flex; flex-wrap: wrap; gap: .1rem .9rem; font-size: .82rem; color: var(--dim);
+          margin: .1rem 0 .4rem }
+.chip { display: inline-block; width: .7em; height: .7em; border-radius: 2px; margin-right: .4em }
+.scroll { overflow-x: auto; margin: .6rem 0 1rem }
+table { border-collapse: collapse; width: 100%; font-size: .93rem } td, th { text-align: left;
+        padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
+td:last-child { overflow-wrap: anywhere }
+.columns th { white-space: nowrap } .columns th, .columns td { min-width: 5.5rem }
+.columns tr > :first-child { min-width: 9.5rem; position: sticky; left: 0;
+        background: var(--paper) } .columns .dim { font-size: .88rem }
+.columns td { font-variant-numeric: tabular-nums } .columns thead th { color: var(--dim);
+        font-weight: 600; font-size: .85rem }
+details { margin: .6rem 0 } summary { cursor: pointer; color: var(--dim) }
+details[open] > summary { margin-bottom: .4rem }
+.note { background: var(--mark); border-radius: 8px; padding: .5rem .8rem; font-size: .93rem;
+        margin: .5rem 0; max-width: none }
+.strips { overflow-x: auto; margin: 1rem 0 } .strips figure { margin: 0 0 1rem; overflow: visible }
+.strips img { max-width: none; flex: none } .strips .row { display: flex; gap: 3px }
+.strips figcaption { position: sticky; left: 0;
+        width: min(100%, calc(100vw - 2.5rem)); margin: 0 0 .3rem }
+pre { padding: .9rem 1rem; overflow-x: auto; font-size: .88rem; overflow-wrap: normal }
+"""
+
+
+class Markup(str):
+    """Text that is HTML already, and is not escaped again."""
+
+
+def write_page(path: Path, title: str, lead: str, sections: Sequence[str]) -> Path:
+    """Write the page whole: a title, a leading sentence, and sections of HTML."""
+    html = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{STYLE}</style></head><body><main><h1>{escape(title)}</h1>"
+        f'<p class="lead">{escape(lead)}</p>{"".join(sections)}</main></body></html>\n'
+    )
+    write_atomically(path, lambda file: file.write(html.encode()))
+    return path
+
+
+def section(title: str, text: str, *parts: str) -> str:
+    """A heading, a paragraph in plain words, and what it speaks of."""
+    return f"<section><h2>{escape(title)}</h2><p>{escape(text)}</p>{''.join(parts)}</section>"
+
+
+def folded(title: str, *parts: str) -> str:
+    """What is shown when it is asked for."""
+    return f"<details><summary>{escape(title)}</summary>{''.join(parts)}</details>"
+
+
+def note(text: str) -> str:
+    """Something that a reader must not miss."""
+    return f'<p class="note">{escape(text)}</p>'
+
+
+def chip(colour: str, name: str) -> Markup:
+    """A name, and the colour that stands for it."""
+    return Markup(f'<span class="chip" style="background:{colour}"></span>{escape(name)}')
+
+
+def under(name: Markup, text: str) -> Markup:
+    """A name, and below it what is said of it, for a cell."""
+    return Markup(f'{name}<br><span class="dim">{escape(text)}</span>')
+
+
+def tiles(numbers: Mapping[str, str]) -> str:
+    """The few numbers that matter, large: {what it is: its value}."""
+    cells = (
+        f'<div class="tile"><b>{escape(value)}</b><span>{escape(name)}</span></div>'
+        for name, value in numbers.items()
+    )
+    return f'<div class="tiles">{"".join(cells)}</div>'
+
+
+# -------------------------------------------------------------------------------- pictures
+def picture(images: Tensor, columns: int, caption: str, zoom: int = 2) -> str:
+    """A sheet of float images (N, 3, H, W) in [−1, 1], embedded as PNG, shown `zoom` times."""
+    said, sheet = escape(caption), grid(images, columns)
+    image = _embed(_encode(sheet), said, sheet.shape[-1] * zoom)
+    return f"<figure>{image}<figcaption>{said}</figcaption></figure>"
+
+
+def png(path: Path, caption: str) -> str:
+    """A picture that is there, embedded.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    image = _embed(path.read_bytes(), escape(caption))
+    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def strips(rows: Sequence[tuple[str, Tensor]]) -> str:
+    """Rows of as many images below one another, which scroll sideways together.
+
+    Args:
+        rows: (caption, float images (N, 3, H, W) in [−1, 1]); all are shown at one size, enlarged
+            by whole pixels where they are small.
+    """
+    widest = max(images.shape[-1] for _, images in rows)
+    width = widest * max(1, round(160 / widest))
+    figures = []
+    for caption, images in rows:
+        row = "".join(_embed(_encode(image), "", width) for image in images)
+        said = f"<figcaption>{_cell(caption)}</figcaption>"
+        figures.append(f'<figure>{said}<div class="row">{row}</div></figure>')
+    return f'<div class="strips">{"".join(figures)}</div>'
+
+
+def _encode(image: Tensor) -> bytes:
+    """A float image (3, H, W) in [−1, 1] as PNG."""
+    file = io.BytesIO()
+    to_pil(image).save(file, format="png", optimize=True)
+    return file.getvalue()
+
+
+def _embed(data: bytes, said: str, width: int | None = None) -> str:
+    wide = f' width="{width}"' if width else ""
+    text = base64.b64encode(data).decode()
+    return f'<img src="data:image/png;base64,{text}"{wide} alt="{said}">'
+
+
+# ------------------------------------------------------------------------- tables, commands
+def table(rows: Sequence[tuple[str, str]]) -> str:
+    """Two columns: what, and its value."""
+    cells = (f"<tr><td>{breakable(a)}</td><td>{escape(b)}</td></tr>" for a, b in rows)
+    return f'<div class="scroll"><table>{"".join(cells)}</table></div>'
+
+
+def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows under a header; the first column stays in sight where the others scroll sideways."""
+    head = "".join(f"<th>{_cell(text)}</th>" for text in header)
+    body = "".join(f"<tr>{''.join(f'<td>{_cell(text)}</td>' for text in row)}</tr>" for row in rows)
+    return (
+        f'<div class="scroll"><table class="columns"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def breakable(key: str) -> Markup:
+    """A dotted key, which may go on in another line after a dot."""
+    return Markup(escape(key).replace(".", ".<wbr>"))
+
+
+def _cell(text: str) -> str:
+    return text if isinstance(text, Markup) else escape(text)
+
+
+def commands(lines: Sequence[str]) -> str:
+    """Commands to copy."""
+    return f"<pre>{escape(chr(10).join(lines))}</pre>"

@@ -1,0 +1,1 @@
+"""What sampling is made of: the model that makes one batch, its options, and where images go."""

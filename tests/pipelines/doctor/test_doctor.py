@@ -1,0 +1,300 @@
+"""What a whole diagnosis says of small recipes."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from autoencoders import Autoencoder, load_autoencoder
+from autoencoders.discriminators import build_discriminator
+from diffusion.build import build_network
+from ldm.checkpoint import fingerprint
+from ldm.data import open_source
+from ldm.errors import UsageError
+from ldm.run import start_run
+from pipelines.codec import Codec
+from pipelines.doctor import checks, doctor
+from pipelines.doctor.counting import count_parameters
+from pipelines.doctor.doctor import diagnose_autoencoder, diagnose_diffusion
+from pipelines.doctor.trial import Load
+from pipelines.training.latent_cache import open_cache
+from tests.pipelines.doctor.papers import paper_autoencoder, paper_diffusion
+from tests.pipelines.doctor.test_checks import save_images, save_run
+from tests.small import autoencoder_recipe, diffusion_recipe
+
+ONE_PHASE = "phases=[{resolution: 32, steps: 4}]"
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path, monkeypatch):
+    """No network, no runs, all weights there, and a CPU; equal networks are worked out once."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checks, "ask_size", lambda url: None)
+    monkeypatch.setattr(checks, "has_trunk", lambda network: True)
+    monkeypatch.setattr(checks, "check_inception", lambda: [])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor, "PaperAutoencoder", paper_autoencoder)
+    monkeypatch.setattr(doctor, "PaperDiffusion", paper_diffusion)
+
+
+def errors(diagnosis):
+    return [problem.text for problem in diagnosis.problems if problem.level == "error"]
+
+
+def test_stage_one():
+    recipe = autoencoder_recipe()
+    found = diagnose_autoencoder(recipe, "tiny", seconds=0)
+    assert found.ready and not found.problems and found.trial is None
+    networks = {part.name: part for part in found.parts}
+    ae, critic = Autoencoder(recipe.model), build_discriminator(recipe.discriminator)
+    assert networks["encoder"].parameters == count_parameters(ae.encoder)
+    assert networks["decoder"].parameters == count_parameters(ae.decoder)
+    assert networks["discriminator"].parameters == count_parameters(critic)
+    assert set(found.step_gmac) == set(networks["encoder"].gmac) == {64, 32}
+    # 64² has four times the pixels of 32²
+    gmac = networks["decoder"].gmac
+    assert gmac[64] == pytest.approx(4 * gmac[32], rel=0.05)
+    assert found.length == doctor.Length(8, 4, 1, 1, 4, images=32, data=8)
+    assert found.machine.precision == "fp32" and found.machine.device == "cpu"
+    assert found.machine.memory > 0 and found.machine.disk > 0
+    json.dumps(asdict(found))
+
+
+def test_without_a_discriminator_there_is_none():
+    found = diagnose_autoencoder(autoencoder_recipe("adversarial.weight=0", ONE_PHASE), seconds=0)
+    assert [part.name for part in found.parts] == ["encoder", "decoder"]
+
+
+def test_stage_two(tmp_path):
+    model = save_run(tmp_path / "runs" / "a", "tiny")
+    recipe = diffusion_recipe("", "data.labels=true")
+    found = diagnose_diffusion(recipe, "tiny", seconds=0)
+    assert found.ready and found.autoencoder == "runs/a/ckpt.pt"
+    networks = {part.name: part for part in found.parts}
+    encoder = count_parameters(Autoencoder(model).encoder)
+    assert networks["encoder"].parameters == encoder
+    labelled = recipe.network.model_copy(update={"classes": 8})  # one a photograph
+    assert networks["network"].parameters == count_parameters(build_network(labelled))
+    assert found.length.images == 8 * 4 and found.length.data == 8
+    json.dumps(asdict(found))
+
+
+def test_everything_missing_is_told_at_once():
+    recipe = diffusion_recipe("", "data.source=nowhere", "data.labels=true", "batch_size=6")
+    found = diagnose_diffusion(recipe, "tiny", processes=4, seconds=0)
+    assert not found.ready and found.length.data is None
+    told = errors(found)
+    assert len(told) == 3 and all("\n" not in text for text in told)
+    assert "no autoencoder run" in told[0] and "nowhere is not there" in told[1]
+    assert "make it a multiple of 4" in told[2] and found.length.each == 2
+    notes = [problem.text for problem in found.problems if problem.level == "note"]
+    assert notes == ["the data's classes are not known: 1,000 are assumed"]
+
+
+def test_settings_that_do_not_fit_stage_one_are_refused(tmp_path):
+    save_run(tmp_path / "runs" / "a", "tiny")
+    with pytest.raises(UsageError, match="multiple of 16"):
+        diagnose_diffusion(diffusion_recipe("", "resolution=40"), seconds=0)
+
+
+def test_a_device_that_is_not_there():
+    found = diagnose_autoencoder(autoencoder_recipe("run.device=cuda"), seconds=0)
+    assert errors(found) == [
+        "device 'cuda' asked for, but PyTorch sees no CUDA device here: use cpu"
+    ]
+    assert found.machine.device == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("diagnose", "recipe"),
+    [
+        (diagnose_autoencoder, autoencoder_recipe("run={device: cuda, compile: true}")),
+        (diagnose_diffusion, diffusion_recipe("", "run={device: cuda, compile: true}")),
+    ],
+)
+def test_without_the_device_all_else_is_told_and_no_cost_worked_out(diagnose, recipe, monkeypatch):
+    monkeypatch.setattr(doctor, "PaperAutoencoder", None)
+    monkeypatch.setattr(doctor, "PaperDiffusion", None)
+    monkeypatch.setattr(checks.shutil, "which", lambda _: None)
+    found = diagnose(recipe, "tiny")
+    told = errors(found)
+    assert "no CUDA device here" in told[0] and "C++ compiler" in told[-1]
+    assert found.length.images == 32 and found.length.data == 8
+    assert (found.parts, found.step_gmac) == ((), {})
+    assert found.memory is None and found.disk is None and found.trial is None
+    json.dumps(asdict(found))
+
+
+def test_data_of_a_size_that_suits_every_phase():
+    recipe = autoencoder_recipe("data.source=nowhere")
+    (told,) = errors(diagnose_autoencoder(recipe, seconds=0))
+    assert "--size 64" in told  # not the first phase's 32, which would not do for the second
+
+
+def pretend(monkeypatch, **properties):
+    """Another machine."""
+    machine = doctor._machine
+    monkeypatch.setattr(
+        doctor, "_machine", lambda recipe, device: replace(machine(recipe, device), **properties)
+    )
+
+
+def test_too_little_memory(monkeypatch):
+    recipe = autoencoder_recipe(ONE_PHASE, "adversarial.weight=0")
+    memory = diagnose_autoencoder(recipe, seconds=0).memory
+
+    def scarce(free):
+        with monkeypatch.context() as patch:
+            pretend(patch, memory=free)
+            return diagnose_autoencoder(recipe, seconds=0)
+
+    assert not scarce(memory.total).problems
+    (problem,) = scarce(memory.total - 1).problems
+    assert problem.level == "warning"
+    assert problem.text.endswith("accumulate=2 makes micro-batches of 2")
+    (problem,) = scarce(memory.lasting - 1).problems
+    assert problem.level == "error" and "take smaller networks" in problem.text
+
+
+def test_advice_that_its_own_sum_bears_out(monkeypatch):
+    """Of EDM2's activations, the normalised filters are there for one image as for many."""
+    network = "network={type: edm2, channels: 16, multipliers: [1], blocks: 1, head_width: 8}"
+
+    def diagnose(*settings):
+        recipe = diffusion_recipe("", network, *settings)
+        return diagnose_diffusion(recipe, "tiny", seconds=0)
+
+    totals = {n: diagnose(f"accumulate={n}").memory.total for n in (2, 4)}
+    for fewest, after in ((2, 4), (4, None)):
+        with monkeypatch.context() as patch:
+            pretend(patch, memory=totals[fewest])
+            told = [p.text for p in diagnose().problems if p.level == "warning"]
+            assert told[0].endswith(f"accumulate={fewest} makes micro-batches of {4 // fewest}")
+            pretend(patch, memory=totals[fewest] - 1)
+            told = [p.text for p in diagnose().problems if p.level == "warning"]
+            smaller = "take smaller images or networks"
+            assert told[0].endswith(f"makes micro-batches of {4 // after}" if after else smaller)
+
+
+def test_a_cpu_is_not_tried_beyond_its_memory(monkeypatch):
+    network = "network={type: edm2, channels: 16, multipliers: [1], blocks: 1, head_width: 8}"
+    recipe = diffusion_recipe("", network)
+    asked = []
+
+    def tried(rehearsal, loads, each, accumulate, processes, fits, seconds):
+        asked.append({images: fits(32, images) for images in (1, 2, 4)})
+        return doctor.Trial((), 1.0, peak=None, out_of_memory=False)
+
+    monkeypatch.setattr(doctor, "try_out", tried)
+    memory = diagnose_diffusion(recipe, "tiny", seconds=1).memory
+    one = diagnose_diffusion(
+        diffusion_recipe("", network, "accumulate=4"), "tiny", seconds=0
+    ).memory  # fmt: skip
+    for free in (one.total, one.total - 1, memory.lasting - 1):
+        with monkeypatch.context() as patch:
+            pretend(patch, memory=free)
+            diagnose_diffusion(recipe, "tiny", seconds=1)
+    everything, first, nothing = asked  # and without room for the weights no trial is begun
+    assert all(everything.values()) and not any(nothing.values())
+    assert first == {1: True, 2: False, 4: False}
+
+
+def test_too_little_disk(monkeypatch):
+    monkeypatch.setattr(doctor, "free_disk", lambda folder: 1000)
+    (told,) = errors(diagnose_autoencoder(autoencoder_recipe(), seconds=0))
+    assert told.startswith("disk: ") and "run.keep_states" in told
+
+
+def cached(source):
+    small = "network={channels: 16, multipliers: [1], blocks: 1, head_width: 8}"
+    return diffusion_recipe("", small, "cache=kept", f"data={{source: {source}, crop: center}}")
+
+
+def test_a_cache_on_another_disk(tmp_path, monkeypatch):
+    save_images(tmp_path / "images", 32)
+    apart = diagnose_diffusion(cached("images"), "tiny", seconds=0)
+    assert apart.machine.cache_disk is None
+    monkeypatch.setattr(doctor, "same_disk", lambda one, other: False)
+    free = {doctor.RUNS: apart.disk.run, Path("kept"): apart.disk.cache}
+    monkeypatch.setattr(doctor, "free_disk", free.__getitem__)
+    assert len(errors(diagnose_diffusion(cached("images"), "tiny", seconds=0))) == 1  # stage one
+    free[Path("kept")] -= 1
+    found = diagnose_diffusion(cached("images"), "tiny", seconds=0)
+    assert found.machine.cache_disk == free[Path("kept")]
+    assert errors(found)[-1].startswith("the cache's disk: ")
+
+
+def test_a_cache_that_is_there_needs_no_more_room(tmp_path):
+    save_images(tmp_path / "images", 32, count=4)
+    recipe = cached("images")
+    save_run(tmp_path / "runs" / "a", "tiny")
+    model = load_autoencoder("runs/a")
+    codec = Codec(model, torch.zeros(4), torch.ones(4))
+    sha, source = fingerprint(model.state_dict()), open_source(recipe.data, "train", 32)
+    with start_run("diffusion", "tiny", recipe, recipe.run, 1, tmp_path / "run") as run:
+        open_cache(recipe, codec, sha, source, run)
+    found = diagnose_diffusion(recipe, "tiny", seconds=0)
+    assert found.disk.cache == 0 and not errors(found)
+    save_run(tmp_path / "runs" / "b", "tiny", bias=1.0)
+    (told,) = errors(diagnose_diffusion(recipe, "tiny", seconds=0))
+    assert "kept holds latents of another autoencoder" in told
+
+
+def test_micro_batches_that_divide_and_fit():
+    machine = doctor.Machine("cpu", "", "fp32", memory=1000, disk=0)
+
+    def told(batch_size, processes, most):
+        def need(accumulate, each):
+            assert accumulate * each * processes == batch_size
+            return SimpleNamespace(total=1000 if each <= most else 1001)
+
+        length = doctor.Length(1, batch_size, processes, 1, batch_size // processes, 1, None)
+        return doctor._smaller(need, machine, length)
+
+    assert told(42, 1, most=41) == "accumulate=2 makes micro-batches of 21"
+    assert told(42, 1, most=20) == "accumulate=3 makes micro-batches of 14"
+    assert told(9, 1, most=8) == "accumulate=3 makes micro-batches of 3"
+    assert told(64, 4, most=3) == "accumulate=8 makes micro-batches of 2"
+    smaller = "take smaller images or networks"
+    assert told(4, 4, most=0) == told(8, 1, most=0) == told(6, 4, most=9) == smaller
+
+
+def test_a_gpu_that_runs_out_in_the_trial(monkeypatch):
+    """As the trial finds it on a device whose memory is not known before."""
+    recipe = autoencoder_recipe(ONE_PHASE, "adversarial.weight=0")
+
+    def tried(rehearsal, loads, each, accumulate, processes, fits, seconds):
+        assert fits(10_000, 10_000)  # a GPU says so itself where it does not
+        return doctor.Trial((), 1.0, peak=5, out_of_memory=True)
+
+    pretend(monkeypatch, device="cuda:0")
+    monkeypatch.setattr(doctor, "try_out", tried)
+    (told,) = errors(diagnose_autoencoder(recipe, seconds=1))
+    assert told == (
+        "micro-batches of 4 do not fit into this GPU's memory: "
+        "accumulate=2 makes micro-batches of 2"
+    )
+
+
+def test_a_trial_of_both_stages(tmp_path):
+    recipe = autoencoder_recipe(ONE_PHASE)
+    found = diagnose_autoencoder(recipe, seconds=0.01)
+    assert found.ready and [s.load.steps for s in found.trial.speeds] == [3, 1]
+    assert found.trial.seconds > 0 and not list(tmp_path.iterdir())  # nothing was written
+    # stage one is not there: its shape is enough
+    found = diagnose_diffusion(diffusion_recipe("", "resolution=32"), "tiny", seconds=0.01)
+    assert not found.ready and found.trial.speeds[0].load == Load(32, 8)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_trial_without_room_is_left_out(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr(doctor, "AutoencoderRehearsal", full)
+    found = diagnose_autoencoder(autoencoder_recipe(), seconds=1)
+    assert found.trial is None
+    assert [p.text for p in found.problems] == ["no trial: CUDA out of memory."]

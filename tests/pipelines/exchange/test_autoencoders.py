@@ -1,0 +1,310 @@
+"""`ldm import` and `ldm export`: models of others in, ours out, and all the way round."""
+
+import json
+import re
+from hashlib import sha256
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+import typer
+from diffusers import AutoencoderKL
+from typer.testing import CliRunner
+
+from autoencoders import build_autoencoder
+from autoencoders.loading import load_autoencoder
+from autoencoders.sdvae.export import write_compvis, write_diffusers
+from ldm.checkpoint import ModelFile, load_model, save_model
+from ldm.cli.exchange import export_model, import_model
+from ldm.config import to_tree
+from ldm.errors import LdmError, UsageError
+from pipelines.codec import Codec, measure_latents
+from pipelines.exchange.autoencoders import export_autoencoder, import_autoencoder
+from tests import small
+
+app = typer.Typer(pretty_exceptions_enable=False)
+app.command("import")(import_model)
+app.command("export")(export_model)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """An empty folder to be in, and no Hub."""
+
+    def fail(*_args, **_kwargs):
+        raise ConnectionError("no network in tests")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def sdvae():
+    return small.sdvae()
+
+
+def same(ae, other):
+    state = other.state_dict()
+    assert ae.config == other.config
+    assert all(torch.equal(tensor, state[name]) for name, tensor in ae.state_dict().items())
+
+
+def ours(path, ae):
+    save_model(path, ModelFile("autoencoder", to_tree(ae.config), ae.state_dict()))
+    return path
+
+
+def run(*words):
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_every_format_becomes_a_model_file(tmp_path, sdvae):
+    write_diffusers(tmp_path / "diffusers", sdvae, 0.3)
+    write_compvis(tmp_path / "kl.ckpt", sdvae)
+    for source, form, file in (
+        ("diffusers", "diffusers", tmp_path / "diffusers" / "diffusion_pytorch_model.safetensors"),
+        ("kl.ckpt", "compvis", tmp_path / "kl.ckpt"),
+    ):
+        out = tmp_path / f"{form}.pt"
+        written = import_autoencoder(source, out)
+        assert written == [out, out.with_suffix(".safetensors")]
+        for path in written:
+            same(load_autoencoder(path), sdvae)
+        said = load_model(out, "autoencoder").provenance
+        assert "recipe" not in said
+        assert said["imported"]["source"] == source and said["imported"]["format"] == form
+        assert said["imported"]["sha256"] == {file.name: sha256(file.read_bytes()).hexdigest()}
+        assert said["imported"].get("scaling_factor") == (0.3 if form == "diffusers" else None)
+        assert said["versions"]["torch"]
+
+
+def test_an_imported_model_goes_through_stage_two(tmp_path, sdvae):
+    """Its latents are measured, standardised and undone, as training does first."""
+    write_diffusers(tmp_path / "vae", sdvae)
+    import_autoencoder("vae", tmp_path / "vae.pt")
+    ae = load_autoencoder(tmp_path / "vae.pt")
+    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    mean, std = measure_latents([ae.encode(images)])
+    codec = Codec(ae, mean, std)
+    z = codec.encode(images, torch.zeros(4, 4, 8, 8))
+    assert z.shape == (4, 4, 8, 8) and z.mean().abs() < 0.05
+    with torch.no_grad():
+        expected = ae.decode(ae.encode(images).mode()).clamp(-1, 1)
+    torch.testing.assert_close(codec.decode(z), expected, rtol=0, atol=1e-4)
+
+
+def test_out_and_back_is_bit_equal(tmp_path, sdvae):
+    model = ours(tmp_path / "ckpt.pt", sdvae)
+    for form, out in (("diffusers", "a"), ("hub", "b"), ("compvis", "c.safetensors")):
+        export_autoencoder(tmp_path / out, form, model)
+        import_autoencoder(str(tmp_path / out), tmp_path / f"{form}.pt")
+        same(load_autoencoder(tmp_path / f"{form}.pt"), sdvae)
+    identities = {load_model(p, "autoencoder").sha256 for p in tmp_path.glob("*.pt")}
+    assert len(identities) == 1
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, 0.3), (0.7, 0.7)])
+def test_the_scaling_factor_an_imported_model_came_with(tmp_path, sdvae, given, expected):
+    write_diffusers(tmp_path / "a", sdvae, 0.3)
+    import_autoencoder("a", tmp_path / "a.pt")
+    export_autoencoder(tmp_path / "b", "diffusers", tmp_path / "a.pt", given)
+    assert AutoencoderKL.load_config(tmp_path / "b")["scaling_factor"] == expected
+
+
+SAID = {
+    "scaling_factor": 0.3611, "shift_factor": 0.1159, "latents_mean": [0.0, 0.1, 0.2, 0.3],
+    "latents_std": [1.0, 1.1, 1.2, 1.3], "force_upcast": False, "sample_size": 1024,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", [["a.pt"], ["a.pt", "b.pt"], ["a.pt", "hub", "b.pt"], ["hub"], []])
+def test_what_a_config_says_of_its_use_outlives_every_way(sdvae, way):
+    write_diffusers(Path("source"), sdvae, said=SAID)
+    last = "source"
+    for step in way:
+        if step.endswith(".pt"):
+            import_autoencoder(last, Path(step))
+        else:
+            export_autoencoder(Path(step), "hub", Path(last))
+        last = step
+    export_autoencoder(Path("out"), "diffusers", Path(last))
+    config = AutoencoderKL.load_config("out")
+    assert {key: config[key] for key in SAID} == SAID
+    same(load_autoencoder("out"), sdvae)
+
+
+def test_a_null_is_not_said_again(sdvae):
+    write_diffusers(Path("vae"), sdvae)
+    config = json.loads(Path("vae/config.json").read_text("utf-8"))
+    Path("vae/config.json").write_text(json.dumps(config | dict.fromkeys(SAID)))
+    import_autoencoder("vae", Path("a.pt"))
+    assert not SAID.keys() & load_model("a.pt", "autoencoder").provenance["imported"].keys()
+    export_autoencoder(Path("out"), "diffusers", Path("a.pt"))
+    assert AutoencoderKL.load_config("out")["scaling_factor"] == 0.18215
+
+
+def test_where_a_model_of_the_hub_comes_from(tmp_path, sdvae, monkeypatch):
+    commit = "0123456789abcdef" * 2 + "01234567"
+    snapshot = tmp_path / "cache" / "models--them--sd" / "snapshots" / commit
+    write_diffusers(snapshot / "vae", sdvae, 0.3)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_a, **_k: str(snapshot))
+    import_autoencoder("them/sd", Path("a.pt"), subfolder="vae/", revision="v2")
+    first = load_model("a.pt", "autoencoder").provenance["imported"]
+    assert (first["source"], first["subfolder"], first["revision"], first["commit"]) == (
+        "them/sd", "vae", "v2", commit
+    )  # fmt: skip
+    import_autoencoder("a.pt", Path("b.pt"))
+    second = load_model("b.pt", "autoencoder").provenance["imported"]
+    assert second["source"] == "a.pt" and second["imported"] == first
+    assert not {"subfolder", "revision", "commit"} & second.keys()
+    assert second["scaling_factor"] == 0.3
+
+
+def test_any_autoencoder_goes_out_by_the_hubs_conventions(tmp_path):
+    ae = build_autoencoder("tiny", decoder={"channels": 8})
+    model = ours(tmp_path / "ckpt.pt", ae)
+    with pytest.raises(LdmError, match=r"encoder\.type=litevae; --format hub can"):
+        export_autoencoder(tmp_path / "a", "diffusers", model)
+    export_autoencoder(tmp_path / "a", "hub", model)
+    same(load_autoencoder(tmp_path / "a"), ae)
+
+
+# ------------------------------------------------------------------------ the command line
+def test_the_commands_say_what_they_wrote_and_what_comes_next(sdvae):
+    write_diffusers(Path("vae"), sdvae)
+    out = run("import", "vae", "models/sd.pt")
+    assert re.search(r"^wrote models/sd\.pt \(\d+\.\d MiB\)$", out, re.MULTILINE)
+    assert re.search(r"^wrote models/sd\.safetensors", out, re.MULTILINE)
+    assert out.endswith("next: ldm train-diffusion --ae models/sd.pt\n")
+    out = run("export", "models/sd.pt", "again")
+    assert re.search(r"^wrote again/config\.json \(\d+\.\d KiB\)$", out, re.MULTILINE)
+    assert out.endswith("next: diffusers.AutoencoderKL.from_pretrained('again')\n")
+    out = run("export", "models/sd.pt", "hub", "--format", "hub")
+    assert out.endswith("next: hf upload OWNER/NAME hub\n")
+    out = run("export", "models/sd.pt", "kl.ckpt", "--format", "compvis")
+    assert out.startswith("wrote kl.ckpt (")
+
+
+def test_the_newest_run_is_exported_where_none_is_named(tmp_path, sdvae):
+    folder = tmp_path / "runs" / "one"
+    ours(folder / "ckpt.pt", sdvae)
+    (folder / "run.json").write_text(json.dumps({"kind": "autoencoder"}))
+    assert "wrote out/config.json" in run("export", "out")
+    same(load_autoencoder("out"), sdvae)
+
+
+def test_nothing_is_written_over_unless_asked(tmp_path, sdvae):
+    write_diffusers(tmp_path / "vae", sdvae)
+    run("import", "vae", "a.pt")
+    for words in (["import", "vae", "a.pt"], ["export", "a.pt", "vae"]):
+        with pytest.raises(LdmError, match="is there already: give another name, or --force"):
+            run(*words)
+        run(*words, "--force")
+    (tmp_path / "a.pt").unlink()  # the twin alone is somebody's, too
+    with pytest.raises(LdmError, match=r"a\.safetensors is there already"):
+        run("import", "vae", "a.pt")
+
+
+@pytest.fixture
+def a_run(sdvae):
+    """The newest run, which a forgotten OUT would export over itself."""
+    folder = Path("runs/x")
+    ours(folder / "ckpt.pt", sdvae)
+    (folder / "run.json").write_text(json.dumps({"kind": "autoencoder"}))
+    save_model(Path("stage-two.pt"), ModelFile("diffusion", {}, {"w": torch.zeros(1)}))
+    yield folder
+
+
+def everything():
+    return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+@pytest.mark.parametrize(
+    ("out", "form"),
+    [
+        ("runs/x/ckpt.pt", "compvis"), ("runs/x/ckpt.pt", "diffusers"), ("runs/x", "hub"),
+        ("runs/x", "diffusers"), ("runs/x/ckpt.safetensors", "compvis"),
+        ("stage-two.safetensors", "compvis"), ("runs/x/ckpt.pt", "hub"),
+    ],
+)  # fmt: skip
+def test_a_forgotten_out_is_told_and_harms_nothing(a_run, out, form, force):
+    before = everything()
+    with pytest.raises(UsageError, match=rf"^{out} is a model, and OUT is missing: ldm export"):
+        run("export", out, "--format", form, *force)
+    assert everything() == before
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+@pytest.mark.parametrize(
+    ("model", "out", "form"),
+    [
+        ("runs/x", "runs/x", "hub"), ("runs/x/ckpt.pt", "runs/x", "diffusers"),
+        ("runs/x", "runs/x/ckpt.safetensors", "compvis"), ("vae", "runs/x", "hub"),
+    ],
+)  # fmt: skip
+def test_a_run_is_never_written_over(sdvae, a_run, model, out, form, force):
+    write_diffusers(Path("vae"), sdvae)
+    before = everything()
+    with pytest.raises(UsageError, match=rf"^{out} is a model or a run of yours: give OUT"):
+        run("export", model, out, "--format", form, *force)
+    assert everything() == before
+
+
+@pytest.mark.parametrize(
+    ("model", "out", "form"),
+    [("vae", "vae", "hub"), ("vae", "./vae/", "diffusers"), ("kl.ckpt", "kl.ckpt", "compvis"),
+     ("vae", "vae/diffusion_pytorch_model.safetensors", "compvis")],
+)  # fmt: skip
+def test_the_model_itself_is_never_written_over(sdvae, model, out, form):
+    write_diffusers(Path("vae"), sdvae)
+    write_compvis(Path("kl.ckpt"), sdvae)
+    before = everything()
+    with pytest.raises(UsageError, match="is where the model to export is: give OUT another name"):
+        run("export", model, out, "--format", form, "--force")
+    assert everything() == before
+
+
+def test_the_help_names_the_ending_to_give():
+    told = CliRunner().invoke(app, ["import", "--help"], env={"COLUMNS": "200"}).output
+    assert "OUT.pt" in told
+    told = CliRunner().invoke(app, ["export", "--help"], env={"COLUMNS": "200"}).output
+    assert "else SD-VAE's 0.18215" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "told"),
+    [
+        (["import", "vae", "a.ckpt"], UsageError, "a.ckpt: the file to write must end in .pt"),
+        (["import", "nowhere", "a.pt"], LdmError, "no model at nowhere"),
+        (["import", "me/vae", "a.pt"], LdmError, "could not be fetched from the Hugging Face Hub"),
+        (["import", "vae", "a.pt", "--subfolder", "x"], LdmError, "no checkpoint at vae/x"),
+        (["export", "a", "b", "c"], UsageError, "3 paths: MODEL and OUT are two"),
+        (["export", "vae", "b.pt"], UsageError, "--format diffusers writes a folder"),
+        (["export", "vae", "b", "--format", "compvis"], UsageError, "writes a .safetensors or"),
+        *(
+            (["export", "vae", "b", "--scaling-factor", number], UsageError, "above 0, and finite")
+            for number in ("0", "inf", "nan")
+        ),
+        (["export", "vae", "b.pt", "--format", "compvis"], UsageError, "writes a .safetensors or"),
+        (["export", "vae", "b.pt", "--format", "hub"], UsageError, "--format hub writes a folder"),
+        (["import", "vae", "a.pt", "--revision", "v2"], UsageError, "vae is on this machine"),
+        (["export", "b"], LdmError, "no autoencoder run with ckpt.pt under runs/"),
+    ],
+)
+def test_refusals(tmp_path, sdvae, words, kind, told):
+    write_diffusers(tmp_path / "vae", sdvae)
+    with pytest.raises(kind, match=re.escape(told)) as caught:
+        run(*words)
+    assert "\n" not in str(caught.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"vae"}
+
+
+def test_an_unknown_format(tmp_path):
+    with pytest.raises(UsageError, match="there are diffusers, compvis, hub"):
+        export_autoencoder(tmp_path / "a", "onnx")

@@ -1,0 +1,218 @@
+"""Other people's latent diffusion models, read: what is found in them, and what is refused."""
+
+import json
+
+import pytest
+import torch
+
+from diffusion.discrete import DiscreteConfig
+from ldm.errors import LdmError
+from pipelines.exchange.foreign_diffusion import read_checkpoint, read_folder
+from tests.diffusion.test_compvis import checkpoint
+from tests.pipelines.exchange.foreign_models import (
+    LEVELS,
+    SCALE,
+    UNET,
+    compvis_tensors,
+    write_compvis,
+    write_diffusers,
+)
+
+
+def edited(changes, drop=()):
+    """A checkpoint with tensors exchanged or added, and without those that begin so."""
+    kept = {n: t for n, t in compvis_tensors().items() if not n.startswith(tuple(drop))}
+    return kept | changes
+
+
+# ---------------------------------------------------------------------------- CompVis' files
+@pytest.mark.parametrize("name", ["model.ckpt", "model.safetensors"])
+def test_a_checkpoint_and_all_that_it_says(tmp_path, name):
+    path = write_compvis(tmp_path / name)
+    found = read_checkpoint(path)
+    path.write_bytes(b"")  # everything has been taken out of the file
+    assert (found.format, found.files) == ("compvis", (path,))
+    assert found.network == UNET and found.denoiser == LEVELS
+    assert (found.scale, found.mean, found.std) == (SCALE, [0.0] * 4, [1.0] * 4)
+    assert found.autoencoder.tree["latent_channels"] == 4
+    averaged = checkpoint(UNET, seed=1)["input_blocks.0.0.weight"]
+    assert torch.equal(found.weights["enter.0.weight"], averaged)
+    (note,) = found.notes
+    assert "taken to be 32 channels wide: see num_head_channels or num_heads" in note
+
+
+def test_heads_that_are_told_need_no_note(tmp_path):
+    path = write_compvis(tmp_path / "model.ckpt")
+    wide, many = read_checkpoint(path, head_width=16), read_checkpoint(path, heads=4)
+    assert (wide.network.heads, wide.network.head_width, many.network.heads) == (None, 16, 4)
+    assert wide.notes == many.notes == ()
+
+
+def test_without_a_table_the_noise_levels_are_compvis(tmp_path):
+    state = edited({}, drop=["betas", "alphas_cumprod"])
+    found = read_checkpoint(write_compvis(tmp_path / "model.ckpt", state), heads=4)
+    assert found.denoiser == DiscreteConfig()
+    assert found.notes == ("it holds no table of its noise levels: these are those of CompVis' "
+                           "models",)  # fmt: skip
+
+
+def test_the_scale_that_is_given_comes_first(tmp_path):
+    path = write_compvis(tmp_path / "model.ckpt")
+    assert read_checkpoint(path, scale_factor=0.5).scale == 0.5
+    path = write_compvis(tmp_path / "bare.ckpt", edited({}, drop=["scale_factor"]))
+    assert read_checkpoint(path, scale_factor=1.0).scale == 1.0
+
+
+TO_Q = "input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
+CROSSED = {  # the tensor and its moving average
+    f"model.diffusion_model.{TO_Q}": torch.zeros(1),
+    f"model_ema.diffusion_model{TO_Q.replace('.', '')}": torch.ones(1),
+}
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+@pytest.mark.parametrize(
+    ("changes", "drop", "told"),
+    [
+        (
+            {"first_stage_model.quantize.embedding.weight": torch.zeros(8, 4)}, [],
+            "has a vector-quantised autoencoder, as in CompVis' models of FFHQ and CelebA-HQ: only "
+            "models on a KL autoencoder are read",
+        ),
+        (CROSSED, [], "it has cross-attention"),
+        ({}, ["model."], "holds no UNet of CompVis' latent diffusion"),
+        ({}, ["first_stage_model."], "holds a UNet without its autoencoder (first_stage_model.…)"),
+        ({}, ["scale_factor"], "does not say what its latents are multiplied by: give --scale-fac"),
+        ({"scale_factor": torch.tensor(0.0)}, [], "its latents by 0.0, no scale: give --scale-fac"),
+        ({"scale_factor": torch.ones(2)}, [], "by [1.0, 1.0], no scale: give"),
+        ({"betas": torch.rand(20)}, [], "model cannot be used: its 20 noise levels, β from"),
+        ({"alphas_cumprod": torch.rand(20)}, ["betas"], "are of another schedule than those known"),
+    ],
+)  # fmt: skip
+def test_other_checkpoints_are_refused_in_a_line(tmp_path, suffix, changes, drop, told):
+    path = write_compvis(tmp_path / f"model{suffix}", edited(changes, drop))
+    with pytest.raises(LdmError) as caught:
+        read_checkpoint(path)
+    said = str(caught.value).replace(suffix, "")
+    assert told in said and str(path.with_suffix("")) in said and "\n" not in said
+
+
+def test_a_table_that_overstates_itself_is_damage(tmp_path):
+    tensors = edited({"betas": torch.zeros(1).expand(1000)})
+    with pytest.raises(LdmError, match=r"damaged: tensor betas is \(1000,\), more than the file"):
+        read_checkpoint(write_compvis(tmp_path / "model.ckpt", tensors))
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+def test_a_file_that_is_none(tmp_path, suffix):
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(b"no checkpoint")
+    with pytest.raises(LdmError, match=f"{path} is truncated or damaged"):
+        read_checkpoint(path)
+
+
+# ------------------------------------------------------------------------- diffusers' folders
+@pytest.fixture
+def folder(tmp_path):
+    return write_diffusers(tmp_path / "pipeline")
+
+
+def edit(path, **changes):
+    """Exchange what a config says; what is to be None is taken away."""
+    tree = json.loads(path.read_text("utf-8")) | changes
+    path.write_text(json.dumps({key: value for key, value in tree.items() if value is not None}))
+
+
+SCHEDULER = "scheduler/scheduler_config.json"
+
+
+def test_a_folder_and_all_that_it_says(folder):
+    found = read_folder(folder)
+    assert (found.format, found.denoiser, found.scale) == ("diffusers", LEVELS, SCALE)
+    assert (found.mean, found.std, found.side, found.notes) == ([0.0] * 4, [1.0] * 4, 8, ())
+    assert (found.network.channels, found.network.head_width) == (64, 16)
+    name = "diffusion_pytorch_model.safetensors"
+    assert found.files == (folder / "unet" / name, folder / "vae" / name)
+    assert read_folder(folder, scale_factor=2.0).scale == 2.0
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (
+            {"prediction_type": "v_prediction", "beta_schedule": "linear"},
+            LEVELS.model_copy(update={"prediction": "v", "schedule": "linear"}),
+        ),
+        (
+            dict.fromkeys(("num_train_timesteps", "beta_start", "beta_end", "prediction_type"))
+            | {"beta_schedule": "linear"},
+            DiscreteConfig(beta_start=0.0001, beta_end=0.02, schedule="linear"),
+        ),
+        (
+            {"trained_betas": torch.linspace(0.1, 0.4, 7).tolist(), "beta_schedule": "squared"},
+            DiscreteConfig(timesteps=7, beta_start=0.1, beta_end=0.4, schedule="linear"),
+        ),
+    ],
+)
+def test_what_a_scheduler_says(folder, said, expected):
+    edit(folder / SCHEDULER, **said)
+    assert read_folder(folder).denoiser == expected
+
+
+def test_statistics_and_sizes_that_a_folder_says(folder):
+    edit(folder / "vae/config.json", shift_factor=0.1, scaling_factor=None)
+    edit(folder / "unet/config.json", sample_size=[8, 8])
+    found = read_folder(folder)
+    assert (found.scale, found.mean, found.side) == (0.18215, [0.1] * 4, None)
+    edit(folder / "vae/config.json", latents_mean=[0, 1, 2, 3.5], latents_std=[1, 2, 3, 4])
+    found = read_folder(folder)
+    assert (found.mean, found.std) == ([0, 1, 2, 3.5], [1, 2, 3, 4])
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "told"),
+    [
+        (SCHEDULER, {"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule is 'squaredcos_cap_v2', "
+         "only linear and scaled_linear are known"),
+        (SCHEDULER, {"beta_schedule": None}, "beta_schedule is not said, only linear and"),
+        (SCHEDULER, {"prediction_type": "sample"}, "prediction_type is 'sample', only epsilon and"),
+        (SCHEDULER, {"prediction_type": ["epsilon"]}, "cannot be used: "),
+        (SCHEDULER, {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is not known here"),
+        (SCHEDULER, {"trained_betas": [0.1, 0.3, 0.2]}, "are of another schedule"),
+        (SCHEDULER, {"trained_betas": ["x"]}, "cannot be used: "),
+        (SCHEDULER, {"beta_end": 0.001}, "cannot be used: 'beta_end'"),
+        (SCHEDULER, {"num_train_timesteps": "many"}, "cannot be used: 'timesteps'"),
+        ("vae/config.json", {"_class_name": "VQModel"}, "/vae has a vector-quantised autoencoder, "
+         "as diffusers' LDMPipelines mostly have: only models on a KL"),
+        ("vae/config.json", {"scaling_factor": 0}, "multiplies its latents by 0, no scale"),
+        ("vae/config.json", {"scaling_factor": [1]}, "multiplies its latents by [1], no scale"),
+        ("vae/config.json", {"latents_mean": [0.0]}, "are no statistics of 4 channels"),
+        ("vae/config.json", {"latents_std": [1, 1, 1, 0]}, "are no statistics of 4 channels"),
+        ("vae/config.json", {"shift_factor": "x"}, "are no statistics of 4 channels"),
+        ("unet/config.json", {"_class_name": "UNet2DConditionModel"}, "is not UNet2DModel"),
+    ],
+)  # fmt: skip
+def test_other_folders_are_refused_in_a_line(folder, file, changes, told):
+    edit(folder / file, **changes)
+    with pytest.raises(LdmError) as caught:
+        read_folder(folder)
+    said = str(caught.value)
+    assert told in said and str(folder) in said and "\n" not in said
+
+
+@pytest.mark.parametrize("file", ["unet/config.json", "vae/config.json", SCHEDULER])
+@pytest.mark.parametrize("content", [None, "{", "[]"])
+def test_a_folder_without_a_part_is_refused(folder, file, content):
+    (folder / file).unlink() if content is None else (folder / file).write_text(content)
+    with pytest.raises(LdmError) as caught:
+        read_folder(folder)
+    said = str(caught.value)
+    assert file in said and "\n" not in said
+    assert ("is not there: --diffusion takes the folder" in said) == (content is None)
+
+
+def test_the_vector_quantised_one_of_their_pipelines_is_refused(folder):
+    (folder / "vae").rename(folder / "vqvae")
+    edit(folder / "vqvae/config.json", _class_name="VQModel")
+    with pytest.raises(LdmError, match="vqvae has a vector-quantised autoencoder"):
+        read_folder(folder)

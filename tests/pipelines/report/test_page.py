@@ -1,0 +1,55 @@
+import base64
+import io
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines.report import page
+
+
+def decoded(html: str) -> list[np.ndarray]:
+    found = re.findall(r"base64,([^\"]+)", html)
+    return [np.array(Image.open(io.BytesIO(base64.b64decode(data)))) for data in found]
+
+
+def test_the_page_is_one_file_that_escapes_what_it_is_told(tmp_path):
+    picture = page.picture(torch.zeros(4, 3, 8, 8), 2, "a <b> & c")
+    path = page.write_page(
+        tmp_path / "p.html", "<title>", "lead",
+        [page.tiles({"x": "1"}), page.section("s", "t", picture), page.commands(["a > b"]),
+         page.table([("k", "<v>")]), page.note("<n>"), page.folded("<f>", "body"),
+         page.columns(["<h>"], [["<c>"]]), page.chip("red", "<i>")],
+    )  # fmt: skip
+    text = path.read_text("utf-8")
+    assert "data:image/png;base64," in text and "http" not in text
+    assert "a &lt;b&gt; &amp; c" in text and "&lt;title&gt;" in text
+    assert not re.search(r"<[vnfhci]>", text)
+
+
+def test_markup_is_not_escaped_again():
+    chip = page.chip("red", "a & b")
+    table = page.columns(["run", chip], [["x", "1"]])
+    assert f"<th>{chip}</th>" in table and "a &amp; b" in table
+
+
+def test_strips_keep_pixels_and_one_width():
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    html = page.strips([("few", images), ("small", images[:, :, :8, :8])])
+    few = decoded(html)[:2]
+    assert (few[1] == ((images[1] + 1) * 127.5).round().permute(1, 2, 0).numpy()).all()
+    assert [int(w) for w in re.findall(r'width="(\d+)"', html)] == [160] * 4
+    assert 'width="256"' in page.strips([("large", torch.zeros(1, 3, 256, 256))])
+
+
+def test_a_picture_that_is_there_is_embedded_as_it_is(tmp_path):
+    Image.new("RGB", (4, 2), (1, 2, 3)).save(tmp_path / "x.png")
+    html = page.png(tmp_path / "x.png", "x & y")
+    assert (tmp_path / "x.png").read_bytes() == base64.b64decode(
+        re.search(r"base64,([^\"]+)", html).group(1)
+    )
+    assert "x &amp; y" in html
+    with pytest.raises(OSError):
+        page.png(tmp_path / "nowhere.png", "")

@@ -1,0 +1,217 @@
+"""The page as a reader meets it: what is on it, and that it is true."""
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio
+
+from ldm.checkpoint import load_model
+from ldm.data import DataConfig, open_source
+from ldm.errors import LdmError, UsageError
+from ldm.images import to_uint8
+from pipelines.report import write_report
+from tests.pipelines.report.run_folders import stage_one, stage_two
+from tests.pipelines.untrained import load
+
+VOID = {"meta", "img", "br", "wbr"}
+
+
+class Checked(HTMLParser):
+    """Every tag is closed in its turn, and nothing is fetched or run."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open = []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        assert tag not in ("script", "link", "iframe")
+        for name, value in attrs:
+            assert not name.startswith("on")
+            assert name not in ("src", "href") or value.startswith("data:")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.fixture
+def report(tmp_path, monkeypatch):
+    """The text of a page over runs."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(*runs, **how):
+        how = {"images": 2, "steps": 2, "device": "cpu"} | how
+        text = write_report(runs, tmp_path / "page.html", **how).read_text("utf-8")
+        Checked(text)
+        assert "http" not in text.replace("http-equiv", "")
+        return text
+
+    return write
+
+
+def pictures(text: str) -> list[np.ndarray]:
+    found = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
+    return [np.array(Image.open(io.BytesIO(base64.b64decode(data)))) for data in found]
+
+
+def part(text: str, title: str) -> str:
+    (found,) = re.findall(rf"<section><h2>{title}</h2>.*?</section>", text, re.DOTALL)
+    return found
+
+
+def test_two_runs_stand_side_by_side(tmp_path, report):
+    a, b = stage_one(tmp_path / "a", "lr=0.5"), stage_one(tmp_path / "b", "lr=0.25", seed=1)
+    text = report(a, b)
+    assert "2 runs side by side" in text and "Training runs: 2 of stage one." in text
+    differing = part(text, "Settings").partition("<details>")[0]
+    assert re.findall(r"<td>([^<]*)</td>", differing) == ["lr", "0.5", "0.25"]
+    assert "<td>batch_size</td><td>4</td><td>4</td>" in part(text, "Settings")
+
+    curves = part(text, "Curves")
+    drawn = dict(re.findall(r"<h3>(.*?)</h3>.*?<svg(.*?)</svg>", curves))
+    assert list(drawn) == ["PSNR, held-out, dB", "ℓ1", "KL", "learning rate"]
+    assert all(svg.count("<polyline") == 2 for svg in drawn.values())
+    assert "a 0.03125</span>" in curves  # its last ℓ1
+
+    for run in (a, b):
+        assert load_model(run, "autoencoder").sha256 in part(text, "Numbers")
+        assert load_model(run, "autoencoder").sha256[:12] in text.partition("<section>")[0]
+
+
+def test_reconstructions_are_of_the_same_held_out_images_and_measured_right(tmp_path, report):
+    text = part(
+        report(stage_one(tmp_path / "a"), stage_one(tmp_path / "b", seed=1)), "Reconstructions"
+    )
+    original, of_a, of_b, *latents = np.split(np.stack(pictures(text)), 5)
+    held_out = open_source(DataConfig(), "val", 32)
+    assert (original == np.stack([held_out.load(i) for i in range(2)])).all()
+    assert latents[0].shape == original.shape and (of_a != of_b).any()
+    told = re.findall(r"PSNR (\S+) dB \((\S+) · (\S+)\)", text)
+    for recon, numbers in zip((of_a, of_b), told, strict=True):
+        each = [peak_signal_noise_ratio(*pair) for pair in zip(original, recon, strict=True)]
+        assert float(numbers[0]) == pytest.approx(np.mean(each), abs=0.0051)
+        assert [float(value) for value in numbers[1:]] == pytest.approx(each, abs=0.051)
+
+
+def test_runs_that_ended_at_several_resolutions_are_shown_at_the_highest(tmp_path, report):
+    larger = "phases=[{resolution: 32, steps: 4}, {resolution: 64, steps: 4}]"
+    runs = stage_one(tmp_path / "a"), stage_one(tmp_path / "b", larger)
+    text = part(report(*runs), "Reconstructions")
+    assert pictures(text)[0].shape == (64, 64, 3) and text.count("it was trained up to 32²") == 1
+    text = part(report(*runs, resolution=32), "Reconstructions")
+    assert pictures(text)[0].shape == (32, 32, 3) and text.count("it was trained up to 64²") == 1
+
+
+def test_samples_are_those_of_the_seed(tmp_path, report):
+    a, b = stage_two(tmp_path / "a"), stage_two(tmp_path / "b", seed=1)
+    text = report(a, b, seed=3, images=3)
+    shown = pictures(part(text, "Samples"))
+    for i, run in enumerate((a, b)):
+        wanted = to_uint8(load(run)(n=3, seed=3, steps=2)).permute(0, 2, 3, 1).numpy()
+        assert (np.stack(shown[3 * i : 3 * i + 3]) == wanted).all()
+    assert "Images 0 to 2 of seed 3, 2 steps, in float32" in text
+    assert "loss where 0 ≤ σ &lt; 0.1" in part(text, "Curves")
+    assert load_model(a, "diffusion").sha256 in text
+
+
+def test_stages_do_not_mix_on_a_page_of_both(tmp_path, report):
+    """As in the folder of a demo, which is no run itself."""
+    stage_one(tmp_path / "demo" / "autoencoder")
+    stage_two(tmp_path / "demo" / "diffusion")
+    (tmp_path / "demo" / "other").mkdir()
+    text = report(tmp_path / "demo")
+    assert "Training runs: 1 of stage one, 1 of stage two." in text
+    titles = re.findall(r"<h2>(.*?)</h2>", text)
+    assert titles == [
+        "Reconstructions, stage one", "Numbers, stage one", "Settings, stage one",
+        "Curves, stage one", "Samples, stage two", "Numbers, stage two", "Settings, stage two",
+        "Curves, stage two", "This page",
+    ]  # fmt: skip
+    assert "ℓ1" not in part(text, "Curves, stage two")
+
+
+def test_what_a_run_lacks_is_said_and_the_others_are_shown(tmp_path, report):
+    whole = stage_one(tmp_path / "whole")
+    bare = stage_one(tmp_path / "bare", model=False)
+    for name in ("metrics.jsonl", "result.json", "config.yaml"):
+        (bare / name).unlink()
+    drawn = stage_one(tmp_path / "drawn", model=False)
+    text = report(whole, bare, drawn)
+    assert "metrics.jsonl is not there or empty" in text and "not finished, 0 images seen" in text
+    assert "config.yaml is not there or damaged" in text
+    shown = part(text, "Reconstructions")
+    assert "its config.yaml does not say which they are: give --data" in shown
+    assert "could not be used (there is no ckpt.pt); this is the newest picture that the run" in (
+        shown
+    )
+    assert shown.count("at 32 images seen.") == 2
+    # the whole one's originals, reconstructions and latents, and both others' own pictures
+    assert len(pictures(shown)) == 2 * 3 + 2
+
+
+def test_a_run_without_anything_is_a_page_all_the_same(tmp_path, report):
+    for make in (stage_one, stage_two):
+        run = make(tmp_path / make.__name__, model=False)
+        for name in ("metrics.jsonl", "result.json"):
+            (run / name).unlink()
+        for file in (run / "pictures").iterdir():
+            file.unlink()
+        text = report(run)
+        assert "and it has drawn no picture yet" in text
+        assert "Nothing has been measured yet" in text
+
+
+def test_a_damaged_model_or_missing_data_is_said(tmp_path, report):
+    damaged, moved = stage_one(tmp_path / "a"), stage_one(tmp_path / "b", "data.source=gone")
+    (damaged / "ckpt.pt").write_bytes(b"PK\x03\x04 not all of it")
+    text = report(damaged, moved)
+    assert "ckpt.pt is truncated or damaged" in text and "gone is not there" in text
+    assert load_model(moved, "autoencoder").sha256[:12] in text  # known all the same
+    of_two = stage_two(tmp_path / "c")
+    (of_two / "ckpt.pt").write_bytes(b"PK\x03\x04 not all of it")
+    (of_two / "pictures" / "samples-00000032.png").write_bytes(b"")
+    assert "ckpt.pt is truncated or damaged" in report(of_two)
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "told"),
+    [
+        ("nothing", LdmError, "no folder at"),
+        ("empty", LdmError, "holds no run of ours"),
+        ("a/ckpt.pt", LdmError, "is a file: give the folder of its run"),
+    ],
+)
+def test_what_is_no_run_is_one_line(tmp_path, report, what, error, told):
+    stage_one(tmp_path / "a")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "run.json").write_text('{"kind": "another"}', "utf-8")
+    with pytest.raises(error) as refused:
+        report(tmp_path / "a", tmp_path / what)
+    assert told in str(refused.value) and "\n" not in str(refused.value)
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_what_cannot_be_asked_for_is_one_line(tmp_path):
+    run = stage_one(tmp_path / "a")
+    for how, told in (
+        ({"images": 0}, "--images 0"),
+        ({"steps": 0}, "--steps 0"),
+        ({"resolution": -8}, "--resolution -8"),
+    ):
+        with pytest.raises(UsageError, match=f"{told}: it must be at least 1"):
+            write_report([run], tmp_path / "p.html", **how)
+    with pytest.raises(UsageError, match=r"give a page, such as .*p\.html"):
+        write_report([run], tmp_path / "p.png")
+    with pytest.raises(UsageError, match="no run"):
+        write_report([], tmp_path / "p.html")

@@ -1,0 +1,162 @@
+"""What a report reads of runs, and how it lays it out."""
+
+import re
+from math import nan
+
+import pytest
+
+from ldm.files import write_json
+from pipelines.report import page
+from pipelines.report.curves import POINTS, curves_section
+from pipelines.report.numbers import numbers_section
+from pipelines.report.records import Record, read_records
+from pipelines.report.settings import flatten, settings_section
+from tests.pipelines.report.run_folders import stage_one, stage_two, write_rows
+
+
+def record(label: str = "a", config: dict | None = None, rows: list | None = None) -> Record:
+    return Record(None, "autoencoder", label, {}, config or {}, rows or [], None)
+
+
+def titles(*records: Record) -> dict[str, page.Markup]:
+    return {each.label: page.Markup(each.label) for each in records}
+
+
+# ---------------------------------------------------------------------------------- records
+def test_runs_are_told_apart_by_as_little_as_needed(tmp_path):
+    a, b = stage_one(tmp_path / "x" / "run"), stage_two(tmp_path / "y" / "run")
+    c = stage_one(tmp_path / "z")
+    assert [r.label for r in read_records([a, c])] == ["run", "z"]
+    assert [r.label for r in read_records([a, b])] == ["x/run", "y/run"]
+    assert [r.kind for r in read_records([a, b])] == ["autoencoder", "diffusion"]
+    assert len(read_records([a, a, tmp_path / "x"])) == 1  # each once
+
+
+def test_the_newest_picture_and_how_far_it_came(tmp_path):
+    run = stage_one(tmp_path / "a")
+    (run / "pictures" / "recon-00000008.png").write_bytes(b"")
+    (found,) = read_records([run])
+    assert found.newest_picture("recon").name == "recon-00000032.png"
+    assert found.newest_picture("samples") is None and found.images_seen == 32
+    (run / "result.json").write_text("{", "utf-8")
+    (found,) = read_records([run])
+    assert found.result is None and "result.json is damaged" in found.notes[0]
+
+
+# --------------------------------------------------------------------------------- settings
+def test_settings_are_compared_leaf_by_leaf():
+    a = {"lr": 1.0, "run": {"seed": 0, "log_every_steps": 1}, "encoder": {"type": "x", "n": 1}}
+    b = {"lr": 1.0, "run": {"seed": 1, "log_every_steps": 2}, "encoder": {"type": "y"}}
+    assert dict(flatten(a))["run.seed"] == 0
+    records = record("a", a), record("b", b)
+    text = settings_section(records, [page.Markup(r.label) for r in records], "")
+    text = text.replace("<wbr>", "")
+    differing, _, everything = text.partition("<details>")
+    cells = re.findall(r"<td>(.*?)</td>", differing)
+    # how often a run is logged makes no other run of it
+    assert cells == ["run.seed", "0", "1", "encoder.type", "x", "y", "encoder.n", "1", "–"]
+    assert "<td>run.log_every_steps</td><td>1</td><td>2</td>" in everything
+    assert "all 5 settings" in everything
+
+
+def test_equal_settings_and_single_runs_have_no_table_of_differences():
+    records = record("a", {"lr": 1}), record("b", {"lr": 1})
+    marks = [page.Markup(r.label) for r in records]
+    assert "have the same settings" in settings_section(records, marks, "")
+    assert "<table" not in settings_section(records[:1], marks[:1], "").partition("<details>")[0]
+    assert settings_section([record()], marks[:1], "") == ""
+
+
+# ----------------------------------------------------------------------------------- curves
+def chart(text: str, title: str) -> str:
+    return re.search(rf"<h3>{re.escape(title)}</h3>.*?</svg>", text, re.DOTALL).group()
+
+
+def test_long_curves_are_averaged_and_short_ones_are_not():
+    rows = [{"images_seen": n, "loss": float(n % 2)} for n in range(1, 10 * POINTS + 1)]
+    long, short = record("long", rows=rows), record("short", rows=rows[:POINTS])
+    text = curves_section([long, short], {"long": "red", "short": "blue"}, "")
+    assert f"averaged to {POINTS} points" in text
+    lines = dict(re.findall(r'stroke="(red|blue)"[^>]* points="([^"]*)"', text))
+    assert len(lines["red"].split()) == len(lines["blue"].split()) == POINTS
+    assert len({point.split(",")[1] for point in lines["red"].split()}) == 1  # ten are a half
+    assert len({point.split(",")[1] for point in lines["blue"].split()}) == 2
+    assert f">{10 * POINTS:,}</text>" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "title", "log"),
+    [
+        ("l1", (1.0, 0.01), "ℓ1", True),
+        ("l1", (1.0, 0.5), "ℓ1", False),
+        ("adversarial", (1.0, -0.01), "adversarial", False),
+        ("val_psnr", (1.0, 30.0), "PSNR, held-out, dB", False),
+    ],
+)
+def test_a_logarithm_is_taken_where_it_shows_more(name, values, title, log):
+    rows = [{"images_seen": n, name: value} for n, value in enumerate(values)]
+    drawn = chart(curves_section([record(rows=rows)], {"a": "red"}, ""), title)
+    assert (">0.02</text>" in drawn) == log
+
+
+def test_there_are_no_curves_without_values():
+    rows = [{"images_seen": 1, "val_count": 3}, {"images_seen": 2, "loss": nan}]
+    assert curves_section([record(rows=rows)], {"a": "red"}, "") == ""
+
+
+# ---------------------------------------------------------------------------------- numbers
+def test_every_measurement_is_a_row_with_where_it_comes_from(tmp_path):
+    run = stage_one(tmp_path / "a")
+    alone = {"resolution": 64, "count": 5000, "numbers": {"rfid": 0.5, "kid": None},
+             "doubtful": {"rfid": "too few", "kid": "too few"}, "notes": ["a note"],
+             "model": {"recipe": {"lr": 0.125}},
+             "command": "ldm eval-ae a", "extractor": {"sha256": "f00d"}}  # fmt: skip
+    write_json(run / "eval" / "photos-val-64.json", alone)
+    write_json(run / "eval" / "two.json", {"evaluations": [alone, alone | {"resolution": 128}]})
+    (run / "eval" / "broken.json").write_text("[", "utf-8")
+    (found,) = read_records([run])
+    text = numbers_section([found], titles(found), "").replace("<wbr>", "")
+    rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", text)]
+    assert re.findall(r"<th>(.*?)</th>", text) == ["measured", "rFID", "PSNR, dB", "SSIM"]
+    assert [(cells[0].partition('dim">')[2], *cells[1:]) for cells in rows[1:6]] == [
+        ("at the end, 32 images seen, 4 held-out images</span>", "", "20.50", "0.6250"),
+        ("best.pt, 16 images seen</span>", "", "21.25", "0.7500"),
+        ("photos-val-64, at 64², 5,000 images</span>", "0.500", "", ""),
+        ("two, at 64², 5,000 images</span>", "0.500", "", ""),
+        ("two, at 128², 5,000 images</span>", "0.500", "", ""),
+    ]
+    assert ["extractor.sha256", "f00d"] in rows and ["command", "ldm eval-ae a"] in rows
+    assert any(cells[:1] == ["versions.torch"] for cells in rows) and "0.125" not in text
+    assert text.count(": too few</p>") == text.count(": a note</p>") == 3  # of three measurements
+    (note,) = found.notes
+    assert "broken.json is damaged" in note
+
+
+def test_samples_measured_in_a_runs_folder_are_found(tmp_path):
+    run = stage_two(tmp_path / "a")
+    doubt, why = "FID over 8 samples is biased upwards", "no weights: " + 80 * "x"
+    told = {"fid": 12.5, "fid_interval": {"std": 0.25}, "kid": 0.002, "kid_std": 0.001,
+            "swd": {"16": 9.0, "mean": 8.0}, "samples": {"count": 5000}, "recall": None,
+            "reference": {"what": "photos, train"}, "warnings": [doubt, doubt],
+            "missing": {"recall": why, "precision": why}}  # fmt: skip
+    write_json(run / "samples" / "seed0-steps18" / "fid.json", told)
+    write_json(run / "samples" / "seed1-steps18" / "fid.json", [])
+    write_json(run / "fid" / "seed0-steps18-n50000.json", {"fid": 11.0})
+    (found,) = read_records([run])
+    text = numbers_section([found], titles(found), "").replace("<wbr>", "")
+    assert re.findall(r"<th>(.*?)</th>", text) == ["measured", "FID", "KID", "SWD ×10³", "loss"]
+    what = "samples seed0-steps18, 5,000 images against photos, train"
+    cells = "<td>12.500 ± 0.250</td><td>0.00200 ± 0.00100</td><td>8.00</td><td></td>"
+    assert f"{what}</span></td>{cells}" in text
+    assert "samples seed0-steps18-n50000</span></td><td>11.000</td>" in text
+    assert text.count(f'<p class="note">a, {what}: {doubt}</p>') == 1
+    assert text.count(why) == 1 and "<td>as missing.recall</td>" in text
+    assert "seed1-steps18/fid.json is damaged" in found.notes[0]
+
+
+def test_rows_that_are_damaged_do_not_stop_a_report(tmp_path):
+    run = stage_one(tmp_path / "a")
+    write_rows(run, [{"images_seen": 1, "l1": None}])
+    (found,) = read_records([run])
+    assert found.rows == [{"images_seen": 1}]
+    assert curves_section([found], {"a": "red"}, "") == ""
