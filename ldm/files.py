@@ -59,7 +59,7 @@ def write_together(files: Mapping[Path, Callable[[IO[bytes]], Any]]) -> None:
         ) from error
     finally:
         for beside in besides.values():
-            with suppress(FileNotFoundError, NotADirectoryError):
+            with suppress(OSError):  # what went wrong above is what is told
                 beside.unlink()
 
 

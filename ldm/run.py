@@ -17,6 +17,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
     broadcast_object_list,
 )
 from pydantic import PositiveInt
@@ -38,7 +39,7 @@ from ldm.seeds import torch_seed
 
 MAX_BAD_STEPS = 10
 PATIENCE = timedelta(hours=1)
-"""How long processes wait for the one that compares what all have measured."""
+"""How long processes wait for one that still samples, or compares what all have measured."""
 
 
 class RunConfig(Config):
@@ -284,7 +285,10 @@ def make_accelerator(device: str = "auto", accumulate: int = 1) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulate),
         # DDP otherwise lays its buckets out anew after the first step, so that a resumed run would
         # add gradients in another order than an unbroken one, from three processes on
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=True),
+            InitProcessGroupKwargs(timeout=PATIENCE),
+        ],
     )
     if accelerator.device.type != where.type:
         raise LdmError(

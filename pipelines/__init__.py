@@ -1,8 +1,8 @@
 """Floor 2: the jobs. They build models, move data through them, and write what comes out.
 
-A module here is a job, and so is a package with one of its own name or a command's (`doctor`,
-`report`, `reproduce`, `analysis`, `exchange`); `training`, `sampling` and `measuring` are what jobs
-are made of.
+Jobs are the modules here and the packages `analysis`, `doctor`, `exchange`, `report` and
+`reproduce`; `training`, `sampling` and `measuring` are what several of them are made of; `codec`
+and `latent_diffusion` are for Python users, too.
 """
 
 from typing import Any

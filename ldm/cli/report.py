@@ -36,7 +36,7 @@ def report(
 
     ldm report runs/a runs/b --out a-and-b.html
     """
-    from pipelines.report import write_report
+    from pipelines.report.report import write_report
 
     page = write_report(runs, out, images, seed, steps, data, resolution, device)
     typer.echo(f"done: open {page} in a browser")

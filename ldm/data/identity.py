@@ -15,6 +15,7 @@ from ldm.errors import LdmError
 from ldm.logbook import progress_bar
 
 READERS = 8  # files hashed at once: one is bound by the processor
+UTF8 = ("utf-8", "surrogateescape")  # names need not be of any encoding
 
 
 def content_identity(source: Source, count: int) -> str:
@@ -34,7 +35,7 @@ def content_identity(source: Source, count: int) -> str:
     chosen = sha256()
     for file, inside in _places(source, count):
         place = files.setdefault(file, len(files))
-        chosen.update(f"{place}{inside}\0".encode("utf-8", "surrogateescape"))
+        chosen.update(f"{place}{inside}\0".encode(*UTF8))
     with ThreadPoolExecutor(READERS) as pool, progress_bar("files") as bar:
         task = bar.add_task("is it the same data?", total=len(files), speed="", note="")
         for digest in pool.map(_digest, files):
@@ -55,11 +56,13 @@ def listing_identity(data: str) -> str | None:
     path, listing = Path(data).expanduser(), sha256()
     try:
         images = open_images(path)
-        for file, inside in _places(images, len(images)):
-            name = inside or file.removeprefix(f"{path}/")
-            listing.update(f"{name}\0{_size(file)}\0".encode("utf-8", "surrogateescape"))
     except LdmError:
         return None
+    last, size = None, -1
+    for name in map(images.name, range(len(images))):
+        if not name.startswith(f"{last}/"):  # the next image may lie in the same archive
+            last, size = _sized(name)
+        listing.update(f"{name.removeprefix(f'{path}/')}\0{size}\0".encode(*UTF8))
     return listing.hexdigest()
 
 
@@ -82,11 +85,13 @@ def _file_of(name: str) -> str:
     return found
 
 
-def _size(file: str) -> int:
+def _sized(name: str) -> tuple[str, int]:
+    """The file that an image lies in, and its size in bytes, −1 where it cannot be seen."""
     try:
-        return Path(file).stat().st_size
-    except OSError as error:
-        raise LdmError(f"could not read {file} ({error.strerror})") from error
+        file = _file_of(name)
+        return file, Path(file).stat().st_size
+    except (LdmError, OSError):
+        return name, -1
 
 
 def _digest(file: str) -> bytes:

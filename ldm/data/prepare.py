@@ -31,14 +31,11 @@ from ldm.data.shard_writer import ShardJob, finished_shard, sidecar, write_shard
 from ldm.data.shards import MANIFEST, MANIFEST_FORMAT
 from ldm.data.source import Source
 from ldm.data.split import Indices, held_out_count, split_indices
-from ldm.data.transforms import RESAMPLING, Filter
+from ldm.data.transforms import NOT_RESIZED, RESAMPLING, Filter
 from ldm.errors import LdmError, UsageError
 from ldm.files import write_json
 
 Report = dict[str, Any]
-
-NOT_RESIZED = "none"
-"""What a manifest says of the filter where every image had its size already."""
 
 
 def prepare(
@@ -70,7 +67,8 @@ def prepare(
             the `.cls` of a shard says.
 
     Returns:
-        The manifest, as written to `manifest.json` in the destination.
+        The manifest, as written to `manifest.json` in the destination; its filter is
+        `NOT_RESIZED` where every image had its size already.
 
     Raises:
         LdmError: there are no images at the source; one is smaller than `size`; more than 1 % are

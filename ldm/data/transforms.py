@@ -12,6 +12,8 @@ RESAMPLING = {
     "box": Image.Resampling.BOX,
     "bicubic": Image.Resampling.BICUBIC,
 }
+NOT_RESIZED = "none"
+"""What a manifest says of the filter of images that had their size already."""
 
 
 def center_crop(image: np.ndarray, resolution: int, filter: Filter = "lanczos") -> np.ndarray:

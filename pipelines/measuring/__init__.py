@@ -1,10 +1,11 @@
 """What `pipelines.evaluate` and `pipelines.fid` measure with.
 
-Both see every image once (`survey`), and know images by their pixels (`fingerprints`).
+Both see every image once (`survey`), through a network (`features`), and know images by their
+pixels (`fingerprints`).
 
 Reconstructions: `evaluation_plan` says what is measured and looks for images that were trained on
 (`overlap`); `reconstruction` is the loop, `evaluation` its result, `evaluation_table` the printed
-one; `instruments` are what needs weights, `features` those of a network.
+one; `instruments` are what needs weights.
 
 Samples: `settings` say how; `model_samples` are one side, `reference`, `kept_statistics` and
 `statistics_file` the other, `image_pass` goes over either; `comparability` with `preparation`

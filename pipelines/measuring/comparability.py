@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from ldm.data import DataConfig, holds_out
 from ldm.data.dataset import PHOTOS
 from ldm.data.split import Split
+from ldm.data.transforms import NOT_RESIZED
 from ldm.errors import LdmError
 from ldm.metrics.extractors import Extractor
 from pipelines.measuring.fingerprints import Prints, find_shared
@@ -130,7 +131,7 @@ def samples_filter(samples: Samples, trained_on: DataConfig | None) -> str | Non
     """The filter of samples that were prepared themselves, or of what their model learnt from."""
     if samples.made_with is None and samples.path.is_dir():
         prepared = read_preparation(samples.path)
-        if prepared and prepared["filter"] != "none":
+        if prepared and prepared["filter"] != NOT_RESIZED:
             return prepared["filter"]
     return training_filter(trained_on, samples.resolution) if trained_on else None
 

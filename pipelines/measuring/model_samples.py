@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from ldm.config import to_tree, validate
 from ldm.data import Batch
-from ldm.device import keep_freed_memory, resolve_device
+from ldm.device import keep_freed_memory
 from ldm.errors import UsageError
 from ldm.images import to_uint8
+from ldm.run import join_processes
 from pipelines.sampling.claim import default_folder
 from pipelines.sampling.classes import Label
 from pipelines.sampling.latent_model import LatentModel
@@ -52,11 +52,9 @@ class ModelSamples:
     ) -> None:
         self._n, self._seed = count("--n ", n), whole("--seed ", seed)
         self._how = validate(Sampling, sampling)
-        where = resolve_device(device)
+        _, where = join_processes(device)
         keep_freed_memory(where)
-        ranks = PartialState(cpu=where.type == "cpu")
-        device = str(ranks.device) if ranks.num_processes > 1 else device
-        self._pipe = LatentModel.from_pretrained(model, device, precision)
+        self._pipe = LatentModel.from_pretrained(model, where, precision)
         noise_levels(self._how, self._pipe.denoiser)
         self._labels = None if labels is None else self._pipe.classes.read(labels)
         self._weaker = self._pipe.check_guidance(self._how, weaker, self._labels)

@@ -15,6 +15,7 @@ from ldm.data import DataConfig, Source, open_source
 from ldm.data.dataset import PHOTOS
 from ldm.data.decode import CorruptImage
 from ldm.data.shards import read_manifest
+from ldm.data.transforms import NOT_RESIZED
 from ldm.errors import LdmError
 from pipelines.sampling.folder import is_lossy
 
@@ -46,7 +47,7 @@ def resize_filter(config: DataConfig, source: Source, resolution: int) -> str | 
     if config.source == PHOTOS or config.crop == "random":
         return None  # windows at native size
     prepared = preparation(config)
-    steps = [prepared["filter"]] if prepared and prepared["filter"] != "none" else []
+    steps = [prepared["filter"]] if prepared and prepared["filter"] != NOT_RESIZED else []
     if (prepared["size"] if prepared else _native_size(source)) > resolution:
         steps.append("lanczos")  # as `center_crop` does
     return ", then ".join(steps) or None

@@ -15,8 +15,11 @@ UNTOLD = ("run", "validate_images", "data.workers", "autoencoder")
 STANDING = (
     "Where the paper is silent (the losses' weights, the widths of some networks, the averaging of "
     "weights), this toolkit's defaults: the README lists them.",
-    "One training of each recipe, of one seed, as in the paper: how much two seeds differ is not "
-    "known.",
+    "One training of each recipe, of one seed: how much two seeds differ is not known.",
+)
+EDM = (
+    "Diffusion: EDM's preconditioning, noise and sampler (Karras et al. 2022); the paper follows "
+    "latent diffusion's (Rombach et al. 2022)."
 )
 KNOWN = {
     "data.source": "data",
@@ -75,6 +78,7 @@ def deviations(
         ]
         lines += _shared(jobs)
         lines += STANDING
+        lines += [EDM] if table.config.measure == "generation" else []
     if settings:
         lines.append(f"Set by hand: {', '.join(settings)}.")
     notes = (note for record in records.values() for note in record["notes"])

@@ -26,12 +26,13 @@ from pipelines.reproduce.records import (
     is_main,
     lacking,
     listing_of,
+    listings_of,
     write_record,
 )
 from pipelines.reproduce.result import Result, write_result
 from pipelines.reproduce.scales import find_scale, setting_key
 from pipelines.reproduce.tables import Table, find_tables
-from pipelines.reproduce.training import Taken, check_weights, find_taken, make_model
+from pipelines.reproduce.training import Taken, check_images, check_weights, find_taken, make_model
 
 
 def reproduce(
@@ -116,17 +117,23 @@ class _Task:
     @classmethod
     def of(cls, job: Job, plan: Plan, tools: Tools) -> "_Task":
         asked, taken = asked_of(job, plan.scale.measuring), find_taken(job)
+        asked["listings"] = listings_of(job)
         done = finished(job, asked, taken and taken.sha256, tools.weights)
         return cls(job, asked, taken, done)
 
 
 def _check_data(tasks: Sequence[_Task]) -> None:
-    """Open all data that is needed, rather than miss it when a row's turn comes."""
+    """Open all data that is needed, rather than miss it when a row's turn comes; and see that what
+    was begun is gone on with on the same."""
     needed = {
         (t.job.data.source, t.job.resolution): t.job.data for t in tasks if t.done is None
     }  # fmt: skip
     for (_, resolution), data in needed.items():
         open_source(data, "train", resolution)
+    for task in tasks:
+        if task.done is None and task.taken is None:
+            for training in (task.job.stage_one, task.job.training):
+                check_images(training)
 
 
 def _do(table: Table, task: _Task, plan: Plan, tools: Tools) -> Mapping[str, Any]:

@@ -58,7 +58,7 @@ def _state(folder: Path) -> State:
 
 # ------------------------------------------------------------------------------- what was asked
 def asked_of(job: Job, measuring: Measuring) -> dict[str, Any]:
-    """All that decides a row's numbers, as plain values."""
+    """All settings that decide a row's numbers, as plain values."""
     stages = {"recipe": _decisive(job.training)}
     if job.stage_two is not None:
         stages["stage_one"] = _decisive(job.stage_one)
@@ -67,11 +67,16 @@ def asked_of(job: Job, measuring: Measuring) -> dict[str, Any]:
     measured = {
         "resolution": job.resolution,
         "data": data,
-        "listing": listing_of(job.data.source),
         **asdict(measuring),
     }
     # as JSON has it: what is compared was read from there
     return json.loads(json.dumps({"trained": stages, "measured": measured}))
+
+
+def listings_of(job: Job) -> dict[str, str | None]:
+    """Which images a row's data sets hold, those of its stage one with them."""
+    sources = (training.recipe.data.source for training in (job.stage_one, job.training))
+    return {source: listing_of(source) for source in sources}
 
 
 def finished(
@@ -91,9 +96,12 @@ def finished(
         return None
     then = record["asked"]
     theirs = (record["taken"] or {}).get("sha256")
-    if not _equal(then["measured"], asked["measured"]) or taken_sha256 not in (None, theirs):
+    if then["measured"] != asked["measured"] or taken_sha256 not in (None, theirs):
         return None
     if theirs is None and then["trained"] != asked["trained"]:
+        return None
+    before = then.get("listings", {})
+    if not all(same_listing(before.get(k), now) for k, now in asked.get("listings", {}).items()):
         return None
     still = lacking(record["lacked"], weights)
     return record if still == record["lacked"] else None
@@ -105,7 +113,7 @@ def listing_of(data: str) -> str | None:
     return listing_identity(data)
 
 
-def same_images(then: str | None, now: str | None) -> bool:
+def same_listing(then: str | None, now: str | None) -> bool:
     """Whether a data set holds what it held, as far as either is known."""
     return None in (then, now) or then == now
 
@@ -126,11 +134,6 @@ def _decisive(training: Training) -> dict[str, Any]:
     tree["data"].pop("workers")
     tree.pop("validate_images", None)
     return tree
-
-
-def _equal(then: dict[str, Any], now: dict[str, Any]) -> bool:
-    blank = {"listing": None}
-    return then | blank == now | blank and same_images(then.get("listing"), now["listing"])
 
 
 def _is_there(number: str, weights: Path | None) -> bool:

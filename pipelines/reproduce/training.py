@@ -15,14 +15,14 @@ from ldm.errors import LdmError
 from ldm.files import write_json
 from ldm.run_folder import is_finished
 from pipelines.reproduce.plan import Job, Training
-from pipelines.reproduce.records import is_main, listing_of, read_record, same_images
+from pipelines.reproduce.records import is_main, listing_of, read_record, same_listing
 from pipelines.reproduce.stand_ins import random_trunk
 from pipelines.train_autoencoder import train_autoencoder
 from pipelines.train_diffusion import train_diffusion
 from pipelines.training.autoencoder_recipe import AutoencoderRecipe
 from pipelines.training.diffusion_recipe import DiffusionRecipe
 
-NOTES = "training.json"
+NOTES = ".training.json"  # a run folder may hold it before the run does
 ESRGAN_TRUNK = "VGG-19"
 
 
@@ -121,13 +121,12 @@ def check_weights(recipe: AutoencoderRecipe) -> str | None:
 
 def _train(training: Training, stage_one: Model | None = None) -> Model:
     folder, recipe = training.folder, training.recipe
-    _check_images(training)
     if isinstance(recipe, AutoencoderRecipe):
-        with _timed(folder, recipe.data.source):
+        with _noting(training):
             train_autoencoder(recipe, training.preset, folder)
     else:
         recipe = _standing_on(recipe, stage_one)
-        with _timed(folder, recipe.data.source):
+        with _noting(training):
             train_diffusion(recipe, training.preset, folder)
     kind = "diffusion" if isinstance(recipe, DiffusionRecipe) else "autoencoder"
     path = folder / "ckpt.pt"
@@ -156,14 +155,14 @@ def _check_stands_on(path: Path, stage_one: Model) -> None:
         )
 
 
-def _check_images(training: Training) -> None:
+def check_images(training: Training) -> None:
     """Whether a run that was begun learnt from the images that its data holds now.
 
     Raises:
         LdmError: from others.
     """
     folder, source = training.folder, training.recipe.data.source
-    if folder.is_dir() and not same_images(_noted(folder).get("listing"), listing_of(source)):
+    if not same_listing(_noted(folder).get("listing"), listing_of(source)):
         raise LdmError(
             f"{folder} was trained on other images than {source} holds now: remove that folder, or "
             "give --out another one"
@@ -171,21 +170,28 @@ def _check_images(training: Training) -> None:
 
 
 @contextmanager
-def _timed(folder: Path, data: str) -> Iterator[None]:
-    """Add the time spent inside to what earlier starts of this run took, and note its images."""
+def _noting(training: Training) -> Iterator[None]:
+    """Note the images that a run learns from before it begins, for it may end in any way, and
+    afterwards the time it took, added to that of earlier starts."""
+    folder, began = training.folder, time.monotonic()
     if is_finished(folder):
         yield
         return
-    began, notes = time.monotonic(), folder.parent / NOTES
+    noted = _noted(folder)
+    listing = noted.get("listing") or listing_of(training.recipe.data.source)
+
+    def note() -> None:
+        seconds = noted.get("seconds", 0.0) + time.monotonic() - began
+        if is_main():
+            write_json(folder / NOTES, {"seconds": round(seconds, 2), "listing": listing})
+
+    note()
     try:
         yield
     finally:
-        spent = _noted(folder).get("seconds", 0.0) + time.monotonic() - began
-        if is_main() and folder.is_dir():  # not where training was refused
-            noted = {"seconds": round(spent, 2), "listing": listing_of(data)}
-            write_json(notes, read_record(notes) | {folder.name: noted})
+        note()
 
 
 def _noted(folder: Path) -> dict[str, Any]:
     """What was noted of a run."""
-    return read_record(folder.parent / NOTES).get(folder.name, {})
+    return read_record(folder / NOTES)

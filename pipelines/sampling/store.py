@@ -22,6 +22,7 @@ from PIL import Image
 
 from ldm.data.shard_writer import sidecar
 from ldm.data.shards import MANIFEST, MANIFEST_FORMAT, Member, index_shard
+from ldm.data.transforms import NOT_RESIZED
 from ldm.errors import LdmError
 from ldm.files import write_atomically, write_json
 
@@ -130,7 +131,7 @@ class ShardStore(PngStore):
             "format": MANIFEST_FORMAT,
             "count": count,
             "size": size,
-            "filter": "none",
+            "filter": NOT_RESIZED,
             "crop": "none",
             "source": source,
             "splits": {

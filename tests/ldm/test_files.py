@@ -25,6 +25,11 @@ def test_a_file_in_the_place_of_a_folder(tmp_path):
         write_atomically(tmp_path / "eval" / "deeper" / "a", lambda file: file.write(b"x"))
 
 
+def test_a_name_too_long(tmp_path):
+    with pytest.raises(LdmError, match=r"could not write .* too long"):
+        write_atomically(tmp_path / ("a" * 250), lambda file: file.write(b"x"))
+
+
 def test_only_a_failed_write_is_called_one(tmp_path):
     """A loader's worker that dies raises a RuntimeError wherever the process just is."""
 

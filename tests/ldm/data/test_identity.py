@@ -45,6 +45,13 @@ def test_archives(images, tmp_path):
     assert listing_identity(str(tmp_path / "shards")) != listing_identity(str(tmp_path / "fewer"))
 
 
+def test_an_image_that_cannot_be_seen_hides_no_other(images):
+    (images / "gone.png").symlink_to("nowhere")
+    known = listing_identity(str(images))
+    (images / "0000.png").write_bytes(encode(noise(9)[:20]))
+    assert listing_identity(str(images)) != known
+
+
 def test_what_is_not_there_is_not_known(tmp_path):
     assert listing_identity(str(tmp_path / "nothing")) is None
     assert listing_identity("photos") == "photos"

@@ -14,7 +14,7 @@ from ldm.checkpoint import load_model
 from ldm.data import DataConfig, open_source
 from ldm.errors import LdmError, UsageError
 from ldm.images import to_uint8
-from pipelines.report import write_report
+from pipelines.report.report import write_report
 from tests.pipelines.report.run_folders import stage_one, stage_two
 from tests.pipelines.untrained import load
 

@@ -1,6 +1,7 @@
 """A table from beginning to end, with a faked trainer: what is done, and what is not done twice."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,8 +68,8 @@ def test_a_row_that_was_stopped_goes_on(faked):
     assert faked.trained[:2] == ["reproduce/smoke/t04/group/autoencoder"] * 2
     states = [row_states(Path("reproduce"), row) for row in table.rows]
     assert states == [{"smoke": "done", "small": "–", "paper": "–"}] * 3
-    noted = json.loads((ROOT / "t04" / "group" / "training.json").read_text("utf-8"))
-    assert noted["autoencoder"]["seconds"] >= 0
+    run_folder = ROOT / "t04" / "group" / "autoencoder"
+    assert json.loads((run_folder / ".training.json").read_text("utf-8"))["seconds"] >= 0
 
 
 def test_another_recipe_in_the_same_folder_is_refused(faked):
@@ -87,8 +88,31 @@ def test_other_images_under_the_same_path_are_not_taken_for_those_measured(faked
     (data / "0000.png").write_bytes(encode(noise(99, 64, 64)[:, :48]))
     with pytest.raises(LdmError, match=r"autoencoder was trained on other images than .*/data hol"):
         run(data=[str(data)])
+    assert len(faked.trained) == 3, "refused before anything is trained"
     run(data=[str(data)], out=Path("elsewhere"))
     assert len(faked.trained) == 6 and len(faked.measured) == 6
+    for name in ("t04/group", "t09/gaussian", "t01/imagenet128-nz12-litevae"):
+        shutil.rmtree(ROOT / name / "autoencoder")  # as the message says
+    run(data=[str(data)])
+    assert len(faked.trained) == 9 and len(faked.measured) == 9
+
+
+def test_the_images_of_a_run_that_was_killed_are_known(faked, tmp_path, monkeypatch):
+    data = png_folder(tmp_path / "data", [noise(n, 64, 64) for n in range(24)])
+
+    def killed(recipe, preset, folder):
+        faked.train(recipe, preset, folder)
+        noted.append(json.loads((folder / ".training.json").read_text("utf-8")))
+        raise KeyboardInterrupt
+
+    noted = []
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "train_autoencoder", killed)
+        run(data=[str(data)])
+    assert len(noted[0]["listing"]) == 64
+    (data / "0000.png").unlink()
+    with pytest.raises(LdmError, match="was trained on other images than"):
+        run(data=[str(data)])
 
 
 def test_data_that_is_gone_undoes_no_finished_row(faked, tmp_path):
