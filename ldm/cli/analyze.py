@@ -15,12 +15,13 @@ Models = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[NAME=]MODEL …",
-        help="Stage-one files or run folders, or SD-VAEs of others, side by side; NAME is what "
+        help="Stage-one files or run folders, or third-party SD-VAEs, side by side; NAME is what "
         "legends say. Left out: the newest run.",
     ),
 ]
 Data = Annotated[
-    str | None, typer.Option(help="`photos`, a folder, a zip, or shards. Left out: the run's own.")
+    str | None,
+    typer.Option(help="`photos` (built in), a folder, a zip, or shards. Left out: the run's own."),
 ]
 Split = Annotated[Literal["train", "val", "all"], typer.Option(help="Which part of the data.")]
 Resolution = Annotated[
@@ -89,7 +90,8 @@ def scale(
     split: Split = "val",
     fid: Annotated[bool, typer.Option(help="Measure rFID, where Inception is to be had.")] = True,
     weights: Annotated[
-        Path | None, typer.Option(help="inception-2015-12-05.pt, if you have it.")
+        Path | None,
+        typer.Option(help="Path of inception-2015-12-05.pt. Left out: the cache, or fetched."),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="At most this many images.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images at a time, per process.")] = 16,
@@ -101,7 +103,7 @@ def scale(
 ) -> None:
     """How reconstructions fare from 32² to 512² (Figures 5 and 8).
 
-    ldm analyze scale GroupNorm=runs/a SMC=runs/b --data photographs --split all
+    ldm analyze scale GroupNorm=runs/a SMC=runs/b --data photos --split all
     """
     from pipelines.analysis.scale import analyze_scale
 

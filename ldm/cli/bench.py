@@ -11,14 +11,14 @@ def bench(
         list[str] | None,
         typer.Argument(help="Presets of stage one. Left out: SD-VAE and LiteVAE S, B, M, L."),
     ] = None,
-    batch: Annotated[int, typer.Option(help="Images in the batch whose memory is told.")] = 32,
+    batch: Annotated[int, typer.Option(help="Batch size whose peak memory is told.")] = 32,
     timed: Annotated[
         int | None,
         typer.Option(help="Images in a batch that is timed. Left out: --batch; 2 on a CPU."),
     ] = None,
     resolution: Annotated[int, typer.Option(help="Side of the images, pixels.")] = 256,
     repeats: Annotated[
-        int | None, typer.Option(help="Timed turns of each. Left out: 20; 3 on a CPU.")
+        int | None, typer.Option(help="Timed runs of each encoder. Left out: 20; 3 on a CPU.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
     precision: Annotated[

@@ -65,9 +65,10 @@ def prepare(
     manifest = prepare(source, destination, size, filter, held_out, shard_size, workers, labels)
     train, val = (manifest["splits"][split] for split in ("train", "val"))
     classes = f", {len(manifest['classes']):,} classes" if labels else ""
+    shards = len(train["shards"]) + len(val["shards"])
     typer.echo(
         f"{manifest['count']:,} images of {size}×{size} in "
-        f"{len(train['shards']) + len(val['shards'])} shards: "
+        f"{shards} shard{'s' * (shards != 1)}: "
         f"{train['count']:,} to train on, {val['count']:,} held out{classes}"
     )
     if skipped := len(manifest["skipped"]):

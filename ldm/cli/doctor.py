@@ -38,7 +38,7 @@ def doctor(
 ) -> None:
     """Say what training a preset needs, what is missing, and how long it takes here.
 
-    Nothing is trained, written or downloaded. The exit status is 1 if the run would stop.
+    Nothing is written or downloaded. The exit status is 1 if the run would stop.
 
     ldm doctor ffhq256 --ae runs/x/ckpt.pt
     """

@@ -11,14 +11,17 @@ from ldm.cli.say import say
 def ema(
     std: Annotated[
         float,
-        typer.Option(help="Width of the average as a share of the run: 0.07, up to 0.2886."),
+        typer.Option(
+            help="Width of the average as a share of the run, such as 0.07; at most 0.2886."
+        ),
     ],
     run: Annotated[
         Path | None,
         typer.Argument(help="The folder of a stage-two run. Left out: the newest with snapshots."),
     ] = None,
     at: Annotated[
-        int | None, typer.Option(help="Images seen, as of a snapshot. Left out: the newest.")
+        int | None,
+        typer.Option(help="Images seen at the snapshot it ends with. Left out: the newest."),
     ] = None,
     out: Annotated[
         Path | None,

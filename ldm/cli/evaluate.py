@@ -15,14 +15,15 @@ def eval_ae(
         list[Path] | None,
         typer.Argument(
             metavar="[CKPT …]",
-            help="Stage-one ckpt.pt files or run folders, or SD-VAEs of others; several give a "
+            help="Stage-one ckpt.pt files or run folders, or third-party SD-VAEs; several give a "
             "table. Left out: the newest.",
         ),
     ] = None,
     data: Annotated[
         str | None,
         typer.Option(
-            help="`photos`, a folder, a zip, or shards. Left out: what each was trained on."
+            help="`photos` (built in), a folder, a zip, or shards. Left out: what each was trained "
+            "on."
         ),
     ] = None,
     split: Annotated[
@@ -44,7 +45,8 @@ def eval_ae(
         ),
     ] = True,
     weights: Annotated[
-        Path | None, typer.Option(help="inception-2015-12-05.pt, if you have it.")
+        Path | None,
+        typer.Option(help="Path of inception-2015-12-05.pt. Left out: the cache, or fetched."),
     ] = None,
     features: Annotated[
         str | None,
@@ -76,7 +78,7 @@ def eval_ae(
 ) -> None:
     """Measure autoencoders' reconstructions: rFID, LPIPS, PSNR, SSIM, KID, precision, recall, SWD.
 
-    What needs weights that are not to be had is left out.
+    What needs unavailable weights is left out.
 
     ldm eval-ae runs/x --data data/ffhq256 --resolution 128,256
 

@@ -55,7 +55,7 @@ def import_model(
     ] = None,
     force: Force = False,
 ) -> None:
-    """Make a model file of ours of a pretrained SD-VAE or latent diffusion model.
+    """Convert a pretrained SD-VAE or latent diffusion model to our format.
 
     ldm import stabilityai/sd-vae-ft-mse sd-vae.pt
 

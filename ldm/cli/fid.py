@@ -18,7 +18,9 @@ def fid(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="`photos`, a folder, a zip, or shards. Left out: the run's own."),
+        typer.Option(
+            help="`photos` (built in), a folder, a zip, or shards. Left out: the run's own."
+        ),
     ] = None,
     split: Annotated[
         Literal["train", "val", "all"] | None,
@@ -33,21 +35,26 @@ def fid(
     ] = None,
     model: Annotated[
         Path | None,
-        typer.Option(help="A stage-two ckpt.pt or run folder, to sample from without writing."),
+        typer.Option(
+            help="A stage-two ckpt.pt or run folder, to sample from without writing images."
+        ),
     ] = None,
     n: Annotated[
         int | None, typer.Option(help="How many images of the model. Left out: 50,000.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the model's images. Left out: 0.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps of the sampler, as of sample.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of the sampler, as in `ldm sample`.")
+    ] = None,
     guidance: Annotated[
-        float | None, typer.Option(help="Scale of the model's guidance, as of sample.")
+        float | None, typer.Option(help="Scale of the model's guidance, as in `ldm sample`.")
     ] = None,
     weaker: Annotated[
-        Path | None, typer.Option(help="A model to be guided away from, as of sample.")
+        Path | None, typer.Option(help="A model to be guided away from, as in `ldm sample`.")
     ] = None,
     precision: Annotated[
-        Literal["auto", "fp32", "bf16"] | None, typer.Option(help="Of the model, as of sample.")
+        Literal["auto", "fp32", "bf16"] | None,
+        typer.Option(help="Of the model, as in `ldm sample`."),
     ] = None,
     mode: Annotated[
         Literal["clean", "legacy-tensorflow"],
@@ -57,10 +64,11 @@ def fid(
         str | None, typer.Option(help="module:function that makes features, in place of Inception.")
     ] = None,
     weights: Annotated[
-        Path | None, typer.Option(help="inception-2015-12-05.pt, if you have it.")
+        Path | None,
+        typer.Option(help="Path of inception-2015-12-05.pt. Left out: the cache, or fetched."),
     ] = None,
     bootstrap: Annotated[
-        int, typer.Option(help="Draws of a 95 % interval about FID, such as 100.")
+        int, typer.Option(help="Draws of a 95 % interval about FID, such as 100; on one process.")
     ] = 0,
     force: Annotated[
         bool, typer.Option("--force", help="Measure what there are doubts about, and note them.")

@@ -22,7 +22,7 @@ def find_presets(name: str) -> list[tuple[str, str]]:
     found = [(k, bare) for k in KINDS if kind in ("", k) and bare in list_presets(k)]
     if not found:
         known = [preset for k in KINDS if kind in ("", k) for preset in list_presets(k)]
-        raise UsageError(f"no preset '{name}'{did_you_mean(bare, known)}; see `ldm presets`")
+        raise UsageError(f"no preset '{name}'{did_you_mean(bare, known)} (see `ldm presets`)")
     return found
 
 

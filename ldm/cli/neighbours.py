@@ -13,7 +13,9 @@ def neighbours(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="`photos`, a folder, a zip, or shards. Left out: what was learnt from."),
+        typer.Option(
+            help="`photos` (built in), a folder, a zip, or shards. Left out: what was learnt from."
+        ),
     ] = None,
     count: Annotated[int, typer.Option(help="How many samples, the first ones.")] = 8,
     nearest: Annotated[int, typer.Option(help="How many training images for each.")] = 5,

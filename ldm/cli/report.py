@@ -22,7 +22,9 @@ def report(
     steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 18,
     data: Annotated[
         str | None,
-        typer.Option(help="What to reconstruct: `photos`, a folder, … Left out: each run's own."),
+        typer.Option(
+            help="What to reconstruct: `photos` (built in), a folder, … Left out: each run's own."
+        ),
     ] = None,
     resolution: Annotated[
         int | None,

@@ -36,7 +36,8 @@ def reproduce(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of all tables.")] = Path("reproduce"),
     weights: Annotated[
-        Path | None, typer.Option(help="inception-2015-12-05.pt, if you have it.")
+        Path | None,
+        typer.Option(help="Path of inception-2015-12-05.pt. Left out: the cache, or fetched."),
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Measure held-out images that were trained on, too.")

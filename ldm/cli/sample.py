@@ -28,7 +28,7 @@ def sample(
         typer.Option(help="Scale: classifier-free, or away from --weaker; 1 changes nothing."),
     ] = None,
     interval: Annotated[
-        str | None, typer.Option(help="Noise levels at which guidance acts, such as 0.2,3.")
+        str | None, typer.Option(help="Noise levels σ at which guidance acts, such as 0.2,3.")
     ] = None,
     weaker: Annotated[
         Path | None, typer.Option(help="A model to be guided away from (autoguidance).")
@@ -39,14 +39,18 @@ def sample(
     ] = None,
     churn: Annotated[
         str | None,
-        typer.Option(help="Fresh noise: S_churn, or S_churn,S_min,S_max,S_noise."),
+        typer.Option(
+            help="Fresh noise, EDM's: S_churn, or S_churn,S_min,S_max,S_noise. Left out: none."
+        ),
     ] = None,
     files: Annotated[
         Literal["png", "zip", "shards"],
         typer.Option("--format", help="PNGs in folders, one zip, or tar shards to train on."),
     ] = "png",
     batch_size: Annotated[int, typer.Option(help="Images at a time, per process.")] = 64,
-    out: Annotated[Path | None, typer.Option(help="Folder of the images.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the images. Left out: samples/ beside the model.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
     precision: Annotated[
         Literal["auto", "fp32", "bf16"], typer.Option(help="auto: bf16 where the device has it.")

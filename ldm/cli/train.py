@@ -46,12 +46,14 @@ def train_ae(
 def train_diffusion(
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[PRESET] key=value …", help="A preset (ffhq256) and settings."),
+        typer.Argument(
+            metavar="[PRESET] key=value …", help="A preset (left out: ffhq256), then settings."
+        ),
     ] = None,
     ae: Annotated[
         Path | None,
         typer.Option(
-            help="Stage one: a ckpt.pt, a run folder, an SD-VAE of others, or a preset, such as "
+            help="Stage one: a ckpt.pt, a run folder, a third-party SD-VAE, or a preset, such as "
             "dwt: its newest run. Left out: the newest of all."
         ),
     ] = None,

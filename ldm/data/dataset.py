@@ -65,10 +65,11 @@ def open_source(config: DataConfig, split: Split, resolution: int) -> Source:
         return open_photos(split, resolution, config.labels)
     path = Path(config.source).expanduser()
     if not path.exists() and "{" not in config.source:
+        size = resolution if resolution > 1 else "256"  # 1: who asks does not know it yet
         raise LdmError(
             f"data.source: {path} is not there: make it with "
-            f"`ldm data prepare SRC {path} --size {resolution}`, "
-            f"or train on the built-in photographs with data.source={PHOTOS}"
+            f"`ldm data prepare SRC {path} --size {size}`, "
+            f"or take the built-in photographs, data.source={PHOTOS}"
         )
     images = open_images(path, config.labels)
     manifest = read_manifest(path) if path.is_dir() else None

@@ -63,7 +63,7 @@ def test_a_path_that_is_not_there_says_what_to_do(tmp_path):
         open_source(DataConfig(source=str(tmp_path / "ffhq")), "train", 128)
     assert str(error.value) == (
         f"data.source: {tmp_path}/ffhq is not there: make it with `ldm data prepare SRC "
-        f"{tmp_path}/ffhq --size 128`, or train on the built-in photographs with "
+        f"{tmp_path}/ffhq --size 128`, or take the built-in photographs, "
         "data.source=photos"
     )
 
