@@ -62,7 +62,8 @@ class ImageReference:
                 f"with --size {resolution}"
             )
         self._count = min(len(self.source), limit or len(self.source))
-        self.what = f"{config.source}, {split}: {self._count} images, centre-cropped"
+        brought = f", brought down by {self.filter}" if self.filter else ""
+        self.what = f"{config.source}, {split}: {self._count} images, centre-cropped{brought}"
         if self._count < 2:
             raise LdmError(
                 f"{self.what}: a covariance needs two images or more, give another --data"

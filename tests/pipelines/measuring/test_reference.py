@@ -12,7 +12,7 @@ from ldm.data import DataConfig
 from ldm.data.prepare import prepare
 from ldm.errors import LdmError
 from pipelines.measuring.reference import ImageReference
-from tests.pipelines.measuring.fid_sides import SIZE, pictures, write_folder
+from tests.pipelines.measuring.fid_sides import SIZE, enlarged, pictures, write_folder
 
 THEIRS = pictures(12, seed=1)
 
@@ -40,6 +40,13 @@ def test_images_are_those_of_the_split(folder):
     limited = opened(folder, "all", limit=7)
     assert len(limited) == 7 and np.array_equal(pixels(limited), THEIRS[:7])
     assert limited.what == f"{folder}, all: 7 images, centre-cropped"
+
+
+def test_images_that_are_resized_say_so(tmp_path):
+    large = write_folder(tmp_path / "large", enlarged(THEIRS))
+    assert (
+        opened(large).what == f"{large}, train: 10 images, centre-cropped, brought down by lanczos"
+    )
 
 
 def test_processes_share_the_images(folder):
