@@ -11,6 +11,7 @@ runs/<time>-<preset>/
 
 import json
 import platform
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -71,7 +72,7 @@ def describe_run(folder: Path, kind: str, preset: str, config: Config) -> None:
 def provenance() -> dict[str, Any]:
     """Who made a file: the command, the versions, the machine's kind and the moment."""
     return {
-        "command": " ".join(["ldm", *sys.argv[1:]]),
+        "command": shlex.join(["ldm", *sys.argv[1:]]),
         "created": datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": {
             "python": platform.python_version(),

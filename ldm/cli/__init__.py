@@ -6,6 +6,7 @@ Commands import their pipeline inside, so that `ldm --help` answers at once.
 import os
 import sys
 import warnings
+from typing import Annotated
 
 import typer
 
@@ -41,6 +42,26 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"ldm {version('ldm')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", is_eager=True, callback=_tell_version),
+    ] = False,
+) -> None:
+    pass
+
+
 app.command("demo")(demo.demo)
 app.add_typer(data.app, name="data", help="Prepare a data set for training.")
 app.command("train-ae")(train.train_ae)

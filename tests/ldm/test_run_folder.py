@@ -1,6 +1,7 @@
 import errno
 import fcntl
 import json
+import shlex
 import subprocess
 import sys
 from datetime import datetime
@@ -18,6 +19,7 @@ from ldm.run_folder import (
     lock,
     new_or_unfinished,
     newest_run,
+    provenance,
 )
 
 
@@ -198,3 +200,9 @@ def test_what_a_kill_left_is_removed_and_nothing_else(tmp_path):
     }
     assert files == set(kept) and not (tmp_path / "state" / ".writing-16").exists()
     clear_leftovers(tmp_path / "none")
+
+
+def test_the_command_can_be_pasted_back(monkeypatch):
+    words = ["train-ae", "tiny", "phases=[{resolution: 64, steps: 9}]"]
+    monkeypatch.setattr("sys.argv", ["/somewhere/ldm", *words])
+    assert shlex.split(provenance()["command"]) == ["ldm", *words]

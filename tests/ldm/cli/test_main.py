@@ -46,6 +46,12 @@ def failed(run):
     return call
 
 
+def test_version(run):
+    from importlib.metadata import version
+
+    assert run("--version") == (0, f"ldm {version('ldm')}\n", "")
+
+
 def test_help_names_every_command_and_is_quick(tmp_path):
     took = []
     for _ in range(3):
