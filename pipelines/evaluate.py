@@ -32,7 +32,7 @@ from pipelines.measuring.evaluation import (
 )
 from pipelines.measuring.evaluation_plan import Job, plan_jobs
 from pipelines.measuring.instruments import NOT_ASKED, Instruments, find_instruments
-from pipelines.measuring.reconstruction import Perceptual, Sums, reconstruct
+from pipelines.measuring.reconstruction import Perceptual, Scores, reconstruct
 from pipelines.measuring.survey import NEAREST, Surveyor, compare_surveys, gather_surveys
 
 
@@ -55,7 +55,7 @@ def evaluate_autoencoder(
     Args:
         ae: on `device`; it is put in eval mode, and back.
         limit: only the first so many images.
-        perceptual: (recon, images) → scalar mean over the batch, such as `load_lpips()`.
+        perceptual: (recon, images) → the distance of each pair (B,), such as `load_lpips().each`.
         workers: loader processes.
 
     Returns:
@@ -65,12 +65,12 @@ def evaluate_autoencoder(
         LdmError: there is no image; the resolution is below SSIM's window; or a reconstruction is
             not finite.
     """
-    sums = Sums()
+    scores = Scores()
     stream = evaluation_batches(source, resolution, batch_size, limit, workers=workers)
     with closing(reconstruct(ae, stream, device)) as pairs:
         for pair in pairs:
-            sums.add(pair, perceptual)
-    return sums.means() | {"count": sums.count}
+            scores.add(pair, perceptual)
+    return scores.means() | {"count": scores.count}
 
 
 # -------------------------------------------------------------------------------- from files
@@ -177,7 +177,8 @@ def _measure(
     """One pass over this process's share of the images, and what all shares say together."""
     world, total = ranks.num_processes, min(len(job.source), limit or len(job.source))
     extractor = instruments.extractor if total > NEAREST else None
-    sums, faults = Sums(), FaultCount(len(job.source))
+    perceptual = instruments.lpips and instruments.lpips.each
+    scores, faults = Scores(), FaultCount(len(job.source))
     real, made = (Surveyor(total, job.resolution, extractor, device) for _ in range(2))
     stream = evaluation_batches(
         job.source, job.resolution, batch_size * world, limit, ranks.process_index, world,
@@ -188,28 +189,29 @@ def _measure(
     with bar, closing(reconstruct(ae, stream, device)) as pairs:
         task = bar.add_task("measuring", total=total, speed="", note="")
         for pair in pairs:
-            sums.add(pair, instruments.lpips)
+            scores.add(pair, perceptual)
             real.add(pair.images, pair.k)
             made.add(pair.recon, pair.k)
             speed = bar.tasks[task].speed
             shown = f"{speed:.1f} images/s" if speed else ""
             bar.update(task, advance=len(pair.k) * world, speed=shown)
-    shares = gather_object([(sums, faults.found)])
+    shares = gather_object([(scores, faults.found)])
     originals, recons = (gather_surveys(side.survey, ranks) for side in (real, made))
 
     def together() -> Evaluation:
-        everything, corrupt = Sums(), {}
+        everything, corrupt = Scores(), {}
         for some, found in shares:
             everything.merge(some)
             corrupt |= found
         stop_if_too_many(corrupt, len(job.source))
-        means, compared = everything.means(), compare_surveys(recons, originals, device)
+        means = everything.means()  # where there was no image, this says so
+        compared = compare_surveys(recons, originals, device)
         how = {
             "limit": limit, "corrupt": len(corrupt), "device": _device_name(device),
             "processes": world, "batch_size": batch_size,
         }  # fmt: skip
         return conclude(
-            job, path, means, everything.count, compared, extractor, instruments, force, how
+            job, path, means, everything.in_order(), compared, extractor, instruments, force, how
         )
 
     return from_main(ranks, together)

@@ -3,17 +3,18 @@
 L = L_recon + λ_reg L_KL + λ_adv L_adv                                          (Equation 1)
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from autoencoders import Autoencoder
 from autoencoders.discriminators import build_discriminator
 from autoencoders.layers import checkpoint_blocks
-from autoencoders.losses import Objective, find_lpips, load_esrgan, load_lpips
+from autoencoders.losses import LPIPS, Objective, find_lpips, load_esrgan, load_lpips
+from autoencoders.losses.esrgan import ESRGANPerceptual
 from ldm.checkpoint import ModelFile, load_model, save_model
 from ldm.config import to_tree
 from ldm.data import Batch, Source, batches, holds_out, open_source
@@ -177,7 +178,7 @@ def _stream(
         images_seen = stop
 
 
-def load_perceptual(recipe: AutoencoderRecipe) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+def load_perceptual(recipe: AutoencoderRecipe) -> dict[str, LPIPS | ESRGANPerceptual]:
     """The perceptual losses whose weight is not 0, with the weights they were published with."""
     losses = {}
     if recipe.loss.lpips:
@@ -188,8 +189,8 @@ def load_perceptual(recipe: AutoencoderRecipe) -> dict[str, Callable[[Tensor, Te
 
 
 def _validation_lpips(
-    recipe: AutoencoderRecipe, perceptual: dict[str, Callable[[Tensor, Tensor], Tensor]]
-) -> Callable[[Tensor, Tensor], Tensor] | None:
+    recipe: AutoencoderRecipe, perceptual: dict[str, LPIPS | ESRGANPerceptual]
+) -> LPIPS | None:
     """LPIPS as papers report it (VGG-16): needed if it decides, welcome if its weights are here."""
     if "lpips" in perceptual and recipe.loss.lpips_network == "vgg":
         return perceptual["lpips"]

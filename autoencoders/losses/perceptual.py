@@ -27,11 +27,18 @@ class LPIPS:
 
     def __call__(self, recon: Tensor, images: Tensor) -> Tensor:
         """(B, 3, H, W) and the same, in [−1, 1] → scalar, in float32 under autocast too."""
+        return self.each(recon, images).mean()
+
+    def each(self, recon: Tensor, images: Tensor) -> Tensor:
+        """The distance of every pair, (B,); otherwise as a call."""
         net = self.network.to(recon.device)
         with torch.autocast(recon.device.type, enabled=False):
             pair = [net.net(net.scaling_layer(x.float())) for x in (recon, images)]
             layers = zip(net.lins, *pair, strict=True)
-            return sum(lin((_unit(a) - _unit(b)).square()).mean() for lin, a, b in layers)
+            # Zhang et al. 2018, Equation 1: a mean over places, a sum over layers
+            return sum(
+                lin((_unit(a) - _unit(b)).square()).mean(dim=(1, 2, 3)) for lin, a, b in layers
+            )
 
 
 def _unit(features: Tensor, eps: float = 1e-10) -> Tensor:
@@ -40,7 +47,6 @@ def _unit(features: Tensor, eps: float = 1e-10) -> Tensor:
     The package adds its ε outside the root, whose gradient is not a number where the squares of
     faint features vanish.
     """
-    # Zhang et al. 2018, Equation 1
     return features * torch.rsqrt(features.square().sum(dim=1, keepdim=True) + eps)
 
 

@@ -5,9 +5,11 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from numpy.typing import NDArray
 
 from ldm.config import to_tree
 from ldm.data import DataConfig
@@ -45,6 +47,7 @@ class Evaluation:
             why it is not there, and why it may not mean what it seems to; `notes` are lines on
             all of them.
         path: the JSON that it is written to.
+        each: the numbers of every image by itself, as `Scores.in_order` has them; not in the JSON.
     """
 
     model: Path
@@ -53,6 +56,7 @@ class Evaluation:
     numbers: dict[str, float | None]
     about: dict[str, Any]
     path: Path
+    each: dict[str, NDArray] = field(default_factory=dict)
 
     def to_tree(self) -> dict[str, Any]:
         """All of it, as JSON can hold it."""
@@ -69,7 +73,7 @@ def conclude(
     job: Job,
     path: Path,
     means: dict[str, float],
-    count: int,
+    each: dict[str, NDArray],
     compared: dict[str, Any],
     extractor: Extractor | None,
     instruments: Instruments,
@@ -81,7 +85,7 @@ def conclude(
     Args:
         path: where it is to be kept.
         means: over the images, by the names of `NUMBERS`.
-        count: of the images.
+        each: of every image, as `Scores.in_order` has it.
         compared: as `compare_surveys` has it.
         extractor: what made the features; None where the images were too few for any.
         instruments: what there was to measure with.
@@ -93,6 +97,7 @@ def conclude(
     numbers |= {"rfid": compared["fid"], "swd": compared["swd"]["mean"]}
     missing, doubtful = dict(instruments.missing), {}
     notes = [job.seen["note"]] if job.seen["note"] else []
+    count = len(each["k"])
     if extractor is None and instruments.extractor is not None:
         missing |= dict.fromkeys(FEATURES, f"{count} image(s) have too few neighbours")
     elif extractor is not None:
@@ -125,7 +130,7 @@ def conclude(
         **provenance(),
     }
     about["versions"] |= {name: installed_version(name) for name in PACKAGES}
-    return Evaluation(job.model, job.resolution, count, numbers, about, path)
+    return Evaluation(job.model, job.resolution, count, numbers, about, path, each)
 
 
 # ------------------------------------------------------------------------------------- on disk

@@ -1,10 +1,10 @@
 """Images through an autoencoder and back: the one loop that every measurement of stage one is."""
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from autoencoders import Autoencoder
@@ -19,7 +19,7 @@ from ldm.metrics import psnr, ssim
 PSNR_CEILING = 100.0
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]
-"""(recon, images) in [−1, 1] → scalar mean over the batch."""
+"""(recon, images) in [−1, 1], (B, 3, H, W) → the distance of each pair, (B,)."""
 
 
 class Pair(NamedTuple):
@@ -58,33 +58,54 @@ def reconstruct(ae: Autoencoder, stream: Iterable[Batch], device: torch.device) 
         ae.train(was_training)
 
 
-class Sums:
-    """What each pair says by itself, summed in float64: PSNR, SSIM, LPIPS."""
+class Scores:
+    """What each pair says by itself: PSNR, SSIM, LPIPS, of every image.
+
+    Memory grows with the images, by some 20 bytes each.
+    """
 
     def __init__(self) -> None:
-        self.count = 0
-        self._totals: Counter[str] = Counter()
+        self._ks: list[Tensor] = []
+        self._of: dict[str, list[Tensor]] = {}
+
+    @property
+    def count(self) -> int:
+        """Images seen."""
+        return sum(map(len, self._ks))
 
     def add(self, pair: Pair, perceptual: Perceptual | None) -> None:
-        """Take in a batch; `lpips` is summed with `perceptual` alone."""
+        """Take in a batch; there is an `lpips` with `perceptual` alone."""
         images, recon = to_float(pair.images), to_float(pair.recon)
-        self._totals["psnr"] += psnr(images, recon).clamp(max=PSNR_CEILING).sum().item()
-        self._totals["ssim"] += ssim(images, recon).sum().item()
+        scores = {
+            "psnr": psnr(images, recon).clamp(max=PSNR_CEILING),
+            "ssim": ssim(images, recon),
+        }
         if perceptual is not None:
-            self._totals["lpips"] += perceptual(recon, images).item() * len(images)
-        self.count += len(images)
+            scores["lpips"] = perceptual(recon, images)
+        for name, values in scores.items():
+            self._of.setdefault(name, []).append(values.cpu().float())
+        self._ks.append(pair.k)
 
-    def merge(self, other: "Sums") -> None:
+    def merge(self, other: "Scores") -> None:
         """Take in what another process has seen."""
-        self._totals.update(other._totals)
-        self.count += other.count
+        self._ks += other._ks
+        for name, values in other._of.items():
+            self._of.setdefault(name, []).extend(values)
 
     def means(self) -> dict[str, float]:
-        """Over images.
+        """Over images, summed in float64.
 
         Raises:
             LdmError: there was none.
         """
         if not self.count:
             raise LdmError("no image to evaluate: the data is empty, or all of it is corrupt")
-        return {name: total / self.count for name, total in self._totals.items()}
+        return {name: torch.cat(each).double().mean().item() for name, each in self._of.items()}
+
+    def in_order(self) -> dict[str, NDArray]:
+        """`k`, int64 (n,), rising: the images' numbers; and by its name each score of each image,
+        float32 (n,). Two autoencoders' are of the same images where their `k` are equal.
+        """
+        ks, order = torch.cat(self._ks).sort()
+        scores = {name: torch.cat(each)[order].numpy() for name, each in self._of.items()}
+        return {"k": ks.numpy(), **scores}

@@ -15,7 +15,8 @@ UNTOLD = ("run", "validate_images", "data.workers", "autoencoder")
 STANDING = (
     "Where the paper is silent (the losses' weights, the widths of some networks, the averaging of "
     "weights), this toolkit's defaults: the README lists them.",
-    "One training of each recipe, of one seed: how much two seeds differ is not known.",
+    "One training of each recipe, of one seed: how much two seeds differ is not known. The ± of a "
+    "difference is its standard error over the images, no more.",
 )
 EDM = (
     "Diffusion: EDM's preconditioning, noise and sampler (Karras et al. 2022); the paper follows "

@@ -161,7 +161,7 @@ def _do(table: Table, task: _Task, plan: Plan, tools: Tools) -> Mapping[str, Any
         "seconds": {"training": model.seconds, "measuring": round(time.monotonic() - began, 2)},
         **_made_by(job),
     }
-    write_record(job, record)
+    write_record(job, record, measured.each)
     return record
 
 

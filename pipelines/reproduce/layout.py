@@ -98,8 +98,11 @@ def _comparison(claim: Claim, finding: Finding, table: Table) -> str:
     theirs = (_printed(finding.column, papers[name]) for name in (claim.row, claim.than))
     told = f"the paper's {' against '.join(theirs)}"
     if finding.here is not None:
-        ours = (show(finding.column, value) for value in finding.here)
-        told = f"{' against '.join(ours)}, {told}"
+        ours = " against ".join(show(finding.column, value) for value in finding.here)
+        if finding.error is not None:
+            difference = finding.here[0] - finding.here[1]
+            ours += f" ({_signed(finding.column, difference, finding.error)})"
+        told = f"{ours}, {told}"
     title = COLUMNS[finding.column].title
     if table.config.transposed:
         title = f"{table.config.header[0]} = {title}"
@@ -114,6 +117,12 @@ def show(column: str, value: Number | None) -> str:
     if isinstance(value, (tuple, list)):
         return f"{value[0]:,.{digits}f} ± {value[1]:,.{digits}f}"
     return f"{value:,.{digits}f}"
+
+
+def _signed(column: str, difference: float, error: float) -> str:
+    """A difference with its standard error."""
+    digits = COLUMNS[column].digits
+    return f"{difference:+.{digits}f} ± {error:.{digits}f}".replace("-", "−")
 
 
 def _printed(column: str, value: Number | None) -> str:

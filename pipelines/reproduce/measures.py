@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
+
 from autoencoders import load_autoencoder
 from ldm.device import resolve_device
 from ldm.errors import LdmError
@@ -40,6 +42,8 @@ class Measured:
     """How it was measured, where that is not as in the paper."""
     count: int | None = None
     """Images measured."""
+    each: dict[str, NDArray] = field(default_factory=dict)
+    """The numbers of every image by itself, where they have any; and `k`, the images' own."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ def _reconstruction(job: Job, model: Model, tools: Tools) -> Measured:
         notes = notes[:1]
         missing |= dict.fromkeys(("rfid", "lpips"), STOOD_IN)
         numbers |= dict.fromkeys(("rfid", "lpips"))
-    return Measured(numbers, missing, notes, found.count)
+    return Measured(numbers, missing, notes, found.count, found.each)
 
 
 def _over(count: int, job: Job) -> str:

@@ -1,27 +1,33 @@
 """What is kept of a finished row, and how far the rows of a table are.
 
-<row>/row.json   the numbers, what was asked, what was trained or taken, the machine, the time
+<row>/row.json     the numbers, what was asked, what was trained or taken, the machine, the time
+<row>/images.npz   those of them that every image has: by these two rows are compared
 """
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
 
 from autoencoders.losses.trunks import has_trunk
 from ldm.config import to_tree
 from ldm.data.identity import listing_identity
-from ldm.files import write_json
+from ldm.files import to_json, write_together
 from ldm.metrics.inception import WEIGHTS, weight_folders
 from pipelines.reproduce.plan import Job, Training
 from pipelines.reproduce.scales import SCALES, Measuring
 from pipelines.reproduce.tables import Row
 
 FORMAT = 1
-RECORD = "row.json"
+RECORD, EACH = "row.json", "images.npz"
 State = Literal["done", "begun", "–"]
 
 
@@ -34,10 +40,27 @@ def read_record(path: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def write_record(job: Job, record: dict[str, Any]) -> None:
-    """Keep a finished row."""
+def write_record(
+    job: Job, record: dict[str, Any], each: Mapping[str, NDArray] = MappingProxyType({})
+) -> None:
+    """Keep a finished row.
+
+    Args:
+        each: the numbers of every image by itself.
+    """
     if is_main():
-        write_json(job.folder / RECORD, {"format": FORMAT, "state": "done", **record})
+        whole = to_json({"format": FORMAT, "state": "done", **record})
+        files = {job.folder / EACH: lambda file: np.savez(file, **each)} if each else {}
+        write_together(files | {job.folder / RECORD: lambda file: file.write(whole)})
+
+
+def read_each(folder: Path) -> dict[str, NDArray]:
+    """The numbers of every image of a row; {} where there are none."""
+    try:
+        with np.load(folder / EACH, allow_pickle=False) as file:
+            return dict(file)
+    except (OSError, ValueError, BadZipFile):
+        return {}
 
 
 def is_main() -> bool:

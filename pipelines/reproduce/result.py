@@ -14,6 +14,7 @@ from pipelines.reproduce.columns import COLUMNS
 from pipelines.reproduce.deviations import deviations, levelled
 from pipelines.reproduce.layout import claim_lines, shown_columns, table_lines
 from pipelines.reproduce.plan import Job, Plan
+from pipelines.reproduce.records import read_each
 from pipelines.reproduce.tables import Table
 
 FORMAT = 1
@@ -59,7 +60,8 @@ class Result:
         why = "" if scale.judges else f"scale {scale.name} is too short to judge by"
         if undone := levelled(self.jobs, self.plan.settings):
             why = why or f"set by hand is what the rows differ in: {', '.join(undone)}"
-        return judge(self.table, self.numbers, missing, why)
+        each = {job.row.name: read_each(job.folder) for job in self.jobs}
+        return judge(self.table, self.numbers, missing, why, each)
 
     @cached_property
     def deviations(self) -> list[str]:

@@ -1,12 +1,12 @@
 """What a training run shows of itself: numbers and pictures of held-out images, and samples."""
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from autoencoders import Autoencoder
+from autoencoders.losses import LPIPS
 from diffusion import karras_sigmas, sample_heun
 from ldm.data import Source, sheet_images
 from ldm.images import grid, latents_as_rgb, save_grid, to_float
@@ -31,13 +31,13 @@ def validate_autoencoder(
     limit: int,
     images_seen: int,
     logbook: Logbook,
-    lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
+    lpips: LPIPS | None = None,
 ) -> dict[str, float]:
     """Measure at most `limit` held-out images' reconstructions, and draw a few of them."""
     if not run.is_main:
         return {}
     numbers = evaluate_autoencoder(
-        autoencoder, held_out, resolution, BATCH, run.device, limit, lpips
+        autoencoder, held_out, resolution, BATCH, run.device, limit, lpips and lpips.each
     )
     logbook.row(images_seen, **{f"val_{name}": value for name, value in numbers.items()})
 

@@ -1,6 +1,7 @@
 """Every number of autoencoders in files against its definition, and what is written of it."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -58,9 +59,10 @@ def rounded(run) -> tuple[np.ndarray, np.ndarray]:
 
 def test_every_number_against_the_definitions(tmp_path, folder, monkeypatch):
     def distance(recon, images):
-        return (recon - images).abs().mean()
+        return (recon - images).abs().mean(dim=(1, 2, 3))
 
-    monkeypatch.setattr(instruments, "load_lpips", lambda device, instead: distance)
+    lpips = SimpleNamespace(each=distance)
+    monkeypatch.setattr(instruments, "load_lpips", lambda device, instead: lpips)
     run = save_run(tmp_path / "run")
     (found,) = measure(
         run, data=str(folder), split="all", resolutions=[32], features=FEATURES, weights=None
@@ -71,6 +73,9 @@ def test_every_number_against_the_definitions(tmp_path, folder, monkeypatch):
     assert (numbers["psnr"], numbers["ssim"]) == pytest.approx((psnr, ssim), abs=1e-4)
     apart = np.abs(images.astype(float) - recon).mean() / 127.5
     assert numbers["lpips"] == pytest.approx(apart, abs=1e-6)
+    assert found.each["k"].tolist() == list(range(found.count))
+    for name in ("psnr", "ssim", "lpips"):
+        assert found.each[name].mean(dtype=float) == pytest.approx(numbers[name], rel=1e-12)
 
     nchw = [torch.from_numpy(side).permute(0, 3, 1, 2) for side in (images, recon)]
     a, b = (thumbnails()(side).double().numpy() for side in nchw)

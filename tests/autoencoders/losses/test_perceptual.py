@@ -21,6 +21,14 @@ def test_equals_the_package(random_lpips, pair):
     assert expected > 0
 
 
+def test_each_pair_by_itself(random_lpips, pair):
+    lpips = LPIPS(random_lpips)
+    each = lpips.each(*pair)
+    alone = torch.stack([lpips(a[None], b[None]) for a, b in zip(*pair, strict=True)])
+    assert each.shape == (2,)
+    torch.testing.assert_close(each, alone, rtol=1e-5, atol=0)
+
+
 def test_faint_features_give_finite_gradients(random_lpips):
     """Features whose squares vanish in float32: the package's own gradient is not a number."""
     faint = copy.deepcopy(random_lpips)

@@ -9,7 +9,7 @@ import torch
 from ldm.data import Batch
 from ldm.errors import LdmError
 from ldm.images import to_float
-from pipelines.measuring.reconstruction import Pair, Sums, reconstruct
+from pipelines.measuring.reconstruction import Pair, Scores, reconstruct
 from tests.pipelines.measuring.reconstructed import Adding, crops, random_autoencoder
 
 CPU = torch.device("cpu")
@@ -56,9 +56,9 @@ def test_what_is_not_finite_is_refused():
 
 def test_shares_merge_to_the_whole():
     def distance(recon, images):
-        return images.mean()
+        return images.mean(dim=(1, 2, 3))
 
-    whole, parts = Sums(), (Sums(), Sums())
+    whole, parts = Scores(), (Scores(), Scores())
     for i, pair in enumerate(reconstruct(Adding(0.1), stream(5), CPU)):
         whole.add(pair, distance)
         parts[i % 2].add(pair, distance)
@@ -67,13 +67,17 @@ def test_shares_merge_to_the_whole():
     assert parts[0].means() == pytest.approx(whole.means(), rel=1e-12)
     images = to_float(torch.from_numpy(np.stack(crops(5))))
     assert whole.means()["lpips"] == pytest.approx(images.mean().item(), abs=1e-6)
+    each, again = whole.in_order(), parts[0].in_order()
+    assert each["k"].tolist() == [0, 1, 2, 3, 4] and each.keys() == {"k", "psnr", "ssim", "lpips"}
+    assert all(np.array_equal(each[name], again[name]) for name in each), "whoever saw which"
+    assert np.allclose(each["lpips"], images.mean(dim=(1, 2, 3)), atol=1e-6)
 
 
 def test_an_empty_share_changes_nothing():
-    whole = Sums()
+    whole = Scores()
     pixels = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
     whole.add(Pair(pixels, pixels, torch.tensor([0])), None)
-    whole.merge(Sums())
+    whole.merge(Scores())
     assert whole.means() == {"psnr": 100.0, "ssim": pytest.approx(1.0)}
     with pytest.raises(LdmError, match="no image to evaluate"):
-        Sums().means()
+        Scores().means()

@@ -3,6 +3,7 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,7 +56,9 @@ class Faked:
         numbers |= dict.fromkeys(self.lacks)
         missing = dict.fromkeys(self.lacks, "no weights")
         about = {"missing": missing, "doubtful": {}, "notes": []}
-        return [SimpleNamespace(count=how.get("limit") or 40, numbers=numbers, about=about)]
+        count = how.get("limit") or 40
+        each = {"k": np.arange(count), "psnr": np.full(count, numbers["psnr"], np.float32)}
+        return [SimpleNamespace(count=count, numbers=numbers, about=about, each=each)]
 
 
 @pytest.fixture

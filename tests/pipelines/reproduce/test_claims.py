@@ -1,6 +1,8 @@
 """When a claim holds, when it does not, and when nobody can say."""
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from pipelines.reproduce.claims import judge
 from pipelines.reproduce.tables import Claim, Table, TableConfig
@@ -90,3 +92,53 @@ def test_means_closer_than_their_spread_decide_nothing():
     assert verdict("better", "mmd_25", (1.0, 0.1), (1.3, 0.1)) == "holds"
     assert verdict("better", "mmd_25", (1.0, 0.2), (1.3, 0.2)) == "cannot be judged"
     assert verdict("better", "mmd_25", (1.3, 0.1), (1.0, 0.1)) == "does not hold"
+
+
+# ---------------------------------------------------------------------- by how much images decide
+RNG = np.random.default_rng(0)
+HARD = RNG.normal(29, 3, 40)  # what one image has and another has not
+
+
+def of_images(gain: float, noise: float = 0.1) -> dict[str, dict]:
+    """Two rows of 40 images: `a` is better by `gain` dB in the mean, more or less of each."""
+    more = RNG.normal(0, noise, 40)
+    values = {"a": HARD + gain + more - more.mean(), "b": HARD}
+    return {row: {"k": np.arange(40), "psnr": psnr} for row, psnr in values.items()}
+
+
+def judged(relation: str, each):
+    numbers = {row: {"psnr": float(of["psnr"].mean())} for row, of in each.items()}
+    [judgement] = judge(table(relation, ("psnr",)), numbers, {}, "", each)
+    return judgement.findings[0]
+
+
+def test_the_standard_error_is_of_the_differences():
+    each = of_images(0.5)
+    expected = stats.sem(each["a"]["psnr"] - each["b"]["psnr"])
+    assert judged("better", each).error == pytest.approx(expected) and expected < 0.05
+    assert stats.sem(HARD) > 0.3, "images by themselves spread far more"
+
+
+@pytest.mark.parametrize(
+    ("relation", "gain", "verdict"),
+    [
+        ("better", 0.1, "holds"), ("better", -0.1, "does not hold"),
+        ("better", 0.02, "cannot be judged"), ("better", -0.02, "cannot be judged"),
+        ("no_worse", -0.3, "holds"), ("no_worse", -0.5, "does not hold"),
+        ("no_worse", -0.41, "cannot be judged"), ("no_worse", 0.01, "holds"),
+        ("similar", 0.3, "holds"), ("similar", 0.5, "does not hold"),
+        ("similar", 0.39, "cannot be judged"),
+    ],
+)  # fmt: skip
+def test_what_other_images_might_turn_is_not_judged(relation, gain, verdict):
+    finding = judged(relation, of_images(gain))
+    assert finding.verdict == verdict
+    assert (finding.why == "within two standard errors") == (verdict == "cannot be judged")
+
+
+def test_rows_of_other_images_have_no_common_error():
+    each = of_images(0.02)
+    each["a"]["k"] = np.arange(1, 41)
+    assert judged("better", each).error is None and judged("better", each).verdict == "holds"
+    each["a"] = {name: values[:30] for name, values in each["a"].items()}
+    assert judged("better", each).error is None

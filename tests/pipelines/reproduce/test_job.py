@@ -42,6 +42,17 @@ def test_a_table_is_trained_measured_and_written(faked):
     assert record["asked"]["trained"]["recipe"]["loss"]["gaussian"] == 0
 
 
+def test_rows_are_compared_image_by_image(faked):
+    [result] = reproduce("t9", "small")
+    [finding] = [f for f in result.judgements[0].findings if f.column == "psnr"]
+    assert finding.error == 0 and finding.verdict == "holds", "every image is better by as much"
+    page = (Path("reproduce/small/t09") / "table.md").read_text("utf-8")
+    assert "PSNR: 22.00 against 21.00 (+1.00 ± 0.00), the paper's" in page
+    (Path("reproduce/small/t09/gaussian") / "images.npz").write_bytes(b"damaged")
+    [again] = reproduce("t9", "small")
+    assert again.judgements[0].findings[0].error is None and len(faked.measured) == 3
+
+
 def test_what_is_finished_is_not_redone(faked):
     first = run()
     again = run()
