@@ -34,18 +34,27 @@ class FeatureExtractor:
         path: a TorchScript archive with the submodule `layers`, (B, 3, 299, 299) floats in
             [−1, 1) → (B, 2048). In mode `legacy-tensorflow` the archive itself is called, with
             floats (B, 3, H, W) in 0..255 and `return_features=True`.
+        given: whether a person has named it. Loading TorchScript runs what is in it, so that of
+            files that were only found none but the published one is loaded.
 
     Raises:
-        LdmError: the file is not such an archive, or damaged.
+        LdmError: the file is not such an archive, or damaged; or it was found, and is another.
     """
 
     dim = 2048
 
-    def __init__(self, path: Path, device: torch.device | str, mode: Mode = "clean") -> None:
+    def __init__(
+        self, path: Path, device: torch.device | str, mode: Mode = "clean", given: bool = True
+    ) -> None:
         from cleanfid.resize import build_resizer
 
         with path.open("rb") as file:
             self.sha256 = file_digest(file, "sha256").hexdigest()
+        if not given and not self.is_published:
+            raise LdmError(
+                f"{path} is damaged or not the published file (another SHA-256), and loading it "
+                "would run what is in it: delete it, or give it with --weights PATH"
+            )
         self.name = f"{path.name}, {RESIZING[mode]} resizing"
         self._path = path
         self._device = torch.device(device)
@@ -103,7 +112,7 @@ def load_inception(
     path = find_or_fetch(
         WEIGHTS, inception_url, SHA256, weight_folders(), "give it with --weights PATH"
     )
-    return FeatureExtractor(path, device, mode)
+    return FeatureExtractor(path, device, mode, given=False)
 
 
 def weight_folders() -> list[Path]:

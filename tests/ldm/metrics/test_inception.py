@@ -79,9 +79,20 @@ def test_loading_is_silent(tmp_path):
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_found_where_people_keep_it(alone, place):
+def test_found_where_people_keep_it(alone, place, monkeypatch):
     path = save_fake_inception(alone[place])
-    assert load_inception(None, "cpu").sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(inception, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    assert load_inception(None, "cpu").is_published
+
+
+def test_another_file_that_was_found_is_not_run(alone, monkeypatch):
+    """Anybody may put one into /tmp."""
+    path = save_fake_inception(alone[1])
+    monkeypatch.setattr(inception, "_load_network", None)  # calling it would be an error
+    with pytest.raises(LdmError, match=r"not the published file .* give it with --weights PATH"):
+        load_inception(None, "cpu")
+    monkeypatch.undo()
+    assert not load_inception(path, "cpu").is_published
 
 
 def test_the_folders_looked_in(monkeypatch, tmp_path):
