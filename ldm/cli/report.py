@@ -8,10 +8,11 @@ import typer
 
 def report(
     runs: Annotated[
-        list[Path],
+        list[str],
         typer.Argument(
-            metavar="RUN …",
-            help="Folders of runs, of either stage, or of several, such as a demo's.",
+            metavar="[NAME=]RUN …",
+            help="Folders of runs, of either stage, or of several, such as a demo's; NAME is what "
+            "the page calls it.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
@@ -36,7 +37,7 @@ def report(
 
     One file that needs nothing else, readable on a phone, in dark and in light.
 
-    ldm report runs/a runs/b --out a-and-b.html
+    ldm report GroupNorm=runs/a SMC=runs/b --out a-and-b.html
     """
     from pipelines.report.report import write_report
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ldm.config import Tree
-from ldm.errors import LdmError
+from ldm.errors import LdmError, UsageError
 from ldm.logbook import read_rows
 from ldm.run_folder import is_finished, read_config
 
@@ -52,18 +52,31 @@ class Record:
         return found[-1] if found else None
 
 
-def read_records(paths: Sequence[Path]) -> list[Record]:
+def read_records(words: Sequence[str | Path]) -> list[Record]:
     """The runs in some folders, each once: a run's own, or one that holds runs, as a demo's does.
 
+    Args:
+        words: PATH, or NAME=PATH; a name that is not given is the end of the path.
+
     Raises:
+        UsageError: two runs are given one name.
         LdmError: a path is no folder, or neither a run nor a folder of runs.
     """
-    folders: dict[Path, Path] = {}
-    for path in paths:
+    folders: dict[Path, tuple[str, Path]] = {}
+    for word in words:
+        name, equals, rest = str(word).partition("=")
+        named = bool(name and equals and rest) and not Path(word).exists()
+        path = Path(rest) if named else Path(word)
         for folder in _runs_in(path):
-            folders.setdefault(folder.resolve(), folder)
-    labels = _tell_apart(list(folders))
-    return [_read(folder, label) for folder, label in zip(folders.values(), labels, strict=True)]
+            label = "" if not named else name if folder == path else f"{name}/{folder.name}"
+            folders.setdefault(folder.resolve(), (label, folder))
+    ends = _tell_apart(list(folders))
+    labels = [label or end for (label, _), end in zip(folders.values(), ends, strict=True)]
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice is not None:
+        raise UsageError(f"two runs are called '{twice}': say NAME=PATH, each another name")
+    read = zip(folders.values(), labels, strict=True)
+    return [_read(folder, label) for (_, folder), label in read]
 
 
 def read_tree(path: Path) -> Any | None:

@@ -16,7 +16,7 @@ from pipelines.report.settings import settings_section
 
 
 def write_report(
-    runs: Sequence[Path],
+    runs: Sequence[str | Path],
     out: Path,
     images: int = 8,
     seed: int = 0,
@@ -30,7 +30,8 @@ def write_report(
     What a run lacks (a model, metrics, its data) is said on the page.
 
     Args:
-        runs: folders of runs of either stage, or folders that hold some, such as a demo's.
+        runs: folders of runs of either stage, or folders that hold some, such as a demo's; as
+            PATH, or NAME=PATH.
         images: how many held-out images are reconstructed, and how many samples are drawn.
         seed, steps: of the samples.
         data: what is reconstructed, in place of each run's own data: `photos`, a folder, a zip,

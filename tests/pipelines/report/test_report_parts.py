@@ -5,6 +5,7 @@ from math import nan
 
 import pytest
 
+from ldm.errors import UsageError
 from ldm.files import write_json
 from pipelines.report import page
 from pipelines.report.curves import POINTS, curves_section
@@ -30,6 +31,16 @@ def test_runs_are_told_apart_by_as_little_as_needed(tmp_path):
     assert [r.label for r in read_records([a, b])] == ["x/run", "y/run"]
     assert [r.kind for r in read_records([a, b])] == ["autoencoder", "diffusion"]
     assert len(read_records([a, a, tmp_path / "x"])) == 1  # each once
+
+
+def test_runs_are_called_what_a_person_calls_them(tmp_path):
+    a, b = (stage_one(tmp_path / name / "run") for name in ("x", "y"))
+    assert [r.label for r in read_records([f"SMC={a}", b])] == ["SMC", "y/run"]
+    assert [r.label for r in read_records([f"all={tmp_path / 'x'}"])] == ["all/run"]
+    odd = stage_one(tmp_path / "lr=1" / "run")
+    assert [r.label for r in read_records([odd])] == ["run"], "a path may have a = in it"
+    with pytest.raises(UsageError, match="two runs are called 'SMC': say NAME=PATH"):
+        read_records([f"SMC={a}", f"SMC={b}"])
 
 
 def test_the_newest_picture_and_how_far_it_came(tmp_path):
