@@ -20,19 +20,28 @@ def find_or_fetch(
 ) -> Path:
     """The file `name` from the first of `folders` that has it, else fetched into the first.
 
-    A fetch writes beside the final name, checks the SHA-256 against `hash_prefix`, and renames:
-    a broken download leaves nothing, and processes that race all end with the whole file.
-
-    Args:
-        instead: what a person can do when the file cannot be had, as the end of the error line.
-
     Raises:
         LdmError: it is in none of the folders and cannot be fetched.
     """
     for folder in folders:
         if (folder / name).is_file():
             return folder / name
-    target = folders[0] / name
+    return fetch(name, url, hash_prefix, folders[0], instead)
+
+
+def fetch(name: str, url: str, hash_prefix: str, folder: Path, instead: str) -> Path:
+    """The file `name`, fetched into a folder.
+
+    It is written beside its final name, its SHA-256 checked against `hash_prefix`, and renamed: a
+    broken download leaves nothing, and processes that race all end with the whole file.
+
+    Args:
+        instead: what a person can do when the file cannot be had, as the end of the error line.
+
+    Raises:
+        LdmError: it cannot be fetched.
+    """
+    target = folder / name
     try:
         from torch.hub import download_url_to_file
 

@@ -9,7 +9,8 @@ which writes to a fixed folder and leaves broken files there.
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from hashlib import file_digest
+from hashlib import file_digest, sha256
+from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import LdmError
-from ldm.weights import cache_folder, find_or_fetch
+from ldm.weights import cache_folder, fetch
 
 WEIGHTS = "inception-2015-12-05.pt"
 SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
@@ -48,8 +49,8 @@ class FeatureExtractor:
     ) -> None:
         from cleanfid.resize import build_resizer
 
-        with path.open("rb") as file:
-            self.sha256 = file_digest(file, "sha256").hexdigest()
+        content = path.read_bytes()  # once: what is loaded is what was looked at
+        self.sha256 = sha256(content).hexdigest()
         if not given and not self.is_published:
             raise LdmError(
                 f"{path} is damaged or not the published file (another SHA-256), and loading it "
@@ -59,7 +60,7 @@ class FeatureExtractor:
         self._path = path
         self._device = torch.device(device)
         self._mode = mode
-        self._network = _load_network(path, self._device)
+        self._network = _load_network(content, path, self._device)
         self._resize = build_resizer("clean")  # (H, W, 3) uint8 → (299, 299, 3) float32, 0..255
         self._threads = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
 
@@ -109,8 +110,8 @@ def load_inception(
         return FeatureExtractor(weights, device, mode)
     from cleanfid.downloads_helper import inception_url
 
-    path = find_or_fetch(
-        WEIGHTS, inception_url, SHA256, weight_folders(), "give it with --weights PATH"
+    path = published_weights() or fetch(
+        WEIGHTS, inception_url, SHA256, weight_folders()[0], "give it with --weights PATH"
     )
     return FeatureExtractor(path, device, mode, given=False)
 
@@ -120,13 +121,27 @@ def weight_folders() -> list[Path]:
     return [cache_folder(), Path("/tmp"), Path(torch.hub.get_dir()) / "checkpoints"]
 
 
-def _load_network(path: Path, device: torch.device) -> torch.nn.Module:
+def published_weights() -> Path | None:
+    """The published file where one of the folders has it; others of its name are passed over."""
+    paths = (folder / WEIGHTS for folder in weight_folders())
+    return next((path for path in paths if path.is_file() and _digest(path) == SHA256), None)
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return file_digest(file, "sha256").hexdigest()
+    except OSError:  # another person's
+        return ""
+
+
+def _load_network(content: bytes, path: Path, device: torch.device) -> torch.nn.Module:
     try:
         with warnings.catch_warnings():
             # torch deprecates TorchScript; the published weights exist in no other form
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
-            network = torch.jit.load(path, map_location=device).eval()
+            network = torch.jit.load(BytesIO(content), map_location=device).eval()
     except (RuntimeError, ValueError) as error:
         raise LdmError(
             f"{path} is damaged or no TorchScript file: delete it to have it fetched again, or "

@@ -26,7 +26,7 @@ from ldm.data.decode import CorruptImage
 from ldm.data.source import load_at_least
 from ldm.device import resolve_precision
 from ldm.errors import LdmError
-from ldm.metrics.inception import WEIGHTS, weight_folders
+from ldm.metrics.inception import WEIGHTS, published_weights, weight_folders
 from ldm.run import RunConfig
 from ldm.weights import from_home
 from pipelines.training.autoencoder_recipe import AutoencoderRecipe
@@ -95,7 +95,7 @@ def check_perceptual(recipe: AutoencoderRecipe) -> list[Problem]:
 
 def check_inception() -> list[Problem]:
     """Inception's weights, which FID is measured with; training does without."""
-    if any((folder / WEIGHTS).is_file() for folder in weight_folders()):
+    if published_weights() is not None:
         return []
     text = (
         f"{_missing('Inception')}: `ldm fid` will fetch them; without internet, put {WEIGHTS} in "

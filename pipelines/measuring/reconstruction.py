@@ -61,7 +61,7 @@ def reconstruct(ae: Autoencoder, stream: Iterable[Batch], device: torch.device) 
 class Scores:
     """What each pair says by itself: PSNR, SSIM, LPIPS, of every image.
 
-    Memory grows with the images, by some 20 bytes each.
+    Memory grows with the images, by a few numbers each.
     """
 
     def __init__(self) -> None:
@@ -82,9 +82,12 @@ class Scores:
         }
         if perceptual is not None:
             scores["lpips"] = perceptual(recon, images)
+            if scores["lpips"].shape != (len(images),):
+                raise ValueError("perceptual must give the distance of each pair, (B,)")
         for name, values in scores.items():
             self._of.setdefault(name, []).append(values.cpu().float())
-        self._ks.append(pair.k)
+        # a loader's own holds a file open for as long as it lives
+        self._ks.append(pair.k.clone())
 
     def merge(self, other: "Scores") -> None:
         """Take in what another process has seen."""

@@ -65,11 +65,13 @@ def read_records(words: Sequence[str | Path]) -> list[Record]:
     folders: dict[Path, tuple[str, Path]] = {}
     for word in words:
         name, equals, rest = str(word).partition("=")
-        named = bool(name and equals and rest) and not Path(word).exists()
+        named = bool(name and equals and rest) and "/" not in name and not Path(word).exists()
         path = Path(rest) if named else Path(word)
         for folder in _runs_in(path):
             label = "" if not named else name if folder == path else f"{name}/{folder.name}"
-            folders.setdefault(folder.resolve(), (label, folder))
+            first, _ = folders.setdefault(folder.resolve(), (label, folder))
+            if first != label:
+                raise UsageError(f"{folder} is given as '{first}' and as '{label}': give it once")
     ends = _tell_apart(list(folders))
     labels = [label or end for (label, _), end in zip(folders.values(), ends, strict=True)]
     twice = next((label for label in labels if labels.count(label) > 1), None)

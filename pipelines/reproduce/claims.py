@@ -6,10 +6,16 @@ from math import isfinite
 from types import MappingProxyType
 from typing import Literal
 
-import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.reproduce.columns import COLUMNS
+from pipelines.reproduce.pairs import (
+    FEWEST,
+    is_uncertain,
+    margins,
+    pair_images,
+    standard_error,
+)
 from pipelines.reproduce.tables import Claim, Number, Table
 
 Verdict = Literal["holds", "does not hold", "cannot be judged"]
@@ -88,42 +94,34 @@ def _find(
     both = None if None in here else (mean(here[0]), mean(here[1]))
     reasons = [missing.get(row, {}).get(column) for row in rows]
     why = not_judged or next((reason for reason in reasons if reason), "")
-    error = standard_error(*(each.get(row, {}) for row in rows), column)
+    pairs = pair_images(each.get(claim.row, {}), each.get(claim.than, {}), column)
+    error = None if pairs is None else standard_error(pairs.ours - pairs.other)
+
+    def undecided(reason: str) -> Finding:
+        return Finding(column, "cannot be judged", both, error, reason)
+
     if both is None or why:
-        return Finding(column, "cannot be judged", both, error, why or "not measured")
+        return undecided(why or "not measured")
     if not all(map(isfinite, both)):
-        return Finding(column, "cannot be judged", both, error, "not a finite number")
+        return undecided("not a finite number")
     kind = COLUMNS[column]
     gain, yardstick = kind.gain(*both), kind.yardstick(both[1])
     spread = sum(map(_spread, here))
     if claim.relation == "better" and spread and abs(gain) <= spread:
-        return Finding(column, "cannot be judged", both, error, "within their standard deviations")
-    # how far the claim is from turning
-    margin = {
-        "better": gain,
-        "no_worse": gain + yardstick,
-        "similar": yardstick - abs(gain),
+        return undecided("within their standard deviations")
+    if kind.of_each_image:
+        if pairs is None:
+            return undecided("not measured over the same images")
+        if len(pairs.ours) < FEWEST:
+            return undecided(f"over fewer than {FEWEST} images")
+        if is_uncertain(margins(claim.relation, kind, pairs)):
+            return undecided("within two standard errors")
+    holds = {
+        "better": gain > 0,
+        "no_worse": gain >= -yardstick,
+        "similar": abs(gain) <= yardstick,
     }[claim.relation]
-    if error and abs(margin) <= 2 * error:
-        return Finding(column, "cannot be judged", both, error, "within two standard errors")
-    holds = margin > 0 if claim.relation == "better" else margin >= 0
     return Finding(column, "holds" if holds else "does not hold", both, error)
-
-
-def standard_error(
-    ours: Mapping[str, NDArray], other: Mapping[str, NDArray], column: str
-) -> float | None:
-    """Of the difference of two means over the same images; None where they are not the same ones.
-
-    Images are as hard for the one autoencoder as for the other, so that differences image by image
-    spread far less than either's numbers.
-    """
-    if column not in ours or column not in other or not np.array_equal(ours["k"], other["k"]):
-        return None
-    differences = ours[column].astype(np.float64) - other[column]
-    if len(differences) < 2:
-        return None
-    return float(differences.std(ddof=1) / np.sqrt(len(differences)))
 
 
 def mean(number: Number) -> float:

@@ -20,6 +20,8 @@ class Column:
     """The same in the number's own unit."""
     printed: int | None = None
     """Digits after the point of the paper's; None: as many as there are."""
+    of_each_image: bool = False
+    """Whether it is a mean over images, by which two rows are compared."""
 
     @property
     def arrow(self) -> str:
@@ -42,9 +44,9 @@ COLUMNS = {
     "params": Column("Params (M)", 2),
     "aggregator_params": Column("Params (M)", 2, "lower"),
     "rfid": Column("rFID", 2, "lower", share=0.05, printed=2),
-    "lpips": Column("LPIPS", 3, "lower", share=0.12, printed=3),
-    "psnr": Column("PSNR", 2, "higher", width=0.4, printed=2),
-    "ssim": Column("SSIM", 3, "higher", width=0.02, printed=2),
+    "lpips": Column("LPIPS", 3, "lower", share=0.12, printed=3, of_each_image=True),
+    "psnr": Column("PSNR", 2, "higher", width=0.4, printed=2, of_each_image=True),
+    "ssim": Column("SSIM", 3, "higher", width=0.02, printed=2, of_each_image=True),
     "fid": Column("FID", 2, "lower", share=0.05, printed=2),
     "swd": Column("SWD ×10³", 1, "lower"),
     "gmac": Column("GMAC", 2, "lower"),

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
+from math import floor, log10
 
 from pipelines.reproduce.claims import Finding, Judgement
 from pipelines.reproduce.columns import COLUMNS
@@ -122,6 +123,8 @@ def show(column: str, value: Number | None) -> str:
 def _signed(column: str, difference: float, error: float) -> str:
     """A difference with its standard error."""
     digits = COLUMNS[column].digits
+    if 0 < error < 10 ** (1 - digits):  # two figures of it
+        digits = min(6, 1 - floor(log10(error)))
     return f"{difference:+.{digits}f} ± {error:.{digits}f}".replace("-", "−")
 
 

@@ -21,12 +21,12 @@ from autoencoders.losses.trunks import has_trunk
 from ldm.config import to_tree
 from ldm.data.identity import listing_identity
 from ldm.files import to_json, write_together
-from ldm.metrics.inception import WEIGHTS, weight_folders
+from ldm.metrics.inception import published_weights
 from pipelines.reproduce.plan import Job, Training
 from pipelines.reproduce.scales import SCALES, Measuring
 from pipelines.reproduce.tables import Row
 
-FORMAT = 1
+FORMAT = 2
 RECORD, EACH = "row.json", "images.npz"
 State = Literal["done", "begun", "–"]
 
@@ -58,9 +58,11 @@ def read_each(folder: Path) -> dict[str, NDArray]:
     """The numbers of every image of a row; {} where there are none."""
     try:
         with np.load(folder / EACH, allow_pickle=False) as file:
-            return dict(file)
-    except (OSError, ValueError, BadZipFile):
+            each = dict(file)
+    except (OSError, EOFError, ValueError, BadZipFile):
         return {}
+    whole = "k" in each and len({values.shape for values in each.values()}) == 1
+    return each if whole else {}
 
 
 def is_main() -> bool:
@@ -164,5 +166,5 @@ def _is_there(number: str, weights: Path | None) -> bool:
     if number == "lpips":
         return has_trunk("VGG-16")
     if number in ("rfid", "fid"):
-        return weights is not None or any((f / WEIGHTS).is_file() for f in weight_folders())
+        return weights is not None or published_weights() is not None
     return True

@@ -14,6 +14,7 @@ from pipelines.reproduce.columns import COLUMNS
 
 Measure = Literal["reconstruction", "encoder", "mmd", "generation"]
 Number = float | tuple[float, float]  # or a mean with its standard deviation
+Relation = Literal["better", "no_worse", "similar"]
 
 
 class Claim(Config):
@@ -23,9 +24,9 @@ class Claim(Config):
     """The claim, in words."""
     row: str
     """The row that it is made of."""
-    relation: Literal["better", "no_worse", "similar"]
-    """better: by however little. no_worse: at most by the column's yardstick. similar: within the
-    yardstick both ways."""
+    relation: Relation
+    """better: by however little, though by more than chance. no_worse: at most by the column's
+    yardstick. similar: within the yardstick both ways."""
     than: str
     """The row it is compared with."""
     columns: tuple[str, ...] = ()

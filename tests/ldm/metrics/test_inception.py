@@ -12,7 +12,7 @@ from torch import nn
 
 from ldm.errors import LdmError
 from ldm.metrics import inception
-from ldm.metrics.inception import load_inception, weight_folders
+from ldm.metrics.inception import FeatureExtractor, load_inception, weight_folders
 from tests.ldm.metrics.fake_inception import Layers, save_fake_inception, save_script
 
 
@@ -89,10 +89,17 @@ def test_another_file_that_was_found_is_not_run(alone, monkeypatch):
     """Anybody may put one into /tmp."""
     path = save_fake_inception(alone[1])
     monkeypatch.setattr(inception, "_load_network", None)  # calling it would be an error
-    with pytest.raises(LdmError, match=r"not the published file .* give it with --weights PATH"):
+    with pytest.raises(LdmError, match=r"is not on this machine .* give it with --weights PATH"):
         load_inception(None, "cpu")
-    monkeypatch.undo()
-    assert not load_inception(path, "cpu").is_published
+    with pytest.raises(LdmError, match=r"not the published file .* give it with --weights PATH"):
+        FeatureExtractor(path, "cpu", given=False)
+
+
+def test_another_file_hides_no_published_one(alone, monkeypatch):
+    save_fake_inception(alone[1], dim=512)
+    path = save_fake_inception(alone[2])
+    monkeypatch.setattr(inception, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    assert inception.published_weights() == path and load_inception(None, "cpu").is_published
 
 
 def test_the_folders_looked_in(monkeypatch, tmp_path):

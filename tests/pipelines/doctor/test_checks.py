@@ -1,5 +1,6 @@
 """Every check says in one line what is missing and what to do; nothing is fetched."""
 
+import hashlib
 from http.client import BadStatusLine, RemoteDisconnected
 from threading import Event
 
@@ -13,6 +14,7 @@ from ldm.checkpoint import ModelFile, save_model
 from ldm.config import to_tree
 from ldm.data import DataConfig, open_source
 from ldm.errors import LdmError
+from ldm.metrics import inception
 from ldm.metrics.inception import WEIGHTS, weight_folders
 from ldm.run import RunConfig
 from ldm.run_folder import describe_run
@@ -29,7 +31,9 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(checks, "weight_folders", lambda: [weight_folders()[0]])
+    ours = weight_folders()[:1]
+    for module in (checks, inception):
+        monkeypatch.setattr(module, "weight_folders", lambda: ours)
     monkeypatch.setattr(checks, "urlopen", no_network)
 
 
@@ -126,11 +130,13 @@ def test_weights_that_would_only_be_welcome():
     assert problem.level == "note" and "held-out LPIPS" in problem.text
 
 
-def test_inception_is_for_fid_alone(tmp_path):
+def test_inception_is_for_fid_alone(tmp_path, monkeypatch):
     problem = only(checks.check_inception())
     assert problem.level == "note" and WEIGHTS in problem.text and "ldm fid" in problem.text
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / WEIGHTS).write_bytes(b"")
+    assert len(checks.check_inception()) == 1, "another file of its name"
+    monkeypatch.setattr(inception, "SHA256", hashlib.sha256(b"").hexdigest())
     assert checks.check_inception() == []
 
 

@@ -5,7 +5,7 @@ from math import nan
 
 import pytest
 
-from ldm.errors import UsageError
+from ldm.errors import LdmError, UsageError
 from ldm.files import write_json
 from pipelines.report import page
 from pipelines.report.curves import POINTS, curves_section
@@ -41,6 +41,10 @@ def test_runs_are_called_what_a_person_calls_them(tmp_path):
     assert [r.label for r in read_records([odd])] == ["run"], "a path may have a = in it"
     with pytest.raises(UsageError, match="two runs are called 'SMC': say NAME=PATH"):
         read_records([f"SMC={a}", f"SMC={b}"])
+    with pytest.raises(UsageError, match="is given as 'SMC' and as 'B': give it once"):
+        read_records([f"SMC={a}", f"B={a}"])
+    with pytest.raises(LdmError, match=r"no folder at .*/lr=2/run: give that of a run"):
+        read_records([tmp_path / "lr=2" / "run"])
 
 
 def test_the_newest_picture_and_how_far_it_came(tmp_path):

@@ -1,10 +1,12 @@
 """Tables as text."""
 
+import numpy as np
 import pytest
 
 from pipelines.reproduce.claims import judge
 from pipelines.reproduce.layout import claim_lines, show, table_lines
 from pipelines.reproduce.tables import all_tables, find_tables
+from tests.pipelines.reproduce.images import equal_images
 
 
 def test_ours_stands_beside_theirs():
@@ -61,16 +63,20 @@ def test_claims_in_words():
         "constant": {"rfid": None, "lpips": 0.1, "psnr": 23.0, "ssim": 0.71},
     }
     missing = {name: {"rfid": "no weights"} for name in numbers}
-    lines = claim_lines(judge(table, numbers, missing), table)
+    each = equal_images(numbers)
+    each["constant"]["psnr"] = each["constant"]["psnr"] + np.tile([0.011, -0.011], 20)
+    lines = claim_lines(judge(table, numbers, missing, each=each), table)
     assert lines == [
         "- **does not hold**: a constant weight does as well as the adaptive one",
         "  - rFID: the paper's 1.01 against 1.01: cannot be judged (no weights)",
-        "  - LPIPS: 0.100 against 0.100, the paper's 0.070 against 0.070: holds",
-        "  - PSNR: 23.00 against 24.00, the paper's 29.33 against 29.24: does not hold",
-        "  - SSIM: 0.710 against 0.700, the paper's 0.87 against 0.86: holds",
+        "  - LPIPS: 0.100 against 0.100 (+0.000 ± 0.000), the paper's 0.070 against 0.070: holds",
+        "  - PSNR: 23.00 against 24.00 (−1.0000 ± 0.0018), the paper's 29.33 against 29.24: "
+        "does not hold",
+        "  - SSIM: 0.710 against 0.700 (+0.010 ± 0.000), the paper's 0.87 against 0.86: holds",
         "- **does not hold**: a constant weight improves PSNR and SSIM",
-        "  - PSNR: 23.00 against 24.00, the paper's 29.33 against 29.24: does not hold",
-        "  - SSIM: 0.710 against 0.700, the paper's 0.87 against 0.86: holds",
+        "  - PSNR: 23.00 against 24.00 (−1.0000 ± 0.0018), the paper's 29.33 against 29.24: "
+        "does not hold",
+        "  - SSIM: 0.710 against 0.700 (+0.010 ± 0.000), the paper's 0.87 against 0.86: holds",
     ]
 
 

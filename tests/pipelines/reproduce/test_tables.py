@@ -9,6 +9,7 @@ from ldm.errors import UsageError
 from pipelines.reproduce.claims import judge
 from pipelines.reproduce.columns import COLUMNS
 from pipelines.reproduce.tables import TableConfig, all_tables, find_row, find_tables
+from tests.pipelines.reproduce.images import equal_images
 
 TABLES = all_tables()
 
@@ -41,7 +42,7 @@ def test_rows_have_the_papers_numbers_in_every_column(table):
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.number)
 def test_every_claim_holds_in_the_papers_own_numbers(table):
     paper = {row.name: row.paper for row in table.rows}
-    judgements = judge(table, paper, {})
+    judgements = judge(table, paper, {}, each=equal_images(paper))
     assert judgements
     for judgement in judgements:
         assert judgement.verdict == "holds", (judgement.claim.says, judgement.findings)
@@ -52,7 +53,8 @@ def test_a_claim_that_the_paper_does_not_make_fails_the_test_above():
     claim = table.config.claims[0].model_copy(update={"row": "patchgan", "than": "unet"})
     config = table.config.model_copy(update={"claims": (claim,)})
     wrong = type(table)(table.name, config, table.rows)
-    [judgement] = judge(wrong, {row.name: row.paper for row in table.rows}, {})
+    paper = {row.name: row.paper for row in table.rows}
+    [judgement] = judge(wrong, paper, {}, each=equal_images(paper))
     assert judgement.verdict == "does not hold"
 
 
