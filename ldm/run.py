@@ -8,17 +8,15 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
-    broadcast_object_list,
 )
 from pydantic import PositiveInt
 from rich.progress import Progress
@@ -34,12 +32,11 @@ from ldm.device import (
 )
 from ldm.errors import LdmError, UsageError
 from ldm.logbook import console, progress_bar
+from ldm.processes import PATIENCE, from_main
 from ldm.run_folder import clear_leftovers, lock, new_or_unfinished
 from ldm.seeds import torch_seed
 
 MAX_BAD_STEPS = 10
-PATIENCE = timedelta(hours=1)
-"""How long processes wait for one that still samples, or compares what all have measured."""
 
 
 class RunConfig(Config):
@@ -309,32 +306,6 @@ def frozen(module: nn.Module) -> Iterator[nn.Module]:
         module.train(training)
         for parameter, wants in zip(module.parameters(), wanted, strict=True):
             parameter.requires_grad_(wants)
-
-
-def join_processes(device: str) -> tuple[PartialState, torch.device]:
-    """This process among those launched together, alone or not, and the device it works on.
-
-    Raises:
-        LdmError: the device is not there.
-    """
-    where = resolve_device(device)
-    ranks = PartialState(cpu=where.type == "cpu", timeout=PATIENCE)
-    return ranks, ranks.device if ranks.num_processes > 1 else where
-
-
-def from_main(accelerator: Accelerator | PartialState, make: Callable[[], Any]) -> Any:
-    """What `make` returns on the main process, on all; or the LdmError it raises there, on all."""
-    made: list[Any] = [None]
-    if accelerator.is_main_process:
-        try:
-            made = [make()]
-        except LdmError as error:
-            made = [error]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(made)
-    if isinstance(made[0], LdmError):
-        raise made[0]
-    return made[0]
 
 
 @contextmanager

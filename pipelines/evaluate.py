@@ -20,7 +20,7 @@ from ldm.device import keep_freed_memory, memory_format
 from ldm.errors import UsageError
 from ldm.logbook import console, progress_bar
 from ldm.metrics.inception import Mode
-from ldm.run import from_main, join_processes
+from ldm.processes import from_main, join_processes
 from ldm.run_folder import newest_run
 from pipelines.measuring.evaluation import (
     NUMBERS,

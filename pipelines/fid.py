@@ -20,7 +20,7 @@ from ldm.errors import LdmError, UsageError
 from ldm.files import write_json
 from ldm.logbook import console
 from ldm.metrics.extractors import Extractor
-from ldm.run import from_main, join_processes
+from ldm.processes import from_main, join_processes
 from ldm.run_folder import provenance
 from pipelines.measuring.bootstrap import FeatureRows, bootstrap_fid
 from pipelines.measuring.comparability import (

@@ -21,7 +21,7 @@ from ldm.device import keep_freed_memory
 from ldm.errors import UsageError
 from ldm.images import save_grid, to_float, to_pil
 from ldm.logbook import console, progress_bar
-from ldm.run import from_main, join_processes
+from ldm.processes import from_main, join_processes
 from pipelines.sampling.claim import claim_folder, default_folder, write_labels
 from pipelines.sampling.classes import Classes, Label
 from pipelines.sampling.folder import GRID, SampleFolder

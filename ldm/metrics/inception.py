@@ -1,7 +1,7 @@
 """Inception's features of images, exactly as clean-fid makes them (Parmar et al. 2022).
 
 Its mode `clean`: clean-fid's own resizer (bicubic with antialiasing, floats kept) before the
-TorchScript Inception it uses. Its mode `legacy_tensorflow`: the same file resizes by itself, as the
+TorchScript Inception it uses. Its mode `legacy-tensorflow`: the same file resizes by itself, as the
 first FIDs' TensorFlow graph did (bilinear, not antialiased). Neither needs clean-fid's downloader,
 which writes to a fixed folder and leaves broken files there.
 """

@@ -17,7 +17,7 @@ from ldm.data import sheet_images
 from ldm.data.split import Split
 from ldm.errors import UsageError
 from ldm.images import latents_as_rgb, to_float
-from ldm.run import join_processes
+from ldm.processes import join_processes
 from pipelines.analysis.latent_plots import Rows, draw_sheet, draw_statistics
 from pipelines.analysis.latent_statistics import LatentStatistics, measure
 from pipelines.analysis.output import Analysis, analysis_folder, write_csv

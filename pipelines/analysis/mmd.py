@@ -35,7 +35,7 @@ from autoencoders.posterior import DiagonalGaussian
 from ldm.data.split import Split
 from ldm.errors import LdmError, UsageError
 from ldm.metrics.mmd import rbf_mmd
-from ldm.run import from_main, join_processes
+from ldm.processes import from_main, join_processes
 from ldm.seeds import normal
 from pipelines.analysis.output import Analysis, analysis_folder, write_csv
 from pipelines.analysis.plots import colour, drawing, marker

@@ -20,7 +20,7 @@ from ldm.data.decode import CorruptImage
 from ldm.data.shards import read_manifest
 from ldm.data.split import Split
 from ldm.errors import LdmError, UsageError
-from ldm.run import from_main, join_processes
+from ldm.processes import from_main, join_processes
 from pipelines.analysis.output import Analysis, analysis_folder, write_csv
 from pipelines.analysis.plots import colour, drawing, marker
 from pipelines.analysis.subjects import choose_data, parse_models

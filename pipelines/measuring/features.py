@@ -7,11 +7,12 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from ldm.errors import LdmError, UsageError
 from ldm.metrics.extractors import Extractor, load_extractor
 from ldm.metrics.inception import Mode
-from ldm.run import from_main
+from ldm.processes import from_main
 
 T = TypeVar("T")
 
@@ -42,8 +43,8 @@ def find_extractor(
 
 
 def load_on_all(load: Callable[[], T], ranks: PartialState) -> tuple[T | None, str | None]:
-    """What `load` returns on every process, or why it does not. The main process tries first, so
-    that what is fetched is fetched once."""
+    """What `load` returns on every process; or None on every one, and why, where it failed on any.
+    The main process tries first, so that what is fetched is fetched once."""
     made: list[T] = []
 
     def attempt() -> str | None:
@@ -57,8 +58,9 @@ def load_on_all(load: Callable[[], T], ranks: PartialState) -> tuple[T | None, s
 
     why = from_main(ranks, attempt)
     if why is None and not made:
-        made.append(load())
-    return (made[0] if made else None), why
+        why = attempt()  # on another machine the file may not be there
+    why = next((reason for reason in gather_object([why]) if reason is not None), None)
+    return (made[0] if why is None else None), why
 
 
 def describe_extractor(extractor: Extractor | None) -> dict[str, Any] | None:

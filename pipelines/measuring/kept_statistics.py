@@ -24,7 +24,7 @@ from ldm.logbook import console
 from ldm.metrics.extractors import Extractor
 from ldm.metrics.feature_set import FeatureSet
 from ldm.metrics.inception import FeatureExtractor
-from ldm.run import from_main
+from ldm.processes import from_main
 from ldm.run_folder import provenance
 from ldm.weights import cache_folder
 from pipelines.measuring.fingerprints import Prints

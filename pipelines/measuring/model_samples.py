@@ -11,7 +11,7 @@ from ldm.data import Batch
 from ldm.device import keep_freed_memory
 from ldm.errors import UsageError
 from ldm.images import to_uint8
-from ldm.run import join_processes
+from ldm.processes import join_processes
 from pipelines.sampling.claim import default_folder
 from pipelines.sampling.classes import Label
 from pipelines.sampling.latent_model import LatentModel

@@ -47,6 +47,21 @@ def test_what_is_missing_is_looked_for_by_the_main_process_alone(monkeypatch):
     assert len(tried) == 1
 
 
+def test_what_one_process_lacks_none_has(monkeypatch):
+    """Else the one would leave while the others wait for its share."""
+    Ranks(monkeypatch)
+    reasons = []
+    monkeypatch.setattr(features, "gather_object", lambda mine: reasons + mine)
+
+    def load():
+        raise LdmError("not on this machine")
+
+    assert load_on_all(lambda: "a", MAIN) == ("a", None)
+    assert load_on_all(load, OTHER) == (None, "not on this machine")
+    reasons.append("not on this machine")  # as the main process hears it
+    assert load_on_all(lambda: "a", MAIN) == (None, "not on this machine")
+
+
 def test_a_wrong_word_is_no_missing_file(monkeypatch):
     Ranks(monkeypatch)
     with pytest.raises(UsageError, match="mode 'x' does not exist"):

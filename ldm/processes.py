@@ -1,0 +1,41 @@
+"""The processes that were launched together: how they meet, and how one of them speaks for all."""
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
+
+from ldm.device import resolve_device
+from ldm.errors import LdmError
+
+PATIENCE = timedelta(hours=1)
+"""How long processes wait for one that still samples, or compares what all have measured."""
+
+
+def join_processes(device: str) -> tuple[PartialState, torch.device]:
+    """This process among those launched together, alone or not, and the device it works on.
+
+    Raises:
+        LdmError: the device is not there.
+    """
+    where = resolve_device(device)
+    ranks = PartialState(cpu=where.type == "cpu", timeout=PATIENCE)
+    return ranks, ranks.device if ranks.num_processes > 1 else where
+
+
+def from_main(accelerator: Accelerator | PartialState, make: Callable[[], Any]) -> Any:
+    """What `make` returns on the main process, on all; or the LdmError it raises there, on all."""
+    made: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            made = [make()]
+        except LdmError as error:
+            made = [error]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(made)
+    if isinstance(made[0], LdmError):
+        raise made[0]
+    return made[0]
