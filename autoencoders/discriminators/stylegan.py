@@ -11,6 +11,7 @@ import torch
 from pydantic import PositiveInt, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import register_parametrization
 
 from autoencoders.discriminators.judgement import Judgement, check_images
 from ldm.config import Config
@@ -59,24 +60,22 @@ class StyleGANConfig(Config):
 class StyleGANDiscriminator(nn.Module):
     """Images (B, 3, R, R) in [−1, 1] → a logit for every image.
 
-    Two parts of the paper's are left out. The standard deviation over a minibatch would make a
-    logit depend on an image's neighbours; it is there against a generator that makes one image
-    over and over, and here each stands beside its original. The equalised learning rate divides
-    the step of a weight by the root of its inputs' number, for a learning rate of 2e-3; at this
-    trainer's 1e-4 it would leave the critic behind. The weights start at the same variance (He).
+    One part of the paper's is left out: the standard deviation over a minibatch would make a logit
+    depend on an image's neighbours. It is there against a generator that makes one image over and
+    over, and here each stands beside its original.
     """
 
     def __init__(self, config: StyleGANConfig) -> None:
         super().__init__()
         self.config = config
         widths = config.widths
-        self.from_rgb = _he(nn.Conv2d(3, widths[0], 1))
+        self.from_rgb = _equalize(nn.Conv2d(3, widths[0], 1))
         self.blocks = nn.ModuleList(
             DownBlock(in_width, out_width) for in_width, out_width in pairwise(widths)
         )
-        self.conv = _he(nn.Conv2d(widths[-1], widths[-1], 3, padding=1))
-        self.linear = _he(nn.Linear(widths[-1] * SMALLEST**2, widths[-1]))
-        self.logit = _he(nn.Linear(widths[-1], 1))
+        self.conv = _equalize(nn.Conv2d(widths[-1], widths[-1], 3, padding=1))
+        self.linear = _equalize(nn.Linear(widths[-1] * SMALLEST**2, widths[-1]))
+        self.logit = _equalize(nn.Linear(widths[-1], 1))
 
     def forward(self, images: Tensor) -> Judgement:
         """Images (B, 3, R, R) in [−1, 1] → one head (B, 1).
@@ -97,9 +96,9 @@ class DownBlock(nn.Module):
 
     def __init__(self, in_width: int, out_width: int) -> None:
         super().__init__()
-        self.conv1 = _he(nn.Conv2d(in_width, in_width, 3, padding=1))
-        self.conv2 = _he(nn.Conv2d(in_width, out_width, 3, stride=2))
-        self.skip = _he(nn.Conv2d(in_width, out_width, 1, bias=False))
+        self.conv1 = _equalize(nn.Conv2d(in_width, in_width, 3, padding=1))
+        self.conv2 = _equalize(nn.Conv2d(in_width, out_width, 3, stride=2))
+        self.skip = _equalize(nn.Conv2d(in_width, out_width, 1, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, H, W) → (B, out, H/2, W/2)."""
@@ -107,6 +106,20 @@ class DownBlock(nn.Module):
         h = _activate(self.conv2(blur(h, padding=2)))  # blurred to H + 1, then every other
         # a 1×1 convolution and a filter commute: the pixels it would drop are never computed
         return (h + self.skip(blur(x, padding=1, stride=2))) / math.sqrt(2)
+
+
+class EqualizedRate(nn.Module):
+    """w → w/√n whenever it is used, n the inputs of an output (Karras et al. 2018, Section 4.1).
+
+    Kept at unit variance, every weight moves by the same share of itself a step, and slowly: Adam's
+    step is as long as the learning rate, whatever the weight's size. Nothing else bounds this
+    network, which has neither normalisation nor a gradient penalty.
+    """
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """(out, in, …) of unit variance → the weight that He et al. 2015 begin with."""
+        # He et al. 2015 (arXiv 1502.01852), Equation 10; its √2 is in the activation
+        return weight / math.sqrt(weight[0].numel())
 
 
 def blur(x: Tensor, padding: int, stride: int = 1) -> Tensor:
@@ -124,9 +137,9 @@ def _activate(x: Tensor) -> Tensor:
     return F.leaky_relu(x, 0.2) * math.sqrt(2)
 
 
-def _he(layer: nn.Module) -> nn.Module:
-    # He et al. 2015 (arXiv 1502.01852), Equation 10; its √2 is in the activation
-    nn.init.normal_(layer.weight, std=1 / math.sqrt(layer.weight[0].numel()))
+def _equalize(layer: nn.Module) -> nn.Module:
+    nn.init.normal_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
+    register_parametrization(layer, "weight", EqualizedRate())
     return layer

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.signal import upfirdn
+from torch import nn
 from torch.nn import functional as F
 
 from autoencoders.discriminators import StyleGANConfig, StyleGANDiscriminator
@@ -65,8 +66,12 @@ def by_the_paper(state, images, blocks):
     def act(x):
         return torch.where(x > 0, x, 0.2 * x) * math.sqrt(2)
 
+    def weight(name):
+        unit = state[f"{name}.parametrizations.weight.original"]
+        return unit / math.prod(unit.shape[1:]) ** 0.5
+
     def conv(name, x, **how):
-        return F.conv2d(x, state[f"{name}.weight"], state.get(f"{name}.bias"), **how)
+        return F.conv2d(x, weight(name), state.get(f"{name}.bias"), **how)
 
     x = act(conv("from_rgb", images))
     for i in range(blocks):
@@ -76,8 +81,8 @@ def by_the_paper(state, images, blocks):
         skip = conv(f"blocks.{i}.skip", scipy_blur(x, 1, 1), stride=2)
         x = (h + skip) / math.sqrt(2)
     x = act(conv("conv", x, padding=1)).flatten(1)
-    x = act(x @ state["linear.weight"].T + state["linear.bias"])
-    return x @ state["logit.weight"].T + state["logit.bias"]
+    x = act(x @ weight("linear").T + state["linear.bias"])
+    return x @ weight("logit").T + state["logit.bias"]
 
 
 def test_is_the_papers_layer_by_layer():
@@ -103,3 +108,23 @@ def test_features_keep_their_scale_at_the_start():
     net(torch.randn(2, 3, 256, 256))
     assert len(squares) == 6
     assert all(0.05 < square < 5 for square in squares), squares
+
+
+def test_adam_moves_every_weight_by_the_same_share():
+    """The equalised learning rate: a step of 1e-3 is 1e-3 of a weight's spread, wide or narrow."""
+    net = StyleGANDiscriminator(StyleGANConfig(resolution=32, channels=4, max_channels=64))
+    layers = {
+        name: layer
+        for name, layer in net.named_modules()
+        if isinstance(layer, (nn.Conv2d, nn.Linear))
+    }
+    before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    adam = torch.optim.Adam(net.parameters(), lr=1e-3)
+    (logits,) = net(torch.rand(2, 3, 32, 32) * 2 - 1)
+    logits.sum().backward()
+    adam.step()
+    assert len(layers) == 13
+    for name, layer in layers.items():
+        spread = layer.weight[0].numel() ** -0.5  # He's standard deviation at the start
+        moved = (layer.weight - before[name]).abs().max().item()
+        assert moved == pytest.approx(1e-3 * spread, rel=0.01), name
