@@ -31,7 +31,8 @@ from ldm.ema import Ema
 from ldm.errors import LdmError, UsageError
 from ldm.files import write_json
 from ldm.images import save_grid, to_float
-from ldm.run import Run, make_accelerator
+from ldm.processes import make_accelerator
+from ldm.run import Run
 from ldm.schedule import learning_rate, set_learning_rate
 from ldm.seeds import torch_seed
 from ldm.timing import describe_machine, synchronise

@@ -6,9 +6,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+)
 
-from ldm.device import resolve_device
+from ldm.device import keep_freed_memory, resolve_device
 from ldm.errors import LdmError
 
 PATIENCE = timedelta(hours=1)
@@ -24,6 +29,32 @@ def join_processes(device: str) -> tuple[PartialState, torch.device]:
     where = resolve_device(device)
     ranks = PartialState(cpu=where.type == "cpu", timeout=PATIENCE)
     return ranks, ranks.device if ranks.num_processes > 1 else where
+
+
+def make_accelerator(device: str = "auto", accumulate: int = 1) -> Accelerator:
+    """The Accelerate object for a device named as in `RunConfig.device`."""
+    where = resolve_device(device)
+    keep_freed_memory(where)
+    if where.type == "cuda" and where.index is not None:
+        torch.cuda.set_device(where)
+    accelerator = Accelerator(
+        cpu=where.type == "cpu",
+        # said outright, for the launcher's environment would have its way where nothing is
+        mixed_precision="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulate),
+        # DDP otherwise lays its buckets out anew after the first step, so that a resumed run would
+        # add gradients in another order than an unbroken one, from three processes on
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=True),
+            InitProcessGroupKwargs(timeout=PATIENCE),
+        ],
+    )
+    if accelerator.device.type != where.type:
+        raise LdmError(
+            f"this Python process has worked on {accelerator.device.type} and cannot change to "
+            f"{where.type}: restart it"
+        )
+    return accelerator
 
 
 def from_main(accelerator: Accelerator | PartialState, make: Callable[[], Any]) -> Any:

@@ -13,26 +13,16 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-)
 from pydantic import PositiveInt
 from rich.progress import Progress
 from torch import Tensor, nn
 
 from ldm.checkpoint import latest_state, load_state, save_state
 from ldm.config import Config
-from ldm.device import (
-    keep_freed_memory,
-    memory_format,
-    resolve_device,
-    resolve_precision,
-)
+from ldm.device import memory_format, resolve_precision
 from ldm.errors import LdmError, UsageError
 from ldm.logbook import console, progress_bar
-from ldm.processes import PATIENCE, from_main
+from ldm.processes import from_main, make_accelerator
 from ldm.run_folder import clear_leftovers, lock, new_or_unfinished
 from ldm.seeds import torch_seed
 
@@ -267,32 +257,6 @@ def start_run(
                 "a loader worker was killed, most often for want of memory: lower data.workers; "
                 "the same command goes on from the last saved state"
             ) from error
-
-
-def make_accelerator(device: str = "auto", accumulate: int = 1) -> Accelerator:
-    """The Accelerate object for a device named as in `RunConfig.device`."""
-    where = resolve_device(device)
-    keep_freed_memory(where)
-    if where.type == "cuda" and where.index is not None:
-        torch.cuda.set_device(where)
-    accelerator = Accelerator(
-        cpu=where.type == "cpu",
-        # said outright, for the launcher's environment would have its way where nothing is
-        mixed_precision="no",
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulate),
-        # DDP otherwise lays its buckets out anew after the first step, so that a resumed run would
-        # add gradients in another order than an unbroken one, from three processes on
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=True),
-            InitProcessGroupKwargs(timeout=PATIENCE),
-        ],
-    )
-    if accelerator.device.type != where.type:
-        raise LdmError(
-            f"this Python process has worked on {accelerator.device.type} and cannot change to "
-            f"{where.type}: restart it"
-        )
-    return accelerator
 
 
 @contextmanager

@@ -21,7 +21,8 @@ from ldm.config import to_tree, validate
 from ldm.ema import Ema
 from ldm.errors import UsageError
 from ldm.images import to_float
-from ldm.run import Run, make_accelerator
+from ldm.processes import make_accelerator
+from ldm.run import Run
 from pipelines.codec import Codec
 from pipelines.doctor.costs import PaperAutoencoder, PaperDiffusion, blank_perceptual
 from pipelines.train_diffusion import train_step as train_diffusion_step

@@ -1,4 +1,4 @@
-"""One process that speaks for all; several are launched by the tests of commands."""
+"""Meeting, and one process that speaks for all; several are launched by the tests of commands."""
 
 from types import SimpleNamespace
 
@@ -7,7 +7,7 @@ import torch
 
 from ldm import processes
 from ldm.errors import LdmError
-from ldm.processes import from_main, join_processes
+from ldm.processes import from_main, join_processes, make_accelerator
 
 
 def test_alone():
@@ -44,3 +44,11 @@ def test_the_other_hears_what_the_main_process_made_or_said(monkeypatch, made):
                 from_main(ranks, call)
         else:
             assert from_main(ranks, call) == made
+
+
+def test_a_launchers_environment_does_not_change_the_recipe(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    accelerator = make_accelerator("cpu")
+    assert accelerator.mixed_precision == "no"
+    assert accelerator.gradient_accumulation_steps == 1

@@ -7,7 +7,8 @@ from torch import nn
 
 from ldm.checkpoint import load_state
 from ldm.errors import LdmError
-from ldm.run import MAX_BAD_STEPS, Run, RunConfig, frozen, make_accelerator, start_run
+from ldm.processes import make_accelerator
+from ldm.run import MAX_BAD_STEPS, Run, RunConfig, frozen, start_run
 
 
 class Recipe(RunConfig):
@@ -96,14 +97,6 @@ def test_an_infinite_loss_in_any_micro_batch_spoils_the_step(tmp_path):
         with run.accumulate(module):
             run.step(module(torch.ones(1, 1)).sum() + extra, module, optimizer, "it", None)
     assert torch.equal(module.weight, before) and run.skipped["it"] == 1
-
-
-def test_a_launchers_environment_does_not_change_the_recipe(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
-    accelerator = make_accelerator("cpu")
-    assert accelerator.mixed_precision == "no"
-    assert accelerator.gradient_accumulation_steps == 1
 
 
 def test_what_is_said_may_hold_brackets(run, capsys):

@@ -16,7 +16,8 @@ from ldm.checkpoint import ModelFile, save_model
 from ldm.config import load_preset, resolve, to_tree
 from ldm.data import DataConfig, batches, open_source
 from ldm.images import to_float
-from ldm.run import Run, RunConfig, make_accelerator
+from ldm.processes import make_accelerator
+from ldm.run import Run, RunConfig
 from pipelines.training.autoencoder_recipe import AutoencoderRecipe
 from pipelines.training.autoencoder_step import draw, train_step
 

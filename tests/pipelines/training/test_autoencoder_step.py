@@ -4,7 +4,8 @@ import torch
 from autoencoders import Autoencoder
 from autoencoders.discriminators import build_discriminator
 from autoencoders.losses import Objective
-from ldm.run import Run, RunConfig, make_accelerator
+from ldm.processes import make_accelerator
+from ldm.run import Run, RunConfig
 from pipelines.training.autoencoder_step import draw, train_step
 from tests.small import autoencoder_recipe
 
