@@ -273,6 +273,22 @@ def load_state(state: Path) -> dict[str, Any]:
         ) from error
 
 
+def restore(parts: Mapping[str, Any], tree: Mapping[str, Any]) -> None:
+    """Load into every part, by its name, what its `state_dict` gave when the tree was saved.
+
+    Raises:
+        LdmError: a part is of another shape than the one that was saved.
+    """
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(tree[name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise LdmError(
+                f"the saved state of {name} does not fit: this run was begun by another version "
+                "of the code (see its run.json): go on with that one, or give --out another folder"
+            ) from error
+
+
 def _states(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []

@@ -15,7 +15,7 @@ from autoencoders.discriminators import build_discriminator
 from autoencoders.layers import checkpoint_blocks
 from autoencoders.losses import LPIPS, Objective, find_lpips, load_esrgan, load_lpips
 from autoencoders.losses.esrgan import ESRGANPerceptual
-from ldm.checkpoint import ModelFile, load_model, save_model
+from ldm.checkpoint import ModelFile, load_model, restore, save_model
 from ldm.config import to_tree
 from ldm.data import Batch, Source, batches, holds_out, open_source
 from ldm.ema import Ema
@@ -82,8 +82,7 @@ def train_autoencoder(
         images_seen, numbers = 0, {}
         if saved := run.resume():
             images_seen = saved["images_seen"]
-            for name, part in parts.items():
-                part.load_state_dict(saved[name])
+            restore(parts, saved)
         if recipe.checkpointing:
             checkpoint_blocks(autoencoder)
         # now that the average was copied from it: compiling changes a module, not its weights

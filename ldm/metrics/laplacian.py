@@ -31,14 +31,6 @@ def laplacian_pyramid(images: Tensor, levels: int) -> list[Tensor]:
     return [*bands, images]
 
 
-def reconstruct(pyramid: list[Tensor]) -> Tensor:
-    """The image (B, C, H, W) a Laplacian pyramid was made of."""
-    image = pyramid[-1]
-    for band in reversed(pyramid[:-1]):
-        image = band + expand(image)
-    return image
-
-
 def shrink(images: Tensor) -> Tensor:
     """Low-pass and keep every second pixel: (B, C, H, W) → (B, C, H/2, W/2)."""
     if images.shape[-1] % 2 or images.shape[-2] % 2:

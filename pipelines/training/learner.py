@@ -9,6 +9,7 @@ import torch
 from diffusion.build import build_denoiser, build_network
 from diffusion.edm import EDMLoss
 from diffusion.uncertainty import Uncertainty
+from ldm.checkpoint import restore
 from ldm.ema import Ema, PowerEma
 from ldm.posthoc_ema import save_snapshot
 from ldm.run import Run
@@ -67,8 +68,7 @@ class Learner:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+        restore(self._parts(), state)
 
     def _parts(self) -> dict[str, Any]:
         powers = {f"power_ema_{std}": power for std, power in self.powers.items()}

@@ -18,6 +18,7 @@ from ldm.checkpoint import (
     latest_state,
     load_model,
     load_state,
+    restore,
     save_model,
     save_state,
     shown,
@@ -173,6 +174,22 @@ def test_states_are_kept_newest_and_found(tmp_path):
         save_state(tmp_path, seen, {"seen": seen, "t": torch.ones(2)}, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["128", "64"]
     assert load_state(latest_state(tmp_path))["seen"] == 128
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [{"other": torch.zeros(1)}, {"weight": torch.zeros(1, 3), "bias": torch.zeros(1)}, None],
+)
+def test_a_state_of_other_code_is_told(saved):
+    tree = {} if saved is None else {"critic": saved}
+    with pytest.raises(LdmError, match=r"the saved state of critic does not fit: .* --out another"):
+        restore({"critic": torch.nn.Linear(2, 1)}, tree)
+
+
+def test_a_state_is_restored_part_by_part():
+    saved, fresh = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    restore({"critic": fresh}, {"critic": saved.state_dict(), "seen": 8})
+    assert torch.equal(fresh.weight, saved.weight)
 
 
 def test_a_half_written_state_is_not_taken(tmp_path):
