@@ -1,6 +1,7 @@
 """The processes that were launched together: how they meet, and how one of them speaks for all."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -11,6 +12,7 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     broadcast_object_list,
+    gather_object,
 )
 
 from ldm.device import keep_freed_memory, resolve_device
@@ -58,15 +60,47 @@ def make_accelerator(device: str = "auto", accumulate: int = 1) -> Accelerator:
 
 
 def from_main(accelerator: Accelerator | PartialState, make: Callable[[], Any]) -> Any:
-    """What `make` returns on the main process, on all; or the LdmError it raises there, on all."""
+    """What `make` returns on the main process, on all; what it raises ends all together."""
     made: list[Any] = [None]
-    if accelerator.is_main_process:
-        try:
+    with fail_together(accelerator):
+        if accelerator.is_main_process:
             made = [make()]
-        except LdmError as error:
-            made = [error]
     if accelerator.num_processes > 1:
         broadcast_object_list(made)
-    if isinstance(made[0], LdmError):
-        raise made[0]
     return made[0]
+
+
+@contextmanager
+def fail_together(ranks: Accelerator | PartialState) -> Iterator[None]:
+    """What all processes do, each for itself: where one of them fails, all do, once all are done.
+
+    One that left alone would keep the others waiting where they meet next. They are not to meet
+    inside.
+
+    Raises:
+        Exception: its own.
+        LdmError: another process has raised it.
+        RuntimeError: another process has raised anything else; it says what.
+    """
+    failed: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failed = error
+    told = [_told(failed, ranks.process_index)] if failed is not None else []
+    errors = gather_object(told) if ranks.num_processes > 1 else told
+    # What is no LdmError first: one that lived with its own would be left by the others.
+    errors = sorted(errors, key=lambda error: isinstance(error, LdmError))
+    if failed is not None and isinstance(failed, LdmError) == isinstance(errors[0], LdmError):
+        raise failed  # with its traceback
+    if errors:
+        raise errors[0]
+
+
+def _told(error: Exception, rank: int) -> Exception:
+    """An error as the other processes get it: what is no LdmError may not travel, and stays none,
+    so that nobody takes it for one that can be lived with."""
+    if isinstance(error, LdmError):
+        return error
+    text = str(error).strip().partition("\n")[0]
+    return RuntimeError(f"process {rank} failed: {type(error).__name__}: {text}")

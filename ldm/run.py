@@ -179,7 +179,7 @@ class Run:
         return self.accelerator.gather(tensor) if self.world > 1 else tensor
 
     def from_main(self, make: Callable[[], Any]) -> Any:
-        """What `make` returns on the main process, on all; or the LdmError it raises, on all."""
+        """What `make` returns on the main process, on all; what it raises ends all together."""
         return from_main(self.accelerator, make)
 
     # -------------------------------------------------------------------------------- saving

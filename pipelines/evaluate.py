@@ -20,14 +20,14 @@ from ldm.device import keep_freed_memory, memory_format
 from ldm.errors import UsageError
 from ldm.logbook import console, progress_bar
 from ldm.metrics.inception import Mode
-from ldm.processes import from_main, join_processes
+from ldm.processes import fail_together, from_main, join_processes
 from ldm.run_folder import newest_run
 from pipelines.measuring.evaluation import (
     NUMBERS,
     Evaluation,
     check_writable,
     conclude,
-    default_path,
+    default_paths,
     write_last,
 )
 from pipelines.measuring.evaluation_plan import Job, plan_jobs
@@ -122,7 +122,7 @@ def evaluate_checkpoints(
 
     Raises:
         UsageError: data or resolution left out, and a file does not say; a number below one; or
-            options that do not go together.
+            options that do not go together; or two results would be written to one place.
         LdmError: a file is no autoencoder, or cannot take a resolution; the data cannot be read;
             held-out images were trained on; weights that were asked for cannot be had;
             reconstructions or features are not finite; or the result cannot be written.
@@ -142,7 +142,7 @@ def evaluate_checkpoints(
         *([f"first{limit}"] if limit else []), *([] if fid else ["no-fid"]),
         *([features] if features else []), *([mode] if mode != "clean" else []),
     ]  # fmt: skip
-    places = [out or default_path(j.model, j.data, split, j.resolution, *settings) for j in jobs]
+    places = [out] * len(jobs) if out else default_paths(jobs, *settings)
     from_main(ranks, lambda: [check_writable(place) for place in places])
     instruments = find_instruments(fid, weights, features, mode, jobs[0].resolution, where, ranks)
     _say_missing(instruments.missing, ranks)
@@ -150,7 +150,8 @@ def evaluate_checkpoints(
     done: list[Evaluation] = []
     for job, place in zip(jobs, places, strict=True):
         if not done or done[-1].model != job.model:
-            ae = load_autoencoder(job.model, where).to(memory_format=memory_format(where))
+            with fail_together(ranks):
+                ae = load_autoencoder(job.model, where).to(memory_format=memory_format(where))
         _say(
             f"measuring {job.model} on the {split} split of {job.data.source} "
             f"at {job.resolution}×{job.resolution}",
@@ -176,17 +177,16 @@ def _measure(
 ) -> Evaluation:
     """One pass over this process's share of the images, and what all shares say together."""
     world, total = ranks.num_processes, min(len(job.source), limit or len(job.source))
-    extractor = instruments.extractor if total > NEAREST else None
     perceptual = instruments.lpips and instruments.lpips.each
-    scores, faults = Scores(), FaultCount(len(job.source))
-    real, made = (Surveyor(total, job.resolution, extractor, device) for _ in range(2))
+    scores, faults = Scores(), FaultCount(total)
+    real, made = (Surveyor(total, job.resolution, instruments.extractor, device) for _ in range(2))
     stream = evaluation_batches(
         job.source, job.resolution, batch_size * world, limit, ranks.process_index, world,
         job.data.workers, faults,
     )  # fmt: skip
     bar = progress_bar("images")
     bar.disable = bar.disable or not ranks.is_main_process
-    with bar, closing(reconstruct(ae, stream, device)) as pairs:
+    with fail_together(ranks), bar, closing(reconstruct(ae, stream, device)) as pairs:
         task = bar.add_task("measuring", total=total, speed="", note="")
         for pair in pairs:
             scores.add(pair, perceptual)
@@ -203,8 +203,9 @@ def _measure(
         for some, found in shares:
             everything.merge(some)
             corrupt |= found
-        stop_if_too_many(corrupt, len(job.source))
+        stop_if_too_many(corrupt, total)
         means = everything.means()  # where there was no image, this says so
+        extractor = instruments.extractor if everything.count > NEAREST else None
         compared = compare_surveys(recons, originals, device)
         how = {
             "limit": limit, "corrupt": len(corrupt), "device": _device_name(device),

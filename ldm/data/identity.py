@@ -60,7 +60,8 @@ def listing_identity(data: str) -> str | None:
         return None
     last, size = None, -1
     for name in map(images.name, range(len(images))):
-        if not name.startswith(f"{last}/"):  # the next image may lie in the same archive
+        # the next image may lie in the same archive
+        if last is None or not name.startswith(f"{last}/"):
             last, size = _sized(name)
         listing.update(f"{name.removeprefix(f'{path}/')}\0{size}\0".encode(*UTF8))
     return listing.hexdigest()

@@ -6,6 +6,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from numpy.typing import NDArray
 from ldm.config import to_tree
 from ldm.data import DataConfig
 from ldm.data.dataset import PHOTOS
-from ldm.errors import LdmError
+from ldm.errors import LdmError, UsageError
 from ldm.files import write_json
 from ldm.metrics.extractors import Extractor
 from ldm.run_folder import installed_version, provenance
+from pipelines.measuring.comparability import place
 from pipelines.measuring.evaluation_plan import Job
 from pipelines.measuring.features import describe_extractor
 from pipelines.measuring.instruments import FEATURES, Instruments
@@ -87,7 +89,8 @@ def conclude(
         means: over the images, by the names of `NUMBERS`.
         each: of every image, as `Scores.in_order` has it.
         compared: as `compare_surveys` has it.
-        extractor: what made the features; None where the images were too few for any.
+        extractor: what made the features; None where the images that could be read were too few
+            for any.
         instruments: what there was to measure with.
         force: keep an rFID over fewer images than features, marked as doubtful.
         how: further things to be told.
@@ -99,6 +102,7 @@ def conclude(
     notes = [job.seen["note"]] if job.seen["note"] else []
     count = len(each["k"])
     if extractor is None and instruments.extractor is not None:
+        numbers |= dict.fromkeys(FEATURES)
         missing |= dict.fromkeys(FEATURES, f"{count} image(s) have too few neighbours")
     elif extractor is not None:
         if count < extractor.dim:
@@ -134,20 +138,43 @@ def conclude(
 
 
 # ------------------------------------------------------------------------------------- on disk
+def default_paths(jobs: Sequence[Job], *settings: str) -> list[Path]:
+    """Where the evaluations of one call are kept, each as `default_path` has it.
+
+    Raises:
+        UsageError: two of them would be kept in one place.
+    """
+    paths = [default_path(j.model, j.data, j.split, j.resolution, *settings) for j in jobs]
+    taken: dict[Path, Job] = {}
+    for job, path in zip(jobs, paths, strict=True):
+        other = taken.setdefault(path.resolve(), job)
+        if other is not job:
+            raise UsageError(
+                f"{other.model} and {job.model} would both be written to {path}: leave one of "
+                "them out, or give --out one file for all"
+            )
+    return paths
+
+
 def default_path(
     model: Path, data: DataConfig, split: str, resolution: int, *settings: str
 ) -> Path:
-    """Where an evaluation is kept beside its model: `eval/photos-val-64.json`.
+    """Where an evaluation is kept beside its model: `eval/photos-val-64.json`, and for other data
+    two folders of its path with a few digits of the whole: `eval/imagenet-val-1f0c52-val-64.json`.
 
     Args:
         settings: further words that tell it from others of this model.
     """
     source = data.source
     if source != PHOTOS:
-        # two folders of a path, for many data sets end in /val
-        source = "-".join(Path(source).expanduser().parts[-2:]).removesuffix(".zip")
+        where = Path(place(source))
+        # two folders of a path, for many data sets end in /val; and many of those in x/val
+        digits = sha256(str(where).encode()).hexdigest()[:6]
+        source = "-".join([*where.parts[-2:], digits])
     words = [source, split, str(resolution), *settings]
-    if model.is_file() and (which := model.stem) != "ckpt":  # best.pt lies beside ckpt.pt
+    # best.pt lies beside ckpt.pt, and one of another format may beside either
+    which = model.stem if model.suffix == ".pt" else model.name
+    if model.is_file() and which != "ckpt":
         words.insert(0, which)
     folder = model if model.is_dir() else model.parent
     name = re.sub(r"[^\w.=-]+", "_", "-".join(words)).strip("_-")

@@ -19,10 +19,13 @@ from ldm.data import DataConfig, Source, open_source
 from ldm.data.dataset import PHOTOS
 from ldm.data.split import Split
 from ldm.errors import LdmError, UsageError
+from ldm.processes import fail_together
+from pipelines.measuring.comparability import place
 from pipelines.measuring.overlap import Overlap, find_overlap
 
-Compared = dict[tuple[DataConfig, DataConfig], Overlap | LdmError]
-"""Data measured, and data trained on → what they share, or why that is not known."""
+Compared = dict[tuple[DataConfig, DataConfig, int], Overlap | LdmError]
+"""Data measured, data trained on, and the resolution that both are cut to, for it decides whether
+two images are the same → what they share, or why that is not known."""
 
 SMALLEST = 16  # pixels: LPIPS halves images four times, and SSIM's window has 11
 
@@ -71,6 +74,22 @@ def plan_jobs(
         LdmError: a file is no autoencoder, the data cannot be read, an autoencoder cannot take a
             resolution, or (without `force`) images to be measured as held out were trained on.
     """
+    with fail_together(ranks):
+        jobs = _open(models, data, split, resolutions)
+    compared: Compared = {}
+    for i, job in enumerate(jobs):
+        seen = _compare(job, _trained_on(job.said), limit, ranks, force, compared)
+        jobs[i] = replace(job, seen=seen)
+    return jobs
+
+
+def _open(
+    models: Sequence[Path],
+    data: str | DataConfig | None,
+    split: Split,
+    resolutions: Sequence[int] | None,
+) -> list[Job]:
+    """The jobs of `plan_jobs`, before it is known what was seen."""
     jobs: list[Job] = []
     opened: dict[tuple[DataConfig, int], Source] = {}
     for model in [_read(path) for path in models]:
@@ -86,10 +105,6 @@ def plan_jobs(
                 opened[config, resolution] = open_source(config, split, resolution)
             source = opened[config, resolution]
             jobs.append(Job(model.path, model.said, config, split, resolution, source, {}))
-    compared: Compared = {}
-    for i, job in enumerate(jobs):
-        seen = _compare(job, _trained_on(job.said), limit, ranks, force, compared)
-        jobs[i] = replace(job, seen=seen)
     return jobs
 
 
@@ -133,13 +148,9 @@ def _check_takes(model: _Model, resolution: int) -> None:
 def _choose_data(model: _Model, data: str | DataConfig | None) -> DataConfig | None:
     if data is None or isinstance(data, DataConfig):
         return data or model.data
-    same = model.data is not None and _place(model.data.source) == _place(data)
+    same = model.data is not None and place(model.data.source) == place(data)
     # with the split of the training, for another one would take in what was trained on
     return model.data if same else DataConfig(source=data)
-
-
-def _place(source: str) -> str | Path:
-    return source if source == PHOTOS else Path(source).expanduser().resolve()
 
 
 def _compare(
@@ -157,7 +168,8 @@ def _compare(
     to have been trained on the training split of the same data.
 
     Args:
-        compared: what was found before, of models of the same data; it is added to.
+        compared: what was found before, of models of the same data at the same
+            resolution; it is added to.
 
     Returns:
         `held_out` (None where it is not known), a `note` where there is something to say, and
@@ -166,7 +178,7 @@ def _compare(
     Raises:
         LdmError: images meant to be held out were trained on, and not `force`.
     """
-    own = trained_on is not None and _place(trained_on.source) == _place(job.data.source)
+    own = trained_on is not None and place(trained_on.source) == place(job.data.source)
     if job.split == "train" or (job.split == "all" and own):
         note = f"{job.model} was trained on these images, or some of them" if own else None
         return {"held_out": False if own else None, "note": note, "overlap": None}
@@ -176,9 +188,10 @@ def _compare(
     if PHOTOS in (against.source, job.data.source):
         # no file is one of the photographs, and their right thirds are never trained on
         return {"held_out": True, "note": None, "overlap": None}
-    if (job.data, against) not in compared:
-        compared[job.data, against] = _overlap(job, against, limit, ranks)
-    overlap = compared[job.data, against]
+    key = (job.data, against, job.resolution)
+    if key not in compared:
+        compared[key] = _overlap(job, against, limit, ranks)
+    overlap = compared[key]
     if isinstance(overlap, LdmError):
         note = f"not known whether {job.model} was trained on these images: {overlap}"
         return {"held_out": None, "note": note, "overlap": None}
@@ -199,7 +212,8 @@ def _overlap(
 ) -> Overlap | LdmError:
     """What a job's images and training images share, or why that cannot be known."""
     try:
-        train = open_source(against, "train", job.resolution)
+        with fail_together(ranks):
+            train = open_source(against, "train", job.resolution)
         return find_overlap(job.source, train, job.resolution, ranks, limit, job.data.workers)
     except LdmError as error:
         return error

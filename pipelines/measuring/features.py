@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from ldm.errors import LdmError, UsageError
 from ldm.metrics.extractors import Extractor, load_extractor
 from ldm.metrics.inception import Mode
-from ldm.processes import from_main
+from ldm.processes import fail_together, from_main
 
 T = TypeVar("T")
 
@@ -57,8 +57,9 @@ def load_on_all(load: Callable[[], T], ranks: PartialState) -> tuple[T | None, s
         return None
 
     why = from_main(ranks, attempt)
-    if why is None and not made:
-        why = attempt()  # on another machine the file may not be there
+    with fail_together(ranks):
+        if why is None and not made:
+            why = attempt()  # on another machine the file may not be there
     why = next((reason for reason in gather_object([why]) if reason is not None), None)
     return (made[0] if why is None else None), why
 

@@ -10,6 +10,7 @@ from accelerate import PartialState
 from ldm.data import Batch
 from ldm.logbook import progress_bar
 from ldm.metrics.extractors import Extractor
+from ldm.processes import fail_together
 from pipelines.measuring.bootstrap import FeatureRows
 from pipelines.measuring.fingerprints import Fingerprints, Prints
 from pipelines.measuring.survey import Survey, Surveyor, gather, gather_surveys
@@ -85,7 +86,7 @@ def survey_images(images: Images, tools: Tools, rows: FeatureRows | None = None)
     # starting processes for a single batch takes longer than loading it
     workers = min(tools.workers, len(images) // tools.batch_size)
     bar.disable = bar.disable or rank != 0
-    with bar:
+    with fail_together(tools.ranks), bar:
         task = bar.add_task(images.what, total=-(-len(images) // world), speed="", note="")
         for batch in images.batches(tools.batch_size, rank, world, workers):
             features = surveyor.add(batch.images, batch.k)

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 
 from ldm.data import Source, evaluation_batches
 from ldm.data.split import Part
-from ldm.errors import LdmError
+from ldm.processes import fail_together
 from ldm.seeds import generator
 from pipelines.measuring.fingerprints import Fingerprints, Prints, find_shared
 
@@ -91,17 +91,13 @@ def _read(
     stream = evaluation_batches(
         source, resolution, BATCH * world, rank=rank, world=world, workers=workers
     )
-    mine, failed, ks = Fingerprints(), None, []
-    try:
+    mine, ks = Fingerprints(), []
+    with fail_together(ranks):
         for batch in stream:
             mine.add(batch.images, batch.k)
             ks += batch.k.tolist()
-    except LdmError as error:  # raised on one process alone, it would leave the others waiting
-        failed = error
     everything, numbers = Fingerprints(), []
-    for share, some, error in gather_object([(mine, ks, failed)]):
-        if error is not None:
-            raise error
+    for share, some in gather_object([(mine, ks)]):
         everything.merge(share)
         numbers += some
     return sorted(numbers), everything.in_order()

@@ -81,8 +81,9 @@ class ImageReference:
             LdmError: (while iterating) more than 1 % are corrupt, or one is too small.
         """
         if not self.is_crops:
+            faults = FaultCount(self._count)
             yield from evaluation_batches(
-                self.source, self.resolution, batch_size, self._count, rank, world, workers
+                self.source, self.resolution, batch_size, self._count, rank, world, workers, faults
             )
             return
         unmirrored = self.config.model_copy(update={"flip": False})
@@ -128,7 +129,7 @@ class ReferencePart:
     def __init__(self, whole: ImageReference, indices: Tensor) -> None:
         self.what, self.resolution = whole.what, whole.resolution
         self._source = Part(whole.source, indices.numpy())
-        self._of = len(whole.source)
+        self._of = len(whole)
 
     def __len__(self) -> int:
         return len(self._source)

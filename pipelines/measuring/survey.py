@@ -145,16 +145,17 @@ def compare_surveys(made: Survey, real: Survey, device: torch.device | str) -> d
 
     Returns:
         `fid` (Heusel et al. 2017), `kid` and `kid_std` (Bińkowski et al. 2018), `precision` and
-        `recall` (Kynkäänniemi et al. 2019), all None where a side has no features, and all but
-        `fid` where it has fewer than four of them, or their statistics alone; `swd` by level and
-        `mean` (Karras et al. 2018, ×10³), None where a side has no patches; and `swd_images`, how
-        many of either it is over.
+        `recall` (Kynkäänniemi et al. 2019), all None where a side has fewer than two features, and
+        all but `fid` where it has fewer than four of them, or their statistics alone; `swd` by
+        level and `mean` (Karras et al. 2018, ×10³), None where a side has no patches; and
+        `swd_images`, how many of either it is over.
     """
     result: dict[str, Any] = dict.fromkeys(("fid", "kid", "kid_std", "precision", "recall"))
     result |= {"swd": None, "swd_images": 0}
     if made.features is not None and real.features is not None:
         a, b = made.features.statistics, real.features.statistics
-        result["fid"] = frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+        if min(a.count, b.count) > 1:
+            result["fid"] = frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
         ours, theirs = made.features.sample(), real.features.sample()
         if min(len(ours), len(theirs)) > NEAREST:
             kernel = kernel_distance(ours, theirs, seed=SEED)

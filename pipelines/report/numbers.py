@@ -127,10 +127,11 @@ def _join(*words: str) -> str:
 def _measured(
     record: Record, what: str, numbers: Mapping[str, Any], path: Path, tree: Mapping[str, Any]
 ) -> Measurement:
-    interval, doubtful = tree.get("fid_interval"), tree.get("doubtful")
+    interval, doubtful, details = map(tree.get, ("fid_interval", "doubtful", "details"))
     spread = {
         "fid": interval.get("std") if isinstance(interval, dict) else None,
-        "kid": tree.get("kid_std"),
+        # an evaluation of stage one has it among its details
+        "kid": (details if isinstance(details, dict) else tree).get("kid_std"),
     }
     doubts = [*_strings(tree.get("warnings")), *_strings(tree.get("notes"))]
     doubts += _strings(list(doubtful.values()) if isinstance(doubtful, dict) else None)

@@ -12,12 +12,12 @@ from torch.nn import functional as F
 
 from autoencoders.loading import AutoencoderFile, assemble, read_autoencoder
 from ldm.checkpoint import fingerprint
-from ldm.config import validate
 from ldm.data import DataConfig, open_source, sheet_images
 from ldm.errors import LdmError
 from ldm.images import latents_as_rgb, to_float, to_uint8
 from ldm.logbook import console
 from ldm.metrics import psnr
+from pipelines.analysis.subjects import choose_data
 from pipelines.latent_diffusion import LatentDiffusionPipeline
 from pipelines.report import page
 from pipelines.report.records import Record
@@ -53,22 +53,29 @@ def reconstructions_section(
     """Held-out images and what each autoencoder makes of them; those of one data set together."""
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in records:
-        data = _data(record, looks)
+        data = _data(record, looks.data)
         key = "" if data is None else data.model_dump_json(exclude={"crop", "flip", "workers"})
         groups[key].append(record)
     parts = [_reconstructions(group, titles, looks) for group in groups.values()]
+    # of other data, nobody has looked whether it is in the training's
+    own = all(_data(record, looks.data) == _data(record, None) for record in records)
     text = (
-        "The first held-out images, which training never saw, and what each model makes of them: "
-        "the decoder's answer to the posterior's mean. Scroll sideways for more; images keep "
-        "their pixels."
+        f"The first held-out images{', which training never saw,' if own else ''} and what each "
+        "model makes of them: the decoder's answer to the posterior's mean. Scroll sideways for "
+        "more; images keep their pixels."
     )
+    if not own:
+        text += (
+            " Not all runs were trained on the rest of this data: whether one has seen these "
+            "images elsewhere is not known here, `ldm eval-ae` looks."
+        )
     return page.section(f"Reconstructions{of}", text, *parts)
 
 
 def _reconstructions(
     records: Sequence[Record], titles: Mapping[str, page.Markup], looks: Looks
 ) -> str:
-    config = _data(records[0], looks)
+    config = _data(records[0], looks.data)
     resolution = looks.resolution or max(map(_ended_at, records))
     originals, why = _attempt(lambda: _held_out(config, resolution, looks.images))
     if originals is None:
@@ -83,9 +90,7 @@ def _reconstructions(
     for record in records:
         made, why = _attempt(lambda record=record: _reconstruct(record, originals, looks.device))
         if made is None:
-            missing.append(
-                _own_picture(record, titles, "recon", f"Its model could not be used ({why})")
-            )
+            missing.append(_own_picture(record, titles, "recon", f"{UNUSABLE} ({why})"))
             continue
         recon, shown = made
         each = psnr(originals, recon)
@@ -152,9 +157,7 @@ def samples_section(
     for record in records:
         made, why = _attempt(lambda record=record: _sample(record, looks))
         if made is None:
-            missing.append(
-                _own_picture(record, titles, "samples", f"Its model could not be used ({why})")
-            )
+            missing.append(_own_picture(record, titles, "samples", f"{UNUSABLE} ({why})"))
         else:
             told = f"{record.images_seen:,} images seen"
             rows.append((page.Markup(f"{titles[record.label]}: {told}"), made))
@@ -177,15 +180,14 @@ def _sample(record: Record, looks: Looks) -> Tensor:
 
 
 # ------------------------------------------------------------------------- what is not there
-def _data(record: Record, looks: Looks) -> DataConfig | None:
-    """What a run's held-out images are of; None where its settings do not say."""
-    if looks.data is not None:
-        return DataConfig(source=looks.data)
-    told = record.config.get("data")
+def _data(record: Record, asked: str | None) -> DataConfig | None:
+    """What a run's held-out images are of, its own data as its training split it; None where
+    nothing is asked for and its settings do not say."""
+    told = record.config if isinstance(record.config.get("data"), dict) else {}
     try:
-        return validate(DataConfig, told) if isinstance(told, dict) else None
-    except LdmError:  # of another version
-        return None
+        return choose_data({record.label: told}, asked)
+    except LdmError:  # they do not, or are of another version
+        return None if asked is None else DataConfig(source=asked)
 
 
 def _attempt(make: Callable[[], T]) -> tuple[T | None, str]:

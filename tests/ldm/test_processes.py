@@ -7,7 +7,7 @@ import torch
 
 from ldm import processes
 from ldm.errors import LdmError
-from ldm.processes import from_main, join_processes, make_accelerator
+from ldm.processes import fail_together, from_main, join_processes, make_accelerator
 
 
 def test_alone():
@@ -21,8 +21,8 @@ def test_a_device_that_is_not_there():
         join_processes("cuda:99")
 
 
-@pytest.mark.parametrize("made", [7, None, LdmError("no room")])
-def test_the_other_hears_what_the_main_process_made_or_said(monkeypatch, made):
+@pytest.mark.parametrize("made", [7, None])
+def test_the_other_hears_what_the_main_process_made(monkeypatch, made):
     """Two processes in turn: what the first one sends is what the second one receives."""
     sent = []
 
@@ -31,19 +31,68 @@ def test_the_other_hears_what_the_main_process_made_or_said(monkeypatch, made):
             sent.extend(values)
         values[:] = sent
 
-    def make():
-        if isinstance(made, LdmError):
-            raise made
-        return made
-
     monkeypatch.setattr(processes, "broadcast_object_list", broadcast)
-    for is_main, call in ((True, make), (False, lambda: pytest.fail("the main process alone"))):
-        ranks = SimpleNamespace(is_main_process=is_main, num_processes=2)
-        if isinstance(made, LdmError):
-            with pytest.raises(LdmError, match="no room"):
-                from_main(ranks, call)
+    monkeypatch.setattr(processes, "gather_object", lambda mine: mine)
+    assert from_main(rank(0), lambda: made) == made
+    assert from_main(rank(1), lambda: pytest.fail("the main process alone")) == made
+
+
+def rank(number: int) -> SimpleNamespace:
+    return SimpleNamespace(is_main_process=number == 0, process_index=number, num_processes=2)
+
+
+def raised(ranks, error: Exception | None) -> Exception | None:
+    """What comes out of what one process does."""
+    try:
+        with fail_together(ranks):
+            if error is not None:
+                raise error
+    except Exception as out:
+        return out
+    return None
+
+
+LACKING, BROKEN = LdmError("no room"), KeyError("a bug")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "out"),
+    [
+        ((None, None), (None, None)),
+        ((LACKING, None), (LACKING, LACKING)),
+        ((None, LACKING), (LACKING, LACKING)),
+        ((BROKEN, None), (BROKEN, "process 0 failed: KeyError: 'a bug'")),
+        # the first would live with its own, and wait for the second
+        ((LACKING, BROKEN), ("process 1 failed: KeyError: 'a bug'", BROKEN)),
+    ],
+)
+def test_where_one_process_fails_all_do(monkeypatch, theirs, out):
+    told = []
+    monkeypatch.setattr(processes, "gather_object", lambda mine: told.extend(mine) or mine)
+    for number, error in enumerate(theirs):
+        raised(rank(number), error)
+    monkeypatch.setattr(processes, "gather_object", lambda mine: list(told))
+    for number, (error, expected) in enumerate(zip(theirs, out, strict=True)):
+        found = raised(rank(number), error)
+        if isinstance(expected, str):
+            assert type(found) is RuntimeError and str(found) == expected
         else:
-            assert from_main(ranks, call) == made
+            assert found is expected
+
+
+def test_what_the_main_process_raises_is_raised_by_all(monkeypatch):
+    """Whatever it is: the others would wait in vain for what it makes."""
+    told = []
+    monkeypatch.setattr(processes, "gather_object", lambda mine: told.extend(mine) or list(told))
+    with pytest.raises(ZeroDivisionError):
+        from_main(rank(0), lambda: 1 / 0)
+    with pytest.raises(RuntimeError, match="process 0 failed: ZeroDivisionError: division by zero"):
+        from_main(rank(1), lambda: pytest.fail("the main process alone"))
+
+
+def test_one_process_alone_raises_its_own():
+    ranks, _ = join_processes("cpu")
+    assert raised(ranks, LACKING) is LACKING and raised(ranks, BROKEN) is BROKEN
 
 
 def test_a_launchers_environment_does_not_change_the_recipe(monkeypatch):

@@ -105,8 +105,9 @@ def test_what_is_written(tmp_path, folder):
     (found,) = measure(
         run / "ckpt.pt", data=str(folder), split="all", resolutions=[32], features=FEATURES
     )
-    name = f"{tmp_path.name}-data-all-32-{FEATURES.replace(':', '_')}.json"
-    assert found.path == run / "eval" / name
+    assert found.path.parent == run / "eval"
+    assert found.path.name.startswith(f"{tmp_path.name}-data-")
+    assert found.path.name.endswith(f"-all-32-{FEATURES.replace(':', '_')}.json")
     written = json.loads(found.path.read_text())
     assert written == found.to_tree()
     assert written["numbers"].keys() == {
@@ -186,15 +187,16 @@ def test_fewer_images_than_features(tmp_path, folder, capsys):
     assert enough.numbers["rfid"] is not None and enough.about["doubtful"] == {}
 
 
-def test_too_few_images_for_any_feature(tmp_path, folder, capsys):
+@pytest.mark.parametrize("limit", [3, 1])
+def test_too_few_images_for_any_feature(tmp_path, folder, capsys, limit):
     (found,) = measure(
-        save_run(tmp_path / "run"), data=str(folder), split="all", resolutions=[32], limit=3,
-        features=FEATURES,
+        save_run(tmp_path / "run"), data=str(folder), split="all", resolutions=[32], limit=limit,
+        features=FEATURES, force=True,
     )  # fmt: skip
-    assert found.count == 3 and found.numbers["psnr"] and found.numbers["swd"]
-    assert found.about["extractor"] is None
+    assert found.count == limit and found.numbers["psnr"] and found.numbers["swd"]
+    assert found.numbers["rfid"] is None and found.about["extractor"] is None
     said = capsys.readouterr().out
-    assert "without rFID, KID, precision, recall: 3 image(s) have too few neighbours" in said
+    assert f"without rFID, KID, precision, recall: {limit} image(s) have too few neighb" in said
 
 
 def test_a_corrupt_image_is_left_out_and_counted(tmp_path):
@@ -208,6 +210,18 @@ def test_a_corrupt_image_is_left_out_and_counted(tmp_path):
     (folder / "051.png").write_bytes(b"no picture")
     with pytest.raises(LdmError, match="2 of 104 images are corrupt"):
         measure(tmp_path / "run", data=str(folder), split="all", resolutions=[16], fid=False)
+
+
+def test_corrupt_images_are_counted_among_those_that_are_measured(tmp_path):
+    """Of the whole data set these three are few."""
+    folder = save_images(tmp_path / "data", crops(8, 16) * 38)
+    for name in ("000.png", "001.png", "002.png"):
+        (folder / name).write_bytes(b"no picture")
+    options = {"data": str(folder), "split": "all", "resolutions": [16], "features": FEATURES}
+    run = save_run(tmp_path / "run")
+    for limit in (4, 6):
+        with pytest.raises(LdmError, match=f"3 of {limit} images are corrupt"):
+            measure(run, limit=limit, **options)
 
 
 def test_features_that_are_not_finite(tmp_path, folder, monkeypatch):
@@ -241,3 +255,12 @@ def test_a_result_that_could_not_be_written(tmp_path):
         measure(run, data="photos", resolutions=[16], fid=False)
     with pytest.raises(LdmError, match="is a folder: give --out another file"):
         measure(run, data="photos", resolutions=[16], fid=False, out=tmp_path)
+
+
+def test_two_results_in_one_place_are_refused_before_any_is_measured(tmp_path):
+    run = save_run(tmp_path / "run")
+    options = {"data": "photos", "resolutions": [16], "fid": False, "limit": 1}
+    with pytest.raises(UsageError, match=r"would both be written to .*photos-val-16-first1-no-fid"):
+        measure(run, run / "ckpt.pt", **options)
+    assert not (run / "eval").exists()
+    assert len(measure(run, run / "ckpt.pt", out=tmp_path / "both.json", **options)) == 2

@@ -1,6 +1,7 @@
 """Which images a data set holds, known by names and sizes (by content: of references' tests)."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +34,15 @@ def test_other_images_under_the_same_path(images):
     renamed = listing_identity(str(images))
     (images / "renamed.png").unlink()
     assert len({known, renamed, listing_identity(str(images))}) == 3
+
+
+def test_a_relative_folder_of_any_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("None", "images"):
+        folder = png_folder(Path(name), [noise(0)])
+        known = listing_identity(name)
+        (folder / "0000.png").write_bytes(encode(noise(1)[:20]))
+        assert listing_identity(name) != known, name
 
 
 def test_archives(images, tmp_path):

@@ -132,6 +132,23 @@ def test_another_folder_with_a_training_image(run, tmp_path, folder):
         plan(run, data=str(other), split="all")
 
 
+def test_every_resolution_is_compared_by_itself(tmp_path):
+    """Of a model trained on smaller copies: at the larger size nobody can tell, in any order."""
+    large = crops(3, size=64)
+    data = save_images(tmp_path / "large", large)
+    small = [Image.fromarray(image).resize((32, 32), Image.Resampling.LANCZOS) for image in large]
+    copies = save_images(tmp_path / "small", [*map(np.asarray, small), *crops(1)])
+    trained_on = to_tree(DataConfig(source=str(copies), held_out=1, workers=0))
+    run = save_run(tmp_path / "run", {"data": trained_on})
+    for resolutions in ([32], [32, 64], [64, 32]):
+        with pytest.raises(LdmError, match=r"3 of 3 images of .*large, all, are also training"):
+            plan(run, data=str(data), split="all", resolutions=resolutions)
+        jobs = plan(run, data=str(data), split="all", resolutions=resolutions, force=True)
+        assert all(
+            job.seen["held_out"] is (False if job.resolution == 32 else None) for job in jobs
+        )
+
+
 def test_of_a_model_that_does_not_say(tmp_path, folder):
     """It is taken to have been trained on the rest of the same data."""
     run = save_run(tmp_path / "silent")

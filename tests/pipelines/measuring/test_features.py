@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ldm import processes
 from ldm.errors import LdmError, UsageError
 from pipelines.measuring import features
 from pipelines.measuring.features import find_extractor, load_on_all, notes_on
@@ -25,7 +26,10 @@ class Ranks:
         return self.told
 
 
-MAIN, OTHER = (SimpleNamespace(is_main_process=main) for main in (True, False))
+MAIN, OTHER = (
+    SimpleNamespace(is_main_process=rank == 0, process_index=rank, num_processes=2)
+    for rank in (0, 1)
+)
 
 
 def test_what_is_there_is_loaded_by_every_process(monkeypatch):
@@ -60,6 +64,21 @@ def test_what_one_process_lacks_none_has(monkeypatch):
     assert load_on_all(load, OTHER) == (None, "not on this machine")
     reasons.append("not on this machine")  # as the main process hears it
     assert load_on_all(lambda: "a", MAIN) == (None, "not on this machine")
+
+
+def test_a_module_that_breaks_on_one_process_ends_all(monkeypatch):
+    """It is no missing file, and raised on that one alone would leave the others waiting."""
+    Ranks(monkeypatch)
+    told = []
+
+    def load():
+        raise KeyError("a bug")
+
+    assert load_on_all(lambda: "a", MAIN) == ("a", None)
+    monkeypatch.setattr(processes, "gather_object", lambda mine: told.extend(mine) or told)
+    with pytest.raises(KeyError):
+        load_on_all(load, OTHER)
+    assert [str(error) for error in told] == ["process 1 failed: KeyError: 'a bug'"]
 
 
 def test_a_wrong_word_is_no_missing_file(monkeypatch):

@@ -84,6 +84,16 @@ def test_a_corrupt_image_is_one_of_the_whole_also_in_a_part(tmp_path):
     assert np.concatenate([batch.k for batch in part.batches(3)]).tolist() == [0, 2]
 
 
+def test_corrupt_images_are_counted_among_those_that_are_read(tmp_path):
+    """Of a data set of hundreds, the first few, of which none may be missing."""
+    folder = write_folder(tmp_path / "data", pictures(210, seed=2))
+    for name in ("000.png", "001.png"):
+        (folder / name).write_bytes(b"no picture")
+    assert len(pixels(opened(folder, "all"))) == 208
+    with pytest.raises(LdmError, match="2 of 3 images are corrupt"):
+        pixels(opened(folder, "all", limit=3))
+
+
 # ------------------------------------------------------------------------------ its content
 def test_content_is_of_the_bytes_wherever_they_lie(tmp_path, folder):
     content = opened(folder).content()

@@ -91,6 +91,9 @@ def test_what_a_side_has_not_is_not_compared():
     few = survey(THEIRS[:3], [[0, 1, 2]])
     result = compare_surveys(full, few, CPU)
     assert result["fid"] > 0 and result["precision"] is None and result["kid"] is None
+    one = survey(THEIRS[:1], [[0]])
+    result = compare_surveys(full, one, CPU)
+    assert result["fid"] is result["kid"] is None and result["swd"]["mean"] > 0
     with pytest.raises(ValueError, match="keep different things"):
         full.merge(features)
 

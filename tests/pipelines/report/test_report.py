@@ -15,6 +15,7 @@ from ldm.data import DataConfig, open_source
 from ldm.errors import LdmError, UsageError
 from ldm.images import to_uint8
 from pipelines.report.report import write_report
+from tests.pipelines.measuring.reconstructed import crops, save_images
 from tests.pipelines.report.run_folders import stage_one, stage_two
 from tests.pipelines.untrained import load
 
@@ -102,6 +103,22 @@ def test_reconstructions_are_of_the_same_held_out_images_and_measured_right(tmp_
         each = [peak_signal_noise_ratio(*pair) for pair in zip(original, recon, strict=True)]
         assert float(numbers[0]) == pytest.approx(np.mean(each), abs=0.0051)
         assert [float(value) for value in numbers[1:]] == pytest.approx(each, abs=0.051)
+
+
+def test_data_that_is_named_is_split_as_each_runs_training_split_it(tmp_path, report):
+    """Of its own folder, else it would be shown what it was trained on as if it were not."""
+    folder, other = (save_images(tmp_path / name, crops(24)[::step]) for name, step in
+                     (("data", 1), ("other", -1)))  # fmt: skip
+    settings = (f"data.source={folder}", "data.held_out=3")
+    run = stage_one(tmp_path / "a", *settings, "data.workers=0")
+    for asked in (None, str(folder), "data"):
+        text = part(report(run, data=asked), "Reconstructions")
+        assert (np.stack(pictures(text)[:2]) == np.stack(crops(24)[-3:-1])).all()
+        assert "held-out images, which training never saw, and" in text
+    text = part(report(run, data=str(other)), "Reconstructions")
+    assert "never saw" not in text and "whether one has seen these images" in text
+    of_both = part(report(run, stage_one(tmp_path / "b"), data=str(folder)), "Reconstructions")
+    assert "never saw" not in of_both and of_both.count("held-out images at 32²") == 2
 
 
 def test_runs_that_ended_at_several_resolutions_are_shown_at_the_highest(tmp_path, report):

@@ -122,7 +122,8 @@ def test_there_are_no_curves_without_values():
 # ---------------------------------------------------------------------------------- numbers
 def test_every_measurement_is_a_row_with_where_it_comes_from(tmp_path):
     run = stage_one(tmp_path / "a")
-    alone = {"resolution": 64, "count": 5000, "numbers": {"rfid": 0.5, "kid": None},
+    alone = {"resolution": 64, "count": 5000, "numbers": {"rfid": 0.5, "kid": 0.002},
+             "details": {"kid_std": 0.001, "swd_images": 0},
              "doubtful": {"rfid": "too few", "kid": "too few"}, "notes": ["a note"],
              "model": {"recipe": {"lr": 0.125}},
              "command": "ldm eval-ae a", "extractor": {"sha256": "f00d"}}  # fmt: skip
@@ -132,13 +133,14 @@ def test_every_measurement_is_a_row_with_where_it_comes_from(tmp_path):
     (found,) = read_records([run])
     text = numbers_section([found], titles(found), "").replace("<wbr>", "")
     rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", text)]
-    assert re.findall(r"<th>(.*?)</th>", text) == ["measured", "rFID", "PSNR, dB", "SSIM"]
+    assert re.findall(r"<th>(.*?)</th>", text) == ["measured", "rFID", "KID", "PSNR, dB", "SSIM"]
+    kid = "0.00200 ± 0.00100"
     assert [(cells[0].partition('dim">')[2], *cells[1:]) for cells in rows[1:6]] == [
-        ("at the end, 32 images seen, 4 held-out images</span>", "", "20.50", "0.6250"),
-        ("best.pt, 16 images seen</span>", "", "21.25", "0.7500"),
-        ("photos-val-64, at 64², 5,000 images</span>", "0.500", "", ""),
-        ("two, at 64², 5,000 images</span>", "0.500", "", ""),
-        ("two, at 128², 5,000 images</span>", "0.500", "", ""),
+        ("at the end, 32 images seen, 4 held-out images</span>", "", "", "20.50", "0.6250"),
+        ("best.pt, 16 images seen</span>", "", "", "21.25", "0.7500"),
+        ("photos-val-64, at 64², 5,000 images</span>", "0.500", kid, "", ""),
+        ("two, at 64², 5,000 images</span>", "0.500", kid, "", ""),
+        ("two, at 128², 5,000 images</span>", "0.500", kid, "", ""),
     ]
     assert ["extractor.sha256", "f00d"] in rows and ["command", "ldm eval-ae a"] in rows
     assert any(cells[:1] == ["versions.torch"] for cells in rows) and "0.125" not in text

@@ -1,0 +1,91 @@
+"""What two processes do when only one of them meets what is wrong: each is run with RANK=0 or 1.
+
+Every attempt is followed by the next in the same processes, so that one that left the other waiting
+would never end.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm.data import DataConfig
+from ldm.errors import LdmError
+from ldm.files import write_json
+from ldm.processes import from_main, join_processes
+from pipelines import evaluate
+from pipelines.measuring import evaluation_plan, instruments, overlap
+from pipelines.measuring.image_pass import Tools, survey_images
+from pipelines.measuring.reference import ImageReference
+
+GOOD, ONE_SMALL = "good", "one_small"
+"""Folders of images, all of 32×32, and one of 16×16 among those that the second process reads."""
+
+
+def failing(error: Exception) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    return fail
+
+
+def main(folder: Path) -> None:
+    """Write `<rank>.json`: what became of each attempt in this process."""
+    ranks, where = join_processes("cpu")
+    second = ranks.process_index == 1
+    instruments.load_lpips = failing(LdmError("no weights"))
+    overlap.BATCH = 4
+    found = {}
+
+    def attempt(name: str, make: Callable[[], Any]) -> None:
+        try:
+            found[name] = make()
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+
+    def data(name: str) -> DataConfig:
+        return DataConfig(source=str(folder / name), workers=0)
+
+    def measure(name: str) -> int:
+        (done,) = evaluate.evaluate_checkpoints(
+            [folder / "run"], data(name), "all", [32], batch_size=4, device="cpu", fid=False
+        )
+        return done.count
+
+    def note(run: str) -> str:
+        (job,) = evaluation_plan.plan_jobs(
+            [folder / run], data(GOOD), "all", [32], None, ranks, False
+        )
+        return job.seen["note"]
+
+    attempt("main", lambda: from_main(ranks, failing(KeyError("a bug"))))
+    attempt("measure", lambda: measure(ONE_SMALL))
+    reference = ImageReference(data(ONE_SMALL), "all", 32, samples=9)
+    tools = Tools(None, torch.device(where), 8, 0, ranks, 4)
+    attempt("survey", lambda: survey_images(reference, tools))
+    attempt("overlap", lambda: note("trained_on_small"))
+    opened = evaluation_plan.open_source
+    if second:
+        evaluation_plan.open_source = lambda config, split, resolution: (
+            failing(LdmError("not on this machine"))() if split == "train" else
+            opened(config, split, resolution)
+        )  # fmt: skip
+    attempt("training data", lambda: note("trained_on_small"))
+    if second:
+        evaluation_plan.open_source = failing(LdmError("not on this machine"))
+    attempt("data", lambda: measure(GOOD))
+    evaluation_plan.open_source = opened
+    loaded = evaluate.load_autoencoder
+    if second:
+        evaluate.load_autoencoder = failing(KeyError("a bug"))
+    attempt("model", lambda: measure(GOOD))
+    evaluate.load_autoencoder = loaded
+    attempt("at last", lambda: measure(GOOD))
+    write_json(folder / f"{ranks.process_index}.json", found)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
