@@ -20,7 +20,7 @@ from ldm.errors import LdmError, UsageError
 from ldm.files import write_json
 from ldm.logbook import console
 from ldm.metrics.extractors import Extractor
-from ldm.processes import from_main, join_processes
+from ldm.processes import fail_together, from_main, join_processes
 from ldm.run_folder import provenance
 from pipelines.measuring.bootstrap import FeatureRows, bootstrap_fid
 from pipelines.measuring.comparability import (
@@ -157,13 +157,14 @@ def _measure(
     extractor, missing = find_extractor(
         how.features, how.mode, how.weights, samples.resolution, where, ranks
     )
-    reference = _open_reference(against, split, samples, extractor, missing, how)
-    check_size(samples, reference)
     trained_on = None
-    with suppress(UsageError):  # of another version: then it is not known
-        trained_on = _trained_on(samples)
-    doubts = list(find_doubts(samples, reference, trained_on, extractor, split))
-    _refuse(doubts, how.force)
+    with fail_together(ranks):
+        reference = _open_reference(against, split, samples, extractor, missing, how)
+        check_size(samples, reference)
+        with suppress(UsageError):  # of another version: then it is not known
+            trained_on = _trained_on(samples)
+        doubts = list(find_doubts(samples, reference, trained_on, extractor, split))
+        _refuse(doubts, how.force)
     if ranks.is_main_process:
         console.print(f"measuring {samples.what} against {reference.what}", markup=False)
 
