@@ -24,7 +24,6 @@ from autoencoders import Autoencoder
 from autoencoders.discriminators import build_discriminator
 from autoencoders.losses import Objective
 from autoencoders.sdvae.decoder import SDVAEDecoder
-from ldm.checkpoint import latest_state, load_state, save_state
 from ldm.config import load_preset, resolve, to_tree
 from ldm.data import Batch, Source, batches, open_source, sheet_images
 from ldm.ema import Ema
@@ -33,6 +32,7 @@ from ldm.files import write_json
 from ldm.images import save_grid, to_float
 from ldm.processes import make_accelerator
 from ldm.run import Run
+from ldm.saved_state import latest_state, load_state, save_state
 from ldm.schedule import learning_rate, set_learning_rate
 from ldm.seeds import torch_seed
 from ldm.timing import describe_machine, synchronise

@@ -1,17 +1,17 @@
-"""Files that outlive a process: models people pass on, and the state a run resumes from.
+"""Model files, which people pass on.
 
-Both hold plain Python values and tensors and load under `weights_only=True`: no code in the files
-is run. Both are written whole or not at all; see `ldm.files`.
+They hold plain Python values and tensors and load under `weights_only=True`: no code in them is
+run. They are written whole or not at all; see `ldm.files`.
 """
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
+from zipfile import ZipFile, is_zipfile
 
 import torch
 from torch import Tensor, nn
@@ -166,7 +166,8 @@ def read_tensors(path: Path) -> Any:
         Damaged: it is truncated or damaged, or a pickle that would run code.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        tree = torch.load(path, map_location="cpu", weights_only=True)
+        changed = _first_changed(path)
     except (FileNotFoundError, PermissionError) as error:
         raise LdmError(f"could not read {path} ({error.strerror})") from error
     except UnpicklingError as error:
@@ -176,6 +177,19 @@ def read_tensors(path: Path) -> Any:
         ) from error
     except Exception as error:  # damage makes the reader raise nearly anything
         raise Damaged(f"{path} is truncated or damaged: copy or write it again") from error
+    if changed is not None:
+        raise Damaged(
+            f"{path} is damaged: the checksum of {shown(changed)} is wrong: copy or write it again"
+        )
+    return tree
+
+
+def _first_changed(path: Path) -> str | None:
+    """The first entry whose bytes are not those that were written, which `torch.load` takes."""
+    if not is_zipfile(path):  # PyTorch's old format keeps no checksums
+        return None
+    with ZipFile(path) as archive:
+        return archive.testzip()
 
 
 def _to_tree(model: ModelFile) -> dict[str, Any]:
@@ -231,66 +245,3 @@ def _read_safetensors(path: Path) -> Any:
                 k.removeprefix(inner): v for k, v in tensors.items() if k.startswith(inner)
             }
     return tree
-
-
-# ---------------------------------------------------------------------------- resuming state
-def save_state(folder: Path, images_seen: int, tree: dict[str, Any], keep: int = 2) -> Path:
-    """Write all that resuming needs to `folder/<images_seen>/`; keep the newest `keep`.
-
-    The older ones go only after the new one is whole.
-    """
-    final, beside = folder / str(images_seen), folder / f".writing-{images_seen}"
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
-        write_atomically(beside / "state.pt", lambda file: torch.save(tree, file))
-        shutil.rmtree(final, ignore_errors=True)
-        beside.replace(final)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-    for old in _states(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
-
-
-def latest_state(folder: Path) -> Path | None:
-    """The newest complete state under a run's `state/` folder, or None."""
-    states = _states(folder)
-    return states[-1] if states else None
-
-
-def load_state(state: Path) -> dict[str, Any]:
-    """Read what `save_state` wrote.
-
-    Raises:
-        LdmError: it cannot be read, or is damaged.
-    """
-    try:
-        return read_tensors(state / "state.pt")
-    except Damaged as error:
-        raise Damaged(
-            f"{state} is damaged: delete that folder, and the state before it is used"
-        ) from error
-
-
-def restore(parts: Mapping[str, Any], tree: Mapping[str, Any]) -> None:
-    """Load into every part, by its name, what its `state_dict` gave when the tree was saved.
-
-    Raises:
-        LdmError: a part is of another shape than the one that was saved.
-    """
-    for name, part in parts.items():
-        try:
-            part.load_state_dict(tree[name])
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise LdmError(
-                f"the saved state of {name} does not fit: this run was begun by another version "
-                "of the code (see its run.json): go on with that one, or give --out another folder"
-            ) from error
-
-
-def _states(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    found = (p for p in folder.iterdir() if p.name.isdigit() and (p / "state.pt").is_file())
-    return sorted(found, key=lambda p: int(p.name))

@@ -17,13 +17,13 @@ from pydantic import PositiveInt
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from ldm.checkpoint import latest_state, load_state, save_state
 from ldm.config import Config
 from ldm.device import memory_format, resolve_precision
 from ldm.errors import LdmError, UsageError
 from ldm.logbook import console, progress_bar
 from ldm.processes import from_main, make_accelerator
 from ldm.run_folder import clear_leftovers, lock, new_or_unfinished
+from ldm.saved_state import latest_state, load_state, save_state
 from ldm.seeds import torch_seed
 
 MAX_BAD_STEPS = 10

@@ -15,7 +15,7 @@ from autoencoders.discriminators import build_discriminator
 from autoencoders.layers import checkpoint_blocks
 from autoencoders.losses import LPIPS, Objective, find_lpips, load_esrgan, load_lpips
 from autoencoders.losses.esrgan import ESRGANPerceptual
-from ldm.checkpoint import ModelFile, load_model, restore, save_model
+from ldm.checkpoint import ModelFile, load_model, save_model
 from ldm.config import to_tree
 from ldm.data import Batch, Source, batches, holds_out, open_source
 from ldm.ema import Ema
@@ -25,6 +25,7 @@ from ldm.images import to_float
 from ldm.logbook import Logbook, read_rows
 from ldm.run import Run, start_run
 from ldm.run_folder import is_finished, provenance
+from ldm.saved_state import restore
 from ldm.schedule import learning_rate, set_learning_rate
 from pipelines.training.autoencoder_recipe import AutoencoderRecipe
 from pipelines.training.autoencoder_step import draw, train_step

@@ -50,7 +50,7 @@ def reproduce(
 
     The same command goes on where it was stopped; finished rows are not redone.
 
-    ldm reproduce t9 --scale small --data photos/ loss.lpips=0
+    ldm reproduce t9 --scale small --data my-images/ loss.lpips=0
     """
     from ldm.errors import UsageError
 

@@ -67,7 +67,7 @@ def open_source(config: DataConfig, split: Split, resolution: int) -> Source:
     if not path.exists() and "{" not in config.source:
         size = resolution if resolution > 1 else "256"  # 1: who asks does not know it yet
         raise LdmError(
-            f"data.source: {path} is not there: make it with "
+            f"data.source: {config.source} is not there: make it with "
             f"`ldm data prepare SRC {path} --size {size}`, "
             f"or take the built-in photographs, data.source={PHOTOS}"
         )

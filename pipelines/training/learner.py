@@ -9,10 +9,10 @@ import torch
 from diffusion.build import build_denoiser, build_network
 from diffusion.edm import EDMLoss
 from diffusion.uncertainty import Uncertainty
-from ldm.checkpoint import restore
 from ldm.ema import Ema, PowerEma
 from ldm.posthoc_ema import save_snapshot
 from ldm.run import Run
+from ldm.saved_state import restore
 from ldm.schedule import learning_rate, set_learning_rate
 from pipelines.training.diffusion_recipe import DiffusionRecipe
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.checkpoint import save_state
 from ldm.files import write_atomically
+from ldm.saved_state import save_state
 from pipelines.doctor import room
 from pipelines.doctor.rehearsal import (
     AutoencoderRehearsal,

@@ -1,0 +1,99 @@
+import pickle
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from ldm.checkpoint import ModelFile, save_model
+from ldm.errors import LdmError
+from ldm.saved_state import latest_state, load_state, restore, save_state
+
+
+def test_states_are_kept_newest_and_found(tmp_path):
+    assert latest_state(tmp_path) is None
+    for seen in (8, 64, 128):
+        save_state(tmp_path, seen, {"seen": seen, "t": torch.ones(2)}, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["128", "64"]
+    assert load_state(latest_state(tmp_path))["seen"] == 128
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [{"other": torch.zeros(1)}, {"weight": torch.zeros(1, 3), "bias": torch.zeros(1)}, None],
+)
+def test_a_state_of_other_code_is_told(saved):
+    tree = {} if saved is None else {"critic": saved}
+    with pytest.raises(LdmError, match=r"the saved state of critic does not fit: .* --out another"):
+        restore({"critic": torch.nn.Linear(2, 1)}, tree)
+
+
+def test_a_state_is_restored_part_by_part():
+    saved, fresh = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    restore({"critic": fresh}, {"critic": saved.state_dict(), "seen": 8})
+    assert torch.equal(fresh.weight, saved.weight)
+
+
+def test_a_half_written_state_is_not_taken(tmp_path):
+    save_state(tmp_path, 8, {"seen": 8})
+    (tmp_path / ".writing-16").mkdir()
+    (tmp_path / "16").mkdir()
+    assert latest_state(tmp_path).name == "8"
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", pickle.dumps(print)])
+def test_a_damaged_state_says_how_to_go_on(tmp_path, content):
+    save_state(tmp_path, 8, {"seen": 8})
+    save_state(tmp_path, 16, {"seen": 16})
+    (tmp_path / "16" / "state.pt").write_bytes(content)
+    with pytest.raises(LdmError) as caught:
+        load_state(latest_state(tmp_path))
+    assert str(caught.value) == (
+        f"{tmp_path}/16 is damaged: delete that folder, and the state before it is used"
+    )
+
+
+def test_a_full_disk_leaves_the_last_good_files(tmp_path):
+    """The process may write no file longer than 64 KiB: to it the disk is full."""
+    save_state(tmp_path / "state", 8, {"seen": 8})
+    save_model(tmp_path / "ckpt.pt", ModelFile("autoencoder", {}, {"a": torch.ones(1)}))
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    code = textwrap.dedent(f"""
+        import resource, signal, sys, torch
+        from pathlib import Path
+        from ldm.checkpoint import ModelFile, save_model
+        from ldm.saved_state import save_state
+        from ldm.errors import LdmError
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+        folder, big = Path({str(tmp_path)!r}), torch.randn(100_000)
+        for write in (
+            lambda: save_state(folder / "state", 16, {{"big": big}}),
+            lambda: save_model(folder / "ckpt.pt", ModelFile("autoencoder", {{}}, {{"w": big}})),
+        ):
+            try:
+                write()
+            except LdmError as error:
+                print(error)
+            else:
+                sys.exit("nothing was raised")
+    """)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.strip().splitlines()
+    assert len(lines) == 2 and all("(File too large): make room" in x for x in lines)
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+    assert load_state(latest_state(tmp_path / "state")) == {"seen": 8}
+    left = {p.name for p in tmp_path.rglob("*")}
+    assert left == {"state", "8", "state.pt", "ckpt.pt", "ckpt.safetensors"}
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    def load(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    save_state(tmp_path, 8, {})
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(LdmError, match=r"could not read .*state\.pt \(Permission denied\)$"):
+        load_state(tmp_path / "8")
