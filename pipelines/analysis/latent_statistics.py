@@ -105,7 +105,8 @@ def radial_power(maps: Tensor) -> Tensor:
     """Mean power of square maps (…, s, s) at radial frequencies 1/s, 2/s, … ½: (…, ⌊s/2⌋), float64.
 
     Each map's mean is taken off, and a Hann window laid over it, for its edges do not meet. White
-    noise of variance v has power v at every frequency.
+    noise of variance v has power v at every frequency but the lowest, and 67/72 v there (s ≥ 3),
+    since a mean under the window lies in part at that frequency, and goes.
     """
     side = maps.shape[-1]
     maps = maps.double()

@@ -17,98 +17,28 @@ leaves open, and what is done here:
   σ = 500, where the table has 0.44; ten times more or less would be far from it.
 - **which images**, how many, and what varies from draw to draw: here held-out ones; a draw takes
   others of them (where there are more than one draw needs), other noise for the posteriors, and
-  other Gaussian samples. ± is the standard deviation over draws.
+  other Gaussian samples. ± is the standard deviation over draws. (Table 6 as `ldm reproduce` makes
+  it has the same images in all draws, and ± is the standard error over them: `latents_mmd`.)
 """
 
 import math
-import statistics
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
 
-import torch
-from accelerate import PartialState
-from torch import Tensor
-
-from autoencoders.posterior import DiagonalGaussian
 from ldm.data.split import Split
-from ldm.errors import LdmError, UsageError
-from ldm.metrics.mmd import rbf_mmd
-from ldm.processes import from_main, join_processes
-from ldm.seeds import normal
+from ldm.processes import join_processes
+from pipelines.analysis.latent_distances import (
+    SCALES,
+    SIGMAS,
+    Distances,
+    Plan,
+    Scale,
+    make_plan,
+    measure_draws,
+)
 from pipelines.analysis.output import Analysis, analysis_folder, write_csv
 from pipelines.analysis.plots import colour, drawing, marker
-from pipelines.analysis.subjects import (
-    SEED,
-    Images,
-    Subject,
-    draw_images,
-    encode_share,
-    gather,
-    load_subjects,
-    open_images,
-)
-from pipelines.codec import measure_latents
-
-SIGMAS = (25.0, 50.0, 100.0, 250.0, 500.0)  # Sadat et al. 2024, Table 6
-HUNDREDTHS = 100  # MMD² is given in these
-Scale = Literal["scaled", "standardised", "raw"]
-SCALES = {
-    "scaled": "divided by their standard deviation",
-    "standardised": "each channel with mean 0 and standard deviation 1",
-    "raw": "as the encoder gives them",
-}
-Distances = dict[float, tuple[float, float]]
-
-
-class Plan(NamedTuple):
-    """How distances are measured."""
-
-    sigmas: tuple[float, ...]
-    draws: int
-    scale: Scale
-    n: int
-    """Images a draw takes."""
-    batch_size: int
-
-
-def latents_mmd(
-    model: Path,
-    data: str | None = None,
-    n: int = 1000,
-    sigmas: Sequence[float] = SIGMAS,
-    draws: int = 5,
-    resolution: int | None = None,
-    device: str = "auto",
-    split: Split = "val",
-    scale: Scale = "scaled",
-    batch_size: int = 16,
-) -> Distances:
-    """MMD² × 100 between a model's latents and N(0, I), for each width of the RBF kernel.
-
-    Under a distributed launch every image is encoded on one process.
-
-    Args:
-        model: a stage-one file or folder, as `load_autoencoder` takes it.
-        data: `photos`, a folder, a zip, or shards; None: what it was trained on.
-        n: images a draw takes, and as many samples of N(0, I); all there are where these are fewer.
-        sigmas: the kernel's widths.
-        resolution: side of the images, pixels; None: what the training ended at.
-        scale: of the latents, see `SCALES`.
-
-    Returns:
-        For each σ the mean over draws, and the standard deviation (0 of a single draw).
-
-    Raises:
-        UsageError: a number is out of its range, or left out where the file does not say it.
-        LdmError: the model or the data cannot be read, or there are fewer than two images.
-    """
-    plan = _check(sigmas, draws, scale, n, batch_size)
-    ranks, where = join_processes(device)
-    subjects = load_subjects([model], where)
-    images = open_images(subjects, data, split, resolution)
-    return _measure(subjects[0], images, plan, ranks, where)
+from pipelines.analysis.subjects import load_subjects, open_images
 
 
 def analyze_mmd(
@@ -124,23 +54,26 @@ def analyze_mmd(
     batch_size: int = 16,
     out: Path | None = None,
 ) -> Analysis | None:
-    """`latents_mmd` of one or several models on the same images, as Table 6 has it, and a picture.
+    """MMD² × 100 to N(0, I) of one or several models' latents, as Table 6 has it, and a picture.
 
     Args:
         models: PATH or NAME=PATH, each; none: the newest run.
+        n: images a draw takes, and as many samples of N(0, I); all there are where these are fewer.
         out: folder of the files; None: `analysis/` beside the first model.
+        data, sigmas, resolution, scale: as `latents_mmd` takes them.
 
     Returns:
         What was found; None on all processes but the main one.
 
     Raises:
-        UsageError, LdmError: as `latents_mmd`.
+        UsageError: a number is out of its range, or left out where the files do not say it.
+        LdmError: a model or the data cannot be read, or there are fewer than two images.
     """
-    plan = _check(sigmas, draws, scale, n, batch_size)
+    plan = make_plan(sigmas, draws, scale, n, batch_size)
     ranks, where = join_processes(device)
     subjects = load_subjects(models, where)
     images = open_images(subjects, data, split, resolution)
-    found = {s.name: _measure(s, images, plan, ranks, where) for s in subjects}
+    found = {s.name: measure_draws(s, images, plan, ranks, where) for s in subjects}
     if not ranks.is_main_process:
         return None
     used = min(n, len(images.source))
@@ -169,85 +102,6 @@ def analyze_mmd(
         (picture, table),
         tuple(_notes(dims, plan, used)),
     )
-
-
-# --------------------------------------------------------------------------------- measuring
-def _check(sigmas: Sequence[float], draws: int, scale: Scale, n: int, batch_size: int) -> Plan:
-    for name, value, least in (
-        ("--draws", draws, 1),
-        ("--n", n, 2),
-        ("--batch-size", batch_size, 1),
-    ):
-        if value < least:
-            raise UsageError(f"{name} {value}: it must be at least {least}")
-    if scale not in SCALES:
-        raise UsageError(f"--latents {scale}: it must be one of {', '.join(SCALES)}")
-    if not sigmas or not all(0 < sigma < math.inf for sigma in sigmas):
-        raise UsageError(f"--sigmas {', '.join(map(str, sigmas))}: widths must be above 0")
-    widths = tuple(dict.fromkeys(map(float, sigmas)))
-    return Plan(widths, draws, scale, n, batch_size)
-
-
-def _measure(
-    subject: Subject, images: Images, plan: Plan, ranks: PartialState, where: torch.device
-) -> Distances:
-    """Mean and standard deviation over draws, the same on every process."""
-    if len(images.source) < 2:
-        raise LdmError(f"{images.what}: MMD needs two images or more, give another --data")
-    taken: list[dict[float, float]] = []
-    ks, posterior = None, None
-    for draw in range(plan.draws):
-        if posterior is None or plan.n < len(images.source):
-            drawn = images._replace(source=draw_images(images.source, plan.n, draw))
-            ks, posterior = _encode(subject, drawn, plan.batch_size, ranks, where)
-            if len(ks) < 2:
-                raise LdmError(f"{images.what}: fewer than two images can be read: MMD needs two")
-        compare = partial(_compare, posterior, ks.tolist(), draw, plan, where)
-        taken.append(from_main(ranks, compare))
-    of = {s: [HUNDREDTHS * distances[s] for distances in taken] for s in plan.sigmas}
-    return {
-        s: (statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
-        for s, values in of.items()
-    }
-
-
-def _encode(
-    subject: Subject, images: Images, batch_size: int, ranks: PartialState, where: torch.device
-) -> tuple[Tensor, DiagonalGaussian]:
-    """Numbers (n,) and posteriors of all images, on the CPU, on every process."""
-    share = [
-        (k, posterior.mean.cpu(), posterior.logvar.cpu())
-        for k, _, posterior in encode_share(subject, images, batch_size, ranks, where)
-    ]
-    parts = [part for share in gather(ranks, share) for part in share]
-    if not parts:
-        raise LdmError(f"{images.what}: no image can be read")
-    ks, mean, logvar = (torch.cat(parts) for parts in zip(*parts, strict=True))
-    order = ks.argsort()
-    return ks[order], DiagonalGaussian(mean[order], logvar[order])
-
-
-def _compare(
-    posterior: DiagonalGaussian, ks: list[int], draw: int, plan: Plan, where: torch.device
-) -> dict[float, float]:
-    """MMD² between one draw of the latents of images `ks` and as many of N(0, I), for each σ."""
-    noise = normal(SEED, f"mmd posterior {draw}", ks, posterior.mean.shape[1:])
-    latents = _scale(posterior, noise, plan.scale).flatten(1)  # (n, d)
-    gaussian = normal(SEED, f"mmd gaussian {draw}", range(len(ks)), latents.shape[1:])
-    return rbf_mmd(latents.to(where), gaussian.to(where), plan.sigmas)
-
-
-def _scale(posterior: DiagonalGaussian, noise: Tensor, scale: Scale) -> Tensor:
-    """A draw of latents (n, n_z, h, w), scaled as asked for by their own statistics."""
-    latents = posterior.sample(noise=noise)
-    if scale == "raw":
-        return latents
-    mean, std = (t.view(1, -1, 1, 1) for t in measure_latents([posterior]))  # (1, n_z, 1, 1)
-    if scale == "standardised":
-        return ((latents - mean) / std.clamp_min(1e-12)).float()
-    # Rombach et al. 2022, Appendix G: one factor for all channels, and no shift
-    variance = (std.square() + mean.square()).mean() - mean.mean().square()
-    return (latents / variance.sqrt().clamp_min(1e-12)).float()
 
 
 # ---------------------------------------------------------------------------------- showing

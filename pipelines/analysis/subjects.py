@@ -112,14 +112,15 @@ def _folder_name(path: Path) -> str:
 # -------------------------------------------------------------------------------- the images
 def open_images(
     subjects: Sequence[Subject],
-    data: str | None,
+    data: str | DataConfig | None,
     split: Split,
     resolution: int | None,
 ) -> Images:
     """Images for all subjects alike; what is left out is what they were trained on.
 
     Args:
-        data: `photos`, a folder, a zip, or shards.
+        data: `photos`, a folder, a zip, or shards, split as their own where they were trained on
+            it; or all of how it is split.
         resolution: side of the images, pixels.
 
     Raises:
@@ -128,7 +129,7 @@ def open_images(
         LdmError: the data cannot be read.
     """
     recipes = {s.name: s.recipe for s in subjects}
-    config = choose_data(recipes, data)
+    config = data if isinstance(data, DataConfig) else choose_data(recipes, data)
     if resolution is None:
         ended = {n: r["phases"][-1]["resolution"] for n, r in recipes.items() if r.get("phases")}
         resolution = ended[_agreed(recipes, ended, "resolution")]

@@ -1,6 +1,6 @@
 """Whether what the paper claims of two rows holds here, column by column."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import isfinite
 from types import MappingProxyType
@@ -19,6 +19,7 @@ from pipelines.reproduce.pairs import (
 from pipelines.reproduce.tables import Claim, Number, Table
 
 Verdict = Literal["holds", "does not hold", "cannot be judged"]
+UNKNOWN = "its error is not known"
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Finding:
     error: float | None = None
     """Standard error of their difference over the images, where both measured the same ones."""
     why: str = ""
-    """It cannot be judged."""
+    """It cannot be judged; or what is to be known of a verdict."""
 
 
 @dataclass(frozen=True)
@@ -57,23 +58,27 @@ def judge(
     missing: Mapping[str, Mapping[str, str]],
     not_judged: str = "",
     each: Mapping[str, Mapping[str, NDArray]] = MappingProxyType({}),
+    counted: Collection[str] = (),
 ) -> tuple[Judgement, ...]:
     """Judge every claim of a table.
 
     No column stands in for another: a claim on rFID cannot be judged where rFID was not measured,
-    whatever the others say. Nor can one that another choice of images might well have turned.
+    whatever the others say. Nor can one that another choice of images might well have turned, in
+    columns of which every image has a share. Of the others that are no counts the error is not
+    known: any difference decides, and the finding says so.
 
     Args:
         numbers: what was measured, by row and column.
         missing: why a number is not there, or is not to be judged by, by row and column.
         not_judged: why nothing of it is to be judged, where that is so.
         each: by row, the numbers of every image by column, and the images' own as `k`.
+        counted: columns that have no error here, besides those that never have.
     """
     return tuple(
         Judgement(
             claim,
             tuple(
-                _find(claim, column, numbers, missing, not_judged, each)
+                _find(claim, column, numbers, missing, not_judged, each, counted)
                 for column in table.claimed(claim)
             ),
         )
@@ -88,6 +93,7 @@ def _find(
     missing: Mapping[str, Mapping[str, str]],
     not_judged: str,
     each: Mapping[str, Mapping[str, NDArray]],
+    counted: Collection[str],
 ) -> Finding:
     rows = (claim.row, claim.than)
     here = tuple(numbers.get(row, {}).get(column) for row in rows)
@@ -106,9 +112,6 @@ def _find(
         return undecided("not a finite number")
     kind = COLUMNS[column]
     gain, yardstick = kind.gain(*both), kind.yardstick(both[1])
-    spread = sum(map(_spread, here))
-    if claim.relation == "better" and spread and abs(gain) <= spread:
-        return undecided("within their standard deviations")
     if kind.of_each_image:
         if pairs is None:
             return undecided("not measured over the same images")
@@ -121,14 +124,11 @@ def _find(
         "no_worse": gain >= -yardstick,
         "similar": abs(gain) <= yardstick,
     }[claim.relation]
-    return Finding(column, "holds" if holds else "does not hold", both, error)
+    known = kind.of_each_image or kind.counted or column in counted
+    verdict: Verdict = "holds" if holds else "does not hold"
+    return Finding(column, verdict, both, error, "" if known else UNKNOWN)
 
 
 def mean(number: Number) -> float:
-    """A number without its standard deviation."""
+    """A number without its ±."""
     return number[0] if isinstance(number, (tuple, list)) else number
-
-
-def _spread(number: Number) -> float:
-    """Its standard deviation, 0 where it has none."""
-    return number[1] if isinstance(number, (tuple, list)) else 0.0

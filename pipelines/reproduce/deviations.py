@@ -4,19 +4,27 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from autoencoders.discriminators.stylegan import StyleGANConfig
 from ldm.config import Tree, to_tree
 from ldm.data.dataset import PHOTOS
-from pipelines.reproduce.plan import Job, Recipe, kind_of_stage_one, published_recipe
+from pipelines.reproduce.plan import (
+    DECISIVE,
+    Job,
+    Recipe,
+    kind_of_stage_one,
+    published_recipe,
+)
 from pipelines.reproduce.scales import setting_key
 from pipelines.reproduce.tables import Table
 
-UNTOLD = ("run", "validate_images", "data.workers", "autoencoder")
-"""Keys that change no number, or that are told elsewhere."""
+UNTOLD = ("run.", "validate_images", "data.workers", "autoencoder")
+"""How keys begin that change no number, all but `DECISIVE`; or that are told elsewhere."""
 STANDING = (
     "Where the paper is silent (the losses' weights, the widths of some networks, the averaging of "
     "weights), this toolkit's defaults: the README lists them.",
     "One training of each recipe, of one seed: how much two seeds differ is not known. The ± of a "
-    "difference is its standard error over the images, no more.",
+    "difference is its standard error over the images, no more; where there is none, it is not "
+    "known.",
 )
 EDM = (
     "Diffusion: EDM's preconditioning, noise and sampler (Karras et al. 2022); the paper follows "
@@ -51,6 +59,8 @@ KNOWN = {
     "adversarial.start": "where the discriminator begins, as a fraction of all steps",
     "adversarial.ramp": "how long its weight takes to rise, likewise",
     "loss.lpips": "weight of LPIPS in the loss",
+    "run.seed": "seed",
+    "run.precision": "precision of the training",
 }
 
 
@@ -108,9 +118,9 @@ def _of_recipes(jobs: Sequence[Job]) -> Iterator[str]:
     found: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
     for job in jobs:
         for stage, here, paper in _pairs(job):
-            ours, theirs = dict(_leaves(to_tree(here))), dict(_leaves(to_tree(paper)))
+            ours, theirs = _settings(here), _settings(paper)
             for key in ours | theirs:
-                if not key.startswith(UNTOLD) and ours.get(key) != theirs.get(key):
+                if is_told(key) and ours.get(key) != theirs.get(key):
                     told = _words(key, ours.get(key)), _words(key, theirs.get(key))
                     found[stage, key][f"{told[0]} in place of {told[1]}"] = None
     for (stage, key), ways in found.items():
@@ -126,6 +136,20 @@ def _pairs(job: Job) -> Iterator[tuple[str, Recipe, Recipe]]:
         name = job.stage_two.recipe.autoencoder
         published = published_recipe(kind_of_stage_one(name), name)
         yield "stage one, ", job.stage_one.recipe, published
+
+
+def is_told(key: str) -> bool:
+    """Whether a key, dotted, is told of where a recipe differs from the paper's."""
+    return key in DECISIVE or not key.startswith(UNTOLD)
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """A recipe's values by dotted keys."""
+    settings = dict(_leaves(to_tree(recipe)))
+    judge = getattr(recipe, "discriminator", None)
+    if isinstance(judge, StyleGANConfig):  # null is a width, too
+        settings["discriminator.channels"] = judge.widths[0]
+    return settings
 
 
 def _why(key: str, ways: Iterable[str]) -> str:

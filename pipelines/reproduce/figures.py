@@ -12,7 +12,7 @@ from ldm.errors import UsageError
 from pipelines.reproduce.plan import Job, Plan
 from pipelines.reproduce.records import is_main
 from pipelines.reproduce.tables import all_tables
-from pipelines.reproduce.training import Model, make_model
+from pipelines.reproduce.training import Model, check_images, make_model
 
 IMAGES = 64
 """Samples in a grid."""
@@ -73,13 +73,16 @@ def draw_figure(name: str, plan: Plan, weights: Path | None = None, force: bool 
 
     Raises:
         UsageError: the scale is too small for it.
-        LdmError: as training and the analysis.
+        LdmError: as training and the analysis; or a run learnt from other images than its data
+            holds now.
         Interrupted: asked to stop while training.
     """
     figure, how = FIGURES[name], plan.scale.measuring
     if figure.drawn_by == "scale" and not how.published:
         raise UsageError(f"{name} measures LPIPS: give --scale small, or paper")
     jobs = {label: _find_job(plan, preset) for label, preset in figure.rows.items()}
+    for job in jobs.values():  # before hours of training the first of them
+        check_images(job)
     models = {label: make_model(job, stand_in=not how.published) for label, job in jobs.items()}
     first = next(iter(jobs.values()))
     folder, device = plan.folder(name), first.training.recipe.run.device

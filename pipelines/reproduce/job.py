@@ -7,14 +7,17 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from accelerate import PartialState
 
 from ldm.data import open_source
 from ldm.device import resolve_device
 from ldm.errors import LdmError, UsageError
 from ldm.logbook import console
+from ldm.processes import from_main, join_processes
 from ldm.run_folder import provenance
 from ldm.timing import name_device
 from pipelines.reproduce.figures import Drawing, draw_figure, find_figure
@@ -27,6 +30,7 @@ from pipelines.reproduce.records import (
     lacking,
     listing_of,
     listings_of,
+    taken_before,
     write_record,
 )
 from pipelines.reproduce.result import Result, write_result
@@ -89,14 +93,15 @@ def _run(table: Table, jobs: Sequence[Job], plan: Plan, tools: Tools) -> Result:
     if table.config.measure == "encoder":
         records = _costs(table, jobs, plan, tools)
     else:
-        # all that can be refused is, before anything is trained
-        tasks = [_Task.of(job, plan, tools) for job in jobs]
-        _check_data(tasks)
+        ranks, _ = join_processes(jobs[0].training.recipe.run.device)
+        # once for all processes, which would wait for each other if they did not do the same
+        tasks: list[_Task] = from_main(ranks, lambda: _plan(jobs, tools))
+        jobs = [task.job for task in tasks]
         records = {}
         for number, task in enumerate(tasks, start=1):
             label = " · ".join(task.job.row.label)
             _say(f"{table.number}, row {number} of {len(tasks)}: {label}")
-            records[task.job.row.name] = task.done or _do(table, task, plan, tools)
+            records[task.job.row.name] = task.done or _do(table, task, tools, ranks)
     result = Result(table, plan, jobs, records, round(time.monotonic() - began, 1))
     if is_main():
         write_result(result)
@@ -115,11 +120,22 @@ class _Task:
     """Its record, where it is finished."""
 
     @classmethod
-    def of(cls, job: Job, plan: Plan, tools: Tools) -> "_Task":
-        asked, taken = asked_of(job, plan.scale.measuring), find_taken(job)
+    def of(cls, job: Job, tools: Tools) -> "_Task":
+        asked, taken = asked_of(job, tools.how), find_taken(job)
         asked["listings"] = listings_of(job)
-        done = finished(job, asked, taken and taken.sha256, tools.weights)
+        done = finished(job, asked, taken and taken.sha256, tools.weights, tools.force)
+        if done is None and taken is None and (before := taken_before(job)):
+            # measured again, rather than trained
+            job = replace(job, taken=before)
+            taken = find_taken(job)
         return cls(job, asked, taken, done)
+
+
+def _plan(jobs: Sequence[Job], tools: Tools) -> list[_Task]:
+    """What is to be done; all that can be refused is, before anything is trained."""
+    tasks = [_Task.of(job, tools) for job in jobs]
+    _check_data(tasks)
+    return tasks
 
 
 def _check_data(tasks: Sequence[_Task]) -> None:
@@ -131,16 +147,16 @@ def _check_data(tasks: Sequence[_Task]) -> None:
     for (_, resolution), data in needed.items():
         open_source(data, "train", resolution)
     for task in tasks:
-        if task.done is None and task.taken is None:
-            for training in (task.job.stage_one, task.job.training):
-                check_images(training)
+        if task.done is None:
+            check_images(task.job, task.taken)
 
 
-def _do(table: Table, task: _Task, plan: Plan, tools: Tools) -> Mapping[str, Any]:
+def _do(table: Table, task: _Task, tools: Tools, ranks: PartialState) -> Mapping[str, Any]:
     """Train and measure a row; its record, which is kept."""
     job, taken = task.job, task.taken
-    stand_in = not plan.scale.measuring.published
-    lacks = None if stand_in or taken else check_weights(job.stage_one.recipe)
+    stand_in, lacks = not tools.how.published, None
+    if not (stand_in or taken):
+        lacks = from_main(ranks, lambda: check_weights(job.stage_one.recipe))
     if lacks is not None:
         _say(f"  left out: {lacks}")
         return _left_out(task.asked, table, lacks)
@@ -206,6 +222,9 @@ def _described(asked: dict[str, Any], measured: Measured) -> dict[str, Any]:
         "missing": measured.missing,
         "notes": measured.notes,
         "count": measured.count,
+        "extractor": measured.extractor,
+        "force": measured.force,
+        "counted": measured.counted,
         "asked": asked,
     }
 

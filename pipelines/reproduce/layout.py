@@ -76,11 +76,12 @@ def claim_lines(judgements: Sequence[Judgement], table: Table) -> list[str]:
     for judgement in judgements:
         reasons = {finding.why for finding in judgement.findings}
         same = reasons.pop() if len(reasons) == 1 else ""
+        alike = len({finding.verdict for finding in judgement.findings}) == 1
         because = f" ({_short(same)})" if same else ""
         lines.append(f"- **{judgement.verdict}**{because}: {judgement.claim.says}")
         for finding in judgement.findings:
             line = f"  - {_comparison(judgement.claim, finding, table)}"
-            if len(judgement.findings) > 1 and not same:
+            if len(judgement.findings) > 1 and not (same and alike):
                 line += f": {finding.verdict}"
             if finding.why and not same:
                 line += f" ({_short(finding.why)})"
@@ -111,7 +112,7 @@ def _comparison(claim: Claim, finding: Finding, table: Table) -> str:
 
 
 def show(column: str, value: Number | None) -> str:
-    """One of our numbers, a mean with its standard deviation, or a dash."""
+    """One of our numbers, a mean with its ±, or a dash."""
     if value is None:
         return NOTHING
     digits = COLUMNS[column].digits

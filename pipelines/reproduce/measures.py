@@ -1,9 +1,11 @@
 """What is measured of a row's model: reconstructions, samples, latents, or what encoding costs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from autoencoders import load_autoencoder
@@ -11,14 +13,16 @@ from ldm.data.dataset import PHOTOS
 from ldm.device import resolve_device
 from ldm.errors import LdmError
 from ldm.metrics.inception import FeatureExtractor
+from ldm.processes import join_processes
 from ldm.timing import name_device
 from pipelines.bench import measure_encoders
 from pipelines.doctor.counting import count_parameters
 from pipelines.evaluate import evaluate_checkpoints
+from pipelines.measuring.evaluation_plan import plan_jobs
 from pipelines.reproduce.columns import SIGMAS
 from pipelines.reproduce.layout import shown_columns
 from pipelines.reproduce.plan import Job
-from pipelines.reproduce.records import read_record
+from pipelines.reproduce.records import OF_FEATURES, read_record
 from pipelines.reproduce.scales import Measuring
 from pipelines.reproduce.stand_ins import FEATURES, random_trunk
 from pipelines.reproduce.tables import Number, Table
@@ -45,6 +49,12 @@ class Measured:
     """Images measured."""
     each: dict[str, NDArray] = field(default_factory=dict)
     """The numbers of every image by itself, where they have any; and `k`, the images' own."""
+    extractor: dict[str, Any] | None = None
+    """What made the features that numbers are of, if any are."""
+    force: bool | None = None
+    """Whether doubts were overridden; None: there were none that it would override."""
+    counted: tuple[str, ...] = ()
+    """Numbers that were counted, and have no error, besides those that never have."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,8 @@ def measure(table: Table, job: Job, model: Model, tools: Tools) -> Measured:
     shown = shown_columns(table)
     found.numbers = {name: found.numbers.get(name) for name in shown}
     found.missing = {name: why for name, why in found.missing.items() if name in shown}
+    if all(found.numbers.get(name) is None for name in OF_FEATURES):
+        found.extractor = None
     return found
 
 
@@ -80,7 +92,8 @@ def measure_costs(table: Table, device: str, how: Measuring) -> dict[str, Measur
     costs = measure_encoders(names, side, batch, device, how.encoder_repeats)
     where = resolve_device(device)
     notes = [f"Measured on {name_device(where)}, {batch} images of {side}²."]
-    if where.type != "cuda":
+    on_paper = where.type != "cuda"
+    if on_paper:
         notes.append(
             "Memory: what is held between two operations, counted on paper; timed were a few "
             "images at a time, as a CPU takes them."
@@ -94,6 +107,7 @@ def measure_costs(table: Table, device: str, how: Measuring) -> dict[str, Measur
                 "gmac": cost.gmac,
             },
             notes=notes,
+            counted=("memory",) if on_paper else (),
         )
         for cost in costs
     }
@@ -115,41 +129,65 @@ def _reconstruction(job: Job, model: Model, tools: Tools) -> Measured:
         notes = notes[:1]
         missing |= dict.fromkeys(("rfid", "lpips"), STOOD_IN)
         numbers |= dict.fromkeys(("rfid", "lpips"))
-    each = {name: of for name, of in found.each.items() if numbers.get(name) or name == "k"}
-    if job.data.source == PHOTOS:
-        notes.append(
-            "The held-out crops are of eight photographs, and alike: a ± is smaller than it should "
-            "be."
-        )
-    return Measured(numbers, missing, notes, found.count, each)
+    each = {k: of for k, of in found.each.items() if k == "k" or numbers.get(k) is not None}
+    extractor = found.about["extractor"]
+    few = extractor is not None and found.count < extractor["dim"]
+    mattered = (few and how.published) or _were_seen(found.about["seen"])
+    return Measured(
+        numbers, missing, notes + _alike(job), found.count, each, extractor,
+        tools.force if mattered else None,
+    )  # fmt: skip
 
 
 def _over(count: int, job: Job) -> str:
     return f"Measured over {count:,} held-out images of {job.data.source} at {job.resolution}²."
 
 
-def _latents(job: Job, model: Model, tools: Tools) -> Measured:
-    from pipelines.analysis.mmd import latents_mmd
+def _alike(job: Job) -> list[str]:
+    if job.data.source != PHOTOS:
+        return []
+    return [
+        "The held-out crops are of eight photographs, and alike: a ± is smaller than it should be."
+    ]
 
-    how = tools.how
-    data = job.data.source if model.taken else None  # its own, split as its training split it
+
+def _were_seen(seen: Mapping[str, Any]) -> bool:
+    """Whether images meant to be held out were trained on, so that it took --force."""
+    return seen["held_out"] is False
+
+
+def _latents(job: Job, model: Model, tools: Tools) -> Measured:
+    from pipelines.analysis.latent_distances import latents_mmd
+
+    how, device = tools.how, job.training.recipe.run.device
+    ranks, _ = join_processes(device)
+    # it refuses images that were trained on
+    [planned] = plan_jobs([model.path], job.data, "val", [job.resolution], None, ranks, tools.force)
     found = latents_mmd(
-        model.path, data, how.latents, SIGMAS, how.draws, job.resolution,
-        job.training.recipe.run.device,
-    )  # fmt: skip
+        model.path, job.data, how.latents, SIGMAS, how.draws, job.resolution, device
+    )
     autoencoder = load_autoencoder(model.path)
     side = job.resolution // autoencoder.downsampling
     values = autoencoder.config.latent_channels * side**2
+    few = f", all there are of {how.latents:,} asked for" if found.count < how.latents else ""
     notes = [
-        f"Latents of up to {how.latents:,} held-out images of {job.data.source} at "
-        f"{job.resolution}², {how.draws} draws, divided by their standard deviation; MMD² × 100."
+        f"Latents of {found.count:,} held-out images of {job.data.source} at {job.resolution}²"
+        f"{few}, divided by their standard deviation; MMD² × 100, over {how.draws} draws of noise "
+        "that take the same images. The ± is the standard error over these, by the jackknife.",
+        *([planned.seen["note"]] if planned.seen["note"] else []),
+        *_alike(job),
     ]
     if values != PAPER_LATENT:
         notes.append(
             f"Latents of {values:,} values; the kernels' widths suit the paper's {PAPER_LATENT:,}, "
             "whose square root is 64."
         )
-    return Measured({f"mmd_{sigma:g}": tuple(found[sigma]) for sigma in SIGMAS}, {}, notes)
+    each = {f"mmd_{sigma:g}": of for sigma, of in found.shares.items()}
+    return Measured(
+        {f"mmd_{sigma:g}": found.distances[sigma] for sigma in SIGMAS}, {}, notes, found.count,
+        {"k": np.array(found.ks), **each},
+        force=tools.force if _were_seen(planned.seen) else None,
+    )  # fmt: skip
 
 
 def _samples(job: Job, model: Model, tools: Tools) -> Measured:
@@ -170,6 +208,7 @@ def _samples(job: Job, model: Model, tools: Tools) -> Measured:
     if not how.published:
         return Measured({"fid": None, "swd": swd}, {"fid": STOOD_IN}, notes, how.samples)
     result = Measured({"fid": found["fid"], "swd": swd}, {}, notes, how.samples)
+    result.extractor = found["extractor"]
     result.notes += found["warnings"]
     few = min(how.samples, reference["count"])
     if found["fid"] is None:

@@ -29,6 +29,9 @@ from pipelines.training.diffusion_recipe import DiffusionRecipe
 
 Recipe = AutoencoderRecipe | DiffusionRecipe
 
+DECISIVE = ("run.seed", "run.precision")
+"""Keys of how a run is carried out that its numbers depend on; the others say how it is watched."""
+
 DATA_SETS = ("ffhq", "imagenet", "celebahq", "deepfashion")
 """The paper's, as the folders that its recipes name begin."""
 

@@ -1,7 +1,8 @@
 """What is kept of a finished row, and how far the rows of a table are.
 
-<row>/row.json     the numbers, what was asked, what was trained or taken, the machine, the time
-<row>/images.npz   those of them that every image has: by these two rows are compared
+<row>/row.json     the numbers, what was asked, what was trained or taken, the network of features,
+                   whether --force made a difference, the machine, versions, command, time
+<row>/images.npz   what every image has in them: by these two rows are compared
 """
 
 import json
@@ -9,6 +10,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from functools import cache
+from hashlib import file_digest
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -20,13 +22,16 @@ from numpy.typing import NDArray
 from autoencoders.losses.trunks import has_trunk
 from ldm.config import to_tree
 from ldm.data.identity import listing_identity
+from ldm.errors import LdmError
 from ldm.files import to_json, write_together
-from ldm.metrics.inception import published_weights
-from pipelines.reproduce.plan import Job, Training
+from ldm.metrics.inception import SHA256, published_weights
+from pipelines.reproduce.plan import DECISIVE, Job, Training
 from pipelines.reproduce.scales import SCALES, Measuring
 from pipelines.reproduce.tables import Row
 
-FORMAT = 2
+FORMAT = 3
+OF_FEATURES = ("rfid", "fid")
+"""Numbers that are of Inception, or of what was given in its place."""
 RECORD, EACH = "row.json", "images.npz"
 State = Literal["done", "begun", "–"]
 
@@ -105,16 +110,23 @@ def listings_of(job: Job) -> dict[str, str | None]:
 
 
 def finished(
-    job: Job, asked: dict[str, Any], taken_sha256: str | None, weights: Path | None
+    job: Job,
+    asked: dict[str, Any],
+    taken_sha256: str | None,
+    weights: Path | None,
+    force: bool = False,
 ) -> dict[str, Any] | None:
     """The record of a row that need not be done again.
 
     A row that was measured with a checkpoint given to it stays so until another one is given. One
-    whose columns are empty for want of weights is measured again when they are there.
+    whose columns are empty for want of weights is measured again when they are there, and one whose
+    numbers are of another Inception than is meant now, too, so that no table mixes two. The version
+    of ldm is told, and decides nothing.
 
     Args:
         taken_sha256: of the checkpoint that is given now.
         weights: Inception's, where they are given now.
+        force: whether doubts are overridden now.
     """
     record = read_record(job.folder / RECORD)
     if record.get("format") != FORMAT or record.get("state") != "done":
@@ -128,8 +140,45 @@ def finished(
     before = then.get("listings", {})
     if not all(same_listing(before.get(k), now) for k, now in asked.get("listings", {}).items()):
         return None
+    if not _same_network(record, weights) or record.get("force") not in (None, force):
+        return None
     still = lacking(record["lacked"], weights)
     return record if still == record["lacked"] else None
+
+
+def taken_before(job: Job) -> Path | None:
+    """The checkpoint that a row was last measured with, where one had been given for it.
+
+    Raises:
+        LdmError: it is not there any more.
+    """
+    taken = read_record(job.folder / RECORD).get("taken")
+    if not taken:
+        return None
+    path = Path(taken["path"])
+    if not path.exists():
+        raise LdmError(
+            f"row '{job.row.name}' was measured with {path}, which is not there: give --take "
+            f"{job.row.name}=PATH, or remove {job.folder / RECORD} to have the row trained"
+        )
+    return path
+
+
+def _same_network(record: Mapping[str, Any], weights: Path | None) -> bool:
+    """Whether the numbers of features, if there are any, are of the network that is meant now."""
+    if all(record["numbers"].get(name) is None for name in OF_FEATURES):
+        return True
+    # where none is given, none but the published one is taken
+    now = SHA256 if weights is None else _digest(weights)
+    return (record.get("extractor") or {}).get("sha256") == now
+
+
+def _digest(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            return file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
 
 
 @cache
@@ -155,7 +204,7 @@ def lacking(numbers: Iterable[str], weights: Path | None) -> list[str]:
 def _decisive(training: Training) -> dict[str, Any]:
     """A recipe without what only says how a run is watched."""
     tree = to_tree(training.recipe)
-    tree["run"] = {key: tree["run"][key] for key in ("seed", "precision")}
+    tree["run"] = {k: value for k, value in tree["run"].items() if f"run.{k}" in DECISIVE}
     tree["data"].pop("workers")
     tree.pop("validate_images", None)
     return tree
@@ -165,6 +214,6 @@ def _is_there(number: str, weights: Path | None) -> bool:
     """Whether the weights that a number needs, if it needs any, are on this machine."""
     if number == "lpips":
         return has_trunk("VGG-16")
-    if number in ("rfid", "fid"):
+    if number in OF_FEATURES:
         return weights is not None or published_weights() is not None
     return True

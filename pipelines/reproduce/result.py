@@ -1,7 +1,7 @@
 """What came of a table: to read, to paste, and to compute with."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -61,7 +61,8 @@ class Result:
         if undone := levelled(self.jobs, self.plan.settings):
             why = why or f"set by hand is what the rows differ in: {', '.join(undone)}"
         each = {job.row.name: read_each(job.folder) for job in self.jobs}
-        return judge(self.table, self.numbers, missing, why, each)
+        counted = {name for r in self.records.values() for name in r.get("counted", ())}
+        return judge(self.table, self.numbers, missing, why, each, counted)
 
     @cached_property
     def deviations(self) -> list[str]:
@@ -84,9 +85,9 @@ class Result:
         lines = [*self.summary(), "", "## What differs from the paper", ""]
         lines += [f"- {line}" for line in self.deviations]
         lines += ["", "## How it was made", "", f"- scale: {scale.name}, {scale.summary}"]
-        lines += [f"- {name}: {value}" for name, value in self._made().items()]
-        lines += ["", "| row | trained in | seconds | measured over | seconds |"]
-        lines += ["|:--|:--|--:|--:|--:|", *(self._made_row(job) for job in self.jobs)]
+        lines += [f"- {line}" for line in self._made()]
+        lines += ["", "| row | trained in | seconds | measured over | seconds | on |"]
+        lines += ["|:--|:--|--:|--:|--:|:--|", *(self._made_row(job) for job in self.jobs)]
         return "\n".join(lines) + "\n"
 
     def to_tree(self) -> dict[str, Any]:
@@ -111,7 +112,8 @@ class Result:
             "deviations": self.deviations,
             "settings": list(self.plan.settings),
             "seconds": self.seconds,
-            **self._made(),
+            "machine": ", ".join(self._of_rows(lambda record: record["machine"])),
+            "data": self._data(),
             **provenance(),
         }
 
@@ -130,19 +132,33 @@ class Result:
             lines.append(f"- {', '.join(columns)}{which}: {why}")
         return lines
 
-    def _made(self) -> dict[str, str]:
-        made_by = provenance()
-        machines = dict.fromkeys(r["machine"] for r in self.records.values() if "machine" in r)
-        versions = ", ".join(f"{name} {v}" for name, v in made_by["versions"].items())
-        data = dict.fromkeys(job.data.source for job in self.jobs)
-        made = {"command": made_by["command"], "machine": ", ".join(machines)}
-        if self.table.config.measure != "encoder":
-            made["data"] = ", ".join(data)
-        return made | {
-            "versions": versions,
-            "created": made_by["created"],
-            "this call": f"{self.seconds:,.1f} s",
+    def _made(self) -> Iterator[str]:
+        """What the rows were made by, in a line where they agree, and this page."""
+        ways: dict[str, Callable[[Mapping[str, Any]], str]] = {
+            "command": lambda record: record["command"],
+            "machine": lambda record: record["machine"],
+            "versions": _versions,
         }
+        for what, way in ways.items():
+            found = self._of_rows(way)
+            for told, rows in found.items():
+                which = f" of {', '.join(rows)}" if len(found) > 1 else ""
+                yield f"{what}{which}: {told}"
+        if self.table.config.measure != "encoder":
+            yield f"data: {self._data()}"
+        now = provenance()
+        yield f"this page: {now['command']}, {now['created']}, {self.seconds:,.1f} s"
+
+    def _data(self) -> str:
+        return ", ".join(dict.fromkeys(job.data.source for job in self.jobs))
+
+    def _of_rows(self, told: Callable[[Mapping[str, Any]], str]) -> dict[str, list[str]]:
+        """What is told of the rows that were measured, and of which."""
+        rows = defaultdict(list)
+        for name, record in self.records.items():
+            if "machine" in record:
+                rows[told(record)].append(name)
+        return dict(rows)
 
     def _made_row(self, job: Job) -> str:
         record = self.records.get(job.row.name) or {}
@@ -154,6 +170,7 @@ class Result:
         cells = (
             job.row.name, where, _plain(seconds.get("training"), ".1f"),
             f"{count:,} images" if count else "–", _plain(seconds.get("measuring"), ".1f"),
+            record.get("created", "–"),
         )  # fmt: skip
         return f"| {' | '.join(cells)} |"
 
@@ -163,6 +180,10 @@ def write_result(result: Result) -> None:
     text, tree = result.as_markdown().encode(), to_json(result.to_tree())
     page, values = result.files
     write_together({page: lambda file: file.write(text), values: lambda file: file.write(tree)})
+
+
+def _versions(record: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in record["versions"].items())
 
 
 def _plain(value: float | None, form: str) -> str:

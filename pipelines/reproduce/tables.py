@@ -13,7 +13,7 @@ from ldm.errors import UsageError
 from pipelines.reproduce.columns import COLUMNS
 
 Measure = Literal["reconstruction", "encoder", "mmd", "generation"]
-Number = float | tuple[float, float]  # or a mean with its standard deviation
+Number = float | tuple[float, float]  # or a mean with its ±
 Relation = Literal["better", "no_worse", "similar"]
 
 
@@ -25,8 +25,10 @@ class Claim(Config):
     row: str
     """The row that it is made of."""
     relation: Relation
-    """better: by however little, though by more than chance. no_worse: at most by the column's
-    yardstick. similar: within the yardstick both ways."""
+    """better: by however little. no_worse: at most by the column's yardstick. similar: within the
+    yardstick both ways. Each by more than other images might well turn, where that is known: in
+    PSNR, SSIM, LPIPS and MMD. The error of rFID, FID, throughput and memory is not, and the verdict
+    says so."""
     than: str
     """The row it is compared with."""
     columns: tuple[str, ...] = ()

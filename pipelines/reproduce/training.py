@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,22 +87,25 @@ def make_model(job: Job, taken: Taken | None = None, stand_in: bool = False) -> 
         stand_in: whether random weights do where ESRGAN's loss has no published ones.
 
     Raises:
-        LdmError: as `train_autoencoder` and `train_diffusion`.
+        LdmError: as `check_images`, `train_autoencoder` and `train_diffusion`.
         Interrupted: asked to stop; the same call goes on.
     """
-    given = None if taken is None else Model(taken.path, taken.sha256, taken=True)
-    if given is not None and (taken.stage == "diffusion" or job.stage_two is None):
-        return given
-    first = given
-    if first is None:
-        with random_trunk(ESRGAN_TRUNK, stand_in and bool(job.stage_one.recipe.loss.esrgan)):
-            first = _train(job.stage_one)
-    if job.stage_two is None:
-        return first
-    second = job.stage_two
-    if given is not None:  # another first stage than the one that equal rows stand on
-        second = Training(second.preset, second.recipe, job.folder / "diffusion")
-    return _train(second, first)
+    check_images(job, taken)
+    model = None if taken is None else Model(taken.path, taken.sha256, taken=True)
+    for training in trainings_of(job, taken):
+        model = _train(training, model, stand_in)
+    assert model is not None
+    return model
+
+
+def trainings_of(job: Job, taken: Taken | None = None) -> tuple[Training, ...]:
+    """The runs that a row's model takes, in their order: none of what is given."""
+    if taken is None:
+        return (job.stage_one,) if job.stage_two is None else (job.stage_one, job.stage_two)
+    if taken.stage == "diffusion" or job.stage_two is None:
+        return ()
+    # another first stage than the one that equal rows stand on
+    return (replace(job.stage_two, folder=job.folder / "diffusion"),)
 
 
 def check_weights(recipe: AutoencoderRecipe) -> str | None:
@@ -119,10 +122,11 @@ def check_weights(recipe: AutoencoderRecipe) -> str | None:
     return None
 
 
-def _train(training: Training, stage_one: Model | None = None) -> Model:
+def _train(training: Training, stage_one: Model | None, stand_in: bool) -> Model:
     folder, recipe = training.folder, training.recipe
     if isinstance(recipe, AutoencoderRecipe):
-        with _noting(training):
+        trunk = random_trunk(ESRGAN_TRUNK, stand_in and bool(recipe.loss.esrgan))
+        with trunk, _noting(training):
             train_autoencoder(recipe, training.preset, folder)
     else:
         recipe = _standing_on(recipe, stage_one)
@@ -155,18 +159,20 @@ def _check_stands_on(path: Path, stage_one: Model) -> None:
         )
 
 
-def check_images(training: Training) -> None:
-    """Whether a run that was begun learnt from the images that its data holds now.
+def check_images(job: Job, taken: Taken | None = None) -> None:
+    """Whether those of a row's runs that were begun learnt from the images that their data holds
+    now.
 
     Raises:
-        LdmError: from others.
+        LdmError: one did from others.
     """
-    folder, source = training.folder, training.recipe.data.source
-    if not same_listing(_noted(folder).get("listing"), listing_of(source)):
-        raise LdmError(
-            f"{folder} was trained on other images than {source} holds now: remove that folder, or "
-            "give --out another one"
-        )
+    for training in trainings_of(job, taken):
+        folder, source = training.folder, training.recipe.data.source
+        if not same_listing(_noted(folder).get("listing"), listing_of(source)):
+            raise LdmError(
+                f"{folder} was trained on other images than {source} holds now: remove that "
+                "folder, or give --out another one"
+            )
 
 
 @contextmanager

@@ -101,11 +101,12 @@ def test_radial_power_is_that_of_the_definition(side):
     np.testing.assert_allclose(found[1, 0], by_loops(image), rtol=1e-9)
 
 
-def test_white_noise_has_its_variance_at_every_frequency():
-    noise = 3 * torch.randn(400, 16, 16, generator=torch.Generator().manual_seed(0))
-    power = radial_power(noise).mean(0)
-    np.testing.assert_allclose(power[1:], 9, rtol=0.1)  # the first is dimmed by taking means off
-    assert fall(torch.arange(2, 9).double() / 16, power[1:]) == pytest.approx(0, abs=0.1)
+@pytest.mark.parametrize("side", [3, 4, 9, 16])
+def test_white_noise_has_its_variance_at_every_frequency_but_the_lowest(side):
+    # its power is that of a single 1, summed over all places of it
+    ones = torch.eye(side**2, dtype=torch.float64).view(-1, side, side)
+    expected = [67 / 72] + [1.0] * (side // 2 - 1)
+    np.testing.assert_allclose(radial_power(3 * ones).sum(0) / 9, expected, rtol=1e-12)
 
 
 def test_a_wave_shows_at_its_frequency():

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from pipelines.reproduce.claims import mean
 from pipelines.reproduce.columns import COLUMNS
 
 
@@ -10,7 +11,7 @@ def equal_images(numbers: dict[str, dict], count: int = 40) -> dict[str, dict]:
     return {
         row: {"k": np.arange(count)}
         | {
-            name: np.full(count, value)
+            name: np.full(count, mean(value))
             for name, value in of.items()
             if COLUMNS[name].of_each_image and value is not None
         }

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipelines.reproduce.claims import judge
+from pipelines.reproduce.claims import UNKNOWN, judge
 from pipelines.reproduce.tables import Claim, Table, TableConfig
 from tests.pipelines.reproduce.images import equal_images
 
@@ -90,10 +90,43 @@ def test_a_scale_that_is_too_short_judges_nothing():
     assert all(f.why == "too short" and f.here for f in judgement.findings)
 
 
-def test_means_closer_than_their_spread_decide_nothing():
-    assert verdict("better", "mmd_25", (1.0, 0.1), (1.3, 0.1)) == "holds"
-    assert verdict("better", "mmd_25", (1.0, 0.2), (1.3, 0.2)) == "cannot be judged"
-    assert verdict("better", "mmd_25", (1.3, 0.1), (1.0, 0.1)) == "does not hold"
+@pytest.mark.parametrize("relation", ["better", "no_worse", "similar"])
+def test_an_error_that_is_not_known_is_said_to_be(relation):
+    """rFID, FID, throughput and memory are measured once, over all images together."""
+    columns = ("rfid", "fid", "memory", "images_per_second", "gmac", "psnr")
+    numbers = {"a": dict.fromkeys(columns, 50.001), "b": dict.fromkeys(columns, 50.001)}
+    numbers["a"] |= {"rfid": 50.0, "images_per_second": 50.002, "gmac": 50.0, "psnr": 50.002}
+    each = equal_images(numbers)
+    [judgement] = judge(table(relation, columns), numbers, {}, each=each)
+    told = {finding.column: finding.why for finding in judgement.findings}
+    unknown = dict.fromkeys(("rfid", "fid", "memory", "images_per_second"), UNKNOWN)
+    assert told == unknown | {"gmac": "", "psnr": ""}
+    verdicts = {finding.column: finding.verdict for finding in judgement.findings}
+    assert verdicts["rfid"] == "holds"
+    assert verdicts["memory"] == ("does not hold" if relation == "better" else "holds")
+    # counted on paper
+    [judgement] = judge(table(relation, columns), numbers, {}, "", each, {"memory"})
+    assert {f.column for f in judgement.findings if f.why} == set(unknown) - {"memory"}
+
+
+def test_mmd_is_judged_by_the_shares_of_images():
+    """Means that are far apart beside their own errors, and near beside that of the difference."""
+    shares = RNG.normal(0, 0.3, (2, 40))
+    shares -= shares.mean(1, keepdims=True)
+    each = {
+        row: {"k": np.arange(40), "mmd_25": value + share}
+        for row, value, share in zip("ab", (1.0, 1.1), shares, strict=True)
+    }
+    numbers = {row: {"mmd_25": (of["mmd_25"].mean(), 0.04)} for row, of in each.items()}
+    [judgement] = judge(table("better", ("mmd_25",)), numbers, {}, each=each)
+    [finding] = judgement.findings
+    expected = stats.sem(each["a"]["mmd_25"] - each["b"]["mmd_25"])
+    assert finding.error == pytest.approx(expected) and 0.05 < expected < 0.1
+    assert finding.why == "within two standard errors"
+    # over other images, however many they were
+    del each["b"]
+    [judgement] = judge(table("better", ("mmd_25",)), numbers, {}, each=each)
+    assert judgement.findings[0].why == "not measured over the same images"
 
 
 # ---------------------------------------------------------------------- by how much images decide

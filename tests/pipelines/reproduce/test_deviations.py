@@ -5,8 +5,9 @@ from functools import cache
 import pytest
 
 from ldm.config import to_tree
-from pipelines.reproduce.deviations import EDM, STANDING, UNTOLD, deviations, levelled
+from pipelines.reproduce.deviations import EDM, STANDING, deviations, is_told, levelled
 from pipelines.reproduce.plan import Plan, published_recipe
+from pipelines.reproduce.records import asked_of
 from pipelines.reproduce.scales import SCALES
 from pipelines.reproduce.tables import all_tables, find_tables
 from tests.pipelines.reproduce.test_scales import leaves
@@ -41,7 +42,7 @@ def test_every_key_that_differs_is_told(table):
     for row in table.rows:
         ours = dict(leaves(to_tree(plan.recipe_of(row))))
         theirs = dict(leaves(to_tree(published_recipe(row.kind, row.preset))))
-        keys = [k for k in ours if ours[k] != theirs.get(k) and not k.startswith(UNTOLD)]
+        keys = [k for k in ours if ours[k] != theirs.get(k) and is_told(k)]
         assert len(told) >= len(keys) + len(STANDING) > len(STANDING)
 
 
@@ -53,6 +54,22 @@ def test_in_words():
     [lpips] = [line for line in told if line.startswith("Weight of LPIPS in the loss: 0")]
     assert "VGG-16" in lpips
     assert "Set by hand: loss.lpips=0." in told
+
+
+def test_stylegans_own_width_is_a_number():
+    [line] = [line for line in lines("t10", "small") if line.startswith("Base width of the disc")]
+    assert line == "Base width of the discriminator: 16 in place of 64; 64 in place of 256."
+
+
+def test_of_how_a_run_is_carried_out_what_decides_its_numbers():
+    settings = ("run.seed=1", "run.precision=bf16", "run.log_every_steps=3", "run.keep_states=1")
+    told = lines("t4", "small", settings=settings)
+    assert "Seed: 1 in place of 0." in told
+    assert "Precision of the training: bf16 in place of auto." in told
+    assert not any("steps: 3 in" in line or "keep_states: " in line for line in told)
+    [job, *_] = plan_of("small", settings).jobs(find_tables("t4")[0])
+    kept = asked_of(job, SCALES["small"].measuring)["trained"]["recipe"]["run"]
+    assert kept == {"seed": 1, "precision": "bf16"}
 
 
 def test_several_ways_in_one_line():

@@ -2,10 +2,11 @@
 
 import pytest
 
-from ldm.errors import UsageError
+from ldm.errors import LdmError, UsageError
 from pipelines.reproduce.figures import FIGURES, find_figure
 from pipelines.reproduce.job import reproduce
 from pipelines.reproduce.tables import all_tables
+from tests.ldm.data.pictures import noise, png_folder
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,15 @@ def test_what_a_figure_cannot_be(tmp_path, monkeypatch):
         reproduce("f5", "smoke")
     with pytest.raises(UsageError, match="--take is for tables"):
         reproduce("f3", "smoke", take=["x=y"])
+
+
+def test_a_figure_is_not_drawn_of_a_run_on_other_images(faked, tmp_path):
+    data = png_folder(tmp_path / "data", [noise(n, 64, 64) for n in range(24)])
+    reproduce("t4", "smoke", data=[str(data)])
+    (data / "0000.png").unlink()
+    with pytest.raises(LdmError, match="t04/group/autoencoder was trained on other images than"):
+        reproduce("f3", "smoke", data=[str(data)])
+    assert len(faked.trained) == 2
 
 
 @pytest.mark.slow

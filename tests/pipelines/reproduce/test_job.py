@@ -1,12 +1,15 @@
 """A table from beginning to end, with a faked trainer: what is done, and what is not done twice."""
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ldm.errors import Interrupted, LdmError, UsageError
+from ldm.metrics.inception import SHA256
 from pipelines.reproduce import job, records, training
 from pipelines.reproduce.job import reproduce
 from pipelines.reproduce.measures import Measured
@@ -109,6 +112,13 @@ def test_other_images_under_the_same_path_are_not_taken_for_those_measured(faked
     assert len(faked.trained) == 9 and len(faked.measured) == 9
 
 
+def test_a_score_of_exactly_nothing_is_a_score(faked):
+    faked.scores = {"ssim": 0.0}
+    reproduce("t4", "small")
+    with np.load("reproduce/small/t04/smc/images.npz") as each:
+        assert set(each) == {"k", "psnr", "ssim"} and not each["ssim"].any()
+
+
 def test_the_images_of_a_run_that_was_killed_are_known(faked, tmp_path, monkeypatch):
     data = png_folder(tmp_path / "data", [noise(n, 64, 64) for n in range(24)])
 
@@ -155,6 +165,131 @@ def test_numbers_that_lacked_weights_are_measured_when_those_are_there(faked, mo
     faked.lacks = ()
     [result] = reproduce("t4", "small", weights=Path("inception.pt"))
     assert len(faked.measured) == 6 and result.numbers["smc"]["rfid"] is not None
+
+
+def test_no_table_mixes_two_networks(faked):
+    """rFIDs of the published Inception and of another file do not compare."""
+    faked.lacks = ()
+    other = Path("other.pt")
+    other.write_bytes(b"other")
+    reproduce("t4", "small")
+    reproduce("t4", "small", weights=other)
+    assert len(faked.measured) == 4 and len(faked.trained) == 2
+    reproduce("t4", "small", weights=other)
+    assert len(faked.measured) == 4
+    other.write_bytes(b"a third")
+    reproduce("t4", "small", weights=other)
+    assert len(faked.measured) == 6
+    [result] = reproduce("t4", "small")  # the published one again
+    assert len(faked.measured) == 8 and len(faked.trained) == 2
+    assert {record["extractor"]["sha256"] for record in result.records.values()} == {SHA256}
+    # which network it would be is of no matter where no number is of one
+    faked.lacks = ("rfid",)
+    reproduce("t9", "small")
+    reproduce("t9", "small", weights=other)
+    assert len(faked.measured) == 8 + 3 + 3  # lacked for want of weights, and these are there
+    other.write_bytes(b"a fourth")
+    reproduce("t9", "small", weights=other)
+    assert len(faked.measured) == 8 + 3 + 3
+
+
+def test_what_was_forced_is_measured_again_without(faked):
+    faked.seen = True
+    reproduce("t4", "small", force=True)
+    reproduce("t4", "small", force=True)
+    assert len(faked.measured) == 2
+    with pytest.raises(LdmError, match="give --force"):
+        reproduce("t4", "small")
+    faked.seen = False
+    reproduce("t4", "small")
+    assert len(faked.trained) == 2 and len(faked.measured) == 2 + 1 + 2
+    # --force that nothing needs makes no difference
+    reproduce("t4", "small", force=True)
+    assert len(faked.measured) == 5
+
+
+def test_force_gives_an_rfid_of_few_images(faked):
+    """That it would is no reason where it was not asked."""
+    faked.features, faked.lacks = 2048, ("rfid", "lpips")
+    Path("inception.pt").touch()
+    for force, measured in ((False, 2), (False, 2), (True, 4), (True, 4)):
+        reproduce("t4", "small", weights=Path("inception.pt"), force=force)
+        assert len(faked.measured) == measured
+
+
+def test_rows_of_an_older_format_are_measured_anew_and_not_trained(faked):
+    run("t9")
+    given = ROOT / "t09" / "gaussian" / "autoencoder" / "ckpt.pt"
+    run("t4", take=[f"smc={given}"], out=Path("other"))
+    trained, measured = len(faked.trained), len(faked.measured)
+    for path in (*Path("reproduce").rglob("row.json"), *Path("other").rglob("row.json")):
+        record = json.loads(path.read_text("utf-8"))
+        path.write_text(json.dumps(record | {"format": 2}), "utf-8")
+    run("t9")
+    result = run("t4", out=Path("other"))
+    assert len(faked.trained) == trained and len(faked.measured) == measured + 5
+    assert result.records["smc"]["taken"]["path"] == str(given), "as it was told before"
+    path = Path("other/smoke/t04/smc/row.json")
+    path.write_text(path.read_text("utf-8").replace('"format": 3', '"format": 2'), "utf-8")
+    given.rename("elsewhere.pt")
+    with pytest.raises(LdmError, match=r"row 'smc' was measured with .*, which is not there: give"):
+        run("t4", out=Path("other"))
+
+
+def test_rows_say_what_they_were_made_by(faked, monkeypatch):
+    """Not what made the page, which may be long after."""
+    run()
+    path = ROOT / "t09" / "gaussian" / "row.json"
+    record = json.loads(path.read_text("utf-8"))
+    record |= {"command": "ldm reproduce t1", "created": "2020-01-01T00:00:00+00:00"}
+    record["versions"]["ldm"] = "0.0.1"
+    path.write_text(json.dumps(record), "utf-8")
+    run()
+    assert len(faked.measured) == 3, "a difference of version alone is said, not redone"
+    page = (ROOT / "t09" / "table.md").read_text("utf-8")
+    made = page.split("## How it was made")[1].splitlines()
+    assert "- command of gaussian: ldm reproduce t1" in made
+    assert any(line.startswith("- command of baseline, wavelet: ") for line in made)
+    assert any(line.startswith("- versions of gaussian: ") and "ldm 0.0.1" in line for line in made)
+    assert sum(line.startswith("- machine: ") for line in made) == 1, "they agree"
+    [row] = [line for line in made if line.startswith("| gaussian")]
+    assert row.endswith("| 2020-01-01T00:00:00+00:00 |")
+
+
+def test_what_is_done_is_decided_by_the_main_process(faked, tmp_path, monkeypatch):
+    """As another one, on whose machine there are other weights, sees it."""
+    answers = []
+
+    def main(ranks, make):
+        answers.append(pickle.dumps(make()))
+        return pickle.loads(answers[-1])
+
+    def other(ranks, make):
+        return pickle.loads(answers.pop(0))
+
+    def missing(network, instead):
+        raise LdmError(f"{network} is not on this machine: {instead}")
+
+    settings = ["loss.lpips=0"]
+    reproduce("t14", "small", settings=settings)
+    (tmp_path / "here" / "other").mkdir(parents=True)
+    shutil.copytree("reproduce", "here/reproduce")
+    shutil.copytree("reproduce", "here/other/reproduce")
+    for row in ("esrgan", "lpips"):
+        shutil.rmtree(f"here/reproduce/small/t14/{row}", ignore_errors=True)
+    monkeypatch.setattr(training, "trunk_file", lambda network, instead: Path())
+    monkeypatch.setattr(job, "from_main", main)
+    monkeypatch.chdir("here")
+    before = len(faked.measured)
+    reproduce("t14", "small", settings=settings)
+    done = len(faked.measured) - before
+    assert done and len(answers) >= 2
+    monkeypatch.chdir("other")
+    monkeypatch.setattr(training, "trunk_file", missing)
+    monkeypatch.setattr(job, "from_main", other)
+    [result] = reproduce("t14", "small", settings=settings)
+    assert len(faked.measured) - before == 2 * done and not answers
+    assert result.numbers["esrgan"]["psnr"] is not None
 
 
 def test_what_more_weights_would_not_give_is_not_measured_again(faked, monkeypatch):

@@ -80,6 +80,29 @@ def test_claims_in_words():
     ]
 
 
+def test_an_error_that_is_not_known_is_said_once_a_line():
+    [table] = find_tables("t10")
+    numbers = {"unet": {"rfid": 50.001}, "stylegan": {"rfid": 50.002}, "patchgan": {"rfid": 50.0}}
+    lines = claim_lines(judge(table, numbers, {}), table)
+    assert lines[:4] == [
+        "- **holds** (its error is not known): a U-Net discriminator gives a better rFID than "
+        "StyleGAN's",
+        "  - rFID: 50.00 against 50.00, the paper's 1.01 against 1.38",
+        "- **does not hold** (its error is not known): a U-Net discriminator gives a better rFID "
+        "than PatchGAN",
+        "  - rFID: 50.00 against 50.00, the paper's 1.01 against 1.61",
+    ]
+    [table] = find_tables("t3")
+    numbers = {row.name: {"memory": 100.0, "images_per_second": 1.0} for row in table.rows}
+    numbers["litevae-b"] = {"memory": 99.0, "images_per_second": 0.9}
+    lines = claim_lines(judge(table, numbers, {}), table)
+    assert lines[0].startswith("- **does not hold** (its error is not known): ")
+    assert lines[1].endswith(": holds") and lines[2].endswith(": does not hold")
+    lines = claim_lines(judge(table, numbers, {}, counted={"memory"}), table)
+    assert lines[0].startswith("- **does not hold**: ") and lines[1].endswith(": holds")
+    assert lines[2].endswith(": does not hold (its error is not known)")
+
+
 def test_one_reason_is_said_once():
     [table] = find_tables("t9")
     lines = claim_lines(judge(table, {}, {}, "too short"), table)
