@@ -69,10 +69,13 @@ def reproduce(
         A result for each table, written to its folder, too; or what was drawn.
 
     Raises:
-        UsageError: no such table, scale, row or setting, or settings that undo what a table varies.
+        UsageError: no such table, scale, row or setting, or settings that undo what a table varies;
+            or `out` is a file.
         LdmError: as training and measuring; rows that are done stay so.
         Interrupted: asked to stop while training.
     """
+    if out.is_file():
+        raise UsageError(f"--out {out}: it is a file, give a folder")
     listing_of.cache_clear()  # a notebook may have changed them since
     if figure := find_figure(word):
         if take:
@@ -100,7 +103,8 @@ def _run(table: Table, jobs: Sequence[Job], plan: Plan, tools: Tools) -> Result:
         records = {}
         for number, task in enumerate(tasks, start=1):
             label = " · ".join(task.job.row.label)
-            _say(f"{table.number}, row {number} of {len(tasks)}: {label}")
+            done = ", done already" if task.done else ""
+            _say(f"{table.number}, row {number} of {len(tasks)}: {label}{done}")
             records[task.job.row.name] = task.done or _do(table, task, tools, ranks)
     result = Result(table, plan, jobs, records, round(time.monotonic() - began, 1))
     if is_main():

@@ -54,7 +54,7 @@ def write_record(
         each: the numbers of every image by itself.
     """
     if is_main():
-        whole = to_json({"format": FORMAT, "state": "done", **record})
+        whole = to_json({"format": FORMAT, "state": "done", "each": sorted(each), **record})
         files = {job.folder / EACH: lambda file: np.savez(file, **each)} if each else {}
         write_together(files | {job.folder / RECORD: lambda file: file.write(whole)})
 
@@ -139,6 +139,8 @@ def finished(
         return None
     before = then.get("listings", {})
     if not all(same_listing(before.get(k), now) for k, now in asked.get("listings", {}).items()):
+        return None
+    if not read_each(job.folder).keys() >= set(record["each"]):  # lost: it is measured again
         return None
     if not _same_network(record, weights) or record.get("force") not in (None, force):
         return None

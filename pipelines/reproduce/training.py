@@ -134,6 +134,11 @@ def _train(training: Training, stage_one: Model | None, stand_in: bool) -> Model
             train_diffusion(recipe, training.preset, folder)
     kind = "diffusion" if isinstance(recipe, DiffusionRecipe) else "autoencoder"
     path = folder / "ckpt.pt"
+    if not path.is_file():
+        raise LdmError(
+            f"{folder} is finished, but its ckpt.pt is gone: put it back, or remove that folder to "
+            "have it trained again"
+        )
     if stage_one is not None:
         _check_stands_on(path, stage_one)
     seconds = _noted(folder).get("seconds")

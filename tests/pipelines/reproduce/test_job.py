@@ -51,10 +51,30 @@ def test_rows_are_compared_image_by_image(faked):
     assert finding.error == 0 and finding.verdict == "holds", "every image is better by as much"
     page = (Path("reproduce/small/t09") / "table.md").read_text("utf-8")
     assert "PSNR: 22.00 against 21.00 (+1.00 ± 0.00), the paper's" in page
-    (Path("reproduce/small/t09/gaussian") / "images.npz").write_bytes(b"damaged")
+
+
+def test_a_finished_run_that_lost_its_model_says_what_to_do(faked):
+    run()
+    (ROOT / "t09" / "gaussian" / "row.json").unlink()
+    (ROOT / "t09" / "gaussian" / "autoencoder" / "ckpt.pt").unlink()
+    with pytest.raises(LdmError, match=r"autoencoder is finished, but its ckpt\.pt is gone"):
+        run()
+
+
+def test_an_out_that_is_a_file_is_refused_before_the_work(faked):
+    Path("notes.txt").touch()
+    with pytest.raises(UsageError, match=r"--out notes\.txt: it is a file"):
+        run(out=Path("notes.txt"))
+    assert not faked.trained
+
+
+@pytest.mark.parametrize("lose", [Path.unlink, lambda path: path.write_bytes(b"damaged")])
+def test_a_row_that_lost_its_images_numbers_is_measured_again(faked, lose):
+    reproduce("t9", "small")
+    lose(Path("reproduce/small/t09/gaussian/images.npz"))
     [again] = reproduce("t9", "small")
-    finding = again.judgements[0].findings[0]
-    assert finding.why == "not measured over the same images" and len(faked.measured) == 3
+    assert again.judgements[0].findings[0].error == 0
+    assert len(faked.measured) == 4
 
 
 def test_what_is_finished_is_not_redone(faked):
