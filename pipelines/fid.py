@@ -2,11 +2,13 @@
 
 <samples>/fid.json                   the numbers, and all they depend on: the two sets, how the
                                      reference was made, the network, the versions
+<samples>/fid-photos-val.json        of other data, another split, other features or a limit
 <samples>.zip.fid.json               the same of an archive
 <model>/fid/seed0-steps18-n5000.json the same of samples straight from a model
 """
 
 from contextlib import suppress
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ from pipelines.measuring.image_pass import Seen, Tools, survey_images
 from pipelines.measuring.kept_statistics import survey_reference
 from pipelines.measuring.model_samples import FID_50K, ModelSamples
 from pipelines.measuring.reference import ImageReference
+from pipelines.measuring.result_names import DEFAULT_SPLIT, fid_path, path_without_fid
 from pipelines.measuring.settings import Measuring
 from pipelines.measuring.statistics_file import StatisticsReference, open_statistics
 from pipelines.measuring.survey import SWD_IMAGES, compare_surveys
@@ -46,7 +49,10 @@ Samples = SampleFolder | ModelSamples
 Reference = ImageReference | StatisticsReference
 
 FORMAT = 2
-DEFAULT_SPLIT: Split = "all"
+NO_PATCHES = (
+    "SWD is left out: it compares patches of images, and statistics hold none; give the images "
+    "with --data"
+)
 
 
 def fid_of_samples(
@@ -63,7 +69,8 @@ def fid_of_samples(
     sampling: dict[str, Any] | None = None,
     **measuring: Any,
 ) -> dict[str, Any]:
-    """`measure_fid` with what is left out filled in: the newest samples, their model's own data.
+    """`measure_fid` with what is left out filled in: the newest samples, their model's own data,
+    and a file that is named by what is measured.
 
     Args:
         samples: a folder, a zip or shards.
@@ -98,10 +105,12 @@ def fid_of_samples(
         )
     else:
         made = SampleFolder(samples or newest_samples(), limit, archives=True)
-    against = reference or _choose_data(data, made)
+    against: DataConfig | str | None
+    against, is_own = (reference, False) if reference else _choose_data(data, made)
     if against is None:
         raise UsageError(f"{made.path} does not say what data to compare with: give --data")
-    return _measure(made, against, split, how)
+    out = how.out or fid_path(made.result_path, None if is_own else reference or data, split, how)
+    return _measure(made, against, split, replace(how, out=out))
 
 
 def measure_fid(
@@ -114,7 +123,7 @@ def measure_fid(
     limit: int | None = None,
     **measuring: Any,
 ) -> dict[str, Any]:
-    """Measure samples against one split of a data set; write and return `fid.json`.
+    """Measure samples against one split of a data set; write `fid.json`, or `out`, and return it.
 
     The reference's images are cut at their centres to the samples' size, never mirrored. Of the
     built-in photographs, which are eight and large, it is as many random crops as there are
@@ -139,7 +148,8 @@ def measure_fid(
         UsageError: a batch size below one, or a limit below two.
         LdmError: samples or reference cannot be measured; there is a doubt whether they may be
             compared, and no `force`; or the Inception weights cannot be had: then SWD is in
-            `fid.json`, and the other numbers in it are null.
+            `fid.json`, and the other numbers in it are null. Where an FID is there already, it
+            stays, and SWD is in `fid-swd.json`.
     """
     how = Measuring(weights=weights, device=device, batch_size=batch_size, limit=limit, **measuring)
     return _measure(SampleFolder(samples, limit, archives=True), reference, split, how)
@@ -180,9 +190,12 @@ def _measure(
     def conclude() -> dict[str, Any]:
         copies = list(find_copies(samples, made.prints, real.prints))
         _refuse(copies, how.force)
+        notes = [*notes_on(extractor, how.features), *([] if has_images else [NO_PATCHES])]
+        numbers = _numbers(made, real, rows, where, how.bootstrap)
+        path = out if numbers["fid"] is not None else path_without_fid(out)
         result = {
             "format": FORMAT,
-            **_numbers(made, real, rows, where, how.bootstrap),
+            **numbers,
             "fid_missing": missing,
             "mode": how.mode if how.features is None else None,
             "resolution": samples.resolution,
@@ -199,11 +212,11 @@ def _measure(
             | real.about,
             "extractor": describe_extractor(extractor),
             "forced": how.force,
-            "warnings": [*doubts, *copies, *notes_on(extractor, how.features)],
+            "warnings": [*doubts, *copies, *notes],
             **_made_by(),
         }
-        write_json(out, result)
-        return result | {"written": str(out)}
+        write_json(path, result)
+        return result | {"written": str(path)}
 
     result = from_main(ranks, conclude)
     if ranks.is_main_process:
@@ -212,7 +225,7 @@ def _measure(
             console.print(f"note: {warning}", markup=False)
     if missing:
         swd = f"SWD {result['swd']['mean']:.3f} (×10³)"
-        raise LdmError(f"{missing}; without FID, {swd} was measured and is in {out}")
+        raise LdmError(f"{missing}; without FID, {swd} was measured and is in {result['written']}")
     return result
 
 
@@ -233,16 +246,17 @@ def _open_reference(
     return open_statistics(against, extractor, how.mode)
 
 
-def _choose_data(data: str | None, samples: Samples) -> DataConfig | None:
-    """The data that is named, or the samples' own; that of their model is split as for training."""
+def _choose_data(data: str | None, samples: Samples) -> tuple[DataConfig | None, bool]:
+    """The data that is named, or the samples' own; that of their model is split as for training.
+    And whether it is their own."""
     if data is None:
-        return _trained_on(samples)
+        return _trained_on(samples), True
     own = None
     with suppress(UsageError):  # of another version
         own = _trained_on(samples)
     # by another split, images that were trained on would be among those held out
     same = own is not None and place(own.source) == place(data)
-    return own if same else DataConfig(source=data)
+    return (own, True) if same else (DataConfig(source=data), False)
 
 
 def _trained_on(samples: Samples) -> DataConfig | None:

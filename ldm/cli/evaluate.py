@@ -50,7 +50,11 @@ def eval_ae(
     ] = None,
     features: Annotated[
         str | None,
-        typer.Option(metavar="module:function", help="A network of your own, for Inception."),
+        typer.Option(
+            metavar="module:function",
+            help="A network of your own, for Inception: function(device) gives a callable of uint8 "
+            "images (B, 3, H, W) that gives (B, dim).",
+        ),
     ] = None,
     mode: Annotated[
         Literal["clean", "legacy-tensorflow"],

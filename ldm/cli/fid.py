@@ -30,7 +30,7 @@ def fid(
         str | None,
         typer.Option(
             help="Statistics in place of data: clean-fid's ffhq256 or ffhq1024 (70,000 images), "
-            "or a .npz that was kept."
+            "or a .npz of those kept in $LDM_CACHE/statistics (~/.cache/ldm/statistics); no SWD."
         ),
     ] = None,
     model: Annotated[
@@ -61,7 +61,12 @@ def fid(
         typer.Option(help="How Inception's images are resized: as today, or as the first FIDs."),
     ] = "clean",
     features: Annotated[
-        str | None, typer.Option(help="module:function that makes features, in place of Inception.")
+        str | None,
+        typer.Option(
+            metavar="module:function",
+            help="A network of your own, for Inception: function(device) gives a callable of uint8 "
+            "images (B, 3, H, W) that gives (B, dim).",
+        ),
     ] = None,
     weights: Annotated[
         Path | None,
@@ -79,7 +84,11 @@ def fid(
         typer.Option(help="At most this many samples, and this many images of the data."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="File of the result. Left out: fid.json by the samples.")
+        Path | None,
+        typer.Option(
+            help="File of the result. Left out: fid.json by the samples, named after all that is "
+            "not as by default, as fid-photos-val.json."
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
 ) -> None:
@@ -120,10 +129,12 @@ def _lines(result: dict[str, Any]) -> list[str]:
         ]
     if result["swd"] is not None:
         rows.append(("SWD ×10³", f"{result['swd']['mean']:.3f}  {result['swd_images']:,} of each"))
+    kept = result["reference"].get("statistics")
     rows += [
         ("samples", result["samples"]["what"]),
         ("reference", result["reference"]["what"]),
         ("features", result["extractor"]["name"]),
+        *([("statistics", kept)] if kept else []),
         ("written", result["written"]),
     ]
     return [f"{name:<10} {value}" for name, value in rows]

@@ -8,7 +8,7 @@ import io
 from pathlib import PurePosixPath
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".npy")
 """What is read, by the end of the name, in any case of letters."""
@@ -42,6 +42,8 @@ def decode(data: bytes, suffix: str) -> np.ndarray:
         return _decode_array(data) if suffix.lower() == ".npy" else _decode_picture(data)
     except CorruptImage:
         raise
+    except UnidentifiedImageError as error:  # its words name an object of Python
+        raise CorruptImage("no picture, or its beginning is damaged") from error
     except Exception as error:  # a damaged file makes Pillow's readers raise nearly anything
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise CorruptImage(reason) from error

@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from ldm.errors import LdmError, UsageError
 from ldm.metrics.inception import Mode, load_inception
 
+EXPECTED = "function(device) → callable(uint8 images (B, 3, H, W)) → (B, dim)"
+"""What `module:function` must be; the device may be left out."""
+
 
 class Extractor(Protocol):
     """Features (B, dim) float32, on the CPU, of images (B, 3, H, W) uint8."""
@@ -85,11 +88,12 @@ class OwnExtractor:
         self._device = torch.device(device)
         function = _find_function(spec)
         self.sha256 = _source_hash(function)
-        self._extract = self._attempt("to be made", _with_device(function, self._device))
+        make = _with_device(function, self._device)
+        self._extract = self._attempt("to be made", make, instead=f"; it must be {EXPECTED}")
         if not callable(self._extract):
             raise LdmError(
                 f"--features {spec} returned {type(self._extract).__name__}, which cannot be "
-                "called with images: return a torch.nn.Module or a function"
+                f"called with images: it must be {EXPECTED}"
             )
         if isinstance(self._extract, nn.Module):
             self._extract = self._extract.to(self._device).eval()
@@ -129,14 +133,17 @@ class OwnExtractor:
             f"tensor ({len(images)}, dim)"
         )
 
-    def _attempt(self, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    def _attempt(
+        self, what: str, function: Callable[..., Any], *arguments: Any, instead: str = ""
+    ) -> Any:
         """Call what a person has written; where it fails, say so in one line."""
         try:
             return function(*arguments)
         except LdmError:
             raise
         except Exception as error:
-            raise LdmError(f"--features {self.name} failed {what}: {_one_line(error)}") from error
+            told = f"{_one_line(error)}{instead}"
+            raise LdmError(f"--features {self.name} failed {what}: {told}") from error
 
 
 def _find_function(spec: str) -> Callable[..., Any]:

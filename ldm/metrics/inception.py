@@ -144,8 +144,8 @@ def _load_network(content: bytes, path: Path, device: torch.device) -> torch.nn.
             network = torch.jit.load(BytesIO(content), map_location=device).eval()
     except (RuntimeError, ValueError) as error:
         raise LdmError(
-            f"{path} is damaged or no TorchScript file: delete it to have it fetched again, or "
-            f"give {WEIGHTS} with --weights PATH"
+            f"{path} is damaged or no TorchScript file: give the published {WEIGHTS} with "
+            "--weights PATH, or leave --weights out to have it found or fetched"
         ) from error
     if not hasattr(network, "layers"):
         raise LdmError(

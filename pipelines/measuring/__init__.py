@@ -10,4 +10,6 @@ one; `instruments` are what needs weights.
 Samples: `settings` say how; `model_samples` are one side, `reference`, `kept_statistics` and
 `statistics_file` the other, `image_pass` goes over either; `comparability` with `preparation`
 refuses what would mean nothing, and `bootstrap` puts an interval about FID.
+
+`result_names` say where either is kept.
 """

@@ -15,7 +15,12 @@ from ldm.data.transforms import NOT_RESIZED
 from ldm.errors import LdmError
 from ldm.metrics.extractors import Extractor
 from pipelines.measuring.fingerprints import Prints, find_shared
-from pipelines.measuring.preparation import compressed_image, read_preparation, training_filter
+from pipelines.measuring.preparation import (
+    compressed_image,
+    learnt_from_windows,
+    read_preparation,
+    training_filter,
+)
 from pipelines.measuring.reference import ImageReference
 from pipelines.measuring.statistics_file import StatisticsReference
 
@@ -65,6 +70,7 @@ def find_doubts(
     yield from _too_few(samples, reference, extractor)
     yield from _training_split(reference, trained_on, asked)
     yield from _filters(samples, reference, trained_on)
+    yield from _windows(samples, reference, trained_on)
     if isinstance(reference, ImageReference):
         name = compressed_image(reference.source, reference.resolution)
         if name is not None:
@@ -124,6 +130,21 @@ def _filters(
             f"{reference.what} were brought down by {theirs}, and what the samples were learnt "
             f"from by {ours}: FID between them measures the filter; prepare both by the same "
             "--filter"
+        )
+
+
+def _windows(
+    samples: Samples, reference: Reference, trained_on: DataConfig | None
+) -> Iterator[str]:
+    # images that were not brought down may be windows that a person has cut
+    if reference.filter is None or trained_on is None:
+        return
+    side = samples.resolution
+    if learnt_from_windows(trained_on, side):
+        yield (
+            f"{reference.what} are whole images brought down, and the model learnt from windows of "
+            "larger ones at native size (data.crop=random): FID between them measures the crop; "
+            f"give --data of such windows, {side}×{side} each"
         )
 
 

@@ -3,10 +3,8 @@
 <run>/eval/<data>-<split>-<resolution>.json   the numbers, and all they depend on
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +12,15 @@ from numpy.typing import NDArray
 
 from ldm.config import to_tree
 from ldm.data import DataConfig
-from ldm.data.dataset import PHOTOS
 from ldm.errors import LdmError, UsageError
 from ldm.files import write_json
 from ldm.metrics.extractors import Extractor
 from ldm.run_folder import installed_version, provenance
-from pipelines.measuring.comparability import place
 from pipelines.measuring.evaluation_plan import Job
 from pipelines.measuring.features import describe_extractor
 from pipelines.measuring.instruments import FEATURES, Instruments
 from pipelines.measuring.preparation import preparation
+from pipelines.measuring.result_names import join_words, name_data
 
 FORMAT = 1
 NUMBERS = {
@@ -165,20 +162,13 @@ def default_path(
     Args:
         settings: further words that tell it from others of this model.
     """
-    source = data.source
-    if source != PHOTOS:
-        where = Path(place(source))
-        # two folders of a path, for many data sets end in /val; and many of those in x/val
-        digits = sha256(str(where).encode()).hexdigest()[:6]
-        source = "-".join([*where.parts[-2:], digits])
-    words = [source, split, str(resolution), *settings]
+    words = [name_data(data.source), split, str(resolution), *settings]
     # best.pt lies beside ckpt.pt, and one of another format may beside either
     which = model.stem if model.suffix == ".pt" else model.name
     if model.is_file() and which != "ckpt":
         words.insert(0, which)
     folder = model if model.is_dir() else model.parent
-    name = re.sub(r"[^\w.=-]+", "_", "-".join(words)).strip("_-")
-    return folder / "eval" / f"{name}.json"
+    return folder / "eval" / f"{join_words(*words)}.json"
 
 
 def check_writable(path: Path) -> None:

@@ -68,6 +68,7 @@ def survey_reference(reference: ImageReference, tools: Tools, mode: str) -> Seen
         _save(seen.survey.features, seen.prints, reference, identity)
     except LdmError as error:
         console.print(f"note: the reference's statistics are not kept: {error}", markup=False)
+        about |= {"statistics": None}
     return replace(seen, about=about | {"kept": False})
 
 

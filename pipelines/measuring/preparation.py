@@ -27,6 +27,8 @@ def preparation(config: DataConfig) -> dict[str, Any] | None:
     path = Path(config.source).expanduser()
     if config.source == PHOTOS or path.suffix == ".zip":
         return None
+    if not path.exists() and "{" not in config.source:
+        return None  # the folder that it is not in may be prepared
     return read_preparation(path if path.is_dir() else path.parent)
 
 
@@ -48,9 +50,19 @@ def resize_filter(config: DataConfig, source: Source, resolution: int) -> str | 
         return None  # windows at native size
     prepared = preparation(config)
     steps = [prepared["filter"]] if prepared and prepared["filter"] != NOT_RESIZED else []
-    if (prepared["size"] if prepared else _native_size(source)) > resolution:
+    if _side(config, source) > resolution:
         steps.append("lanczos")  # as `center_crop` does
     return ", then ".join(steps) or None
+
+
+def learnt_from_windows(config: DataConfig, resolution: int) -> bool:
+    """Whether a model learnt from windows of larger images, at native size; False where that cannot
+    be known now, and of the built-in photographs, whose reference is windows, too."""
+    if config.crop != "random" or config.source == PHOTOS:
+        return False
+    with suppress(LdmError):  # the data is not here any more
+        return _side(config, open_source(config, "all", resolution)) > resolution
+    return False
 
 
 def training_filter(config: DataConfig, resolution: int) -> str | None:
@@ -72,6 +84,12 @@ def compressed_image(source: Source, resolution: int) -> str | None:
             if min(source.load(i).shape[:2]) == resolution:
                 return source.name(i)
     return None
+
+
+def _side(config: DataConfig, source: Source) -> int:
+    """The shorter side of a data set's images, pixels, by its manifest or by most of them."""
+    prepared = preparation(config)
+    return prepared["size"] if prepared else _native_size(source)
 
 
 def _native_size(source: Source) -> int:

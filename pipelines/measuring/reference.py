@@ -1,8 +1,10 @@
 """The images that samples are compared with: one split of a data set."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from ldm.config import to_tree
@@ -14,6 +16,8 @@ from ldm.data.split import Part, Split
 from ldm.errors import LdmError
 from pipelines.measuring.preparation import preparation, resize_filter
 from pipelines.measuring.survey import SEED
+
+NOT_ENLARGED = "nothing is enlarged to be compared"
 
 
 class ImageReference:
@@ -32,7 +36,8 @@ class ImageReference:
         filter: what brings, or brought, them down to the resolution, where that is known.
 
     Raises:
-        LdmError: there is no such data; it was prepared at another size; or there are not two.
+        LdmError: there is no such data; it was prepared at another size, or its images are smaller
+            than the samples; or there are not two.
         UsageError: the data has no such split.
     """
 
@@ -45,8 +50,12 @@ class ImageReference:
         limit: int | None = None,
     ) -> None:
         self.config, self.split, self.resolution = config, split, resolution
-        self.source = open_source(config, split, resolution)
         self.prepared = preparation(config)
+        self._check_prepared()
+        self.source = open_source(config, split, resolution)
+        if config.source != PHOTOS:
+            everyone = np.arange(len(self.source))
+            self.source = _LargeEnough(self.source, everyone, resolution)
         centred = config.model_copy(update={"crop": "center"})
         self.filter = resize_filter(centred, self.source, resolution)
         self.is_crops = config.source == PHOTOS and split != "val"
@@ -54,13 +63,6 @@ class ImageReference:
             self._count = samples
             self.what = f"photos, {split}: {samples} random crops, seed {SEED}"
             return
-        if self.prepared and self.prepared["size"] != resolution:
-            size = self.prepared["size"]
-            raise LdmError(
-                f"{config.source} was prepared at {size}×{size} and the samples are "
-                f"{resolution}×{resolution}: resizing twice changes every number; prepare the data "
-                f"with --size {resolution}"
-            )
         self._count = min(len(self.source), limit or len(self.source))
         brought = f", brought down by {self.filter}" if self.filter else ""
         self.what = f"{config.source}, {split}: {self._count} images, centre-cropped{brought}"
@@ -95,6 +97,16 @@ class ImageReference:
             if wanted.any():  # of the last batch a process may have none
                 yield Batch(*(part[wanted] for part in batch))
 
+    def _check_prepared(self) -> None:
+        size = self.prepared["size"] if self.prepared else self.resolution
+        if size != self.resolution:
+            why = "resizing twice changes every number" if size > self.resolution else NOT_ENLARGED
+            raise LdmError(
+                f"{self.config.source} was prepared at {size}×{size} and the samples are "
+                f"{self.resolution}×{self.resolution}: {why}; prepare the data with --size "
+                f"{self.resolution}"
+            )
+
     def part(self, indices: Tensor) -> "ReferencePart":
         """Some of the images, numbered anew; not of crops, which are in no source."""
         return ReferencePart(self, indices)
@@ -121,6 +133,24 @@ class ImageReference:
             "prepared": self.prepared,
             "filter": self.filter,
         }
+
+
+@dataclass(frozen=True)
+class _LargeEnough(Part):
+    """Images of which none may be smaller than the samples, whose edge is `side` pixels."""
+
+    side: int
+
+    def load(self, index: int) -> np.ndarray:
+        image = super().load(index)
+        height, width = image.shape[:2]
+        if min(height, width) < self.side:
+            raise LdmError(
+                f"{self.name(index)} is {width}×{height}, smaller than the samples, which are "
+                f"{self.side}×{self.side}: {NOT_ENLARGED}; give --data of images as large, or take "
+                "the small ones out"
+            )
+        return image
 
 
 class ReferencePart:

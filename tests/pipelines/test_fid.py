@@ -372,13 +372,15 @@ def test_samples_that_do_not_say_their_data(tmp_path, reference):
         fid_of_samples(tmp_path / "data")
 
 
-def test_what_an_older_version_says_of_the_data_is_not_needed(samples, reference, measure):
+def test_what_an_older_version_says_of_the_data_is_not_needed(samples, reference, measure, weights):
     mark = json.loads((samples / "samples.json").read_text())
     mark["data"] = {"folder": "x"}
     (samples / "samples.json").write_text(json.dumps(mark))
     assert measure(samples, reference)["samples"]["filter"] is None
     with pytest.raises(UsageError, match="unknown key 'folder'"):
         fid_of_samples(samples, device="cpu")
+    with pytest.raises(UsageError, match="no reference 'faces'"):
+        fid_of_samples(samples, reference="faces", weights=weights, device="cpu")
 
 
 # ---------------------------------------------------------------------------------- errors
@@ -406,15 +408,27 @@ def test_a_reference_of_smaller_images(tmp_path, reference, measure):
     (tmp_path / "large").mkdir()
     for name in ("a", "b"):
         Image.new("RGB", (64, 64)).save(tmp_path / "large" / f"{name}.png")
-    with pytest.raises(LdmError, match="is 24×24, smaller than"):
+    with pytest.raises(LdmError) as error:
         measure(tmp_path / "large", reference)
+    assert str(error.value) == (
+        f"{tmp_path / 'data' / '000.png'} is 24×24, smaller than the samples, which are 64×64: "
+        "nothing is enlarged to be compared; give --data of images as large, or take the small "
+        "ones out"
+    )
+
+
+def test_one_image_that_is_smaller(samples, reference, measure):
+    folder = write_folder(samples.parent / "many", enlarged(pictures(60, 2)))
+    Image.fromarray(THEIRS[0, :20]).save(folder / "031.png")
+    with pytest.raises(LdmError, match=r"031.png is 24×20, smaller than the samples, which are"):
+        measure(samples, DataConfig(source=str(folder), workers=0), "all")
 
 
 def test_a_reference_prepared_at_another_size(tmp_path, samples, reference, measure):
     from ldm.data.prepare import prepare
 
     write_folder(tmp_path / "big", pictures(6, 4).repeat(2, 1).repeat(2, 2))
-    for size, told in ((16, "prepared at 16×16, and 24×24 is asked for"),
+    for size, told in ((16, r"prepared at 16×16 .* 24×24: nothing is enlarged .* --size 24"),
                        (48, r"prepared at 48×48 .* 24×24: resizing twice")):  # fmt: skip
         source = tmp_path / "big" if size > SIZE else reference.source
         prepare(source, tmp_path / f"{size}", size, held_out=3, workers=0)
@@ -439,6 +453,42 @@ def test_a_result_that_cannot_be_written_stops_before_the_work(samples, referenc
         measure(samples, reference)
 
 
+# -------------------------------------------------------------------------- where it is kept
+def test_each_measurement_has_a_file_of_its_own(tmp_path, samples, reference, weights, monkeypatch):
+    (tmp_path / "eyes.py").write_text("def two():\n    return lambda x: x[:, :2, 0, 0].float()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    given = {"device": "cpu", "force": True}
+    for named in (
+        {}, {"data": "photos"}, {"split": "train"}, {"limit": 9}, {"mode": "legacy-tensorflow"},
+    ):  # fmt: skip
+        fid_of_samples(samples, weights=weights, **named, **given)
+    fid_of_samples(samples, features="eyes:two", **given)
+    first = json.loads((samples / "fid.json").read_text())
+    assert sorted(path.name for path in samples.glob("*fid*")) == [
+        "fid-eyes_two.json", "fid-first9.json", "fid-legacy-tensorflow.json", "fid-photos.json",
+        "fid-train.json", "fid.json",
+    ]  # fmt: skip
+    plain = {"data": reference.source, "split": "all"}  # as it is where nothing is named
+    again = fid_of_samples(samples, weights=weights, **plain, **given)
+    assert again["written"] == str(samples / "fid.json") and again["fid"] == first["fid"]
+
+
+def test_a_failed_measurement_leaves_what_was_finished(
+    tmp_path, samples, reference, weights, no_inception
+):
+    finished = fid_of_samples(samples, weights=weights, device="cpu", force=True)
+    there = json.loads((samples / "fid.json").read_text())
+    for _ in range(2):
+        with pytest.raises(LdmError) as error:
+            fid_of_samples(samples, device="cpu")
+        assert str(error.value).endswith(f"is in {samples / 'fid-swd.json'}")
+    assert json.loads((samples / "fid.json").read_text()) == there
+    told = json.loads((samples / "fid-swd.json").read_text())
+    assert told["fid"] is None and told["swd"] == pytest.approx(finished["swd"], rel=1e-9)
+    with pytest.raises(LdmError, match=r"is in .*x\.json"):
+        fid_of_samples(samples, device="cpu", out=tmp_path / "x.json")
+
+
 # -------------------------------------------------------------------------------- processes
 @pytest.mark.slow
 def test_two_processes_measure_the_same(tmp_path, samples, reference):
@@ -454,7 +504,8 @@ def test_two_processes_measure_the_same(tmp_path, samples, reference):
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("written") == 1
-        results.append(json.loads((samples / "fid.json").read_text()))
+        (written,) = samples.glob("fid*.json")
+        results.append(json.loads(written.read_text()))
     one, other = results
     assert one["samples"] == other["samples"] and one["swd"] == other["swd"]
     for name in ("fid", "kid", "precision", "recall"):

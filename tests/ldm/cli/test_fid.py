@@ -2,10 +2,12 @@
 
 import inspect
 import json
+from pathlib import Path
 
 import pytest
 import typer
 
+from ldm.cli.evaluate import eval_ae
 from ldm.cli.fid import fid
 from ldm.errors import LdmError, UsageError
 from ldm.metrics import inception
@@ -95,6 +97,33 @@ def test_few_images_need_force(samples, weights, capsys):
         fid(samples, split="val", weights=weights, device="cpu")
     fid(samples, split="val", weights=weights, device="cpu", force=True)
     assert "note: FID over 10 samples" in capsys.readouterr().out
+
+
+def test_where_statistics_are_kept(samples, tmp_path, weights, capsys):
+    fid(samples, weights=weights, device="cpu")
+    kept = read(capsys.readouterr().out)["statistics"]
+    assert Path(kept).is_file() and Path(kept).parent == tmp_path / "cache" / "statistics"
+    fid(samples, reference=kept, weights=weights, device="cpu")
+    told = capsys.readouterr().out
+    assert "note: SWD is left out: it compares patches" in told and "SWD ×10³" not in told
+    assert read(told)["statistics"] == kept
+    fid(samples, split="val", weights=weights, device="cpu", force=True)  # too few to be kept
+    assert "statistics" not in read(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("command", [fid, eval_ae])
+def test_what_features_must_be(command):
+    (info,) = inspect.signature(command).parameters["features"].annotation.__metadata__
+    assert "function(device) gives a callable of uint8 images (B, 3, H, W)" in info.help
+
+
+def test_a_damaged_sample_is_told_by_its_name(samples, weights):
+    path = next(samples.rglob("img00000003.png"))
+    path.write_bytes(b"no picture")
+    with pytest.raises(LdmError) as error:
+        fid(samples, weights=weights, device="cpu")
+    reason = "no picture, or its beginning is damaged"
+    assert str(error.value) == f"{path} is damaged ({reason}): delete {path} and sample again"
 
 
 def test_every_option_says_what_it_is():

@@ -155,7 +155,8 @@ def test_specs_that_name_nothing(write):
     assert f"no module '{missing}' is in" in error_of(f"{missing}:make", UsageError)
     assert f"'build' is not in {name}" in error_of(f"{name}:build", UsageError)
     assert "is int, which cannot be called" in error_of(f"{name}:number", UsageError)
-    assert "returned int, which cannot be called" in error_of(f"{name}:make")
+    returned = error_of(f"{name}:make")
+    assert "returned int, which cannot be called with images: it must be function(dev" in returned
 
 
 def test_modules_that_cannot_be_imported(write):
@@ -174,6 +175,14 @@ def test_functions_that_fail(write):
     assert "failed to be made: TypeError" in error_of(f"{name}:ask")
     assert "failed to be made: RuntimeError: one two" in error_of(f"{name}:fall")
     assert "failed on uint8 images (2, 3, 256, 256): RuntimeError" in error_of(f"{name}:make")
+
+
+def test_a_function_of_images_is_told_what_it_should_be(write):
+    name = write("def features(images):\n    return images.float().mean((2, 3))\n")
+    assert error_of(f"{name}:features").endswith(
+        "has no attribute 'float'; it must be function(device) → callable(uint8 images "
+        "(B, 3, H, W)) → (B, dim)"
+    )
 
 
 def test_answers_that_are_no_features(write):

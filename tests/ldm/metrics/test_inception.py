@@ -152,7 +152,9 @@ def test_a_broken_download(tmp_path):
     path.write_bytes(path.read_bytes()[:3000])
     with pytest.raises(LdmError) as error:
         load_inception(path, "cpu")
-    assert "is damaged or no TorchScript file: delete it" in one_line(error)
+    text = one_line(error)
+    assert f"{path} is damaged or no TorchScript file: give the published inception-" in text
+    assert "or leave --weights out" in text and "delete" not in text, "it is a person's own file"
 
 
 def test_a_file_of_plain_weights(tmp_path):

@@ -1,6 +1,7 @@
 """Comparisons that mean nothing are refused in one line; told to go on, they carry it."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,7 +61,7 @@ def refused(samples, weights):
             assert doubt != text
             result = fid_of_samples(folder, **options, force=True)
             assert doubt in result["warnings"] and result["fid"] is not None
-            assert doubt in json.loads((folder / "fid.json").read_text())["warnings"]
+            assert doubt in json.loads(Path(result["written"]).read_text())["warnings"]
         return text
 
     return call
@@ -93,12 +94,8 @@ def test_all_that_was_trained_on(tmp_path, samples, data, refused, weights):
     for split in ("train", "all"):
         said = fid_of_samples(samples, split=split, weights=weights, device="cpu")
         assert len(said["warnings"]) == 1 and said["reference"]["split_asked"] == split
-    assert "trained on" in refused(samples_without_result(samples), data=str(data), forced=False)
-
-
-def samples_without_result(samples):
     (samples / "fid.json").unlink()
-    return samples
+    assert "trained on" in refused(data=str(data), forced=False)
 
 
 def test_other_filters(tmp_path, samples, weights, refused):
@@ -116,6 +113,30 @@ def test_other_filters(tmp_path, samples, weights, refused):
     (samples / "samples.json").write_text(json.dumps(mark))
     unknown = fid_of_samples(samples, str(tmp_path / "lanczos"), weights=weights, device="cpu")
     assert len(unknown["warnings"]) == 1 and unknown["samples"]["filter"] is None
+
+
+def test_windows_against_whole_images(tmp_path, samples, data, weights, refused):
+    large = write_folder(tmp_path / "large", enlarged(THEIRS))
+
+    def learnt(source, crop) -> None:
+        mark = json.loads((samples / "samples.json").read_text())
+        mark["data"] = {"source": str(source), "crop": crop, "held_out": 3, "workers": 0}
+        (samples / "samples.json").write_text(json.dumps(mark))
+
+    def sound(**given) -> bool:
+        result = fid_of_samples(samples, **given, weights=weights, device="cpu")
+        return len(result["warnings"]) == 1
+
+    learnt(large, "random")
+    text = refused()
+    assert text.startswith(f"{large}, all: 12 images, centre-cropped, brought down by lanczos are")
+    assert "learnt from windows of larger ones at native size (data.crop=random)" in text
+    assert "give --data of such windows, 24×24 each; --force" in text
+    assert sound(data=str(data)), "of this size they may be such windows"
+    assert sound(data="photos"), "these are windows themselves"
+    for source, crop in ((large, "center"), (data, "random"), ("photos", "random")):
+        learnt(source, crop)
+        assert sound(data=str(large)), (source, crop)
 
 
 def test_samples_that_were_prepared_themselves(tmp_path, refused):
@@ -151,7 +172,6 @@ def test_samples_that_are_images_of_the_reference(tmp_path, samples, data, weigh
     # the same pixels in another file, of another format
     (data / "002.png").unlink()
     Image.fromarray(THEIRS[2]).save(data / "002.bmp")
-    (folder / "fid.json").unlink()
     assert "2 of 12 samples" in refused(folder, data=str(data), split="train")
 
 

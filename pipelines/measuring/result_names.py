@@ -1,0 +1,64 @@
+"""How results are named: by what their numbers are of, so that none takes another's place.
+
+photos-val-64.json    an evaluation; of other data, two folders of its path and a few digits
+fid.json              samples against the data of their model, all of it, by Inception
+fid-photos-val.json   the same samples against other data, and one split of it
+fid-swd.json          what was measured without an FID, where `fid.json` holds one
+"""
+
+import json
+import re
+from hashlib import sha256
+from pathlib import Path
+
+from ldm.data.dataset import PHOTOS
+from ldm.data.split import Split
+from pipelines.measuring.comparability import place
+from pipelines.measuring.settings import Measuring
+from pipelines.measuring.statistics_file import PUBLISHED
+
+DEFAULT_SPLIT: Split = "all"
+"""What samples are compared with where no split is named."""
+
+
+def name_data(source: str) -> str:
+    """A data set in the name of a file: two folders of its path with a few digits of the whole, as
+    in `imagenet-val-1f0c52`."""
+    if source == PHOTOS:
+        return source
+    where = Path(place(source))
+    # two folders of a path, for many data sets end in /val; and many of those in x/val
+    digits = sha256(str(where).encode()).hexdigest()[:6]
+    return "-".join([*where.parts[-2:], digits])
+
+
+def join_words(*words: str) -> str:
+    """Words as the name of a file, without its ending."""
+    return re.sub(r"[^\w.=-]+", "_", "-".join(words)).strip("_-")
+
+
+def fid_path(plain: Path, other: str | None, split: Split | None, how: Measuring) -> Path:
+    """Where a measurement of samples is kept: `plain`, with a word for all that is not as by
+    default.
+
+    Args:
+        other: the data or the statistics that the samples are compared with; None for the data of
+            their own model.
+    """
+    words = [
+        *([] if other is None else [other if other in PUBLISHED else name_data(other)]),
+        *([] if split in (None, DEFAULT_SPLIT) else [str(split)]),
+        *([f"first{how.limit}"] if how.limit else []),
+        *([how.features] if how.features else []),
+        *([how.mode] if how.mode != "clean" else []),
+    ]
+    return plain.with_name(f"{join_words(plain.stem, *words)}.json")
+
+
+def path_without_fid(path: Path) -> Path:
+    """Where a result that has no FID is kept: at `path`, or beside it where one with an FID is."""
+    try:
+        has_fid = json.loads(path.read_text("utf-8"))["fid"] is not None
+    except (OSError, ValueError, TypeError, KeyError):  # none is there, or it is damaged
+        has_fid = False
+    return path.with_name(f"{path.stem}-swd.json") if has_fid else path
