@@ -18,7 +18,7 @@ from ldm.data import DataConfig
 from ldm.data.split import Split
 from ldm.errors import LdmError, UsageError
 from ldm.metrics.mmd import rbf_mmd
-from ldm.processes import from_main, join_processes
+from ldm.processes import fail_together, from_main, join_processes
 from ldm.seeds import normal
 from pipelines.analysis.jackknife import image_shares
 from pipelines.analysis.subjects import (
@@ -177,10 +177,11 @@ def _encode(
     subject: Subject, images: Images, batch_size: int, ranks: PartialState, where: torch.device
 ) -> tuple[Tensor, DiagonalGaussian]:
     """Numbers (n,) and posteriors of all images, on the CPU, on every process."""
-    share = [
-        (k, posterior.mean.cpu(), posterior.logvar.cpu())
-        for k, _, posterior in encode_share(subject, images, batch_size, ranks, where)
-    ]
+    with fail_together(ranks):
+        share = [
+            (k, posterior.mean.cpu(), posterior.logvar.cpu())
+            for k, _, posterior in encode_share(subject, images, batch_size, ranks, where)
+        ]
     parts = [part for share in gather(ranks, share) for part in share]
     if not parts:
         raise LdmError(f"{images.what}: no image can be read")

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from autoencoders.posterior import DiagonalGaussian
 from ldm.errors import LdmError
+from ldm.processes import fail_together
 from pipelines.analysis.subjects import Images, Subject, encode_share, gather
 
 GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601: luma of red, green and blue
@@ -78,10 +79,11 @@ def measure(
         LdmError: there is no image, or a latent is not finite.
     """
     share, counted = None, 0
-    for _, shown, posterior in encode_share(subject, images, batch_size, ranks, where):
-        sums = _sums(posterior, shown)
-        share = sums if share is None else [a + b for a, b in zip(share, sums, strict=True)]
-        counted += len(shown)
+    with fail_together(ranks):
+        for _, shown, posterior in encode_share(subject, images, batch_size, ranks, where):
+            sums = _sums(posterior, shown)
+            share = sums if share is None else [a + b for a, b in zip(share, sums, strict=True)]
+            counted += len(shown)
     shares = [(s, n) for s, n in gather(ranks, (share, counted)) if n]
     if not shares:
         raise LdmError(f"{images.what}: no image can be read")
