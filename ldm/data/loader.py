@@ -154,7 +154,8 @@ def _load(
         if "DataLoader worker (pid" not in str(error):
             raise
         raise LdmError(
-            "a loader worker was killed, most often for want of memory: lower data.workers"
+            "a loader worker was killed, most often for want of memory: lower data.workers; or it "
+            'never began, in a script that lacks `if __name__ == "__main__":`'
         ) from error
 
 
