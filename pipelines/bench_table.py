@@ -25,6 +25,8 @@ from pipelines.bench import (
     measure_encoders,
 )
 
+PAPERS = "paper's"
+"""The title of each of the paper's columns begins so."""
 OTHER_IMAGES = (
     f"not the paper's batch of {BATCH} images of {RESOLUTION}²: compare the ratios, "
     "not the numbers themselves"
@@ -62,15 +64,16 @@ class Bench:
 
     def tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
         """(title, header, rows): what was measured, and as multiples of the VAE if it was."""
-        header = ["encoder", "weights, M", "paper", "GMAC", "paper", "MiB", "paper, MB"]
-        header += ["images/s", "paper"]
+        header = ["encoder", "weights, M", f"{PAPERS} weights, M", "GMAC", f"{PAPERS} GMAC"]
+        header += ["MiB", f"{PAPERS} MB", "images/s", f"{PAPERS} images/s"]
         tables = [("here, beside the paper", header, [_measured(cost) for cost in self.costs])]
         reference = {cost.name: cost for cost in self.costs}.get(REFERENCE)
         if reference is not None and len(self.costs) > 1:
-            header = ["encoder", "weights", "paper", "GMAC", "memory", "paper"]
+            header = ["encoder", "weights", f"{PAPERS} weights", "GMAC", "memory"]
+            header += [f"{PAPERS} memory", "images/s", f"{PAPERS} images/s"]
             ratios = [_ratios(cost, reference) for cost in self.costs if cost is not reference]
             title = f"as multiples of {REFERENCE}'s"
-            tables.append((title, [*header, "images/s", "paper"], ratios))
+            tables.append((title, header, ratios))
         return tables
 
 

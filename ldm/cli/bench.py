@@ -38,7 +38,7 @@ def bench(
 
     from ldm.logbook import console
     from pipelines.bench import ENCODERS, SOURCE
-    from pipelines.bench_table import bench_encoders
+    from pipelines.bench_table import PAPERS, bench_encoders
 
     result = bench_encoders(
         encoders or ENCODERS, resolution, batch, device, repeats, timed, precision, out
@@ -47,8 +47,10 @@ def bench(
         table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
         for number, name in enumerate(header):
             # what the paper says stands back
-            style = "dim" if name.startswith("paper") else ""
-            table.add_column(name, justify="right" if number else "left", style=style)
+            style = "dim" if name.startswith(PAPERS) else ""
+            # whose on a line of its own: side by side they would not fit into 80 columns
+            title = name.replace(f"{PAPERS} ", f"{PAPERS}\n") if style else f"\n{name}"
+            table.add_column(title, justify="right" if number else "left", style=style)
         for row in rows:
             table.add_row(*row)
         console.print()

@@ -32,12 +32,14 @@ def chart(
     x_name: str,
     log: bool = False,
     colours: Mapping[str, str] | None = None,
+    note: str = "",
 ) -> str:
     """Lines through (x, y) points as an SVG, named with their last value; "" where there is none.
 
     Args:
         log: y is scaled by its logarithm, and points without one are left out.
         colours: of each line; by default `colour` of its place.
+        note: what to mind when reading it, below it.
     """
     scale = math.log10 if log else float
     shown = {
@@ -65,20 +67,21 @@ def chart(
             f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
         )
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{level:.6g}</text>')
-    below = HEIGHT - BOTTOM + 17
+    foot = HEIGHT - BOTTOM + 17
     for x, anchor, label in (
         (LEFT, "start", f"{x_low:,.0f}"),
         ((LEFT + WIDTH - RIGHT) / 2, "middle", escape(x_name)),
         (WIDTH - RIGHT, "end", f"{x_high:,.0f}"),
     ):
-        parts.append(f'<text x="{x}" y="{below}" text-anchor="{anchor}">{label}</text>')
+        parts.append(f'<text x="{x}" y="{foot}" text-anchor="{anchor}">{label}</text>')
     for name, points in shown.items():
         path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in points)
         parts.append(_line(path, colours[name], alone=len(points) == 1))
+    below = f'<p class="dim">{escape(note)}</p>' if note else ""
     return (
         f'<div class="chart"><h3>{escape(title)}</h3>{_legend(shown, colours)}'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
-        f"{''.join(parts)}</svg></div>"
+        f"{''.join(parts)}</svg>{below}</div>"
     )
 
 

@@ -18,11 +18,19 @@ NAMES = {
     "l2": "ℓ2",
     "lpips": "LPIPS",
     "kl": "KL",
+    "gradient_ratio": "gradient ratio, ‖∇rec‖ ÷ ‖∇adv‖",
     "lr": "learning rate",
     "skipped": "steps skipped, not finite",
 } | {
     name: f"loss where σ ≥ {low:g}" if high == inf else f"loss where {low:g} ≤ σ < {high:g}"
     for (low, high), name in band_names().items()
+}
+NOTES = {
+    "gradient_ratio": (
+        "The reconstruction loss's gradient over the adversarial loss's, which bears no weight, at "
+        "the decoder's last layer: Equation 2 of the paper without its ½. `ldm analyze gradients` "
+        "draws the inverse."
+    )
 }
 WATCHED = ("lr", "images_per_second", "resolution", "skipped")
 """How a run went, not what it learnt."""
@@ -56,7 +64,24 @@ def _chart(name: str, records: Sequence[Record], colours: Mapping[str, str]) -> 
             series[record.label] = _thin(points)
     title = NAMES.get(name, name.replace("_", " "))
     log = name not in LINEAR and _spans_decades([y for line in series.values() for _, y in line])
-    return page.chart(title, series, "images seen", log, colours)
+    note = NOTES.get(name, "")
+    if name.startswith("val"):
+        note = _several_resolutions([record for record in records if record.label in series])
+    return page.chart(title, series, "images seen", log, colours, note)
+
+
+def _several_resolutions(records: Sequence[Record]) -> str:
+    """At which resolution each run is validated, where it is not the same; "" where it is."""
+    sides: dict[int, list[str]] = {}
+    for record in records:
+        sides.setdefault(record.resolution, []).append(record.label)
+    if len(sides) < 2:
+        return ""
+    told = [
+        f"{f'at {side}²' if side else 'at a resolution not known'}: {', '.join(labels)}"
+        for side, labels in sorted(sides.items(), reverse=True)
+    ]
+    return f"Not to be compared between resolutions. Validated {'; '.join(told)}."
 
 
 def _thin(points: page.Points) -> page.Points:

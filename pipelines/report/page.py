@@ -61,24 +61,30 @@ img { max-width: 100%; height: auto; image-rendering: pixelated; border-radius: 
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr));
           gap: 1rem; margin: 1rem 0 }
 .chart { padding: .8rem; min-width: 0 } .chart h3 { margin: 0 0 .3rem; font-size: .95rem }
+.chart p { margin: .4rem 0 0; font-size: .82rem }
 svg { width: 100%; height: auto; display: block } svg text { fill: var(--dim); font-size: 12px }
 svg .grid { stroke: var(--line) }
 .legend { display: flex; flex-wrap: wrap; gap: .1rem .9rem; font-size: .82rem; color: var(--dim);
           margin: .1rem 0 .4rem }
 .chip { display: inline-block; width: .7em; height: .7em; border-radius: 2px; margin-right: .4em }
 .scroll { overflow-x: auto; margin: .6rem 0 1rem }
-table { border-collapse: collapse; width: 100%; font-size: .93rem } td, th { text-align: left;
-        padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
+/* in the column that stays in sight, the next cell paints over collapsed borders, and over those
+   below a cell that is no whole pixels high */
+table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: 15px;
+        line-height: 23px } td, th { text-align: left; padding: 6px .8rem 6px 0;
+        border-top: 1px solid var(--line); vertical-align: top }
+table tr:first-child > th, table:not(.columns) tr:first-child > td { border-top: 0 }
 td:last-child { overflow-wrap: anywhere }
 .columns th { white-space: nowrap } .columns th, .columns td { min-width: 5.5rem }
 .columns tr > :first-child { min-width: 9.5rem; position: sticky; left: 0;
-        background: var(--paper) } .columns .dim { font-size: .88rem }
+        background: var(--paper); overflow-wrap: anywhere } .columns .dim { font-size: .88rem }
 .columns td { font-variant-numeric: tabular-nums } .columns thead th { color: var(--dim);
         font-weight: 600; font-size: .85rem }
 details { margin: .6rem 0 } summary { cursor: pointer; color: var(--dim) }
 details[open] > summary { margin-bottom: .4rem }
 .note { background: var(--mark); border-radius: 8px; padding: .5rem .8rem; font-size: .93rem;
-        margin: .5rem 0; max-width: none }
+        margin: .5rem 0; max-width: none; overflow-wrap: anywhere } .note .dim { font-size: .85rem }
+details details { margin-left: 1rem }
 .strips { overflow-x: auto; margin: 1rem 0 } .strips figure { margin: 0 0 1rem; overflow: visible }
 .strips img { max-width: none; flex: none } .strips .row { display: flex; gap: 3px }
 .strips figcaption { position: sticky; left: 0;
@@ -113,9 +119,10 @@ def folded(title: str, *parts: str) -> str:
     return f"<details><summary>{escape(title)}</summary>{''.join(parts)}</details>"
 
 
-def note(text: str) -> str:
-    """Something that a reader must not miss."""
-    return f'<p class="note">{escape(text)}</p>'
+def note(text: str, of: str = "") -> str:
+    """Something that a reader must not miss, and below it in small what it is said of."""
+    below = f'<br><span class="dim">{escape(of)}</span>' if of else ""
+    return f'<p class="note">{escape(text)}{below}</p>'
 
 
 def chip(colour: str, name: str) -> Markup:

@@ -76,7 +76,7 @@ def _reconstructions(
     records: Sequence[Record], titles: Mapping[str, page.Markup], looks: Looks
 ) -> str:
     config = _data(records[0], looks.data)
-    resolution = looks.resolution or max(map(_ended_at, records))
+    resolution = looks.resolution or max(record.resolution for record in records)
     originals, why = _attempt(lambda: _held_out(config, resolution, looks.images))
     if originals is None:
         why = f"Its held-out images could not be read ({why})"
@@ -96,8 +96,8 @@ def _reconstructions(
         each = psnr(originals, recon)
         listed = " · ".join(f"{value:.1f}" for value in each.tolist())
         told = f"PSNR {each.mean().item():.2f} dB ({listed})"
-        if _ended_at(record) != resolution:
-            told += f"; it was trained up to {_ended_at(record)}²"
+        if record.resolution != resolution:
+            told += f"; it was trained up to {record.resolution}²"
         title = titles[record.label]
         rows.append((page.Markup(f"{title}: {told}"), recon))
         latents.append((title, shown))
@@ -137,14 +137,6 @@ def _read(record: Record) -> AutoencoderFile:
     file = read_autoencoder(path)
     record.sha256 = fingerprint(file.weights)
     return file
-
-
-def _ended_at(record: Record) -> int:
-    """Side of the images that a stage-one run was trained on last; 0 where it does not say."""
-    phases = record.config.get("phases")
-    last = phases[-1] if isinstance(phases, list) and phases else None
-    side = last.get("resolution") if isinstance(last, dict) else None
-    return side if isinstance(side, int) else 0
 
 
 # -------------------------------------------------------------------------------- stage two
@@ -199,7 +191,9 @@ def _attempt(make: Callable[[], T]) -> tuple[T | None, str]:
 
 
 def _own_picture(record: Record, titles: Mapping[str, page.Markup], prefix: str, why: str) -> str:
-    """What a run has drawn of itself, where its model cannot be asked, and why it cannot."""
+    """What a run has drawn of itself, where its model cannot be asked, and why it cannot, which a
+    person is told at once, too."""
+    console.print(f"note: {record.label}: {why}", markup=False)
     path = record.newest_picture(prefix)
     head = f"<p><b>{titles[record.label]}</b></p>"
     if path is None:

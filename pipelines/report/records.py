@@ -46,6 +46,16 @@ class Record:
         told = (self.result or {}).get("images_seen")
         return int(max([*last, told if isinstance(told, int) else 0]))
 
+    @property
+    def resolution(self) -> int:
+        """Side of the images that it ends with and is validated on, pixels; 0 where not known."""
+        phases = self.config.get("phases")  # stage two has none
+        last = phases[-1] if isinstance(phases, list) and phases else self.config
+        side = last.get("resolution") if isinstance(last, dict) else None
+        if side is None and self.result is not None:  # before its end, a larger one may follow
+            side = next((r["resolution"] for r in self.rows[::-1] if "resolution" in r), None)
+        return int(side) if isinstance(side, int | float) else 0
+
     def newest_picture(self, prefix: str) -> Path | None:
         """The newest of its pictures whose name begins so: they are numbered by images seen."""
         found = sorted((self.folder / "pictures").glob(f"{prefix}-*.png"))

@@ -26,6 +26,18 @@ def test_each_stands_beside_the_paper_and_ratios_beside_its_ratios():
         assert all(len(row) == len(header) for row in rows)
 
 
+def test_every_column_says_whose_it_is():
+    measured, ratios = Bench([VAE, SMALL], FACTS).tables()
+    assert measured[1][1:] == [
+        "weights, M", "paper's weights, M", "GMAC", "paper's GMAC", "MiB", "paper's MB",
+        "images/s", "paper's images/s",
+    ]  # fmt: skip
+    assert ratios[1][1:] == [
+        "weights", "paper's weights", "GMAC", "memory", "paper's memory", "images/s",
+        "paper's images/s",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("costs", [[VAE], [SMALL, OTHER]])
 def test_there_are_no_ratios_without_two_of_which_one_is_the_vae(costs):
     assert len(Bench(costs, FACTS).tables()) == 1

@@ -1,6 +1,7 @@
 """`ldm bench`: what it prints, and the words it takes."""
 
 import json
+import re
 
 import pytest
 import typer
@@ -8,6 +9,8 @@ from typer.testing import CliRunner
 
 from ldm.cli.bench import bench
 from ldm.errors import UsageError
+from pipelines.bench import EncoderCost
+from pipelines.bench_table import Bench
 
 
 @pytest.fixture
@@ -28,6 +31,22 @@ def test_it_prints_ours_beside_theirs_and_writes_both_files(command, tmp_path, c
     assert "2 image(s) of 32²" in said and "wrote new/bench.md" in said
     tree = json.loads((tmp_path / "new" / "bench.json").read_text("utf-8"))
     assert [row["name"] for row in tree["encoders"]] == ["litevae-s", "dwt"]
+
+
+def test_its_columns_fit_into_a_terminal_and_say_whose_they_are(monkeypatch, capsys):
+    widest = EncoderCost("litevae-m", 32_750_000, 136.36, 12130.0, 1250.0)
+    result = Bench([EncoderCost("sdvae", 34_163_592, 136.36, 8000.0, 50.0), widest],
+                   {"memory": "", "speed": ""})  # fmt: skip
+    monkeypatch.setattr("pipelines.bench_table.bench_encoders", lambda *asked: result)
+    monkeypatch.setattr("ldm.logbook.console.width", 80)
+    bench()
+    lines = capsys.readouterr().out.splitlines()
+    whose, what = (line.split() for line in lines[2:4])
+    assert whose == ["paper's"] * 4 and len(what) == 11  # "weights, M" is two words
+    ends = [found.end() for found in re.finditer("paper's", lines[2])]
+    units = [lines[3][:end].rsplit(maxsplit=1)[1] for end in ends]
+    assert units == ["M", "GMAC", "MB", "images/s"], "each stands above its own"
+    assert all(len(line) <= 80 for line in lines[:6]) and "12,130" in lines[5]
 
 
 def test_what_it_does_not_know_is_said(command):

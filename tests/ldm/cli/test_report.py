@@ -27,6 +27,17 @@ def test_it_writes_a_page_here_or_elsewhere(command, tmp_path):
     assert done.exit_code == 0 and (tmp_path / "new" / "a.html").is_file()
 
 
+def test_what_could_not_be_made_is_said_at_once(command, tmp_path, capsys):
+    run = stage_one(tmp_path / "a")
+    done = command("a", "--images", 1, "--data", "nowhere", "--device", "cpu")
+    said = done.output + capsys.readouterr().out
+    assert "note: a: Its held-out images could not be read (" in said
+    assert done.exit_code == 0 and "done: open report.html" in said
+    (run / "ckpt.pt").unlink()
+    said = command("a", "--images", 1, "--device", "cpu").output + capsys.readouterr().out
+    assert "note: a: Its model could not be used (there is no ckpt.pt)" in said
+
+
 def test_what_is_no_run_or_no_page_is_said(command, tmp_path):
     assert command().exit_code == 2
     assert isinstance(command("nowhere").exception, LdmError)

@@ -49,6 +49,11 @@ def test_ticks_are_round_within_and_few():
     assert chart._ticks(math.log10(0.21), math.log10(0.29), log=True) == [0.22, 0.24, 0.26, 0.28]
 
 
+def test_a_note_stands_below_the_lines():
+    drawn = chart.chart("t", {"a": [(0, 1.0)]}, "x", note="mind <this>")
+    assert drawn.endswith('</svg><p class="dim">mind &lt;this&gt;</p></div>')
+
+
 def test_a_chart_of_nothing_is_nothing():
     assert chart.chart("none", {"a": [(0, float("nan"))]}, "x") == ""
     assert chart.chart("none", {"a": [(0, 0.0)]}, "x", log=True) == ""

@@ -35,6 +35,20 @@ def test_markup_is_not_escaped_again():
     assert f"<th>{chip}</th>" in table and "a &amp; b" in table
 
 
+def test_a_note_says_below_what_it_is_of():
+    assert page.note("a & b", "c < d") == (
+        '<p class="note">a &amp; b<br><span class="dim">c &lt; d</span></p>'
+    )
+    assert page.note("a") == '<p class="note">a</p>'
+
+
+def test_lines_between_rows_go_along_with_the_column_that_stays():
+    """Collapsed borders belong to no cell, and stay behind; the next cell paints over one below."""
+    (cells,) = re.findall(r"td, th \{(.*?)\}", page.STYLE, re.DOTALL)
+    assert "position: sticky" in page.STYLE and "border-collapse: separate" in page.STYLE
+    assert "border-top: 1px" in cells and "border-bottom" not in cells
+
+
 def test_strips_keep_pixels_and_one_width():
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     html = page.strips([("few", images), ("small", images[:, :, :8, :8])])

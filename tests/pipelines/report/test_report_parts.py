@@ -6,10 +6,8 @@ from math import nan
 import pytest
 
 from ldm.errors import LdmError, UsageError
-from ldm.files import write_json
 from pipelines.report import page
 from pipelines.report.curves import POINTS, curves_section
-from pipelines.report.numbers import numbers_section
 from pipelines.report.records import Record, read_records
 from pipelines.report.settings import flatten, settings_section
 from tests.pipelines.report.run_folders import stage_one, stage_two, write_rows
@@ -56,6 +54,17 @@ def test_the_newest_picture_and_how_far_it_came(tmp_path):
     (run / "result.json").write_text("{", "utf-8")
     (found,) = read_records([run])
     assert found.result is None and "result.json is damaged" in found.notes[0]
+
+
+def test_where_a_run_ends_is_what_its_settings_say_or_its_rows_once_it_has_ended():
+    rows = [{"images_seen": 8, "resolution": 64}, {"images_seen": 8, "val_psnr": 20.0}]
+    phases = [{"resolution": 64, "steps": 1}, {"resolution": 128, "steps": 1}]
+    assert record(config={"phases": phases}, rows=rows).resolution == 128
+    assert record(config={"resolution": 256}).resolution == 256  # stage two
+    ended = record(rows=rows)
+    assert ended.resolution == 0  # a larger phase may follow
+    ended.result = {"images_seen": 8}
+    assert ended.resolution == 64 and record().resolution == 0
 
 
 # --------------------------------------------------------------------------------- settings
@@ -114,61 +123,33 @@ def test_a_logarithm_is_taken_where_it_shows_more(name, values, title, log):
     assert (">0.02</text>" in drawn) == log
 
 
+def test_a_curve_says_where_runs_are_validated_at_several_resolutions():
+    rows = [{"images_seen": 8, "val_psnr": 20.0, "l1": 0.5, "resolution": 64}]
+    sides = {"a": [64], "b": [64, 128], "c": [32, 64]}
+    runs = [
+        record(label, {"phases": [{"resolution": side, "steps": 1} for side in each]}, rows)
+        for label, each in sides.items()
+    ]
+    colours = dict.fromkeys(sides, "red")
+    text = curves_section(runs, colours, "")
+    told = "Not to be compared between resolutions. Validated at 128²: b; at 64²: a, c."
+    assert text.count(told) == 1 and told in re.search("<h3>PSNR.*?</div><div", text).group()
+    assert "Validated" not in curves_section([runs[0], runs[2]], colours, "")
+    unknown = record("d", rows=rows)
+    text = curves_section([runs[0], unknown], colours | {"d": "red"}, "")
+    assert "Validated at 64²: a; at a resolution not known: d." in text
+
+
+def test_the_gradient_ratio_says_which_is_over_which():
+    rows = [{"images_seen": n, "gradient_ratio": 0.25} for n in (8, 16)]
+    text = curves_section([record(rows=rows)], {"a": "red"}, "")
+    assert "<h3>gradient ratio, ‖∇rec‖ ÷ ‖∇adv‖</h3>" in text and "a 0.25<" not in text
+    assert "without its ½. `ldm analyze gradients` draws the inverse.</p>" in text
+
+
 def test_there_are_no_curves_without_values():
     rows = [{"images_seen": 1, "val_count": 3}, {"images_seen": 2, "loss": nan}]
     assert curves_section([record(rows=rows)], {"a": "red"}, "") == ""
-
-
-# ---------------------------------------------------------------------------------- numbers
-def test_every_measurement_is_a_row_with_where_it_comes_from(tmp_path):
-    run = stage_one(tmp_path / "a")
-    alone = {"resolution": 64, "count": 5000, "numbers": {"rfid": 0.5, "kid": 0.002},
-             "details": {"kid_std": 0.001, "swd_images": 0},
-             "doubtful": {"rfid": "too few", "kid": "too few"}, "notes": ["a note"],
-             "model": {"recipe": {"lr": 0.125}},
-             "command": "ldm eval-ae a", "extractor": {"sha256": "f00d"}}  # fmt: skip
-    write_json(run / "eval" / "photos-val-64.json", alone)
-    write_json(run / "eval" / "two.json", {"evaluations": [alone, alone | {"resolution": 128}]})
-    (run / "eval" / "broken.json").write_text("[", "utf-8")
-    (found,) = read_records([run])
-    text = numbers_section([found], titles(found), "").replace("<wbr>", "")
-    rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", text)]
-    assert re.findall(r"<th>(.*?)</th>", text) == ["measured", "rFID", "KID", "PSNR, dB", "SSIM"]
-    kid = "0.00200 ± 0.00100"
-    assert [(cells[0].partition('dim">')[2], *cells[1:]) for cells in rows[1:6]] == [
-        ("at the end, 32 images seen, 4 held-out images</span>", "", "", "20.50", "0.6250"),
-        ("best.pt, 16 images seen</span>", "", "", "21.25", "0.7500"),
-        ("photos-val-64, at 64², 5,000 images</span>", "0.500", kid, "", ""),
-        ("two, at 64², 5,000 images</span>", "0.500", kid, "", ""),
-        ("two, at 128², 5,000 images</span>", "0.500", kid, "", ""),
-    ]
-    assert ["extractor.sha256", "f00d"] in rows and ["command", "ldm eval-ae a"] in rows
-    assert any(cells[:1] == ["versions.torch"] for cells in rows) and "0.125" not in text
-    assert text.count(": too few</p>") == text.count(": a note</p>") == 3  # of three measurements
-    (note,) = found.notes
-    assert "broken.json is damaged" in note
-
-
-def test_samples_measured_in_a_runs_folder_are_found(tmp_path):
-    run = stage_two(tmp_path / "a")
-    doubt, why = "FID over 8 samples is biased upwards", "no weights: " + 80 * "x"
-    told = {"fid": 12.5, "fid_interval": {"std": 0.25}, "kid": 0.002, "kid_std": 0.001,
-            "swd": {"16": 9.0, "mean": 8.0}, "samples": {"count": 5000}, "recall": None,
-            "reference": {"what": "photos, train"}, "warnings": [doubt, doubt],
-            "missing": {"recall": why, "precision": why}}  # fmt: skip
-    write_json(run / "samples" / "seed0-steps18" / "fid.json", told)
-    write_json(run / "samples" / "seed1-steps18" / "fid.json", [])
-    write_json(run / "fid" / "seed0-steps18-n50000.json", {"fid": 11.0})
-    (found,) = read_records([run])
-    text = numbers_section([found], titles(found), "").replace("<wbr>", "")
-    assert re.findall(r"<th>(.*?)</th>", text) == ["measured", "FID", "KID", "SWD ×10³", "loss"]
-    what = "samples seed0-steps18, 5,000 images against photos, train"
-    cells = "<td>12.500 ± 0.250</td><td>0.00200 ± 0.00100</td><td>8.00</td><td></td>"
-    assert f"{what}</span></td>{cells}" in text
-    assert "samples seed0-steps18-n50000</span></td><td>11.000</td>" in text
-    assert text.count(f'<p class="note">a, {what}: {doubt}</p>') == 1
-    assert text.count(why) == 1 and "<td>as missing.recall</td>" in text
-    assert "seed1-steps18/fid.json is damaged" in found.notes[0]
 
 
 def test_rows_that_are_damaged_do_not_stop_a_report(tmp_path):
