@@ -263,7 +263,7 @@ def test_ctrl_c_leaves_finished_shards_and_no_partial_files(large_images, tmp_pa
     process = begin(large_images, out)
     os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to every process
     errors = process.communicate(timeout=60)[1]
-    assert process.returncode != 0
+    assert process.returncode != 0, errors
     assert "KeyboardInterrupt" in errors
     assert "Stopped" not in errors
     finished = sorted(p.name for p in out.glob("*.tar"))

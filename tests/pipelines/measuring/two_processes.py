@@ -62,7 +62,9 @@ def main(folder: Path) -> None:
 
     attempt("main", lambda: from_main(ranks, failing(KeyError("a bug"))))
     attempt("measure", lambda: measure(ONE_SMALL))
-    reference = ImageReference(data(ONE_SMALL), "all", 32, samples=9)
+    reference = ImageReference(data(GOOD), "all", 32, samples=9)
+    if second:
+        reference.batches = failing(LdmError("one is gone"))
     tools = Tools(None, torch.device(where), 8, 0, ranks, 4)
     attempt("survey", lambda: survey_images(reference, tools))
     attempt("overlap", lambda: note("trained_on_small"))
