@@ -1,5 +1,6 @@
 """The processes that were launched together: how they meet, and how one of them speaks for all."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -72,7 +73,8 @@ def from_main(accelerator: Accelerator | PartialState, make: Callable[[], Any]) 
 
 @contextmanager
 def fail_together(ranks: Accelerator | PartialState) -> Iterator[None]:
-    """What all processes do, each for itself: where one of them fails, all do, once all are done.
+    """What all processes do, each for itself: where one of them fails, all do, once all are done;
+    it says so at once.
 
     One that left alone would keep the others waiting where they meet next. They are not to meet
     inside.
@@ -88,6 +90,10 @@ def fail_together(ranks: Accelerator | PartialState) -> Iterator[None]:
     except Exception as error:
         failed = error
     told = [_told(failed, ranks.process_index)] if failed is not None else []
+    if failed is not None and ranks.num_processes > 1:
+        # the others may take long, or never come
+        print(f"process {ranks.process_index} failed, and waits for the others to say so: "
+              f"{type(failed).__name__}: {failed}", file=sys.stderr, flush=True)  # fmt: skip
     errors = gather_object(told) if ranks.num_processes > 1 else told
     # What is no LdmError first: one that lived with its own would be left by the others.
     errors = sorted(errors, key=lambda error: isinstance(error, LdmError))

@@ -21,7 +21,7 @@ from ldm.config import Config
 from ldm.device import memory_format, resolve_precision
 from ldm.errors import LdmError, UsageError
 from ldm.logbook import console, progress_bar
-from ldm.processes import from_main, make_accelerator
+from ldm.processes import fail_together, from_main, make_accelerator
 from ldm.run_folder import clear_leftovers, lock, new_or_unfinished
 from ldm.saved_state import latest_state, load_state, save_state
 from ldm.seeds import torch_seed
@@ -196,7 +196,8 @@ class Run:
         state = self.from_main(lambda: latest_state(self.folder / "state"))
         if state is None:
             return None
-        tree = load_state(state)
+        with fail_together(self.accelerator):
+            tree = load_state(state)
         self.skipped.update(tree["skipped"])
         self.say(f"going on from {state}")
         return tree

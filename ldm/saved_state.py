@@ -60,6 +60,8 @@ def restore(parts: Mapping[str, Any], tree: Mapping[str, Any]) -> None:
     for name, part in parts.items():
         try:
             part.load_state_dict(tree[name])
+        except torch.OutOfMemoryError:  # a RuntimeError, which says it well
+            raise
         except (KeyError, RuntimeError, ValueError) as error:
             raise LdmError(
                 f"the saved state of {name} does not fit: this run was begun by another version "

@@ -124,10 +124,11 @@ def weight_folders() -> list[Path]:
 def published_weights() -> Path | None:
     """The published file where one of the folders has it; others of its name are passed over."""
     paths = (folder / WEIGHTS for folder in weight_folders())
-    return next((path for path in paths if path.is_file() and _digest(path) == SHA256), None)
+    return next((path for path in paths if path.is_file() and digest(path) == SHA256), None)
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """A file's SHA-256; "" where it cannot be read."""
     try:
         with path.open("rb") as file:
             return file_digest(file, "sha256").hexdigest()

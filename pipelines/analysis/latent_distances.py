@@ -59,7 +59,8 @@ class LatentsMMD(NamedTuple):
     """Distances of one set of images, and how far others would move them."""
 
     distances: Distances
-    """For each σ the mean over draws, and its standard error over the images."""
+    """For each σ the mean over draws, and its standard error over the images; of latents that are
+    nearly normal it is up to half too large."""
     count: int
     """Images."""
     ks: list[int]
@@ -103,8 +104,9 @@ def latents_mmd(
     """
     plan = make_plan(sigmas, draws, scale, n, batch_size)
     ranks, where = join_processes(device)
-    subjects = load_subjects([model], where)
-    images = open_images(subjects, data, split, resolution)
+    with fail_together(ranks):
+        subjects = load_subjects([model], where)
+        images = open_images(subjects, data, split, resolution)
     drawn = images._replace(source=draw_images(images.source, n))
     ks, posterior = _encode(subjects[0], drawn, batch_size, ranks, where)
     if len(ks) < 3:

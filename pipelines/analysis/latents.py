@@ -17,7 +17,7 @@ from ldm.data import sheet_images
 from ldm.data.split import Split
 from ldm.errors import UsageError
 from ldm.images import latents_as_rgb, to_float
-from ldm.processes import join_processes
+from ldm.processes import fail_together, join_processes
 from pipelines.analysis.latent_plots import Rows, draw_sheet, draw_statistics
 from pipelines.analysis.latent_statistics import LatentStatistics, measure
 from pipelines.analysis.output import Analysis, analysis_folder, write_csv
@@ -66,8 +66,9 @@ def analyze_latents(
         if value < 1:
             raise UsageError(f"{name} {value}: it must be at least 1")
     ranks, where = join_processes(device)
-    subjects = load_subjects(models, where)
-    whole = open_images(subjects, data, split, resolution)
+    with fail_together(ranks):
+        subjects = load_subjects(models, where)
+        whole = open_images(subjects, data, split, resolution)
     for s in subjects:
         f = s.autoencoder.downsampling
         if whole.resolution < LEAST * f:

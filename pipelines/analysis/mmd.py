@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm.data.split import Split
-from ldm.processes import join_processes
+from ldm.processes import fail_together, join_processes
 from pipelines.analysis.latent_distances import (
     SCALES,
     SIGMAS,
@@ -71,8 +71,9 @@ def analyze_mmd(
     """
     plan = make_plan(sigmas, draws, scale, n, batch_size)
     ranks, where = join_processes(device)
-    subjects = load_subjects(models, where)
-    images = open_images(subjects, data, split, resolution)
+    with fail_together(ranks):
+        subjects = load_subjects(models, where)
+        images = open_images(subjects, data, split, resolution)
     found = {s.name: measure_draws(s, images, plan, ranks, where) for s in subjects}
     if not ranks.is_main_process:
         return None

@@ -1,4 +1,4 @@
-"""How results are named: by what their numbers are of, so that none takes another's place.
+"""How results are named: by the data, the split and the features their numbers are of.
 
 photos-val-64.json    an evaluation; of other data, two folders of its path and a few digits
 fid.json              samples against the data of their model, all of it, by Inception
@@ -52,7 +52,8 @@ def fid_path(plain: Path, other: str | None, split: Split | None, how: Measuring
         *([how.features] if how.features else []),
         *([how.mode] if how.mode != "clean" else []),
     ]
-    return plain.with_name(f"{join_words(plain.stem, *words)}.json")
+    # of an archive, the beginning is its name, as it is
+    return plain.with_name("-".join([plain.stem, *map(join_words, words)]) + ".json")
 
 
 def path_without_fid(path: Path) -> Path:

@@ -15,8 +15,7 @@ NAMES = (
 """Of numbers, in our files."""
 SAMPLES = (
     # beside samples, beside an archive of samples, and straight from the model
-    "samples/*/fid*.json", "samples/*/swd*.json", "samples/*.fid*.json", "samples/*.swd*.json",
-    "fid/*.json",
+    "samples/*/fid*.json", "samples/*.fid*.json", "fid/*.json",
 )  # fmt: skip
 NO_MATTER = ("crop", "flip", "labels", "workers")  # all is measured on centres, each image once
 
@@ -140,7 +139,7 @@ def _of_samples(record: Record, path: Path, tree: Tree) -> Measurement:
     if path.parent.name == "fid":
         name = path.stem
     elif path.parent.name == "samples":
-        name = path.name.rpartition(".fid")[0] or path.name.rpartition(".swd")[0]
+        name = path.name.rpartition(".fid")[0]
     else:
         name = path.parent.name
     images = _images(ours.get("count"), "images", tree.get("resolution"))

@@ -24,6 +24,7 @@ from pipelines.reproduce.figures import Drawing, draw_figure, find_figure
 from pipelines.reproduce.measures import Measured, Tools, measure, measure_costs
 from pipelines.reproduce.plan import Job, Plan
 from pipelines.reproduce.records import (
+    RECORD,
     asked_of,
     finished,
     is_main,
@@ -128,11 +129,29 @@ class _Task:
         asked, taken = asked_of(job, tools.how), find_taken(job)
         asked["listings"] = listings_of(job)
         done = finished(job, asked, taken and taken.sha256, tools.weights, tools.force)
-        if done is None and taken is None and (before := taken_before(job)):
-            # measured again, rather than trained
-            job = replace(job, taken=before)
-            taken = find_taken(job)
+        if taken is None and (before := taken_before(job)):
+            path, sha256 = before
+            job = replace(job, taken=path)
+            if done is None:  # measured again, rather than trained
+                taken = _taken_again(job, sha256)
         return cls(job, asked, taken, done)
+
+
+def _taken_again(job: Job, sha256: str) -> Taken:
+    """The checkpoint that a row was measured with before.
+
+    Raises:
+        LdmError: it is not there any more, or another one is.
+    """
+    assert job.taken is not None
+    now = find_taken(job) if job.taken.exists() else None
+    if now is not None and now.sha256 == sha256:
+        return now
+    what = "not there" if now is None else "another model now"
+    raise LdmError(
+        f"row '{job.row.name}' was measured with {job.taken}, which is {what}: give --take "
+        f"{job.row.name}=PATH, or remove {job.folder / RECORD} to have the row trained"
+    )
 
 
 def _plan(jobs: Sequence[Job], tools: Tools) -> list[_Task]:

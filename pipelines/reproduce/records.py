@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from functools import cache
-from hashlib import file_digest
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -22,9 +21,8 @@ from numpy.typing import NDArray
 from autoencoders.losses.trunks import has_trunk
 from ldm.config import to_tree
 from ldm.data.identity import listing_identity
-from ldm.errors import LdmError
 from ldm.files import to_json, write_together
-from ldm.metrics.inception import SHA256, published_weights
+from ldm.metrics.inception import SHA256, digest, published_weights
 from pipelines.reproduce.plan import DECISIVE, Job, Training
 from pipelines.reproduce.scales import SCALES, Measuring
 from pipelines.reproduce.tables import Row
@@ -148,39 +146,22 @@ def finished(
     return record if still == record["lacked"] else None
 
 
-def taken_before(job: Job) -> Path | None:
-    """The checkpoint that a row was last measured with, where one had been given for it.
-
-    Raises:
-        LdmError: it is not there any more.
-    """
+def taken_before(job: Job) -> tuple[Path, str] | None:
+    """The checkpoint that a row was last measured with, where one had been given for it, and the
+    SHA-256 of its weights then."""
     taken = read_record(job.folder / RECORD).get("taken")
-    if not taken:
-        return None
-    path = Path(taken["path"])
-    if not path.exists():
-        raise LdmError(
-            f"row '{job.row.name}' was measured with {path}, which is not there: give --take "
-            f"{job.row.name}=PATH, or remove {job.folder / RECORD} to have the row trained"
-        )
-    return path
+    return (Path(taken["path"]), taken["sha256"]) if taken else None
 
 
 def _same_network(record: Mapping[str, Any], weights: Path | None) -> bool:
     """Whether the numbers of features, if there are any, are of the network that is meant now."""
     if all(record["numbers"].get(name) is None for name in OF_FEATURES):
         return True
+    if weights is None and published_weights() is None:
+        return True  # nothing could take their place
     # where none is given, none but the published one is taken
-    now = SHA256 if weights is None else _digest(weights)
+    now = SHA256 if weights is None else digest(weights)
     return (record.get("extractor") or {}).get("sha256") == now
-
-
-def _digest(path: Path) -> str | None:
-    try:
-        with path.open("rb") as file:
-            return file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return None
 
 
 @cache

@@ -133,7 +133,7 @@ class Result:
         return lines
 
     def _made(self) -> Iterator[str]:
-        """What the rows were made by, in a line where they agree, and this page."""
+        """What the rows were measured by, in a line where they agree, and this page."""
         ways: dict[str, Callable[[Mapping[str, Any]], str]] = {
             "command": lambda record: record["command"],
             "machine": lambda record: record["machine"],
@@ -145,6 +145,7 @@ class Result:
                 which = f" of {', '.join(rows)}" if len(found) > 1 else ""
                 yield f"{what}{which}: {told}"
         if self.table.config.measure != "encoder":
+            yield "these are of the measuring; those of a training are in its run.json"
             yield f"data: {self._data()}"
         now = provenance()
         yield f"this page: {now['command']}, {now['created']}, {self.seconds:,.1f} s"

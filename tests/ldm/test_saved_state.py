@@ -29,6 +29,15 @@ def test_a_state_of_other_code_is_told(saved):
         restore({"critic": torch.nn.Linear(2, 1)}, tree)
 
 
+def test_a_full_gpu_is_not_another_version():
+    class Full:
+        def load_state_dict(self, state):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        restore({"optimizer": Full()}, {"optimizer": {}})
+
+
 def test_a_state_is_restored_part_by_part():
     saved, fresh = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
     restore({"critic": fresh}, {"critic": saved.state_dict(), "seen": 8})

@@ -30,6 +30,7 @@ def test_a_word_for_all_that_is_not_as_by_default(other, split, how, name):
 
 def test_beside_an_archive_and_a_model():
     for plain, named in (("x.zip.fid.json", "x.zip.fid-photos.json"),
+                         ("a b.zip.fid.json", "a b.zip.fid-photos.json"),
                          ("seed0-steps18-n9.json", "seed0-steps18-n9-photos.json")):  # fmt: skip
         assert fid_path(Path(plain), "photos", None, Measuring()) == Path(named)
 

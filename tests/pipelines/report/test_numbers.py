@@ -163,7 +163,7 @@ def test_every_result_beside_samples_is_found_and_told_apart_by_what_is_inside(t
         write_json(folder / f"{first}fid.json", fid)
         write_json(folder / f"{first}fid-swd.json", swd)
     beside = run / "samples" / "s"
-    write_json(beside / "swd.json", swd | {"reference": {"what": "other"}})
+    write_json(beside / "fid-other.json", swd | {"reference": {"what": "other"}})
     write_json(beside / "fid-feats.json", fid | {"fid": 3.0} | by_ours)
     write_json(beside / "fid-legacy.json", fid | {"fid": 4.0, "mode": "legacy"})
     write_json(beside / "manifest.json", {"count": 8})

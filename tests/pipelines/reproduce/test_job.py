@@ -187,9 +187,10 @@ def test_numbers_that_lacked_weights_are_measured_when_those_are_there(faked, mo
     assert len(faked.measured) == 6 and result.numbers["smc"]["rfid"] is not None
 
 
-def test_no_table_mixes_two_networks(faked):
+def test_no_table_mixes_two_networks(faked, monkeypatch):
     """rFIDs of the published Inception and of another file do not compare."""
     faked.lacks = ()
+    monkeypatch.setattr(records, "published_weights", lambda: Path("inception.pt"))
     other = Path("other.pt")
     other.write_bytes(b"other")
     reproduce("t4", "small")
@@ -205,12 +206,34 @@ def test_no_table_mixes_two_networks(faked):
     assert {record["extractor"]["sha256"] for record in result.records.values()} == {SHA256}
     # which network it would be is of no matter where no number is of one
     faked.lacks = ("rfid",)
+    monkeypatch.setattr(records, "published_weights", lambda: None)
     reproduce("t9", "small")
     reproduce("t9", "small", weights=other)
     assert len(faked.measured) == 8 + 3 + 3  # lacked for want of weights, and these are there
     other.write_bytes(b"a fourth")
     reproduce("t9", "small", weights=other)
     assert len(faked.measured) == 8 + 3 + 3
+
+
+def test_what_no_network_could_measure_again_is_kept(faked, monkeypatch):
+    faked.lacks = ()
+    other = Path("other.pt")
+    other.write_bytes(b"other")
+    reproduce("t4", "small", weights=other)
+    monkeypatch.setattr(records, "published_weights", lambda: None)
+    [result] = reproduce("t4", "small")
+    assert len(faked.measured) == 2 and result.numbers["smc"]["rfid"]
+
+
+def test_a_checkpoint_that_is_another_now_is_not_measured_again(faked):
+    run()
+    given = Path("given")
+    (ROOT / "t04/group/autoencoder").rename(given)
+    run("t4", take=[f"group={given}"])
+    (ROOT / "t04/group/images.npz").unlink()
+    (given / "ckpt.pt").write_bytes((ROOT / "t09/gaussian/autoencoder/ckpt.pt").read_bytes())
+    with pytest.raises(LdmError, match=r"row 'group' was measured with given.*another model now"):
+        run("t4")
 
 
 def test_what_was_forced_is_measured_again_without(faked):
