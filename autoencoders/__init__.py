@@ -6,9 +6,9 @@ from autoencoders.autoencoder import (
     AutoencoderOutput,
     build_autoencoder,
 )
-from autoencoders.large import decode_tiled, encode_tiled, reconstruct_tiled
 from autoencoders.loading import load_autoencoder
 from autoencoders.posterior import DiagonalGaussian
+from autoencoders.tiling import decode_tiled, encode_tiled, reconstruct_tiled
 
 __all__ = [
     "Autoencoder",

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from autoencoders.autoencoder import Autoencoder
-from autoencoders.sdvae.weights import pick_said
+from autoencoders.sdvae.formats import pick_said
 from ldm.checkpoint import Damaged, shown
 from ldm.config import to_tree
 from ldm.errors import LdmError

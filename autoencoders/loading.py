@@ -10,15 +10,17 @@ from torch import Tensor
 
 from autoencoders.autoencoder import Autoencoder, AutoencoderConfig
 from autoencoders.hub_folder import WEIGHTS_FILE, is_ours, read_pretrained
-from autoencoders.sdvae.compvis import (
-    FIRST,
+from autoencoders.sdvae.formats import FIRST_COMPVIS as FIRST
+from autoencoders.sdvae.formats import FIRST_WEIGHTS as DIFFUSERS_FIRST
+from autoencoders.sdvae.formats import (
     find_prefix,
     from_compvis,
     pick,
+    pick_said,
+    read_diffusers,
     tree_from_compvis,
+    weights_files,
 )
-from autoencoders.sdvae.weights import FIRST as DIFFUSERS_FIRST
-from autoencoders.sdvae.weights import pick_said, read_diffusers, weights_files
 from ldm.checkpoint import (
     Damaged,
     build_with,
@@ -28,7 +30,7 @@ from ldm.checkpoint import (
 )
 from ldm.config import validate
 from ldm.errors import LdmError, UsageError
-from ldm.foreign import read_foreign
+from ldm.safe_pickle import read_foreign
 
 
 class AutoencoderFile(NamedTuple):

@@ -23,7 +23,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from autoencoders import Autoencoder, build_autoencoder
-from autoencoders.sdvae.weights import from_diffusers
+from autoencoders.sdvae.formats import from_diffusers
 from autoencoders.wavelet import dwt_cascade
 from benchmarks.comparison import Row, Target, compare, judge, write
 from ldm.device import keep_freed_memory, memory_format, resolve_device

@@ -26,13 +26,12 @@ from autoencoders import build_autoencoder
 from benchmarks.comparison import Row, Target, compare, judge, write
 from diffusion import EDM, EDMConfig, EDMLoss, UNet, UNetConfig, karras_sigmas, sample_heun
 from diffusion.edm import sample_sigma
-from diffusion.unet2d_config import diffusers_config
-from diffusion.weights import to_diffusers
+from diffusion.formats import diffusers_config, to_diffusers
 from ldm.device import keep_freed_memory, memory_format, resolve_device
 from ldm.images import to_float
 from ldm.timing import describe_machine, take_turns
 from pipelines.codec import Codec
-from pipelines.training.latent_stream import one_ahead
+from pipelines.latents import one_ahead
 
 PEER = "diffusers"
 TRAINING, STEP, SAMPLING, ENCODING = (

@@ -26,20 +26,19 @@ from autoencoders.losses import Objective
 from autoencoders.sdvae.decoder import SDVAEDecoder
 from ldm.config import load_preset, resolve, to_tree
 from ldm.data import Batch, Source, batches, open_source, sheet_images
+from ldm.distributed import make_accelerator
 from ldm.ema import Ema
 from ldm.errors import LdmError, UsageError
 from ldm.files import write_json
 from ldm.images import save_grid, to_float
-from ldm.processes import make_accelerator
+from ldm.learning_rate import learning_rate, set_learning_rate
 from ldm.run import Run
-from ldm.saved_state import latest_state, load_state, save_state
-from ldm.schedule import learning_rate, set_learning_rate
+from ldm.run_folder import latest_state, load_state, save_state
 from ldm.seeds import torch_seed
 from ldm.timing import describe_machine, synchronise
-from pipelines.evaluate import evaluate_autoencoder
-from pipelines.train_autoencoder import load_perceptual
-from pipelines.training.autoencoder_recipe import AutoencoderRecipe
-from pipelines.training.autoencoder_step import draw, train_step
+from pipelines.recipes import AutoencoderRecipe
+from pipelines.train_autoencoder import draw, load_perceptual, train_step
+from pipelines.validation import evaluate_autoencoder
 
 MAY_DIFFER = {"encoder", "conv1x1"}
 COLUMNS = 8

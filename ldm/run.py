@@ -19,11 +19,17 @@ from torch import Tensor, nn
 
 from ldm.config import Config
 from ldm.device import memory_format, resolve_precision
+from ldm.distributed import fail_together, from_main, make_accelerator
 from ldm.errors import LdmError, UsageError
 from ldm.logbook import console, progress_bar
-from ldm.processes import fail_together, from_main, make_accelerator
-from ldm.run_folder import clear_leftovers, lock, new_or_unfinished
-from ldm.saved_state import latest_state, load_state, save_state
+from ldm.run_folder import (
+    clear_leftovers,
+    latest_state,
+    load_state,
+    lock,
+    new_or_unfinished,
+    save_state,
+)
 from ldm.seeds import torch_seed
 
 MAX_BAD_STEPS = 10

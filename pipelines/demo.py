@@ -17,14 +17,12 @@ from ldm.images import save_grid, to_uint8
 from ldm.logbook import console, read_rows
 from ldm.metrics import sliced_wasserstein
 from ldm.run_folder import provenance
-from pipelines.evaluate import evaluate_autoencoder
 from pipelines.latent_diffusion import LatentDiffusionPipeline
+from pipelines.recipes import AutoencoderRecipe, DiffusionRecipe
 from pipelines.report import page
 from pipelines.train_autoencoder import train_autoencoder
 from pipelines.train_diffusion import train_diffusion
-from pipelines.training.autoencoder_recipe import AutoencoderRecipe
-from pipelines.training.diffusion_recipe import DiffusionRecipe
-from pipelines.training.validate import reconstruction_sheet
+from pipelines.validation import evaluate_autoencoder, reconstruction_sheet
 
 SAMPLES = 16
 SWD_IMAGES = 256

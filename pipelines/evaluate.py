@@ -1,7 +1,7 @@
 """Measure autoencoders' reconstructions: rFID, LPIPS, PSNR, SSIM, KID, precision, recall, SWD.
 
 What needs weights that are not to be had is left out, and said to be. A run's validation, the demo
-and `ldm eval-ae` share one loop, `pipelines.measuring.reconstruction`.
+and `ldm eval-ae` share one loop, `pipelines.validation`.
 """
 
 from collections.abc import Sequence
@@ -13,64 +13,28 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from autoencoders import Autoencoder, load_autoencoder
-from ldm.data import DataConfig, Source, evaluation_batches
-from ldm.data.faults import FaultCount, stop_if_too_many
+from ldm.data import DataConfig, evaluation_batches
+from ldm.data.loader import FaultCount, stop_if_too_many
 from ldm.data.split import Split
 from ldm.device import keep_freed_memory, memory_format
+from ldm.distributed import fail_together, from_main, join_processes
 from ldm.errors import UsageError
 from ldm.logbook import console, progress_bar
 from ldm.metrics.inception import Mode
-from ldm.processes import fail_together, from_main, join_processes
 from ldm.run_folder import newest_run
 from pipelines.measuring.evaluation import (
     NUMBERS,
     Evaluation,
+    Job,
     check_writable,
     conclude,
     default_paths,
+    plan_jobs,
     write_last,
 )
-from pipelines.measuring.evaluation_plan import Job, plan_jobs
-from pipelines.measuring.instruments import NOT_ASKED, Instruments, find_instruments
-from pipelines.measuring.reconstruction import Perceptual, Scores, reconstruct
-from pipelines.measuring.survey import NEAREST, Surveyor, compare_surveys, gather_surveys
-
-
-@torch.no_grad()
-def evaluate_autoencoder(
-    ae: Autoencoder,
-    source: Source,
-    resolution: int,
-    batch_size: int,
-    device: torch.device,
-    limit: int | None = None,
-    perceptual: Perceptual | None = None,
-    workers: int = 0,
-) -> dict[str, float]:
-    """Reconstruct every image of a source once, from its posterior's mode, in float32, and average.
-
-    Reconstructions are rounded to 8 bits first, as a saved PNG is. An image that comes back
-    exactly counts 100 dB.
-
-    Args:
-        ae: on `device`; it is put in eval mode, and back.
-        limit: only the first so many images.
-        perceptual: (recon, images) → the distance of each pair (B,), such as `load_lpips().each`.
-        workers: loader processes.
-
-    Returns:
-        `psnr` (dB), `ssim`, `lpips` (with `perceptual` alone), means over images; and `count`.
-
-    Raises:
-        LdmError: there is no image; the resolution is below SSIM's window; or a reconstruction is
-            not finite.
-    """
-    scores = Scores()
-    stream = evaluation_batches(source, resolution, batch_size, limit, workers=workers)
-    with closing(reconstruct(ae, stream, device)) as pairs:
-        for pair in pairs:
-            scores.add(pair, perceptual)
-    return scores.means() | {"count": scores.count}
+from pipelines.measuring.metrics import NOT_ASKED, Instruments, find_instruments
+from pipelines.measuring.statistics import NEAREST, Surveyor, compare_surveys, gather_surveys
+from pipelines.validation import Scores, reconstruct
 
 
 # -------------------------------------------------------------------------------- from files

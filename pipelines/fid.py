@@ -1,4 +1,6 @@
-"""Measure samples against a reference: FID, KID, precision, recall, sliced Wasserstein distance.
+"""Samples straight from a model, of which none is written.
+
+Measure samples against a reference: FID, KID, precision, recall, sliced Wasserstein distance.
 
 <samples>/fid.json                   the numbers, and all they depend on: the two sets, how the
                                      reference was made, the network, the versions
@@ -7,6 +9,7 @@
 <model>/fid/seed0-steps18-n5000.json the same of samples straight from a model
 """
 
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
@@ -15,35 +18,148 @@ from typing import Any
 
 import torch
 
-from ldm.config import validate
-from ldm.data import DataConfig
+from ldm.config import to_tree, validate
+from ldm.data import Batch, DataConfig
 from ldm.data.split import Split
+from ldm.device import keep_freed_memory
+from ldm.distributed import fail_together, from_main, join_processes
 from ldm.errors import LdmError, UsageError
 from ldm.files import write_json
+from ldm.images import to_uint8
 from ldm.logbook import console
-from ldm.metrics.extractors import Extractor
-from ldm.processes import fail_together, from_main, join_processes
+from ldm.metrics.inception import Extractor
 from ldm.run_folder import provenance
-from pipelines.measuring.bootstrap import FeatureRows, bootstrap_fid
-from pipelines.measuring.comparability import (
-    check_size,
-    find_copies,
-    find_doubts,
-    place,
-    samples_filter,
-)
+from pipelines.measuring.checks import check_size, find_copies, find_doubts, place, samples_filter
 from pipelines.measuring.evaluation import check_writable
-from pipelines.measuring.features import describe_extractor, find_extractor, notes_on
-from pipelines.measuring.fingerprints import identify_set
-from pipelines.measuring.image_pass import Seen, Tools, survey_images
-from pipelines.measuring.kept_statistics import survey_reference
-from pipelines.measuring.model_samples import FID_50K, ModelSamples
-from pipelines.measuring.reference import ImageReference
-from pipelines.measuring.result_names import DEFAULT_SPLIT, fid_path, path_without_fid
-from pipelines.measuring.settings import Measuring
-from pipelines.measuring.statistics_file import StatisticsReference, open_statistics
-from pipelines.measuring.survey import SWD_IMAGES, compare_surveys
-from pipelines.sampling.folder import SampleFolder, newest_samples
+from pipelines.measuring.metrics import describe_extractor, find_extractor, notes_on
+from pipelines.measuring.options import DEFAULT_SPLIT, Measuring, fid_path, path_without_fid
+from pipelines.measuring.reference import (
+    ImageReference,
+    StatisticsReference,
+    open_statistics,
+    survey_reference,
+)
+from pipelines.measuring.statistics import (
+    SWD_IMAGES,
+    FeatureRows,
+    Seen,
+    Tools,
+    bootstrap_fid,
+    compare_surveys,
+    identify_set,
+    survey_images,
+)
+from pipelines.sampling.model import LatentModel
+from pipelines.sampling.sample_folder import SampleFolder, default_folder, newest_samples
+from pipelines.sampling.settings import Label, Sampling, count, noise_levels, whole
+
+FID_50K = 50_000  # as many as papers take
+
+
+class ModelSamples:
+    """Images 0 … n−1 of a seed, as `ldm sample` writes them with the same settings, in memory.
+
+    Args:
+        model: a stage-two `ckpt.pt` or run folder.
+        labels, weaker, sampling: as `sample_images` takes them.
+        device: auto, cpu, cuda or cuda:1.
+        precision: auto, fp32 or bf16.
+
+    Attributes:
+        made_with: what a `samples.json` of them would say.
+        resolution: edge of the images, pixels.
+
+    Raises:
+        UsageError: a setting has no meaning, would change nothing, or does not fit the model.
+        LdmError: a model cannot be read.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        n: int = FID_50K,
+        seed: int = 0,
+        *,
+        labels: Label | Sequence[Label] | None = None,
+        weaker: Path | None = None,
+        device: str = "auto",
+        precision: str = "auto",
+        **sampling: Any,
+    ) -> None:
+        self._n, self._seed = count("--n ", n), whole("--seed ", seed)
+        self._how = validate(Sampling, sampling)
+        _, where = join_processes(device)
+        keep_freed_memory(where)
+        self._pipe = LatentModel.from_pretrained(model, where, precision)
+        noise_levels(self._how, self._pipe.denoiser)
+        self._labels = None if labels is None else self._pipe.classes.read(labels)
+        self._weaker = self._pipe.check_guidance(self._how, weaker, self._labels)
+        if self._pipe.recipe is None:
+            raise UsageError(f"{model} does not say how it was trained: sample it by hand")
+        self.path, self.resolution = model, self._pipe.recipe.resolution
+        self.made_with: dict[str, Any] = {
+            "n": self._n,
+            "model": _named(model, self._pipe),
+            "seed": self._seed,
+            **to_tree(self._how),
+            "weaker": self._weaker and _named(weaker, self._weaker),
+            "labels": self._labels and list(self._labels),
+            "precision": self._pipe.precision,
+            "resolution": self.resolution,
+            "data": to_tree(self._pipe.recipe.data),
+        }
+
+    def __len__(self) -> int:
+        return self._n
+
+    @property
+    def what(self) -> str:
+        """What the images are, in words."""
+        return f"{self._n} images of {self.path}, seed {self._seed}"
+
+    @property
+    def result_path(self) -> Path:
+        """Where a measurement of the samples is written: `fid/seed0-steps18-n50000.json` beside
+        the model."""
+        folder = default_folder(self.path, self.made_with | {"files": "png"})
+        return folder.parent.parent / "fid" / f"{folder.name}-n{self._n}.json"
+
+    def name(self, index: int) -> str:
+        """What to call an image in a message."""
+        return f"image {index} of seed {self._seed}"
+
+    def batches(
+        self, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
+    ) -> Iterator[Batch]:
+        """Every image once over all processes, sampled as it is asked for.
+
+        Args:
+            batch_size: images at a time, over all processes.
+            workers: there are none; the model is here.
+
+        Raises:
+            LdmError: (while iterating) images came out that are not finite.
+        """
+        share = -(-batch_size // world)
+        for first in range(rank * share, self._n, world * share):
+            indices = range(first, min(first + share, self._n))
+            labels = self._labels_of(indices)
+            images = self._pipe.sample(indices, self._seed, self._how, labels, self._weaker)
+            told = [-1] * len(indices) if labels is None else labels
+            yield Batch(to_uint8(images), torch.tensor(indices), torch.tensor(told))
+
+    def _labels_of(self, indices: Sequence[int]) -> list[int] | None:
+        """The class of each image, chosen in turn or drawn; None for a model without classes."""
+        if not self._pipe.classes.count:
+            return None
+        if self._labels is None:
+            return self._pipe.classes.draw(self._seed, indices)
+        return [self._labels[i % len(self._labels)] for i in indices]
+
+
+def _named(path: Path | None, model: LatentModel) -> dict[str, str]:
+    return {"path": str(path), "sha256": model.sha256, "identity": model.identity}
+
 
 Samples = SampleFolder | ModelSamples
 Reference = ImageReference | StatisticsReference
@@ -128,7 +244,7 @@ def measure_fid(
     The reference's images are cut at their centres to the samples' size, never mirrored. Of the
     built-in photographs, which are eight and large, it is as many random crops as there are
     samples (split val: its tiles). Its statistics are kept, and taken up where the data is the same
-    to the byte (see `pipelines.measuring.kept_statistics`).
+    to the byte (see `pipelines.measuring.reference`).
 
     FID (Heusel et al. 2017) is over all images of both sides, KID (Bińkowski et al. 2018) and
     precision and recall (Kynkäänniemi et al. 2019) over at most 10,000 features of either, the

@@ -13,9 +13,16 @@ from ldm.errors import UsageError
 from ldm.images import to_float, to_pil
 from ldm.logbook import progress_bar
 from ldm.seeds import normal
-from pipelines.sampling.latent_model import LatentModel
-from pipelines.sampling.masks import fill_hidden, latent_mask
-from pipelines.sampling.settings import Churn, Options, count, slerp, whole
+from pipelines.sampling.model import LatentModel
+from pipelines.sampling.settings import (
+    Churn,
+    Options,
+    count,
+    fill_hidden,
+    latent_mask,
+    slerp,
+    whole,
+)
 
 Images = Tensor | list[Image.Image]
 

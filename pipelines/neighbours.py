@@ -17,19 +17,18 @@ from torch.nn import functional as F
 
 from ldm.config import to_tree, validate
 from ldm.data import DataConfig, Source, evaluation_batches, holds_out, open_source
-from ldm.data.decode import CorruptImage
-from ldm.data.faults import FaultCount
+from ldm.data.loader import FaultCount
 from ldm.data.photos import PhotoSource
-from ldm.data.source import load_at_least
-from ldm.data.transforms import center_crop, mirror
+from ldm.data.sources import load_at_least
+from ldm.data.transforms import CorruptImage, center_crop, mirror
 from ldm.device import resolve_device
 from ldm.errors import LdmError, UsageError
 from ldm.files import write_json
 from ldm.images import save_grid, to_float
 from ldm.logbook import console, progress_bar
 from ldm.run_folder import provenance
-from pipelines.sampling.folder import NEIGHBOURS, SampleFolder, newest_samples
-from pipelines.sampling.latent_model import LatentModel
+from pipelines.sampling.model import LatentModel
+from pipelines.sampling.sample_folder import NEIGHBOURS, SampleFolder, newest_samples
 
 Space = Literal["latents", "pixels"]
 Embed = Callable[[Tensor], Tensor]

@@ -3,7 +3,7 @@
 <out>/samples.json   the model, the seed, the sampler: what every image here was made with
 <out>/labels.json    the class of each image, where the model has classes
 <out>/grid.png       the first few, as one picture
-<out>/…              the images, as PNGs, shards or a zip: see `pipelines.sampling.store`
+<out>/…              the images, as PNGs, shards or a zip: see `pipelines.sampling.sample_folder`
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,16 +18,22 @@ from torch import Tensor
 
 from ldm.config import to_tree, validate
 from ldm.device import keep_freed_memory
+from ldm.distributed import from_main, join_processes
 from ldm.errors import UsageError
 from ldm.images import save_grid, to_float, to_pil
 from ldm.logbook import console, progress_bar
-from ldm.processes import from_main, join_processes
-from pipelines.sampling.claim import claim_folder, default_folder, write_labels
-from pipelines.sampling.classes import Classes, Label
-from pipelines.sampling.folder import GRID, SampleFolder
-from pipelines.sampling.latent_model import LatentModel
-from pipelines.sampling.settings import Sampling, count, noise_levels, whole
-from pipelines.sampling.store import STORES, Files, PngStore
+from pipelines.sampling.model import LatentModel
+from pipelines.sampling.sample_folder import (
+    GRID,
+    STORES,
+    Files,
+    PngStore,
+    SampleFolder,
+    claim_folder,
+    default_folder,
+    write_labels,
+)
+from pipelines.sampling.settings import Classes, Label, Sampling, count, noise_levels, whole
 
 IN_GRID = 64
 WRITERS = 4

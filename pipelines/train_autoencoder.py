@@ -1,20 +1,32 @@
-"""Stage one: train an autoencoder on images, against a discriminator (LiteVAE, Sections 3 and 4).
+"""One step of stage one: the generator's update, then the discriminator's, on the same images.
+
+Stage one: train an autoencoder on images, against a discriminator (LiteVAE, Sections 3 and 4).
 
 L = L_recon + λ_reg L_KL + λ_adv L_adv                                          (Equation 1)
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autoencoders import Autoencoder
-from autoencoders.discriminators import build_discriminator
+from autoencoders.discriminators import build_discriminator, split
 from autoencoders.layers import checkpoint_blocks
-from autoencoders.losses import LPIPS, Objective, find_lpips, load_esrgan, load_lpips
-from autoencoders.losses.esrgan import ESRGANPerceptual
+from autoencoders.losses import (
+    LPIPS,
+    Objective,
+    adaptive_weight,
+    cutmix_consistency,
+    cutmix_masks,
+    find_lpips,
+    gradient_ratio,
+    load_esrgan,
+    load_lpips,
+)
+from autoencoders.losses.perceptual import ESRGANPerceptual
 from ldm.checkpoint import ModelFile, load_model, save_model
 from ldm.config import to_tree
 from ldm.data import Batch, Source, batches, holds_out, open_source
@@ -22,14 +34,104 @@ from ldm.ema import Ema
 from ldm.errors import Interrupted
 from ldm.files import write_json
 from ldm.images import to_float
+from ldm.learning_rate import learning_rate, set_learning_rate
 from ldm.logbook import Logbook, read_rows
-from ldm.run import Run, start_run
-from ldm.run_folder import is_finished, provenance
-from ldm.saved_state import restore
-from ldm.schedule import learning_rate, set_learning_rate
-from pipelines.training.autoencoder_recipe import AutoencoderRecipe
-from pipelines.training.autoencoder_step import draw, train_step
-from pipelines.training.validate import validate_autoencoder
+from ldm.run import Run, frozen, start_run
+from ldm.run_folder import is_finished, provenance, restore
+from ldm.seeds import normal, uniform
+from pipelines.recipes import AutoencoderRecipe
+from pipelines.validation import validate_autoencoder
+
+
+class Draws(NamedTuple):
+    """The random numbers of one micro-batch, each a function of its image."""
+
+    noise: Tensor
+    """Of the posterior (b, n_z, h, w), standard normal."""
+    cutmix: Tensor | None
+    """Of CutMix's boxes (b, 3), in [0, 1); None without CutMix."""
+
+
+def draw(run: Run, recipe: AutoencoderRecipe, ks: Sequence[int], resolution: int) -> Draws:
+    """The random numbers of images `ks` of the run."""
+    side = resolution // recipe.encoder.downsampling
+    shape = (recipe.latent_channels, side, side)
+    noise = normal(run.seed, "posterior", ks, shape).to(run.device, non_blocking=True)
+    if not recipe.adversarial.cutmix:
+        return Draws(noise, None)
+    return Draws(noise, uniform(run.seed, "cutmix", ks, (3,)).to(run.device, non_blocking=True))
+
+
+def train_step(
+    run: Run,
+    ae: nn.Module,
+    critic: nn.Module,
+    opt_ae: torch.optim.Optimizer,
+    opt_critic: torch.optim.Optimizer,
+    images: Tensor,
+    draws: Draws,
+    objective: Objective,
+    ramp: float,
+    clip_norm: float | None,
+    averaged: nn.Module | None = None,
+    watch: bool = False,
+) -> dict[str, Tensor | float]:
+    """One generator update, then one discriminator update, on the same batch.
+
+    Args:
+        ae, critic: the wrapped modules: what goes through them syncs gradients between processes.
+        images: (b, 3, H, W) in [−1, 1].
+        ramp: of the adversarial weight, in [0, 1]; at 0 the discriminator rests.
+        averaged: the autoencoder's averaged twin, where the objective compares with it.
+        watch: measure the ratio of the gradients' norms (Figure 7) even if nothing needs it.
+
+    Returns:
+        The named, unweighted terms; the adversarial weight; and the norms of the gradients where
+        an update was made.
+    """
+    adversarial = objective.adversarial
+    weight: Tensor | float = ramp * adversarial.weight
+    fights, watched = weight > 0, {}
+    with run.accumulate(ae, critic):
+        with run.autocast():
+            out = ae(images, draws.noise)
+            with torch.no_grad():
+                steady = None if averaged is None else averaged(images, draws.noise).recon
+        terms = objective.reconstruction(out, images, steady)  # l1, lpips, gaussian, wavelet, kl
+        if fights:
+            # the unwrapped critic, frozen: it passes gradients on and gets none
+            with frozen(run.unwrap(critic)) as judge, run.autocast():
+                terms["adversarial"] = objective.fool(judge(out.recon))
+        if fights and (watch or adversarial.weighting == "adaptive"):
+            last = run.unwrap(ae).decoder.conv_out.weight
+            recon_loss = objective.recon_total(terms)
+            ratio = gradient_ratio(recon_loss, terms["adversarial"], last, run.mean)
+            watched["gradient_ratio"] = ratio
+            if adversarial.weighting == "adaptive":
+                weight = ramp * adaptive_weight(adversarial.weight, ratio)
+        total = objective.total(terms, weight)
+        norm = run.step(total, ae, opt_ae, "autoencoder", clip_norm)
+        if norm is not None:
+            watched["gradient_norm"] = norm
+
+        if fights:
+            pictures = [images, out.recon.detach()]
+            if draws.cutmix is not None:
+                mask = cutmix_masks(draws.cutmix, *images.shape[-2:])  # (b, 1, H, W)
+                pictures.append(torch.where(mask, *pictures))
+            # one forward for all of them: the power iteration in it runs once
+            with run.autocast():
+                real, fake, *mixed = split(critic(torch.cat(pictures)), len(pictures))
+            terms["critic"] = objective.judge(real, fake)
+            total = terms["critic"]
+            if mixed:
+                terms["cutmix"] = cutmix_consistency(mixed[0], real, fake, mask)
+                total = total + adversarial.cutmix * terms["cutmix"]
+            terms["logit_real"], terms["logit_fake"] = real[0].mean(), fake[0].mean()
+            norm = run.step(total, critic, opt_critic, "discriminator", clip_norm)
+            if norm is not None:
+                watched["critic_gradient_norm"] = norm
+    return terms | watched | {"adversarial_weight": weight}
 
 
 def train_autoencoder(

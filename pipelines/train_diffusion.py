@@ -1,29 +1,95 @@
-"""Stage two: train an EDM latent diffusion model, its latents encoded on the fly from pixels."""
+"""What of a diffusion model changes in training: the network, its averages, and its optimiser.
 
-from collections.abc import Iterator
+Stage two: train an EDM latent diffusion model, its latents encoded on the fly from pixels.
+"""
+
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from autoencoders import Autoencoder, load_autoencoder
 from autoencoders.posterior import DiagonalGaussian
+from diffusion.build import build_denoiser, build_network
+from diffusion.edm import EDMLoss, Uncertainty
 from ldm.checkpoint import ModelFile, fingerprint, save_model
 from ldm.config import to_tree
 from ldm.data import Source, batches, open_source
+from ldm.ema import Ema, PowerEma
 from ldm.errors import Interrupted, LdmError
 from ldm.files import write_json
 from ldm.images import to_float
+from ldm.learning_rate import learning_rate, set_learning_rate
 from ldm.logbook import Logbook
+from ldm.posthoc_ema import save_snapshot
 from ldm.run import Run, start_run
-from ldm.run_folder import is_finished, provenance
+from ldm.run_folder import is_finished, provenance, restore
 from pipelines.codec import Codec, measure_latents
-from pipelines.training.diffusion_recipe import DiffusionRecipe, fit, latent_shape
-from pipelines.training.latent_cache import open_cache
-from pipelines.training.latent_stream import LatentBatch, latent_batches
-from pipelines.training.learner import Learner
-from pipelines.training.noise_bands import band_losses
-from pipelines.training.validate import draw_losses, draw_samples
+from pipelines.latents import LatentBatch, latent_batches, open_cache
+from pipelines.recipes import DiffusionRecipe, fit, latent_shape
+from pipelines.validation import band_losses, draw_losses, draw_samples
+
+
+class Learner:
+    """All that has state, built from a recipe and placed where a run trains.
+
+    Attributes:
+        network: what denoises, F.
+        objective: what is trained, an `EDMLoss`: the denoiser and, if asked for, its uncertainty.
+        ema: the averaged denoiser, which ckpt.pt is made of.
+        powers: averages of other widths, by their relative standard deviation.
+        optimizer: Adam over the objective's parameters.
+    """
+
+    def __init__(self, recipe: DiffusionRecipe, run: Run) -> None:
+        self.recipe = recipe
+        self.network = run.place(build_network(recipe.network))
+        denoiser = build_denoiser(self.network, recipe.denoiser)
+        uncertainty = Uncertainty().to(run.device) if recipe.denoiser.uncertainty else None
+        self.objective = EDMLoss(denoiser, uncertainty)
+        self.ema = Ema(denoiser, recipe.ema_half_life_images)
+        self.powers = {std: PowerEma(self.network, std) for std in recipe.ema_stds}
+        parameters = self.objective.parameters()
+        self.optimizer = torch.optim.Adam(parameters, recipe.lr, recipe.betas, fused=True)
+        for module in (self.network, uncertainty):
+            if hasattr(module, "normalize_weights"):  # of a magnitude-preserving network
+                self.optimizer.register_step_post_hook(lambda *_, m=module: m.normalize_weights())
+
+    def set_rate(self, images_seen: int) -> float:
+        """The learning rate of the step that ends at `images_seen`, set and answered."""
+        recipe = self.recipe
+        rate = learning_rate(
+            recipe.lr, images_seen, recipe.warmup_images,
+            recipe.lr_schedule, recipe.steps * recipe.batch_size, recipe.lr_decay_images,
+        )  # fmt: skip
+        set_learning_rate(self.optimizer, rate)
+        return rate
+
+    def average(self, images_seen: int) -> None:
+        """Let all averages follow, after a step."""
+        for average in (self.ema, *self.powers.values()):
+            average.update(images_seen, self.recipe.batch_size)
+
+    def save_snapshots(self, folder: Path, images_seen: int) -> None:
+        """Keep what the averages of other widths are now, for `ldm ema`."""
+        for std, power in self.powers.items():
+            save_snapshot(folder, images_seen, std, power.model.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that an exact resume needs."""
+        return {name: part.state_dict() for name, part in self._parts().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        restore(self._parts(), state)
+
+    def _parts(self) -> dict[str, Any]:
+        powers = {f"power_ema_{std}": power for std, power in self.powers.items()}
+        return {
+            "objective": self.objective, "ema": self.ema, "optimizer": self.optimizer, **powers
+        }  # fmt: skip
 
 
 def train_diffusion(

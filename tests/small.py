@@ -9,8 +9,7 @@ import torch
 
 from autoencoders import Autoencoder, build_autoencoder
 from ldm.config import load_preset, resolve
-from pipelines.training.autoencoder_recipe import AutoencoderRecipe
-from pipelines.training.diffusion_recipe import DiffusionRecipe
+from pipelines.recipes import AutoencoderRecipe, DiffusionRecipe
 
 ROOT = Path(__file__).parent.parent
 

@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 from torch import nn
 
-from autoencoders.discriminators.judgement import Judgement, split
+from autoencoders.discriminators.layers import Judgement, split
 from autoencoders.discriminators.patchgan import PatchGAN, PatchGANConfig
 from autoencoders.discriminators.stylegan import StyleGANConfig, StyleGANDiscriminator
 from autoencoders.discriminators.unet import UNetDiscriminator, UNetDiscriminatorConfig

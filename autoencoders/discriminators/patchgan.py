@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from autoencoders.discriminators.judgement import Judgement, check_images
+from autoencoders.discriminators.layers import Judgement, check_images
 from autoencoders.layers import group_norm
 from ldm.config import Config
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import register_parametrization
 
-from autoencoders.discriminators.judgement import Judgement, check_images
+from autoencoders.discriminators.layers import Judgement, check_images
 from ldm.config import Config
 
 SMALLEST = 4

@@ -11,8 +11,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoencoders.discriminators.judgement import check_images
-from autoencoders.discriminators.spectral_norm import spectral_norm
+from autoencoders.discriminators.layers import check_images, spectral_norm
 from ldm.config import Config
 
 

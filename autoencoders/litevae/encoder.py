@@ -7,8 +7,12 @@ from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoencoders.litevae.feature_nets import FEATURE_NETS, AggregatorConfig, ExtractorConfig
-from autoencoders.litevae.unet import FeatureUNetConfig
+from autoencoders.litevae.nets import (
+    FEATURE_NETS,
+    AggregatorConfig,
+    ExtractorConfig,
+    FeatureUNetConfig,
+)
 from autoencoders.wavelet import WaveletName, dwt_cascade
 from ldm.config import Config
 

@@ -1,14 +1,25 @@
 """Adversarial losses on a discriminator's judgement, which is one or more heads of logits.
 
 A head is a map or a vector, averaged over all its values; the heads count alike.
+
+How the adversarial gradient stands to the reconstruction's (Sadat et al. 2024, Table 8).
+
+CutMix consistency of a discriminator that judges pixels (Schönfeld et al. 2020, Section 3.2).
+
+A mixture of a real and a reconstructed image must be judged as the mixture of its judgements.
+
+Locally discriminative learning: what looks like the discriminator's artifacts costs more.
+
+Liang, Zeng & Zhang 2022, "Details or Artifacts" (arXiv 2203.09195); LiteVAE's Table 15.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoencoders.discriminators.judgement import Judgement
+from autoencoders.discriminators.layers import Judgement
 
 
 def hinge_generator(fake: Judgement) -> Tensor:
@@ -60,3 +71,121 @@ ADVERSARIAL = {
 def _mean(heads: Iterable[Tensor]) -> Tensor:
     losses = list(heads)
     return sum(losses) / len(losses)
+
+
+MOST = 1e4
+"""Largest adaptive weight: one without a bound runs away where the critic gives no gradient."""
+
+
+def gradient_ratio(
+    recon_loss: Tensor,
+    adversarial_loss: Tensor,
+    weight: nn.Parameter,
+    reduce: Callable[[Tensor], Tensor] = lambda gradient: gradient,
+    delta: float = 1e-4,
+) -> Tensor:
+    """‖∇L_recon‖ / (‖∇L_adv‖ + δ) at one weight: a float32 scalar without gradient.
+
+    No `.grad` is touched, and both graphs are kept for the backward pass.
+
+    Args:
+        recon_loss: L_recon, such as `Objective.recon_total`.
+        adversarial_loss: L_adv, unweighted.
+        weight: of the decoder's last layer, which all of both gradients pass through.
+        reduce: averages a gradient over processes.
+    """
+    norms = (
+        reduce(torch.autograd.grad(loss, weight, retain_graph=True)[0].float()).norm()
+        for loss in (recon_loss, adversarial_loss)
+    )
+    recon_norm, adversarial_norm = norms
+    # Sadat et al. 2024, Equation 2, but for its ½
+    return (recon_norm / (adversarial_norm + delta)).detach()
+
+
+def adaptive_weight(weight: float, ratio: Tensor) -> Tensor:
+    """λ_adv = weight × ratio, in [0, 10⁴]; a weight of 0.5 is the paper's Equation 2."""
+    # Sadat et al. 2024, Equation 2; the bound is Esser et al.'s (2021, arXiv 2012.09841)
+    return (weight * ratio).clamp(0, MOST)
+
+
+def cutmix_consistency(mixed: Judgement, real: Judgement, fake: Judgement, mask: Tensor) -> Tensor:
+    """Mean squared difference of what is said of the mixture's pixels and the mixture of what is.
+
+    Args:
+        mixed: judgement of `torch.where(mask, images, recon)`; its first head is of every pixel.
+        real, fake: of the images and of their reconstructions.
+        mask: bool (B, 1, H, W), true where the mixture is real.
+    """
+    pixels, of_real, of_fake = (judgement[0].float() for judgement in (mixed, real, fake))
+    assert pixels.shape == mask.shape, "CutMix needs a logit for every pixel: the U-Net"
+    # Schönfeld et al. 2020, Section 3.2: ‖D_dec(mix(x, x̂, M)) − mix(D_dec(x), D_dec(x̂), M)‖²
+    return (pixels - torch.where(mask, of_real, of_fake)).square().mean()
+
+
+def cutmix_masks(uniforms: Tensor, height: int, width: int) -> Tensor:
+    """Boxes anywhere in images of the same proportions: (B, 3) → bool (B, 1, height, width).
+
+    Args:
+        uniforms: in [0, 1), of each image's own: λ, where the box starts from the top, from the
+            left. The box covers 1 − λ of the image; it is never cut off, so to the nearest pixel.
+    """
+    # Yun et al. 2019 (arXiv 1905.04899), Equation 2: sides √(1 − λ), λ ~ Beta(1, 1), uniform
+    share = (1 - uniforms[:, 0]).sqrt()
+    rows, columns = (
+        _interval(share, start, side)
+        for start, side in zip(uniforms[:, 1:].unbind(1), (height, width), strict=True)
+    )
+    return (rows[:, :, None] & columns[:, None, :])[:, None]  # (B, H, 1) & (B, 1, W)
+
+
+def _interval(share: Tensor, start: Tensor, side: int) -> Tensor:
+    """`share` of the pixels of a side, in a row from a random one: (B,), (B,) → bool (B, side)."""
+    length = (share * side).round()
+    first = (start * (side - length + 1)).floor()[:, None]
+    pixels = torch.arange(side, device=share.device)
+    return (pixels >= first) & (pixels < first + length[:, None])
+
+
+def ldl(recon: Tensor, images: Tensor, averaged: Tensor | None = None) -> Tensor:
+    """Mean absolute difference of two (B, 3, H, W) in [−1, 1], weighed by `artifact_map`."""
+    # Liang et al. 2022, Section 3.3: ‖M_refine · (x − x̂)‖₁; the map is no way round the loss
+    return (artifact_map(recon, images, averaged) * (recon - images)).abs().mean()
+
+
+@torch.no_grad()
+def artifact_map(recon: Tensor, images: Tensor, averaged: Tensor | None = None) -> Tensor:
+    """How likely each pixel is an artifact: images (B, 3, H, W) in [−1, 1] → (B, 1, H, W), ≥ 0.
+
+    The residual of an artifact varies within a few pixels, that of a smooth error does not. The
+    map grows faster than the residual, so it is taken in the paper's range, [0, 1].
+
+    Args:
+        averaged: the reconstruction by the averaged weights, which make fewer artifacts: where the
+            current one is the nearer of the two there is none. None: nowhere is left out.
+    """
+    residual = _residual(recon, images)
+    # Liang et al. 2022, Section 3.2: σ = var(R)^(1/5) of an image, M its variance in a window
+    scale = residual.var(dim=(1, 2, 3), keepdim=True) ** 0.2
+    local = scale * local_variance(residual)
+    if averaged is None:
+        return local
+    # Liang et al. 2022, Section 3.2: 0 where |R₁| < |R₂|, the averaged model's residual
+    return local.masked_fill(residual < _residual(averaged, images), 0)
+
+
+def local_variance(x: Tensor, size: int = 7) -> Tensor:
+    """Unbiased variance in a window of `size` pixels a side around each of (B, 1, H, W).
+
+    The border reflects the image.
+    """
+    reach, count = size // 2, size**2
+    # from the image's own mean: E[x²] − E[x]² loses its digits where the mean is far from 0
+    x = F.pad(x - x.mean(dim=(2, 3), keepdim=True), (reach, reach, reach, reach), mode="reflect")
+    mean, mean_square = (F.avg_pool2d(values, size, stride=1) for values in (x, x.square()))
+    return (mean_square - mean.square()).clamp(min=0) * (count / (count - 1))
+
+
+def _residual(recon: Tensor, images: Tensor) -> Tensor:
+    """Absolute difference of (B, 3, H, W), in units of [0, 1], over the colours: (B, 1, H, W)."""
+    return (recon - images).abs().sum(dim=1, keepdim=True) / 2

@@ -9,12 +9,10 @@ from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
 from autoencoders.autoencoder import AutoencoderOutput
-from autoencoders.discriminators.judgement import Judgement
-from autoencoders.losses.adversarial import ADVERSARIAL
-from autoencoders.losses.artifacts import ldl
-from autoencoders.losses.frequency import gaussian, wavelet
+from autoencoders.discriminators.layers import Judgement
+from autoencoders.losses.adversarial import ADVERSARIAL, ldl
 from autoencoders.losses.perceptual import Network
-from autoencoders.losses.reconstruction import kl, l1, l2
+from autoencoders.losses.reconstruction import gaussian, kl, l1, l2, wavelet
 from ldm.config import Config
 
 Fraction = Annotated[float, Field(ge=0, le=1)]

@@ -10,23 +10,14 @@ from typing import Annotated
 
 import typer
 
-from ldm.cli import (
-    analyze,
-    bench,
-    data,
-    demo,
-    doctor,
-    ema,
-    evaluate,
-    exchange,
-    fid,
-    neighbours,
-    presets,
-    report,
-    reproduce,
-    sample,
-    train,
-)
+from ldm.cli import analyze, data, doctor, exchange, report, reproduce, sample, train
+from ldm.cli import exchange as ema
+from ldm.cli import measure as bench
+from ldm.cli import measure as evaluate
+from ldm.cli import measure as fid
+from ldm.cli import measure as neighbours
+from ldm.cli import report as demo
+from ldm.cli import train as presets
 from ldm.errors import Interrupted, LdmError
 
 INTERRUPTED = 130

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 if TYPE_CHECKING:
-    from pipelines.analysis.output import Analysis
+    from pipelines.analysis.subjects import Analysis
 
 app = typer.Typer(no_args_is_help=True)
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ldm.cli.names import COMMAND, STAGE_ONE, STAGE_TWO, find_preset, find_presets
+from ldm.cli.options import COMMAND, STAGE_ONE, STAGE_TWO, find_preset, find_presets
 from ldm.cli.train import Settings
 
 if TYPE_CHECKING:
-    from pipelines.doctor.diagnosis import Diagnosis
+    from pipelines.doctor.doctor import Diagnosis
 
 Rows = list[tuple[str, ...]]
 COLOURS = {"error": "red", "warning": "yellow", "note": "dim"}
@@ -57,13 +57,13 @@ def doctor(
     how = {"processes": processes} | ({} if trial else {"seconds": 0})
     if kind in STAGE_ONE:
         from pipelines.doctor.doctor import diagnose_autoencoder
-        from pipelines.training.autoencoder_recipe import AutoencoderRecipe
+        from pipelines.recipes import AutoencoderRecipe
 
         recipe = resolve(AutoencoderRecipe, load_preset(kind, name), words)
         diagnosis = diagnose_autoencoder(recipe, name, **how)
     else:
         from pipelines.doctor.doctor import diagnose_diffusion
-        from pipelines.training.diffusion_recipe import DiffusionRecipe
+        from pipelines.recipes import DiffusionRecipe
 
         recipe = resolve(DiffusionRecipe, load_preset(kind, name), words)
         diagnosis = diagnose_diffusion(recipe, name, **how)

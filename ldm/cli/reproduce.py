@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from ldm.cli.say import say
+from ldm.cli.options import say
 
 
 def reproduce(
@@ -61,7 +61,7 @@ def reproduce(
         return _list(out)
     table = words.pop(0) if words and "=" not in words[0] else ""
 
-    from pipelines.reproduce.job import reproduce as run
+    from pipelines.reproduce.runner import reproduce as run
 
     for result in run(table, scale, data or (), take or (), words, out, weights, force):
         say("", *result.summary(), "", f"done: {', '.join(map(str, result.files))}")
@@ -70,8 +70,8 @@ def reproduce(
 
 def _list(out: Path) -> None:
     """Every table, its rows, and how far each is at each scale."""
-    from pipelines.reproduce.records import row_states
-    from pipelines.reproduce.scales import SCALES
+    from pipelines.reproduce.plan import SCALES
+    from pipelines.reproduce.rows import row_states
     from pipelines.reproduce.tables import all_tables
 
     tables = all_tables()

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from ldm.cli.say import say
+from ldm.cli.options import say
 
 
 def sample(

@@ -1,4 +1,7 @@
-"""`ldm train-ae` and `ldm train-diffusion`."""
+"""`ldm train-ae` and `ldm train-diffusion`.
+
+`ldm presets` and `ldm show`: what there is to train, and every setting of it.
+"""
 
 import json
 from pathlib import Path
@@ -6,8 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ldm.cli.names import STAGE_ONE, STAGE_TWO, find_preset
-from ldm.cli.say import say
+from ldm.cli.options import KINDS, STAGE_ONE, STAGE_TWO, find_preset, find_presets, say
 
 Settings = Annotated[
     list[str] | None, typer.Argument(metavar="key=value …", help="Settings; see `ldm show`.")
@@ -34,8 +36,8 @@ def train_ae(
     ldm train-ae litevae-b data.source=data/ffhq256
     """
     from ldm.config import load_preset, resolve
+    from pipelines.recipes import AutoencoderRecipe
     from pipelines.train_autoencoder import train_autoencoder
-    from pipelines.training.autoencoder_recipe import AutoencoderRecipe
 
     kind, preset = find_preset(preset, STAGE_ONE)
     recipe = resolve(AutoencoderRecipe, load_preset(kind, preset), settings or [])
@@ -73,9 +75,8 @@ def train_diffusion(
     """
     from ldm.config import load_preset, resolve
     from ldm.errors import UsageError
+    from pipelines.recipes import DiffusionRecipe, find_stage_one
     from pipelines.train_diffusion import train_diffusion
-    from pipelines.training.diffusion_recipe import DiffusionRecipe
-    from pipelines.training.stage_one import find_stage_one
 
     words = list(words or [])
     preset = words.pop(0) if words and "=" not in words[0] else "ffhq256"
@@ -92,3 +93,53 @@ def train_diffusion(
     recipe = recipe.model_copy(update={"autoencoder": str(file)})
     folder = train_diffusion(recipe, preset, run)
     say(f"done: {folder}/ckpt.pt", f"next: ldm sample {folder} --n 50000")
+
+
+def presets() -> None:
+    """List the presets of both stages, and of the paper's tables."""
+    from rich.table import Table
+
+    from ldm.config import list_presets, preset_summary
+    from ldm.logbook import console
+
+    for kind, title in KINDS.items():
+        table = Table(title=title, title_justify="left", box=None, show_header=False)
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column()
+        for name in list_presets(kind):
+            table.add_row(name, preset_summary(kind, name))
+        console.print(table, "")
+
+
+def show(
+    preset: Annotated[str, typer.Argument(help="A preset, such as litevae-b or diffusion/tiny.")],
+    settings: Annotated[list[str] | None, typer.Argument(metavar="key=value …")] = None,
+) -> None:
+    """Print the resolved settings of a preset, each with what it means."""
+    from ldm.config import describe, load_preset, published, resolve
+    from ldm.errors import UsageError
+    from ldm.logbook import console
+
+    found = find_presets(preset)
+    if len(found) > 1 and settings:
+        choices = " or ".join("/".join(one) for one in found)
+        raise UsageError(f"'{preset}' is a preset of both stages: say {choices}")
+    for kind, name in found:
+        config = resolve(_recipe_class(kind), load_preset(kind, name), settings or [])
+        console.print(f"# {kind}/{name}", style="bold", markup=False)
+        if paper := published(kind, name):
+            numbers = ", ".join(f"{key} {value}" for key, value in paper.items())
+            console.print(f"# the paper: {numbers}", style="bold", markup=False)
+        for line, doc in describe(config):
+            console.print(f"{line:<44}", end="", markup=False)
+            console.print(f" # {doc}" if doc else "", style="dim", markup=False)
+
+
+def _recipe_class(kind: str) -> type:
+    if kind in STAGE_ONE:
+        from pipelines.recipes import AutoencoderRecipe
+
+        return AutoencoderRecipe
+    from pipelines.recipes import DiffusionRecipe
+
+    return DiffusionRecipe

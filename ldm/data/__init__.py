@@ -6,9 +6,8 @@ of a training run, `evaluation_batches` into one pass, `sheet_images` into a pic
 """
 
 from ldm.data.dataset import DataConfig, holds_out, open_source
-from ldm.data.loader import Batch, batches, evaluation_batches
-from ldm.data.sheet import sheet_images
-from ldm.data.source import Source
+from ldm.data.loader import Batch, batches, evaluation_batches, sheet_images
+from ldm.data.sources import Source
 
 __all__ = [
     "Batch",

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from ldm.data.source import Source
+from ldm.data.sources import Source
 from ldm.errors import UsageError
 
 Split = Literal["train", "val", "all"]

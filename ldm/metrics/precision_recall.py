@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ldm.metrics.feature_set import paired_features
+from ldm.metrics.features import paired_features
 
 ROWS_AT_ONCE = 1024  # distances to all of the other set: 80 MB for 10,000 of them
 ROUNDING = 1e-12  # of the largest squared length: what a squared distance may be off by

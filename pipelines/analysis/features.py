@@ -19,14 +19,19 @@ from matplotlib.colors import LogNorm
 from torch import Tensor, nn
 
 from autoencoders import Autoencoder
+from ldm.charts import WIDTH, bare, drawing, name_rows, show_image
 from ldm.data import sheet_images
 from ldm.data.split import Split
 from ldm.device import memory_format, resolve_device
 from ldm.errors import LdmError, UsageError
 from ldm.images import to_float
-from pipelines.analysis.output import Analysis, analysis_folder, write_csv
-from pipelines.analysis.plots import WIDTH, bare, drawing, name_rows, show_image
-from pipelines.analysis.subjects import load_subjects, open_images
+from pipelines.analysis.subjects import (
+    Analysis,
+    analysis_folder,
+    load_subjects,
+    open_images,
+    write_csv,
+)
 
 NORMS = {"group": "GroupNorm", "smc": "SMC"}
 TOP = 0.01  # the strongest places, as a share of all

@@ -15,12 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ldm.charts import DIM, colour, drawing
 from ldm.errors import LdmError
 from ldm.logbook import read_rows
 from ldm.run_folder import newest_run, read_config
-from pipelines.analysis.output import Analysis, analysis_folder, write_csv
-from pipelines.analysis.plots import DIM, colour, drawing
-from pipelines.analysis.subjects import parse_models
+from pipelines.analysis.subjects import Analysis, analysis_folder, parse_models, write_csv
 
 SMOOTH = 31  # at most so many rows around one make its running median
 PERCENTILES = (5, 50, 95)

@@ -1,4 +1,8 @@
-"""What latents look like, and their statistics (Sadat et al. 2024, Figures 2 and 4).
+"""Statistics of latents over many images, in one pass: moments, KL, correlation, spectrum.
+
+The two pictures of `pipelines.analysis.latents`.
+
+What latents look like, and their statistics (Sadat et al. 2024, Figures 2 and 4).
 
 latents.png              images, reconstructions, latents as RGB: by channels 1-3, by PCA
 latents-statistics.png   per channel: mean, standard deviation, KL; spectrum; correlations
@@ -6,28 +10,287 @@ latents.csv              the same for every model and channel
 latents-spectrum.csv     power for every model, channel and frequency, and of the images themselves
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from accelerate import PartialState
+from matplotlib.axes import Axes
+from matplotlib.figure import SubFigure
+from matplotlib.ticker import NullLocator
 from torch import Tensor
 from torch.nn import functional as F
 
+from autoencoders.posterior import DiagonalGaussian
+from ldm.charts import DIM, INK, WIDTH, colour, drawing, name_rows, show_image
 from ldm.data import sheet_images
 from ldm.data.split import Split
-from ldm.errors import UsageError
+from ldm.distributed import fail_together, join_processes
+from ldm.errors import LdmError, UsageError
 from ldm.images import latents_as_rgb, to_float
-from ldm.processes import fail_together, join_processes
-from pipelines.analysis.latent_plots import Rows, draw_sheet, draw_statistics
-from pipelines.analysis.latent_statistics import LatentStatistics, measure
-from pipelines.analysis.output import Analysis, analysis_folder, write_csv
 from pipelines.analysis.subjects import (
+    Analysis,
     Images,
     Subject,
+    analysis_folder,
     draw_images,
+    encode_share,
+    gather,
     load_subjects,
     open_images,
+    write_csv,
 )
+
+GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601: luma of red, green and blue
+
+
+class LatentStatistics(NamedTuple):
+    """Of draws from the posteriors, summed over in closed form; float64, on the CPU."""
+
+    count: int
+    """Images."""
+    mean: Tensor
+    """Of each channel (n_z,)."""
+    covariance: Tensor
+    """Of the channels at one place (n_z, n_z)."""
+    posterior_std: Tensor
+    """Root mean square of the posteriors' own standard deviation (n_z,)."""
+    kl: Tensor
+    """KL to N(0, 1) of each channel (n_z,), nats per latent value."""
+    frequencies: Tensor
+    """Of the spectra (k,), cycles per latent, up to ½."""
+    spectrum: Tensor
+    """Mean power of each channel's posterior means at each frequency (n_z, k)."""
+    image_spectrum: Tensor
+    """The same of the images' luma, averaged over the pixels of each latent (k,)."""
+
+    @property
+    def std(self) -> Tensor:
+        """Of each channel (n_z,)."""
+        # of a channel that does not vary, rounding may leave less than nothing
+        return self.covariance.diagonal().clamp_min(0).sqrt()
+
+    @property
+    def correlation(self) -> Tensor:
+        """Of each two channels (n_z, n_z); of one that does not vary with another 0."""
+        scale = torch.where(self.std > 0, 1 / self.std, 0)
+        correlation = scale[:, None] * self.covariance * scale
+        return correlation.fill_diagonal_(1)
+
+    def principal_components(self) -> tuple[Tensor, Tensor]:
+        """Variances (n_z,), falling, and unit directions as rows (n_z, n_z).
+
+        The largest entry of each direction is positive: eigenvectors leave their sign open.
+        """
+        variances, vectors = torch.linalg.eigh(self.covariance)
+        vectors = vectors.flip(1).T
+        largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
+        return variances.flip(0).clamp_min(0), vectors * largest.sign()
+
+    @property
+    def slope(self) -> float:
+        """α of power ∝ frequency^−α, fitted to the mean of the channels' spectra."""
+        return fall(self.frequencies, self.spectrum.mean(0))
+
+    @property
+    def image_slope(self) -> float:
+        """α of the images themselves: about 2 for photographs."""
+        return fall(self.frequencies, self.image_spectrum)
+
+
+def measure(
+    subject: Subject, images: Images, batch_size: int, ranks: PartialState, where: torch.device
+) -> LatentStatistics:
+    """One pass over the images, the same result on every process.
+
+    Raises:
+        LdmError: there is no image, or a latent is not finite.
+    """
+    share, counted = None, 0
+    with fail_together(ranks):
+        for _, shown, posterior in encode_share(subject, images, batch_size, ranks, where):
+            sums = _sums(posterior, shown)
+            share = sums if share is None else [a + b for a, b in zip(share, sums, strict=True)]
+            counted += len(shown)
+    shares = [(s, n) for s, n in gather(ranks, (share, counted)) if n]
+    if not shares:
+        raise LdmError(f"{images.what}: no image can be read")
+    count = sum(n for _, n in shares)
+    totals = [sum(parts) / count for parts in zip(*(s for s, _ in shares), strict=True)]
+    mean, products, variance, kl, spectrum, image_spectrum = totals
+    return LatentStatistics(
+        count,
+        mean,
+        # E[zzᵀ] − E[z]E[z]ᵀ with z = μ + σε: the posteriors' variance counts on the diagonal alone
+        products + variance.diag() - mean[:, None] * mean,
+        variance.sqrt(),
+        kl,
+        torch.arange(1, spectrum.shape[1] + 1, dtype=torch.float64) / _side(subject, images),
+        spectrum,
+        image_spectrum,
+    )
+
+
+def radial_power(maps: Tensor) -> Tensor:
+    """Mean power of square maps (…, s, s) at radial frequencies 1/s, 2/s, … ½: (…, ⌊s/2⌋), float64.
+
+    Each map's mean is taken off, and a Hann window laid over it, for its edges do not meet. White
+    noise of variance v has power v at every frequency but the lowest, and 67/72 v there (s ≥ 3),
+    since a mean under the window lies in part at that frequency, and goes.
+    """
+    side = maps.shape[-1]
+    maps = maps.double()
+    maps = maps - maps.mean((-2, -1), keepdim=True)
+    window = torch.hann_window(side, periodic=True, dtype=torch.float64, device=maps.device)
+    window = window / window.square().mean().sqrt()
+    power = torch.fft.fft2(maps * window[:, None] * window, norm="ortho").abs().square()
+    whole = torch.fft.fftfreq(side, 1 / side, dtype=torch.float64, device=maps.device)
+    radius = torch.hypot(whole[:, None], whole).round().long().flatten()  # (s²,)
+    # the corners, beyond ½, and the mean, are left out
+    bins = F.one_hot(radius).double()[:, 1 : side // 2 + 1]  # (s², k)
+    return power.flatten(-2) @ (bins / bins.sum(0))
+
+
+def fall(frequencies: Tensor, power: Tensor) -> float:
+    """α of power ∝ frequency^−α, by least squares of the logarithms; NaN where power is 0."""
+    x, y = frequencies.log(), power.log()
+    x = x - x.mean()
+    return -((x * y).sum() / x.square().sum()).item()
+
+
+def _sums(posterior: DiagonalGaussian, images: Tensor) -> list[Tensor]:
+    """Sums over the images of a batch, of means over places: on the CPU."""
+    mean, variance = posterior.mean.double(), posterior.logvar.double().exp()  # (b, n_z, h, w)
+    over, places = (0, 2, 3), mean[0, 0].numel()
+    # Kingma & Welling 2014, Appendix B: ½ (μ² + σ² − 1 − ln σ²)
+    kl = 0.5 * (mean.square() + variance - 1 - posterior.logvar.double())
+    luma = (images.double() * images.new_tensor(GREY).double().view(1, 3, 1, 1)).sum(1)
+    sums = [
+        mean.sum(over) / places,
+        torch.einsum("bihw,bjhw->ij", mean, mean) / places,
+        variance.sum(over) / places,
+        kl.sum(over) / places,
+        radial_power(mean).sum(0),
+        radial_power(F.adaptive_avg_pool2d(luma, mean.shape[-2:])).sum(0),
+    ]
+    return [total.cpu() for total in sums]
+
+
+def _side(subject: Subject, images: Images) -> int:
+    """Latents along a side."""
+    return math.ceil(images.resolution / subject.autoencoder.downsampling)
+
+
+Rows = dict[str, list[Tensor]]
+"""By model: images, reconstructions, latents by channels and by PCA, each (B, 3, H, W)."""
+
+COLUMNS = ("image", "reconstruction", "latent,\nchannels 1-3", "latent,\nPCA")
+FEW = 12  # channels, each of which has a tick
+VERY_FEW = 6  # and whose correlations have room for numbers
+
+
+def draw_sheet(path: Path, rows: Rows, what: str) -> None:
+    """A row for every image and model; models stand together, so that they can be compared."""
+    count = len(next(iter(rows.values()))[0])
+    under = (
+        f"The first images of {what}, the posteriors' modes. Three channels, or the first three "
+        "principal components, as red, green and blue, each stretched from its 1st to its 99th "
+        "percentile."
+    )
+    cell = (WIDTH - 0.6) / len(COLUMNS) - 0.1
+    height = count * len(rows) * (cell + 0.12) + 0.55
+    title = "Do the latents look like the image?"
+    with drawing(path, title, under, height) as figure:
+        grid = figure.subplots(count * len(rows), len(COLUMNS), squeeze=False)
+        for row, (image, name) in enumerate((i, n) for i in range(count) for n in rows):
+            for axes, pictures in zip(grid[row], rows[name], strict=True):
+                show_image(axes, pictures[image])
+        for axes, column in zip(grid[0], COLUMNS, strict=True):
+            axes.set_title(column)
+        name_rows(grid[:, 0], [name for _ in range(count) for name in rows], cell)
+
+
+def draw_statistics(path: Path, found: dict[str, LatentStatistics], what: str) -> None:
+    """Four panels a model."""
+    under = (
+        f"{what[0].upper()}{what[1:]}. Draws from the posteriors (the spectrum: their means). "
+        "Dashed: N(0,\u00a01), which the KL term draws them to; grey in the spectrum: the images' "
+        "luma at the latents' resolution, scaled to the same sum."
+    )
+    title = "Statistics of the latents, channel by channel"
+    with drawing(path, title, under, 6.0 * len(found)) as figure:
+        parts = figure.subfigures(len(found), 1, squeeze=False)[:, 0]
+        for i, (part, (name, statistics)) in enumerate(zip(parts, found.items(), strict=True)):
+            if len(found) > 1:
+                part.suptitle(name, x=0.012, ha="left", fontsize=12, fontweight="bold")
+            _draw_model(part, statistics, colour(i))
+
+
+def _draw_model(part: SubFigure, s: LatentStatistics, shade: str) -> None:
+    (moments, kl), (spectrum, correlation) = part.subplots(2, 2)
+    channels = np.arange(1, len(s.mean) + 1)
+    few = len(channels) <= FEW
+
+    moments.axhline(0, color=DIM, linewidth=0.9)
+    for level in (-1, 1):
+        moments.axhline(level, color=DIM, linewidth=0.9, linestyle=(0, (4, 3)))
+    size = {"capsize": 3} if few else {"markersize": 2.5, "elinewidth": 1}
+    moments.errorbar(channels, s.mean, s.std, color=shade, fmt="o", label="latents", **size)
+    moments.errorbar(
+        channels + 0.25, s.mean, s.posterior_std, color=INK, fmt="none",
+        elinewidth=3 if few else 1, label="one posterior's own",
+    )  # fmt: skip
+    moments.set(title="Mean ± standard deviation", xlabel="channel", ylabel="latent value")
+    moments.legend(fontsize=8, frameon=True, framealpha=0.85, edgecolor="none")
+
+    kl.bar(channels, s.kl, color=shade)
+    kl.set(title="KL to N(0, 1)", xlabel="channel", ylabel="nats per latent value")
+    kl.grid(axis="y")
+    kl.set_axisbelow(True)
+
+    _draw_spectrum(spectrum, s, shade)
+    last = len(channels) + 0.5
+    shown = correlation.imshow(
+        s.correlation, cmap="RdBu_r", vmin=-1, vmax=1, extent=(0.5, last, last, 0.5)
+    )
+    correlation.set(title="Correlation r of channels", xlabel="channel", ylabel="channel")
+    correlation.spines[:].set_visible(False)
+    if len(channels) <= VERY_FEW:
+        for row, column in np.ndindex(s.correlation.shape):
+            r = s.correlation[row, column].item()
+            how = {"color": "white" if abs(r) > 0.6 else INK, "size": 8}
+            correlation.text(column + 1, row + 1, f"{r:.2f}", ha="center", va="center", **how)
+    part.colorbar(shown, ax=correlation, shrink=0.9)
+    if few:
+        moments.set_xticks(channels)
+        kl.set_xticks(channels)
+        correlation.set_xticks(channels)
+        correlation.set_yticks(channels)
+
+
+def _draw_spectrum(axes: Axes, s: LatentStatistics, shade: str) -> None:
+    """Every channel thin, their mean thick, and the images in grey."""
+    for power in s.spectrum:
+        axes.plot(s.frequencies, power, color=shade, linewidth=0.8, alpha=0.45)
+    mean = s.spectrum.mean(0)
+    axes.plot(s.frequencies, mean, color=shade, linewidth=2.2, label=f"latents (α = {s.slope:.1f})")
+    # the images' power is in other units: only the shape of its curve is to be compared
+    scaled = s.image_spectrum * (mean.mean() / s.image_spectrum.mean())
+    label = f"images (α = {s.image_slope:.1f})"
+    axes.plot(s.frequencies, scaled, color=DIM, linewidth=1.5, label=label)
+    axes.set(
+        xscale="log", yscale="log", title=r"Spectrum: power ∝ frequency$^{\,-\alpha}$",
+        xlabel="cycles per latent", ylabel="power",
+    )  # fmt: skip
+    halves = [2**-k for k in range(1, 12) if 2**-k >= 0.99 * s.frequencies[0].item()]
+    axes.set_xticks(halves, ["½", "¼", "⅛", *(f"1/{1 / f:.0f}" for f in halves[3:])][: len(halves)])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.grid(which="major")
+    axes.legend(fontsize=8)
+
 
 LEAST = 4  # latents a side: a spectrum of fewer says nothing
 

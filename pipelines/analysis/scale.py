@@ -14,16 +14,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from autoencoders.loading import read_autoencoder
+from ldm.charts import colour, drawing, marker
 from ldm.data import DataConfig, Source, open_source
 from ldm.data.dataset import PHOTOS
-from ldm.data.decode import CorruptImage
 from ldm.data.shards import read_manifest
 from ldm.data.split import Split
+from ldm.data.transforms import CorruptImage
+from ldm.distributed import from_main, join_processes
 from ldm.errors import LdmError, UsageError
-from ldm.processes import from_main, join_processes
-from pipelines.analysis.output import Analysis, analysis_folder, write_csv
-from pipelines.analysis.plots import colour, drawing, marker
-from pipelines.analysis.subjects import choose_data, parse_models
+from pipelines.analysis.subjects import (
+    Analysis,
+    analysis_folder,
+    choose_data,
+    parse_models,
+    write_csv,
+)
 from pipelines.evaluate import evaluate_checkpoints
 from pipelines.measuring.evaluation import Evaluation
 

@@ -17,22 +17,19 @@ from urllib.request import Request, urlopen
 import torch
 
 from autoencoders import Autoencoder, AutoencoderConfig, load_autoencoder
-from autoencoders.losses.perceptual import TRUNKS
-from autoencoders.losses.trunks import PUBLISHED, has_trunk
+from autoencoders.losses.perceptual import PUBLISHED, TRUNKS, has_trunk
 from ldm.checkpoint import fingerprint
 from ldm.config import list_presets, load_preset, validate
 from ldm.data import DataConfig, Source, holds_out, open_source
-from ldm.data.decode import CorruptImage
-from ldm.data.source import load_at_least
+from ldm.data.sources import load_at_least
+from ldm.data.transforms import CorruptImage
 from ldm.device import resolve_precision
 from ldm.errors import LdmError
 from ldm.metrics.inception import WEIGHTS, published_weights, weight_folders
 from ldm.run import RunConfig
 from ldm.weights import from_home
-from pipelines.training.autoencoder_recipe import AutoencoderRecipe
-from pipelines.training.diffusion_recipe import DiffusionRecipe
-from pipelines.training.latent_cache import check_cache
-from pipelines.training.stage_one import PRESETS, find_stage_one
+from pipelines.latents import check_cache
+from pipelines.recipes import PRESETS, AutoencoderRecipe, DiffusionRecipe, find_stage_one
 
 ANSWERS_WITHIN = 5
 """Seconds that a server is given to say how large a file is."""

@@ -9,8 +9,7 @@ from typing import Any, Literal, get_args
 
 from autoencoders.hub import find_pretrained, save_pretrained
 from autoencoders.loading import AutoencoderFile, assemble, read_autoencoder
-from autoencoders.sdvae.export import write_compvis, write_diffusers
-from autoencoders.sdvae.weights import pick_said
+from autoencoders.sdvae.formats import pick_said, write_compvis, write_diffusers
 from ldm.checkpoint import Kind, ModelFile, load_model, save_model
 from ldm.config import to_tree
 from ldm.errors import LdmError, UsageError

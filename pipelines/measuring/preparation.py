@@ -13,11 +13,10 @@ import numpy as np
 
 from ldm.data import DataConfig, Source, open_source
 from ldm.data.dataset import PHOTOS
-from ldm.data.decode import CorruptImage
 from ldm.data.shards import read_manifest
-from ldm.data.transforms import NOT_RESIZED
+from ldm.data.transforms import NOT_RESIZED, CorruptImage
 from ldm.errors import LdmError
-from pipelines.sampling.folder import is_lossy
+from pipelines.sampling.sample_folder import is_lossy
 
 LOOKED_AT = 16  # images whose size tells that of all
 

@@ -8,11 +8,15 @@ from ldm.device import resolve_device
 from ldm.errors import UsageError
 from ldm.run_folder import provenance
 from pipelines.report import page
-from pipelines.report.curves import curves_section
-from pipelines.report.numbers import numbers_section
-from pipelines.report.pictures import Looks, reconstructions_section, samples_section
 from pipelines.report.records import STAGES, Record, read_records
-from pipelines.report.settings import settings_section
+from pipelines.report.sections import (
+    Looks,
+    curves_section,
+    numbers_section,
+    reconstructions_section,
+    samples_section,
+    settings_section,
+)
 
 
 def write_report(

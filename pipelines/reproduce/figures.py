@@ -10,9 +10,8 @@ from typing import Literal
 
 from ldm.errors import UsageError
 from pipelines.reproduce.plan import Job, Plan
-from pipelines.reproduce.records import is_main
+from pipelines.reproduce.rows import Model, check_images, is_main, make_model
 from pipelines.reproduce.tables import all_tables
-from pipelines.reproduce.training import Model, check_images, make_model
 
 IMAGES = 64
 """Samples in a grid."""
@@ -121,7 +120,7 @@ def _find_job(plan: Plan, preset: str) -> Job:
 
 def _draw_samples(name: str, job: Job, models: dict[str, Model], plan: Plan) -> Drawing:
     from pipelines.sample import sample_images
-    from pipelines.sampling.folder import GRID
+    from pipelines.sampling.sample_folder import GRID
 
     how, device = plan.scale.measuring, job.training.recipe.run.device
     [model] = models.values()

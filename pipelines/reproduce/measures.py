@@ -11,22 +11,18 @@ from numpy.typing import NDArray
 from autoencoders import load_autoencoder
 from ldm.data.dataset import PHOTOS
 from ldm.device import resolve_device
+from ldm.distributed import join_processes
 from ldm.errors import LdmError
 from ldm.metrics.inception import FeatureExtractor
-from ldm.processes import join_processes
 from ldm.timing import name_device
 from pipelines.bench import measure_encoders
-from pipelines.doctor.counting import count_parameters
+from pipelines.doctor.costs import count_parameters
 from pipelines.evaluate import evaluate_checkpoints
-from pipelines.measuring.evaluation_plan import plan_jobs
-from pipelines.reproduce.columns import SIGMAS
-from pipelines.reproduce.layout import shown_columns
-from pipelines.reproduce.plan import Job
-from pipelines.reproduce.records import OF_FEATURES, read_record
-from pipelines.reproduce.scales import Measuring
-from pipelines.reproduce.stand_ins import FEATURES, random_trunk
-from pipelines.reproduce.tables import Number, Table
-from pipelines.reproduce.training import Model
+from pipelines.measuring.evaluation import plan_jobs
+from pipelines.reproduce.output import shown_columns
+from pipelines.reproduce.plan import Job, Measuring
+from pipelines.reproduce.rows import FEATURES, OF_FEATURES, Model, random_trunk, read_record
+from pipelines.reproduce.tables import SIGMAS, Number, Table
 
 ENOUGH = FeatureExtractor.dim
 """Images of a FID that is to be judged by: of fewer than features the covariance is singular."""
@@ -157,7 +153,7 @@ def _were_seen(seen: Mapping[str, Any]) -> bool:
 
 
 def _latents(job: Job, model: Model, tools: Tools) -> Measured:
-    from pipelines.analysis.latent_distances import latents_mmd
+    from pipelines.analysis.mmd import latents_mmd
 
     how, device = tools.how, job.training.recipe.run.device
     ranks, _ = join_processes(device)

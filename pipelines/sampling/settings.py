@@ -1,6 +1,12 @@
-"""How images are sampled: the options people give, and what they make of a denoiser."""
+"""How images are sampled: the options people give, and what they make of a denoiser.
 
-from collections.abc import Callable, Mapping
+The classes a model was conditioned on, and which of them each image is to be of.
+
+Masks for inpainting: what lies under them is filled in, and their shadow on the latents.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from math import inf, sqrt
 from operator import index
@@ -14,11 +20,13 @@ from pydantic import (
     model_validator,
 )
 from torch import Tensor
+from torch.nn import functional as F
 
 from diffusion.samplers import SAMPLERS, Denoise, make_churn
 from diffusion.schedules import SCHEDULES
 from ldm.config import Config, did_you_mean, to_tree, validate
 from ldm.errors import UsageError
+from ldm.seeds import generator
 
 UpToInfinity = Annotated[  # JSON has no number for ∞; pydantic reads the word back
     float, Field(ge=0), PlainSerializer(lambda x: "inf" if x == inf else x, when_used="json")
@@ -224,3 +232,130 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
     t = t.double().view(-1, 1, 1, 1)
     # Shoemake 1985, Section 3.3
     return (((1 - t) * angle).sin() * a + (t * angle).sin() * b).div(angle.sin()).float()
+
+
+Label = int | str
+"""A class by its number from 0, −1 for none, or by its name. A number may be of any kind of whole
+number, NumPy's and torch's included, or written in words: "3"."""
+
+
+@dataclass(frozen=True)
+class Classes:
+    """How many there are, and what they are called; no names: they have numbers alone."""
+
+    count: int = 0
+    names: tuple[str, ...] = ()
+
+    def number(self, label: Label) -> int:
+        """The number of a class.
+
+        Raises:
+            UsageError: there is no such class, or the model has none at all.
+        """
+        if not self.count:
+            raise UsageError(f"label {label!r}: this model has no classes, leave labels out")
+        for name in (label, label.strip()) if isinstance(label, str) else ():
+            if name in self.names:
+                return self.names.index(name)
+        number = _as_number(label)
+        if number is not None and -1 <= number < self.count:
+            return number
+        asked = label if number is None else number
+        called = f" ({', '.join(self.names[:12])}{' …' if self.count > 12 else ''})"
+        raise UsageError(
+            f"label {asked!r}: classes are 0 to {self.count - 1}{called if self.names else ''}, "
+            "or -1 for none"
+        )
+
+    def read(self, labels: Label | Iterable[Label]) -> tuple[int, ...]:
+        """The numbers of one class, or of several.
+
+        Raises:
+            UsageError: there is no such class, or not one label.
+        """
+        several = _as_list(labels)
+        if several == []:
+            raise UsageError("labels are empty: give at least one, or leave them out")
+        return tuple(map(self.number, [labels] if several is None else several))
+
+    def choose(
+        self, labels: Label | Sequence[Label] | None, n: int, seed: int
+    ) -> tuple[int, ...] | None:
+        """The classes of images 0 … n−1 of a seed; None for a model without classes.
+
+        Args:
+            labels: one for all, one for each, or None: drawn evenly for each.
+
+        Raises:
+            UsageError: there is no such class, or not one for each image.
+        """
+        if labels is None:
+            return tuple(self.draw(seed, range(n))) if self.count else None
+        chosen = self.read(labels)
+        if _as_list(labels) is None:
+            return chosen * n
+        if len(chosen) != n:
+            raise UsageError(f"{len(chosen)} labels for {n} images: give one, or one for each")
+        return chosen
+
+    def draw(self, seed: int, indices: Sequence[int]) -> list[int]:
+        """A class for each image, evenly over all, a function of (seed, i) alone."""
+        return [int(generator(seed, "class", i).integers(self.count)) for i in indices]
+
+
+def _as_number(label: Any) -> int | None:
+    """A label as the number it is or spells; None where it does neither."""
+    if isinstance(label, str):
+        return int(label) if re.fullmatch(r"\s*[+-]?[0-9]{1,9}\s*", label) else None
+    label = _plain(label)
+    try:
+        return None if isinstance(label, bool) else index(label)
+    except TypeError:
+        return None
+
+
+def _as_list(labels: Any) -> list | None:
+    """Several labels; None where they are one."""
+    labels = _plain(labels)
+    return list(labels) if isinstance(labels, Iterable) and not isinstance(labels, str) else None
+
+
+def _plain(labels: Any) -> Any:
+    """A tensor's or an array's labels as Python's numbers."""
+    return labels.tolist() if hasattr(labels, "tolist") else labels
+
+
+def fill_hidden(images: Tensor, mask: Tensor) -> Tensor:
+    """Images with what the mask hides replaced by the mean of the known pixels about it.
+
+    An encoder looks beyond the patch of a latent: what is hidden must not reach it, nor an edge
+    that is not in the picture. The mean is over the known pixels of a square of 2, 4, 8 … pixels,
+    the smallest that holds any; grey where nothing is known. (After the pull-push of Gortler et al.
+    1996, which blends the squares where this takes one.)
+
+    Args:
+        images: (B, 3, H, W) in [−1, 1].
+        mask: (B, 1, H, W), 1 where hidden, 0 where known.
+    """
+    known = 1 - mask
+    return _means(images * known, known)
+
+
+def _means(sums: Tensor, counts: Tensor) -> Tensor:
+    """Means (B, 3, H, W) of squares of which there are sums, and counts (B, 1, H, W) of what is in
+    them; of an empty one, that of the smallest of the squares about it that is not."""
+    mean = sums / counts.clamp_min(1)
+    if max(counts.shape[2:]) == 1 or (counts > 0).all():
+        return mean
+    larger = [F.avg_pool2d(part, 2, ceil_mode=True, divisor_override=1) for part in (sums, counts)]
+    wide = F.interpolate(_means(*larger), scale_factor=2, mode="nearest")
+    return torch.where(counts > 0, mean, wide[..., : counts.shape[2], : counts.shape[3]])
+
+
+def latent_mask(mask: Tensor, sides: Sequence[int]) -> Tensor:
+    """(B, 1, H, W) of pixels → (B, 1, h, w): 1 where any pixel of a latent's patch is 1.
+
+    Args:
+        sides: (h, w), which divide (H, W).
+    """
+    return F.adaptive_max_pool2d(mask, tuple(sides))

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from autoencoders import build_autoencoder
 from autoencoders.hub import find_pretrained, from_pretrained, push_to_hub, save_pretrained
-from autoencoders.sdvae.export import write_diffusers
+from autoencoders.sdvae.formats import write_diffusers
 from ldm.errors import LdmError, UsageError
 from tests.small import fill_disk_after_one_file
 

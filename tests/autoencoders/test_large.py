@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from autoencoders import Autoencoder, DiagonalGaussian, build_autoencoder
-from autoencoders.large import _Tiling, decode_tiled, encode_tiled, reconstruct_tiled
+from autoencoders.tiling import _Tiling, decode_tiled, encode_tiled, reconstruct_tiled
 from ldm.errors import LdmError, UsageError
 
 LEVEL = 1 / 255  # a step of uint8, of a range of 1

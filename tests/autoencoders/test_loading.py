@@ -9,9 +9,7 @@ from safetensors.torch import load_file, save_file
 from autoencoders import build_autoencoder
 from autoencoders.hub_folder import save_pretrained
 from autoencoders.loading import load_autoencoder, read_autoencoder
-from autoencoders.sdvae.compvis import to_compvis
-from autoencoders.sdvae.export import write_compvis, write_diffusers
-from autoencoders.sdvae.weights import to_diffusers
+from autoencoders.sdvae.formats import to_compvis, to_diffusers, write_compvis, write_diffusers
 from ldm.checkpoint import ModelFile, save_model
 from ldm.config import to_tree
 from ldm.errors import LdmError

@@ -11,12 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from diffusion.compvis import (
-    config_from_compvis,
-    find_prefix,
-    from_compvis,
-    read_compvis,
-)
+from diffusion.formats import config_from_compvis, find_prefix, from_compvis, read_compvis
 from diffusion.unet import UNet, UNetConfig
 from ldm.errors import LdmError
 

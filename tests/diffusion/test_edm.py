@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from diffusion import EDM, EDMConfig, EDMLoss, UNet, UNetConfig, edm_loss, sample_sigma
-from diffusion.edm import preconditioning
-from diffusion.uncertainty import Uncertainty
+from diffusion.edm import Uncertainty, preconditioning
 
 SIGMAS = torch.logspace(-3, 2, 21, dtype=torch.float64)
 

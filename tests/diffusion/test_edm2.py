@@ -8,8 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from diffusion.edm import EDM, edm_loss
-from diffusion.edm2 import Block, CosineAttention, EDM2Config, EDM2UNet
-from diffusion.magnitude import MPLayer
+from diffusion.edm2 import Block, CosineAttention, EDM2Config, EDM2UNet, MPLayer
 from ldm.config import validate
 from ldm.errors import LdmError, UsageError
 

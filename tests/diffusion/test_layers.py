@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion.layers import (
+from diffusion.unet import (
     Downsample,
     NoiseEmbedding,
     ResidualBlock,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion.magnitude import (
+from diffusion.edm2 import (
     MPConv2d,
     MPFourier,
     MPLinear,

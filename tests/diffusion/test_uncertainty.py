@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diffusion.uncertainty import Uncertainty, weigh
+from diffusion.edm import Uncertainty, weigh
 
 
 def normal(*shape, seed=0):

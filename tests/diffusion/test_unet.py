@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from diffusion import EDM, UNet, UNetConfig, edm_loss
-from diffusion.layers import ResidualBlock
+from diffusion.unet import ResidualBlock
 from ldm.config import validate
 from ldm.errors import LdmError, UsageError
 

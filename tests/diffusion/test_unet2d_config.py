@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
+from diffusion.formats import config_from_diffusers, diffusers_config, group_counts
 from diffusion.unet import UNet, UNetConfig
-from diffusion.unet2d_config import config_from_diffusers, diffusers_config, group_counts
 from ldm.errors import LdmError
 
 DESCRIBED = {

@@ -7,8 +7,7 @@ import torch
 from diffusers import UNet2DModel
 from torch import nn
 
-from diffusion.unet import UNet, UNetConfig
-from diffusion.weights import (
+from diffusion.formats import (
     PICKLED_FILE,
     WEIGHTS_FILE,
     from_diffusers,
@@ -16,6 +15,7 @@ from diffusion.weights import (
     to_diffusers,
     write_diffusers,
 )
+from diffusion.unet import UNet, UNetConfig
 from ldm.errors import LdmError
 
 SMALL = UNetConfig(

@@ -173,8 +173,7 @@ def test_a_preset_lies_over_its_base():
 
 @pytest.mark.parametrize("kind", ["ae", "diffusion"])
 def test_every_preset_resolves_and_says_what_it_is(kind):
-    from pipelines.training.autoencoder_recipe import AutoencoderRecipe
-    from pipelines.training.diffusion_recipe import DiffusionRecipe
+    from pipelines.recipes import AutoencoderRecipe, DiffusionRecipe
 
     recipe = {"ae": AutoencoderRecipe, "diffusion": DiffusionRecipe}[kind]
     for name in list_presets(kind):
@@ -183,8 +182,7 @@ def test_every_preset_resolves_and_says_what_it_is(kind):
 
 
 def test_every_setting_says_what_it_is():
-    from pipelines.training.autoencoder_recipe import AutoencoderRecipe
-    from pipelines.training.diffusion_recipe import DiffusionRecipe
+    from pipelines.recipes import AutoencoderRecipe, DiffusionRecipe
 
     for kind, recipe in (("ae", AutoencoderRecipe), ("diffusion", DiffusionRecipe)):
         for name in list_presets(kind):
@@ -194,7 +192,7 @@ def test_every_setting_says_what_it_is():
 
 
 def test_describe_lists_what_there_is_to_choose_from():
-    from pipelines.training.autoencoder_recipe import AutoencoderRecipe
+    from pipelines.recipes import AutoencoderRecipe
 
     config = resolve(AutoencoderRecipe, load_preset("ae", "litevae-b"))
     docs = {line.strip().partition(":")[0]: doc for line, doc in describe(config)}

@@ -19,7 +19,7 @@ from torch import nn
 
 from ldm.checkpoint import Damaged
 from ldm.errors import LdmError
-from ldm.foreign import Inert, read_foreign
+from ldm.safe_pickle import Inert, read_foreign
 
 FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ldm import processes
+from ldm import distributed as processes
+from ldm.distributed import fail_together, from_main, join_processes, make_accelerator
 from ldm.errors import LdmError
-from ldm.processes import fail_together, from_main, join_processes, make_accelerator
 
 
 def test_alone():

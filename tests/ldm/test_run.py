@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
+from ldm.distributed import make_accelerator
 from ldm.errors import LdmError
-from ldm.processes import make_accelerator
 from ldm.run import MAX_BAD_STEPS, Run, RunConfig, frozen, start_run
-from ldm.saved_state import load_state
+from ldm.run_folder import load_state
 
 
 class Recipe(RunConfig):

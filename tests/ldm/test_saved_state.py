@@ -8,7 +8,7 @@ import torch
 
 from ldm.checkpoint import ModelFile, save_model
 from ldm.errors import LdmError
-from ldm.saved_state import latest_state, load_state, restore, save_state
+from ldm.run_folder import latest_state, load_state, restore, save_state
 
 
 def test_states_are_kept_newest_and_found(tmp_path):
@@ -72,7 +72,7 @@ def test_a_full_disk_leaves_the_last_good_files(tmp_path):
         import resource, signal, sys, torch
         from pathlib import Path
         from ldm.checkpoint import ModelFile, save_model
-        from ldm.saved_state import save_state
+        from ldm.run_folder import save_state
         from ldm.errors import LdmError
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))

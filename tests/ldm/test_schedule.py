@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ldm.schedule import learning_rate, set_learning_rate
+from ldm.learning_rate import learning_rate, set_learning_rate
 
 
 def test_warm_up_is_linear_then_constant():

@@ -2,8 +2,7 @@ import json
 
 import pytest
 
-from pipelines.bench import PAPER, SOURCE, EncoderCost
-from pipelines.bench_table import Bench, bench_encoders
+from pipelines.bench import PAPER, SOURCE, Bench, EncoderCost, bench_encoders
 
 VAE = EncoderCost("sdvae", 34_163_592, 136.36, 8000.0, 50.0)
 SMALL = EncoderCost("litevae-s", 1_035_692, 5.76, 1000.0, 1250.0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ldm.checkpoint import load_model
-from ldm.saved_state import latest_state, load_state
+from ldm.run_folder import latest_state, load_state
 from tests.small import AUTOENCODER, DIFFUSION, ROOT, ldm
 
 # A process prints what it holds when it is done: its weights' fingerprint, the images it saw.

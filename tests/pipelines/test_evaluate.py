@@ -9,7 +9,7 @@ from autoencoders import build_autoencoder
 from ldm.data import DataConfig, evaluation_batches, open_source
 from ldm.errors import LdmError
 from ldm.images import to_float
-from pipelines.evaluate import evaluate_autoencoder
+from pipelines.validation import evaluate_autoencoder
 from tests.pipelines.measuring.reconstructed import Adding, by_scikit_image
 
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ from ldm.data import DataConfig
 from ldm.errors import LdmError, UsageError
 from ldm.metrics import sliced_wasserstein
 from pipelines.evaluate import evaluate_checkpoints
-from pipelines.measuring import instruments
+from pipelines.measuring import metrics as instruments
 from tests.pipelines.measuring.reconstructed import (
     DIM,
     FEATURES,

@@ -11,15 +11,15 @@ from autoencoders import Autoencoder, load_autoencoder
 from autoencoders.discriminators import build_discriminator
 from autoencoders.layers import checkpoint_blocks
 from autoencoders.losses import LPIPS, Objective
-from autoencoders.losses.esrgan import ESRGANPerceptual
+from autoencoders.losses.perceptual import ESRGANPerceptual
 from ldm.checkpoint import ModelFile, save_model
 from ldm.config import load_preset, resolve, to_tree
 from ldm.data import DataConfig, batches, open_source
+from ldm.distributed import make_accelerator
 from ldm.images import to_float
-from ldm.processes import make_accelerator
 from ldm.run import Run, RunConfig
-from pipelines.training.autoencoder_recipe import AutoencoderRecipe
-from pipelines.training.autoencoder_step import draw, train_step
+from pipelines.recipes import AutoencoderRecipe
+from pipelines.train_autoencoder import draw, train_step
 
 RESOLUTION, BATCH, STEPS = 32, 4, 20
 SMALL = [

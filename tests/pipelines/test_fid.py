@@ -10,12 +10,12 @@ from PIL import Image
 from ldm.data import DataConfig, batches, open_source
 from ldm.errors import LdmError, UsageError
 from ldm.metrics import inception, sliced_wasserstein
-from ldm.metrics.kid import kernel_distance
+from ldm.metrics.mmd import kernel_distance
 from ldm.metrics.precision_recall import precision_recall
 from ldm.seeds import generator
 from pipelines.fid import fid_of_samples, measure_fid
 from pipelines.sample import sample_images
-from pipelines.sampling.store import STORES
+from pipelines.sampling.sample_folder import STORES
 from tests.ldm.metrics.fake_inception import save_fake_inception
 from tests.pipelines.measuring.fid_sides import (
     DIM,

@@ -12,7 +12,7 @@ from diffusion.samplers import make_churn, sample_heun
 from diffusion.schedules import karras_sigmas
 from ldm.images import to_float, to_uint8
 from ldm.seeds import normal
-from pipelines.sampling.masks import fill_hidden, latent_mask
+from pipelines.sampling.settings import fill_hidden, latent_mask
 from tests.pipelines.untrained import SIZE, load, make_model, pipeline, said
 
 FEW = {"steps": 3}

@@ -13,8 +13,8 @@ from ldm.data import DataConfig, open_source
 from ldm.errors import LdmError, UsageError
 from ldm.images import to_float
 from pipelines.neighbours import find_neighbours
-from pipelines.sampling.latent_model import LatentModel
-from pipelines.sampling.store import image_path
+from pipelines.sampling.model import LatentModel
+from pipelines.sampling.sample_folder import image_path
 from tests.pipelines.untrained import SIZE, make_model
 
 TRAIN, HELD_OUT = 12, 3

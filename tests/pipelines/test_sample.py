@@ -16,8 +16,7 @@ from PIL import Image
 from ldm.checkpoint import load_model, save_model
 from ldm.errors import LdmError, UsageError
 from pipelines.sample import sample_images
-from pipelines.sampling.folder import SampleFolder
-from pipelines.sampling.store import image_path
+from pipelines.sampling.sample_folder import SampleFolder, image_path
 from tests.pipelines.untrained import CLASSES, make_model, pipeline
 from tests.small import ROOT, ldm
 
@@ -123,7 +122,7 @@ from accelerate import PartialState
 from ldm.errors import LdmError
 from pipelines import sample
 from pipelines.sampling import store as sample_store
-from pipelines.sampling.store import PngStore, ShardStore
+from pipelines.sampling.sample_folder import PngStore, ShardStore
 
 rank, how = PartialState(cpu=True).process_index, dict(batch_size=2, device="cpu")
 how |= dict(steps=3, churn=10, precision="fp32", n=9, model=sys.argv[1])

@@ -8,9 +8,8 @@ from ldm.errors import LdmError, UsageError
 from ldm.logbook import read_rows
 from pipelines.latent_diffusion import LatentDiffusionPipeline
 from pipelines.train_autoencoder import train_autoencoder
-from pipelines.train_diffusion import snapshot_due, train_diffusion
-from pipelines.training.learner import Learner
-from pipelines.training.noise_bands import band_names
+from pipelines.train_diffusion import Learner, snapshot_due, train_diffusion
+from pipelines.validation import band_names
 from tests.small import autoencoder_recipe, diffusion_recipe
 
 

@@ -1,7 +1,7 @@
 import torch
 from torch.nn import functional as F
 
-from autoencoders.litevae.nafnet import NAFBlock, NAFNet, NAFNetConfig
+from autoencoders.litevae.nets import NAFBlock, NAFNet, NAFNetConfig
 from tests.autoencoders.parameters import count
 
 

@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from autoencoders.litevae.unet import FeatureUNet, FeatureUNetConfig
+from autoencoders.litevae.nets import FeatureUNet, FeatureUNetConfig
 from tests.autoencoders.parameters import count
 
 

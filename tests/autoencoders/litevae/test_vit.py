@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from autoencoders.litevae.vit import TransformerBlock, ViT, ViTConfig
+from autoencoders.litevae.nets import TransformerBlock, ViT, ViTConfig
 from ldm.config import resolve
 from ldm.errors import UsageError
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from autoencoders.losses.artifacts import artifact_map, ldl, local_variance
+from autoencoders.losses.adversarial import artifact_map, ldl, local_variance
 
 
 @pytest.fixture

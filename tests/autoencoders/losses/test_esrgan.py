@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torchvision.models import vgg19
 
-from autoencoders.losses.esrgan import load_esrgan
+from autoencoders.losses.perceptual import load_esrgan
 from ldm.errors import LdmError
 
 FILE = "vgg19-dcbb9e9d.pth"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from autoencoders.losses.frequency import blur, gaussian, wavelet
+from autoencoders.losses.reconstruction import blur, gaussian, wavelet
 
 
 @pytest.fixture

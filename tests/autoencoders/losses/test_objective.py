@@ -5,8 +5,8 @@ from torch import nn
 from autoencoders import build_autoencoder
 from autoencoders.discriminators import UNetDiscriminator, UNetDiscriminatorConfig, split
 from autoencoders.losses import LPIPS, AdversarialConfig, LossConfig, Objective
-from autoencoders.losses.artifacts import ldl
-from autoencoders.losses.esrgan import ESRGANPerceptual
+from autoencoders.losses.adversarial import ldl
+from autoencoders.losses.perceptual import ESRGANPerceptual
 from ldm.config import validate
 from ldm.errors import UsageError
 

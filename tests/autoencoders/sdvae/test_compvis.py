@@ -11,8 +11,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from autoencoders.loading import load_autoencoder, read_autoencoder
-from autoencoders.sdvae.compvis import find_prefix, from_compvis, pick, to_compvis
-from autoencoders.sdvae.export import diffusers_config, write_compvis
+from autoencoders.sdvae.formats import (
+    diffusers_config,
+    find_prefix,
+    from_compvis,
+    pick,
+    to_compvis,
+    write_compvis,
+)
 from ldm.errors import LdmError
 from tests.golden import SDVAE_DECODER_PARAMETERS, SDVAE_ENCODER_PARAMETERS
 

@@ -8,8 +8,13 @@ from diffusers import AutoencoderKL
 
 from autoencoders import build_autoencoder
 from autoencoders.loading import load_autoencoder
-from autoencoders.sdvae.export import diffusers_config, write_compvis, write_diffusers
-from autoencoders.sdvae.weights import WEIGHTS_FILE, tree_from_diffusers
+from autoencoders.sdvae.formats import (
+    WEIGHTS_FILE,
+    diffusers_config,
+    tree_from_diffusers,
+    write_compvis,
+    write_diffusers,
+)
 from ldm.config import to_tree
 from ldm.errors import LdmError
 from tests.small import fill_disk_after_one_file

@@ -6,7 +6,7 @@ from diffusers import AutoencoderKL
 
 from autoencoders import Autoencoder, AutoencoderConfig
 from autoencoders.loading import load_autoencoder
-from autoencoders.sdvae.weights import from_diffusers, to_diffusers, tree_from_diffusers
+from autoencoders.sdvae.formats import from_diffusers, to_diffusers, tree_from_diffusers
 from ldm.config import validate
 from tests.autoencoders.parameters import count
 from tests.golden import SDVAE_DECODER_PARAMETERS, SDVAE_ENCODER_PARAMETERS

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from autoencoders.loading import load_autoencoder
-from autoencoders.sdvae.weights import PICKLED_FILE, WEIGHTS_FILE, groups_of, weights_files
+from autoencoders.sdvae.formats import PICKLED_FILE, WEIGHTS_FILE, groups_of, weights_files
 from ldm.errors import LdmError
 
 CONFIG = {

@@ -7,10 +7,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from ldm.cli.bench import bench
+from ldm.cli.measure import bench
 from ldm.errors import UsageError
-from pipelines.bench import EncoderCost
-from pipelines.bench_table import Bench
+from pipelines.bench import Bench, EncoderCost
 
 
 @pytest.fixture
@@ -37,7 +36,7 @@ def test_its_columns_fit_into_a_terminal_and_say_whose_they_are(monkeypatch, cap
     widest = EncoderCost("litevae-m", 32_750_000, 136.36, 12130.0, 1250.0)
     result = Bench([EncoderCost("sdvae", 34_163_592, 136.36, 8000.0, 50.0), widest],
                    {"memory": "", "speed": ""})  # fmt: skip
-    monkeypatch.setattr("pipelines.bench_table.bench_encoders", lambda *asked: result)
+    monkeypatch.setattr("pipelines.bench.bench_encoders", lambda *asked: result)
     monkeypatch.setattr("ldm.logbook.console.width", 80)
     bench()
     lines = capsys.readouterr().out.splitlines()

@@ -10,11 +10,12 @@ from typer.testing import CliRunner
 
 from ldm.cli.doctor import _disk, _duration, _trial, doctor
 from ldm.errors import UsageError
-from pipelines.doctor import checks, trial
+from pipelines.doctor import checks
 from pipelines.doctor import doctor as doctors
-from pipelines.doctor.diagnosis import Diagnosis, Length, Machine
-from pipelines.doctor.room import Disk, Memory
-from pipelines.doctor.trial import Load, Speed, Trial
+from pipelines.doctor import timing as trial
+from pipelines.doctor.doctor import Diagnosis, Length, Machine
+from pipelines.doctor.memory import Disk, Memory
+from pipelines.doctor.timing import Load, Speed, Trial
 from tests.pipelines.doctor.papers import paper_autoencoder, paper_diffusion
 from tests.pipelines.doctor.test_checks import save_run
 

@@ -5,7 +5,7 @@ import typer
 from typer.testing import CliRunner
 
 from ldm.checkpoint import load_model
-from ldm.cli.ema import ema
+from ldm.cli.exchange import ema
 from ldm.cli.sample import sample
 from ldm.errors import LdmError
 from ldm.files import write_json

@@ -8,7 +8,7 @@ import pytest
 from ldm.cli import main
 from ldm.errors import LdmError
 from pipelines.evaluate import evaluate_checkpoints
-from pipelines.measuring import instruments
+from pipelines.measuring import metrics as instruments
 from tests.pipelines.measuring.reconstructed import DIM, FEATURES, crops, save_images, save_run
 from tests.small import ldm
 

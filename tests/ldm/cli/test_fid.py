@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import typer
 
-from ldm.cli.evaluate import eval_ae
-from ldm.cli.fid import fid
+from ldm.cli.measure import eval_ae, fid
 from ldm.errors import LdmError, UsageError
 from ldm.metrics import inception
-from pipelines.measuring import statistics_file
+from pipelines.measuring import reference as statistics_file
 from tests.ldm.metrics.fake_inception import save_fake_inception
 from tests.pipelines.measuring.fid_sides import pictures, write_folder, write_samples
 from tests.pipelines.untrained import make_model

@@ -1,9 +1,9 @@
 import pytest
 
-from ldm.cli.names import STAGE_ONE, STAGE_TWO, find_preset, find_presets
+from ldm.cli.options import STAGE_ONE, STAGE_TWO, find_preset, find_presets
 from ldm.config import list_presets, load_preset, published, resolve
 from ldm.errors import UsageError
-from pipelines.training.autoencoder_recipe import AutoencoderRecipe
+from pipelines.recipes import AutoencoderRecipe
 
 
 def test_a_name_means_every_preset_that_has_it():

@@ -6,7 +6,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from ldm.cli.neighbours import neighbours
+from ldm.cli.measure import neighbours
 from pipelines.sample import sample_images
 from tests.pipelines.test_neighbours import pictures, save
 from tests.pipelines.untrained import make_model

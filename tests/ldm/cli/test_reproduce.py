@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 from ldm.cli.reproduce import reproduce
 from ldm.errors import UsageError
 from ldm.files import write_json
-from pipelines.reproduce import job as jobs
-from pipelines.reproduce.records import FORMAT
+from pipelines.reproduce import runner as jobs
+from pipelines.reproduce.rows import FORMAT
 
 
 @pytest.fixture

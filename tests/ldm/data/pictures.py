@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ldm.data.decode import CorruptImage
+from ldm.data.transforms import CorruptImage
 
 
 def noise(seed: int, height: int = 48, width: int = 40) -> np.ndarray:

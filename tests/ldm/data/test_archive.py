@@ -6,8 +6,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from ldm.data.archive import ZipSource
-from ldm.data.decode import CorruptImage
+from ldm.data.sources import ZipSource
+from ldm.data.transforms import CorruptImage
 from ldm.errors import LdmError
 from tests.ldm.data.pictures import encode, noise, zip_file
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.data.decode import CorruptImage, decode, is_image
+from ldm.data.transforms import CorruptImage, decode, is_image
 from tests.ldm.data.pictures import encode, noise
 
 RGB = noise(0)

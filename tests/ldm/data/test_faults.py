@@ -2,7 +2,7 @@ import logging
 
 import pytest
 
-from ldm.data.faults import FaultCount
+from ldm.data.loader import FaultCount
 from ldm.errors import LdmError
 
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from ldm.data.decode import CorruptImage
-from ldm.data.folder import FolderSource
+from ldm.data.sources import FolderSource
+from ldm.data.transforms import CorruptImage
 from ldm.errors import LdmError
 from tests.ldm.data.pictures import encode, noise
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm.data.identity import listing_identity
+from ldm.data.dataset import listing_identity
 from ldm.data.prepare import prepare
 from tests.ldm.data.pictures import encode, noise, png_folder, zip_file
 

@@ -5,10 +5,7 @@ import numpy as np
 import pytest
 
 from ldm.data import DataConfig, open_source
-from ldm.data.archive import ZipSource
-from ldm.data.folder import FolderSource
-from ldm.data.labels import folder_labels, unlabelled
-from ldm.data.source import label_of
+from ldm.data.sources import FolderSource, ZipSource, folder_labels, label_of, unlabelled
 from ldm.errors import UsageError
 from tests.ldm.data.pictures import Coded, CodedClasses, class_folder, encode, noise, zip_file
 

@@ -1,4 +1,4 @@
-from ldm.data.order import image_index
+from ldm.data.loader import image_index
 
 
 def test_every_epoch_visits_every_image_once_in_an_order_of_its_own():

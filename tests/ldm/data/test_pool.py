@@ -4,7 +4,7 @@ from contextlib import closing
 
 import pytest
 
-from ldm.data.pool import run_jobs
+from ldm.data.prepare import run_jobs
 from ldm.errors import LdmError
 
 

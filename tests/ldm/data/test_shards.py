@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from webdataset import TarWriter
 
-from ldm.data.decode import CorruptImage
 from ldm.data.shards import index_shard, open_shards, read_manifest
+from ldm.data.transforms import CorruptImage
 from ldm.errors import LdmError, UsageError
 from tests.ldm.data.pictures import encode, noise
 

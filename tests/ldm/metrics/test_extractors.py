@@ -10,7 +10,7 @@ import torch
 from skimage import data
 
 from ldm.errors import LdmError, UsageError
-from ldm.metrics.extractors import load_extractor
+from ldm.metrics.inception import load_extractor
 from tests.ldm.metrics.fake_inception import save_fake_inception
 
 numbers = itertools.count()

@@ -5,12 +5,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from ldm.metrics.laplacian import (
-    expand,
-    laplacian_pyramid,
-    pyramid_resolutions,
-    shrink,
-)
+from ldm.metrics.swd import expand, laplacian_pyramid, pyramid_resolutions, shrink
 
 KERNEL = np.outer([1, 4, 6, 4, 1], [1, 4, 6, 4, 1]) / 256
 

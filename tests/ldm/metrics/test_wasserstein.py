@@ -10,12 +10,7 @@ from scipy import ndimage, stats
 from ldm.errors import LdmError
 from ldm.images import to_float
 from ldm.metrics import PatchDescriptors, sliced_wasserstein
-from ldm.metrics.wasserstein import (
-    compare_descriptors,
-    normalise_colours,
-    sliced_distance,
-    unit_directions,
-)
+from ldm.metrics.swd import compare_descriptors, normalise_colours, sliced_distance, unit_directions
 
 SMALL = {"patches": 16, "projections": 16, "repeats": 2}
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from autoencoders import load_autoencoder
+from ldm.charts import drawing
 from ldm.errors import LdmError, UsageError
 from pipelines.analysis import features as job
 from pipelines.analysis.features import analyze_features, decoder_magnitudes, imbalance
-from pipelines.analysis.plots import drawing
 from tests.pipelines.analysis.subjects import save
 
 

@@ -9,9 +9,9 @@ import yaml
 from PIL import Image, ImageColor
 from scipy.ndimage import median_filter
 
+from ldm.charts import colour
 from ldm.errors import LdmError
 from pipelines.analysis.gradients import analyze_gradients, read_curve, running_median, spread
-from pipelines.analysis.plots import colour
 from pipelines.train_autoencoder import train_autoencoder
 from tests.small import autoencoder_recipe
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from pipelines.analysis.jackknife import GROUPS, image_shares
+from pipelines.analysis.subjects import GROUPS, image_shares
 
 RNG = np.random.default_rng(0)
 

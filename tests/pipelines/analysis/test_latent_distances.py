@@ -11,8 +11,8 @@ from accelerate import PartialState
 from autoencoders.posterior import DiagonalGaussian
 from ldm.data import DataConfig
 from ldm.errors import LdmError, UsageError
-from pipelines.analysis import latent_distances
-from pipelines.analysis.latent_distances import Plan, latents_mmd, measure_draws
+from pipelines.analysis import mmd as latent_distances
+from pipelines.analysis.mmd import Plan, latents_mmd, measure_draws
 from pipelines.analysis.subjects import Images
 from tests.ldm.data.pictures import noise, png_folder
 from tests.pipelines.analysis.subjects import Pixels, known, pixels, save

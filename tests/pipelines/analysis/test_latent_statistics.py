@@ -8,7 +8,7 @@ import torch
 from accelerate import PartialState
 
 from autoencoders.posterior import DiagonalGaussian
-from pipelines.analysis.latent_statistics import fall, measure, radial_power
+from pipelines.analysis.latents import fall, measure, radial_power
 from tests.pipelines.analysis.subjects import Pixels, known, pixels
 
 CPU = torch.device("cpu")

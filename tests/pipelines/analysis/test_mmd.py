@@ -5,8 +5,7 @@ import csv
 from PIL import Image, ImageChops
 
 from pipelines.analysis import mmd
-from pipelines.analysis.latent_distances import SIGMAS, Plan, latents_mmd
-from pipelines.analysis.mmd import analyze_mmd
+from pipelines.analysis.mmd import SIGMAS, Plan, analyze_mmd, latents_mmd
 from tests.pipelines.analysis.subjects import save
 
 

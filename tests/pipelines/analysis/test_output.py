@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.analysis.output import analysis_folder, write_csv
-from pipelines.analysis.plots import DPI, WIDTH, drawing, show_image
+from ldm.charts import DPI, WIDTH, drawing, show_image
+from pipelines.analysis.subjects import analysis_folder, write_csv
 
 
 def test_beside_the_model_unless_told(tmp_path):

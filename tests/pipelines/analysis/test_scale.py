@@ -12,7 +12,7 @@ from ldm.data import DataConfig, open_source
 from ldm.data.prepare import prepare
 from ldm.errors import LdmError, UsageError
 from pipelines.analysis.scale import RESOLUTIONS, _fitting, analyze_scale
-from pipelines.evaluate import evaluate_autoencoder
+from pipelines.validation import evaluate_autoencoder
 from tests.pipelines.analysis.subjects import save
 
 

@@ -8,8 +8,7 @@ from autoencoders import AutoencoderConfig
 from ldm.data import DataConfig
 from ldm.run import RunConfig
 from pipelines.doctor.costs import PaperAutoencoder, PaperDiffusion
-from pipelines.training.autoencoder_recipe import AutoencoderRecipe
-from pipelines.training.diffusion_recipe import DiffusionRecipe
+from pipelines.recipes import AutoencoderRecipe, DiffusionRecipe
 
 CPU = torch.device("cpu")
 _autoencoder, _diffusion = cache(PaperAutoencoder), cache(PaperDiffusion)

@@ -8,10 +8,9 @@ from autoencoders import Autoencoder
 from autoencoders.discriminators import build_discriminator
 from autoencoders.losses import Objective
 from ldm.config import load_preset, resolve
-from pipelines.doctor.counting import Holder, PaperRun, count_parameters
-from pipelines.training.autoencoder_recipe import AutoencoderRecipe
-from pipelines.training.autoencoder_step import Draws, train_step
-from pipelines.training.diffusion_recipe import DiffusionRecipe
+from pipelines.doctor.costs import Holder, PaperRun, count_parameters
+from pipelines.recipes import AutoencoderRecipe, DiffusionRecipe
+from pipelines.train_autoencoder import Draws, train_step
 from tests.golden import (
     DECODER_GMAC_256,
     ENCODER_GMAC_256,

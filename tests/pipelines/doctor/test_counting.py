@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipelines.doctor.counting import Holder, PaperRun, count_gmac
+from pipelines.doctor.costs import Holder, PaperRun, count_gmac
 
 CPU = torch.device("cpu")
 

@@ -3,7 +3,7 @@
 import pytest
 
 from pipelines.doctor.checks import Problem
-from pipelines.doctor.diagnosis import Diagnosis, Length, Machine
+from pipelines.doctor.doctor import Diagnosis, Length, Machine
 
 
 @pytest.mark.parametrize(

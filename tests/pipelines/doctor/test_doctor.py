@@ -17,10 +17,10 @@ from ldm.errors import UsageError
 from ldm.run import start_run
 from pipelines.codec import Codec
 from pipelines.doctor import checks, doctor
-from pipelines.doctor.counting import count_parameters
+from pipelines.doctor.costs import count_parameters
 from pipelines.doctor.doctor import diagnose_autoencoder, diagnose_diffusion
-from pipelines.doctor.trial import Load
-from pipelines.training.latent_cache import open_cache
+from pipelines.doctor.timing import Load
+from pipelines.latents import open_cache
 from tests.pipelines.doctor.papers import paper_autoencoder, paper_diffusion
 from tests.pipelines.doctor.test_checks import save_images, save_run
 from tests.small import autoencoder_recipe, diffusion_recipe

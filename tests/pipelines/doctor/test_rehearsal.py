@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from autoencoders import Autoencoder
-from pipelines.doctor.rehearsal import (
+from pipelines.doctor.timing import (
     AutoencoderRehearsal,
     DiffusionRehearsal,
     SyntheticCache,
     SyntheticImages,
     make_run,
 )
-from pipelines.training.diffusion_recipe import fit
-from pipelines.training.learner import Learner
+from pipelines.recipes import fit
+from pipelines.train_diffusion import Learner
 from tests.pipelines.doctor.papers import CPU, paper_autoencoder, paper_diffusion
 from tests.small import autoencoder_recipe, diffusion_recipe
 

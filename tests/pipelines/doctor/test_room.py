@@ -9,15 +9,9 @@ import pytest
 import torch
 
 from ldm.files import write_atomically
-from ldm.saved_state import save_state
-from pipelines.doctor import room
-from pipelines.doctor.rehearsal import (
-    AutoencoderRehearsal,
-    DiffusionRehearsal,
-    SyntheticImages,
-    make_run,
-)
-from pipelines.doctor.room import (
+from ldm.run_folder import save_state
+from pipelines.doctor import memory as room
+from pipelines.doctor.memory import (
     autoencoder_disk,
     autoencoder_memory,
     diffusion_disk,
@@ -25,8 +19,14 @@ from pipelines.doctor.room import (
     free_disk,
     same_disk,
 )
+from pipelines.doctor.timing import (
+    AutoencoderRehearsal,
+    DiffusionRehearsal,
+    SyntheticImages,
+    make_run,
+)
+from pipelines.recipes import fit
 from pipelines.train_diffusion import snapshot_due
-from pipelines.training.diffusion_recipe import fit
 from tests.pipelines.doctor.papers import CPU, paper_autoencoder, paper_diffusion
 from tests.small import autoencoder_recipe, diffusion_recipe
 

@@ -7,9 +7,9 @@ import torch
 
 from ldm.config import load_preset, resolve
 from ldm.errors import LdmError
-from pipelines.doctor import trial
-from pipelines.doctor.trial import Load, stretches, try_out
-from pipelines.training.autoencoder_recipe import AutoencoderRecipe
+from pipelines.doctor import timing as trial
+from pipelines.doctor.timing import Load, stretches, try_out
+from pipelines.recipes import AutoencoderRecipe
 
 
 class Pretended:

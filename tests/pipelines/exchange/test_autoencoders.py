@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from autoencoders import build_autoencoder
 from autoencoders.loading import load_autoencoder
-from autoencoders.sdvae.export import write_compvis, write_diffusers
+from autoencoders.sdvae.formats import write_compvis, write_diffusers
 from ldm.checkpoint import ModelFile, load_model, save_model
 from ldm.cli.exchange import export_model, import_model
 from ldm.config import to_tree

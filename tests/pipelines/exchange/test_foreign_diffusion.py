@@ -7,7 +7,7 @@ import torch
 
 from diffusion.discrete import DiscreteConfig
 from ldm.errors import LdmError
-from pipelines.exchange.foreign_diffusion import read_checkpoint, read_folder
+from pipelines.exchange.diffusion import read_checkpoint, read_folder
 from tests.diffusion.test_compvis import checkpoint
 from tests.pipelines.exchange.foreign_models import (
     LEVELS,

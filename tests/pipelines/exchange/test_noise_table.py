@@ -8,7 +8,7 @@ import torch
 
 from diffusion.discrete import DiscreteConfig
 from ldm.errors import LdmError
-from pipelines.exchange.noise_table import find_schedule
+from pipelines.exchange.diffusion import find_schedule
 
 SPACED = {
     # CompVis' "linear", diffusers' "scaled_linear"; CompVis' "sqrt_linear", diffusers' "linear"

@@ -9,7 +9,7 @@ from cleanfid.resize import build_resizer
 from PIL import Image
 from scipy import linalg, ndimage
 
-from pipelines.sampling.store import image_path
+from pipelines.sampling.sample_folder import image_path
 from tests.ldm.metrics.fake_inception import Layers
 
 SIZE = 24

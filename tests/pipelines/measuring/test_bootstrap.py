@@ -6,8 +6,8 @@ import torch
 
 from ldm.errors import LdmError
 from ldm.metrics import FeatureStatistics, frechet_distance
-from pipelines.measuring import bootstrap
-from pipelines.measuring.bootstrap import FeatureRows, bootstrap_fid
+from pipelines.measuring import statistics as bootstrap
+from pipelines.measuring.statistics import FeatureRows, bootstrap_fid
 
 DIM = 4
 

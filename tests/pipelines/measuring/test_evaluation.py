@@ -7,8 +7,7 @@ import pytest
 
 from ldm.data import DataConfig
 from ldm.errors import LdmError, UsageError
-from pipelines.measuring.evaluation import check_writable, default_path, default_paths
-from pipelines.measuring.evaluation_plan import Job
+from pipelines.measuring.evaluation import Job, check_writable, default_path, default_paths
 from tests.pipelines.measuring.reconstructed import save_run
 
 

@@ -10,7 +10,7 @@ from ldm.checkpoint import ModelFile, save_model
 from ldm.config import to_tree
 from ldm.data import DataConfig
 from ldm.errors import LdmError, UsageError
-from pipelines.measuring.evaluation_plan import plan_jobs
+from pipelines.measuring.evaluation import plan_jobs
 from tests.pipelines.measuring.reconstructed import crops, save_images, save_run
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from ldm.errors import UsageError
-from pipelines.measuring.evaluation import NUMBERS, Evaluation
-from pipelines.measuring.evaluation_table import format_evaluations, name_models
+from pipelines.measuring.evaluation import NUMBERS, Evaluation, format_evaluations, name_models
 
 ABOUT = {
     "data": {"source": "data/ffhq_256"}, "split": "val", "recon": "8 bits", "extractor": None,

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ldm import processes
+from ldm import distributed as processes
 from ldm.errors import LdmError, UsageError
-from pipelines.measuring import features
-from pipelines.measuring.features import find_extractor, load_on_all, notes_on
+from pipelines.measuring import metrics as features
+from pipelines.measuring.metrics import find_extractor, load_on_all, notes_on
 
 CPU = torch.device("cpu")
 

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from pipelines.measuring.fingerprints import Fingerprints, find_shared, identify_set
+from pipelines.measuring.statistics import Fingerprints, find_shared, identify_set
 from tests.pipelines.measuring.fid_sides import pictures, to_nchw
 
 IMAGES = to_nchw(pictures(8, 0))

@@ -6,8 +6,8 @@ from accelerate import PartialState
 
 from ldm.errors import LdmError, UsageError
 from ldm.metrics import inception
-from pipelines.measuring import instruments
-from pipelines.measuring.instruments import FEATURES, NOT_ASKED, find_instruments
+from pipelines.measuring import metrics as instruments
+from pipelines.measuring.metrics import FEATURES, NOT_ASKED, find_instruments
 from tests.ldm.metrics.fake_inception import save_fake_inception
 from tests.pipelines.measuring.reconstructed import DIM
 from tests.pipelines.measuring.reconstructed import FEATURES as THUMBNAILS

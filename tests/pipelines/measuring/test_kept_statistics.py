@@ -10,12 +10,10 @@ from accelerate import PartialState
 
 from ldm.data import DataConfig
 from ldm.metrics import inception
-from ldm.metrics.feature_set import FeatureSet
-from pipelines.measuring import kept_statistics
-from pipelines.measuring.image_pass import Tools
-from pipelines.measuring.kept_statistics import identify, survey_reference
-from pipelines.measuring.reference import ImageReference
-from pipelines.measuring.survey import compare_surveys
+from ldm.metrics.features import FeatureSet
+from pipelines.measuring import reference as kept_statistics
+from pipelines.measuring.reference import ImageReference, identify, survey_reference
+from pipelines.measuring.statistics import Tools, compare_surveys
 from tests.ldm.metrics.fake_inception import save_fake_inception
 from tests.pipelines.measuring.fid_sides import SIZE, pictures, to_nchw, write_folder
 
@@ -76,7 +74,7 @@ def test_the_second_time_no_feature_is_computed(reference, tools, cache):
     assert second.survey.count == 12
 
     images = to_nchw(pictures(9, 3))
-    from pipelines.measuring.survey import Surveyor
+    from pipelines.measuring.statistics import Surveyor
 
     surveyor = Surveyor(9, SIZE, tools.extractor, "cpu", 6)
     surveyor.add(images, torch.arange(9))

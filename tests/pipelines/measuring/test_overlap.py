@@ -5,10 +5,10 @@ import pytest
 from accelerate import PartialState
 from PIL import Image
 
-from ldm.data.folder import FolderSource
+from ldm.data.sources import FolderSource
 from ldm.errors import LdmError
-from pipelines.measuring import overlap
-from pipelines.measuring.overlap import find_overlap
+from pipelines.measuring import checks as overlap
+from pipelines.measuring.checks import find_overlap
 from tests.pipelines.measuring.reconstructed import crops, save_images
 
 

@@ -9,7 +9,7 @@ import torch
 from ldm.data import Batch
 from ldm.errors import LdmError
 from ldm.images import to_float
-from pipelines.measuring.reconstruction import Pair, Scores, reconstruct
+from pipelines.validation import Pair, Scores, reconstruct
 from tests.pipelines.measuring.reconstructed import Adding, crops, random_autoencoder
 
 CPU = torch.device("cpu")

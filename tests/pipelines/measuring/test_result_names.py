@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from ldm.files import write_json
-from pipelines.measuring.result_names import fid_path, path_without_fid
-from pipelines.measuring.settings import Measuring
+from pipelines.measuring.options import Measuring, fid_path, path_without_fid
 
 
 @pytest.mark.parametrize(

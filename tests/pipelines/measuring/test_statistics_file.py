@@ -10,8 +10,8 @@ from ldm.data import DataConfig
 from ldm.errors import LdmError, UsageError
 from ldm.metrics import frechet_distance, inception
 from pipelines.fid import fid_of_samples, measure_fid
-from pipelines.measuring import statistics_file
-from pipelines.measuring.statistics_file import PUBLISHED, open_statistics, statistics_folders
+from pipelines.measuring import reference as statistics_file
+from pipelines.measuring.reference import PUBLISHED, open_statistics, statistics_folders
 from tests.ldm.metrics.fake_inception import FakeInception, save_fake_inception, save_script
 from tests.pipelines.measuring.fid_sides import direct_features, pictures, write_folder
 

@@ -9,7 +9,7 @@ from accelerate import PartialState
 
 from ldm.errors import LdmError
 from ldm.metrics import frechet_distance, sliced_wasserstein
-from pipelines.measuring.survey import (
+from pipelines.measuring.statistics import (
     Survey,
     Surveyor,
     compare_surveys,

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 
 from ldm.data import DataConfig
+from ldm.distributed import from_main, join_processes
 from ldm.errors import LdmError
 from ldm.files import write_json
-from ldm.processes import from_main, join_processes
 from pipelines import evaluate
-from pipelines.measuring import evaluation_plan, instruments, overlap
-from pipelines.measuring.image_pass import Tools, survey_images
+from pipelines.measuring import checks as overlap
+from pipelines.measuring import evaluation as evaluation_plan
+from pipelines.measuring import metrics as instruments
 from pipelines.measuring.reference import ImageReference
+from pipelines.measuring.statistics import Tools, survey_images
 
 GOOD, ONE_SMALL = "good", "one_small"
 """Folders of images, all of 32×32, and one of 16×16 among those that the second process reads."""

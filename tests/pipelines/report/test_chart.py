@@ -1,7 +1,7 @@
 import math
 import xml.etree.ElementTree as ET
 
-from pipelines.report import chart
+from pipelines.report import page as chart
 
 
 def lines_of(drawn: str) -> tuple[ET.Element, list[list[tuple[float, float]]]]:

@@ -8,8 +8,8 @@ import pytest
 
 from ldm.files import write_json
 from pipelines.report import page
-from pipelines.report.numbers import numbers_section
 from pipelines.report.records import Record, read_records
+from pipelines.report.sections import numbers_section
 from tests.pipelines.report.run_folders import stage_one, stage_two
 
 DATA = {"source": "some/images", "crop": "random", "held_out": 3, "workers": 2}

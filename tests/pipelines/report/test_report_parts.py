@@ -7,9 +7,8 @@ import pytest
 
 from ldm.errors import LdmError, UsageError
 from pipelines.report import page
-from pipelines.report.curves import POINTS, curves_section
 from pipelines.report.records import Record, read_records
-from pipelines.report.settings import flatten, settings_section
+from pipelines.report.sections import POINTS, curves_section, flatten, settings_section
 from tests.pipelines.report.run_folders import stage_one, stage_two, write_rows
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from pipelines.reproduce.claims import mean
-from pipelines.reproduce.columns import COLUMNS
+from pipelines.reproduce.tables import COLUMNS
 
 
 def equal_images(numbers: dict[str, dict], count: int = 40) -> dict[str, dict]:

@@ -5,10 +5,9 @@ from functools import cache
 import pytest
 
 from ldm.config import to_tree
-from pipelines.reproduce.deviations import EDM, STANDING, deviations, is_told, levelled
-from pipelines.reproduce.plan import Plan, published_recipe
-from pipelines.reproduce.records import asked_of
-from pipelines.reproduce.scales import SCALES
+from pipelines.reproduce.output import EDM, STANDING, deviations, is_told, levelled
+from pipelines.reproduce.plan import SCALES, Plan, published_recipe
+from pipelines.reproduce.rows import asked_of
 from pipelines.reproduce.tables import all_tables, find_tables
 from tests.pipelines.reproduce.test_scales import leaves
 

@@ -4,7 +4,7 @@ import pytest
 
 from ldm.errors import LdmError, UsageError
 from pipelines.reproduce.figures import FIGURES, find_figure
-from pipelines.reproduce.job import reproduce
+from pipelines.reproduce.runner import reproduce
 from pipelines.reproduce.tables import all_tables
 from tests.ldm.data.pictures import noise, png_folder
 

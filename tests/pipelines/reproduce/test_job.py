@@ -10,10 +10,12 @@ import pytest
 
 from ldm.errors import Interrupted, LdmError, UsageError
 from ldm.metrics.inception import SHA256
-from pipelines.reproduce import job, records, training
-from pipelines.reproduce.job import reproduce
+from pipelines.reproduce import rows as records
+from pipelines.reproduce import rows as training
+from pipelines.reproduce import runner as job
 from pipelines.reproduce.measures import Measured
-from pipelines.reproduce.records import row_states
+from pipelines.reproduce.rows import row_states
+from pipelines.reproduce.runner import reproduce
 from pipelines.reproduce.tables import find_tables
 from tests.ldm.data.pictures import encode, noise, png_folder
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pipelines.reproduce.claims import judge
-from pipelines.reproduce.layout import claim_lines, show, table_lines
+from pipelines.reproduce.output import claim_lines, show, table_lines
 from pipelines.reproduce.tables import all_tables, find_tables
 from tests.pipelines.reproduce.images import equal_images
 

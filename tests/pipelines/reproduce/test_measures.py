@@ -5,10 +5,9 @@ import pytest
 
 from ldm.errors import LdmError
 from pipelines.reproduce.measures import Tools, measure
-from pipelines.reproduce.plan import Plan
-from pipelines.reproduce.scales import find_scale
+from pipelines.reproduce.plan import Plan, find_scale
+from pipelines.reproduce.rows import Model
 from pipelines.reproduce.tables import find_tables
-from pipelines.reproduce.training import Model
 from tests.ldm.data.pictures import noise, png_folder
 from tests.pipelines.analysis.subjects import save
 

@@ -5,8 +5,7 @@ from functools import cache
 import pytest
 
 from ldm.errors import LdmError, UsageError
-from pipelines.reproduce.plan import Plan, parse_data, parse_take
-from pipelines.reproduce.scales import SCALES
+from pipelines.reproduce.plan import SCALES, Plan, parse_data, parse_take
 from pipelines.reproduce.tables import all_tables, find_tables
 
 SEVEN = ["t04-group", "t08-constant", "t09-baseline", "t10-unet", "t14-lpips", "t15-without",

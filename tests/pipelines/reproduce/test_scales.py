@@ -7,10 +7,16 @@ import pytest
 from autoencoders import Autoencoder
 from ldm.config import load_preset, resolve, to_tree
 from ldm.errors import UsageError
-from pipelines.reproduce.plan import Plan, published_recipe
-from pipelines.reproduce.scales import SCALES, check_settings, find_scale, scale_recipe
+from pipelines.recipes import AutoencoderRecipe
+from pipelines.reproduce.plan import (
+    SCALES,
+    Plan,
+    check_settings,
+    find_scale,
+    published_recipe,
+    scale_recipe,
+)
 from pipelines.reproduce.tables import all_tables
-from pipelines.training.autoencoder_recipe import AutoencoderRecipe
 
 ROWS = [(table, row) for table in all_tables() for row in table.rows]
 

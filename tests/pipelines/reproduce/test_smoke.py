@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.reproduce.job import reproduce
+from pipelines.reproduce.runner import reproduce
 
 
 @pytest.fixture(autouse=True)

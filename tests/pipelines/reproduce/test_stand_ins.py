@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from autoencoders.losses import load_esrgan, load_lpips
-from autoencoders.losses.trunks import has_trunk
-from ldm.metrics.extractors import load_extractor
-from pipelines.reproduce.stand_ins import FEATURES, random_trunk
+from autoencoders.losses.perceptual import has_trunk
+from ldm.metrics.inception import load_extractor
+from pipelines.reproduce.rows import FEATURES, random_trunk
 
 
 @pytest.fixture(autouse=True)

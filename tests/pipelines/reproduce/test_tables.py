@@ -7,8 +7,7 @@ import pytest
 from ldm.config import list_presets, validate
 from ldm.errors import UsageError
 from pipelines.reproduce.claims import judge
-from pipelines.reproduce.columns import COLUMNS
-from pipelines.reproduce.tables import TableConfig, all_tables, find_row, find_tables
+from pipelines.reproduce.tables import COLUMNS, TableConfig, all_tables, find_row, find_tables
 from tests.pipelines.reproduce.images import equal_images
 
 TABLES = all_tables()

@@ -7,12 +7,10 @@ import pytest
 
 from ldm.errors import LdmError
 from ldm.files import write_json
-from pipelines.reproduce import training
-from pipelines.reproduce.plan import Plan
-from pipelines.reproduce.records import listing_of
-from pipelines.reproduce.scales import find_scale
+from pipelines.reproduce import rows as training
+from pipelines.reproduce.plan import Plan, find_scale
+from pipelines.reproduce.rows import Taken, check_images, listing_of, make_model, trainings_of
 from pipelines.reproduce.tables import find_tables
-from pipelines.reproduce.training import Taken, check_images, make_model, trainings_of
 from tests.ldm.data.pictures import noise, png_folder
 
 AUTOENCODER = Taken(Path("ae.pt"), "autoencoder", "0" * 64)

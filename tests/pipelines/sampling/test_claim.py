@@ -7,7 +7,7 @@ import pytest
 from ldm.errors import LdmError
 from ldm.run_folder import lock
 from pipelines.sample import sample_images
-from pipelines.sampling.store import PngStore
+from pipelines.sampling.sample_folder import PngStore
 from tests.pipelines.untrained import CLASSES, make_model
 
 
@@ -187,7 +187,7 @@ def test_a_folder_that_cannot_be_made_or_written(model, tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("pipelines.sampling.claim.lock", refuse)
+    monkeypatch.setattr("pipelines.sampling.sample_folder.lock", refuse)
     with pytest.raises(LdmError, match=r"write to .*out \(Permission denied\): give --out another"):
         draw(model, out, n=2)
 

@@ -6,7 +6,7 @@ import torch
 
 from ldm.errors import UsageError
 from ldm.seeds import generator
-from pipelines.sampling.classes import Classes
+from pipelines.sampling.settings import Classes
 
 CLASSES = Classes(3, ("cat", "dog", "2 emus"))
 

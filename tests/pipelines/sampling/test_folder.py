@@ -13,8 +13,7 @@ from PIL import Image
 
 from ldm.data.prepare import prepare
 from ldm.errors import LdmError
-from pipelines.sampling.folder import SampleFolder, newest_samples
-from pipelines.sampling.store import STORES, image_path
+from pipelines.sampling.sample_folder import STORES, SampleFolder, image_path, newest_samples
 from tests.pipelines.measuring.fid_sides import write_folder
 
 

@@ -1,6 +1,6 @@
 import torch
 
-from pipelines.sampling.masks import fill_hidden, latent_mask
+from pipelines.sampling.settings import fill_hidden, latent_mask
 
 
 def test_hidden_pixels_are_the_mean_of_the_known_ones_about_them():

@@ -9,9 +9,8 @@ from PIL import Image
 
 from ldm.data import DataConfig, open_source
 from ldm.errors import LdmError
-from pipelines.sampling import store as sample_store
-from pipelines.sampling.folder import SampleFolder
-from pipelines.sampling.store import STORES, image_path
+from pipelines.sampling import sample_folder as sample_store
+from pipelines.sampling.sample_folder import STORES, SampleFolder, image_path
 
 CLASSES = ("cat", "dog", "emu")
 ABOUT = (4, "samples of a test", CLASSES)

@@ -4,9 +4,9 @@ import torch
 from autoencoders import Autoencoder
 from autoencoders.discriminators import build_discriminator
 from autoencoders.losses import Objective
-from ldm.processes import make_accelerator
+from ldm.distributed import make_accelerator
 from ldm.run import Run, RunConfig
-from pipelines.training.autoencoder_step import draw, train_step
+from pipelines.train_autoencoder import draw, train_step
 from tests.small import autoencoder_recipe
 
 

@@ -4,7 +4,7 @@ import torch
 from autoencoders import build_autoencoder
 from ldm.data import open_source
 from ldm.errors import UsageError
-from pipelines.training.diffusion_recipe import fit, latent_shape
+from pipelines.recipes import fit, latent_shape
 from tests.small import autoencoder_recipe, diffusion_recipe
 
 

@@ -11,9 +11,9 @@ from ldm.data import DataConfig, batches, open_source
 from ldm.errors import Interrupted, LdmError
 from ldm.images import to_float
 from ldm.run import start_run
+from pipelines import latents as latent_cache
 from pipelines.codec import Codec
-from pipelines.training import latent_cache
-from pipelines.training.latent_cache import open_cache
+from pipelines.latents import open_cache
 from tests.small import autoencoder_recipe, diffusion_recipe
 
 SIDE = 32
@@ -93,7 +93,7 @@ def test_what_is_missing_is_made_and_what_is_there_is_left(autoencoder, data, tm
 
 
 def test_a_corrupt_image_is_replaced_as_it_is_from_pixels(autoencoder, data, tmp_path, monkeypatch):
-    monkeypatch.setattr("ldm.data.faults.TOLERATED", 0.5)
+    monkeypatch.setattr("ldm.data.loader.TOLERATED", 0.5)
     (tmp_path / "images" / "cat" / "3.png").write_bytes(b"no image")
     cache = cached(tmp_path / "cache", autoencoder, data)
     source = open_source(data, "train", SIDE)
@@ -107,7 +107,7 @@ def test_a_corrupt_image_is_replaced_as_it_is_from_pixels(autoencoder, data, tmp
 
 def test_one_corrupt_image_of_many_is_no_reason_to_stop(autoencoder, data, tmp_path, monkeypatch):
     """Alone in the last file of latents it is all of that, and a ninth of the images."""
-    monkeypatch.setattr("ldm.data.faults.TOLERATED", 0.12)
+    monkeypatch.setattr("ldm.data.loader.TOLERATED", 0.12)
     names = sorted((tmp_path / "images").rglob("*.png"))
     source = open_source(data, "train", SIDE)
     next(name for name in names if name.match(source.name(8))).write_bytes(b"no image")

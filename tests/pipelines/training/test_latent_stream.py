@@ -9,8 +9,8 @@ from ldm.images import to_float
 from ldm.run import start_run
 from ldm.seeds import normal
 from pipelines.codec import Codec
-from pipelines.training.diffusion_recipe import fit
-from pipelines.training.latent_stream import LatentBatch, latent_batches, one_ahead
+from pipelines.latents import LatentBatch, latent_batches, one_ahead
+from pipelines.recipes import fit
 from tests.small import autoencoder_recipe, diffusion_recipe
 
 

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from diffusion import EDMConfig, sample_sigma
-from pipelines.training.noise_bands import EDGES, band_losses, band_names, draw_bands
+from pipelines.validation import EDGES, band_losses, band_names, draw_bands
 
 
 def test_each_loss_counts_in_the_band_of_its_noise_level():

@@ -6,8 +6,7 @@ import pytest
 from ldm.config import load_preset, resolve
 from ldm.errors import LdmError
 from ldm.run_folder import describe_run
-from pipelines.training.diffusion_recipe import DiffusionRecipe
-from pipelines.training.stage_one import find_stage_one
+from pipelines.recipes import DiffusionRecipe, find_stage_one
 
 
 @pytest.fixture(autouse=True)

@@ -1,1 +1,0 @@
-"""What the two training loops are made of: their recipes, their steps, what they learn from."""
