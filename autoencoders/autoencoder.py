@@ -23,6 +23,14 @@ EncoderConfig = Annotated[
     LiteVAEEncoderConfig | SDVAEEncoderConfig | DWTEncoderConfig, Field(discriminator="type")
 ]
 
+FILE_KEYS = (
+    ("quant_conv.weight", "pre_conv.weight"),
+    ("quant_conv.bias", "pre_conv.bias"),
+    ("post_quant_conv.weight", "post_conv.weight"),
+    ("post_quant_conv.bias", "post_conv.bias"),
+)
+"""Tensors whose key in every state dict, and so in every file, is another than their name."""
+
 
 class AutoencoderConfig(Config):
     """Stage one's model. The defaults are LiteVAE-B with SD-VAE's decoder."""
@@ -90,8 +98,10 @@ class Autoencoder(nn.Module):
         self.downsampling = config.encoder.downsampling
         self.encoder = ENCODERS[config.encoder.type](config.encoder, n_z)
         self.decoder = SDVAEDecoder(config.decoder, n_z)
-        self.pre_conv = nn.Conv2d(2 * n_z, 2 * n_z, 1) if config.conv1x1 else nn.Identity()
-        self.post_conv = nn.Conv2d(n_z, n_z, 1) if config.conv1x1 else nn.Identity()
+        self.quant_conv = nn.Conv2d(2 * n_z, 2 * n_z, 1) if config.conv1x1 else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(n_z, n_z, 1) if config.conv1x1 else nn.Identity()
+        self.register_state_dict_post_hook(_to_file_keys)
+        self.register_load_state_dict_pre_hook(_from_file_keys)
 
     def encode(self, images: Tensor) -> DiagonalGaussian:
         """Images (B, 3, H, W) in [−1, 1] → posterior over latents (B, n_z, ⌈H/f⌉, ⌈W/f⌉).
@@ -105,7 +115,7 @@ class Autoencoder(nn.Module):
         images = self.pad(images)
         few = self.encoder.at_once // (images.shape[-2] * images.shape[-1])
         return DiagonalGaussian.from_moments(
-            _a_few_at_once(lambda part: self.pre_conv(self.encoder(part)), images, few)
+            _a_few_at_once(lambda part: self.quant_conv(self.encoder(part)), images, few)
         )
 
     def pad(self, images: Tensor) -> Tensor:
@@ -133,7 +143,7 @@ class Autoencoder(nn.Module):
         pixels = self.downsampling**2 * latents.shape[-2] * latents.shape[-1]
         few = self.decoder.at_once // max(pixels, 1)
         recon = _a_few_at_once(
-            lambda part: self.decoder(self.post_conv(part)).float(), latents, few
+            lambda part: self.decoder(self.post_quant_conv(part)).float(), latents, few
         )
         return recon if size is None else recon[..., : size[0], : size[1]]
 
@@ -195,6 +205,18 @@ def build_autoencoder(preset_or_config: str | AutoencoderConfig, **overrides: An
     else:
         tree = to_tree(preset_or_config)
     return Autoencoder(validate(AutoencoderConfig, merge(tree, overrides)))
+
+
+def _to_file_keys(module: nn.Module, tensors: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name, key in FILE_KEYS:
+        if f"{prefix}{name}" in tensors:
+            tensors[f"{prefix}{key}"] = tensors.pop(f"{prefix}{name}")
+
+
+def _from_file_keys(module: nn.Module, tensors: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name, key in FILE_KEYS:
+        if f"{prefix}{key}" in tensors:
+            tensors[f"{prefix}{name}"] = tensors.pop(f"{prefix}{key}")
 
 
 def _a_few_at_once(network: Callable[[Tensor], Tensor], x: Tensor, few: int) -> Tensor:

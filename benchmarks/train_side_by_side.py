@@ -117,18 +117,18 @@ def make(run: Run, name: str, recipe: AutoencoderRecipe) -> Contender:
     build = {
         "autoencoder": lambda: Autoencoder(recipe.model),
         "decoder": lambda: SDVAEDecoder(recipe.decoder, recipe.latent_channels),
-        "critic": lambda: build_discriminator(recipe.discriminator),
+        "critic": lambda: build_discriminator(recipe.discriminator),  # the name seeds its weights
     }
     nets = {}
     for what, building in build.items():
         torch.manual_seed(torch_seed(recipe.run.seed, f"weights of the {what}", 0))
         nets[what] = building()
     nets["autoencoder"].decoder.load_state_dict(nets["decoder"].state_dict())
-    autoencoder, critic = nets["autoencoder"], nets["critic"]
-    autoencoder, critic = run.place(autoencoder), run.place(critic)
-    parts = {"autoencoder": autoencoder, "critic": critic}
+    autoencoder, discriminator = nets["autoencoder"], nets["critic"]
+    autoencoder, discriminator = run.place(autoencoder), run.place(discriminator)
+    parts = {"autoencoder": autoencoder, "discriminator": discriminator}
     parts["ema"] = Ema(autoencoder, recipe.ema_half_life_images)
-    for which in ("autoencoder", "critic"):
+    for which in ("autoencoder", "discriminator"):
         parameters = parts[which].parameters()
         parts[f"opt_{which}"] = torch.optim.Adam(parameters, recipe.lr, recipe.betas, fused=True)
     return Contender(name, recipe, parts)
@@ -188,13 +188,13 @@ def take_turn(
     start = time.perf_counter()
     for batch in images:
         seen = (step + 1) * recipe.batch_size
-        for which in ("opt_autoencoder", "opt_critic"):
+        for which in ("opt_autoencoder", "opt_discriminator"):
             rate = learning_rate(recipe.lr, seen, recipe.warmup_images)
             set_learning_rate(parts[which], rate)
         draws = draw(run, recipe, batch.k.tolist(), recipe.phases[0].resolution)
         train_step(
-            run, parts["autoencoder"], parts["critic"], parts["opt_autoencoder"],
-            parts["opt_critic"], to_float(run.place(batch.images)), draws, objective,
+            run, parts["autoencoder"], parts["discriminator"], parts["opt_autoencoder"],
+            parts["opt_discriminator"], to_float(run.place(batch.images)), draws, objective,
             objective.ramp(step / recipe.total_steps), recipe.clip_norm,
             contender.averaged if objective.needs_averaged else None,
         )  # fmt: skip
@@ -250,14 +250,16 @@ def report(machine: dict[str, str], contenders: list[Contender], held_out: int) 
     names = " and ".join(c.name for c in contenders)
     weights = {k: v for k, v in to_tree(first)["loss"].items() if isinstance(v, float) and v}
     terms = ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
-    critic = (
-        f"adversarial {first.adversarial.weight:g}" if first.adversarial.weight else "no critic"
+    against = (
+        f"adversarial {first.adversarial.weight:g}"
+        if first.adversarial.weight
+        else "no discriminator"
     )
     about = ", ".join(f"{key} {value}" for key, value in machine.items())
     return f"""# {names}, side by side
 
 The same images in the same order, {phase.steps:,} steps of {first.batch_size} at
-{phase.resolution}², Adam {first.lr:g}; {terms}; {critic}. PSNR and SSIM of the averaged weights
+{phase.resolution}², Adam {first.lr:g}; {terms}; {against}. PSNR and SSIM of the averaged weights
 over {held_out} held-out images.
 
 | model | encoder | decoder | ms a step | PSNR | SSIM | PSNR in {budget:.0f} s | SSIM then |

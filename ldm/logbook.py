@@ -23,6 +23,12 @@ from ldm.files import write_atomically
 
 console = Console(highlight=False, soft_wrap=True, emoji=False)  # a:b: is a path
 
+FORMER_NAMES = {
+    "critic": "discriminator",
+    "critic_gradient_norm": "discriminator_gradient_norm",
+}
+"""Metrics that earlier versions wrote under another name."""
+
 
 def progress_bar(unit: str = "steps") -> Progress:
     """The toolkit's progress bar: what, how far, how fast (field `speed`), how long still."""
@@ -109,9 +115,13 @@ class Logbook:
 def read_rows(path: Path) -> list[dict[str, float]]:
     """The rows of a metrics.jsonl, without the values that were not finite.
 
-    A half-written last line, left by a kill, is passed over.
+    Metrics of earlier versions get their present names. A half-written last line, left by a
+    kill, is passed over.
     """
-    return [{k: v for k, v in row.items() if v is not None} for _, row in _lines(path)]
+    return [
+        {FORMER_NAMES.get(k, k): v for k, v in row.items() if v is not None}
+        for _, row in _lines(path)
+    ]
 
 
 def cut_rows(path: Path, images_seen: int) -> None:

@@ -236,6 +236,10 @@ def installed_version(package: str) -> str:
         return "unknown"
 
 
+FORMER_PARTS = {"discriminator": "critic", "opt_discriminator": "opt_critic"}
+"""Names of parts in states saved by earlier versions."""
+
+
 def save_state(folder: Path, images_seen: int, tree: dict[str, Any], keep: int = 2) -> Path:
     """Write all that resuming needs to `folder/<images_seen>/`; keep the newest `keep`.
 
@@ -283,7 +287,7 @@ def restore(parts: Mapping[str, Any], tree: Mapping[str, Any]) -> None:
     """
     for name, part in parts.items():
         try:
-            part.load_state_dict(tree[name])
+            part.load_state_dict(tree[name if name in tree else FORMER_PARTS.get(name, name)])
         except torch.OutOfMemoryError:  # a RuntimeError, which says it well
             raise
         except (KeyError, RuntimeError, ValueError) as error:

@@ -35,7 +35,7 @@ from ldm.run_folder import differences, newest_run, preset_of, read_config, unfi
 
 
 class Phase(Config):
-    """A stretch of training at one resolution; weights, optimisers and critic are carried over."""
+    """A stretch of training at one resolution; networks and optimisers are carried over."""
 
     resolution: PositiveInt
     """Side of the square training images, in pixels."""
@@ -71,7 +71,7 @@ class AutoencoderRecipe(AutoencoderConfig):
     adversarial: AdversarialConfig = AdversarialConfig()
     """The adversarial term."""
     discriminator: DiscriminatorConfig = UNetDiscriminatorConfig()
-    """The network that judges."""
+    """The network that tells real images from reconstructed ones."""
     validate_images: PositiveInt = 256
     """Held-out images measured at every validation."""
     best_by: Literal["psnr", "ssim", "lpips"] = "psnr"
@@ -82,7 +82,7 @@ class AutoencoderRecipe(AutoencoderConfig):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "AutoencoderRecipe":
-        """What would otherwise come to light hours later, when a phase or the critic begins."""
+        """Refuse what would fail hours later, when a phase or the discriminator begins."""
         if not self.phases:
             raise ValueError("phases is empty: give at least one, {resolution: 256, steps: 1000}")
         if self.batch_size % self.accumulate:

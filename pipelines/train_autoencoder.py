@@ -65,25 +65,25 @@ def draw(run: Run, recipe: AutoencoderRecipe, ks: Sequence[int], resolution: int
 def train_step(
     run: Run,
     ae: nn.Module,
-    critic: nn.Module,
+    discriminator: nn.Module,
     opt_ae: torch.optim.Optimizer,
-    opt_critic: torch.optim.Optimizer,
+    opt_discriminator: torch.optim.Optimizer,
     images: Tensor,
     draws: Draws,
     objective: Objective,
     ramp: float,
     clip_norm: float | None,
     averaged: nn.Module | None = None,
-    watch: bool = False,
+    log_gradients: bool = False,
 ) -> dict[str, Tensor | float]:
     """One generator update, then one discriminator update, on the same batch.
 
     Args:
-        ae, critic: the wrapped modules: what goes through them syncs gradients between processes.
+        ae, discriminator: the wrapped modules, whose gradients are averaged over processes.
         images: (b, 3, H, W) in [−1, 1].
         ramp: of the adversarial weight, in [0, 1]; at 0 the discriminator rests.
-        averaged: the autoencoder's averaged twin, where the objective compares with it.
-        watch: measure the ratio of the gradients' norms (Figure 7) even if nothing needs it.
+        averaged: the autoencoder with the averaged (EMA) weights, if a term compares with it.
+        log_gradients: return the ratio of the gradients' norms (Figure 7) even if it is unused.
 
     Returns:
         The named, unweighted terms; the adversarial weight; and the norms of the gradients where
@@ -91,47 +91,47 @@ def train_step(
     """
     adversarial = objective.adversarial
     weight: Tensor | float = ramp * adversarial.weight
-    fights, watched = weight > 0, {}
-    with run.accumulate(ae, critic):
+    adversarial_active, logs = weight > 0, {}
+    with run.accumulate(ae, discriminator):
         with run.autocast():
             out = ae(images, draws.noise)
             with torch.no_grad():
-                steady = None if averaged is None else averaged(images, draws.noise).recon
-        terms = objective.reconstruction(out, images, steady)  # l1, lpips, gaussian, wavelet, kl
-        if fights:
-            # the unwrapped critic, frozen: it passes gradients on and gets none
-            with frozen(run.unwrap(critic)) as judge, run.autocast():
-                terms["adversarial"] = objective.fool(judge(out.recon))
-        if fights and (watch or adversarial.weighting == "adaptive"):
+                ema_recon = None if averaged is None else averaged(images, draws.noise).recon
+        terms = objective.reconstruction(out, images, ema_recon)  # l1, lpips, wavelet, kl, …
+        if adversarial_active:
+            # unwrapped and frozen: gradients pass through it to the generator, and it gets none
+            with frozen(run.unwrap(discriminator)) as still, run.autocast():
+                terms["adversarial"] = objective.generator_loss(still(out.recon))
+        if adversarial_active and (log_gradients or adversarial.weighting == "adaptive"):
             last = run.unwrap(ae).decoder.conv_out.weight
             recon_loss = objective.recon_total(terms)
             ratio = gradient_ratio(recon_loss, terms["adversarial"], last, run.mean)
-            watched["gradient_ratio"] = ratio
+            logs["gradient_ratio"] = ratio
             if adversarial.weighting == "adaptive":
                 weight = ramp * adaptive_weight(adversarial.weight, ratio)
         total = objective.total(terms, weight)
         norm = run.step(total, ae, opt_ae, "autoencoder", clip_norm)
         if norm is not None:
-            watched["gradient_norm"] = norm
+            logs["gradient_norm"] = norm
 
-        if fights:
+        if adversarial_active:
             pictures = [images, out.recon.detach()]
             if draws.cutmix is not None:
                 mask = cutmix_masks(draws.cutmix, *images.shape[-2:])  # (b, 1, H, W)
                 pictures.append(torch.where(mask, *pictures))
             # one forward for all of them: the power iteration in it runs once
             with run.autocast():
-                real, fake, *mixed = split(critic(torch.cat(pictures)), len(pictures))
-            terms["critic"] = objective.judge(real, fake)
-            total = terms["critic"]
+                real, fake, *mixed = split(discriminator(torch.cat(pictures)), len(pictures))
+            terms["discriminator"] = objective.discriminator_loss(real, fake)
+            total = terms["discriminator"]
             if mixed:
                 terms["cutmix"] = cutmix_consistency(mixed[0], real, fake, mask)
                 total = total + adversarial.cutmix * terms["cutmix"]
             terms["logit_real"], terms["logit_fake"] = real[0].mean(), fake[0].mean()
-            norm = run.step(total, critic, opt_critic, "discriminator", clip_norm)
+            norm = run.step(total, discriminator, opt_discriminator, "discriminator", clip_norm)
             if norm is not None:
-                watched["critic_gradient_norm"] = norm
-    return terms | watched | {"adversarial_weight": weight}
+                logs["discriminator_gradient_norm"] = norm
+    return terms | logs | {"adversarial_weight": weight}
 
 
 def train_autoencoder(
@@ -160,15 +160,15 @@ def train_autoencoder(
 
         # the same initial weights on every process: start_run has seeded them
         autoencoder = run.place(Autoencoder(recipe.model))
-        critic = run.place(build_discriminator(recipe.discriminator))
+        discriminator = run.place(build_discriminator(recipe.discriminator))
         objective = Objective(recipe.loss, recipe.adversarial, perceptual)
         ema = Ema(autoencoder, recipe.ema_half_life_images)
-        opt_ae, opt_critic = (
+        opt_ae, opt_discriminator = (
             torch.optim.Adam(net.parameters(), recipe.lr, recipe.betas, fused=True)
-            for net in (autoencoder, critic)
+            for net in (autoencoder, discriminator)
         )
-        parts = {"autoencoder": autoencoder, "critic": critic, "ema": ema}
-        parts |= {"opt_autoencoder": opt_ae, "opt_critic": opt_critic}
+        parts = {"autoencoder": autoencoder, "discriminator": discriminator, "ema": ema}
+        parts |= {"opt_autoencoder": opt_ae, "opt_discriminator": opt_discriminator}
 
         def state() -> dict[str, Any]:
             return {name: part.state_dict() for name, part in parts.items()}
@@ -191,15 +191,15 @@ def train_autoencoder(
         # now that the average was copied from it: compiling changes a module, not its weights
         decoder = autoencoder.decoder
         # not its last layer, where gradients are taken; see `gradient_ratio`
-        run.compile(autoencoder.encoder, decoder.middle, *decoder.levels, critic)
-        ae, judge = run.prepare(autoencoder), run.prepare(critic)
+        run.compile(autoencoder.encoder, decoder.middle, *decoder.levels, discriminator)
+        wrapped_ae, wrapped_discriminator = run.prepare(autoencoder), run.prepare(discriminator)
         best = Best(run, recipe)
         # weights that are their own average would differ from it by rounding alone
         compared = objective.needs_averaged and recipe.ema_half_life_images > 0
         averaged = ema.model if compared else None
 
         logbook = Logbook(run.folder if run.is_main else None, images_seen)
-        run.say(_opening(recipe, run, autoencoder, critic))
+        run.say(_opening(recipe, run, autoencoder, discriminator))
         if _validation_was_cut_off(run, recipe, images_seen):
             numbers = validate()
         with run.progress() as bar:
@@ -211,16 +211,16 @@ def train_autoencoder(
                 step = images_seen // recipe.batch_size
                 run.seed_dropout(int(batch.k[0]))
                 lr = learning_rate(recipe.lr, images_seen + recipe.batch_size, recipe.warmup_images)
-                for optimizer in (opt_ae, opt_critic):
+                for optimizer in (opt_ae, opt_discriminator):
                     set_learning_rate(optimizer, lr)
 
                 images = to_float(run.place(batch.images))
                 draws = draw(run, recipe, batch.k.tolist(), resolution)
-                watch = (step + 1) % recipe.run.log_every_steps == 0
+                log_gradients = (step + 1) % recipe.run.log_every_steps == 0
                 terms = train_step(
-                    run, ae, judge, opt_ae, opt_critic, images, draws, objective,
-                    objective.ramp(step / recipe.total_steps), recipe.clip_norm,
-                    averaged, watch,
+                    run, wrapped_ae, wrapped_discriminator, opt_ae, opt_discriminator, images,
+                    draws, objective, objective.ramp(step / recipe.total_steps),
+                    recipe.clip_norm, averaged, log_gradients,
                 )  # fmt: skip
                 logbook.add(**terms)
                 if not run.accelerator.sync_gradients:
@@ -356,10 +356,11 @@ def _export(
     save_model(run.folder / name, ModelFile("autoencoder", config, weights, {}, origin))
 
 
-def _opening(recipe: AutoencoderRecipe, run: Run, ae: Autoencoder, critic: nn.Module) -> str:
+def _opening(recipe: AutoencoderRecipe, run: Run, ae: Autoencoder, discriminator: nn.Module) -> str:
     phases = ", then ".join(f"{p.steps:,} steps at {p.resolution}²" for p in recipe.phases)
     each = recipe.batch_size // (recipe.accumulate * run.world)
-    sizes = [sum(p.numel() for p in net.parameters()) for net in (ae.encoder, ae.decoder, critic)]
+    networks = (ae.encoder, ae.decoder, discriminator)
+    sizes = [sum(p.numel() for p in net.parameters()) for net in networks]
     return (
         f"{run.folder}: encoder {sizes[0]:,}, decoder {sizes[1]:,}, discriminator {sizes[2]:,} "
         f"parameters\n{phases}; batch {recipe.batch_size} = {run.world} process(es) × "

@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 from torch import nn
 
-from autoencoders.discriminators.layers import Judgement, split
+from autoencoders.discriminators.layers import Logits, split
 from autoencoders.discriminators.patchgan import PatchGAN, PatchGANConfig
 from autoencoders.discriminators.stylegan import StyleGANConfig, StyleGANDiscriminator
 from autoencoders.discriminators.unet import UNetDiscriminator, UNetDiscriminatorConfig
@@ -22,14 +22,14 @@ DiscriminatorConfig = Annotated[
 
 
 def build_discriminator(config: DiscriminatorConfig) -> nn.Module:
-    """The network a config describes: (B, 3, H, W) in [−1, 1] → `Judgement`, the finest first."""
+    """The network a config describes: (B, 3, H, W) in [−1, 1] → `Logits`, the finest first."""
     return DISCRIMINATORS[config.type](config)
 
 
 __all__ = [
     "DISCRIMINATORS",
     "DiscriminatorConfig",
-    "Judgement",
+    "Logits",
     "PatchGAN",
     "PatchGANConfig",
     "StyleGANConfig",

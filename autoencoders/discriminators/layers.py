@@ -12,10 +12,10 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from ldm.errors import LdmError
 
-Judgement = tuple[Tensor, ...]
-"""Heads of logits in float32, the finest first: each (B, 1) or (B, 1, h, w), high is real."""
+Logits = tuple[Tensor, ...]
+"""Maps of logits in float32, the finest first: each (B, 1) or (B, 1, h, w), high is real."""
 
-JudgementT = TypeVar("JudgementT", bound=Judgement)
+LogitsT = TypeVar("LogitsT", bound=Logits)
 
 
 class TakesSizes(Protocol):
@@ -25,11 +25,11 @@ class TakesSizes(Protocol):
         """Raise a ValueError of one line where a side of so many pixels cannot be judged."""
 
 
-def split(judgement: JudgementT, parts: int) -> list[JudgementT]:
-    """The judgements of so many equal parts of the batch, in order: real and fake, say."""
-    assert len(judgement[0]) % parts == 0, f"{len(judgement[0])} images in {parts} equal parts"
-    make = getattr(judgement, "_make", tuple)  # a named tuple stays one
-    return [make(heads) for heads in zip(*(head.chunk(parts) for head in judgement), strict=True)]
+def split(logits: LogitsT, parts: int) -> list[LogitsT]:
+    """Split logits of a batch into those of its equal parts, in order: real, fake, …."""
+    assert len(logits[0]) % parts == 0, f"{len(logits[0])} images in {parts} equal parts"
+    make = getattr(logits, "_make", tuple)  # a named tuple stays one
+    return [make(heads) for heads in zip(*(head.chunk(parts) for head in logits), strict=True)]
 
 
 def check_images(config: TakesSizes, images: Tensor) -> None:

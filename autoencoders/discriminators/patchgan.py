@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from autoencoders.discriminators.layers import Judgement, check_images
+from autoencoders.discriminators.layers import Logits, check_images
 from autoencoders.layers import group_norm
 from ldm.config import Config
 
@@ -55,7 +55,7 @@ class PatchGAN(nn.Module):
             layers += [_norm(widths[i + 1]), nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers, _conv(widths[-1], 1, stride=1))
 
-    def forward(self, images: Tensor) -> Judgement:
+    def forward(self, images: Tensor) -> Logits:
         """Images (B, 3, H, W) in [−1, 1] → one head (B, 1, ⌊H/2^layers⌋ − 2, ⌊W/2^layers⌋ − 2).
 
         Raises:

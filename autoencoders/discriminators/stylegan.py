@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import register_parametrization
 
-from autoencoders.discriminators.layers import Judgement, check_images
+from autoencoders.discriminators.layers import Logits, check_images
 from ldm.config import Config
 
 SMALLEST = 4
@@ -77,7 +77,7 @@ class StyleGANDiscriminator(nn.Module):
         self.linear = _equalize(nn.Linear(widths[-1] * SMALLEST**2, widths[-1]))
         self.logit = _equalize(nn.Linear(widths[-1], 1))
 
-    def forward(self, images: Tensor) -> Judgement:
+    def forward(self, images: Tensor) -> Logits:
         """Images (B, 3, R, R) in [−1, 1] → one head (B, 1).
 
         Raises:

@@ -37,7 +37,7 @@ class UNetDiscriminatorConfig(Config):
             )
 
 
-class UNetJudgement(NamedTuple):
+class UNetLogits(NamedTuple):
     """Logits of one batch: high is real."""
 
     pixels: Tensor
@@ -70,7 +70,7 @@ class UNetDiscriminator(nn.Module):
         )
         self.pixels = _conv(up[-1], 1, 1)
 
-    def forward(self, images: Tensor) -> UNetJudgement:
+    def forward(self, images: Tensor) -> UNetLogits:
         """Images (B, 3, H, W) in [−1, 1] → pixel logits (B, 1, H, W), image logits (B, 1).
 
         Raises:
@@ -85,7 +85,7 @@ class UNetDiscriminator(nn.Module):
         x = self.up[0](x)
         for block in self.up[1:]:
             x = block(torch.cat([x, skips.pop()], dim=1))
-        return UNetJudgement(self.pixels(F.relu(x)).float(), image_logits.float())
+        return UNetLogits(self.pixels(F.relu(x)).float(), image_logits.float())
 
 
 class DownBlock(nn.Module):

@@ -1,4 +1,4 @@
-"""Adversarial losses on a discriminator's judgement, which is one or more heads of logits.
+"""Adversarial losses on a discriminator's logits, one map or more.
 
 A head is a map or a vector, averaged over all its values; the heads count alike.
 
@@ -6,7 +6,7 @@ How the adversarial gradient stands to the reconstruction's (Sadat et al. 2024, 
 
 CutMix consistency of a discriminator that judges pixels (Schönfeld et al. 2020, Section 3.2).
 
-A mixture of a real and a reconstructed image must be judged as the mixture of its judgements.
+The logits of a mixture of a real and a reconstructed image must be the mixture of theirs.
 
 Locally discriminative learning: what looks like the discriminator's artifacts costs more.
 
@@ -19,16 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoencoders.discriminators.layers import Judgement
+from autoencoders.discriminators.layers import Logits
 
 
-def hinge_generator(fake: Judgement) -> Tensor:
+def hinge_generator(fake: Logits) -> Tensor:
     """What the generator lowers: minus the logits of its images."""
     # Lim & Ye 2017 (arXiv 1705.02894); Miyato et al. 2018 (arXiv 1802.05957), Equation 17
     return _mean(-head.float().mean() for head in fake)
 
 
-def hinge_discriminator(real: Judgement, fake: Judgement) -> Tensor:
+def hinge_discriminator(real: Logits, fake: Logits) -> Tensor:
     """What the discriminator lowers: real logits under 1, fake ones above −1."""
     # Lim & Ye 2017; Miyato et al. 2018, Equation 16
     return _mean(
@@ -37,13 +37,13 @@ def hinge_discriminator(real: Judgement, fake: Judgement) -> Tensor:
     )
 
 
-def logistic_generator(fake: Judgement) -> Tensor:
+def logistic_generator(fake: Logits) -> Tensor:
     """Non-saturating: −ln σ(logit) of the generator's images."""
     # Goodfellow et al. 2014 (arXiv 1406.2661), Section 3
     return _mean(F.softplus(-head.float()).mean() for head in fake)
 
 
-def logistic_discriminator(real: Judgement, fake: Judgement) -> Tensor:
+def logistic_discriminator(real: Logits, fake: Logits) -> Tensor:
     """−ln σ(logit) of real images, −ln(1 − σ(logit)) of fake ones."""
     # Goodfellow et al. 2014, Equation 1
     return _mean(
@@ -52,7 +52,7 @@ def logistic_discriminator(real: Judgement, fake: Judgement) -> Tensor:
     )
 
 
-def bce_discriminator(real: Judgement, fake: Judgement) -> Tensor:
+def bce_discriminator(real: Logits, fake: Logits) -> Tensor:
     """Binary cross-entropy of the labels, 1 for real and 0 for fake, over both as one set.
 
     The logistic loss adds the two halves, this averages them: half of it, to the same end. It
@@ -74,7 +74,7 @@ def _mean(heads: Iterable[Tensor]) -> Tensor:
 
 
 MOST = 1e4
-"""Largest adaptive weight: one without a bound runs away where the critic gives no gradient."""
+"""Largest adaptive weight; without a bound it runs away where the discriminator's gradient is 0."""
 
 
 def gradient_ratio(
@@ -109,15 +109,15 @@ def adaptive_weight(weight: float, ratio: Tensor) -> Tensor:
     return (weight * ratio).clamp(0, MOST)
 
 
-def cutmix_consistency(mixed: Judgement, real: Judgement, fake: Judgement, mask: Tensor) -> Tensor:
+def cutmix_consistency(mixed: Logits, real: Logits, fake: Logits, mask: Tensor) -> Tensor:
     """Mean squared difference of what is said of the mixture's pixels and the mixture of what is.
 
     Args:
-        mixed: judgement of `torch.where(mask, images, recon)`; its first head is of every pixel.
+        mixed: logits of `torch.where(mask, images, recon)`; its first head is of every pixel.
         real, fake: of the images and of their reconstructions.
         mask: bool (B, 1, H, W), true where the mixture is real.
     """
-    pixels, of_real, of_fake = (judgement[0].float() for judgement in (mixed, real, fake))
+    pixels, of_real, of_fake = (logits[0].float() for logits in (mixed, real, fake))
     assert pixels.shape == mask.shape, "CutMix needs a logit for every pixel: the U-Net"
     # Schönfeld et al. 2020, Section 3.2: ‖D_dec(mix(x, x̂, M)) − mix(D_dec(x), D_dec(x̂), M)‖²
     return (pixels - torch.where(mask, of_real, of_fake)).square().mean()

@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
 from autoencoders.autoencoder import AutoencoderOutput
-from autoencoders.discriminators.layers import Judgement
+from autoencoders.discriminators.layers import Logits
 from autoencoders.losses.adversarial import ADVERSARIAL, ldl
 from autoencoders.losses.perceptual import Network
 from autoencoders.losses.reconstruction import gaussian, kl, l1, l2, wavelet
@@ -92,7 +92,7 @@ class Objective:
                     f"or loss.{name}=0"
                 )
         self.loss, self.adversarial, self.perceptual = loss, adversarial, perceptual
-        self._fool, self._judge = ADVERSARIAL[adversarial.loss]
+        self._generator_loss, self._discriminator_loss = ADVERSARIAL[adversarial.loss]
 
     @property
     def needs_averaged(self) -> bool:
@@ -125,13 +125,13 @@ class Objective:
         with torch.autocast(recon.device.type, enabled=False):
             return {name: term() for name, term in terms.items() if weights[name]}
 
-    def fool(self, fake: Judgement) -> Tensor:
-        """The generator's adversarial term, unweighted, from the judgement of its images."""
-        return self._fool(fake)
+    def generator_loss(self, fake: Logits) -> Tensor:
+        """Adversarial term of the generator, unweighted, from the logits of its images."""
+        return self._generator_loss(fake)
 
-    def judge(self, real: Judgement, fake: Judgement) -> Tensor:
-        """The discriminator's loss, from its judgements of real and of reconstructed images."""
-        return self._judge(real, fake)
+    def discriminator_loss(self, real: Logits, fake: Logits) -> Tensor:
+        """Loss of the discriminator, from its logits of real and of reconstructed images."""
+        return self._discriminator_loss(real, fake)
 
     def ramp(self, progress: float) -> float:
         """How much of the adversarial weight counts at a fraction of all generator steps.

@@ -28,7 +28,7 @@ PUBLISHED = {
 """The networks, and what torchvision calls their weights."""
 
 
-def trunk_file(network: str, instead: str) -> Path:
+def backbone_file(network: str, instead: str) -> Path:
     """The published weights of one of `PUBLISHED`, fetched where they are not on this machine.
 
     Args:
@@ -43,24 +43,26 @@ def trunk_file(network: str, instead: str) -> Path:
     return find_or_fetch(name, _url(network), digits, [_folder()], instead)
 
 
-def has_trunk(network: str) -> bool:
+def has_backbone(network: str) -> bool:
     """Whether the weights are on this machine; nothing is fetched."""
     return (_folder() / _url(network).rpartition("/")[2]).is_file()
 
 
-def fill_trunk(trunk: nn.Module, network: str, path: Path, rename: Callable[[str], str]) -> None:
+def fill_backbone(
+    backbone: nn.Module, network: str, path: Path, rename: Callable[[str], str]
+) -> None:
     """The tensors of torchvision's file into a module that has some of them.
 
     Args:
-        rename: a tensor's name in the trunk → in the file, `features.<layer>.…`.
+        rename: a tensor's name in the backbone → in the file, `features.<layer>.…`.
 
     Raises:
         LdmError: the file is damaged, or holds another network.
     """
     tensors = read_tensors(path)
     try:
-        trunk.load_state_dict(
-            {name: tensors[rename(name)] for name in trunk.state_dict()}, assign=True
+        backbone.load_state_dict(
+            {name: tensors[rename(name)] for name in backbone.state_dict()}, assign=True
         )
     except (KeyError, RuntimeError, TypeError) as error:
         raise LdmError(f"{path} holds no {network} of torchvision: delete or replace it") from error
@@ -77,7 +79,7 @@ def _url(network: str) -> str:
 
 
 Network = Literal["vgg", "alex", "squeeze"]
-TRUNKS = {"vgg": "VGG-16", "alex": "AlexNet", "squeeze": "SqueezeNet 1.1"}
+BACKBONES = {"vgg": "VGG-16", "alex": "AlexNet", "squeeze": "SqueezeNet 1.1"}
 
 
 class LPIPS:
@@ -87,7 +89,7 @@ class LPIPS:
     checkpoint, and no `train()` wakes its dropout.
 
     Args:
-        network: an `lpips.LPIPS`, whose trunk and linear layers are used.
+        network: an `lpips.LPIPS`, whose backbone and linear layers are used.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -123,33 +125,35 @@ def load_lpips(
     network: Network = "vgg",
     instead: str = "turn the loss off with loss.lpips=0",
 ) -> LPIPS:
-    """LPIPS with its published weights; the trunk is torchvision's, from torch hub's folder.
+    """LPIPS with its published weights; the backbone is torchvision's, from torch hub's folder.
 
     Args:
-        network: the trunk: VGG-16, AlexNet or SqueezeNet 1.1.
+        network: the backbone: VGG-16, AlexNet or SqueezeNet 1.1.
         instead: what to do without the weights, as the end of the error line.
 
     Raises:
-        LdmError: the trunk's weights are neither there nor to be fetched, or damaged.
+        LdmError: the backbone's weights are neither there nor to be fetched, or damaged.
     """
     import lpips
 
-    path = trunk_file(TRUNKS[network], instead)
+    path = backbone_file(BACKBONES[network], instead)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # the package calls torchvision in an outdated way
         net = lpips.LPIPS(net=network, pnet_rand=True, verbose=False)
     # the package cuts the layers into slices: slice<n>.<layer>.…
-    fill_trunk(net.net, TRUNKS[network], path, lambda name: f"features.{name.partition('.')[2]}")
+    fill_backbone(
+        net.net, BACKBONES[network], path, lambda name: f"features.{name.partition('.')[2]}"
+    )
     return LPIPS(net.to(device))
 
 
 def find_lpips(device: str | torch.device = "cpu", network: Network = "vgg") -> LPIPS | None:
-    """`load_lpips` where the trunk's weights are on this machine already, else None.
+    """`load_lpips` where the backbone's weights are on this machine already, else None.
 
     Raises:
         LdmError: the file is there, and damaged.
     """
-    return load_lpips(device, network) if has_trunk(TRUNKS[network]) else None
+    return load_lpips(device, network) if has_backbone(BACKBONES[network]) else None
 
 
 CONV5_4 = 34
@@ -198,8 +202,8 @@ def load_esrgan(
     """
     from torchvision.models import vgg19
 
-    path = trunk_file("VGG-19", instead)
+    path = backbone_file("VGG-19", instead)
     with torch.device("meta"):  # no memory, no random numbers: every tensor comes from the file
         features = vgg19().features[: CONV5_4 + 1]
-    fill_trunk(features, "VGG-19", path, lambda name: f"features.{name}")
+    fill_backbone(features, "VGG-19", path, lambda name: f"features.{name}")
     return ESRGANPerceptual(features.to(device))

@@ -195,7 +195,11 @@ def _trial(d: "Diagnosis") -> Rows:
     for speed in d.trial.speeds:
         load, name = speed.load, f"{speed.load.steps:,} steps at {speed.load.resolution}²"
         if d.stage == "autoencoder" and any(part.name == "discriminator" for part in d.parts):
-            name += ", with the discriminator" if load.fights else ", without the discriminator"
+            name += (
+                ", with the discriminator"
+                if load.adversarial_active
+                else ", without the discriminator"
+            )
         measured = f"{_many(speed.measured_batch, 'image')} of {speed.measured_side}²"
         if scaled := speed.measured_side != load.resolution:
             measured += ", scaled"  # small images keep a device less busy: it may be quicker

@@ -17,7 +17,7 @@ from urllib.request import Request, urlopen
 import torch
 
 from autoencoders import Autoencoder, AutoencoderConfig, load_autoencoder
-from autoencoders.losses.perceptual import PUBLISHED, TRUNKS, has_trunk
+from autoencoders.losses.perceptual import BACKBONES, PUBLISHED, has_backbone
 from ldm.checkpoint import fingerprint
 from ldm.config import list_presets, load_preset, validate
 from ldm.data import DataConfig, Source, holds_out, open_source
@@ -78,13 +78,13 @@ def check_perceptual(recipe: AutoencoderRecipe) -> list[Problem]:
     """The classifiers' weights that the losses of stage one look with."""
     needed: dict[str, str] = {}
     if recipe.loss.lpips:
-        needed[TRUNKS[recipe.loss.lpips_network]] = "go without, loss.lpips=0"
+        needed[BACKBONES[recipe.loss.lpips_network]] = "go without, loss.lpips=0"
     if recipe.loss.esrgan:
         needed["VGG-19"] = "go without, loss.esrgan=0"
     if recipe.best_by == "lpips":
         needed.setdefault("VGG-16", "choose best_by=psnr")
     problems = [_fetched(network, instead) for network, instead in needed.items()]
-    if "VGG-16" not in needed and not has_trunk("VGG-16"):
+    if "VGG-16" not in needed and not has_backbone("VGG-16"):
         text = f"{_missing('VGG-16')}: held-out LPIPS will not be measured"
         problems.append(Problem("note", text))
     return [problem for problem in problems if problem is not None]
@@ -105,7 +105,7 @@ def _fetched(network: str, instead: str) -> Problem | None:
     """A classifier's weights that the run would have to fetch before it begins."""
     from torchvision.models import get_weight
 
-    if has_trunk(network):
+    if has_backbone(network):
         return None
     url = get_weight(PUBLISHED[network]).url
     target = from_home(Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2])

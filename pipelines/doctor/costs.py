@@ -197,9 +197,9 @@ class PaperAutoencoder:
         self._mode = FakeTensorMode()
         with self._mode, torch.device(device):
             self.autoencoder = Autoencoder(recipe.model)
-            self.critic = build_discriminator(recipe.discriminator)
+            self.discriminator = build_discriminator(recipe.discriminator)
             perceptual = blank_perceptual(recipe)
-        self.trained: list[nn.Module] = [self.autoencoder, self.critic]
+        self.trained: list[nn.Module] = [self.autoencoder, self.discriminator]
         self.averaged: list[nn.Module] = [self.autoencoder]
         self.frozen: list[nn.Module] = [
             loss.network if isinstance(loss, LPIPS) else loss.features
@@ -226,24 +226,30 @@ class PaperAutoencoder:
                 "decoder": count_gmac(lambda: self.autoencoder.decode(latents)),
             }
             if self.recipe.adversarial.weight:
-                counted["discriminator"] = count_gmac(lambda: self.critic(images))
+                counted["discriminator"] = count_gmac(lambda: self.discriminator(images))
         return {name: gmac / batch for name, gmac in counted.items()}
 
-    def cost(self, resolution: int, fights: bool = True, batch: int | None = None) -> StepCost:
+    def cost(
+        self, resolution: int, adversarial_active: bool = True, batch: int | None = None
+    ) -> StepCost:
         """Of a step with `batch` images, or `self.batch`. Worked out once.
 
         Args:
-            fights: with the discriminator, if there is one.
+            adversarial_active: with the discriminator, if there is one.
         """
-        key = (resolution, fights and self.recipe.adversarial.weight > 0, batch or self.batch)
+        key = (
+            resolution,
+            adversarial_active and self.recipe.adversarial.weight > 0,
+            batch or self.batch,
+        )
         if key not in self._costs:
             self._costs[key] = self._work_out(*key)
         return self._costs[key]
 
-    def _work_out(self, resolution: int, fights: bool, batch: int) -> StepCost:
+    def _work_out(self, resolution: int, adversarial_active: bool, batch: int) -> StepCost:
         recipe, net, device = self.recipe, self.autoencoder, self.device
         side = resolution // recipe.encoder.downsampling
-        run = PaperRun(device, self.precision, net, self.critic, *self.frozen)
+        run = PaperRun(device, self.precision, net, self.discriminator, *self.frozen)
         averaged = net if self._objective.needs_averaged and recipe.ema_half_life_images else None
         with self._mode:
             images = torch.zeros(batch, 3, resolution, resolution, device=device)
@@ -251,8 +257,8 @@ class PaperAutoencoder:
             boxes = torch.zeros(batch, 3, device=device) if recipe.adversarial.cutmix else None
             with Counter() as counter, run.watching():
                 train_autoencoder_step(
-                    run, net, self.critic, None, None, images, Draws(noise, boxes),
-                    self._objective, float(fights), None, averaged,
+                    run, net, self.discriminator, None, None, images, Draws(noise, boxes),
+                    self._objective, float(adversarial_active), None, averaged,
                 )  # fmt: skip
         return StepCost(run.worst, counter.gmac / batch)
 

@@ -163,7 +163,7 @@ def diagnose_autoencoder(
     paper = PaperAutoencoder(recipe, device, machine.precision, length.each)
     networks = {"encoder": paper.autoencoder.encoder, "decoder": paper.autoencoder.decoder}
     if recipe.adversarial.weight:
-        networks["discriminator"] = paper.critic
+        networks["discriminator"] = paper.discriminator
 
     def need(accumulate: int, each: int, side: int | None = None) -> Memory:
         phases = recipe.phases if side is None else (Phase(resolution=side, steps=1),)

@@ -54,15 +54,15 @@ class Rehearsal(ABC):
         """Whether the recipe could train on images of this side, in pixels."""
 
     @abstractmethod
-    def step(self, side: int, batch: int, fights: bool) -> None:
+    def step(self, side: int, batch: int, adversarial_active: bool) -> None:
         """One whole training step on `batch` images, with its update."""
 
     @abstractmethod
-    def update(self, fights: bool) -> None:
+    def update(self, adversarial_active: bool) -> None:
         """Only what a step does once, however many its images: optimisers and averages."""
 
     @abstractmethod
-    def gmac(self, side: int, fights: bool) -> float:
+    def gmac(self, side: int, adversarial_active: bool) -> float:
         """10⁹ multiply-accumulates of a step, per image."""
 
 
@@ -73,13 +73,13 @@ class AutoencoderRehearsal(Rehearsal):
         self.recipe, self.run, self.paper = recipe, run, paper
         with _seeded():
             self.ae = run.place(Autoencoder(recipe.model))
-            self.critic = run.place(build_discriminator(recipe.discriminator))
+            self.discriminator = run.place(build_discriminator(recipe.discriminator))
             perceptual = blank_perceptual(recipe)
         self.objective = Objective(recipe.loss, recipe.adversarial, perceptual)
         self.ema = Ema(self.ae, recipe.ema_half_life_images)
-        self.opt_ae, self.opt_critic = (
+        self.opt_ae, self.opt_discriminator = (
             torch.optim.Adam(net.parameters(), recipe.lr, recipe.betas, fused=True)
-            for net in (self.ae, self.critic)
+            for net in (self.ae, self.discriminator)
         )
         if recipe.checkpointing:
             checkpoint_blocks(self.ae)
@@ -94,23 +94,23 @@ class AutoencoderRehearsal(Rehearsal):
             return False
         return True
 
-    def step(self, side: int, batch: int, fights: bool) -> None:
+    def step(self, side: int, batch: int, adversarial_active: bool) -> None:
         images = to_float(self.run.place(torch.from_numpy(_pixels(batch, side)).movedim(-1, 1)))
         draws = draw(self.run, self.recipe, range(batch), side)
         train_autoencoder_step(
-            self.run, self.ae, self.critic, self.opt_ae, self.opt_critic, images, draws,
-            self.objective, float(fights), self.recipe.clip_norm, self.averaged,
+            self.run, self.ae, self.discriminator, self.opt_ae, self.opt_discriminator, images,
+            draws, self.objective, float(adversarial_active), self.recipe.clip_norm, self.averaged,
         )  # fmt: skip
         self.ema.update(batch, batch)
 
-    def update(self, fights: bool) -> None:
-        optimizers = [self.opt_ae, self.opt_critic] if fights else [self.opt_ae]
+    def update(self, adversarial_active: bool) -> None:
+        optimizers = [self.opt_ae, self.opt_discriminator] if adversarial_active else [self.opt_ae]
         for optimizer in optimizers:
             _step_on_nothing(optimizer)
         self.ema.update(1, 1)
 
-    def gmac(self, side: int, fights: bool) -> float:
-        return self.paper.cost(side, fights).gmac
+    def gmac(self, side: int, adversarial_active: bool) -> float:
+        return self.paper.cost(side, adversarial_active).gmac
 
 
 class DiffusionRehearsal(Rehearsal):
@@ -135,7 +135,7 @@ class DiffusionRehearsal(Rehearsal):
     def takes(self, side: int) -> bool:
         return side % (self.codec.autoencoder.downsampling * self.learner.network.factor) == 0
 
-    def step(self, side: int, batch: int, fights: bool) -> None:
+    def step(self, side: int, batch: int, adversarial_active: bool) -> None:
         if (side, batch) not in self._streams:
             self._streams[side, batch] = self._stream(side, batch)
         _, images = next(self._streams[side, batch])
@@ -144,11 +144,11 @@ class DiffusionRehearsal(Rehearsal):
         )
         self.learner.average(self.recipe.batch_size)
 
-    def update(self, fights: bool) -> None:
+    def update(self, adversarial_active: bool) -> None:
         _step_on_nothing(self.learner.optimizer)
         self.learner.average(self.recipe.batch_size)
 
-    def gmac(self, side: int, fights: bool) -> float:
+    def gmac(self, side: int, adversarial_active: bool) -> float:
         return self.paper.cost(side).gmac
 
     def _stream(self, side: int, batch: int) -> Iterator[tuple[int, LatentBatch]]:
@@ -247,7 +247,7 @@ class Load:
     """Side of the images, in pixels."""
     steps: int
     """How many steps of the recipe are so."""
-    fights: bool = False
+    adversarial_active: bool = False
     """Whether the discriminator takes part."""
 
 
@@ -290,7 +290,7 @@ def stretches(recipe: AutoencoderRecipe) -> tuple[Load, ...]:
         before = min(phase.steps, quiet)
         quiet -= before
         loads += [
-            Load(phase.resolution, phase.steps - before, fights=True),
+            Load(phase.resolution, phase.steps - before, adversarial_active=True),
             Load(phase.resolution, before),
         ]
     return tuple(load for load in loads if load.steps)
@@ -325,9 +325,9 @@ def try_out(
     for number, load in enumerate(loads):
         until = time.monotonic() + (began + seconds - time.monotonic()) / (len(loads) - number)
         rungs, took = _ladder(rehearsal, load, each), []
-        if load.fights not in updates:
-            updates[load.fights] = _time_update(rehearsal, load, rungs[0], fits)
-        update = updates[load.fights]
+        if load.adversarial_active not in updates:
+            updates[load.adversarial_active] = _time_update(rehearsal, load, rungs[0], fits)
+        update = updates[load.adversarial_active]
         if load.resolution != reached.resolution:
             # of the rungs that are quicker than what was climbed already, only the last
             start = max(sum(r.gmac < rung.gmac for r in rungs) - 1, 0)
@@ -357,7 +357,7 @@ def _ladder(rehearsal: Rehearsal, load: Load, each: int) -> list[Rung]:
     images = [each]
     while images[-1] > 1:
         images.append(images[-1] // 2)
-    whole = rehearsal.gmac(load.resolution, load.fights)
+    whole = rehearsal.gmac(load.resolution, load.adversarial_active)
     sizes = [(side, 1) for side in reversed(sides)]
     sizes += [(load.resolution, count) for count in reversed(images[:-1])]
     return [Rung(*size, whole * (size[0] / load.resolution) ** 2 * size[1]) for size in sizes]
@@ -369,8 +369,10 @@ def _time_update(
     """Seconds of what a step does once, however many its images."""
     if not fits(rung.side, rung.images):
         raise LdmError(f"no room for one image of {rung.side}²")
-    rehearsal.step(rung.side, rung.images, load.fights)  # the first one makes Adam's moments
-    return _timed(rehearsal, partial(rehearsal.update, load.fights))
+    rehearsal.step(
+        rung.side, rung.images, load.adversarial_active
+    )  # the first one makes Adam's moments
+    return _timed(rehearsal, partial(rehearsal.update, load.adversarial_active))
 
 
 def _climb(
@@ -392,7 +394,7 @@ def _climb(
         try:
             if not fits(rung.side, rung.images):
                 break
-            step = partial(rehearsal.step, rung.side, rung.images, load.fights)
+            step = partial(rehearsal.step, rung.side, rung.images, load.adversarial_active)
             reached = rung, _timed(rehearsal, step)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
@@ -411,7 +413,7 @@ def _climb(
 
 def _repeat(rehearsal: Rehearsal, load: Load, rung: Rung, took: list[float], until: float) -> None:
     """Add the seconds of more steps, as many as there is time for, one at least in all."""
-    step = partial(rehearsal.step, rung.side, rung.images, load.fights)
+    step = partial(rehearsal.step, rung.side, rung.images, load.adversarial_active)
     while not took or (len(took) <= MOST_REPEATS and time.monotonic() + took[-1] < until):
         took.append(_timed(rehearsal, step))
 
@@ -435,7 +437,9 @@ def _speed(
     step = statistics.median(took[1:] or took)
     per_image = max(step - update, step / 100) / rung.images
     if rung.side != load.resolution:
-        own, measured = (rehearsal.gmac(s, load.fights) for s in (load.resolution, rung.side))
+        own, measured = (
+            rehearsal.gmac(s, load.adversarial_active) for s in (load.resolution, rung.side)
+        )
         per_image *= own / measured
     step = accumulate * each * per_image + update
     rate = accumulate * each * processes / step

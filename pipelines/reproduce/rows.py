@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from autoencoders import load_autoencoder
 from autoencoders.loading import read_autoencoder
-from autoencoders.losses.perceptual import PUBLISHED, has_trunk, trunk_file
+from autoencoders.losses.perceptual import PUBLISHED, backbone_file, has_backbone
 from ldm.checkpoint import fingerprint, load_model
 from ldm.config import to_tree
 from ldm.data.dataset import listing_identity
@@ -216,7 +216,7 @@ def _decisive(training: Training) -> dict[str, Any]:
 def _is_there(number: str, weights: Path | None) -> bool:
     """Whether the weights that a number needs, if it needs any, are on this machine."""
     if number == "lpips":
-        return has_trunk("VGG-16")
+        return has_backbone("VGG-16")
     if number in OF_FEATURES:
         return weights is not None or published_weights() is not None
     return True
@@ -229,7 +229,7 @@ FEATURES = f"{__name__}:mean_colours"
 
 
 @contextmanager
-def random_trunk(network: str, wanted: bool = True) -> Iterator[None]:
+def random_backbone(network: str, wanted: bool = True) -> Iterator[None]:
     """Inside, a network of `LAYERS` is found with random weights, always the same.
 
     Where the published ones are on this machine, they are.
@@ -237,7 +237,7 @@ def random_trunk(network: str, wanted: bool = True) -> Iterator[None]:
     Args:
         wanted: False: nothing is changed.
     """
-    if not wanted or has_trunk(network):
+    if not wanted or has_backbone(network):
         yield
         return
     before = os.environ.get("TORCH_HOME")
@@ -277,7 +277,7 @@ def mean_colours() -> Callable[[Tensor], Tensor]:
 
 
 NOTES = ".training.json"  # a run folder may hold it before the run does
-ESRGAN_TRUNK = "VGG-19"
+ESRGAN_BACKBONE = "VGG-19"
 
 
 @dataclass(frozen=True)
@@ -370,7 +370,7 @@ def check_weights(recipe: AutoencoderRecipe) -> str | None:
     if not recipe.loss.esrgan:
         return None
     try:
-        trunk_file(ESRGAN_TRUNK, "go without this row, as here")
+        backbone_file(ESRGAN_BACKBONE, "go without this row, as here")
     except LdmError as error:
         return str(error)
     return None
@@ -379,8 +379,8 @@ def check_weights(recipe: AutoencoderRecipe) -> str | None:
 def _train(training: Training, stage_one: Model | None, stand_in: bool) -> Model:
     folder, recipe = training.folder, training.recipe
     if isinstance(recipe, AutoencoderRecipe):
-        trunk = random_trunk(ESRGAN_TRUNK, stand_in and bool(recipe.loss.esrgan))
-        with trunk, _noting(training):
+        backbone = random_backbone(ESRGAN_BACKBONE, stand_in and bool(recipe.loss.esrgan))
+        with backbone, _noting(training):
             train_autoencoder(recipe, training.preset, folder)
     else:
         recipe = _standing_on(recipe, stage_one)

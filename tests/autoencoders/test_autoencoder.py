@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -72,11 +73,22 @@ def test_overrides_reach_into_sections():
         )
         plain = build_autoencoder(ae.config, conv1x1=False)
     assert ae.config.encoder.extractor.multipliers == (1, 2, 3)
-    assert ae.pre_conv.weight.shape == (24, 24, 1, 1)
-    assert ae.post_conv.weight.shape == (12, 12, 1, 1)
+    assert ae.quant_conv.weight.shape == (24, 24, 1, 1)
+    assert ae.post_quant_conv.weight.shape == (12, 12, 1, 1)
     assert isinstance(ae.decoder.middle[0].conv1, SelfModulatedConv2d)
-    assert isinstance(plain.pre_conv, nn.Identity)
+    assert isinstance(plain.quant_conv, nn.Identity)
     assert plain.config.latent_channels == 12
+
+
+def test_the_1x1_convolutions_keep_their_keys_in_files():
+    ae = build_autoencoder("tiny", conv1x1=True)
+    tensors = ae.state_dict()
+    keys = [f"{name}.{kind}" for name in ("pre_conv", "post_conv") for kind in ("weight", "bias")]
+    assert list(tensors)[-4:] == keys
+    fresh = copy.deepcopy(build_autoencoder("tiny", conv1x1=True))
+    fresh.load_state_dict(tensors)
+    assert torch.equal(fresh.quant_conv.weight, ae.quant_conv.weight)
+    assert torch.equal(fresh.post_quant_conv.bias, ae.post_quant_conv.bias)
 
 
 def test_keys_a_person_types():

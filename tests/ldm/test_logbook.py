@@ -112,3 +112,12 @@ def test_a_full_disk_is_one_line(tmp_path, part):
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.strip().splitlines()
     assert line.startswith(f"could not write the metrics in {tmp_path} (File too large): make room")
+
+
+def test_read_rows_gives_former_metrics_their_present_names(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"images_seen": 8, "critic": 2.0, "critic_gradient_norm": 1.0}\n'
+    )
+    assert read_rows(tmp_path / "metrics.jsonl") == [
+        {"images_seen": 8, "discriminator": 2.0, "discriminator_gradient_norm": 1.0}
+    ]

@@ -24,9 +24,11 @@ def test_states_are_kept_newest_and_found(tmp_path):
     [{"other": torch.zeros(1)}, {"weight": torch.zeros(1, 3), "bias": torch.zeros(1)}, None],
 )
 def test_a_state_of_other_code_is_told(saved):
-    tree = {} if saved is None else {"critic": saved}
-    with pytest.raises(LdmError, match=r"the saved state of critic does not fit: .* --out another"):
-        restore({"critic": torch.nn.Linear(2, 1)}, tree)
+    tree = {} if saved is None else {"discriminator": saved}
+    with pytest.raises(
+        LdmError, match=r"the saved state of discriminator does not fit: .* --out another"
+    ):
+        restore({"discriminator": torch.nn.Linear(2, 1)}, tree)
 
 
 def test_a_full_gpu_is_not_another_version():
@@ -40,7 +42,13 @@ def test_a_full_gpu_is_not_another_version():
 
 def test_a_state_is_restored_part_by_part():
     saved, fresh = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
-    restore({"critic": fresh}, {"critic": saved.state_dict(), "seen": 8})
+    restore({"discriminator": fresh}, {"discriminator": saved.state_dict(), "seen": 8})
+    assert torch.equal(fresh.weight, saved.weight)
+
+
+def test_restore_reads_the_former_names_of_parts():
+    saved, fresh = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    restore({"discriminator": fresh}, {"critic": saved.state_dict()})
     assert torch.equal(fresh.weight, saved.weight)
 
 

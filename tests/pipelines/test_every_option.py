@@ -105,29 +105,29 @@ def test_it_trains_and_comes_back_from_a_file(option, photographs, tmp_path):
     recipe = resolve(AutoencoderRecipe, load_preset("ae", "litevae-b"), [*SMALL, *OPTIONS[option]])
     run = Run(tmp_path, RunConfig(device="cpu", precision=recipe.run.precision),
               make_accelerator("cpu", recipe.accumulate))  # fmt: skip
-    ae, critic = Autoencoder(recipe.model), build_discriminator(recipe.discriminator)
+    ae, discriminator = Autoencoder(recipe.model), build_discriminator(recipe.discriminator)
     if recipe.checkpointing:
         checkpoint_blocks(ae)
-    opt_ae, opt_critic = (
-        torch.optim.Adam(net.parameters(), recipe.lr, recipe.betas) for net in (ae, critic)
+    opt_ae, opt_discriminator = (
+        torch.optim.Adam(net.parameters(), recipe.lr, recipe.betas) for net in (ae, discriminator)
     )
     objective = Objective(recipe.loss, recipe.adversarial, untrained_networks())
     images = to_float(photographs.images)
     draws = draw(run, recipe, photographs.k.tolist(), RESOLUTION)
 
-    before = {name: tensor.clone() for name, tensor in critic.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in discriminator.state_dict().items()}
     losses = []
     for _ in range(STEPS):
         for _ in range(recipe.accumulate):
             terms = train_step(
-                run, ae, critic, opt_ae, opt_critic, images, draws, objective, 1.0,
+                run, ae, discriminator, opt_ae, opt_discriminator, images, draws, objective, 1.0,
                 recipe.clip_norm, ae if objective.needs_averaged else None,
             )  # fmt: skip
         losses.append(
             objective.recon_total({k: terms[k] for k in terms if k in recipe.loss.weights})
         )
     assert losses[-1] < 0.9 * losses[0]
-    fought = any(not torch.equal(before[name], t) for name, t in critic.state_dict().items())
+    fought = any(not torch.equal(before[name], t) for name, t in discriminator.state_dict().items())
     assert fought == (recipe.adversarial.weight > 0)
 
     config = to_tree(recipe.model)

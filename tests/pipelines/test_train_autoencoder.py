@@ -124,7 +124,9 @@ def test_the_run_leaves_what_it_promises(tmp_path):
         assert (folder / name).exists(), name
     assert len(list((folder / "pictures").glob("recon-*.png"))) == 1
     rows = read_rows(folder / "metrics.jsonl")
-    assert {"l1", "kl", "gaussian", "wavelet", "adversarial", "critic", "lr"} <= rows[-2].keys()
+    assert {"l1", "kl", "gaussian", "wavelet", "adversarial", "discriminator", "lr"} <= rows[
+        -2
+    ].keys()
     assert rows[-2]["gradient_ratio"] > 0 and rows[-2]["adversarial_weight"] == 0.1
     assert "val_psnr" in rows[-1]
     assert "adversarial" not in rows[0] and rows[0]["adversarial_weight"] == 0

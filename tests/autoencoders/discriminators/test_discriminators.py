@@ -63,17 +63,17 @@ def test_judges_and_learns_at_every_resolution(kind, resolution):
     net = build_discriminator(config)
     assert type(net) is DISCRIMINATORS[kind]
     images = images_of(resolution).requires_grad_()
-    judgement = net(images)
-    assert isinstance(judgement, tuple)
+    logits = net(images)
+    assert isinstance(logits, tuple)
     shapes = {
         "unet": [(2, 1, resolution, resolution), (2, 1)],
         "patchgan": [(2, 1, resolution // 8 - 2, resolution // 8 - 2)],
         "stylegan": [(2, 1)],
     }
-    assert [tuple(head.shape) for head in judgement] == shapes[kind]
-    assert {head.dtype for head in judgement} == {torch.float32}
-    sum((head - 1).square().mean() for head in judgement).backward()
-    # every image, everywhere: a critic that overlooks a part lets it be anything
+    assert [tuple(head.shape) for head in logits] == shapes[kind]
+    assert {head.dtype for head in logits} == {torch.float32}
+    sum((head - 1).square().mean() for head in logits).backward()
+    # every image, everywhere: a discriminator that overlooks a part lets it be anything
     assert images.grad.isfinite().all()
     assert (images.grad.abs().amax(dim=(1, 2, 3)) > 0).all()
     for name, parameter in net.named_parameters():
@@ -85,21 +85,21 @@ def test_bf16_autocast_answers_in_float32(kind):
     net = build_discriminator(SMALL[kind](64))
     twin, images = copy.deepcopy(net), images_of(64)
     with torch.autocast("cpu", torch.bfloat16):
-        judgement = net(images)
-    for head, other in zip(judgement, twin(images), strict=True):
+        logits = net(images)
+    for head, other in zip(logits, twin(images), strict=True):
         assert head.dtype == torch.float32
         assert (head - other).abs().max() < 0.1 * (1 + other.abs().max())
 
 
-def test_a_judgement_does_not_depend_on_the_batch(kind):
+def test_a_logit_does_not_depend_on_the_batch(kind):
     """One pass over real and fake is two; where the network holds no batch statistics."""
     net = build_discriminator(SMALL[kind](64)).eval()
     real, fake = images_of(64), images_of(64)
     together = split(net(torch.cat([real, fake])), 2)
-    for judgement, images in zip(together, (real, fake), strict=True):
+    for logits, images in zip(together, (real, fake), strict=True):
         alone = net(images)
-        assert type(judgement) is type(alone)
-        for head, expected in zip(judgement, alone, strict=True):
+        assert type(logits) is type(alone)
+        for head, expected in zip(logits, alone, strict=True):
             torch.testing.assert_close(head, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from autoencoders.discriminators import UNetDiscriminator, UNetDiscriminatorConfig
-from autoencoders.discriminators.unet import UNetJudgement
+from autoencoders.discriminators.unet import UNetLogits
 from ldm.config import validate
 from ldm.errors import LdmError, UsageError
 
@@ -46,10 +46,10 @@ def test_widths_are_the_papers(multipliers, upward):
 
 @pytest.mark.parametrize("size", [(8, 8), (32, 32), (64, 24)])
 def test_two_heads_at_any_size_it_can_halve(size):
-    judgement = small()(torch.randn(2, 3, *size))
-    assert isinstance(judgement, UNetJudgement)
-    assert judgement.pixels.shape == (2, 1, *size)
-    assert judgement.bottleneck.shape == (2, 1)
+    logits = small()(torch.randn(2, 3, *size))
+    assert isinstance(logits, UNetLogits)
+    assert logits.pixels.shape == (2, 1, *size)
+    assert logits.bottleneck.shape == (2, 1)
 
 
 def test_spectral_norm_everywhere_but_at_the_last_convolution():
@@ -72,9 +72,9 @@ def test_bf16_autocast_answers_in_float32_and_its_vectors_stay_so():
     twin = copy.deepcopy(net)
     images = torch.randn(2, 3, 16, 16)
     with torch.autocast("cpu", torch.bfloat16):
-        judgement = net(images)
+        logits = net(images)
     expected = twin(images)
-    for head, other in zip(judgement, expected, strict=True):
+    for head, other in zip(logits, expected, strict=True):
         assert head.dtype == torch.float32
         assert (head - other).abs().max() < 0.1 * (1 + other.abs().max())
     for (name, value), other in zip(net.named_buffers(), twin.buffers(), strict=True):

@@ -7,7 +7,7 @@ import torch
 
 @pytest.fixture(scope="package")
 def random_lpips():
-    """The lpips package's network: its own linear layers on a random trunk."""
+    """The lpips package's network: its own linear layers on a random backbone."""
     import lpips
 
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():

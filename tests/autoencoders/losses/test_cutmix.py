@@ -61,8 +61,8 @@ def test_consistency_is_the_mean_square_over_pixels():
         expected = real[b, c, i, j] if mask[b, c, i, j] else fake[b, c, i, j]
         total += (mixed[b, c, i, j] - expected).item() ** 2
     image_logits = torch.randn(2, 1)  # the second head: it has no part in it
-    judgements = [(pixels, image_logits) for pixels in (mixed, real, fake)]
-    assert cutmix_consistency(*judgements, mask).item() == pytest.approx(total / mask.numel())
+    logits = [(pixels, image_logits) for pixels in (mixed, real, fake)]
+    assert cutmix_consistency(*logits, mask).item() == pytest.approx(total / mask.numel())
     half = [(pixels.bfloat16(), image_logits) for pixels in (mixed, real, fake)]
     with torch.autocast("cpu", torch.bfloat16):
         assert cutmix_consistency(*half, mask).dtype == torch.float32
@@ -80,19 +80,19 @@ def test_what_judges_each_pixel_alone_is_consistent():
 def test_it_teaches_the_unet():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        critic = UNetDiscriminator(UNetDiscriminatorConfig(channels=4, multipliers=(1, 2)))
+        discriminator = UNetDiscriminator(UNetDiscriminatorConfig(channels=4, multipliers=(1, 2)))
     images, recon = torch.rand(2, 2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     mask = cutmix_masks(uniforms(2), 16, 16)
     batch = torch.cat([images, recon, torch.where(mask, images, recon)])
-    real, fake, mixed = split(critic(batch), 3)
+    real, fake, mixed = split(discriminator(batch), 3)
     loss = cutmix_consistency(mixed, real, fake, mask)
     loss.backward()
     assert loss.item() > 0
-    weight = critic.down[0].conv1.parametrizations.weight.original
+    weight = discriminator.down[0].conv1.parametrizations.weight.original
     assert weight.grad.abs().max() > 0
 
 
 def test_a_map_of_patches_is_refused():
-    judgement = PatchGAN(PatchGANConfig(channels=2, layers=1))(torch.zeros(1, 3, 16, 16))
+    logits = PatchGAN(PatchGANConfig(channels=2, layers=1))(torch.zeros(1, 3, 16, 16))
     with pytest.raises(AssertionError, match="a logit for every pixel"):
-        cutmix_consistency(*[judgement] * 3, cutmix_masks(uniforms(1), 16, 16))
+        cutmix_consistency(*[logits] * 3, cutmix_masks(uniforms(1), 16, 16))

@@ -38,7 +38,7 @@ def ae():
 
 
 @pytest.fixture
-def critic():
+def discriminator():
     return UNetDiscriminator(UNetDiscriminatorConfig(channels=4, multipliers=(1, 2, 4)))
 
 
@@ -56,24 +56,24 @@ def largest_gradient(module):
     return max(gradients, default=0.0)
 
 
-def test_every_generator_term_reaches_the_encoder(objective, ae, critic, images):
+def test_every_generator_term_reaches_the_encoder(objective, ae, discriminator, images):
     for name in (*sorted(TERMS), "adversarial"):
         ae.zero_grad()
-        critic.requires_grad_(False)  # the frozen judge of the generator's pass
+        discriminator.requires_grad_(False)  # the frozen judge of the generator's pass
         out = run(ae, images)
         terms = objective.reconstruction(out, images)
-        terms["adversarial"] = objective.fool(critic(out.recon))
+        terms["adversarial"] = objective.generator_loss(discriminator(out.recon))
         terms[name].backward()
         assert largest_gradient(ae.encoder) > 0, name
         assert all(p.grad is None or p.grad.isfinite().all() for p in ae.parameters()), name
-        assert largest_gradient(critic) == 0, name
+        assert largest_gradient(discriminator) == 0, name
 
 
-def test_only_its_own_term_reaches_the_discriminator(objective, ae, critic, images):
+def test_only_its_own_term_reaches_the_discriminator(objective, ae, discriminator, images):
     out = run(ae, images)
-    real, fake = split(critic(torch.cat([images, out.recon.detach()])), 2)
-    objective.judge(real, fake).backward()
-    assert largest_gradient(critic) > 0
+    real, fake = split(discriminator(torch.cat([images, out.recon.detach()])), 2)
+    objective.discriminator_loss(real, fake).backward()
+    assert largest_gradient(discriminator) > 0
     assert largest_gradient(ae) == 0
 
 
@@ -131,9 +131,9 @@ def test_the_adversarial_loss_is_chosen_by_name():
         name: Objective(LossConfig(lpips=0), AdversarialConfig(loss=name))
         for name in ("hinge", "logistic", "bce")
     }
-    fooled = {name: o.fool(fake).item() for name, o in objectives.items()}
+    fooled = {name: o.generator_loss(fake).item() for name, o in objectives.items()}
     assert fooled == pytest.approx({"hinge": -3, "logistic": 0.0486, "bce": 0.0486}, abs=1e-4)
-    judged = {name: o.judge(real, fake).item() for name, o in objectives.items()}
+    judged = {name: o.discriminator_loss(real, fake).item() for name, o in objectives.items()}
     # ln(1 + e^−½) + ln(1 + e³)
     assert judged == pytest.approx({"hinge": 4.5, "logistic": 3.5227, "bce": 1.7613}, abs=1e-4)
 

@@ -68,8 +68,8 @@ FILES = {
 
 
 @pytest.mark.parametrize("network", FILES)
-def test_loads_the_trunk_from_torch_hub(hub, network, pair, capfd):
-    """A file of torchvision's names and made-up numbers, against the package on the same trunk."""
+def test_loads_the_backbone_from_torch_hub(hub, network, pair, capfd):
+    """Random numbers under torchvision's names, against the package on the same backbone."""
     import lpips
 
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():

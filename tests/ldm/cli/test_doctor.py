@@ -31,7 +31,7 @@ def alone(tmp_path, monkeypatch):
     """No network, no runs, all weights there, and a CPU; equal networks are worked out once."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(checks, "ask_size", lambda url: None)
-    monkeypatch.setattr(checks, "has_trunk", lambda network: True)
+    monkeypatch.setattr(checks, "has_backbone", lambda network: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(doctors, "PaperAutoencoder", paper_autoencoder)
     monkeypatch.setattr(doctors, "PaperDiffusion", paper_diffusion)

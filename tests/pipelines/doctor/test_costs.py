@@ -60,8 +60,8 @@ def test_on_paper_as_with_real_tensors(settings):
     recipe = autoencoder_recipe("ema_half_life_images=10", *settings)
     paper = paper_autoencoder(recipe).cost(32)
 
-    ae, critic = Autoencoder(recipe.model), build_discriminator(recipe.discriminator)
-    own = {t.data_ptr() for net in (ae, critic) for t in (*net.parameters(), *net.buffers())}
+    ae, discriminator = Autoencoder(recipe.model), build_discriminator(recipe.discriminator)
+    own = {t.data_ptr() for net in (ae, discriminator) for t in (*net.parameters(), *net.buffers())}
     kept, sums = {}, []
 
     def note(tensor):
@@ -84,7 +84,7 @@ def test_on_paper_as_with_real_tensors(settings):
         averaged = ae if objective.needs_averaged else None
         run = Measured(CPU, "fp32")
         train_step(
-            run, ae, critic, None, None, images, draws, objective, 1.0, None, averaged
+            run, ae, discriminator, None, None, images, draws, objective, 1.0, None, averaged
         )  # fmt: skip
     assert len(sums) == 2  # the generator's step and the discriminator's
     # an empty storage lies nowhere, and some lie where another has been
@@ -99,7 +99,7 @@ def test_what_makes_a_step_cheaper():
     # but for weights that were worked on, such as the decoder's modulated ones
     assert 1.9 * whole.activations < twice.activations <= 2 * whole.activations
     assert twice.gmac == pytest.approx(whole.gmac)
-    assert paper_autoencoder(recipe).cost(32, fights=False).gmac < whole.gmac
+    assert paper_autoencoder(recipe).cost(32, adversarial_active=False).gmac < whole.gmac
     half = paper_autoencoder(recipe, precision="bf16").cost(32)
     assert half.activations < whole.activations and half.gmac == whole.gmac
     less = paper_autoencoder(autoencoder_recipe(PATCHES, "checkpointing=true")).cost(32)

@@ -33,7 +33,7 @@ def alone(tmp_path, monkeypatch):
     """No network, no runs, all weights there, and a CPU; equal networks are worked out once."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(checks, "ask_size", lambda url: None)
-    monkeypatch.setattr(checks, "has_trunk", lambda network: True)
+    monkeypatch.setattr(checks, "has_backbone", lambda network: True)
     monkeypatch.setattr(checks, "check_inception", lambda: [])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(doctor, "PaperAutoencoder", paper_autoencoder)
@@ -49,10 +49,10 @@ def test_stage_one():
     found = diagnose_autoencoder(recipe, "tiny", seconds=0)
     assert found.ready and not found.problems and found.trial is None
     networks = {part.name: part for part in found.parts}
-    ae, critic = Autoencoder(recipe.model), build_discriminator(recipe.discriminator)
+    ae, discriminator = Autoencoder(recipe.model), build_discriminator(recipe.discriminator)
     assert networks["encoder"].parameters == count_parameters(ae.encoder)
     assert networks["decoder"].parameters == count_parameters(ae.decoder)
-    assert networks["discriminator"].parameters == count_parameters(critic)
+    assert networks["discriminator"].parameters == count_parameters(discriminator)
     assert set(found.step_gmac) == set(networks["encoder"].gmac) == {64, 32}
     # 64² has four times the pixels of 32²
     gmac = networks["decoder"].gmac

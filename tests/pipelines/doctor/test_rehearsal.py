@@ -46,19 +46,19 @@ def stage_two(*settings, classes=0):
 
 def test_a_step_of_stage_one_trains_both_networks_and_the_average():
     rehearsal = stage_one("ema_half_life_images=10", "loss.ldl=1", "adversarial.cutmix=1")
-    nets = rehearsal.ae, rehearsal.critic, rehearsal.ema.model
+    nets = rehearsal.ae, rehearsal.discriminator, rehearsal.ema.model
     before = [weights(net) for net in nets]
-    rehearsal.step(32, 2, fights=False)
+    rehearsal.step(32, 2, adversarial_active=False)
     assert [same(*pair) for pair in zip(before, nets, strict=True)] == [False, True, False]
-    rehearsal.step(32, 2, fights=True)
-    assert not same(before[1], rehearsal.critic)
+    rehearsal.step(32, 2, adversarial_active=True)
+    assert not same(before[1], rehearsal.discriminator)
     assert rehearsal.averaged is rehearsal.ema.model
 
 
 def test_an_update_of_nothing_leaves_no_gradient():
     rehearsal = stage_one()
-    rehearsal.step(32, 1, fights=True)
-    rehearsal.update(fights=True)
+    rehearsal.step(32, 1, adversarial_active=True)
+    rehearsal.update(adversarial_active=True)
     assert all(p.grad is None for p in rehearsal.ae.parameters())
     assert rehearsal.run.skipped.total() == 0
 

@@ -48,14 +48,14 @@ def test_stage_one_against_what_training_holds():
     real = AutoencoderRehearsal(recipe, make_run(recipe, CPU), paper)
     real.step(32, 2, True)
     memory = autoencoder_memory(recipe, paper)
-    weights = nbytes(real.ae.state_dict()) + nbytes(real.critic.state_dict())
-    moments = nbytes(real.opt_ae.state_dict()) + nbytes(real.opt_critic.state_dict())
+    weights = nbytes(real.ae.state_dict()) + nbytes(real.discriminator.state_dict())
+    moments = nbytes(real.opt_ae.state_dict()) + nbytes(real.opt_discriminator.state_dict())
     average = nbytes(real.ema.state_dict())
     assert memory.weights == weights
     assert memory.adam == moments
     assert memory.averages == pytest.approx(average, abs=FLAGS)
     assert memory.frozen == 0
-    gradients = [nbytes(list(net.parameters())) for net in (real.ae, real.critic)]
+    gradients = [nbytes(list(net.parameters())) for net in (real.ae, real.discriminator)]
     assert memory.gradients == max(gradients)
     gathering = autoencoder_recipe("accumulate=2")
     assert autoencoder_memory(gathering, paper).gradients == sum(gradients)
@@ -81,8 +81,8 @@ def test_a_discriminator_that_rests_learns_nothing():
     real.step(32, 2, False)
     memory = autoencoder_memory(recipe, paper)
     assert memory.adam == nbytes(real.opt_ae.state_dict())
-    assert not real.opt_critic.state
-    assert memory.weights == nbytes(real.ae.state_dict()) + nbytes(real.critic.state_dict())
+    assert not real.opt_discriminator.state
+    assert memory.weights == nbytes(real.ae.state_dict()) + nbytes(real.discriminator.state_dict())
 
 
 def test_stage_two_against_what_training_holds(tmp_path):

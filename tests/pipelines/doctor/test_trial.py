@@ -24,14 +24,14 @@ class Pretended:
     def takes(self, side):
         return side >= self.smallest
 
-    def gmac(self, side, fights):
-        return (2 if fights else 1) * (side / 64) ** 2
+    def gmac(self, side, adversarial_active):
+        return (2 if adversarial_active else 1) * (side / 64) ** 2
 
-    def step(self, side, images, fights):
-        self.tried.append((side, images, fights))
-        self.now += self.updating + self.pace * images * self.gmac(side, fights)
+    def step(self, side, images, adversarial_active):
+        self.tried.append((side, images, adversarial_active))
+        self.now += self.updating + self.pace * images * self.gmac(side, adversarial_active)
 
-    def update(self, fights):
+    def update(self, adversarial_active):
         self.now += self.updating
 
 
@@ -41,7 +41,7 @@ def always(side, images):
 
 def test_the_recipes_own_step_is_timed_where_there_is_time(monkeypatch):
     pretended = Pretended(monkeypatch)
-    loads = (Load(64, 100, fights=True), Load(64, 50))
+    loads = (Load(64, 100, adversarial_active=True), Load(64, 50))
     found = try_out(pretended, loads, 4, 1, 1, always, seconds=1000)
     quarrel, quiet = found.speeds
     assert (quarrel.measured_side, quarrel.measured_batch) == (64, 4)
@@ -107,10 +107,10 @@ def test_a_device_that_runs_out_ends_the_climb(monkeypatch):
     pretended = Pretended(monkeypatch)
     step = pretended.step
 
-    def limited(side, images, fights):
+    def limited(side, images, adversarial_active):
         if images > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        step(side, images, fights)
+        step(side, images, adversarial_active)
 
     pretended.step = limited
     found = try_out(pretended, (Load(64, 10),), 8, 1, 1, always, seconds=1000)
@@ -145,12 +145,13 @@ def test_stretches_of_stage_one():
     recipe = resolve(AutoencoderRecipe, load_preset("ae", "litevae-b"))
     # 150,000 steps, a fifth of them before the discriminator begins
     assert stretches(recipe) == (
-        Load(128, 70_000, fights=True), Load(128, 30_000), Load(256, 50_000, fights=True)
+        Load(128, 70_000, adversarial_active=True), Load(128, 30_000),
+        Load(256, 50_000, adversarial_active=True),
     )  # fmt: skip
     for settings in (["adversarial.weight=0"], ["adversarial.start=1"]):
         recipe = resolve(AutoencoderRecipe, load_preset("ae", "litevae-b"), settings)
         assert stretches(recipe) == (Load(128, 100_000), Load(256, 50_000))
     recipe = resolve(AutoencoderRecipe, load_preset("ae", "litevae-b"), ["adversarial.start=0.8"])
     assert stretches(recipe) == (
-        Load(128, 100_000), Load(256, 30_000, fights=True), Load(256, 20_000)
+        Load(128, 100_000), Load(256, 30_000, adversarial_active=True), Load(256, 20_000)
     )  # fmt: skip

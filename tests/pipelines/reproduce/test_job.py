@@ -177,7 +177,7 @@ def test_numbers_that_lacked_weights_are_measured_when_those_are_there(faked, mo
     assert result.numbers["smc"]["rfid"] is None and len(faked.measured) == 2
     reproduce("t4", "small")
     assert len(faked.measured) == 2
-    monkeypatch.setattr(records, "has_trunk", lambda network: network == "VGG-16")
+    monkeypatch.setattr(records, "has_backbone", lambda network: network == "VGG-16")
     faked.lacks = ("rfid",)
     [result] = reproduce("t4", "small")
     assert len(faked.measured) == 4 and len(faked.trained) == 2
@@ -322,7 +322,7 @@ def test_what_is_done_is_decided_by_the_main_process(faked, tmp_path, monkeypatc
     shutil.copytree("reproduce", "here/other/reproduce")
     for row in ("esrgan", "lpips"):
         shutil.rmtree(f"here/reproduce/small/t14/{row}", ignore_errors=True)
-    monkeypatch.setattr(training, "trunk_file", lambda network, instead: Path())
+    monkeypatch.setattr(training, "backbone_file", lambda network, instead: Path())
     monkeypatch.setattr(job, "from_main", main)
     monkeypatch.chdir("here")
     before = len(faked.measured)
@@ -330,7 +330,7 @@ def test_what_is_done_is_decided_by_the_main_process(faked, tmp_path, monkeypatc
     done = len(faked.measured) - before
     assert done and len(answers) >= 2
     monkeypatch.chdir("other")
-    monkeypatch.setattr(training, "trunk_file", missing)
+    monkeypatch.setattr(training, "backbone_file", missing)
     monkeypatch.setattr(job, "from_main", other)
     [result] = reproduce("t14", "small", settings=settings)
     assert len(faked.measured) - before == 2 * done and not answers
@@ -414,7 +414,7 @@ def test_a_row_whose_loss_lacks_its_weights_is_left_out(faked, monkeypatch):
     def missing(network, instead):
         raise LdmError(f"{network} is not on this machine: {instead}")
 
-    monkeypatch.setattr(training, "trunk_file", missing)
+    monkeypatch.setattr(training, "backbone_file", missing)
     [result] = reproduce("t14", "small", settings=["loss.lpips=0"])
     assert faked.trained == ["reproduce/small/t04/group/autoencoder"]
     assert result.numbers["esrgan"]["psnr"] is None
@@ -423,7 +423,7 @@ def test_a_row_whose_loss_lacks_its_weights_is_left_out(faked, monkeypatch):
     [table] = find_tables("t14")
     assert row_states(Path("reproduce"), table.rows[1])["small"] == "–"
     # tried again when they are there
-    monkeypatch.setattr(training, "trunk_file", lambda network, instead: Path())
+    monkeypatch.setattr(training, "backbone_file", lambda network, instead: Path())
     [result] = reproduce("t14", "small", settings=["loss.lpips=0"])
     assert result.numbers["esrgan"]["psnr"] is not None
 

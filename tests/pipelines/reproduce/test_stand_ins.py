@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from autoencoders.losses import load_esrgan, load_lpips
-from autoencoders.losses.perceptual import has_trunk
+from autoencoders.losses.perceptual import has_backbone
 from ldm.metrics.inception import load_extractor
-from pipelines.reproduce.rows import FEATURES, random_trunk
+from pipelines.reproduce.rows import FEATURES, random_backbone
 
 
 @pytest.fixture(autouse=True)
@@ -21,21 +21,21 @@ def images(seed):
 
 
 def test_esrgans_loss_and_its_gradient_are_of_a_size_that_counts(tmp_path):
-    with random_trunk("VGG-19"):
+    with random_backbone("VGG-19"):
         loss = load_esrgan()
-        assert not has_trunk("VGG-16")
+        assert not has_backbone("VGG-16")
     a, b = images(0).requires_grad_(), images(1)
     value = loss(a, b)
     value.backward()
     assert 0.01 < value.item() < 100 and a.grad.abs().max() > 0
     assert loss(b, b).item() == 0
-    assert os.environ["TORCH_HOME"] == str(tmp_path) and not has_trunk("VGG-19")
+    assert os.environ["TORCH_HOME"] == str(tmp_path) and not has_backbone("VGG-19")
 
 
 def test_lpips_and_the_same_weights_every_time():
     values = []
     for _ in range(2):
-        with random_trunk("VGG-16"):
+        with random_backbone("VGG-16"):
             values.append(load_lpips()(images(0), images(1)).item())
     assert values[0] == values[1] > 0
 
@@ -44,10 +44,10 @@ def test_published_weights_come_first(tmp_path):
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     (folder / "vgg16-397923af.pth").touch()
-    with random_trunk("VGG-16"):
+    with random_backbone("VGG-16"):
         assert os.environ["TORCH_HOME"] == str(tmp_path)
-    with random_trunk("VGG-19", wanted=False):
-        assert not has_trunk("VGG-19")
+    with random_backbone("VGG-19", wanted=False):
+        assert not has_backbone("VGG-19")
 
 
 def test_features_tell_images_apart():

@@ -19,12 +19,12 @@ class Recorder(torch.optim.SGD):
         ]
 
 
-def gradients(tmp_path, ramp: float, *settings: str, watch: bool = False, **loss: float):
+def gradients(tmp_path, ramp: float, *settings: str, log_gradients: bool = False, **loss: float):
     """Gradients of one step: of the encoder, of the whole autoencoder, of the discriminator."""
     torch.manual_seed(0)
     recipe = autoencoder_recipe("adversarial.weight=1", *settings)
     run = Run(tmp_path, RunConfig(device="cpu"), make_accelerator("cpu"))
-    ae, critic = Autoencoder(recipe.model), build_discriminator(recipe.discriminator)
+    ae, discriminator = Autoencoder(recipe.model), build_discriminator(recipe.discriminator)
     off = dict.fromkeys(recipe.loss.weights, 0.0)
     objective = Objective(
         recipe.loss.model_copy(update=off | loss), recipe.adversarial,
@@ -32,13 +32,13 @@ def gradients(tmp_path, ramp: float, *settings: str, watch: bool = False, **loss
     )  # fmt: skip
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     averaged = Autoencoder(recipe.model) if objective.needs_averaged else None
-    opt_ae, opt_critic = Recorder(ae.parameters()), Recorder(critic.parameters())
+    opt_ae, opt_discriminator = Recorder(ae.parameters()), Recorder(discriminator.parameters())
     terms = train_step(
-        run, ae, critic, opt_ae, opt_critic, images, draw(run, recipe, [0, 1], 32), objective,
-        ramp, None, averaged, watch,
+        run, ae, discriminator, opt_ae, opt_discriminator, images, draw(run, recipe, [0, 1], 32),
+        objective, ramp, None, averaged, log_gradients,
     )  # fmt: skip
     encoder = len(list(ae.encoder.parameters()))
-    return opt_ae.gradients[:encoder], opt_ae, opt_critic, terms, ae, critic
+    return opt_ae.gradients[:encoder], opt_ae, opt_discriminator, terms, ae, discriminator
 
 
 TERMS = ["l1", "l2", "lpips", "esrgan", "ldl", "kl", "gaussian", "wavelet"]
@@ -46,11 +46,11 @@ TERMS = ["l1", "l2", "lpips", "esrgan", "ldl", "kl", "gaussian", "wavelet"]
 
 @pytest.mark.parametrize("term", TERMS)
 def test_every_term_reaches_the_encoder_and_not_the_discriminator(tmp_path, term):
-    encoder, _, opt_critic, terms, _, critic = gradients(tmp_path, 0.0, **{term: 1.0})
+    encoder, _, opt_discriminator, terms, _, discriminator = gradients(tmp_path, 0.0, **{term: 1.0})
     assert sum(g.abs().sum() for g in encoder if g is not None) > 0
     assert set(terms) == {term, "gradient_norm", "adversarial_weight"}
-    assert not hasattr(opt_critic, "gradients")
-    assert all(p.grad is None for p in critic.parameters())
+    assert not hasattr(opt_discriminator, "gradients")
+    assert all(p.grad is None for p in discriminator.parameters())
 
 
 def test_every_term_changes_the_encoders_gradient(tmp_path):
@@ -61,15 +61,15 @@ def test_every_term_changes_the_encoders_gradient(tmp_path):
 
 
 def test_the_discriminators_loss_does_not_reach_the_autoencoder(tmp_path):
-    """With the judge's verdict weighing next to nothing, its own training must not show."""
+    """With an adversarial weight of next to 0, training the discriminator must not show."""
     without, *_ = gradients(tmp_path, 0.0, l1=1.0)
-    with_critic, _, opt_critic, terms, ae, _ = gradients(tmp_path, 1e-30, l1=1.0)
-    assert "critic" in terms
-    for a, b in zip(without, with_critic, strict=True):
+    with_discriminator, _, opt_discriminator, terms, ae, _ = gradients(tmp_path, 1e-30, l1=1.0)
+    assert "discriminator" in terms
+    for a, b in zip(without, with_discriminator, strict=True):
         assert torch.equal(a, b)
     assert all(p.grad is None for p in ae.parameters())
     # biases aside: real and fake pull the last ones in opposite directions, to exactly 0
-    assert all(g.abs().sum() > 0 for g in opt_critic.gradients if g.ndim > 1)
+    assert all(g.abs().sum() > 0 for g in opt_discriminator.gradients if g.ndim > 1)
 
 
 def test_the_generators_terms_do_not_reach_the_discriminator(tmp_path):
@@ -83,7 +83,7 @@ def test_the_generators_terms_do_not_reach_the_discriminator(tmp_path):
 
 def test_an_adaptive_weight_is_the_ratio_of_the_gradients_at_the_last_layer(tmp_path):
     settings = ("adversarial={weighting: adaptive, weight: 0.5}",)
-    _, _, _, terms, ae, _critic = gradients(tmp_path, 0.5, *settings, l1=2.0, kl=7.0)
+    _, _, _, terms, ae, _ = gradients(tmp_path, 0.5, *settings, l1=2.0, kl=7.0)
     # the two gradients again, one of them as a difference
     _, recon_only, *_ = gradients(tmp_path, 0.0, l1=2.0)
     last = [name for name, _ in ae.named_parameters()].index("decoder.conv_out.weight")
@@ -97,12 +97,12 @@ def test_an_adaptive_weight_is_the_ratio_of_the_gradients_at_the_last_layer(tmp_
     assert float(terms["adversarial_weight"]) == pytest.approx(weight, rel=1e-6)
 
 
-def test_watching_the_ratio_changes_no_gradient(tmp_path):
+def test_logging_the_ratio_changes_no_gradient(tmp_path):
     plain = gradients(tmp_path, 1.0, l1=1.0)
-    watched = gradients(tmp_path, 1.0, l1=1.0, watch=True)
-    assert "gradient_ratio" in watched[3] and "gradient_ratio" not in plain[3]
+    logged = gradients(tmp_path, 1.0, l1=1.0, log_gradients=True)
+    assert "gradient_ratio" in logged[3] and "gradient_ratio" not in plain[3]
     for which in (1, 2):
-        pairs = zip(plain[which].gradients, watched[which].gradients, strict=True)
+        pairs = zip(plain[which].gradients, logged[which].gradients, strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
