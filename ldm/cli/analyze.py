@@ -1,10 +1,21 @@
-"""`ldm analyze`: what the paper says of autoencoders beyond their scores, in pictures."""
+"""`ldm analyze`: the paper's analyses of autoencoders, as figures and tables."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+from ldm.cli.options import (
+    BatchSize,
+    Data,
+    Device,
+    InceptionWeights,
+    Limit,
+    Resolution,
+    Split,
+    is_first_process,
+    parse_numbers,
+)
 
 if TYPE_CHECKING:
     from pipelines.analysis.subjects import Analysis
@@ -15,44 +26,32 @@ Models = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[NAME=]MODEL …",
-        help="Stage-one files or run folders, or third-party SD-VAEs, side by side; NAME is what "
-        "legends say. Left out: the newest run.",
+        help="Stage-one files, run folders or pretrained SD-VAEs to compare; NAME is the label in "
+        "the legend. Default: the newest run.",
     ),
 ]
-Data = Annotated[
-    str | None,
-    typer.Option(help="`photos` (built in), a folder, a zip, or shards. Left out: the run's own."),
-]
-Split = Annotated[Literal["train", "val", "all"], typer.Option(help="Which part of the data.")]
-Resolution = Annotated[
-    int | None, typer.Option(help="Side of the images, pixels. Left out: where training ended.")
-]
-BatchSize = Annotated[int, typer.Option(help="Images at a time, over all processes.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
 Out = Annotated[
-    Path | None, typer.Option(help="Folder to write to. Left out: analysis/ beside the first.")
+    Path | None, typer.Option(help="Output folder. Default: analysis/ next to the first model.")
 ]
 
 
 @app.callback()
 def analyze() -> None:
-    """Look into autoencoders as the paper does; each command leaves a PNG and a CSV."""
+    """Analyze autoencoders as the paper does; each command writes a PNG and a CSV."""
 
 
 @app.command()
 def mmd(
     models: Models = None,
     data: Data = None,
-    n: Annotated[int, typer.Option(help="Images of a draw, and samples of N(0, I).")] = 1000,
-    sigmas: Annotated[
-        str, typer.Option(help="Widths of the RBF kernel, with commas between.")
-    ] = "25,50,100,250,500",
-    draws: Annotated[int, typer.Option(help="How often it is measured, for mean ± std.")] = 5,
+    n: Annotated[int, typer.Option(help="Images per draw, and as many samples of N(0, I).")] = 1000,
+    sigmas: Annotated[str, typer.Option(help="Widths of the RBF kernel.")] = "25,50,100,250,500",
+    draws: Annotated[int, typer.Option(help="Repetitions, for mean ± std.")] = 5,
     latents: Annotated[
         Literal["scaled", "standardised", "raw"],
         typer.Option(
-            help="scaled: by one standard deviation, as for stage two; standardised: each channel "
-            "to mean 0 and standard deviation 1; raw."
+            help="scaled: divided by one standard deviation, as for stage two. standardised: each "
+            "channel to mean 0 and std 1. raw: as encoded."
         ),
     ] = "scaled",
     split: Split = "val",
@@ -61,13 +60,13 @@ def mmd(
     device: Device = "auto",
     out: Out = None,
 ) -> None:
-    """How far latents are from Gaussian noise: MMD with RBF kernels (Table 6).
+    """Measure the MMD between latents and Gaussian noise, with RBF kernels (Table 6).
 
     ldm analyze mmd LiteVAE=runs/a VAE=runs/b --data data/ffhq256
     """
     from pipelines.analysis.mmd import analyze_mmd
 
-    widths = _numbers("sigmas", sigmas, float)
+    widths = parse_numbers("sigmas", sigmas)
     _print(
         analyze_mmd(
             models or (), data, n, widths, draws, resolution, device, split, latents, batch_size,
@@ -83,44 +82,34 @@ def scale(
     resolutions: Annotated[
         str | None,
         typer.Option(
-            help="Sides of the images, pixels, with commas between. Left out: those of 32, 64, "
-            "128, 256 and 512 that the images are large enough for."
+            help="Image sizes in pixels. Default: 32,64,128,256,512, up to the size of the images."
         ),
     ] = None,
     split: Split = "val",
-    fid: Annotated[bool, typer.Option(help="Measure rFID, where Inception is to be had.")] = True,
-    weights: Annotated[
-        Path | None,
-        typer.Option(help="Path of inception-2015-12-05.pt. Left out: the cache, or fetched."),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="At most this many images.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Images at a time, per process.")] = 16,
+    fid: Annotated[bool, typer.Option(help="Measure rFID if Inception is available.")] = True,
+    weights: InceptionWeights = None,
+    limit: Limit = None,
+    batch_size: BatchSize = 16,
     force: Annotated[
-        bool, typer.Option("--force", help="Measure rFID over few images, or seen ones, too.")
+        bool,
+        typer.Option(
+            "--force",
+            help="Measure images that were trained on, and rFID over fewer images than features.",
+        ),
     ] = False,
     device: Device = "auto",
     out: Out = None,
 ) -> None:
-    """How reconstructions fare from 32² to 512² (Figures 5 and 8).
+    """Measure reconstructions from 32² to 512² (Figures 5 and 8).
 
     ldm analyze scale GroupNorm=runs/a SMC=runs/b --data photos --split all
     """
     from pipelines.analysis.scale import analyze_scale
 
-    sides = None if resolutions is None else _numbers("resolutions", resolutions, int)
+    sizes = None if resolutions is None else parse_numbers("resolutions", resolutions, int)
     _print(
         analyze_scale(
-            models or (),
-            data,
-            sides,
-            split,
-            fid,
-            weights,
-            limit,
-            batch_size,
-            device,
-            force,
-            out,
+            models or (), data, sizes, split, fid, weights, limit, batch_size, device, force, out
         )
     )
 
@@ -129,32 +118,33 @@ def scale(
 def latents(
     models: Models = None,
     data: Data = None,
-    n: Annotated[int, typer.Option(help="Images measured.")] = 256,
-    images: Annotated[int, typer.Option(help="Images shown.")] = 4,
+    n: Annotated[int, typer.Option(help="Number of images to measure.")] = 256,
+    images: Annotated[int, typer.Option(help="Number of images to show.")] = 4,
     split: Split = "val",
     resolution: Resolution = None,
     batch_size: BatchSize = 16,
     device: Device = "auto",
     out: Out = None,
 ) -> None:
-    """What latents look like, and their statistics, channel by channel (Figures 2 and 4)."""
+    """Show latents and the statistics of their channels (Figures 2 and 4)."""
     from pipelines.analysis.latents import analyze_latents
 
-    _print(analyze_latents(models or (), data, n, images, resolution, device, split, batch_size,
-                           out))  # fmt: skip
+    _print(
+        analyze_latents(models or (), data, n, images, resolution, device, split, batch_size, out)
+    )
 
 
 @app.command()
 def features(
     models: Models = None,
     data: Data = None,
-    images: Annotated[int, typer.Option(help="Images shown and measured.")] = 2,
+    images: Annotated[int, typer.Option(help="Number of images to show and measure.")] = 2,
     split: Split = "val",
     resolution: Resolution = None,
     device: Device = "auto",
     out: Out = None,
 ) -> None:
-    """Whether the decoder's feature maps are balanced (Figure 3).
+    """Compare the magnitudes of the decoder's feature maps (Figure 3).
 
     ldm analyze features GroupNorm=runs/a SMC=runs/b
     """
@@ -168,12 +158,12 @@ def gradients(
     runs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[NAME=]RUN …", help="Run folders of stage one. Left out: the newest."
+            metavar="[NAME=]RUN …", help="Stage-one run folders. Default: the newest run."
         ),
     ] = None,
     out: Out = None,
 ) -> None:
-    """How strong the adversarial gradient was over training, from runs' logs (Figure 7).
+    """Plot the ratio of adversarial and reconstruction gradients over training (Figure 7).
 
     ldm analyze gradients constant=runs/a adaptive=runs/b
     """
@@ -183,35 +173,18 @@ def gradients(
 
 
 def _print(analysis: "Analysis | None") -> None:
-    """The table, its notes, and where the files are; once however many processes were launched."""
-    if analysis is None or os.environ.get("RANK", "0") != "0":
+    """Print the table, its notes and the files written, on the first process only."""
+    if analysis is None or not is_first_process():
         return
     from ldm.logbook import console
+    from ldm.tables import text_table
 
     console.print(analysis.title, style="bold", markup=False)  # names may hold [brackets]
-    rows = [analysis.header, *analysis.rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for number, (name, *cells) in enumerate(rows):
-        # no table of rich's, which cuts what a narrow terminal has no room for
-        numbers = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-        line = "  ".join([name.ljust(widths[0]), *numbers])
-        console.print(line, style="" if number else "dim", markup=False)
+    header, *rows = text_table(analysis.header, analysis.rows)
+    console.print(header, style="dim", markup=False)
+    for row in rows:
+        console.print(row, markup=False)
     for note in analysis.notes:
         console.print(f"note: {note}", style="dim", markup=False)
     for path in analysis.files:
         typer.echo(f"wrote {path}")
-
-
-def _numbers(option: str, text: str, kind: type) -> list:
-    """Numbers with commas between them.
-
-    Raises:
-        UsageError: they are none.
-    """
-    from ldm.errors import UsageError
-
-    try:
-        return [kind(word) for word in text.split(",")]
-    except ValueError as error:
-        what = "whole numbers" if kind is int else "numbers"
-        raise UsageError(f"--{option} {text}: it must be {what}, with commas between") from error

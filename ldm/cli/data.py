@@ -1,7 +1,7 @@
 """`ldm data`: prepare images for training."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -16,63 +16,68 @@ def data() -> None:
 @app.command()
 def prepare(
     source: Annotated[
-        Path, typer.Argument(metavar="SRC", help="Folder of images or .npy arrays, .zip, or .tar.")
+        Path,
+        typer.Argument(metavar="SRC", help="A folder of images or .npy arrays, a .zip or a .tar."),
     ],
     destination: Annotated[
-        Path, typer.Argument(metavar="DST", help="Folder for the shards; made if need be.")
+        Path, typer.Argument(metavar="DST", help="Folder for the shards; created if missing.")
     ],
-    size: Annotated[int, typer.Option(min=1, help="Side of the images, in pixels.")] = 256,
+    size: Annotated[int, typer.Option(min=1, help="Image size in pixels.")] = 256,
     filter: Annotated[
         Literal["lanczos", "box", "bicubic"],
-        typer.Option(help="How images are resized. FID depends on it."),
+        typer.Option(help="Resize filter. FID depends on it."),
     ] = "lanczos",
     held_out: Annotated[
         int | None,
         typer.Option(
             min=0,
-            show_default="FFHQ 10,000; CelebA-HQ 5,000; else one in twenty, at most 10,000",
-            help="Images for validation, the last by name; with --labels every so many-th.",
+            show_default="FFHQ 10,000; CelebA-HQ 5,000; else 5 %, at most 10,000",
+            help="Images for validation: the last by name, or with --labels every n-th, so that "
+            "every class is represented.",
         ),
     ] = None,
     shard_size: Annotated[int, typer.Option(min=1, help="Images per shard.")] = 1000,
     workers: Annotated[
         int | None,
         typer.Option(
-            min=0,
-            show_default="one per CPU core",
-            help="Processes; 0 works in this one.",
+            min=0, show_default="one per CPU core", help="Worker processes; 0 uses this process."
         ),
     ] = None,
     labels: Annotated[
         bool,
         typer.Option(
             "--labels",
-            help="Keep class labels: the first folder an image lies in, or .cls in a .tar.",
+            help="Keep class labels: the top-level folder of an image, or .cls in a .tar.",
         ),
     ] = False,
 ) -> None:
-    """Turn a folder, zip or tar of images into square PNGs in tar shards.
+    """Convert a folder, zip or tar of images into tar shards of square PNGs.
 
-    The central square of each image is cut out and resized; nothing is
-    enlarged. Corrupt images are named and left out; more than 1 % stop it.
+    Images are centre-cropped and downsized, never enlarged. Corrupt images are skipped and listed
+    in the manifest; more than 1 % of them is an error.
 
-    Interrupt it whenever you like: the same command goes on where it stopped,
-    and the result is the same to the byte.
+    The same command resumes an interrupted one; the result is identical to the byte.
+
+    ldm data prepare ffhq.zip data/ffhq256 --size 256
     """
     from ldm.data.prepare import prepare
-    from ldm.data.shards import MANIFEST
 
     manifest = prepare(source, destination, size, filter, held_out, shard_size, workers, labels)
+    _print_manifest(manifest, destination, size, labels)
+
+
+def _print_manifest(manifest: dict[str, Any], destination: Path, size: int, labels: bool) -> None:
+    from ldm.data.shards import MANIFEST
+
     train, val = (manifest["splits"][split] for split in ("train", "val"))
     classes = f", {len(manifest['classes']):,} classes" if labels else ""
     shards = len(train["shards"]) + len(val["shards"])
     typer.echo(
-        f"{manifest['count']:,} images of {size}×{size} in "
-        f"{shards} shard{'s' * (shards != 1)}: "
-        f"{train['count']:,} to train on, {val['count']:,} held out{classes}"
+        f"{manifest['count']:,} images of {size}×{size} in {shards} shard{'s' * (shards != 1)}: "
+        f"{train['count']:,} for training, {val['count']:,} for validation{classes}"
     )
     if skipped := len(manifest["skipped"]):
-        them = "1 corrupt image" if skipped == 1 else f"{skipped:,} corrupt images"
-        typer.echo(f"{them} left out: the manifest names {'it' if skipped == 1 else 'them'}")
+        many = "1 corrupt image" if skipped == 1 else f"{skipped:,} corrupt images"
+        typer.echo(f"skipped {many}, listed in the manifest")
     typer.echo(f"manifest: {destination / MANIFEST}")
     typer.echo(f"next: ldm train-ae litevae-b data.source={destination}")

@@ -1,20 +1,34 @@
-"""`ldm eval-ae`.
-
-`ldm fid`.
-
-`ldm neighbours`.
-
-`ldm bench`.
-"""
+"""`ldm eval-ae`, `ldm fid`, `ldm neighbours`, `ldm bench`."""
 
 import sys
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ldm.cli.options import say
+from ldm.cli.options import (
+    BatchSize,
+    Data,
+    Device,
+    Features,
+    Guide,
+    InceptionWeights,
+    Limit,
+    Precision,
+    Resize,
+    Split,
+    parse_numbers,
+    say,
+)
+
+if TYPE_CHECKING:
+    from pipelines.bench import Bench
+
+Samples = Annotated[
+    Path | None,
+    typer.Argument(help="Images: a folder of `ldm sample`, a zip or shards. Default: the newest."),
+]
 
 
 def eval_ae(
@@ -22,74 +36,51 @@ def eval_ae(
         list[Path] | None,
         typer.Argument(
             metavar="[CKPT …]",
-            help="Stage-one ckpt.pt files or run folders, or third-party SD-VAEs; several give a "
-            "table. Left out: the newest.",
+            help="Stage-one ckpt.pt files, run folders or pretrained SD-VAEs, a table row each. "
+            "Default: the newest run.",
         ),
     ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="`photos` (built in), a folder, a zip, or shards. Left out: what each was trained "
-            "on."
-        ),
-    ] = None,
-    split: Annotated[
-        Literal["train", "val", "all"], typer.Option(help="Which part of the data.")
-    ] = "val",
+    data: Data = None,
+    split: Split = "val",
     resolution: Annotated[
         list[str] | None,
         typer.Option(
-            help="Side of the images, pixels; several as 128,256. Left out: that at which each "
-            "one's training ended."
+            help="Image sizes in pixels, such as 128,256. Default: the last resolution of each "
+            "model's training."
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Images at a time, per process.")] = 16,
-    limit: Annotated[int | None, typer.Option(help="At most this many images.")] = None,
+    batch_size: BatchSize = 16,
+    limit: Limit = None,
     fid: Annotated[
         bool,
         typer.Option(
-            " /--no-fid", help="Leave out rFID, KID, precision and recall.", show_default=False
+            " /--no-fid", help="Skip rFID, KID, precision and recall.", show_default=False
         ),
     ] = True,
-    weights: Annotated[
-        Path | None,
-        typer.Option(help="Path of inception-2015-12-05.pt. Left out: the cache, or fetched."),
-    ] = None,
-    features: Annotated[
-        str | None,
-        typer.Option(
-            metavar="module:function",
-            help="A network of your own, for Inception: function(device) gives a callable of uint8 "
-            "images (B, 3, H, W) that gives (B, dim).",
-        ),
-    ] = None,
-    mode: Annotated[
-        Literal["clean", "legacy-tensorflow"],
-        typer.Option(help="How Inception's images are resized."),
-    ] = "clean",
+    weights: InceptionWeights = None,
+    features: Features = None,
+    mode: Resize = "clean",
     layout: Annotated[
         Literal["table", "markdown", "latex", "json"],
-        typer.Option("--format", help="What is printed; all but table is fit for a pipe."),
+        typer.Option("--format", help="Output format; all but table print nothing else."),
     ] = "table",
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="One JSON for all. Left out: one of each in eval/ beside its checkpoint."
-        ),
+        typer.Option(help="One JSON file for all. Default: one each, in eval/ next to the model."),
     ] = None,
     force: Annotated[
         bool,
         typer.Option(
             "--force",
-            help="Measure held-out images that were trained on, and rFID over fewer images than "
-            "features; both are noted.",
+            help="Measure images that were trained on, and rFID over fewer images than features; "
+            "the result says so.",
         ),
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+    device: Device = "auto",
 ) -> None:
-    """Measure autoencoders' reconstructions: rFID, LPIPS, PSNR, SSIM, KID, precision, recall, SWD.
+    """Measure reconstructions: rFID, LPIPS, PSNR, SSIM, KID, precision, recall, SWD.
 
-    What needs unavailable weights is left out.
+    Metrics whose weights are unavailable are skipped and reported as missing.
 
     ldm eval-ae runs/x --data data/ffhq256 --resolution 128,256
 
@@ -98,11 +89,11 @@ def eval_ae(
     from pipelines.evaluate import evaluate_checkpoints
     from pipelines.measuring.evaluation import format_evaluations
 
-    sides = _sides(resolution) if resolution else None
-    # what a pipe takes is the table alone
+    sizes = parse_numbers("resolution", ",".join(resolution), int) if resolution else None
+    # a pipe gets the table alone, progress goes to stderr
     with nullcontext() if layout == "table" else redirect_stdout(sys.stderr):
         evaluations = evaluate_checkpoints(
-            models or (), data, split, sides, batch_size, limit, device, fid, weights, features,
+            models or (), data, split, sizes, batch_size, limit, device, fid, weights, features,
             mode, out, force,
         )  # fmt: skip
     say(format_evaluations(evaluations, layout))
@@ -110,108 +101,68 @@ def eval_ae(
         say(*(f"done: {path}" for path in dict.fromkeys(each.path for each in evaluations)))
 
 
-def _sides(words: list[str]) -> list[int]:
-    """Whole numbers, with commas between them or each given by itself.
-
-    Raises:
-        UsageError: a word is none.
-    """
-    from ldm.errors import UsageError
-
-    given = ",".join(words)
-    try:
-        return [int(word) for word in given.split(",")]
-    except ValueError:
-        raise UsageError(
-            f"--resolution {given}: it must be a whole number, or several with commas between"
-        ) from None
-
-
 def fid(
-    samples: Annotated[
-        Path | None,
-        typer.Argument(
-            help="A folder of images, as `ldm sample` writes it, a zip or shards. Left out: the "
-            "newest."
-        ),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="`photos` (built in), a folder, a zip, or shards. Left out: the run's own."
-        ),
-    ] = None,
+    samples: Samples = None,
+    data: Data = None,
     split: Annotated[
         Literal["train", "val", "all"] | None,
-        typer.Option(help="Which part of the data. Left out: all, as papers on FFHQ do."),
+        typer.Option(help="Part of the data to compare with. Default: all, as papers on FFHQ do."),
     ] = None,
     reference: Annotated[
         str | None,
         typer.Option(
-            help="Statistics in place of data: clean-fid's ffhq256 or ffhq1024 (70,000 images), "
-            "or a .npz of those kept in $LDM_CACHE/statistics (~/.cache/ldm/statistics); no SWD."
+            help="Statistics to compare with instead of data: clean-fid's ffhq256 or ffhq1024 "
+            "(70,000 images), or a .npz from $LDM_CACHE/statistics (~/.cache/ldm/statistics). No "
+            "SWD."
         ),
     ] = None,
     model: Annotated[
         Path | None,
         typer.Option(
-            help="A stage-two ckpt.pt or run folder, to sample from without writing images."
+            help="Sample from this stage-two ckpt.pt or run folder, without writing images."
         ),
     ] = None,
     n: Annotated[
-        int | None, typer.Option(help="How many images of the model. Left out: 50,000.")
+        int | None, typer.Option(help="With --model: number of images. Default: 50,000.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the model's images. Left out: 0.")] = None,
+    seed: Annotated[int | None, typer.Option(help="With --model: seed. Default: 0.")] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Steps of the sampler, as in `ldm sample`.")
+        int | None, typer.Option(help="With --model: sampling steps. Default: 18.")
     ] = None,
     guidance: Annotated[
-        float | None, typer.Option(help="Scale of the model's guidance, as in `ldm sample`.")
+        float | None, typer.Option(help="With --model: guidance scale, as in `ldm sample`.")
     ] = None,
-    weaker: Annotated[
-        Path | None, typer.Option(help="A model to be guided away from, as in `ldm sample`.")
-    ] = None,
+    guide: Guide = None,
     precision: Annotated[
-        Literal["auto", "fp32", "bf16"] | None,
-        typer.Option(help="Of the model, as in `ldm sample`."),
+        Precision | None, typer.Option(help="With --model: precision, as in `ldm sample`.")
     ] = None,
-    mode: Annotated[
-        Literal["clean", "legacy-tensorflow"],
-        typer.Option(help="How Inception's images are resized: as today, or as the first FIDs."),
-    ] = "clean",
-    features: Annotated[
-        str | None,
-        typer.Option(
-            metavar="module:function",
-            help="A network of your own, for Inception: function(device) gives a callable of uint8 "
-            "images (B, 3, H, W) that gives (B, dim).",
-        ),
-    ] = None,
-    weights: Annotated[
-        Path | None,
-        typer.Option(help="Path of inception-2015-12-05.pt. Left out: the cache, or fetched."),
-    ] = None,
+    mode: Resize = "clean",
+    features: Features = None,
+    weights: InceptionWeights = None,
     bootstrap: Annotated[
-        int, typer.Option(help="Draws of a 95 % interval about FID, such as 100; on one process.")
+        int,
+        typer.Option(
+            help="Resamplings for a 95 % confidence interval of FID, such as 100; one process."
+        ),
     ] = 0,
     force: Annotated[
-        bool, typer.Option("--force", help="Measure what there are doubts about, and note them.")
+        bool,
+        typer.Option("--force", help="Compare despite warnings; they are stored with the result."),
     ] = False,
-    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 64,
+    batch_size: BatchSize = 64,
     limit: Annotated[
-        int | None,
-        typer.Option(help="At most this many samples, and this many images of the data."),
+        int | None, typer.Option(help="Use at most this many samples and images of the data.")
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="File of the result. Left out: fid.json by the samples, named after all that is "
-            "not as by default, as fid-photos-val.json."
+            help="Result file. Default: fid.json next to the samples, or a name with the options "
+            "that are not at their default, such as fid-photos-val.json."
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+    device: Device = "auto",
 ) -> None:
-    """Measure samples against data: FID, KID, precision, recall, and SWD (needs no weights).
+    """Compare samples with data: FID, KID, precision, recall, and SWD (which needs no weights).
 
     ldm fid runs/x/samples/seed0-steps18 --data data/ffhq256
 
@@ -220,7 +171,7 @@ def fid(
     from pipelines.fid import fid_of_samples
 
     sampling = {
-        "n": n, "seed": seed, "steps": steps, "guidance": guidance, "weaker": weaker,
+        "n": n, "seed": seed, "steps": steps, "guidance": guidance, "weaker": guide,
         "precision": precision,
     }  # fmt: skip
     result = fid_of_samples(
@@ -228,11 +179,10 @@ def fid(
         sampling={name: value for name, value in sampling.items() if value is not None},
         mode=mode, features=features, bootstrap=bootstrap, force=force, out=out,
     )  # fmt: skip
-    say(*_lines(result))
+    say(*_fid_lines(result))
 
 
-def _lines(result: dict[str, Any]) -> list[str]:
-    """Each number, and what it is of."""
+def _fid_lines(result: dict[str, Any]) -> list[str]:
     ours, theirs = result["samples"]["count"], result["reference"]["count"]
     fid, interval = f"{result['fid']:.3f}", result["fid_interval"]
     if interval is not None:
@@ -260,29 +210,21 @@ def _lines(result: dict[str, Any]) -> list[str]:
 
 
 def neighbours(
-    samples: Annotated[
-        Path | None,
-        typer.Argument(help="A folder of images, as `ldm sample` writes it. Left out: the newest."),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="`photos` (built in), a folder, a zip, or shards. Left out: what was learnt from."
-        ),
-    ] = None,
-    count: Annotated[int, typer.Option(help="How many samples, the first ones.")] = 8,
-    nearest: Annotated[int, typer.Option(help="How many training images for each.")] = 5,
+    samples: Samples = None,
+    data: Data = None,
+    count: Annotated[int, typer.Option(help="Number of samples to look up, the first ones.")] = 8,
+    nearest: Annotated[int, typer.Option(help="Neighbours to show for each sample.")] = 5,
     space: Annotated[
         Literal["latents", "pixels"],
-        typer.Option(help="Distances between latents (needs the model), or 64×64 pixels."),
+        typer.Option(help="Compare latents (needs the model) or 64×64 pixels."),
     ] = "latents",
     model: Annotated[
-        Path | None, typer.Option(help="The samples' model. Left out: as the samples say.")
+        Path | None, typer.Option(help="Model of the samples. Default: the one they name.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 64,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+    batch_size: BatchSize = 64,
+    device: Device = "auto",
 ) -> None:
-    """Show the training images nearest to samples: has the model learnt them by heart?
+    """Find the training images nearest to samples, to see whether a model memorizes its data.
 
     ldm neighbours runs/x/samples/seed0-steps18
     """
@@ -290,26 +232,25 @@ def neighbours(
 
     result = find_neighbours(samples, data, count, nearest, space, model, batch_size, device)
     ours, theirs = result["median_nearest"]["samples"], result["median_nearest"]["held_out"]
-    compared = "" if theirs is None else f"; held-out images': {theirs:.3f}"
-    typer.echo(f"samples' nearest training image, median: {ours:.3f} {result['unit']}{compared}")
+    line = f"median distance to the nearest training image, {result['unit']}: samples {ours:.3f}"
+    typer.echo(line + ("" if theirs is None else f", held-out images {theirs:.3f}"))
     typer.echo(f"done: {result['folder']}/neighbours.png, neighbours.json")
 
 
 def bench(
     encoders: Annotated[
         list[str] | None,
-        typer.Argument(help="Presets of stage one. Left out: SD-VAE and LiteVAE S, B, M, L."),
+        typer.Argument(help="Stage-one presets. Default: SD-VAE and LiteVAE S, B, M, L."),
     ] = None,
-    batch: Annotated[int, typer.Option(help="Batch size whose peak memory is told.")] = 32,
+    batch: Annotated[int, typer.Option(help="Batch size for the peak memory.")] = 32,
     timed: Annotated[
-        int | None,
-        typer.Option(help="Images in a batch that is timed. Left out: --batch; 2 on a CPU."),
+        int | None, typer.Option(help="Batch size for the speed. Default: --batch; 2 on a CPU.")
     ] = None,
-    resolution: Annotated[int, typer.Option(help="Side of the images, pixels.")] = 256,
+    resolution: Annotated[int, typer.Option(help="Image size in pixels.")] = 256,
     repeats: Annotated[
-        int | None, typer.Option(help="Timed runs of each encoder. Left out: 20; 3 on a CPU.")
+        int | None, typer.Option(help="Timed runs per encoder. Default: 20; 3 on a CPU.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+    device: Device = "auto",
     precision: Annotated[
         Literal["fp32", "bf16"], typer.Option(help="bf16 is autocast, as in training.")
     ] = "fp32",
@@ -317,26 +258,33 @@ def bench(
         Path | None, typer.Option(help="Folder to write bench.json and bench.md to.")
     ] = None,
 ) -> None:
-    """Measure what encoding costs here, beside the paper's Table 3.
+    """Measure the cost of encoders on this machine, next to the paper's Table 3.
 
-    Parameters, multiply-accumulates, peak memory, and speed, of encoders that take turns.
+    Parameters, multiply-accumulates, peak memory and speed; encoders are timed alternately.
 
     ldm bench litevae-b sdvae --out results
     """
-    from rich.table import Table
-
-    from ldm.logbook import console
-    from pipelines.bench import ENCODERS, PAPERS, SOURCE, bench_encoders
+    from pipelines.bench import ENCODERS, bench_encoders
 
     result = bench_encoders(
         encoders or ENCODERS, resolution, batch, device, repeats, timed, precision, out
     )
+    _print_bench(result, precision)
+    if out is not None:
+        typer.echo(f"wrote {out}/bench.md and bench.json")
+
+
+def _print_bench(result: "Bench", precision: str) -> None:
+    from rich.table import Table
+
+    from ldm.logbook import console
+    from pipelines.bench import PAPERS, SOURCE
+
     for title, header, rows in result.tables():
         table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
         for number, name in enumerate(header):
-            # what the paper says stands back
             style = "dim" if name.startswith(PAPERS) else ""
-            # whose on a line of its own: side by side they would not fit into 80 columns
+            # two lines, for the columns would not fit into 80 characters side by side
             title = name.replace(f"{PAPERS} ", f"{PAPERS}\n") if style else f"\n{name}"
             table.add_column(title, justify="right" if number else "left", style=style)
         for row in rows:
@@ -348,5 +296,3 @@ def bench(
     console.print(f"paper  {SOURCE}", markup=False)
     if "note" in result.facts:
         console.print(f"note   {result.facts['note']}", markup=False)
-    if out is not None:
-        typer.echo(f"wrote {out}/bench.md and bench.json")

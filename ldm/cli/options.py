@@ -1,34 +1,135 @@
-"""Lines for the person at the prompt, once however many processes were launched.
+"""Options that several commands share, and small helpers for reading and printing."""
 
-Presets as people name them: `litevae-b`, `t10-patchgan`, or with the kind, `diffusion/tiny`.
-"""
-
+import json
 import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 
+# ------------------------------------------------------------------------------- option types
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="Images: `photos` (built in), a folder, a zip or shards. Default: the data the model "
+        "was trained on."
+    ),
+]
+Split = Annotated[Literal["train", "val", "all"], typer.Option(help="Part of the data to use.")]
+Resolution = Annotated[
+    int | None,
+    typer.Option(help="Image size in pixels. Default: the last resolution of the training."),
+]
+BatchSize = Annotated[int, typer.Option(help="Images per batch and process.")]
+Limit = Annotated[int | None, typer.Option(help="Use at most this many images.")]
+Seed = Annotated[int, typer.Option(help="Seed. Image i depends only on the seed and on i.")]
+Steps = Annotated[int, typer.Option(help="Sampling steps.")]
+Guide = Annotated[
+    Path | None,
+    typer.Option(
+        "--guide", "--weaker", help="Guiding model for autoguidance: a less trained or smaller one."
+    ),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
+Precision = Literal["auto", "fp32", "bf16"]
+InceptionWeights = Annotated[
+    Path | None,
+    typer.Option(
+        help="Path of inception-2015-12-05.pt. Default: found in the usual caches, or downloaded."
+    ),
+]
+Features = Annotated[
+    str | None,
+    typer.Option(
+        metavar="module:function",
+        help="Feature extractor to use instead of Inception: function(device) returns a callable "
+        "that maps uint8 images (B, 3, H, W) to features (B, dim).",
+    ),
+]
+Resize = Annotated[
+    Literal["clean", "legacy-tensorflow"],
+    typer.Option(
+        help="Resizing before Inception: as clean-fid does, or as the original FID code did."
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="key=value …", help="Settings; `ldm show PRESET` lists them."),
+]
+RunFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        help="Run folder. Default: the newest unfinished run with exactly these settings, or a "
+        "new folder in runs/.",
+    ),
+]
+
+
+def parse_numbers(
+    option: str, text: str, kind: type = float, counts: Sequence[int] = ()
+) -> list[Any]:
+    """Parse numbers separated by commas; `counts` are the numbers of them that are allowed.
+
+    Raises:
+        UsageError: something else was given.
+    """
+    from ldm.errors import UsageError
+
+    try:
+        numbers = [kind(word) for word in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or (counts and len(numbers) not in counts):
+        many = f"{' or '.join(map(str, counts))} " if counts else ""
+        what = "whole number(s)" if kind is int else "number(s)"
+        raise UsageError(f"--{option} {text}: expected {many}{what} separated by commas")
+    return numbers
+
+
+def add_autoencoder(settings: list[str], autoencoder: object | None) -> None:
+    """Append `--ae` to the settings, under the key that it stands for.
+
+    Raises:
+        UsageError: the settings name an autoencoder as well.
+    """
+    from ldm.errors import UsageError
+
+    if autoencoder is None:
+        return
+    if any(word.partition("=")[0].strip() == "autoencoder" for word in settings):
+        raise UsageError("the autoencoder is given twice: use either --ae or autoencoder=")
+    settings.append(f"autoencoder={json.dumps(str(autoencoder))}")
+
 
 def say(*lines: str) -> None:
-    """Print lines on the first process alone."""
-    if os.environ.get("RANK", "0") == "0":
+    """Print lines on the first process only."""
+    if is_first_process():
         for line in lines:
             typer.echo(line)
 
 
+def is_first_process() -> bool:
+    """Tell the first of the launched processes without importing torch."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+# ------------------------------------------------------------------------------------ presets
 KINDS = {
-    "ae": "stage one: autoencoders",
-    "recipes": "stage one: rows of the paper's tables, and what they stand on",
-    "diffusion": "stage two: diffusion models",
+    "ae": "Stage one: autoencoders",
+    "recipes": "Stage one: rows of the paper's tables, and the settings they share",
+    "diffusion": "Stage two: diffusion models",
 }
 STAGE_ONE, STAGE_TWO = ("ae", "recipes"), ("diffusion",)
 COMMAND = {"ae": "train-ae", "recipes": "train-ae", "diffusion": "train-diffusion"}
 
 
 def find_presets(name: str) -> list[tuple[str, str]]:
-    """Every (kind, name) a name may mean.
+    """Return every (kind, name) that a preset's name can mean: `tiny`, or `diffusion/tiny`.
 
     Raises:
-        UsageError: there is none; the nearest name.
+        UsageError: there is none; the message gives the nearest name.
     """
     from ldm.config import did_you_mean, list_presets
     from ldm.errors import UsageError
@@ -42,10 +143,11 @@ def find_presets(name: str) -> list[tuple[str, str]]:
 
 
 def find_preset(name: str, kinds: tuple[str, ...]) -> tuple[str, str]:
-    """The (kind, name) of one stage that a name means.
+    """Return the (kind, name) that a preset's name means in one stage.
 
     Raises:
-        UsageError: there is none; the nearest name, or the command that trains it.
+        UsageError: there is none; the message gives the nearest name, or the command of the other
+            stage.
     """
     from ldm.errors import UsageError
 
@@ -53,5 +155,14 @@ def find_preset(name: str, kinds: tuple[str, ...]) -> tuple[str, str]:
     fitting = [(kind, bare) for kind, bare in found if kind in kinds]
     if not fitting:
         kind, bare = found[0]
-        raise UsageError(f"'{name}' belongs to the other stage: `ldm {COMMAND[kind]} {bare}`")
+        raise UsageError(f"'{name}' is a preset of the other stage: `ldm {COMMAND[kind]} {bare}`")
     return fitting[0]
+
+
+def resolve_recipe(kind: str, name: str, settings: Sequence[str]) -> Any:
+    """Merge a preset with settings into the recipe of its stage."""
+    from ldm.config import load_preset, resolve
+    from pipelines.recipes import AutoencoderRecipe, DiffusionRecipe
+
+    recipe = AutoencoderRecipe if kind in STAGE_ONE else DiffusionRecipe
+    return resolve(recipe, load_preset(kind, name), settings)

@@ -1,12 +1,11 @@
-"""`ldm report`.
-
-`ldm demo`.
-"""
+"""`ldm report` and `ldm demo`."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from ldm.cli.options import Data, Device, Resolution, Seed, Steps
 
 
 def report(
@@ -14,31 +13,23 @@ def report(
         list[str],
         typer.Argument(
             metavar="[NAME=]RUN …",
-            help="Folders of runs, of either stage, or of several, such as a demo's; NAME is what "
-            "the page calls it.",
+            help="Run folders of either stage, or a folder of several runs, such as a demo's; NAME "
+            "is the label on the page.",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
+    out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
     images: Annotated[
-        int, typer.Option(help="Held-out images to reconstruct, and samples to draw.")
+        int, typer.Option(help="Number of reconstructions and of samples to show.")
     ] = 8,
-    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
-    steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 18,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="What to reconstruct: `photos` (built in), a folder, … Left out: each run's own."
-        ),
-    ] = None,
-    resolution: Annotated[
-        int | None,
-        typer.Option(help="Side of what is reconstructed, pixels. Left out: the runs' highest."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+    seed: Seed = 0,
+    steps: Steps = 18,
+    data: Data = None,
+    resolution: Resolution = None,
+    device: Device = "auto",
 ) -> None:
-    """Write a page over one run, or several side by side: settings, curves, pictures, numbers.
+    """Write an HTML page about one or several runs: settings, curves, pictures, numbers.
 
-    One file that needs nothing else, readable on a phone, in dark and in light.
+    The page is one self-contained file.
 
     ldm report GroupNorm=runs/a SMC=runs/b --out a-and-b.html
     """
@@ -50,11 +41,11 @@ def report(
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the demo.")] = Path("runs/demo"),
-    fresh: Annotated[bool, typer.Option("--fresh", help="Begin again from nothing.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over.")] = False,
 ) -> None:
-    """Train both stages on built-in photographs and show what they make: minutes, on a CPU.
+    """Train both stages on built-in photographs in a few minutes on a CPU, and show the results.
 
-    Needs no network and no data. Writes a page of pictures and numbers, report.html.
+    Needs neither network nor data. Writes report.html, a page of pictures and numbers.
     """
     from pipelines.demo import run_demo
 

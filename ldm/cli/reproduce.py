@@ -1,11 +1,11 @@
-"""`ldm reproduce`: the paper's tables, ours beside theirs."""
+"""`ldm reproduce`: the paper's tables, re-run next to the published numbers."""
 
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from ldm.cli.options import say
+from ldm.cli.options import InceptionWeights, say
 
 
 def reproduce(
@@ -13,42 +13,39 @@ def reproduce(
         list[str] | None,
         typer.Argument(
             metavar="TABLE [key=value …]",
-            help="t1 to t22, or a figure, f2 to f9; then settings over all its recipes.",
+            help="A table, t1 to t22, or a figure, f2 to f9; then settings for all its recipes.",
         ),
     ] = None,
     scale: Annotated[
         Literal["smoke", "small", "paper"],
         typer.Option(
-            help="smoke: a minute on a CPU, to see that it runs. small: meant for an hour on a "
-            "GPU, a night on a CPU. paper: the full recipe."
+            help="smoke: a test run, about a minute on a CPU. small: about an hour on a GPU or a "
+            "night on a CPU. paper: the full recipes."
         ),
     ] = "small",
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="A folder, a zip, or shards; or NAME=PATH for one of ffhq, imagenet, celebahq, "
-            "deepfashion. Left out: the built-in photographs; at scale paper the recipes' own."
+            help="A folder, a zip or shards; or NAME=PATH for one of ffhq, imagenet, celebahq, "
+            "deepfashion. Default: the built-in photographs; with --scale paper the recipes' data."
         ),
     ] = None,
     take: Annotated[
         list[str] | None,
-        typer.Option(metavar="ROW=PATH", help="A checkpoint to measure in place of training."),
+        typer.Option(metavar="ROW=PATH", help="Use this checkpoint instead of training the row."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of all tables.")] = Path("reproduce"),
-    weights: Annotated[
-        Path | None,
-        typer.Option(help="Path of inception-2015-12-05.pt. Left out: the cache, or fetched."),
-    ] = None,
+    weights: InceptionWeights = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Measure held-out images that were trained on, too.")
+        bool, typer.Option("--force", help="Measure images that were trained on, too.")
     ] = False,
     listing: Annotated[
-        bool, typer.Option("--list", help="List all tables and how far their rows are.")
+        bool, typer.Option("--list", help="List all tables and the state of their rows.")
     ] = False,
 ) -> None:
-    """Run a table of the paper: train, measure, print ours beside theirs, and judge its claims.
+    """Reproduce a table of the paper: train, measure, compare, and check its claims.
 
-    The same command goes on where it was stopped; finished rows are not redone.
+    The same command resumes; finished rows are reused.
 
     ldm reproduce t9 --scale small --data my-images/ loss.lpips=0
     """
@@ -57,7 +54,7 @@ def reproduce(
     words = list(words or [])
     if listing:
         if words:
-            raise UsageError("--list shows all tables: leave out the rest")
+            raise UsageError("--list shows all tables: omit the other arguments")
         return _list(out)
     table = words.pop(0) if words and "=" not in words[0] else ""
 
@@ -69,7 +66,7 @@ def reproduce(
 
 
 def _list(out: Path) -> None:
-    """Every table, its rows, and how far each is at each scale."""
+    """List every table with the state of its rows at each scale."""
     from pipelines.reproduce.plan import SCALES
     from pipelines.reproduce.rows import row_states
     from pipelines.reproduce.tables import all_tables

@@ -1,7 +1,4 @@
-"""`ldm train-ae` and `ldm train-diffusion`.
-
-`ldm presets` and `ldm show`: what there is to train, and every setting of it.
-"""
+"""`ldm train-ae`, `ldm train-diffusion`, `ldm ema`; `ldm presets` and `ldm show`."""
 
 import json
 from pathlib import Path
@@ -9,39 +6,35 @@ from typing import Annotated
 
 import typer
 
-from ldm.cli.options import KINDS, STAGE_ONE, STAGE_TWO, find_preset, find_presets, say
-
-Settings = Annotated[
-    list[str] | None, typer.Argument(metavar="key=value …", help="Settings; see `ldm show`.")
-]
-Folder = Annotated[
-    Path | None,
-    typer.Option(
-        "--out",
-        help="Folder of the run. Left out: the newest unfinished run of the very same settings, "
-        "else a new one under runs/.",
-    ),
-]
+from ldm.cli.options import (
+    KINDS,
+    STAGE_ONE,
+    STAGE_TWO,
+    RunFolder,
+    Settings,
+    add_autoencoder,
+    find_preset,
+    find_presets,
+    resolve_recipe,
+    say,
+)
 
 
 def train_ae(
     preset: Annotated[
-        str, typer.Argument(help="An autoencoder, or a row of the paper; see `ldm presets`.")
+        str, typer.Argument(help="An autoencoder or a row of the paper's tables: `ldm presets`.")
     ],
     settings: Settings = None,
-    run: Folder = None,
+    run: RunFolder = None,
 ) -> None:
-    """Train an autoencoder (stage one). The same command resumes.
+    """Train an autoencoder (stage one). The same command resumes an interrupted run.
 
     ldm train-ae litevae-b data.source=data/ffhq256
     """
-    from ldm.config import load_preset, resolve
-    from pipelines.recipes import AutoencoderRecipe
     from pipelines.train_autoencoder import train_autoencoder
 
     kind, preset = find_preset(preset, STAGE_ONE)
-    recipe = resolve(AutoencoderRecipe, load_preset(kind, preset), settings or [])
-    folder = train_autoencoder(recipe, preset, run)
+    folder = train_autoencoder(resolve_recipe(kind, preset, settings or []), preset, run)
     say(f"done: {folder}/ckpt.pt", f"next: ldm train-diffusion --ae {folder}/ckpt.pt")
 
 
@@ -49,33 +42,32 @@ def train_diffusion(
     words: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[PRESET] key=value …", help="A preset (left out: ffhq256), then settings."
+            metavar="[PRESET] key=value …", help="A preset (default: ffhq256), then settings."
         ),
     ] = None,
     ae: Annotated[
         Path | None,
         typer.Option(
-            help="Stage one: a ckpt.pt, a run folder, a third-party SD-VAE, or a preset, such as "
-            "dwt: its newest run. Left out: the newest of all."
+            help="Stage one: a ckpt.pt, a run folder, a pretrained SD-VAE, or the name of a preset "
+            "for its newest run. Default: the newest run of stage one."
         ),
     ] = None,
     cache: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of latents: encoded once, then trained from. Left out: on the fly."
+            help="Encode the data once into this folder and train from it. Default: encode on the "
+            "fly."
         ),
     ] = None,
-    run: Folder = None,
+    run: RunFolder = None,
 ) -> None:
-    """Train a latent diffusion model (stage two) on pixels encoded on the fly.
+    """Train a latent diffusion model (stage two) on images that are encoded on the fly.
 
-    The same command resumes.
+    The same command resumes an interrupted run.
 
     ldm train-diffusion --ae runs/x/ckpt.pt
     """
-    from ldm.config import load_preset, resolve
-    from ldm.errors import UsageError
-    from pipelines.recipes import DiffusionRecipe, find_stage_one
+    from pipelines.recipes import find_stage_one
     from pipelines.train_diffusion import train_diffusion
 
     words = list(words or [])
@@ -83,11 +75,8 @@ def train_diffusion(
     _, preset = find_preset(preset, STAGE_TWO)
     if cache is not None:
         words.append(f"cache={json.dumps(str(cache))}")
-    if ae is not None:
-        if any(word.partition("=")[0].strip() == "autoencoder" for word in words):
-            raise UsageError("the autoencoder is given twice: --ae and autoencoder= are the same")
-        words.append(f"autoencoder={json.dumps(str(ae))}")
-    recipe = resolve(DiffusionRecipe, load_preset("diffusion", preset), words)
+    add_autoencoder(words, ae)
+    recipe = resolve_recipe("diffusion", preset, words)
     file = find_stage_one(recipe, preset, run)
     say(f"autoencoder: {file}")
     recipe = recipe.model_copy(update={"autoencoder": str(file)})
@@ -95,8 +84,45 @@ def train_diffusion(
     say(f"done: {folder}/ckpt.pt", f"next: ldm sample {folder} --n 50000")
 
 
+def ema(
+    std: Annotated[
+        float,
+        typer.Option(
+            help="Width of the average: its standard deviation as a fraction of the training, such "
+            "as 0.07; at most 0.2886."
+        ),
+    ],
+    run: Annotated[
+        Path | None,
+        typer.Argument(help="A stage-two run folder. Default: the newest with snapshots."),
+    ] = None,
+    at: Annotated[
+        int | None,
+        typer.Option(help="Average up to the snapshot at this many images. Default: the newest."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The .pt to write. Default: ckpt-ema<STD>.pt in the run folder."),
+    ] = None,
+) -> None:
+    """Compute an EMA of any width after training, from the snapshots of a run (EDM2).
+
+    The run must have been trained with ema_stds, such as ema_stds=[0.05, 0.1].
+
+    ldm ema --std 0.07
+    """
+    from ldm.run_folder import newest_run
+    from pipelines.ema import synthesize_ema
+
+    if run is None:
+        run = newest_run("diffusion", needs="ema")
+        say(f"run: {run}")
+    path = synthesize_ema(run, std, at, out)
+    say(f"wrote {path}", f"next: ldm sample {path}")
+
+
 def presets() -> None:
-    """List the presets of both stages, and of the paper's tables."""
+    """List the presets of both stages and of the paper's tables."""
     from rich.table import Table
 
     from ldm.config import list_presets, preset_summary
@@ -113,19 +139,22 @@ def presets() -> None:
 
 def show(
     preset: Annotated[str, typer.Argument(help="A preset, such as litevae-b or diffusion/tiny.")],
-    settings: Annotated[list[str] | None, typer.Argument(metavar="key=value …")] = None,
+    settings: Settings = None,
 ) -> None:
-    """Print the resolved settings of a preset, each with what it means."""
-    from ldm.config import describe, load_preset, published, resolve
+    """Print every setting of a preset with its value and meaning.
+
+    ldm show litevae-b batch_size=32
+    """
+    from ldm.config import describe, published
     from ldm.errors import UsageError
     from ldm.logbook import console
 
     found = find_presets(preset)
     if len(found) > 1 and settings:
         choices = " or ".join("/".join(one) for one in found)
-        raise UsageError(f"'{preset}' is a preset of both stages: say {choices}")
+        raise UsageError(f"'{preset}' is a preset of both stages: use {choices}")
     for kind, name in found:
-        config = resolve(_recipe_class(kind), load_preset(kind, name), settings or [])
+        config = resolve_recipe(kind, name, settings or [])
         console.print(f"# {kind}/{name}", style="bold", markup=False)
         if paper := published(kind, name):
             numbers = ", ".join(f"{key} {value}" for key, value in paper.items())
@@ -133,13 +162,3 @@ def show(
         for line, doc in describe(config):
             console.print(f"{line:<44}", end="", markup=False)
             console.print(f" # {doc}" if doc else "", style="dim", markup=False)
-
-
-def _recipe_class(kind: str) -> type:
-    if kind in STAGE_ONE:
-        from pipelines.recipes import AutoencoderRecipe
-
-        return AutoencoderRecipe
-    from pipelines.recipes import DiffusionRecipe
-
-    return DiffusionRecipe

@@ -207,7 +207,7 @@ def numbers_section(records: Sequence[Record], titles: Mapping[str, page.Markup]
     names = [name for name in NAMES if any(name in each.numbers for each in found)]
     header = ["measured", *(COLUMNS[name].title for name in names)]
     rows = [
-        [page.under(titles[each.record.label], each.what)] + [_number(each, name) for name in names]
+        [page.under(titles[each.record.label], each.what)] + [_cell(each, name) for name in names]
         for each in found
     ]
     table = page.columns(header, rows) if rows else page.note("Nothing has been measured yet.")
@@ -263,7 +263,7 @@ def _origin(record: Record) -> list[tuple[str, str]]:
     return rows
 
 
-def _number(measured: Measurement, name: str) -> str:
+def _cell(measured: Measurement, name: str) -> str:
     if name not in measured.numbers:
         return ""
     digits, scale = COLUMNS[name].digits, COLUMNS[name].scale

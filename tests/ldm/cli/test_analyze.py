@@ -75,8 +75,11 @@ def test_a_table_is_never_cut(command, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["mmd", "--sigmas", "25,many"], "--sigmas 25,many: it must be numbers, with commas"),
-        (["scale", "--resolutions", "32.5"], "--resolutions 32.5: it must be whole numbers"),
+        (
+            ["mmd", "--sigmas", "25,many"],
+            "--sigmas 25,many: expected number\\(s\\) separated by commas",
+        ),
+        (["scale", "--resolutions", "32.5"], "--resolutions 32.5: expected whole number"),
     ],
 )
 def test_words_that_are_no_numbers(command, words, told):

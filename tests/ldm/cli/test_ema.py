@@ -5,8 +5,8 @@ import typer
 from typer.testing import CliRunner
 
 from ldm.checkpoint import load_model
-from ldm.cli.exchange import ema
 from ldm.cli.sample import sample
+from ldm.cli.train import ema
 from ldm.errors import LdmError
 from ldm.files import write_json
 from tests.pipelines.test_ema import BATCH, STEPS, make_run

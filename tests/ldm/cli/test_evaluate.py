@@ -81,8 +81,12 @@ def test_what_is_for_a_pipe_stands_alone(run, tmp_path, layout):
 @pytest.mark.parametrize(
     ("words", "code", "told"),
     [
-        (["--resolution", "12a"], 2, "--resolution 12a: it must be a whole number, or several"),
-        (["--resolution", "16,,32"], 2, "--resolution 16,,32: it must be"),
+        (
+            ["--resolution", "12a"],
+            2,
+            "--resolution 12a: expected whole number(s) separated by commas",
+        ),
+        (["--resolution", "16,,32"], 2, "--resolution 16,,32: expected whole"),
         (["--resolution", "0"], 2, "--resolution 0: it must be at least 1"),
         (["--resolution", "8"], 1, "--resolution 8: 16 is the least at which a can be measured"),
         (["--resolution", "16", "--limit", "0"], 2, "--limit 0: it must be at least 1"),

@@ -33,7 +33,7 @@ def test_a_checkpoint_is_imported_sampled_and_its_network_exported(capsys):
     export_model([Path("out.pt"), Path("unet")], "unet")
     said = capsys.readouterr().out
     assert re.search(r"^wrote unet/ldm\.json \(\d+\.\d KiB\)$", said, re.MULTILINE)
-    assert "unet/ldm.json says what the network takes as its timestep, how its answer" in said
+    assert "unet/ldm.json documents the timestep input, the prediction type" in said
     assert said.endswith("next: diffusers.UNet2DModel.from_pretrained('unet')\n")
 
 
@@ -48,12 +48,12 @@ def test_a_folder_is_imported_over_what_is_there_by_force(capsys):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"resolution": 32}, "--resolution goes with --diffusion: leave it out"),
-        ({"head_width": 32}, "--head-width goes with --diffusion"),
-        ({"heads": 8}, "--heads goes with --diffusion"),
-        ({"scale_factor": 1.0}, "--scale-factor goes with --diffusion"),
-        ({"diffusion": True, "subfolder": "vae"}, "--subfolder is for autoencoders: leave it out"),
-        ({"diffusion": True, "revision": "v2"}, "--revision is for autoencoders"),
+        ({"resolution": 32}, "--resolution needs --diffusion"),
+        ({"head_width": 32}, "--head-width needs --diffusion"),
+        ({"heads": 8}, "--heads needs --diffusion"),
+        ({"scale_factor": 1.0}, "--scale-factor needs --diffusion"),
+        ({"diffusion": True, "subfolder": "vae"}, "--subfolder applies to autoencoders only"),
+        ({"diffusion": True, "revision": "v2"}, "--revision applies to autoencoders only"),
         ({"diffusion": True, "heads": 8, "head_width": 8}, "--head-width and --heads say the same"),
     ],
 )
@@ -73,6 +73,6 @@ def test_an_export_is_of_its_own_stage():
         export_model([Path("vae.pt"), Path("out")], "unet")
     with pytest.raises(LdmError, match="a stage-one autoencoder is needed here"):
         export_model([Path("whole.pt"), Path("out")], "diffusers")
-    with pytest.raises(UsageError, match="--scaling-factor is for --format diffusers"):
+    with pytest.raises(UsageError, match="--scaling-factor needs --format diffusers"):
         export_model([Path("whole.pt"), Path("out")], "unet", scaling_factor=0.5)
     assert not Path("out").exists()

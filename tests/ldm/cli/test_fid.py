@@ -113,7 +113,7 @@ def test_where_statistics_are_kept(samples, tmp_path, weights, capsys):
 @pytest.mark.parametrize("command", [fid, eval_ae])
 def test_what_features_must_be(command):
     (info,) = inspect.signature(command).parameters["features"].annotation.__metadata__
-    assert "function(device) gives a callable of uint8 images (B, 3, H, W)" in info.help
+    assert "function(device) returns a callable that maps uint8 images (B, 3, H, W)" in info.help
 
 
 def test_a_damaged_sample_is_told_by_its_name(samples, weights):

@@ -37,8 +37,8 @@ def test_it_measures_the_newest_samples(folder, command):
     assert len(told["samples"][0]["nearest"]) == 2
     ours, theirs = told["median_nearest"]["samples"], told["median_nearest"]["held_out"]
     assert (
-        f"median: {ours:.3f} standard deviations of the latents; held-out images': {theirs:.3f}"
-        in done.output
+        "median distance to the nearest training image, standard deviations of the latents: "
+        f"samples {ours:.3f}, held-out images {theirs:.3f}" in done.output
     )
     assert (folder / "neighbours.png").is_file()
 

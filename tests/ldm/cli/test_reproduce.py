@@ -85,7 +85,7 @@ def test_the_list_has_every_table_and_how_far_its_rows_are(run, tmp_path):
         ([], "which table; there are: T1, T2a"),
         (["lr=3"], "which table"),
         (["t4", "smc"], "'smc' is not of the form key=value"),
-        (["--list", "t4"], "leave out the rest"),
+        (["--list", "t4"], "omit the other arguments"),
     ],
 )
 def test_words_that_cannot_be(run, words, told):

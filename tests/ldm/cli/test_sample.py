@@ -18,7 +18,7 @@ def test_words_become_settings(model, tmp_path, capsys):
     weaker = make_model(tmp_path / "weaker", 1, ("cat", "dog"))
     sample(
         model, n=2, steps=2, sampler="euler", schedule="cosine", guidance=1.5, interval="0.2,inf",
-        weaker=weaker, labels="dog, 0", churn="4,0.1,50,1.01", files="zip", out=tmp_path / "out",
+        guide=weaker, labels="dog, 0", churn="4,0.1,50,1.01", files="zip", out=tmp_path / "out",
         device="cpu", precision="fp32",
     )  # fmt: skip
     told = json.loads((tmp_path / "out" / "samples.json").read_text())
@@ -44,11 +44,11 @@ def test_churn_alone_is_its_amount(model, tmp_path):
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"interval": "3"}, "--interval 3: it must be 2 number(s), with commas between"),
-        ({"interval": "low,high"}, "--interval low,high: it must be 2"),
+        ({"interval": "3"}, "--interval 3: expected 2 number(s) separated by commas"),
+        ({"interval": "low,high"}, "--interval low,high: expected 2"),
         ({"interval": "3,2"}, "the interval begins at 3"),
         ({"interval": "0.2,3"}, "the interval is where guidance acts: give guidance"),
-        ({"churn": "1,2"}, "--churn 1,2: it must be 1 or 4 number(s)"),
+        ({"churn": "1,2"}, "--churn 1,2: expected 1 or 4 number(s)"),
         ({"churn": "-1"}, "'churn.S_churn': input should be greater than or equal to 0"),
         ({"labels": "cow"}, "label 'cow': classes are 0 to 1 (cat, dog)"),
         ({"labels": ""}, "label '': classes are"),
