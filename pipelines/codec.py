@@ -29,6 +29,9 @@ class Codec(nn.Module):
         LdmError: the statistics are not finite, or a channel does not vary.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self, autoencoder: Autoencoder, mean: Tensor, std: Tensor, sigma_data: float = 0.5
     ) -> None:

@@ -1,12 +1,13 @@
-"""The trained model as one object for Python users: seeds and images in, images out."""
+"""The sampling pipeline for Python users: generate, interpolate, edit and inpaint images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from diffusion.guidance import inpaint
 from ldm.errors import UsageError
@@ -14,149 +15,143 @@ from ldm.images import to_float, to_pil
 from ldm.logbook import progress_bar
 from ldm.seeds import normal
 from pipelines.sampling.model import LatentModel
-from pipelines.sampling.settings import (
-    Churn,
-    Options,
-    count,
-    fill_hidden,
-    latent_mask,
-    slerp,
-    whole,
-)
+from pipelines.sampling.settings import Churn, Options, integer, positive_int
 
 Images = Tensor | list[Image.Image]
 
 
 class LatentDiffusionPipeline(LatentModel):
-    """Samples images from a stage-two checkpoint, which carries its stage one.
+    """Samples images from a stage-two checkpoint, which includes its autoencoder.
 
     >>> pipe = LatentDiffusionPipeline.from_pretrained("runs/x").to("cuda")
     >>> images = pipe(n=4, seed=0, steps=18)             # (4, 3, H, W) in [−1, 1], on the CPU
 
-    Images that go in are (B, 3, H, W) in [−1, 1] or a list of pictures, of the model's size. Image
-    i of what comes out depends on (seed, i), on what went in at i, and on the options alone: how
-    many there are, and the batch size, change it by rounding at most. In fp32 that is below 1/255;
-    what it comes to in bf16 on a GPU has not been measured.
+    Input images are (B, 3, H, W) in [−1, 1] or a list of PIL images, of the model's size. Output
+    image i depends on (seed, i), on input i and on the options alone; the number of images and the
+    batch size change it by rounding only: in fp32 by less than 1/255, in bf16 on a GPU not yet
+    measured.
     """
 
     def __call__(self, n: int = 1, seed: int = 0, **options: Any) -> Images:
-        """Sample images 0 … n−1 of a seed. All methods take these options:
+        """Sample images 0 … n−1 of a seed. All methods share these options:
 
         Args:
-            steps: 18 by default.
+            steps: sampler steps, 18 by default.
             sampler: "heun", "euler" or "dpmpp-2m".
-            schedule: of noise levels, "karras", "cosine" or "linear".
+            schedule: spacing of the noise levels, "karras", "cosine" or "linear".
             sigma_min, sigma_max: its ends; by default the model's own.
             churn: fresh noise during sampling, a number (S_churn) or a `Churn`.
-            labels: a class by number or name, one for each image, −1 for none; None: drawn evenly
-                for each image, where the model has classes.
-            guidance: its scale, 1 changes nothing. Of a model with classes it is classifier-free
-                (Ho & Salimans 2022), unless there is a `weaker` one.
-            weaker: a pipeline, or the path of a model, of the same autoencoder, to be guided away
-                from (autoguidance, Karras et al. 2024). A pipeline is moved to this one's device.
-            interval: noise levels (low, high) at which guidance acts.
+            labels: a class by number or name, one or one per image, −1 for none; None: drawn
+                uniformly for each image, if the model has classes.
+            guidance: scale, 1 changes nothing. For a model with classes it is classifier-free
+                guidance (Ho & Salimans 2022), unless there is a `guide`.
+            guide: autoguidance (Karras et al. 2024): a pipeline, or the path of a model, with the
+                same autoencoder, to guide away from. A pipeline is moved to this one's device.
+            interval: noise levels (low, high) between which guidance acts.
             batch_size: images at a time, 64 by default.
-            callback: called with the number of images done, after every batch.
-            progress: show a bar.
-            output: "tensor", or "pil" for a list of pictures.
+            callback: called with the number of finished images after every batch.
+            progress: show a progress bar.
+            output: "tensor", or "pil" for a list of PIL images.
 
         Raises:
-            UsageError: an option is unknown, has no meaning, would change nothing, or does not fit
-                the model.
-            LdmError: what comes out is not finite.
+            UsageError: an option is unknown, invalid, has no effect, or does not fit the model.
+            LdmError: the images are not finite.
         """
-        asked, sample = self._read(options, n, seed)
-        return _in_batches(n, asked, sample)
+        requested, sample = self._read(options, n, seed)
+        return _in_batches(n, requested, sample)
 
     def interpolate(self, seed_a: int, seed_b: int, count: int = 8, **options: Any) -> Images:
-        """`count` images from image 0 of one seed to image 0 of another, by turning the noise.
+        """Interpolate from image 0 of one seed to image 0 of another, on the noise sphere.
 
-        A model with classes needs `labels`. Churn would part the images, and is refused.
+        A model with classes needs `labels`. Churn would make the images diverge, and is refused.
+
+        Args:
+            count: number of images, both ends included.
         """
         if count < 2:
-            raise UsageError(f"count={count}: an interpolation has two ends, it must be at least 2")
-        asked, sample = self._read(options, count, seed_a)
-        if asked.sampling.churn.S_churn > 0:
-            raise UsageError("interpolation and churn do not go together: leave churn out")
-        if self.classes.count and asked.labels is None:
-            raise UsageError("the class must not be drawn anew from image to image: give labels")
+            raise UsageError(f"count={count}: it must be at least 2, both ends are included")
+        requested, sample = self._read(options, count, seed_a)
+        if requested.sampling.churn.S_churn > 0:
+            raise UsageError("interpolate does not support churn: omit churn")
+        if self.classes.count and requested.labels is None:
+            raise UsageError("interpolate needs labels: the model has classes")
         a, b = (normal(seed, "sample", [0], self.latent_shape) for seed in (seed_a, seed_b))
         noise = slerp(a, b, torch.linspace(0, 1, count))
-        return _in_batches(count, asked, lambda i: sample(i, noise=noise[_part(i)]))
+        return _in_batches(count, requested, lambda i: sample(i, noise=noise[_part(i)]))
 
     def edit(self, images: Images, strength: float = 0.6, seed: int = 0, **options: Any) -> Images:
-        """Noise images part of the way, and sample from there: SDEdit.
+        """Noise images part of the way and denoise them: SDEdit.
 
         Meng et al. 2021 (arXiv 2108.01073).
 
         Args:
-            strength: the share of the schedule's steps that is run, rounded. 0 gives the
-                autoencoder's reconstruction; 1 keeps nothing and is a new sample.
+            strength: the share of the schedule's steps to run, rounded. 0 gives the autoencoder's
+                reconstruction; 1 a new sample that keeps nothing.
         """
         images = self._read_images(images)
         if not 0 <= strength <= 1:
             raise UsageError(f"strength={strength}: it must lie between 0 and 1")
-        asked, sample = self._read(options, len(images), seed)
-        skip = asked.sampling.steps - round(strength * asked.sampling.steps)
+        requested, sample = self._read(options, len(images), seed)
+        skip = requested.sampling.steps - round(strength * requested.sampling.steps)
 
         def change(i: range) -> Tensor:
             return sample(i, skip=skip, from_z=self.encode(images[_part(i)]) if skip else None)
 
-        return _in_batches(len(images), asked, change)
+        return _in_batches(len(images), requested, change)
 
     def inpaint(self, images: Images, mask: Tensor, seed: int = 0, **options: Any) -> Images:
-        """Paint the masked part of images anew; every other pixel stays exactly as it was.
+        """Generate the mrequested part of images; every other pixel stays exactly as it was.
 
-        What lies under the mask is not looked at. By default there is as much churn as can be
-        (with dpmpp-2m none): without, the new part follows the known one too little.
+        Pixels under the mask are ignored. By default churn is as large as the sampler allows (none
+        for dpmpp-2m): with less, the new part fits the known one less well.
 
         Args:
-            mask: (B or 1, 1, H, W), 1 or true where to paint, 0 or false elsewhere.
+            mask: (B or 1, 1, H, W), 1 or true where to generate, 0 or false elsewhere.
         """
         images = self._read_images(images)
         mask = _read_mask(mask, images)
         if "churn" not in options and options.get("sampler") != "dpmpp-2m":
             options = options | {"churn": Churn(S_churn=float("inf"))}
-        asked, sample = self._read(options, len(images), seed)
+        requested, sample = self._read(options, len(images), seed)
 
         def paint(i: range) -> Tensor:
             given, hidden = images[_part(i)], mask[_part(i)]
             known = self.encode(fill_hidden(given, hidden))
             where = latent_mask(hidden, self.latent_shape[1:]).to(self.device)
-            made = sample(i, hold=lambda denoise: inpaint(denoise, known, where))
-            return torch.where(hidden > 0, made, given)
+            generated = sample(i, wrap=lambda denoise: inpaint(denoise, known, where))
+            return torch.where(hidden > 0, generated, given)
 
-        return _in_batches(len(images), asked, paint)
+        return _in_batches(len(images), requested, paint)
 
     def _read(
         self, options: dict[str, Any], n: int, seed: int
     ) -> tuple[Options, Callable[..., Tensor]]:
-        """What the options ask for, and `LatentModel.sample` as they want it of some images."""
-        n, seed = count("n=", n), whole("seed=", seed)
-        asked = Options.read(options)
-        labels = self.classes.choose(asked.labels, n, seed)
-        weaker = self.check_guidance(asked.sampling, asked.weaker, labels)
+        """Validate the options, and bind them to `LatentModel.sample`."""
+        n, seed = positive_int("n=", n), integer("seed=", seed)
+        requested = Options.read(options)
+        labels = self.classes.choose(requested.labels, n, seed)
+        guide = self.load_guide(requested.sampling, requested.guide, labels)
 
         def sample(i: range, **how: Any) -> Tensor:
-            theirs = None if labels is None else labels[_part(i)]
-            return self.sample(i, seed, asked.sampling, theirs, weaker, **how)
+            chosen = None if labels is None else labels[_part(i)]
+            return self.sample(i, seed, requested.sampling, chosen, guide, **how)
 
-        return asked, sample
+        return requested, sample
 
     def _read_images(self, images: Images) -> Tensor:
         """(B, 3, H, W) in [−1, 1] on the CPU, of the model's size."""
         if not isinstance(images, Tensor):
             pictures = [np.array(image.convert("RGB")) for image in images]
             if len({picture.shape for picture in pictures}) != 1:
-                raise UsageError(f"{len(pictures)} pictures: give one or more, all of one size")
+                raise UsageError("images: give at least one, all of one size")
             images = to_float(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2))
         factor = self.codec.autoencoder.downsampling
         wanted = (3, *(side * factor for side in self.latent_shape[1:]))
         if images.shape[1:] != wanted or not len(images):
             sides = ", ".join(map(str, wanted))
-            raise UsageError(f"the images are {tuple(images.shape)}: they must be (B, {sides})")
+            raise UsageError(f"images are {tuple(images.shape)}, not (B, {sides})")
         if not images.is_floating_point() or not (images.abs() <= 1).all():
-            raise UsageError("the images must be floating point in [−1, 1]")
+            raise UsageError("images must be floating point in [−1, 1]")
         return images.detach().float().cpu()
 
 
@@ -164,27 +159,77 @@ def _read_mask(mask: Tensor, images: Tensor) -> Tensor:
     """(B, 1, H, W) of 0.0 and 1.0, on the CPU."""
     count, _, height, width = images.shape
     if mask.ndim != 4 or mask.shape[1:] != (1, height, width) or len(mask) not in (1, count):
-        raise UsageError(f"the mask is {tuple(mask.shape)}: it must be {(count, 1, height, width)}")
+        raise UsageError(f"mask is {tuple(mask.shape)}, not {(count, 1, height, width)}")
     if not ((mask == 0) | (mask == 1)).all():
-        raise UsageError("the mask must be 1 where to paint and 0 elsewhere, nothing between")
+        raise UsageError("mask must be 1 where to generate and 0 elsewhere")
     return mask.cpu().float().expand(count, -1, -1, -1)
 
 
-def _in_batches(n: int, asked: Options, make: Callable[[range], Tensor]) -> Images:
-    made = []
+def _in_batches(n: int, options: Options, sample: Callable[[range], Tensor]) -> Images:
+    batches = []
     bar = progress_bar("images")
-    bar.disable = bar.disable or not asked.progress
+    bar.disable = bar.disable or not options.progress
     with bar:
         task = bar.add_task("sampling", total=n, speed="", note="")
-        for start in range(0, n, asked.batch_size):
-            indices = range(start, min(n, start + asked.batch_size))
-            made.append(make(indices))
+        for start in range(0, n, options.batch_size):
+            indices = range(start, min(n, start + options.batch_size))
+            batches.append(sample(indices))
             bar.update(task, advance=len(indices))
-            if asked.callback:
-                asked.callback(indices.stop)
-    images = torch.cat(made)
-    return list(map(to_pil, images)) if asked.output == "pil" else images
+            if options.callback:
+                options.callback(indices.stop)
+    images = torch.cat(batches)
+    return list(map(to_pil, images)) if options.output == "pil" else images
 
 
 def _part(indices: range) -> slice:
     return slice(indices.start, indices.stop)
+
+
+def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    """Spherical interpolation from noise a to noise b, (1, C, H, W) each, at fractions t (n,).
+
+    Gaussian noise lies near a sphere; linear interpolation would lose its variance.
+    """
+    cosine = (a * b).sum() / (a.norm() * b.norm())
+    angle = cosine.double().clamp(-1, 1).acos()
+    if angle < 1e-6:  # the same noise
+        return a.expand(len(t), -1, -1, -1)
+    t = t.double().view(-1, 1, 1, 1)
+    # Shoemake 1985, Section 3.3
+    return (((1 - t) * angle).sin() * a + (t * angle).sin() * b).div(angle.sin()).float()
+
+
+def fill_hidden(images: Tensor, mask: Tensor) -> Tensor:
+    """Replace the hidden pixels of images by the mean of the known pixels around them.
+
+    An encoder sees beyond the patch of a latent: neither a hidden pixel nor an artificial edge may
+    reach it. The mean is over the known pixels of a square of 2, 4, 8 … pixels, the smallest that
+    has any; grey if nothing is known. (After the pull-push of Gortler et al. 1996, which blends the
+    squares where this takes one.)
+
+    Args:
+        images: (B, 3, H, W) in [−1, 1].
+        mask: (B, 1, H, W), 1 where hidden, 0 where known.
+    """
+    known = 1 - mask
+    return _means(images * known, known)
+
+
+def _means(sums: Tensor, counts: Tensor) -> Tensor:
+    """Means (B, 3, H, W) from sums and counts (B, 1, H, W) over squares; where the count is 0, of
+    the smallest surrounding square that is not empty."""
+    mean = sums / counts.clamp_min(1)
+    if max(counts.shape[2:]) == 1 or (counts > 0).all():
+        return mean
+    larger = [F.avg_pool2d(part, 2, ceil_mode=True, divisor_override=1) for part in (sums, counts)]
+    wide = F.interpolate(_means(*larger), scale_factor=2, mode="nearest")
+    return torch.where(counts > 0, mean, wide[..., : counts.shape[2], : counts.shape[3]])
+
+
+def latent_mask(mask: Tensor, sides: Sequence[int]) -> Tensor:
+    """(B, 1, H, W) of pixels → (B, 1, h, w): 1 where any pixel of a latent's patch is 1.
+
+    Args:
+        sides: (h, w), which divide (H, W).
+    """
+    return F.adaptive_max_pool2d(mask, tuple(sides))

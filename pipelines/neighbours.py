@@ -28,7 +28,8 @@ from ldm.images import save_grid, to_float
 from ldm.logbook import console, progress_bar
 from ldm.run_folder import provenance
 from pipelines.sampling.model import LatentModel
-from pipelines.sampling.sample_folder import NEIGHBOURS, SampleFolder, newest_samples
+from pipelines.sampling.sample_folder import NEIGHBOURS, newest_samples
+from pipelines.sampling.source import SampleFolder
 
 Space = Literal["latents", "pixels"]
 Embed = Callable[[Tensor], Tensor]
@@ -178,7 +179,7 @@ def _load_model(folder: SampleFolder, path: Path | None, where: torch.device) ->
             )
         path = Path(named["path"])
     model = LatentModel.from_pretrained(path, where, "fp32")
-    if not model.is_named_by(named):
+    if not model.matches(named):
         raise LdmError(
             f"{path} is not the model that {folder.path} was sampled from: "
             "give --model, or --space pixels"

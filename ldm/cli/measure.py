@@ -171,7 +171,7 @@ def fid(
     from pipelines.fid import fid_of_samples
 
     sampling = {
-        "n": n, "seed": seed, "steps": steps, "guidance": guidance, "weaker": guide,
+        "n": n, "seed": seed, "steps": steps, "guidance": guidance, "guide": guide,
         "precision": precision,
     }  # fmt: skip
     result = fid_of_samples(

@@ -74,7 +74,7 @@ def sample(
         say(f"model: {model}")
     folder = sample_images(
         model, n, out, seed, labels=labels.split(",") if labels is not None else None,
-        weaker=guide, files=files, batch_size=batch_size, device=device, precision=precision,
+        guide=guide, files=files, batch_size=batch_size, device=device, precision=precision,
         steps=steps, sampler=sampler, schedule=schedule, guidance=guidance, **given,
     )  # fmt: skip
     say(

@@ -16,7 +16,7 @@ from ldm.data.dataset import PHOTOS
 from ldm.data.shards import read_manifest
 from ldm.data.transforms import NOT_RESIZED, CorruptImage
 from ldm.errors import LdmError
-from pipelines.sampling.sample_folder import is_lossy
+from pipelines.sampling.source import is_lossy
 
 LOOKED_AT = 16  # images whose size tells that of all
 

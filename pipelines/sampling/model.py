@@ -1,4 +1,4 @@
-"""A trained model that samples one batch: networks, codec, device, guidance."""
+"""A trained model that samples one batch, and a job: all images of one seed and its settings."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -12,36 +12,48 @@ import torch
 from torch import Tensor, nn
 
 from autoencoders import Autoencoder, AutoencoderConfig
+from diffusion import guidance
 from diffusion.build import build_denoiser, build_network
-from diffusion.guidance import guide
+from diffusion.discrete import DiscreteDenoiser
+from diffusion.edm import EDM
 from diffusion.samplers import Denoise
 from ldm.checkpoint import ModelFile, build_with, fingerprint, load_model
 from ldm.config import to_tree, validate
-from ldm.device import memory_format, resolve_device, resolve_precision
+from ldm.device import keep_freed_memory, memory_format, resolve_device, resolve_precision
+from ldm.distributed import join_processes
 from ldm.errors import LdmError, UsageError
 from ldm.seeds import normal
 from pipelines.codec import Codec
 from pipelines.recipes import DiffusionRecipe
-from pipelines.sampling.settings import Classes, Sampling, asked_levels, noise_levels, solve
+from pipelines.sampling.settings import (
+    Classes,
+    Label,
+    Sampling,
+    guided_levels,
+    integer,
+    noise_levels,
+    settings_slug,
+    solve,
+)
 
-PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+PRECISIONS: dict[Any, Any] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 class LatentModel:
-    """A denoiser of latents and the codec between them and images.
+    """A denoiser of latents and the codec that maps images to latents and back.
 
     Attributes:
         latent_shape: (n_z, h, w) of one image's latents.
         sha256: identity of the network's weights.
-        identity: SHA-256 over all that makes pictures: the weights and configs of network and
-            autoencoder, the denoiser, the latents' statistics and the resolution.
-        classes: those it is conditioned on, if any.
-        recipe: how it was trained; None where it was put together by hand.
+        identity: SHA-256 over everything that decides a picture: the weights and configs of the
+            network and the autoencoder, the denoiser, the latents' statistics and the resolution.
+        classes: the classes it is conditioned on, if any.
+        recipe: its training recipe; None for a model built by hand.
     """
 
     def __init__(
         self,
-        denoiser: nn.Module,
+        denoiser: EDM | DiscreteDenoiser,
         codec: Codec,
         latent_shape: tuple[int, int, int],
         sha256: str = "",
@@ -52,7 +64,7 @@ class LatentModel:
         self.denoiser, self.codec = denoiser.eval().requires_grad_(False), codec
         self.latent_shape, self.sha256 = latent_shape, sha256
         self.classes, self.recipe, self.identity = classes, recipe, identity
-        self.device, self.precision, self._asked = torch.device("cpu"), "fp32", "auto"
+        self.device, self.precision, self._requested = torch.device("cpu"), "fp32", "auto"
 
     @classmethod
     def from_pretrained(
@@ -61,16 +73,16 @@ class LatentModel:
         device: str | torch.device = "auto",
         precision: str | torch.dtype = "auto",
     ) -> Self:
-        """Load a `ckpt.pt`, its `.safetensors` twin, or a run folder; `to` says where and how.
+        """Load a `ckpt.pt`, its `.safetensors` twin, or a run folder; see `to` for the options.
 
         Raises:
-            LdmError: no such file, a stage-one file, damaged weights, or a device not there.
+            LdmError: no such file, a stage-one file, damaged weights, or a missing device.
         """
         file = load_model(path, "diffusion")
         try:
             recipe = validate(DiffusionRecipe, file.config)
         except UsageError as error:
-            raise LdmError(f"the config in {path} is not of this version: {error}") from error
+            raise LdmError(f"{path}: its config does not fit this version: {error}") from error
         autoencoder = _load_autoencoder(file, path)
         network = build_with(lambda: build_network(recipe.network), file.weights, path)
         denoiser = build_denoiser(network, recipe.denoiser)
@@ -78,9 +90,8 @@ class LatentModel:
         side = recipe.resolution // autoencoder.downsampling
         shape = (recipe.network.latent_channels, side, side)
         classes = Classes(recipe.network.classes, tuple(file.statistics.get("classes", ())))
-        sha256 = file.sha256
-        identity = _identify(sha256, recipe, file.provenance["autoencoder_sha256"], codec)
-        model = cls(denoiser, codec, shape, sha256, classes, recipe, identity)
+        identity = _identify(file.sha256, recipe, file.provenance["autoencoder_sha256"], codec)
+        model = cls(denoiser, codec, shape, file.sha256, classes, recipe, identity)
         return model.to(device, precision)
 
     def to(
@@ -88,29 +99,30 @@ class LatentModel:
         device: str | torch.device | torch.dtype | None = None,
         precision: str | torch.dtype | None = None,
     ) -> Self:
-        """Move to a device, and compute in a precision; what is left out stays as it was asked for.
+        """Move to a device and set the precision; an omitted argument keeps its current value.
 
         >>> pipe.to("cuda"); pipe.to("cuda:1", "bf16"); pipe.to(torch.bfloat16)
 
         Args:
             device: auto, cpu, cuda, cuda:1, or torch's.
             precision: fp32, bf16 (networks under autocast, their weights stay float32), auto (bf16
-                where the device has it), or torch's dtype.
+                where the device supports it), or torch's dtype.
 
         Raises:
-            LdmError: there is no such device.
-            UsageError: another precision.
+            LdmError: no such device.
+            UsageError: an unknown precision.
         """
         if isinstance(device, torch.dtype):
             device, precision = None, device
-        asked = self._asked if precision is None else PRECISIONS.get(precision, precision)
-        if asked not in ("auto", *PRECISIONS.values()):
-            raise UsageError(f"precision {asked}: it must be auto, fp32 or bf16")
+        requested = self._requested if precision is None else PRECISIONS.get(precision, precision)
+        if requested not in ("auto", *PRECISIONS.values()):
+            raise UsageError(f"precision {requested}: it must be auto, fp32 or bf16")
         if device is not None:
             self.device = resolve_device(str(device))
-        self._asked, self.precision = asked, resolve_precision(asked, self.device)
-        for module in (self.denoiser, self.codec):
-            module.to(self.device, memory_format=memory_format(self.device))
+        self._requested, self.precision = requested, resolve_precision(requested, self.device)
+        modules: tuple[nn.Module, ...] = (self.denoiser, self.codec)
+        for module in modules:
+            module.to(device=self.device).to(memory_format=memory_format(self.device))
         return self
 
     @torch.no_grad()
@@ -120,22 +132,22 @@ class LatentModel:
         seed: int,
         sampling: Sampling = Sampling(),
         labels: Sequence[int] | None = None,
-        weaker: "LatentModel | None" = None,
+        guide: "LatentModel | None" = None,
         *,
         noise: Tensor | None = None,
         skip: int = 0,
         from_z: Tensor | None = None,
-        hold: Callable[[Denoise], Denoise] = lambda denoise: denoise,
+        wrap: Callable[[Denoise], Denoise] = lambda denoise: denoise,
     ) -> Tensor:
-        """One batch: the images with these numbers under a seed, (len, 3, H, W) on the CPU.
+        """Sample one batch: images `indices` of a seed, (len, 3, H, W) in [−1, 1] on the CPU.
 
         Args:
-            labels: the class of each, −1 for none.
-            weaker: what `check_guidance` returned.
-            noise: to begin with, in place of the seed's.
-            skip: steps at the beginning that are left out.
-            from_z: latents to be noised to where sampling begins, in place of noise alone.
-            hold: what is done to the denoiser last.
+            labels: the class of each image, −1 for none.
+            guide: the guiding model, from `load_guide`.
+            noise: initial noise, in place of the seed's.
+            skip: steps to leave out at the beginning.
+            from_z: latents to start from, noised to the level of the first step that is run.
+            wrap: applied to the guided denoiser.
 
         Raises:
             LdmError: the images are not finite.
@@ -147,7 +159,7 @@ class LatentModel:
         sigmas = noise_levels(sampling, self.denoiser)
         noise = draw("sample") if noise is None else noise.to(self.device)
         start = None if from_z is None else from_z + sigmas[skip] * noise.double()
-        denoise = hold(self._guided(sampling, labels, weaker))
+        denoise = wrap(self._guided(sampling, labels, guide))
         with self._autocast():
             z = solve(
                 sampling, denoise, noise, sigmas, lambda step: draw(f"churn {step}"), skip, start,
@@ -156,83 +168,81 @@ class LatentModel:
             images = self.codec.decode(z).cpu()
         if not images.isfinite().all():
             raise LdmError(
-                f"images {indices[0]} to {indices[-1]} came out with numbers that are not finite: "
-                "lower guidance, take precision fp32, or another model"
+                f"images {indices[0]} to {indices[-1]} are not finite: lower the guidance, use "
+                "precision fp32, or another model"
             )
         return images
 
-    def is_named_by(self, named: Mapping[str, Any]) -> bool:
-        """Whether a `samples.json` speaks of this model; one of an older version says less."""
+    def matches(self, named: Mapping[str, Any]) -> bool:
+        """Compare with the model named in a `samples.json`; older files name less of it."""
         ours = {"sha256": self.sha256, "identity": self.identity}
         return all(named.get(key, value) == value for key, value in ours.items())
 
-    def check_guidance(
+    def load_guide(
         self,
         sampling: Sampling,
-        weaker: "LatentModel | str | Path | None",
+        guide: "LatentModel | str | Path | None",
         labels: Sequence[int] | None = None,
     ) -> "LatentModel | None":
-        """The model to be guided away from, loaded and on this one's device, if there is one.
+        """Load the guiding model, if there is one, and check that guidance is possible.
 
         Args:
-            labels: the classes that are asked for; None: drawn, or none where there are none.
+            labels: the requested classes; None: drawn, or a model without classes.
 
         Raises:
-            UsageError: guidance has nothing to guide by, or `weaker` does not speak of the same
-                latents or classes, or does not denoise all noise levels at which it is asked.
-            LdmError: `weaker` cannot be loaded.
+            UsageError: guidance has nothing to guide by; or the guide has other latents or
+                classes, or does not denoise every noise level at which guidance acts.
+            LdmError: the guide cannot be loaded.
         """
         if sampling.guidance is None:
-            if weaker is not None:
-                raise UsageError("a weaker model is for guidance: give guidance, its scale, too")
+            if guide is not None:
+                raise UsageError("a guide has no effect without guidance: set guidance, its scale")
             return None
-        if weaker is None:
+        if guide is None:
             self._check_classifier_free(labels)
             return None
-        if not isinstance(weaker, LatentModel):
-            weaker = LatentModel.from_pretrained(weaker, self.device, self.precision)
-        if other := self._differs(weaker):
-            raise UsageError(f"the weaker model has {other} than this one: guidance needs the same")
-        low, high = weaker.denoiser.sigma_min, weaker.denoiser.sigma_max
-        asked = asked_levels(sampling, self.denoiser)
-        if asked and not low <= asked[0] <= asked[1] <= high:
+        if not isinstance(guide, LatentModel):
+            guide = LatentModel.from_pretrained(guide, self.device, self.precision)
+        if other := self._difference(guide):
+            raise UsageError(f"the guide has {other} than this model: guidance needs the same")
+        low, high = guide.denoiser.sigma_min, guide.denoiser.sigma_max
+        levels = guided_levels(sampling, self.denoiser)
+        if levels and not low <= levels[0] <= levels[1] <= high:
             raise UsageError(
-                f"guidance asks the weaker model at σ from {asked[0]:g} to {asked[1]:g}, and it "
+                f"guidance evaluates the guide at σ from {levels[0]:g} to {levels[1]:g}, and it "
                 f"denoises {low:g} to {high:g}: narrow the interval, or sigma_min and sigma_max"
             )
-        return weaker.to(self.device)
+        return guide.to(self.device)
 
     def _check_classifier_free(self, labels: Sequence[int] | None) -> None:
-        """Refuse guidance from no label to a label where the model knows only one of them."""
         if not self.classes.count:
             raise UsageError(
-                "guidance of a model without classes needs a weaker model to be guided away "
-                "from: give weaker, or leave guidance out"
+                "a model without classes cannot guide itself: give a guide, or omit guidance"
             )
         if self.recipe and self.recipe.label_dropout == 0:
             raise UsageError(
-                "this model was trained with label_dropout=0 and knows no image without a label "
-                "to be guided away from: give weaker, or leave guidance out"
+                "this model was trained with label_dropout=0 and has no unconditional branch: "
+                "give a guide, or omit guidance"
             )
         if labels is not None and -1 in labels:
             raise UsageError(
-                "guidance leads away from images without a label, and label -1 asks for one: "
-                "give another label, or weaker, or leave guidance out"
+                "label -1 is the unconditional model, which guidance leads away from: give "
+                "another label or a guide, or omit guidance"
             )
 
-    def _differs(self, weaker: "LatentModel") -> str | None:
-        """What keeps two models' latents, or classes, from being the same."""
-        if weaker.latent_shape != self.latent_shape:
-            return f"latents of another shape, {weaker.latent_shape} against {self.latent_shape},"
-        if weaker.autoencoder_sha256 != self.autoencoder_sha256:
+    def _difference(self, guide: "LatentModel") -> str | None:
+        """The first property of the guide's latents or classes that differs from this model's."""
+        if guide.latent_shape != self.latent_shape:
+            return f"latents of another shape, {guide.latent_shape} against {self.latent_shape},"
+        if guide.autoencoder_sha256 != self.autoencoder_sha256:
             return "another autoencoder"
         # measured over other images of the same data they differ a little: 1 % does no harm
-        a, b = self.codec, weaker.codec
+        a, b = self.codec, guide.codec
         mean_differs = ((a.mean - b.mean.to(a.mean)).abs() > 0.01 * a.std).any()
         scale_differs = (a.std / b.std.to(a.std) * b.sigma_data / a.sigma_data - 1).abs() > 0.01
         if mean_differs or scale_differs.any():
             return "other statistics of the latents"
-        if weaker.classes.count and weaker.classes != self.classes:
+        if guide.classes.count and guide.classes != self.classes:
             return "other classes"
         return None
 
@@ -242,10 +252,7 @@ class LatentModel:
         return fingerprint(self.codec.autoencoder.state_dict())
 
     def _guided(
-        self,
-        sampling: Sampling,
-        labels: Sequence[int] | None,
-        weaker: "LatentModel | None",
+        self, sampling: Sampling, labels: Sequence[int] | None, guide: "LatentModel | None"
     ) -> Denoise:
         # on the CPU, where the network's check of them makes no GPU wait at every step
         chosen = None if labels is None else torch.tensor(labels)
@@ -254,16 +261,16 @@ class LatentModel:
             return self.denoiser(x, sigma, chosen)
 
         def weak(x: Tensor, sigma: Tensor) -> Tensor:
-            if weaker is None:
+            if guide is None:
                 return self.denoiser(x, sigma, None)
-            return weaker.denoiser(x, sigma, chosen if weaker.classes.count else None)
+            return guide.denoiser(x, sigma, chosen if guide.classes.count else None)
 
         if sampling.guidance is None:
             return strong
-        return guide(strong, weak, sampling.guidance, sampling.interval)
+        return guidance.guide(strong, weak, sampling.guidance, sampling.interval)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [−1, 1] → their posteriors' means as z, on the device."""
+        """Encode images (B, 3, H, W) in [−1, 1] as their posteriors' means z, on the device."""
         with self._autocast():
             return self.codec.encode(images.to(self.device))
 
@@ -273,22 +280,115 @@ class LatentModel:
         return torch.autocast(self.device.type, torch.bfloat16)
 
 
+class SamplingJob:
+    """Images 0, 1, 2, … of one model, one seed and one set of settings, in any batches.
+
+    `ldm sample` writes them to disk; `ldm fid --model` measures them without writing.
+
+    Args:
+        path: a stage-two `ckpt.pt` or run folder.
+        labels: classes, image i has the (i mod len)-th; None: drawn uniformly for each image.
+        guide: the guiding model of autoguidance, see `LatentDiffusionPipeline`.
+        device, precision: see `LatentModel.to`.
+        sampling: the fields of `Sampling`.
+
+    Attributes:
+        settings: everything that decides an image, in the form of `samples.json`.
+        resolution: side of the images, pixels.
+        ranks: the processes launched together; each loads the model.
+
+    Raises:
+        UsageError: a setting is invalid, has no effect, or does not fit the model.
+        LdmError: a model cannot be read.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        seed: int = 0,
+        *,
+        labels: Label | Sequence[Label] | None = None,
+        guide: Path | str | None = None,
+        device: str = "auto",
+        precision: str = "auto",
+        **sampling: Any,
+    ) -> None:
+        self.path, self.seed = Path(path), integer("--seed ", seed)
+        self.sampling = validate(Sampling, sampling)
+        self.ranks, where = join_processes(device)
+        keep_freed_memory(where)
+        self.model = LatentModel.from_pretrained(path, where, precision)
+        noise_levels(self.sampling, self.model.denoiser)
+        self._labels = None if labels is None else self.model.classes.read(labels)
+        self._guide = self.model.load_guide(self.sampling, guide, self._labels)
+        recipe = self.model.recipe
+        assert recipe is not None  # every file has one
+        self.resolution = recipe.resolution
+        self.settings: dict[str, Any] = {
+            "model": _named(path, self.model),
+            "seed": self.seed,
+            **to_tree(self.sampling),
+            "weaker": self._guide and _named(guide, self._guide),
+            "labels": self._labels and list(self._labels),
+            "precision": self.model.precision,
+            "resolution": self.resolution,
+            "data": to_tree(recipe.data),
+        }
+
+    def sample(self, indices: Sequence[int]) -> Tensor:
+        """Sample images (len, 3, H, W) in [−1, 1], on the CPU."""
+        labels = [self.label(i) for i in indices] if self.model.classes.count else None
+        return self.model.sample(indices, self.seed, self.sampling, labels, self._guide)
+
+    def label(self, i: int) -> int:
+        """The class of image i, −1 for none."""
+        if not self.model.classes.count:
+            return -1
+        if self._labels is None:
+            return self.model.classes.draw(self.seed, [i])[0]
+        return self._labels[i % len(self._labels)]
+
+    @property
+    def folder(self) -> Path:
+        """The folder that the model lies in."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    def slug(self, files: str = "png") -> str:
+        """A name for these samples beside others of the same model: `seed0-steps18-guidance2`."""
+        words = [f"seed{self.seed}", settings_slug(self.sampling)]
+        if self._guide:
+            words.append(f"weaker{self._guide.sha256[:8]}")
+        if self._labels is not None:
+            shown = [str(label) for label in self._labels[:8]]
+            words.append("class" + "_".join(shown + ["and_more"] * (len(self._labels) > 8)))
+        if files != "png":
+            words.append(files)
+        # ckpt-ema0.05.pt lies beside ckpt.pt
+        if not self.path.is_dir() and (name := self.path.stem.removeprefix("ckpt").strip("-")):
+            words.append(name)
+        return "-".join(words)
+
+
+def _named(path: Path | str | None, model: LatentModel) -> dict[str, str]:
+    return {"path": str(path), "sha256": model.sha256, "identity": model.identity}
+
+
 def _identify(sha256: str, recipe: DiffusionRecipe, autoencoder_sha256: str, codec: Codec) -> str:
-    made_by = {
+    parts = {
         "network": [sha256, to_tree(recipe.network)],
         "denoiser": to_tree(recipe.denoiser),
         "autoencoder": [autoencoder_sha256, to_tree(codec.autoencoder.config)],
         "statistics": codec.statistics(),
         "resolution": recipe.resolution,
     }
-    return new_sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
+    return new_sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _load_autoencoder(file: ModelFile, path: str | Path) -> Autoencoder:
     inner = file.autoencoder
     named = file.provenance.get("autoencoder_sha256")
     if inner is None or inner.sha256 != named:
-        state = "lacks" if inner is None else "carries another"
-        raise LdmError(f"{path} {state} autoencoder than the one it was trained on: it is altered")
+        state = "no autoencoder" if inner is None else "another autoencoder than it was trained on"
+        raise LdmError(f"{path} holds {state}: the file was altered, copy it again")
     config = validate(AutoencoderConfig, inner.config)
     return build_with(lambda: Autoencoder(config), inner.weights, path)

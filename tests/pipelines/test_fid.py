@@ -110,10 +110,9 @@ def test_a_mode_resizes_in_its_own_way(samples, reference, measure):
 def test_samples_in_other_forms(tmp_path, samples, reference, measure, files):
     packed = tmp_path / "packed"
     store = STORES[files](packed)
-    store.begin(range(10))
     for i, picture in enumerate(OURS):
         store.write(i, Image.fromarray(picture))
-    store.finish()
+    store.finish(picture.shape[0], "samples of a test", ())
     given = packed / {"zip": "samples.zip", "shards": "train-00000.tar"}[files]
     other = measure(given, reference)  # as anybody may have written it
     assert other["samples"]["made_with"] is None

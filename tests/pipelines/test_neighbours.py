@@ -14,7 +14,7 @@ from ldm.errors import LdmError, UsageError
 from ldm.images import to_float
 from pipelines.neighbours import find_neighbours
 from pipelines.sampling.model import LatentModel
-from pipelines.sampling.sample_folder import image_path
+from pipelines.sampling.sample_folder import image_name
 from tests.pipelines.untrained import SIZE, make_model
 
 TRAIN, HELD_OUT = 12, 3
@@ -53,7 +53,7 @@ def samples(tmp_path, model, data):
     made = np.stack([learnt[7], learnt[2][:, ::-1], pictures(1, seed=9)[0]]).astype(float)
     made[:2] += noise.normal(0, 2, made[:2].shape)
     folder = tmp_path / "samples"
-    save(folder, made.clip(0, 255).astype(np.uint8), lambda i: image_path(folder, i))
+    save(folder, made.clip(0, 255).astype(np.uint8), lambda i: folder / image_name(i))
     sha256 = LatentModel.from_pretrained(model, "cpu").sha256
     of = {"path": str(model), "sha256": sha256}
     mark = {"format": 1, "n": 3, "model": of, "data": data}
@@ -138,7 +138,7 @@ def test_windows_of_photographs(samples):
     corner = SIZE // 2 * 5, SIZE // 2 * 3
     exact = cat[corner[0] : corner[0] + SIZE, corner[1] : corner[1] + SIZE]
     flush = cat[-SIZE:, -SIZE:]
-    save(samples, [exact, flush], lambda i: image_path(samples, i))
+    save(samples, [exact, flush], lambda i: samples / image_name(i))
     result = find_neighbours(samples, "photos", count=2, space="pixels", device="cpu")
     near, last = (row["nearest"][0] for row in result["samples"])
     assert near["distance"] == last["distance"] == 0
@@ -156,7 +156,7 @@ def test_windows_of_other_data_and_a_corrupt_image(samples, data, tmp_path, capl
     folder = tmp_path / "large"
     save(folder, [large] * 101)
     (folder / "050.png").write_bytes(b"")
-    save(samples, [large[20:, SIZE // 2 : SIZE // 2 + SIZE]], lambda i: image_path(samples, i))
+    save(samples, [large[20:, SIZE // 2 : SIZE // 2 + SIZE]], lambda i: samples / image_name(i))
     config = {"source": str(folder), "crop": "random", "held_out": 0, "workers": 0}
     mark = json.loads((samples / "samples.json").read_text())
     (samples / "samples.json").write_text(json.dumps(mark | {"data": config}))

@@ -1,4 +1,4 @@
-"""Sampling to disk: what is made, what is made again, and what is refused."""
+"""Sampling to disk: images, resuming, classes, refused settings."""
 
 import json
 import os
@@ -16,7 +16,8 @@ from PIL import Image
 from ldm.checkpoint import load_model, save_model
 from ldm.errors import LdmError, UsageError
 from pipelines.sample import sample_images
-from pipelines.sampling.sample_folder import SampleFolder, image_path
+from pipelines.sampling.sample_folder import image_name
+from pipelines.sampling.source import SampleFolder
 from tests.pipelines.untrained import CLASSES, make_model, pipeline
 from tests.small import ROOT, ldm
 
@@ -40,7 +41,7 @@ def pixels(path):
     return np.array(Image.open(path))
 
 
-def test_pngs_a_manifest_and_a_grid(model, tmp_path):
+def test_writes_pngs_a_manifest_and_a_grid(model, tmp_path):
     out = draw(model, None)
     assert out == model / "samples" / "seed0-steps2"
     images = sorted(out.rglob("img*.png"))
@@ -53,23 +54,23 @@ def test_pngs_a_manifest_and_a_grid(model, tmp_path):
     assert not [p for p in out.rglob("*") if "partial" in p.name]
 
 
-def test_a_thousand_images_a_folder(tmp_path):
-    assert image_path(tmp_path, 49_999) == tmp_path / "00049" / "img00049999.png"
+def test_thousand_images_per_folder():
+    assert image_name(49_999) == "00049/img00049999.png"
 
 
-def test_they_are_the_pipelines_images(conditional, tmp_path):
+def test_images_equal_the_pipelines(conditional, tmp_path):
     pipe = pipeline(0, CLASSES)
     how = {"guidance": 2, "churn": {"S_churn": 4}, "sampler": "euler", "interval": (0.1, 9)}
     out = draw(conditional, tmp_path / "out", seed=3, batch_size=6, **how)
     pictures = pipe(6, 3, steps=2, output="pil", **how)
     for i, picture in enumerate(pictures):
-        assert np.array_equal(pixels(image_path(out, i)), np.array(picture))
+        assert np.array_equal(pixels(out / image_name(i)), np.array(picture))
 
 
-def test_only_what_is_missing_is_made(model, tmp_path):
+def test_only_missing_images_are_sampled(model, tmp_path):
     out = draw(model, tmp_path / "out")
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in out.rglob("img*.png")}
-    lost = image_path(out, 3)
+    lost = out / image_name(3)
     lost_pixels = pixels(lost).astype(int)
     lost.unlink()
     draw(model, out, n=8)
@@ -80,19 +81,18 @@ def test_only_what_is_missing_is_made(model, tmp_path):
     assert json.loads((out / "samples.json").read_text())["n"] == 8
 
 
-def test_the_batch_size_does_not_matter(model, tmp_path):
+def test_batch_size_does_not_matter(model, tmp_path):
     how = {"steps": 3, "churn": 10, "n": 7}
     one = draw(model, tmp_path / "one", batch_size=1, **how)
     for size in (3, 7):
         other = draw(model, tmp_path / f"by-{size}", batch_size=size, **how)
         for i in range(7):
-            apart = pixels(image_path(one, i)).astype(int) - pixels(image_path(other, i))
+            apart = pixels(one / image_name(i)).astype(int) - pixels(other / image_name(i))
             assert abs(apart).max() <= 1
 
 
 @pytest.mark.slow
-def test_killed_and_finished(model, tmp_path):
-    """However far it had come, the same images are there in the end; and they equal the PNGs."""
+def test_killed_and_resumed_gives_the_same_images(model, tmp_path):
     out, how = tmp_path / "out", {"n": 24, "steps": 40, "batch_size": 1}
     words = ["sample", model, "--n", 24, "--steps", 40, "--batch-size", 1, "--precision", "fp32"]
     running = ldm(*words, "--format", "shards", "--out", out, cwd=tmp_path, start=True)
@@ -121,8 +121,8 @@ from pathlib import Path
 from accelerate import PartialState
 from ldm.errors import LdmError
 from pipelines import sample
-from pipelines.sampling import store as sample_store
-from pipelines.sampling.sample_folder import PngStore, ShardStore
+from pipelines.sampling import sample_folder
+from pipelines.sampling.sample_folder import PngStore
 
 rank, how = PartialState(cpu=True).process_index, dict(batch_size=2, device="cpu")
 how |= dict(steps=3, churn=10, precision="fp32", n=9, model=sys.argv[1])
@@ -132,10 +132,9 @@ def watched(store, i, picture):
         print(i, file=file)
     write(store, i, picture)
 PngStore.write = watched
-sample_store.THOUSAND = 4  # so that each process has a shard to pack, and does so at the end
-ShardStore.tidy = PngStore.tidy
+sample_folder.THOUSAND = 4
 sample.sample_images(out="two", files="shards", **how)
-try:  # of the main process alone, were it not told to the other
+try:
     sample.sample_images(out="two", seed=1, files="shards", **how)
 except LdmError as error:
     Path(f"refused-{rank}").write_text(str(error))
@@ -144,7 +143,7 @@ PartialState().destroy_process_group()
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_work_and_are_refused_together(model, tmp_path):
+def test_two_processes_share_the_work_and_fail_together(model, tmp_path):
     (tmp_path / "job.py").write_text(TWO_PROCESSES)
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -156,7 +155,7 @@ def test_two_processes_share_the_work_and_are_refused_together(model, tmp_path):
     assert [sorted(map(int, mine)) for mine in wrote] == [[0, 1, 4, 5, 8], [2, 3, 6, 7]]
     for rank in range(2):
         told = (tmp_path / f"refused-{rank}").read_text()
-        assert told == "two holds samples made with another seed: give --out another folder"
+        assert told == "two holds samples with other settings (seed): give --out another folder"
     one = SampleFolder(draw(model, tmp_path / "one", n=9, steps=3, churn=10, batch_size=2))
     two = SampleFolder(tmp_path / "two")
     assert len(two) == 9 and not list(two.path.glob("[0-9]*"))
@@ -165,21 +164,21 @@ def test_two_processes_share_the_work_and_are_refused_together(model, tmp_path):
     assert pixels(two.path / "grid.png").shape == pixels(one.path / "grid.png").shape
 
 
-def test_the_grid_never_shrinks(model, tmp_path):
+def test_grid_never_shrinks(model, tmp_path):
     out = draw(model, tmp_path / "out", n=5)
     five = (out / "grid.png").read_bytes()
     draw(model, out, n=2)
     assert (out / "grid.png").read_bytes() == five
     draw(model, out, n=7)
     assert pixels(out / "grid.png").shape[0] > 2 * 34
-    # of a larger job that was stopped there is what there is
-    image_path(out, 3).unlink()
+    # a larger job that was stopped: as far as there is no gap
+    (out / image_name(3)).unlink()
     draw(model, out, n=2)
     assert pixels(out / "grid.png").shape == (34 + 32, 34 + 32, 3)
 
 
 @pytest.mark.parametrize("files", ["zip", "shards"])
-def test_other_forms_hold_the_same(model, tmp_path, files):
+def test_other_forms_hold_the_same_images(model, tmp_path, files):
     pngs = SampleFolder(draw(model, tmp_path / "png", n=7))
     draw(model, tmp_path / "out", n=5, files=files)
     out = draw(model, tmp_path / "out", n=7, files=files)
@@ -187,12 +186,12 @@ def test_other_forms_hold_the_same(model, tmp_path, files):
     assert len(folder) == 7
     for i in range(7):
         assert abs(folder.load(i).astype(int) - pngs.load(i)).max() <= 1
-    with pytest.raises(LdmError, match="another files"):
+    with pytest.raises(LdmError, match=r"other settings \(files\)"):
         draw(model, out)
 
 
 # ----------------------------------------------------------------------------------- classes
-def test_classes_are_drawn_given_or_taken_in_turn(conditional, tmp_path):
+def test_classes_are_drawn_or_cycled(conditional, tmp_path):
     pipe = pipeline(0, CLASSES)
     out = draw(conditional, tmp_path / "drawn", n=4)
     draw(conditional, out, n=6)
@@ -205,15 +204,15 @@ def test_classes_are_drawn_given_or_taken_in_turn(conditional, tmp_path):
     assert json.loads((turns / "labels.json").read_text())["labels"] == [1, 0, 1, 0, 1]
     given = draw(conditional, tmp_path / "given", n=3, labels=[1])
     apart = [
-        abs(pixels(image_path(turns, i)).astype(int) - pixels(image_path(given, i))).max()
+        abs(pixels(turns / image_name(i)).astype(int) - pixels(given / image_name(i))).max()
         for i in range(3)
     ]
     assert apart[0] <= 1 and apart[2] <= 1 and apart[1] > 3
-    with pytest.raises(LdmError, match="another labels"):
+    with pytest.raises(LdmError, match=r"other settings \(labels\)"):
         draw(conditional, given)
 
 
-def test_labels_of_any_kind(conditional, tmp_path):
+def test_labels_of_any_type(conditional, tmp_path):
     out = draw(conditional, tmp_path / "out", n=2, labels=np.array([1, 0]))
     assert json.loads((out / "samples.json").read_text())["labels"] == [1, 0]
     draw(conditional, out, n=2, labels=["dog", " cat"])
@@ -221,7 +220,7 @@ def test_labels_of_any_kind(conditional, tmp_path):
     assert json.loads((one / "labels.json").read_text())["labels"] == [1]
 
 
-def test_classes_a_model_has_not(model, conditional, tmp_path):
+def test_unknown_classes_are_refused(model, conditional, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(UsageError, match="this model has no classes"):
         draw(model, out, labels=["cat"])
@@ -230,50 +229,49 @@ def test_classes_a_model_has_not(model, conditional, tmp_path):
     for which in (model, conditional):
         with pytest.raises(UsageError, match="labels are empty"):
             draw(which, out, labels=[])
-    with pytest.raises(UsageError, match="label -1 asks for one"):
+    with pytest.raises(UsageError, match="label -1 is the unconditional model"):
         draw(conditional, out, labels=[0, -1], guidance=2)
     assert not out.exists()
 
 
-# ------------------------------------------------------------------------- what cannot be made
+# --------------------------------------------------------------------------------- refusals
 @pytest.mark.parametrize("bad", [{"n": 0}, {"n": -3}, {"steps": 0}, {"batch_size": 0}])
-def test_counts_below_one(model, tmp_path, bad):
+def test_counts_below_one_are_refused(model, tmp_path, bad):
     with pytest.raises(UsageError, match=r"must be at least 1|should be greater than 0"):
         draw(model, tmp_path / "out", **bad)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("bad", "told"),
+    ("bad", "message"),
     [
         ({"sigma_max": 99}, "sigma_max=99: this model denoises"),
         ({"batch_size": 2.5}, "--batch-size 2.5: it must be a whole number"),
         ({"seed": 1.0}, "--seed 1.0: it must be a whole number"),
         ({"files": "jpg"}, "--format jpg: it must be one of png, shards, zip"),
         ({"steps": 10**20}, "'steps': input should be less than or equal to 100000"),
-        ({"interval": (0.2, 3)}, "the interval is where guidance acts"),
-        ({"guidance": 2}, "needs a weaker model"),
-        ({"churn": 2, "sampler": "dpmpp-2m"}, "knows no churn"),
+        ({"interval": (0.2, 3)}, "interval has no effect without guidance"),
+        ({"guidance": 2}, "cannot guide itself"),
+        ({"churn": 2, "sampler": "dpmpp-2m"}, "does not support churn"),
         ({"step": 3}, "unknown key 'step'; did you mean 'steps'"),
     ],
 )
-def test_settings_that_cannot_be_leave_no_folder(model, tmp_path, bad, told):
-    with pytest.raises(UsageError, match=told):
+def test_invalid_settings_leave_no_folder(model, tmp_path, bad, message):
+    with pytest.raises(UsageError, match=message):
         draw(model, tmp_path / "out", **bad)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_write_that_fails_is_told(model, tmp_path, monkeypatch):
-    """A disk that is full while pictures are written by other threads."""
+def test_failed_write_is_an_error(model, tmp_path, monkeypatch):
     out = draw(model, tmp_path / "out", n=1)
     (out / "00000" / "img00000002.png").mkdir()
     with pytest.raises(LdmError, match="could not write"):
         draw(model, out, n=4)
 
 
-def test_paths_as_words(model, tmp_path):
+def test_paths_may_be_strings(model, tmp_path):
     out = draw(str(model), str(tmp_path / "out"), n=1)
-    assert image_path(out, 0).is_file() and draw(model, out, n=1) == out
+    assert (out / image_name(0)).is_file() and draw(model, out, n=1) == out
 
 
 def test_images_that_are_not_finite_are_not_written(model, tmp_path):
@@ -281,6 +279,6 @@ def test_images_that_are_not_finite_are_not_written(model, tmp_path):
     weights = {name: tensor * torch.nan for name, tensor in whole.weights.items()}
     (tmp_path / "nan").mkdir()
     save_model(tmp_path / "nan" / "ckpt.pt", replace(whole, weights=weights))
-    with pytest.raises(LdmError, match="images 0 to 3 came out with numbers that are not finite"):
+    with pytest.raises(LdmError, match="images 0 to 3 are not finite"):
         draw(tmp_path / "nan", tmp_path / "out")
     assert not list((tmp_path / "out").rglob("*.png"))

@@ -56,16 +56,16 @@ def test_a_sample_depends_on_seed_and_number_alone(stage_two):
     assert (together[0] - pipe(n=1, seed=4, steps=3)[0]).abs().max() > 0.01
 
 
-def test_an_altered_autoencoder_is_noticed(stage_two, tmp_path):
+def test_altered_autoencoder_is_refused(stage_two, tmp_path):
     model = load_model(stage_two, "diffusion")
     name = next(iter(model.autoencoder.weights))
     model.autoencoder.weights[name] += 1
     save_model(tmp_path / "ckpt.pt", model)
-    with pytest.raises(LdmError, match="carries another autoencoder"):
+    with pytest.raises(LdmError, match="holds another autoencoder"):
         LatentDiffusionPipeline.from_pretrained(tmp_path / "ckpt.pt")
     alone = ModelFile(**{**vars(model), "autoencoder": None})
     save_model(tmp_path / "ckpt.pt", alone)
-    with pytest.raises(LdmError, match="lacks"):
+    with pytest.raises(LdmError, match="holds no autoencoder"):
         LatentDiffusionPipeline.from_pretrained(tmp_path / "ckpt.pt")
 
 

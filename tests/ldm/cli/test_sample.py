@@ -15,10 +15,10 @@ def model(tmp_path_factory):
 
 
 def test_words_become_settings(model, tmp_path, capsys):
-    weaker = make_model(tmp_path / "weaker", 1, ("cat", "dog"))
+    guide = make_model(tmp_path / "guide", 1, ("cat", "dog"))
     sample(
         model, n=2, steps=2, sampler="euler", schedule="cosine", guidance=1.5, interval="0.2,inf",
-        guide=weaker, labels="dog, 0", churn="4,0.1,50,1.01", files="zip", out=tmp_path / "out",
+        guide=guide, labels="dog, 0", churn="4,0.1,50,1.01", files="zip", out=tmp_path / "out",
         device="cpu", precision="fp32",
     )  # fmt: skip
     told = json.loads((tmp_path / "out" / "samples.json").read_text())
@@ -28,7 +28,7 @@ def test_words_become_settings(model, tmp_path, capsys):
         "churn": {"S_churn": 4, "S_min": 0.1, "S_max": 50, "S_noise": 1.01},
     }  # fmt: skip
     assert {key: told[key] for key in expected} == expected
-    assert told["weaker"]["path"] == str(weaker)
+    assert told["weaker"]["path"] == str(guide)
     said = capsys.readouterr().out
     assert f"done: 2 images in {tmp_path / 'out'}" in said
     assert f"next: ldm fid {tmp_path / 'out'}" in said
@@ -46,8 +46,8 @@ def test_churn_alone_is_its_amount(model, tmp_path):
     [
         ({"interval": "3"}, "--interval 3: expected 2 number(s) separated by commas"),
         ({"interval": "low,high"}, "--interval low,high: expected 2"),
-        ({"interval": "3,2"}, "the interval begins at 3"),
-        ({"interval": "0.2,3"}, "the interval is where guidance acts: give guidance"),
+        ({"interval": "3,2"}, "interval (3, 2): the second number"),
+        ({"interval": "0.2,3"}, "interval has no effect without guidance"),
         ({"churn": "1,2"}, "--churn 1,2: expected 1 or 4 number(s)"),
         ({"churn": "-1"}, "'churn.S_churn': input should be greater than or equal to 0"),
         ({"labels": "cow"}, "label 'cow': classes are 0 to 1 (cat, dog)"),

@@ -9,7 +9,7 @@ from cleanfid.resize import build_resizer
 from PIL import Image
 from scipy import linalg, ndimage
 
-from pipelines.sampling.sample_folder import image_path
+from pipelines.sampling.sample_folder import image_name
 from tests.ldm.metrics.fake_inception import Layers
 
 SIZE = 24
@@ -39,7 +39,7 @@ def write_folder(folder: Path, images: np.ndarray) -> Path:
 def write_samples(folder: Path, images: np.ndarray, data: Path | None) -> Path:
     """As `ldm sample` writes them, and what it says of them."""
     for i, picture in enumerate(images):
-        path = image_path(folder, i)
+        path = folder / image_name(i)
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture).save(path)
     Image.fromarray(pictures(1, seed=9)[0]).save(folder / "grid.png")

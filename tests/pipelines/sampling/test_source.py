@@ -1,4 +1,4 @@
-"""Folders of samples: which images count, and which folders are refused."""
+"""Samples as a data source: the images that count, and the folders that are refused."""
 
 import io
 import json
@@ -13,7 +13,8 @@ from PIL import Image
 
 from ldm.data.prepare import prepare
 from ldm.errors import LdmError
-from pipelines.sampling.sample_folder import STORES, SampleFolder, image_path, newest_samples
+from pipelines.sampling.sample_folder import STORES, image_name, newest_samples
+from pipelines.sampling.source import SampleFolder
 from tests.pipelines.measuring.fid_sides import write_folder
 
 
@@ -25,10 +26,10 @@ def write(path, size=16, level=0):
 
 @pytest.fixture
 def sampled(tmp_path):
-    """What `ldm sample --n 3` leaves: three images in two folders, a mark, and a sheet."""
+    """Output of `ldm sample --n 3`: three images in two folders, a manifest, and a sheet."""
     folder = tmp_path / "samples [1]"
     for i in (0, 999, 1000):
-        write(image_path(folder, i), level=i % 256)
+        write(folder / image_name(i), level=i % 256)
     write(folder / "grid.png", size=40)
     (folder / "samples.json").write_text(json.dumps({"n": 3, "seed": 7}))
     return folder
@@ -41,7 +42,7 @@ def refused(path, limit=None) -> str:
     return str(error.value)
 
 
-def test_numbered_images_count_and_the_sheet_does_not(sampled):
+def test_only_numbered_images_count(sampled):
     folder = SampleFolder(sampled)
     assert len(folder) == 3
     assert folder.resolution == 16
@@ -50,7 +51,7 @@ def test_numbered_images_count_and_the_sheet_does_not(sampled):
     assert folder.name(2) == f"{sampled}/00001/img00001000.png"
 
 
-def test_any_folder_of_pngs(tmp_path):
+def test_any_folder_of_pngs_without_our_sheets(tmp_path):
     for name in ("b.png", "deep/er/a.PNG", "grid.png", "neighbours.png"):
         write(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no image")
@@ -62,16 +63,14 @@ def test_any_folder_of_pngs(tmp_path):
     assert folder.made_with is None
 
 
-def test_limit_takes_the_first(sampled):
+def test_limit_keeps_the_first_images(sampled):
     assert len(SampleFolder(sampled, limit=2)) == 2
     assert len(SampleFolder(sampled, limit=99)) == 3
 
 
-def test_the_newest(tmp_path, monkeypatch):
+def test_newest_samples_are_found(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        LdmError, match="no samples under runs/: give their folder, or `ldm sample`"
-    ):
+    with pytest.raises(LdmError, match="no samples under runs/: give their folder, or run"):
         newest_samples()
     for age, name in enumerate(["c", "a", "b"]):
         mark = tmp_path / "runs" / name / "samples" / "seed0" / "samples.json"
@@ -82,21 +81,21 @@ def test_the_newest(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------- errors
-def test_no_folder(tmp_path):
+def test_missing_folder_is_refused(tmp_path):
     assert refused(tmp_path / "x") == (
         f"no folder of samples at {tmp_path / 'x'}: make one with `ldm sample`"
     )
 
 
-def test_fewer_than_two(tmp_path, sampled):
+def test_fewer_than_two_images_are_refused(tmp_path, sampled):
     write(tmp_path / "one" / "a.png")
-    assert "gives 1 PNG image(s) to measure" in refused(tmp_path / "one")
-    assert "gives 1 PNG image(s) to measure" in refused(sampled, limit=1)
+    for text in (refused(tmp_path / "one"), refused(sampled, limit=1)):
+        assert "holds 1 PNG image(s), at least 2 are needed" in text
 
 
-def test_sampling_that_was_not_finished(sampled):
+def test_unfinished_sampling_is_refused(sampled):
     (sampled / "samples.json").write_text(json.dumps({"n": 50}))
-    assert "holds 3 of its 50 samples: run the `ldm sample` that began it again" in refused(sampled)
+    assert "holds 3 of its 50 samples: run the same `ldm sample` again" in refused(sampled)
     assert len(SampleFolder(sampled, limit=3)) == 3
     assert "holds 3 of its 50 samples" in refused(sampled, limit=4)
 
@@ -105,12 +104,12 @@ def test_sampling_that_was_not_finished(sampled):
     "text",
     ["{", "[1, 2]", '{"n": null}', '{"n": "3"}', '{"model": "x"}', '{"data": 1}', '{"files": 2}'],
 )
-def test_a_damaged_mark(sampled, text):
+def test_damaged_manifest_is_refused(sampled, text):
     (sampled / "samples.json").write_text(text)
     assert "samples.json is damaged: delete it" in refused(sampled)
 
 
-def test_compressed_images(tmp_path):
+def test_compressed_images_are_refused(tmp_path):
     for name in ("a.png", "b.png", "deep/c.JPEG"):
         write(tmp_path / name)
     text = refused(tmp_path)
@@ -118,26 +117,26 @@ def test_compressed_images(tmp_path):
     assert text.endswith("write samples as PNG")
 
 
-def test_several_folders_of_samples(sampled):
+def test_nested_sample_folders_are_refused(sampled):
     text = refused(sampled.parent)
     assert text.endswith(f"holds folders of samples, give one of them: {sampled}")
 
 
-def test_images_that_are_not_square(tmp_path):
+def test_images_that_are_not_square_are_refused(tmp_path):
     for name in ("a.png", "b.png"):
         write(tmp_path / name, size=(20, 10))
     assert refused(tmp_path) == f"{tmp_path}/a.png is 20×10: samples must be square"
 
 
-def test_images_of_several_sizes(tmp_path):
+def test_images_of_several_sizes_are_refused(tmp_path):
     write(tmp_path / "a.png", size=16)
     write(tmp_path / "b.png", size=24)
     folder = SampleFolder(tmp_path)
-    with pytest.raises(LdmError, match=r"b.png is 24×24 and .*a.png 16×16: samples of several"):
+    with pytest.raises(LdmError, match=r"b.png is 24×24 but .*a.png is 16×16: samples must all"):
         folder.load(1)
 
 
-def test_a_damaged_image(tmp_path):
+def test_damaged_image_is_named(tmp_path):
     write(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:50])
     folder = SampleFolder(tmp_path)
@@ -151,16 +150,15 @@ def test_a_damaged_image(tmp_path):
 def packed(request, tmp_path):
     """Three samples in another form, and a sheet beside them."""
     store = STORES[request.param](tmp_path)
-    store.begin(range(3))
     for i in range(3):
         store.write(i, Image.fromarray(np.random.default_rng(i).integers(0, 256, (9, 9, 3), "u1")))
-    store.finish()
+    store.finish(9, "samples of a test", ())
     write(tmp_path / "grid.png", size=40)
     (tmp_path / "samples.json").write_text(json.dumps({"n": 3, "files": request.param}))
     return tmp_path
 
 
-def test_samples_in_a_zip_or_in_shards(packed):
+def test_packed_samples_are_read(packed):
     folder = SampleFolder(packed)
     assert len(folder) == 3 and folder.resolution == 9
     assert len(SampleFolder(packed, limit=2)) == 2
@@ -171,16 +169,16 @@ def test_samples_in_a_zip_or_in_shards(packed):
     assert np.array_equal(copy.load(1), folder.load(1))
 
 
-def test_packed_samples_that_are_not_finished(packed):
-    mark = json.loads((packed / "samples.json").read_text())
-    (packed / "samples.json").write_text(json.dumps(mark | {"n": 4}))
+def test_unfinished_packed_samples_are_refused(packed):
+    manifest = json.loads((packed / "samples.json").read_text())
+    (packed / "samples.json").write_text(json.dumps(manifest | {"n": 4}))
     assert "holds 3 of its 4 samples" in refused(packed)
     for path in (*packed.glob("*.zip"), *packed.glob("*.tar")):
         path.unlink()
     assert "holds 0 of its 4 samples" in refused(packed)
 
 
-def test_packed_samples_that_are_damaged(packed):
+def test_damaged_packed_samples_are_refused(packed):
     path = next(iter([*packed.glob("*.zip"), *packed.glob("*.tar")]))
     data = bytearray(path.read_bytes())
     where = data.index(b"\x89PNG")
@@ -192,16 +190,16 @@ def test_packed_samples_that_are_damaged(packed):
     assert "is truncated" in refused(packed)
 
 
-def test_one_image_is_enough_to_be_looked_at(sampled):
+def test_least_lowers_the_required_count(sampled):
     assert len(SampleFolder(sampled, limit=1, least=1)) == 1
     for path in sampled.glob("*/*.png"):
         path.unlink()
     (sampled / "samples.json").write_text("{}")
-    with pytest.raises(LdmError, match="gives 0 PNG image"):
+    with pytest.raises(LdmError, match="holds 0 PNG image"):
         SampleFolder(sampled, least=1)
 
 
-# ------------------------------------------------------------------------- those of others
+# ------------------------------------------------------------------- archives of other tools
 LEVELS = [np.random.default_rng(i).integers(0, 256, (9, 9, 3), "u1") for i in range(4)]
 
 
@@ -215,7 +213,7 @@ def zip_of(path, names=("b.png", "deep/a.png", "c.png")):
     return path
 
 
-def test_a_zip_of_others(tmp_path):
+def test_zip_of_another_tool_is_read(tmp_path):
     folder = SampleFolder(zip_of(tmp_path / "x.zip"), archives=True)
     assert len(folder) == 3 and folder.made_with is None and folder.resolution == 9
     order = [0, 2, 1]  # of their names
@@ -224,7 +222,7 @@ def test_a_zip_of_others(tmp_path):
     assert folder.name(2) == f"{tmp_path}/x.zip/deep/a.png"
 
 
-def test_shards_of_others(tmp_path):
+def test_shards_of_another_tool_are_read(tmp_path):
     write_folder(tmp_path / "images", np.stack(LEVELS))
     prepare(tmp_path / "images", tmp_path / "shards", 9, held_out=1, shard_size=2, workers=0)
     folder = SampleFolder(tmp_path / "shards")
@@ -236,7 +234,7 @@ def test_shards_of_others(tmp_path):
     assert len(one) == 2 and one.result_path.name == "train-00000.tar.fid.json"
 
 
-def test_the_zip_of_a_folder_is_that_folder(tmp_path):
+def test_samples_zip_stands_for_its_folder(tmp_path):
     file = zip_of(tmp_path / "samples.zip")
     assert SampleFolder(file, archives=True).path == file
     (tmp_path / "samples.json").write_text(json.dumps({"n": 3, "files": "zip"}))
@@ -244,19 +242,19 @@ def test_the_zip_of_a_folder_is_that_folder(tmp_path):
     assert folder.path == tmp_path and folder.made_with["n"] == 3
 
 
-def test_archives_only_where_they_are_asked_for(tmp_path):
+def test_archives_need_to_be_allowed(tmp_path):
     for name in ("x.zip", "gone.zip", "gone.tar"):
         zip_of(tmp_path / "x.zip")
         with pytest.raises(LdmError, match="no folder of samples at"):
             SampleFolder(tmp_path / name, archives=name.startswith("gone"))
 
 
-def test_archives_with_compressed_images(tmp_path):
+def test_archives_with_compressed_images_are_refused(tmp_path):
     with pytest.raises(LdmError, match=r"x.zip holds compressed images \(b.jpg\)"):
         SampleFolder(zip_of(tmp_path / "x.zip", ["a.png", "b.jpg"]), archives=True)
 
 
-def test_archives_that_are_damaged_or_empty(tmp_path):
+def test_damaged_or_empty_archives_are_refused(tmp_path):
     (tmp_path / "x.zip").write_bytes(zip_of(tmp_path / "y.zip").read_bytes()[:200])
     (tmp_path / "x.tar").write_bytes(b"no tar at all" * 100)
     zip_of(tmp_path / "empty.zip", [])
@@ -264,11 +262,11 @@ def test_archives_that_are_damaged_or_empty(tmp_path):
                        ("empty.zip", "holds no images")):  # fmt: skip
         with pytest.raises(LdmError, match=told):
             SampleFolder(tmp_path / name, archives=True)
-    with pytest.raises(LdmError, match=r"gives 1 PNG image"):
+    with pytest.raises(LdmError, match=r"holds 1 PNG image"):
         SampleFolder(zip_of(tmp_path / "one.zip", ["a.png"]), archives=True)
 
 
-def test_batches_are_all_images_once(sampled):
+def test_batches_hold_every_image_once(sampled):
     folder = SampleFolder(sampled)
     shares = [list(folder.batches(2, rank, 2)) for rank in (0, 1)]
     ks = [k for share in shares for batch in share for k in batch.k.tolist()]

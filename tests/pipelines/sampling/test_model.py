@@ -1,4 +1,4 @@
-"""Guidance of whole models: by no label, and by a weaker model."""
+"""A latent model: classifier-free guidance and autoguidance."""
 
 import pytest
 import torch
@@ -52,36 +52,36 @@ def test_classifier_free_guidance(conditional):
 
 def test_autoguidance(pipe, other):
     z = guided(pipe.denoiser, other.denoiser, 2.0)
-    made = pipe(2, guidance=2, weaker=other, **FEW)
+    made = pipe(2, guidance=2, guide=other, **FEW)
     torch.testing.assert_close(made, pipe.codec.decode(z), atol=1e-5, rtol=0)
 
 
-def test_autoguidance_by_a_path_and_by_a_model_without_classes(conditional, tmp_path):
+def test_autoguidance_by_a_path_without_classes(conditional, tmp_path):
     plain = make_model(tmp_path, 1)
     labels = torch.tensor([1, 1])
     z = guided(lambda x, sigma: conditional.denoiser(x, sigma, labels), load(plain).denoiser, 2.0)
-    made = conditional(2, labels=1, guidance=2, weaker=plain, **FEW)
+    made = conditional(2, labels=1, guidance=2, guide=plain, **FEW)
     torch.testing.assert_close(made, conditional.codec.decode(z), atol=1e-5, rtol=0)
 
 
-def test_a_weaker_model_is_told_the_class(conditional):
-    weaker, labels = pipeline(1, CLASSES), torch.tensor([2, 2])
+def test_guide_gets_the_class(conditional):
+    guide, labels = pipeline(1, CLASSES), torch.tensor([2, 2])
     z = guided(
         lambda x, sigma: conditional.denoiser(x, sigma, labels),
-        lambda x, sigma: weaker.denoiser(x, sigma, labels),
+        lambda x, sigma: guide.denoiser(x, sigma, labels),
         2.0,
     )
-    made = conditional(2, labels="emu", guidance=2, weaker=weaker, **FEW)
+    made = conditional(2, labels="emu", guidance=2, guide=guide, **FEW)
     torch.testing.assert_close(made, conditional.codec.decode(z), atol=1e-5, rtol=0)
-    # which is not what it says of no class
-    z = guided(lambda x, sigma: conditional.denoiser(x, sigma, labels), weaker.denoiser, 2.0)
+    # unlike without a class
+    z = guided(lambda x, sigma: conditional.denoiser(x, sigma, labels), guide.denoiser, 2.0)
     assert (made - conditional.codec.decode(z)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(
-    ("how", "told"),
+    ("how", "message"),
     [
-        ({"autoencoder_seed": 1}, "the weaker model has another autoencoder than this one"),
+        ({"autoencoder_seed": 1}, "the guide has another autoencoder than this model"),
         ({"std": 4.1}, "other statistics of the latents"),
         ({"mean": 0.2}, "other statistics of the latents"),
         ({"sigma_data": 1.0}, "other statistics of the latents"),
@@ -89,41 +89,41 @@ def test_a_weaker_model_is_told_the_class(conditional):
         ({"classes": ("cow",)}, "other classes"),
     ],
 )
-def test_a_weaker_model_of_other_latents(pipe, tmp_path, how, told):
-    weaker = make_model(tmp_path, 1, **how)
-    assert told in said(lambda: pipe(1, guidance=2, weaker=weaker))
+def test_guide_of_other_latents_is_refused(pipe, tmp_path, how, message):
+    guide = make_model(tmp_path, 1, **how)
+    assert message in said(lambda: pipe(1, guidance=2, guide=guide))
 
 
-def test_statistics_measured_anew_will_do(pipe, tmp_path):
-    weaker = make_model(tmp_path / "anew", 1, std=4.02, mean=0.01)
-    assert pipe(1, guidance=2, weaker=weaker, **FEW).isfinite().all()
+def test_guide_may_have_slightly_other_statistics(pipe, tmp_path):
+    guide = make_model(tmp_path / "anew", 1, std=4.02, mean=0.01)
+    assert pipe(1, guidance=2, guide=guide, **FEW).isfinite().all()
     # given twice the standard deviation, of latents that vary twice as much: the same z
     scaled = make_model(tmp_path / "scaled", 1, std=8.0, sigma_data=1.0)
-    assert pipe(1, guidance=2, weaker=scaled, **FEW).isfinite().all()
+    assert pipe(1, guidance=2, guide=scaled, **FEW).isfinite().all()
 
 
 # ----------------------------------------------------------- guidance that would do nothing
-def test_no_label_is_not_guided_away_from_itself(conditional):
+def test_unconditional_label_cannot_be_guided(conditional):
     for labels in (-1, [1, -1]):
         told = said(lambda labels=labels: conditional(2, labels=labels, guidance=2))
-        assert "label -1 asks for one: give another label, or weaker" in told
-    assert len(conditional(1, labels=-1, guidance=2, weaker=pipeline(1), **FEW)) == 1
+        assert "label -1 is the unconditional model" in told and "a guide" in told
+    assert len(conditional(1, labels=-1, guidance=2, guide=pipeline(1), **FEW)) == 1
 
 
-def test_a_model_that_never_saw_an_image_without_its_label(tmp_path):
+def test_model_without_label_dropout_cannot_guide_itself(tmp_path):
     knows = load(make_model(tmp_path, 0, CLASSES, settings=("label_dropout=0",)))
     assert "trained with label_dropout=0" in said(lambda: knows(1, labels=1, guidance=2))
-    assert len(knows(1, labels=1, guidance=2, weaker=pipeline(1), **FEW)) == 1
+    assert len(knows(1, labels=1, guidance=2, guide=pipeline(1), **FEW)) == 1
     assert len(knows(1, labels=1, **FEW)) == 1
 
 
-def test_a_weaker_model_is_asked_only_what_it_knows(pipe, tmp_path):
+def test_guide_must_denoise_the_guided_levels(pipe, tmp_path):
     levels = "denoiser={type: discrete, beta_start: 0.00085, beta_end: 0.012}"
-    weaker = load(make_model(tmp_path, 1, settings=(levels,)))
-    low, high = weaker.denoiser.sigma_min, weaker.denoiser.sigma_max
-    told = said(lambda: pipe(1, guidance=2, weaker=weaker))
+    guide = load(make_model(tmp_path, 1, settings=(levels,)))
+    low, high = guide.denoiser.sigma_min, guide.denoiser.sigma_max
+    told = said(lambda: pipe(1, guidance=2, guide=guide))
     assert f"σ from 0.002 to 80, and it denoises {low:g} to {high:g}: narrow the interval" in told
-    how = {"guidance": 2, "weaker": weaker, **FEW}
+    how = {"guidance": 2, "guide": guide, **FEW}
     assert "σ from 0.002 to" in said(lambda: pipe(1, interval=(0, 9), **how))
     assert len(pipe(1, interval=(low, 5.0), **how)) == 1
     assert len(pipe(1, sigma_min=low, sigma_max=high, **how)) == 1

@@ -1,0 +1,452 @@
+"""A folder of samples: its manifest, its lock, and its images in three forms."""
+
+import json
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm.data import DataConfig, open_source
+from ldm.errors import LdmError
+from ldm.run_folder import lock
+from pipelines.sample import sample_images
+from pipelines.sampling import sample_folder
+from pipelines.sampling.sample_folder import STORES, PngStore, image_name
+from pipelines.sampling.source import SampleFolder
+from tests.pipelines.untrained import CLASSES, make_model
+
+ABOUT = (4, "samples of a test", CLASSES)
+
+
+@pytest.fixture(autouse=True)
+def four_a_thousand(monkeypatch):
+    monkeypatch.setattr(sample_folder, "THOUSAND", 4)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("model"), 0)
+
+
+@pytest.fixture(scope="module")
+def conditional(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("classes"), 0, CLASSES)
+
+
+def draw(model, out, n=2, **settings):
+    settings = {"steps": 1, "batch_size": 4, "precision": "fp32", "device": "cpu"} | settings
+    return sample_images(model, n, out, **settings)
+
+
+def change(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+# ---------------------------------------------------------------------------- another setting
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"seed": 1}, "seed"),
+        ({"steps": 3}, "steps"),
+        ({"sampler": "euler"}, "sampler"),
+        ({"churn": 3}, "churn"),
+        ({"schedule": "cosine", "sigma_max": 9}, "schedule, sigma_max"),
+        ({"sigma_min": 0.1}, "sigma_min"),
+        ({"precision": "bf16"}, "precision"),
+        ({"files": "zip"}, "files"),
+    ],
+)
+def test_other_settings_are_refused(model, tmp_path, changed, named):
+    draw(model, tmp_path / "out", n=1)
+    with pytest.raises(LdmError, match=rf"with other settings \({named}\): give --out"):
+        draw(model, tmp_path / "out", **changed)
+
+
+def test_other_guidance_is_refused(conditional, tmp_path):
+    out = draw(conditional, tmp_path / "out", n=1, guidance=2)
+    with pytest.raises(LdmError, match=r"settings \(guidance\)"):
+        draw(conditional, out, guidance=3)
+    with pytest.raises(LdmError, match=r"settings \(interval\)"):
+        draw(conditional, out, guidance=2, interval=(0.1, 9))
+    with pytest.raises(LdmError, match=r"settings \(labels\)"):
+        draw(conditional, out, guidance=2, labels="dog")
+
+
+def test_manifest_of_an_older_version_means_the_defaults(model, tmp_path):
+    out = draw(model, tmp_path / "out", n=1)
+    manifest = json.loads((out / "samples.json").read_text())
+    for key in ("schedule", "sigma_min", "churn", "guidance", "interval", "weaker", "files"):
+        del manifest[key]
+    del manifest["model"]["identity"]
+    (out / "samples.json").write_text(json.dumps(manifest))
+    draw(model, out, n=2)
+    with pytest.raises(LdmError, match=r"settings \(schedule\)"):
+        draw(model, out, schedule="linear")
+
+
+def test_default_folder_names_the_non_default_settings(model, conditional, tmp_path):
+    def name(which, **settings):
+        return draw(which, None, n=1, **settings).name
+
+    assert name(model, sampler="euler", files="zip") == "seed0-steps1-euler-zip"
+    assert name(conditional, labels=["dog", "2"], guidance=2) == "seed0-steps1-guidance2-class1_2"
+    assert name(conditional / "ckpt.pt", seed=4) == "seed4-steps1"
+    twin = conditional / "ckpt-ema0.05.pt"
+    twin.write_bytes((conditional / "ckpt.pt").read_bytes())
+    assert name(twin) == "seed0-steps1-ema0.05"
+
+
+# ------------------------------------------------------------------------------ another model
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"seed": 1}, "model"),
+        ({"autoencoder_seed": 5}, "model"),
+        ({"std": 1.0}, "model"),
+        ({"mean": 0.3}, "model"),
+        ({"sigma_data": 1.0}, "model"),
+        ({"settings": ("denoiser.sigma_data=0.6",)}, "model"),
+        ({"settings": ("denoiser={type: discrete}",)}, "model"),
+        ({"settings": ("network.head_width=4",)}, "model"),
+        ({"settings": ("resolution=64",)}, "resolution, model"),
+    ],
+)
+def test_another_model_is_refused(model, tmp_path, other, named):
+    """Equal weights generate other images if built, scaled or decoded differently."""
+    out = draw(model, tmp_path / "out", n=1)
+    other = make_model(tmp_path / "other", **({"seed": 0} | other))
+    with pytest.raises(LdmError, match=rf"with other settings \({named}\): give --out another"):
+        draw(other, out)
+
+
+@pytest.mark.parametrize(
+    "other", [{"seed": 2}, {"seed": 1, "settings": ("denoiser.sigma_data=0.6",)}]
+)
+def test_another_guide_is_refused(model, tmp_path, other):
+    guide = make_model(tmp_path / "guide", 1)
+    out = draw(model, tmp_path / "out", guidance=2, guide=guide)
+    named = json.loads((out / "samples.json").read_text())["weaker"]
+    assert named["path"] == str(guide) and len(named["sha256"]) == len(named["identity"]) == 64
+    with pytest.raises(LdmError, match=r"settings \(guide\)"):
+        draw(model, out, guidance=2, guide=make_model(tmp_path / "third", **other))
+
+
+def test_moved_model_resumes(model, tmp_path):
+    out = draw(model, tmp_path / "out", n=1)
+    moved = make_model(tmp_path / "moved", 0)
+    assert len(list(draw(moved / "ckpt.safetensors", out, n=2).rglob("img*.png"))) == 2
+
+
+# ------------------------------------------------------------------------------ two at a time
+def test_second_job_in_a_locked_folder_is_refused(model, tmp_path):
+    out = draw(model, tmp_path / "out", n=1)
+    with lock(out), pytest.raises(LdmError, match="another process is at work in"):
+        draw(model, out, n=2)
+
+
+def test_lock_is_held_until_the_set_is_finished(model, tmp_path, monkeypatch):
+    out, refused = tmp_path / "out", []
+
+    def watched(done):
+        def after(store, *how):
+            with pytest.raises(LdmError, match="another process is at work in"), lock(out):
+                pass
+            refused.append(done.__name__)
+            return done(store, *how)
+
+        return after
+
+    for name in ("write", "finish"):
+        monkeypatch.setattr(PngStore, name, watched(getattr(PngStore, name)))
+    draw(model, out, n=1)
+    assert refused == ["write", "finish"]
+    with lock(out):
+        pass
+
+
+def test_half_written_files_of_a_kill_are_removed(model, tmp_path):
+    out = draw(model, tmp_path / "out", n=1)
+    left = [out / ".samples.json.1.partial", out / "00000" / ".img00000001.png.1.partial"]
+    for path in left:
+        path.touch()
+    draw(model, out, n=1)
+    assert not any(path.exists() for path in left)
+
+
+# --------------------------------------------------------------------------- refused folders
+def test_folder_of_other_files_is_refused(model, tmp_path):
+    (tmp_path / "photo.jpg").touch()
+    with pytest.raises(LdmError, match=r"holds no samples\.json"):
+        draw(model, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
+    (tmp_path / "samples.json").write_text("{")
+    with pytest.raises(LdmError, match="damaged"):
+        draw(model, tmp_path)
+
+
+def test_folder_that_cannot_be_written_is_refused(model, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        with pytest.raises(
+            LdmError, match=r"could not write to .*: give --out another folder"
+        ) as e:
+            draw(model, out)
+        assert "\n" not in str(e.value)
+    assert (tmp_path / "file").read_text() == "x"
+
+    out = draw(model, tmp_path / "out", n=1)
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pipelines.sampling.sample_folder.lock", refuse)
+    with pytest.raises(LdmError, match=r"write to .*out \(Permission denied\): give --out another"):
+        draw(model, out, n=2)
+
+
+# --------------------------------------------------------------------------- damaged manifests
+@pytest.mark.parametrize("damage", [{"n": None}, {"model": "x"}, {"weaker": 3}, {"data": []}])
+def test_damaged_manifest_is_refused(model, tmp_path, damage):
+    out = draw(model, tmp_path / "out", n=1)
+    change(out / "samples.json", **damage)
+    with pytest.raises(LdmError, match=r"samples\.json is damaged: give --out another folder"):
+        draw(model, out, n=2)
+
+
+def test_empty_manifest_matches_no_settings(model, tmp_path):
+    (tmp_path / "samples.json").write_text("{}")
+    with pytest.raises(LdmError, match=r"settings \(steps, seed, precision"):
+        draw(model, tmp_path)
+
+
+def test_damaged_labels_are_rewritten(conditional, tmp_path):
+    out = draw(conditional, tmp_path / "out", n=4)
+    labels = (out / "labels.json").read_text()
+    (out / "labels.json").write_text("{")
+    draw(conditional, out, n=3)
+    assert (out / "labels.json").read_text() == labels
+
+
+# --------------------------------------------------------------------------------- the images
+def picture(i: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(i).integers(0, 256, (4, 4, 3), np.uint8))
+
+
+def label(i: int) -> int:
+    return i % 3
+
+
+def store_of(out, files):
+    out.mkdir(parents=True, exist_ok=True)
+    return STORES[files](out, label)
+
+
+def make(out, files, n, stop_after=None, world=1):
+    """Write images 0 … n−1 from several processes, in batches of three, or stop before the end."""
+    stores = [store_of(out, files) for _ in range(world)]
+    missing = stores[0].missing(n)
+    if missing:
+        stores[0].begin()
+    for turn, first in enumerate(range(0, len(missing), 3)):
+        for i in missing[first : first + 3]:
+            if stop_after is not None and i >= stop_after:
+                return
+            stores[turn % world].write(i, picture(i))
+        stores[0].tidy()
+    stores[0].finish(*ABOUT)
+
+
+def read(out, files, n) -> list[np.ndarray]:
+    (out / "samples.json").write_text(json.dumps({"files": files, "n": n}))
+    folder = SampleFolder(out)
+    assert len(folder) == n
+    return [folder.load(i) for i in range(n)]
+
+
+def content(out) -> dict[str, bytes]:
+    return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("files", STORES)
+def test_images_survive_a_round_trip(tmp_path, files):
+    make(tmp_path, files, 10)
+    assert not store_of(tmp_path, files).missing(10)
+    for i, image in enumerate(read(tmp_path, files, 10)):
+        assert np.array_equal(image, np.asarray(picture(i)))
+    names = {
+        "png": {f"{i // 4:05d}/img{i:08d}.png" for i in range(10)},
+        "zip": {"samples.zip"},
+        "shards": {"manifest.json"}
+        | {f"train-{k:05d}.{end}" for k in range(3) for end in ("tar", "tar.json")},
+    }
+    assert content(tmp_path).keys() == names[files] | {"samples.json"}
+    assert [p for p in tmp_path.iterdir() if p.is_dir()] == [
+        tmp_path / f"{k:05d}" for k in range(3) if files == "png"
+    ] or files == "png"
+
+
+@pytest.mark.parametrize("files", STORES)
+@pytest.mark.parametrize("world", [2, 3])
+def test_more_processes_write_the_same_bytes(tmp_path, files, world):
+    make(tmp_path / "one", files, 21)
+    make(tmp_path / "more", files, 21, world=world)
+    assert content(tmp_path / "one") == content(tmp_path / "more")
+
+
+@pytest.mark.parametrize("files", STORES)
+@pytest.mark.parametrize("stop_after", [0, 1, 4, 7, 9])
+def test_stopped_and_resumed_gives_the_same_bytes(tmp_path, files, stop_after):
+    make(tmp_path / "whole", files, 10)
+    make(tmp_path / "stopped", files, 10, stop_after)
+    assert store_of(tmp_path / "stopped", files).missing(10)
+    make(tmp_path / "stopped", files, 10)
+    assert content(tmp_path / "whole") == content(tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("files", STORES)
+def test_growing_a_folder_gives_the_same_bytes(tmp_path, files):
+    make(tmp_path / "whole", files, 11)
+    for n in (1, 6, 3, 11):
+        make(tmp_path / "grown", files, n)
+    assert content(tmp_path / "whole") == content(tmp_path / "grown")
+
+
+@pytest.mark.parametrize("files", ["zip", "shards"])
+@pytest.mark.parametrize("name", ["rmtree", "replace", "write_json"])
+def test_kill_while_packing_loses_nothing(tmp_path, monkeypatch, files, name):
+    """Killed before a folder is removed, an archive renamed, or its note written."""
+    make(tmp_path / "whole", files, 10)
+    make(tmp_path / "killed", files, 6)
+
+    class Kill(BaseException):
+        pass
+
+    def kill(*_args, **_kwargs):
+        raise Kill
+
+    with monkeypatch.context() as patch, pytest.raises(Kill):
+        if name == "replace":
+            original = sample_folder.write_atomically
+
+            def before_rename(path, write):
+                if path.suffix == ".png":
+                    return original(path, write)
+                return original(path, lambda file: (write(file), kill()))
+
+            patch.setattr(sample_folder, "write_atomically", before_rename)
+        else:
+            patch.setattr(sample_folder.shutil if name == "rmtree" else sample_folder, name, kill)
+        make(tmp_path / "killed", files, 10)
+        if files == "zip":  # which has no note
+            kill()
+    assert not list((tmp_path / "killed").rglob("*.partial"))
+    make(tmp_path / "killed", files, 10)
+    assert content(tmp_path / "whole") == content(tmp_path / "killed")
+
+
+def test_shards_are_a_labelled_data_set(tmp_path):
+    make(tmp_path, "shards", 10)
+    source = open_source(DataConfig(source=str(tmp_path), labels=True), "train", 4)
+    assert source.classes == CLASSES and len(source) == 10
+    assert [source.label(i) for i in range(10)] == [label(i) for i in range(10)]
+    assert np.array_equal(source.load(9), np.asarray(picture(9)))
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["size"] == 4 and manifest["source"] == "samples of a test"
+    sizes = [shard["bytes"] for shard in manifest["splits"]["train"]["shards"]]
+    assert sizes == [(tmp_path / f"train-{k:05d}.tar").stat().st_size for k in range(3)]
+
+
+def test_incomplete_shards_are_refused(tmp_path):
+    make(tmp_path, "shards", 6)
+    make(tmp_path, "shards", 10, stop_after=8)
+    with pytest.raises(LdmError, match="is not complete"):
+        open_source(DataConfig(source=str(tmp_path)), "train", 4)
+    (tmp_path / "samples.json").write_text('{"n": 10, "files": "shards"}')
+    with pytest.raises(LdmError, match="holds 6 of its 10 samples: run the same `ldm sample`"):
+        SampleFolder(tmp_path)
+
+
+def test_zip_has_the_layout_of_edm(tmp_path):
+    make(tmp_path, "zip", 6)
+    with zipfile.ZipFile(tmp_path / "samples.zip") as archive:
+        infos = archive.infolist()
+        assert {info.compress_type for info in infos} == {zipfile.ZIP_STORED}
+        labels = json.loads(archive.read("dataset.json"))["labels"]
+    assert labels == [[f"{i // 4:05d}/img{i:08d}.png", label(i)] for i in range(6)]
+    source = open_source(DataConfig(source=str(tmp_path / "samples.zip")), "all", 4)
+    assert np.array_equal(source.load(5), np.asarray(picture(5)))
+
+
+def test_unlabelled_images_have_no_label_on_disk(tmp_path):
+    """A zip omits all labels, since EDM reads −1 as the last class; a shard omits those labels."""
+    for files in ("zip", "shards"):
+        store = STORES[files](tmp_path / files, lambda i: i - 1)
+        for i in range(2):
+            store.write(i, picture(i))
+        store.finish(*ABOUT)
+    with zipfile.ZipFile(tmp_path / "zip" / "samples.zip") as archive:
+        assert archive.namelist() == ["00000/img00000000.png", "00000/img00000001.png"]
+    data = DataConfig(source=str(tmp_path / "shards"))
+    assert len(open_source(data, "train", 4)) == 2
+    with pytest.raises(LdmError, match="has no class"):
+        open_source(data.model_copy(update={"labels": True}), "train", 4)
+
+
+def test_no_classes_are_written_without_classes(tmp_path):
+    for files in ("zip", "shards"):
+        store = STORES[files](tmp_path / files)
+        store.write(0, picture(0))
+        store.finish(4, "a test", ())
+    with zipfile.ZipFile(tmp_path / "zip" / "samples.zip") as archive:
+        assert archive.namelist() == ["00000/img00000000.png"]
+    assert "classes" not in json.loads((tmp_path / "shards" / "manifest.json").read_text())
+
+
+def test_damaged_zip_is_refused(tmp_path):
+    make(tmp_path, "zip", 3)
+    path = tmp_path / "samples.zip"
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(LdmError, match=r"samples.zip is damaged: delete it and sample again"):
+        store_of(tmp_path, "zip").missing(3)
+
+
+def test_damaged_shard_is_refused(tmp_path):
+    make(tmp_path, "shards", 6)
+    path = tmp_path / "train-00001.tar"
+    path.write_bytes(path.read_bytes()[:600])
+    with pytest.raises(LdmError, match=r"train-00001.tar is damaged: delete it and sample again"):
+        store_of(tmp_path, "shards").missing(6)
+    path.unlink()
+    make(tmp_path, "shards", 6)
+    assert not store_of(tmp_path, "shards").missing(6)
+
+
+@pytest.mark.parametrize(
+    "damage", ["lost", "{", "[]", '{"name": "train-00000.tar"}', "of another", "older"]
+)
+def test_lost_or_damaged_sidecar_is_rewritten(tmp_path, damage):
+    make(tmp_path, "shards", 6)
+    whole, path = content(tmp_path), tmp_path / "train-00000.tar.json"
+    if damage == "lost":
+        path.unlink()
+    elif damage == "of another":
+        path.write_bytes((tmp_path / "train-00001.tar.json").read_bytes())
+    elif damage == "older":
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"bytes": 1024, "count": 1}))
+    else:
+        path.write_text(damage)
+    make(tmp_path, "shards", 6)
+    assert content(tmp_path) == whole
+
+
+def test_folder_is_packed_once_complete(tmp_path):
+    store = store_of(tmp_path, "shards")
+    for i in (0, 1, 2, 4, 5, 6, 7):
+        store.write(i, picture(i))
+    store.tidy()
+    assert [tar.name for tar in tmp_path.glob("*.tar")] == ["train-00001.tar"]
+    store.write(3, picture(3))
+    store.tidy()
+    assert len(list(tmp_path.glob("*.tar"))) == 2
+    assert not (tmp_path / image_name(0)).parent.exists()
