@@ -5,8 +5,8 @@ from autoencoders.autoencoder import (
     AutoencoderConfig,
     AutoencoderOutput,
     build_autoencoder,
+    load_autoencoder,
 )
-from autoencoders.loading import load_autoencoder
 from autoencoders.posterior import DiagonalGaussian
 from autoencoders.tiling import decode_tiled, encode_tiled, reconstruct_tiled
 

@@ -10,13 +10,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoencoders.dwt.encoder import DWTEncoder, DWTEncoderConfig
+from autoencoders.hub import HubMixin
 from autoencoders.layers import fuse
 from autoencoders.litevae.encoder import LiteVAEEncoder, LiteVAEEncoderConfig
+from autoencoders.loading import AutoencoderFile, read_autoencoder
 from autoencoders.posterior import DiagonalGaussian
 from autoencoders.sdvae.decoder import SDVAEDecoder, SDVAEDecoderConfig
 from autoencoders.sdvae.encoder import SDVAEEncoder, SDVAEEncoderConfig
+from ldm.checkpoint import build_with
 from ldm.config import Config, load_preset, merge, to_tree, validate
-from ldm.errors import LdmError
+from ldm.errors import LdmError, UsageError
 
 ENCODERS = {"litevae": LiteVAEEncoder, "sdvae": SDVAEEncoder, "dwt": DWTEncoder}
 EncoderConfig = Annotated[
@@ -82,7 +85,7 @@ class AutoencoderOutput(NamedTuple):
     """What was decoded (B, n_z, H/f, W/f), float32."""
 
 
-class Autoencoder(nn.Module):
+class Autoencoder(HubMixin):
     """Images (B, 3, H, W) in [−1, 1] ↔ latents (B, n_z, H/f, W/f).
 
     Attributes:
@@ -169,23 +172,9 @@ class Autoencoder(nn.Module):
         return fuse(self)
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, **where: Any) -> "Autoencoder":
-        """A trained one from this machine or the Hugging Face Hub: `autoencoders.hub`."""
-        from autoencoders.hub import from_pretrained  # it builds on this module
-
-        return from_pretrained(name_or_path, **where)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors and a model card, as the Hub has them."""
-        from autoencoders.hub import save_pretrained
-
-        save_pretrained(self, folder)
-
-    def push_to_hub(self, repo_id: str, private: bool = False, token: str | None = None) -> str:
-        """Save to a repository of the Hub (`owner/name`), made if it is not there; its address."""
-        from autoencoders.hub import push_to_hub
-
-        return push_to_hub(self, repo_id, private, token)
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Autoencoder":
+        """See `load_autoencoder`."""
+        return assemble(read_autoencoder(path), path).to(device).eval()
 
 
 def build_autoencoder(preset_or_config: str | AutoencoderConfig, **overrides: Any) -> Autoencoder:
@@ -205,6 +194,33 @@ def build_autoencoder(preset_or_config: str | AutoencoderConfig, **overrides: An
     else:
         tree = to_tree(preset_or_config)
     return Autoencoder(validate(AutoencoderConfig, merge(tree, overrides)))
+
+
+def load_autoencoder(path: str | Path, device: str | torch.device = "cpu") -> Autoencoder:
+    """Load a trained autoencoder, in eval mode.
+
+    Args:
+        path: our `.pt` or `.safetensors`, a run folder, a folder of `save_pretrained`, a diffusers
+            `AutoencoderKL` folder, or a CompVis checkpoint (`.ckpt`, `.pt` or `.safetensors`) of a
+            KL autoencoder or of a latent diffusion model that has one.
+
+    Raises:
+        LdmError: it cannot be read, or its tensors are not those its config describes.
+    """
+    return Autoencoder.load(path, device)
+
+
+def assemble(file: AutoencoderFile, path: str | Path) -> Autoencoder:
+    """Build the autoencoder that was read from a path.
+
+    Raises:
+        LdmError: its config is not of this version, or its tensors are not those it describes.
+    """
+    try:
+        config = validate(AutoencoderConfig, file.tree)
+    except UsageError as error:
+        raise LdmError(f"the config in {path} is not one of this version: {error}") from error
+    return build_with(lambda: Autoencoder(config), file.weights, path)
 
 
 def _to_file_keys(module: nn.Module, tensors: dict[str, Any], prefix: str, *_: Any) -> None:

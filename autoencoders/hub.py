@@ -1,50 +1,173 @@
-"""Autoencoders from the Hugging Face Hub, and onto it."""
+"""Autoencoders as folders of the Hugging Face Hub's conventions, from the Hub and onto it.
+
+config.json         library, kind and version, the config, and the usage settings of an import
+model.safetensors   the weights, by our names
+README.md           the model card
+"""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, Self
 
 import torch
+from torch import Tensor, nn
 
-from autoencoders.autoencoder import Autoencoder
-from autoencoders.hub_folder import WEIGHTS_FILE, save_pretrained
-from autoencoders.loading import load_autoencoder
+from autoencoders.sdvae.formats import pick_said
+from ldm.checkpoint import Damaged, shown
+from ldm.config import to_tree
 from ldm.errors import LdmError, UsageError
+from ldm.files import to_json, write_together
+from ldm.run_folder import installed_version
 
-# owner/name, as the Hub allows it; what ends like a file is meant as one
+LIBRARY, MODEL_TYPE, FORMAT = "ldm", "autoencoder", 1
+WEIGHTS_FILE = "model.safetensors"
+# owner/name, as the Hub allows it, unless it ends like a file
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+(?<!\.pt)(?<!\.ckpt)(?<!\.bin)(?<!\.safetensors)")
 LOG_IN = "log in with `hf auth login`"
-# what is fetched: a repository often holds the same weights several times
+# a repository often holds the same weights several times: fetch one copy
 FILES = ("config.json", WEIGHTS_FILE, "diffusion_pytorch_model*.safetensors")
 
+CARD = """---
+library_name: {library}
+tags: [autoencoder, latent-diffusion, {encoder}]
+---
 
-def from_pretrained(
-    name_or_path: str | Path,
-    revision: str | None = None,
-    subfolder: str | None = None,
-    device: str | torch.device = "cpu",
-) -> Autoencoder:
-    """A trained autoencoder in eval mode, from this machine or the Hub.
+# An image autoencoder ({encoder})
 
-    Args:
-        name_or_path: what `load_autoencoder` takes, or a repository (`owner/name`) of ours or of a
-            diffusers `AutoencoderKL`.
-        revision: branch, tag or commit of the repository.
-        subfolder: where in it the model is, such as `vae`.
+Images (3, H, W) in [−1, 1] ↔ latents ({n_z}, H/{f}, W/{f}); {parameters:,} parameters.
 
-    Raises:
-        LdmError: it is neither here nor to be fetched, or cannot be read.
-    """
-    return load_autoencoder(find_pretrained(name_or_path, revision, subfolder), device)
+```python
+from autoencoders import Autoencoder
+
+ae = Autoencoder.from_pretrained("this repository")
+latents = ae.encode(images).mode()
+recon = ae.decode(latents)
+```
+"""
+
+
+class HubMixin(nn.Module):
+    """The Hub's three methods, for an autoencoder that has a `config` and a `load`."""
+
+    config: Any
+    downsampling: int
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> Self:
+        """Load a trained model from a file or a folder on this machine."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        device: str | torch.device = "cpu",
+    ) -> Self:
+        """Load a trained autoencoder, in eval mode, from this machine or the Hub.
+
+        Args:
+            name_or_path: a path for `load_autoencoder`, or a repository (`owner/name`) of ours or
+                of a diffusers `AutoencoderKL`.
+            revision: branch, tag or commit of the repository.
+            subfolder: folder of the model inside it, such as `vae`.
+
+        Raises:
+            LdmError: it is neither here nor on the Hub, or cannot be read.
+        """
+        return cls.load(find_pretrained(name_or_path, revision, subfolder), device)
+
+    def save_pretrained(
+        self, folder: str | Path, imported: Mapping[str, Any] | None = None
+    ) -> list[Path]:
+        """Write config.json, model.safetensors and, unless there is one, a model card.
+
+        Args:
+            imported: the config that the model came with from another toolkit; its usage settings
+                are kept.
+
+        Returns:
+            The files written.
+
+        Raises:
+            LdmError: the folder cannot be written.
+        """
+        from safetensors.torch import save
+
+        folder = Path(folder)
+        described = {
+            "library_name": LIBRARY,
+            "model_type": MODEL_TYPE,
+            "format": FORMAT,
+            "version": installed_version(LIBRARY),
+            "config": to_tree(self.config),
+        }
+        if settings := pick_said(imported):
+            described["imported"] = settings
+        weights = {name: tensor.contiguous().cpu() for name, tensor in self.state_dict().items()}
+        payload = save(weights, metadata={"format": "pt"})
+        card = CARD.format(
+            library=LIBRARY, encoder=self.config.encoder.type, n_z=self.config.latent_channels,
+            f=self.downsampling, parameters=sum(p.numel() for p in self.parameters()),
+        )  # fmt: skip
+        contents = {
+            "README.md": card.encode(),
+            WEIGHTS_FILE: payload,
+            "config.json": to_json(described),
+        }
+        if (folder / "README.md").exists():  # keep a card that somebody wrote
+            del contents["README.md"]
+        write_together(
+            {
+                folder / name: lambda file, content=content: file.write(content)
+                for name, content in contents.items()
+            }
+        )
+        return [folder / name for name in reversed(contents)]
+
+    def push_to_hub(self, repo_id: str, private: bool = False, token: str | None = None) -> str:
+        """Save to a repository of the Hub, created if needed, and return its address.
+
+        A model card that is there stays.
+
+        Args:
+            repo_id: `owner/name`.
+            private: create it as a private repository.
+            token: of an account that may write there; None: that of `hf auth login`.
+
+        Raises:
+            LdmError: the Hub could not be reached, or refused.
+        """
+        import huggingface_hub as hub
+
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            try:
+                url = hub.create_repo(repo_id, token=token, private=private, exist_ok=True)
+                if hub.file_exists(repo_id, "README.md", token=token):
+                    (Path(folder) / "README.md").unlink()
+                hub.upload_folder(
+                    repo_id=repo_id, folder_path=folder, token=token,
+                    commit_message="Upload an autoencoder",
+                )  # fmt: skip
+            except Exception as error:  # the client lets through whatever its own libraries raise
+                raise LdmError(
+                    f"could not push to {repo_id} on the Hugging Face Hub ({_brief(error)}): check "
+                    f"the connection and the name, and {LOG_IN}"
+                ) from error
+        return str(url)
 
 
 def find_pretrained(
     name_or_path: str | Path, revision: str | None = None, subfolder: str | None = None
 ) -> Path:
-    """The file or folder of that name, else the folder that a Hub repository was fetched into.
+    """Find the file or folder of that name, or fetch the Hub repository of that name.
 
     Raises:
-        UsageError: a revision of what is on this machine.
+        UsageError: a revision was given for a path on this machine.
         LdmError: there is neither, or the Hub could not be reached.
     """
     path, subfolder = Path(name_or_path), (subfolder or "").strip("/")
@@ -68,40 +191,44 @@ def find_pretrained(
     return path / subfolder
 
 
-def push_to_hub(
-    ae: Autoencoder, repo_id: str, private: bool = False, token: str | None = None
-) -> str:
-    """Save to a repository of the Hub (`owner/name`), made if it is not there; its address.
+def is_ours(described: Any) -> bool:
+    """Return whether `save_pretrained` wrote this config.json."""
+    return isinstance(described, dict) and described.get("library_name") == LIBRARY
 
-    A model card that is there stays.
+
+def read_pretrained(
+    folder: Path, described: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read a folder of `save_pretrained`: (tree of an `AutoencoderConfig`, weights).
 
     Args:
-        token: of an account that may write there; None takes that of `hf auth login`.
+        described: the folder's config.json.
 
     Raises:
-        LdmError: the Hub could not be reached, or refused.
+        LdmError: another kind of model, a newer format, no weights, or damaged ones.
     """
-    hub = _client()
-    with TemporaryDirectory() as folder:
-        save_pretrained(ae, folder)
-        try:
-            url = hub.create_repo(repo_id, token=token, private=private, exist_ok=True)
-            if hub.file_exists(repo_id, "README.md", token=token):
-                (Path(folder) / "README.md").unlink()
-            hub.upload_folder(
-                repo_id=repo_id, folder_path=folder, token=token,
-                commit_message="Upload an autoencoder",
-            )  # fmt: skip
-        except Exception as error:  # the client lets through whatever its own libraries raise
-            raise LdmError(
-                f"could not push to {repo_id} on the Hugging Face Hub ({_brief(error)}): check the "
-                f"connection and the name, and {LOG_IN}"
-            ) from error
-    return str(url)
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    kind, form, tree = (described.get(key) for key in ("model_type", "format", "config"))
+    if kind != MODEL_TYPE or not isinstance(tree, dict):
+        raise LdmError(f"{folder}/config.json describes no autoencoder, but a model_type {kind!r}")
+    if not isinstance(form, int) or form > FORMAT:
+        raise LdmError(
+            f"{folder} has format {shown(form)}, this version reads up to {FORMAT}: upgrade ldm"
+        )
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise LdmError(f"{folder} holds no {WEIGHTS_FILE}: copy or fetch it again")
+    try:
+        return tree, load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise Damaged(f"{path} is truncated or damaged: copy or write it again") from error
 
 
 def _fetch(repo_id: str, revision: str | None, subfolder: str) -> Path:
-    hub = _client()
+    import huggingface_hub as hub
+
     wanted = [f"{subfolder}/{name}" if subfolder else name for name in FILES]
     try:
         return Path(hub.snapshot_download(repo_id, revision=revision, allow_patterns=wanted))
@@ -109,18 +236,8 @@ def _fetch(repo_id: str, revision: str | None, subfolder: str) -> Path:
         raise LdmError(
             f"{repo_id} is no file or folder here, and could not be fetched from the Hugging Face "
             f"Hub ({_brief(error)}): check name and connection, "
-            f"{f'{LOG_IN}, ' if _may_not(error) else ''}or give a folder on this machine"
+            f"{f'{LOG_IN}, ' if _is_refused(error) else ''}or give a folder on this machine"
         ) from error
-
-
-def _client():
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise LdmError(
-            "the Hugging Face Hub needs its client: pip install huggingface_hub"
-        ) from error
-    return huggingface_hub
 
 
 def _brief(error: Exception) -> str:
@@ -128,6 +245,6 @@ def _brief(error: Exception) -> str:
     return ": ".join([type(error).__name__, *(line.strip().rstrip(".:") for line in lines[:1])])
 
 
-def _may_not(error: Exception) -> bool:
-    """Whether the Hub wants to know who asks; it does of a repository that is none, too."""
+def _is_refused(error: Exception) -> bool:
+    """Return whether the Hub asked for a login, as it also does for a name that does not exist."""
     return getattr(getattr(error, "response", None), "status_code", None) in (401, 403)

@@ -1,15 +1,13 @@
-"""A trained autoencoder from a file or a folder, ours or other people's, told by its content."""
+"""Reading of trained autoencoders: files and folders, ours or other people's, told by content."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
-from autoencoders.autoencoder import Autoencoder, AutoencoderConfig
-from autoencoders.hub_folder import WEIGHTS_FILE, is_ours, read_pretrained
+from autoencoders.hub import WEIGHTS_FILE, is_ours, read_pretrained
 from autoencoders.sdvae.formats import FIRST_COMPVIS as FIRST
 from autoencoders.sdvae.formats import FIRST_WEIGHTS as DIFFUSERS_FIRST
 from autoencoders.sdvae.formats import (
@@ -23,13 +21,11 @@ from autoencoders.sdvae.formats import (
 )
 from ldm.checkpoint import (
     Damaged,
-    build_with,
     is_safetensors,
     load_model,
     refuse_overstated,
 )
-from ldm.config import validate
-from ldm.errors import LdmError, UsageError
+from ldm.errors import LdmError
 from ldm.safe_pickle import read_foreign
 
 
@@ -47,20 +43,6 @@ class AutoencoderFile(NamedTuple):
     provenance: dict[str, Any]
     """What the source says of itself: ours of its training and whence it was `imported`, a folder's
     config.json, under `imported`, of its use."""
-
-
-def load_autoencoder(path: str | Path, device: str | torch.device = "cpu") -> Autoencoder:
-    """A trained autoencoder in eval mode.
-
-    Args:
-        path: our `.pt` or `.safetensors`, a run folder, a folder of `save_pretrained`, a diffusers
-            `AutoencoderKL` folder, or a CompVis checkpoint (`.ckpt`, `.pt` or `.safetensors`) of a
-            KL autoencoder or of a latent diffusion model that has one.
-
-    Raises:
-        LdmError: it cannot be read, or its tensors are not those its config describes.
-    """
-    return assemble(read_autoencoder(path), path).to(device).eval()
 
 
 def read_autoencoder(path: str | Path) -> AutoencoderFile:
@@ -85,19 +67,6 @@ def read_autoencoder(path: str | Path) -> AutoencoderFile:
     model = load_model(path, "autoencoder")
     file = path / "ckpt.pt" if path.is_dir() else path
     return AutoencoderFile(model.config, model.weights, "ldm", (file,), model.provenance)
-
-
-def assemble(file: AutoencoderFile, path: str | Path) -> Autoencoder:
-    """Build the autoencoder that was read from a path.
-
-    Raises:
-        LdmError: its config is not of this version, or its tensors are not those it describes.
-    """
-    try:
-        config = validate(AutoencoderConfig, file.tree)
-    except UsageError as error:
-        raise LdmError(f"the config in {path} is not one of this version: {error}") from error
-    return build_with(lambda: Autoencoder(config), file.weights, path)
 
 
 def _read_folder(folder: Path) -> AutoencoderFile:

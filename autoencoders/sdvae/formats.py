@@ -20,13 +20,12 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from autoencoders.autoencoder import Autoencoder, AutoencoderConfig
 from autoencoders.sdvae.decoder import SDVAEDecoderConfig
 from autoencoders.sdvae.encoder import SDVAEEncoderConfig
 from ldm.checkpoint import shown
@@ -344,8 +343,17 @@ SCALING_FACTOR = 0.18215
 SIZES_EXPORT = {"type", "channels", "multipliers", "blocks"}
 
 
+class Model(Protocol):
+    """A model of `AutoencoderConfig`, which stands above this module."""
+
+    config: Any
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """Weights by our names."""
+
+
 def diffusers_config(
-    config: AutoencoderConfig,
+    config: Any,
     scaling_factor: float | None = None,
     said: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -392,7 +400,7 @@ def diffusers_config(
 
 def write_diffusers(
     folder: Path,
-    ae: Autoencoder,
+    ae: Model,
     scaling_factor: float | None = None,
     said: Mapping[str, Any] | None = None,
 ) -> list[Path]:
@@ -416,7 +424,7 @@ def write_diffusers(
     return paths
 
 
-def write_compvis(path: Path, ae: Autoencoder) -> list[Path]:
+def write_compvis(path: Path, ae: Model) -> list[Path]:
     """Write one file by CompVis's names, a `.safetensors` or a `.ckpt` by its ending.
 
     Raises:
@@ -438,7 +446,7 @@ def write_compvis(path: Path, ae: Autoencoder) -> list[Path]:
     return [path]
 
 
-def _widths_export(config: AutoencoderConfig, to: str) -> list[int]:
+def _widths_export(config: Any, to: str) -> list[int]:
     """Width of each resolution, the same on the way down and up.
 
     Raises:

@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from autoencoders import Autoencoder
-from autoencoders.loading import assemble, read_autoencoder
+from autoencoders.autoencoder import assemble
+from autoencoders.loading import read_autoencoder
 from autoencoders.posterior import DiagonalGaussian
 from ldm.config import validate
 from ldm.data import DataConfig, Source, evaluation_batches, open_source

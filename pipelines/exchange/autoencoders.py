@@ -7,8 +7,9 @@ from hashlib import file_digest
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from autoencoders.hub import find_pretrained, save_pretrained
-from autoencoders.loading import AutoencoderFile, assemble, read_autoencoder
+from autoencoders.autoencoder import assemble
+from autoencoders.hub import find_pretrained
+from autoencoders.loading import AutoencoderFile, read_autoencoder
 from autoencoders.sdvae.formats import pick_said, write_compvis, write_diffusers
 from ldm.checkpoint import Kind, ModelFile, load_model, save_model
 from ldm.config import to_tree
@@ -101,7 +102,7 @@ def export_autoencoder(
         raise UsageError(f"{out} is where the model to export is: give OUT another name")
     ae = assemble(found, path)
     if form == "hub":
-        return save_pretrained(ae, out, _imported(found))
+        return ae.save_pretrained(out, _imported(found))
     if form == "compvis":
         return write_compvis(out, ae)
     return write_diffusers(out, ae, scaling_factor, _imported(found))

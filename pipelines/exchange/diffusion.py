@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from autoencoders.loading import AutoencoderFile, assemble, read_autoencoder
+from autoencoders.autoencoder import assemble
+from autoencoders.loading import AutoencoderFile, read_autoencoder
 from autoencoders.sdvae.formats import SCALING_FACTOR, find_prefix
 from diffusion.build import build_network
 from diffusion.discrete import DiscreteConfig, DiscreteDenoiser, log_sigmas

@@ -22,7 +22,8 @@ from accelerate import PartialState
 from numpy.typing import NDArray
 
 from autoencoders import AutoencoderConfig
-from autoencoders.loading import assemble, read_autoencoder
+from autoencoders.autoencoder import assemble
+from autoencoders.loading import read_autoencoder
 from autoencoders.wavelet import check_size
 from ldm.checkpoint import fingerprint
 from ldm.config import to_tree, validate

@@ -20,7 +20,8 @@ import yaml
 from torch import Tensor
 from torch.nn import functional as F
 
-from autoencoders.loading import AutoencoderFile, assemble, read_autoencoder
+from autoencoders.autoencoder import assemble
+from autoencoders.loading import AutoencoderFile, read_autoencoder
 from ldm.checkpoint import fingerprint
 from ldm.config import Tree
 from ldm.data import DataConfig, open_source, sheet_images

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from autoencoders import build_autoencoder
-from autoencoders.hub import find_pretrained, from_pretrained, push_to_hub, save_pretrained
+from autoencoders import Autoencoder, build_autoencoder
+from autoencoders.hub import find_pretrained
 from autoencoders.sdvae.formats import write_diffusers
 from ldm.errors import LdmError, UsageError
 from tests.small import fill_disk_after_one_file
@@ -34,10 +34,10 @@ def same(ae, other):
 
 
 def test_saved_and_loaded_is_the_same(tmp_path, ae):
-    written = save_pretrained(ae, tmp_path / "model")
+    written = ae.save_pretrained(tmp_path / "model")
     assert [path.name for path in written] == ["config.json", "model.safetensors", "README.md"]
-    same(from_pretrained(tmp_path / "model"), ae)
-    same(from_pretrained(str(tmp_path), subfolder="model"), ae)
+    same(Autoencoder.from_pretrained(tmp_path / "model"), ae)
+    same(Autoencoder.from_pretrained(str(tmp_path), subfolder="model"), ae)
     described = json.loads(written[0].read_text("utf-8"))
     assert described["library_name"] == "ldm" and described["model_type"] == "autoencoder"
     with safe_open(written[1], framework="pt") as file:
@@ -78,12 +78,12 @@ def hub(tmp_path, monkeypatch):
 
 
 def test_pushed_and_fetched_is_the_same(hub, ae):
-    assert push_to_hub(ae, "me/my-vae.v1", private=True, token="t") == (
+    assert ae.push_to_hub("me/my-vae.v1", private=True, token="t") == (
         "https://huggingface.co/me/my-vae.v1"
     )
     assert hub["create"] == ("me/my-vae.v1", "t", True, True)
     assert hub["upload"] == ("me/my-vae.v1", "t", ["README.md", "config.json", "model.safetensors"])
-    same(from_pretrained("me/my-vae.v1", revision="main"), ae)
+    same(Autoencoder.from_pretrained("me/my-vae.v1", revision="main"), ae)
     repo_id, revision, patterns = hub["download"]
     assert (repo_id, revision) == ("me/my-vae.v1", "main")
     assert patterns == ["config.json", "model.safetensors", "diffusion_pytorch_model*.safetensors"]
@@ -94,21 +94,21 @@ def test_a_model_card_that_is_there_stays(hub, tmp_path, ae):
     for card in cards:
         card.parent.mkdir(parents=True)
         card.write_text("my own words")
-    written = save_pretrained(ae, tmp_path / "model")
+    written = ae.save_pretrained(tmp_path / "model")
     assert [path.name for path in written] == ["config.json", "model.safetensors"]
-    push_to_hub(ae, "me/x")
+    ae.push_to_hub("me/x")
     assert hub["upload"][2] == ["config.json", "model.safetensors"]
     assert [card.read_text() for card in cards] == ["my own words"] * 2
-    same(from_pretrained("me/x"), ae)
+    same(Autoencoder.from_pretrained("me/x"), ae)
 
 
 def test_a_failure_midway_leaves_the_folder_as_it_was(tmp_path, monkeypatch, ae):
-    save_pretrained(ae, tmp_path)
+    ae.save_pretrained(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     fill_disk_after_one_file(monkeypatch)
     other = build_autoencoder("tiny", decoder={"channels": 16})
     with pytest.raises(LdmError, match="what was saved before is untouched"):
-        save_pretrained(other, tmp_path)
+        other.save_pretrained(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -120,10 +120,10 @@ def test_a_pipeline_of_diffusers(hub, tmp_path):
     )  # fmt: skip
     write_diffusers(tmp_path / "hub" / "them" / "sd" / "vae", ae)
     for subfolder in ("vae", "vae/"):
-        same(from_pretrained("them/sd", subfolder=subfolder), ae)
+        same(Autoencoder.from_pretrained("them/sd", subfolder=subfolder), ae)
     assert hub["download"][2][0] == "vae/config.json"
     with pytest.raises(LdmError, match=r"holds no \./config\.json: .* vae, as its subfolder"):
-        from_pretrained("them/sd")
+        Autoencoder.from_pretrained("them/sd")
 
 
 def test_signatures_are_the_clients_own():
@@ -157,7 +157,7 @@ def test_failures_of_the_network_are_one_line(tmp_path, monkeypatch, ae, error):
     monkeypatch.chdir(tmp_path)
     for name in ("snapshot_download", "create_repo"):
         monkeypatch.setattr(huggingface_hub, name, fail)
-    for call in (lambda: from_pretrained("me/x"), lambda: push_to_hub(ae, "me/x")):
+    for call in (lambda: Autoencoder.from_pretrained("me/x"), lambda: ae.push_to_hub("me/x")):
         with pytest.raises(LdmError) as caught:
             call()
         text = str(caught.value)
@@ -176,7 +176,7 @@ def test_a_repository_that_not_everybody_may_read(tmp_path, monkeypatch, status,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(LdmError, match=rf"\(GatedRepoError: {status} Client Error") as caught:
-        from_pretrained("me/x")
+        Autoencoder.from_pretrained("me/x")
     assert ("log in with `hf auth login`" in str(caught.value)) == asked
 
 
@@ -193,14 +193,5 @@ def test_the_client_offline_says_so_in_one_line(tmp_path, monkeypatch):
     with pytest.raises(
         LdmError, match=r"could not be fetched from the Hugging Face Hub \("
     ) as caught:
-        from_pretrained("me/not-here")
+        Autoencoder.from_pretrained("me/not-here")
     assert "\n" not in str(caught.value)
-
-
-def test_without_the_client(tmp_path, monkeypatch):
-    import sys
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(LdmError, match="pip install huggingface_hub"):
-        from_pretrained("me/x")

@@ -6,9 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from autoencoders import build_autoencoder
-from autoencoders.hub_folder import save_pretrained
-from autoencoders.loading import load_autoencoder, read_autoencoder
+from autoencoders import build_autoencoder, load_autoencoder
+from autoencoders.loading import read_autoencoder
 from autoencoders.sdvae.formats import to_compvis, to_diffusers, write_compvis, write_diffusers
 from ldm.checkpoint import ModelFile, save_model
 from ldm.config import to_tree
@@ -51,7 +50,7 @@ def test_ours(tmp_path, tiny, name):
 def test_every_format_gives_the_same_model(tmp_path, sdvae):
     write(tmp_path / "ckpt.pt", sdvae)
     write_diffusers(tmp_path / "diffusers", sdvae, 0.3)
-    save_pretrained(sdvae, tmp_path / "hub")
+    sdvae.save_pretrained(tmp_path / "hub")
     # endings that say nothing: a CompVis file may be called .pt, and ours .ckpt
     write_compvis(tmp_path / "theirs.pt", sdvae)
     write_compvis(tmp_path / "theirs.safetensors", sdvae)
@@ -86,7 +85,7 @@ def test_a_variant_and_shards_of_diffusers(tmp_path, sdvae):
 
 def test_a_run_with_a_config_beside_it_is_still_the_run(tmp_path, tiny, sdvae):
     write(tmp_path / "ckpt.pt", tiny)
-    save_pretrained(sdvae, tmp_path)
+    sdvae.save_pretrained(tmp_path)
     same(load_autoencoder(tmp_path), tiny)
     assert read_autoencoder(tmp_path).provenance["recipe"] == {"seed": 3}
 
@@ -202,7 +201,7 @@ def test_damage(tmp_path, sdvae, name):
 
 
 def test_folders_of_the_hubs_conventions(tmp_path, tiny):
-    save_pretrained(tiny, tmp_path)
+    tiny.save_pretrained(tmp_path)
     described = json.loads((tmp_path / "config.json").read_text("utf-8"))
 
     def said(**change):

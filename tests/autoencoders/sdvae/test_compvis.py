@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from autoencoders.loading import load_autoencoder, read_autoencoder
+from autoencoders import load_autoencoder
+from autoencoders.loading import read_autoencoder
 from autoencoders.sdvae.formats import (
     diffusers_config,
     find_prefix,

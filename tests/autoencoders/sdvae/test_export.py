@@ -6,8 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from autoencoders import build_autoencoder
-from autoencoders.loading import load_autoencoder
+from autoencoders import build_autoencoder, load_autoencoder
 from autoencoders.sdvae.formats import (
     WEIGHTS_FILE,
     diffusers_config,

@@ -4,8 +4,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from autoencoders import Autoencoder, AutoencoderConfig
-from autoencoders.loading import load_autoencoder
+from autoencoders import Autoencoder, AutoencoderConfig, load_autoencoder
 from autoencoders.sdvae.formats import from_diffusers, to_diffusers, tree_from_diffusers
 from ldm.config import validate
 from tests.autoencoders.parameters import count

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from autoencoders.loading import load_autoencoder
+from autoencoders import load_autoencoder
 from autoencoders.sdvae.formats import PICKLED_FILE, WEIGHTS_FILE, groups_of, weights_files
 from ldm.errors import LdmError
 

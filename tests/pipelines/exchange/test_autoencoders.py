@@ -12,8 +12,7 @@ import typer
 from diffusers import AutoencoderKL
 from typer.testing import CliRunner
 
-from autoencoders import build_autoencoder
-from autoencoders.loading import load_autoencoder
+from autoencoders import build_autoencoder, load_autoencoder
 from autoencoders.sdvae.formats import write_compvis, write_diffusers
 from ldm.checkpoint import ModelFile, load_model, save_model
 from ldm.cli.exchange import export_model, import_model
@@ -274,7 +273,7 @@ def test_the_help_names_the_ending_to_give():
     told = CliRunner().invoke(app, ["import", "--help"], env={"COLUMNS": "200"}).output
     assert "OUT.pt" in told
     told = CliRunner().invoke(app, ["export", "--help"], env={"COLUMNS": "200"}).output
-    assert "else SD-VAE's 0.18215" in told
+    assert "or SD-VAE's 0.18215" in told
 
 
 @pytest.mark.parametrize(
@@ -284,7 +283,7 @@ def test_the_help_names_the_ending_to_give():
         (["import", "nowhere", "a.pt"], LdmError, "no model at nowhere"),
         (["import", "me/vae", "a.pt"], LdmError, "could not be fetched from the Hugging Face Hub"),
         (["import", "vae", "a.pt", "--subfolder", "x"], LdmError, "no checkpoint at vae/x"),
-        (["export", "a", "b", "c"], UsageError, "3 paths: MODEL and OUT are two"),
+        (["export", "a", "b", "c"], UsageError, "expected [MODEL] OUT, got 3 paths"),
         (["export", "vae", "b.pt"], UsageError, "--format diffusers writes a folder"),
         (["export", "vae", "b", "--format", "compvis"], UsageError, "writes a .safetensors or"),
         *(
