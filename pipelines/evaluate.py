@@ -13,6 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from autoencoders import Autoencoder, load_autoencoder
+from autoencoders.losses import LPIPS
 from ldm.data import DataConfig, evaluation_batches
 from ldm.data.loader import FaultCount, stop_if_too_many
 from ldm.data.split import Split
@@ -52,6 +53,7 @@ def evaluate_checkpoints(
     mode: Mode = "clean",
     out: Path | None = None,
     force: bool = False,
+    lpips: LPIPS | None = None,
 ) -> list[Evaluation]:
     """Measure autoencoders in files, and write what comes of it as JSON.
 
@@ -80,6 +82,7 @@ def evaluate_checkpoints(
             `eval/`.
         force: measure images as held out that were trained on, and rFID over few images, both
             noted in the result.
+        lpips: used in place of the published LPIPS.
 
     Returns:
         One evaluation of each model at each resolution, in this order.
@@ -108,7 +111,9 @@ def evaluate_checkpoints(
     ]  # fmt: skip
     places = [out] * len(jobs) if out else default_paths(jobs, *settings)
     from_main(ranks, lambda: [check_writable(place) for place in places])
-    instruments = find_instruments(fid, weights, features, mode, jobs[0].resolution, where, ranks)
+    instruments = find_instruments(
+        fid, weights, features, mode, jobs[0].resolution, where, ranks, lpips
+    )
     _say_missing(instruments.missing, ranks)
 
     done: list[Evaluation] = []

@@ -5,8 +5,9 @@ Stage one: train an autoencoder on images, against a discriminator (LiteVAE, Sec
 L = L_recon + λ_reg L_KL + λ_adv L_adv                                          (Equation 1)
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -135,9 +136,16 @@ def train_step(
 
 
 def train_autoencoder(
-    recipe: AutoencoderRecipe, preset: str = "autoencoder", folder: Path | None = None
+    recipe: AutoencoderRecipe,
+    preset: str = "autoencoder",
+    folder: Path | None = None,
+    perceptual: Mapping[str, LPIPS | ESRGANPerceptual] = MappingProxyType({}),
 ) -> Path:
     """Train, or go on training; return the run's folder, with `ckpt.pt` and `best.pt` in it.
+
+    Args:
+        perceptual: losses by the name of their term (lpips, esrgan), used in place of the
+            published ones.
 
     Raises:
         LdmError: data, perceptual weights or device missing (before anything is written), ten
@@ -149,7 +157,7 @@ def train_autoencoder(
     sources = {side: open_source(recipe.data, "train", side) for side in resolutions}
     final = recipe.phases[-1].resolution
     held_out = open_source(recipe.data, "val", final) if holds_out(recipe.data) else None
-    perceptual = load_perceptual(recipe)
+    perceptual = load_perceptual(recipe, perceptual)
     lpips = _validation_lpips(recipe, perceptual)
 
     with start_run("autoencoder", preset, recipe, recipe.run, recipe.accumulate, folder) as run:
@@ -280,12 +288,15 @@ def _stream(
         images_seen = stop
 
 
-def load_perceptual(recipe: AutoencoderRecipe) -> dict[str, LPIPS | ESRGANPerceptual]:
-    """The perceptual losses whose weight is not 0, with the weights they were published with."""
-    losses = {}
-    if recipe.loss.lpips:
+def load_perceptual(
+    recipe: AutoencoderRecipe,
+    given: Mapping[str, LPIPS | ESRGANPerceptual] = MappingProxyType({}),
+) -> dict[str, LPIPS | ESRGANPerceptual]:
+    """The perceptual losses whose weight is not 0: those given, else the published ones."""
+    losses = dict(given)
+    if recipe.loss.lpips and "lpips" not in losses:
         losses["lpips"] = load_lpips(network=recipe.loss.lpips_network)
-    if recipe.loss.esrgan:
+    if recipe.loss.esrgan and "esrgan" not in losses:
         losses["esrgan"] = load_esrgan()
     return losses
 

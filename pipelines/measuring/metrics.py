@@ -110,6 +110,7 @@ def find_instruments(
     resolution: int,
     device: torch.device,
     ranks: PartialState,
+    lpips: LPIPS | None = None,
 ) -> Instruments:
     """LPIPS, and an extractor of features; what cannot be had is left out.
 
@@ -117,6 +118,7 @@ def find_instruments(
         fid: False leaves the extractor out.
         weights, features, mode: as `load_extractor` takes them.
         resolution: side of images that an extractor of one's own is tried on.
+        lpips: used in place of the published LPIPS.
 
     Raises:
         UsageError: options that do not go together.
@@ -125,9 +127,11 @@ def find_instruments(
     asked = weights is not None or features is not None
     if not fid and (asked or mode != "clean"):
         raise UsageError("--no-fid leaves out what --weights, --features and --mode are for")
-    load = partial(load_lpips, device, instead="go without it, as here")
-    lpips, why = load_on_all(load, ranks)
-    missing = {} if why is None else {"lpips": why}
+    missing = {}
+    if lpips is None:
+        load = partial(load_lpips, device, instead="go without it, as here")
+        lpips, why = load_on_all(load, ranks)
+        missing = {} if why is None else {"lpips": why}
     extractor, why = None, NOT_ASKED
     if fid:
         extractor, why = find_extractor(features, mode, weights, resolution, device, ranks)

@@ -21,7 +21,7 @@ from pipelines.evaluate import evaluate_checkpoints
 from pipelines.measuring.evaluation import plan_jobs
 from pipelines.reproduce.output import shown_columns
 from pipelines.reproduce.plan import Job, Measuring
-from pipelines.reproduce.rows import FEATURES, OF_FEATURES, Model, random_backbone, read_record
+from pipelines.reproduce.rows import FEATURES, OF_FEATURES, Model, read_record, smoke_lpips
 from pipelines.reproduce.tables import SIGMAS, Number, Table
 
 ENOUGH = FeatureExtractor.dim
@@ -112,13 +112,13 @@ def measure_costs(table: Table, device: str, how: Measuring) -> dict[str, Measur
 # --------------------------------------------------------------------------------- the kinds
 def _reconstruction(job: Job, model: Model, tools: Tools) -> Measured:
     how = tools.how
-    with random_backbone("VGG-16", not how.published):
-        [found] = evaluate_checkpoints(
-            [model.path], job.data, "val", [job.resolution], limit=how.images,
-            device=job.training.recipe.run.device, weights=tools.weights,
-            features=None if how.published else FEATURES,
-            out=job.folder / "evaluation.json", force=tools.force,
-        )  # fmt: skip
+    [found] = evaluate_checkpoints(
+        [model.path], job.data, "val", [job.resolution], limit=how.images,
+        device=job.training.recipe.run.device, weights=tools.weights,
+        features=None if how.published else FEATURES,
+        out=job.folder / "evaluation.json", force=tools.force,
+        lpips=None if how.published else smoke_lpips(),
+    )  # fmt: skip
     numbers, missing = dict(found.numbers), found.about["missing"] | found.about["doubtful"]
     notes = [_over(found.count, job), *found.about["notes"]]
     if not how.published:

@@ -15,12 +15,12 @@ A row's model: trained, gone on with, found finished, or taken as it was given.
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any, Literal
 from zipfile import BadZipFile
@@ -33,7 +33,8 @@ from torch.nn import functional as F
 
 from autoencoders import load_autoencoder
 from autoencoders.loading import read_autoencoder
-from autoencoders.losses.perceptual import PUBLISHED, backbone_file, has_backbone
+from autoencoders.losses import LPIPS, find_lpips, load_esrgan
+from autoencoders.losses.perceptual import CONV5_4, ESRGANPerceptual, backbone_file, has_backbone
 from ldm.checkpoint import fingerprint, load_model
 from ldm.config import to_tree
 from ldm.data.dataset import listing_identity
@@ -222,53 +223,43 @@ def _is_there(number: str, weights: Path | None) -> bool:
     return True
 
 
-LAYERS = {"VGG-16": "D", "VGG-19": "E"}
-"""The letters under which their paper, and torchvision, have them (Simonyan & Zisserman 2015)."""
 FEATURES = f"{__name__}:mean_colours"
 """As `load_extractor` takes it."""
 
 
-@contextmanager
-def random_backbone(network: str, wanted: bool = True) -> Iterator[None]:
-    """Inside, a network of `LAYERS` is found with random weights, always the same.
+def smoke_lpips() -> LPIPS:
+    """LPIPS, of random weights where the published ones are not on this machine."""
+    if published := find_lpips():
+        return published
+    import lpips
 
-    Where the published ones are on this machine, they are.
-
-    Args:
-        wanted: False: nothing is changed.
-    """
-    if not wanted or has_backbone(network):
-        yield
-        return
-    before = os.environ.get("TORCH_HOME")
-    os.environ["TORCH_HOME"] = _torch_home(network).name
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TORCH_HOME"]
-        else:
-            os.environ["TORCH_HOME"] = before
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")  # the package calls torchvision in an outdated way
+        network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+        _randomise(network.net)
+    return LPIPS(network)
 
 
-@cache
-def _torch_home(network: str) -> TemporaryDirectory:
-    """A folder with one network's weights, for as long as this process lives."""
-    from torchvision.models import get_weight
-    from torchvision.models.vgg import cfgs, make_layers
+def smoke_esrgan() -> ESRGANPerceptual:
+    """ESRGAN's loss, of random weights where the published ones are not on this machine."""
+    if has_backbone(ESRGAN_BACKBONE):
+        return load_esrgan()
+    from torchvision.models import vgg19
 
+    with torch.device("meta"):  # the classifier's weights would take seconds to draw
+        features = vgg19().features[: CONV5_4 + 1]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        features = make_layers(cfgs[LAYERS[network]])
-        for part in features:
-            if isinstance(part, nn.Conv2d):  # so that features neither vanish nor explode
-                nn.init.kaiming_normal_(part.weight, nonlinearity="relu")
-    weights = {f"features.{name}": tensor for name, tensor in features.state_dict().items()}
-    home = TemporaryDirectory(prefix="ldm-stand-in-")
-    folder = Path(home.name) / "hub" / "checkpoints"
-    folder.mkdir(parents=True)
-    torch.save(weights, folder / Path(get_weight(PUBLISHED[network]).url).name)
-    return home
+        _randomise(features.to_empty(device="cpu"))
+    return ESRGANPerceptual(features)
+
+
+def _randomise(network: nn.Module) -> None:
+    """Draw a VGG's weights, always the same, so that features neither vanish nor explode."""
+    torch.manual_seed(0)
+    for part in network.modules():
+        if isinstance(part, nn.Conv2d):
+            nn.init.kaiming_normal_(part.weight, nonlinearity="relu")
+            nn.init.constant_(part.get_parameter("bias"), 0.0)
 
 
 def mean_colours() -> Callable[[Tensor], Tensor]:
@@ -379,9 +370,9 @@ def check_weights(recipe: AutoencoderRecipe) -> str | None:
 def _train(training: Training, stage_one: Model | None, stand_in: bool) -> Model:
     folder, recipe = training.folder, training.recipe
     if isinstance(recipe, AutoencoderRecipe):
-        backbone = random_backbone(ESRGAN_BACKBONE, stand_in and bool(recipe.loss.esrgan))
-        with backbone, _noting(training):
-            train_autoencoder(recipe, training.preset, folder)
+        perceptual = {"esrgan": smoke_esrgan()} if stand_in and recipe.loss.esrgan else {}
+        with _noting(training):
+            train_autoencoder(recipe, training.preset, folder, perceptual)
     else:
         recipe = _standing_on(recipe, stage_one)
         with _noting(training):

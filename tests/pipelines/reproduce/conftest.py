@@ -40,7 +40,7 @@ class Faked:
         self.scores: dict[str, float] = {}
         self.features, self.seen = 12, False
 
-    def train(self, recipe, preset, folder: Path) -> Path:
+    def train(self, recipe, preset, folder: Path, perceptual=None) -> Path:
         new_or_unfinished("autoencoder", preset, recipe, folder)  # refuses another recipe
         if is_finished(folder):
             return folder

@@ -144,7 +144,7 @@ def test_a_score_of_exactly_nothing_is_a_score(faked):
 def test_the_images_of_a_run_that_was_killed_are_known(faked, tmp_path, monkeypatch):
     data = png_folder(tmp_path / "data", [noise(n, 64, 64) for n in range(24)])
 
-    def killed(recipe, preset, folder):
+    def killed(recipe, preset, folder, perceptual):
         faked.train(recipe, preset, folder)
         noted.append(json.loads((folder / ".training.json").read_text("utf-8")))
         raise KeyboardInterrupt
