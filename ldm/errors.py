@@ -15,3 +15,14 @@ class UsageError(LdmError):
 
 class Interrupted(Exception):
     """A job was asked to stop (Ctrl-C, SIGTERM) and has saved itself."""
+
+
+def check_at_least(least: int, **options: int | None) -> None:
+    """Refuse options below their least value; `batch_size=0` is reported as `--batch-size 0`.
+
+    Raises:
+        UsageError: one of them is; None passes.
+    """
+    for name, value in options.items():
+        if value is not None and value < least:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least {least}")

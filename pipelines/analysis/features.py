@@ -1,11 +1,11 @@
-"""Whether a decoder's feature maps are balanced (Sadat et al. 2024, Figure 3).
+"""Balance of a decoder's feature maps (Sadat et al. 2024, Figure 3).
 
-features.png   how strong the features of each level are, place by place, a row a model and image
-features.csv   for every model, image and level: how far the strongest places stand out
+features.png   magnitude of each level's features over positions, a row per model and image
+features.csv   per model, image and level: how far the strongest positions stand out
 
-The paper shows maps of "the final block" without saying what is drawn of their many channels. Here
-it is their magnitude, the root mean square over channels, divided by its mean over the map: 1
-everywhere in a map that is balanced.
+The paper shows maps of "the final block" without saying how their many channels are drawn. We show
+their magnitude, the root mean square over channels, divided by its mean over the map: a balanced
+map is 1 everywhere.
 """
 
 from collections import defaultdict
@@ -23,7 +23,7 @@ from ldm.charts import WIDTH, bare, drawing, name_rows, show_image
 from ldm.data import sheet_images
 from ldm.data.split import Split
 from ldm.device import memory_format, resolve_device
-from ldm.errors import LdmError, UsageError
+from ldm.errors import LdmError, check_at_least
 from ldm.images import to_float
 from pipelines.analysis.subjects import (
     Analysis,
@@ -34,17 +34,17 @@ from pipelines.analysis.subjects import (
 )
 
 NORMS = {"group": "GroupNorm", "smc": "SMC"}
-TOP = 0.01  # the strongest places, as a share of all
-RANGE = (0.25, 8.0)  # of the colours, in means of the map
+TOP = 0.01  # fraction of the positions that count as the strongest
+RANGE = (0.25, 8.0)  # range of the colour scale, in means of the map
 
 
 class Imbalance(NamedTuple):
-    """How uneven a map of magnitudes (h, w) is; of a flat one 1 and 1 %."""
+    """Unevenness of a map of magnitudes; a flat map has 1 and 1 %."""
 
     peak: float
-    """The largest magnitude over the mean."""
+    """Largest magnitude over the mean."""
     top_energy: float
-    """Share of the squared magnitudes in the strongest 1 % of the places (at least one)."""
+    """Fraction of the squared magnitudes in the strongest 1 % of the positions (at least one)."""
 
 
 def analyze_features(
@@ -56,21 +56,20 @@ def analyze_features(
     split: Split = "val",
     out: Path | None = None,
 ) -> Analysis:
-    """Decode the posteriors' modes of a few images, and measure the feature maps on the way.
+    """Decode the posteriors' modes of a few images, and measure the decoder's feature maps.
 
     Args:
-        models: PATH or NAME=PATH, each; none: the newest run.
-        data: `photos`, a folder, a zip, or shards; None: what they were trained on.
-        count: images, the first of the split.
-        resolution: side of the images, pixels; None: what the training ended at.
-        out: folder of the files; None: `analysis/` beside the first model.
+        models: PATH or NAME=PATH each; none: the newest run.
+        data: `photos`, a folder, a zip or shards; None: the training data.
+        count: number of images, the first of the split.
+        resolution: image size in pixels; None: the last of the training.
+        out: output folder; None: `analysis/` next to the first model.
 
     Raises:
-        UsageError: a number is out of its range, or left out where the file does not say it.
+        UsageError: a number is out of range, or the files do not record a missing one.
         LdmError: a model or the data cannot be read, or a feature is not finite.
     """
-    if count < 1:
-        raise UsageError(f"--images {count}: it must be at least 1")
+    check_at_least(1, images=count)
     where = resolve_device(device)
     subjects = load_subjects(models, where)
     images = open_images(subjects, data, split, resolution)
@@ -80,9 +79,20 @@ def analyze_features(
     for s in subjects:
         maps[s.name] = decoder_magnitudes(s.autoencoder, shown)
         if not all(level.isfinite().all() for level in maps[s.name]):
-            raise LdmError(f"{s.path}: its decoder's features are not finite: take another model")
+            raise LdmError(f"{s.path}: features of the decoder are not finite: use another model")
     norms = {s.name: s.autoencoder.config.decoder.norm for s in subjects}
+    first = "image" if len(shown) == 1 else f"{len(shown)} images"
+    what = f"the first {first} of {images.what}"
+    return _write(analysis_folder(out, subjects[0].path), shown, maps, norms, what)
 
+
+def _write(
+    folder: Path,
+    images: Tensor,
+    maps: dict[str, list[Tensor]],
+    norms: dict[str, str],
+    what: str,
+) -> Analysis:
     header = ("model", "norm", "image", "level", "height", "width", "peak_over_mean",
               "top_1_percent_energy", "rms")  # fmt: skip
     rows = [
@@ -91,18 +101,15 @@ def analyze_features(
         for level, of_images in enumerate(levels, 1)
         for image, m in enumerate(of_images)
     ]
-    folder = analysis_folder(out, subjects[0].path)
     table = write_csv(folder / "features.csv", header, rows)
     picture = folder / "features.png"
     named = {
         name: name if NORMS[norm].lower() in name.lower() else f"{name}\n{NORMS[norm]}"
         for name, norm in norms.items()
     }
-    first = "image" if len(shown) == 1 else f"{len(shown)} images"
-    what = f"the first {first} of {images.what}"
-    _draw(picture, shown, maps, named, what)
+    _draw(picture, images, maps, named, what)
     return Analysis(
-        f"decoder's feature maps, mean over {what}",
+        f"feature maps of the decoder, mean over {what}",
         ("model", "norm", "level", "map", "peak / mean", "energy in top 1 %"),
         [
             (name, NORMS[norms[name]], str(level), f"{of_images.shape[-2]}×{of_images.shape[-1]}",
@@ -118,41 +125,41 @@ def analyze_features(
 # --------------------------------------------------------------------------------- measuring
 @torch.no_grad()
 def decoder_magnitudes(autoencoder: Autoencoder, images: Tensor) -> list[Tensor]:
-    """What each of the decoder's levels puts out, as magnitudes: root mean squares over channels.
+    """Return the magnitudes of the features after each level: root mean squares over channels.
 
     Args:
         images: (B, 3, H, W) in [−1, 1], on the autoencoder's device.
 
     Returns:
-        For each level, the coarsest first, (B, h, w) float32 on the CPU.
+        One tensor (B, h, w) per level, the coarsest first; float32 on the CPU.
     """
-    with _watching(autoencoder.decoder.levels) as seen:
+    with _recording(autoencoder.decoder.levels) as magnitudes:
         autoencoder.decode(autoencoder.encode(images).mode())
-    return [torch.cat(parts) for _, parts in sorted(seen.items())]
+    return [torch.cat(parts) for _, parts in sorted(magnitudes.items())]
 
 
 @contextmanager
-def _watching(levels: nn.ModuleList) -> Iterator[dict[int, list[Tensor]]]:
-    """Note the magnitudes of what modules put out, call by call, by their number."""
-    seen: dict[int, list[Tensor]] = defaultdict(list)
+def _recording(levels: nn.ModuleList) -> Iterator[dict[int, list[Tensor]]]:
+    """Record the magnitudes of the outputs of modules by index, call by call."""
+    magnitudes: dict[int, list[Tensor]] = defaultdict(list)
 
-    def note(index: int, features: Tensor) -> None:
-        # at once: a later part may overwrite the features, and all of them are large
-        seen[index].append(features.float().square().mean(1).sqrt().cpu())
+    def record(index: int, features: Tensor) -> None:
+        # at once: the features are large, and later operations may overwrite them
+        magnitudes[index].append(features.float().square().mean(1).sqrt().cpu())
 
     handles = [
-        level.register_forward_hook(lambda _module, _in, out, i=i: note(i, out))
+        level.register_forward_hook(lambda _module, _in, out, i=i: record(i, out))
         for i, level in enumerate(levels)
     ]
     try:
-        yield seen
+        yield magnitudes
     finally:
         for handle in handles:
             handle.remove()
 
 
 def imbalance(magnitudes: Tensor) -> Imbalance:
-    """How uneven a map of magnitudes (h, w) is."""
+    """Measure the unevenness of a map of magnitudes (h, w)."""
     energy = magnitudes.double().square().flatten()
     top = energy.topk(max(1, round(TOP * len(energy)))).values
     mean, total = magnitudes.double().mean().item(), energy.sum().item()
@@ -169,26 +176,24 @@ def _mean(values: Iterator[float]) -> float:
 def _draw(
     path: Path, images: Tensor, maps: dict[str, list[Tensor]], named: dict[str, str], what: str
 ) -> None:
-    """A row for every image and model: the image, then the magnitudes of each level."""
+    """Draw a row per image and model: the image, then the magnitudes of each level."""
     depths = {len(levels) for levels in maps.values()}
     columns, rows = 1 + max(depths), len(images) * len(maps)
-    # models that downsample differently have other sizes at the same level
+    # models with different downsampling have different sizes at the same level
     sizes = [
         {f"{m[i].shape[-2]}×{m[i].shape[-1]}" for m in maps.values() if i < len(m)}
         for i in range(max(depths))
     ]
     under = (
         f"{what[0].upper()}{what[1:]}. Magnitude of the features after each level, root mean "
-        "square over channels, over its mean over the map; a balanced map has one colour. Below: "
-        "the peak over the mean, and the share of all energy in the strongest 1 % of the places."
+        "square over channels, divided by its mean; a balanced map has one colour. Below each map: "
+        "its peak over its mean, and the energy in its strongest 1 % of positions."
     )
     cell = (WIDTH - 1.5) / columns - 0.12
     below = 0.47 if all(len(size) == 1 for size in sizes) else 0.61
     height = rows * (cell + below) + 0.45
     norm = LogNorm(*RANGE)
-    with drawing(
-        path, "Feature maps of the decoder: where they are strong", under, height
-    ) as figure:
+    with drawing(path, "Magnitudes of the decoder's feature maps", under, height) as figure:
         grid = figure.subplots(rows, columns, squeeze=False)
         for row, (image, name) in enumerate((i, n) for i in range(len(images)) for n in maps):
             show_image(grid[row, 0], images[image])

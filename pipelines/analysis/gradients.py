@@ -1,12 +1,12 @@
-"""The adversarial gradient against the reconstruction's (Sadat et al. 2024, Figure 7).
+"""Ratio of adversarial and reconstruction gradients over training (Sadat et al. 2024, Figure 7).
 
-gradients.png   the ratio of their norms over training, a line a run; beside it with its weight
-gradients.csv   a row for every run and logged step
+gradients.png   the ratio of their norms, a line per run; next to it, times its weight
+gradients.csv   a row per run and logged step
 
 Figure 7 shows the "relative norm of the gradient of the adversarial loss compared to the
-reconstruction loss" and leaves open whether L_adv bears its weight λ_adv. It cannot: under
-Equation 2 that ratio would be ½ at every step. Shown is therefore ‖∇L_adv‖ / ‖∇L_recon‖ at the
-decoder's last layer without it, and, to its right, with it: what the decoder was pulled by.
+reconstruction loss" and does not say whether L_adv includes its weight λ_adv. It cannot: under
+Equation 2 that ratio would be ½ at every step. The left panel therefore shows ‖∇L_adv‖ / ‖∇L_recon‖
+at the decoder's last layer without the weight, the right panel with it: the force on the decoder.
 """
 
 from collections.abc import Sequence
@@ -21,40 +21,40 @@ from ldm.logbook import read_rows
 from ldm.run_folder import newest_run, read_config
 from pipelines.analysis.subjects import Analysis, analysis_folder, parse_models, write_csv
 
-SMOOTH = 31  # at most so many rows around one make its running median
+SMOOTH = 31  # rows in the running median, at most
 PERCENTILES = (5, 50, 95)
-MIXED = "a row of an adaptive run is a mean over its steps, of a constant one it is a single step"
+MIXED = "rows of adaptive runs are means over steps, rows of constant runs are single steps"
 RATIO = r"$\|\nabla L_\mathrm{adv}\| \,/\, \|\nabla L_\mathrm{recon}\|$"
 
 
 class Curve(NamedTuple):
-    """A run's ratios; every array has an entry for each logged row."""
+    """Ratios of a run; every array has one entry per logged row."""
 
     weighting: str
-    """"constant" or "adaptive", or "?" where config.yaml does not say."""
+    """"constant" or "adaptive", or "?" if config.yaml does not record it."""
     images: np.ndarray
-    """Seen by then."""
+    """Images seen."""
     steps: np.ndarray | None
-    """Of training by then, as many as batches; None where the batch size is not known."""
+    """Training steps; None if the batch size is unknown."""
     ratio: np.ndarray
-    """‖∇L_adv‖ / ‖∇L_recon‖, L_adv without its weight."""
+    """‖∇L_adv‖ / ‖∇L_recon‖, without the weight of L_adv."""
     weight: np.ndarray
-    """λ_adv, its ramp included."""
+    """λ_adv, including its ramp."""
 
 
 def analyze_gradients(runs: Sequence[str | Path] = (), out: Path | None = None) -> Analysis:
-    """Read the ratios of runs of stage one from their logs, and draw them over one another.
+    """Read the ratios from the logs of stage-one runs, and draw them in one figure.
 
-    A row of the log holds the mean of ‖∇L_recon‖ / ‖∇L_adv‖ over its steps (with a constant weight
-    one step in each row is measured, with an adaptive one all); the ratio is one over that.
+    A row of the log holds the mean of ‖∇L_recon‖ / ‖∇L_adv‖ over its steps (one step per row with a
+    constant weight, all steps with an adaptive one); its inverse is shown.
 
     Args:
-        runs: PATH or NAME=PATH of run folders, each; none: the newest run.
-        out: folder of the files; None: `analysis/` in the first run.
+        runs: PATH or NAME=PATH of run folders; none: the newest run.
+        out: output folder; None: `analysis/` in the first run.
 
     Raises:
-        UsageError: two runs are given one name.
-        LdmError: a folder has no log, or nothing in it of the adversarial gradient.
+        UsageError: two runs have the same name.
+        LdmError: a folder has no log, or the log has no adversarial gradient.
     """
     paths = parse_models(runs or [newest_run("autoencoder", needs="metrics.jsonl")])
     paths = {name: p.parent if p.is_file() else p for name, p in paths.items()}
@@ -81,8 +81,8 @@ def analyze_gradients(runs: Sequence[str | Path] = (), out: Path | None = None) 
         ],
         (picture, table),
         (
-            "decades: log₁₀ of the 95 % over the 5 % point, how unsteady the ratio was",
-            # a mean is steadier than what it is of, and would hide what Figure 7 is about
+            "decades: log₁₀ of the 95 % point over the 5 % point, a measure of instability",
+            # means vary less than single steps, and would hide the instability
             *([f"{MIXED}: compare decades of runs trained with run.log_every_steps=1"]
               if _mixed(curves) else []),
         ),
@@ -90,19 +90,15 @@ def analyze_gradients(runs: Sequence[str | Path] = (), out: Path | None = None) 
 
 
 def read_curve(folder: Path) -> Curve:
-    """The ratios in a run's metrics.jsonl.
-
-    Raises:
-        LdmError: as `analyze_gradients`.
-    """
+    """Read the ratios from a run's metrics.jsonl."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
-        raise LdmError(f"{path} is not there: give the folder of a run of stage one")
+        raise LdmError(f"{path} does not exist: pass the folder of a stage-one run")
     rows = [row for row in read_rows(path) if row.get("gradient_ratio", 0) > 0]
     if not rows:
         raise LdmError(
-            f"{path} says nothing of the adversarial gradient: the run has no discriminator, or "
-            "has not come to it yet (adversarial.start)"
+            f"{path} has no adversarial gradients: the run has no discriminator, or it has not "
+            "started yet (adversarial.start)"
         )
     config = read_config(folder) or {}
     adversarial = config.get("adversarial") or {}
@@ -119,13 +115,13 @@ def read_curve(folder: Path) -> Curve:
 
 
 def spread(ratio: np.ndarray) -> float:
-    """Powers of ten between the 5 % and the 95 % point of positive numbers (n,)."""
+    """Return the decades between the 5 % and the 95 % point of positive numbers (n,)."""
     low, high = np.percentile(np.log10(ratio), [5, 95])
     return float(high - low)
 
 
 def running_median(values: np.ndarray, width: int) -> np.ndarray:
-    """The median of the `width` values around each (odd; fewer at the ends): (n,) → (n,)."""
+    """Return the median of the `width` (odd) values around each, fewer at the ends: (n,) → (n,)."""
     half = width // 2
     return np.array(
         [np.median(values[max(i - half, 0) : i + half + 1]) for i in range(len(values))]
@@ -133,7 +129,7 @@ def running_median(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def _mixed(curves: dict[str, Curve]) -> bool:
-    """Whether rows that are means stand beside rows that are not."""
+    """Check for runs whose rows are means next to runs whose rows are single steps."""
     return {"constant", "adaptive"} <= {c.weighting for c in curves.values()}
 
 
@@ -141,10 +137,10 @@ def _mixed(curves: dict[str, Curve]) -> bool:
 def _draw(path: Path, curves: dict[str, Curve]) -> None:
     by_steps = all(c.steps is not None for c in curves.values())
     under = (
-        "Norms of gradients at the decoder's last layer. Thin: as logged; thick: running median. "
-        "Above 1 the adversarial loss pulls harder than the reconstruction."
-    ) + (f" Not alike: {MIXED}." if _mixed(curves) else "")
-    title = "How hard the adversarial loss pulls, against the reconstruction"
+        "Norms of the gradients at the decoder's last layer. Thin: as logged; thick: running "
+        "median. Above 1, the adversarial loss dominates the reconstruction loss."
+    ) + (f" Note: {MIXED}." if _mixed(curves) else "")
+    title = "Adversarial against reconstruction gradients"
     names = [n if c.weighting in n else f"{n} ({c.weighting} weight)" for n, c in curves.items()]
     with drawing(path, title, under, 4.1 + 0.1 * len(names)) as figure:
         panels = figure.subplots(1, 2, sharex=True)

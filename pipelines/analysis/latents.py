@@ -1,13 +1,9 @@
-"""Statistics of latents over many images, in one pass: moments, KL, correlation, spectrum.
+"""Latents as pictures, and their statistics (Sadat et al. 2024, Figures 2 and 4).
 
-The two pictures of `pipelines.analysis.latents`.
-
-What latents look like, and their statistics (Sadat et al. 2024, Figures 2 and 4).
-
-latents.png              images, reconstructions, latents as RGB: by channels 1-3, by PCA
+latents.png              images, reconstructions, latents as RGB: channels 1-3 and PCA
 latents-statistics.png   per channel: mean, standard deviation, KL; spectrum; correlations
-latents.csv              the same for every model and channel
-latents-spectrum.csv     power for every model, channel and frequency, and of the images themselves
+latents.csv              the same numbers per model and channel
+latents-spectrum.csv     power per model, channel and frequency, and that of the images
 """
 
 import math
@@ -29,11 +25,11 @@ from ldm.charts import DIM, INK, WIDTH, colour, drawing, name_rows, show_image
 from ldm.data import sheet_images
 from ldm.data.split import Split
 from ldm.distributed import fail_together, join_processes
-from ldm.errors import LdmError, UsageError
+from ldm.errors import LdmError, UsageError, check_at_least
 from ldm.images import latents_as_rgb, to_float
 from pipelines.analysis.subjects import (
     Analysis,
-    Images,
+    ImageSet,
     Subject,
     analysis_folder,
     draw_images,
@@ -44,46 +40,56 @@ from pipelines.analysis.subjects import (
     write_csv,
 )
 
-GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601: luma of red, green and blue
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: weights of red, green and blue
+LEAST = 4  # latents per side, the fewest that have a spectrum
+COLUMNS = ("image", "reconstruction", "latent,\nchannels 1-3", "latent,\nPCA")
+FEW = 12  # up to this many channels, each has a tick
+VERY_FEW = 6  # up to this many, their correlations are printed
+
+Rows = dict[str, list[Tensor]]
+"""Per model: images, reconstructions, latents by channels and by PCA, each (B, 3, H, W)."""
 
 
 class LatentStatistics(NamedTuple):
-    """Of draws from the posteriors, summed over in closed form; float64, on the CPU."""
+    """Per-channel statistics of latents drawn from the posteriors; float64, on the CPU.
+
+    The draws are integrated out in closed form.
+    """
 
     count: int
-    """Images."""
+    """Number of images."""
     mean: Tensor
-    """Of each channel (n_z,)."""
+    """Mean of each channel (n_z,)."""
     covariance: Tensor
-    """Of the channels at one place (n_z, n_z)."""
+    """Covariance of the channels at one position (n_z, n_z)."""
     posterior_std: Tensor
-    """Root mean square of the posteriors' own standard deviation (n_z,)."""
+    """Root mean square of the posteriors' standard deviations (n_z,)."""
     kl: Tensor
-    """KL to N(0, 1) of each channel (n_z,), nats per latent value."""
+    """KL to N(0, 1) of each channel (n_z,), in nats per latent value."""
     frequencies: Tensor
-    """Of the spectra (k,), cycles per latent, up to ½."""
+    """Frequencies of the spectra (k,), in cycles per latent, up to ½."""
     spectrum: Tensor
-    """Mean power of each channel's posterior means at each frequency (n_z, k)."""
+    """Mean power of the posterior means per channel and frequency (n_z, k)."""
     image_spectrum: Tensor
-    """The same of the images' luma, averaged over the pixels of each latent (k,)."""
+    """Mean power of the images' luma, averaged over the pixels of each latent (k,)."""
 
     @property
     def std(self) -> Tensor:
-        """Of each channel (n_z,)."""
-        # of a channel that does not vary, rounding may leave less than nothing
+        """Standard deviation of each channel (n_z,)."""
+        # rounding can make the variance of a constant channel negative
         return self.covariance.diagonal().clamp_min(0).sqrt()
 
     @property
     def correlation(self) -> Tensor:
-        """Of each two channels (n_z, n_z); of one that does not vary with another 0."""
+        """Correlation matrix of the channels (n_z, n_z); 0 for a channel that does not vary."""
         scale = torch.where(self.std > 0, 1 / self.std, 0)
         correlation = scale[:, None] * self.covariance * scale
         return correlation.fill_diagonal_(1)
 
     def principal_components(self) -> tuple[Tensor, Tensor]:
-        """Variances (n_z,), falling, and unit directions as rows (n_z, n_z).
+        """Descending variances (n_z,), and unit directions as rows (n_z, n_z).
 
-        The largest entry of each direction is positive: eigenvectors leave their sign open.
+        The sign of an eigenvector is arbitrary: the largest entry of each is made positive.
         """
         variances, vectors = torch.linalg.eigh(self.covariance)
         vectors = vectors.flip(1).T
@@ -97,18 +103,14 @@ class LatentStatistics(NamedTuple):
 
     @property
     def image_slope(self) -> float:
-        """α of the images themselves: about 2 for photographs."""
+        """α of the images, about 2 for photographs."""
         return fall(self.frequencies, self.image_spectrum)
 
 
 def measure(
-    subject: Subject, images: Images, batch_size: int, ranks: PartialState, where: torch.device
+    subject: Subject, images: ImageSet, batch_size: int, ranks: PartialState, where: torch.device
 ) -> LatentStatistics:
-    """One pass over the images, the same result on every process.
-
-    Raises:
-        LdmError: there is no image, or a latent is not finite.
-    """
+    """Measure the latents of all images in one pass, with the same result on every process."""
     share, counted = None, 0
     with fail_together(ranks):
         for _, shown, posterior in encode_share(subject, images, batch_size, ranks, where):
@@ -117,7 +119,7 @@ def measure(
             counted += len(shown)
     shares = [(s, n) for s, n in gather(ranks, (share, counted)) if n]
     if not shares:
-        raise LdmError(f"{images.what}: no image can be read")
+        raise LdmError(f"{images.what}: no image is readable")
     count = sum(n for _, n in shares)
     totals = [sum(parts) / count for parts in zip(*(s for s, _ in shares), strict=True)]
     mean, products, variance, kl, spectrum, image_spectrum = totals
@@ -135,11 +137,17 @@ def measure(
 
 
 def radial_power(maps: Tensor) -> Tensor:
-    """Mean power of square maps (…, s, s) at radial frequencies 1/s, 2/s, … ½: (…, ⌊s/2⌋), float64.
+    """Compute the mean power of square maps at radial frequencies 1/s, 2/s, … ½, in float64.
 
-    Each map's mean is taken off, and a Hann window laid over it, for its edges do not meet. White
-    noise of variance v has power v at every frequency but the lowest, and 67/72 v there (s ≥ 3),
-    since a mean under the window lies in part at that frequency, and goes.
+    The mean of each map is subtracted, and a Hann window is applied, since the edges do not match.
+    White noise of variance v has power v at every frequency but the lowest, where it has 67/72 v
+    (s ≥ 3): under the window, the mean lies partly at that frequency.
+
+    Args:
+        maps: (…, s, s).
+
+    Returns:
+        The power (…, ⌊s/2⌋).
     """
     side = maps.shape[-1]
     maps = maps.double()
@@ -149,25 +157,25 @@ def radial_power(maps: Tensor) -> Tensor:
     power = torch.fft.fft2(maps * window[:, None] * window, norm="ortho").abs().square()
     whole = torch.fft.fftfreq(side, 1 / side, dtype=torch.float64, device=maps.device)
     radius = torch.hypot(whole[:, None], whole).round().long().flatten()  # (s²,)
-    # the corners, beyond ½, and the mean, are left out
+    # without the mean, and without the corners beyond ½
     bins = F.one_hot(radius).double()[:, 1 : side // 2 + 1]  # (s², k)
     return power.flatten(-2) @ (bins / bins.sum(0))
 
 
 def fall(frequencies: Tensor, power: Tensor) -> float:
-    """α of power ∝ frequency^−α, by least squares of the logarithms; NaN where power is 0."""
+    """Fit α of power ∝ frequency^−α by least squares of the logarithms; NaN if a power is 0."""
     x, y = frequencies.log(), power.log()
     x = x - x.mean()
     return -((x * y).sum() / x.square().sum()).item()
 
 
 def _sums(posterior: DiagonalGaussian, images: Tensor) -> list[Tensor]:
-    """Sums over the images of a batch, of means over places: on the CPU."""
+    """Sum over the images of a batch, after averaging over positions; on the CPU."""
     mean, variance = posterior.mean.double(), posterior.logvar.double().exp()  # (b, n_z, h, w)
     over, places = (0, 2, 3), mean[0, 0].numel()
     # Kingma & Welling 2014, Appendix B: ½ (μ² + σ² − 1 − ln σ²)
     kl = 0.5 * (mean.square() + variance - 1 - posterior.logvar.double())
-    luma = (images.double() * images.new_tensor(GREY).double().view(1, 3, 1, 1)).sum(1)
+    luma = (images.double() * images.new_tensor(LUMA).double().view(1, 3, 1, 1)).sum(1)
     sums = [
         mean.sum(over) / places,
         torch.einsum("bihw,bjhw->ij", mean, mean) / places,
@@ -179,25 +187,17 @@ def _sums(posterior: DiagonalGaussian, images: Tensor) -> list[Tensor]:
     return [total.cpu() for total in sums]
 
 
-def _side(subject: Subject, images: Images) -> int:
-    """Latents along a side."""
+def _side(subject: Subject, images: ImageSet) -> int:
+    """Return the number of latents along a side."""
     return math.ceil(images.resolution / subject.autoencoder.downsampling)
 
 
-Rows = dict[str, list[Tensor]]
-"""By model: images, reconstructions, latents by channels and by PCA, each (B, 3, H, W)."""
-
-COLUMNS = ("image", "reconstruction", "latent,\nchannels 1-3", "latent,\nPCA")
-FEW = 12  # channels, each of which has a tick
-VERY_FEW = 6  # and whose correlations have room for numbers
-
-
 def draw_sheet(path: Path, rows: Rows, what: str) -> None:
-    """A row for every image and model; models stand together, so that they can be compared."""
+    """Draw a row per image and model; the models of one image stand together for comparison."""
     count = len(next(iter(rows.values()))[0])
     under = (
         f"The first images of {what}, the posteriors' modes. Three channels, or the first three "
-        "principal components, as red, green and blue, each stretched from its 1st to its 99th "
+        "principal components, as red, green and blue, each scaled from its 1st to its 99th "
         "percentile."
     )
     cell = (WIDTH - 0.6) / len(COLUMNS) - 0.1
@@ -214,13 +214,13 @@ def draw_sheet(path: Path, rows: Rows, what: str) -> None:
 
 
 def draw_statistics(path: Path, found: dict[str, LatentStatistics], what: str) -> None:
-    """Four panels a model."""
+    """Draw four panels per model."""
     under = (
-        f"{what[0].upper()}{what[1:]}. Draws from the posteriors (the spectrum: their means). "
-        "Dashed: N(0,\u00a01), which the KL term draws them to; grey in the spectrum: the images' "
-        "luma at the latents' resolution, scaled to the same sum."
+        f"{what[0].upper()}{what[1:]}. Samples of the posteriors (spectrum: their means). Dashed: "
+        "N(0,\u00a01), the target of the KL term. Grey in the spectrum: luma of the images at the "
+        "resolution of the latents, scaled to the same sum."
     )
-    title = "Statistics of the latents, channel by channel"
+    title = "Statistics of the latents per channel"
     with drawing(path, title, under, 6.0 * len(found)) as figure:
         parts = figure.subfigures(len(found), 1, squeeze=False)[:, 0]
         for i, (part, (name, statistics)) in enumerate(zip(parts, found.items(), strict=True)):
@@ -241,7 +241,7 @@ def _draw_model(part: SubFigure, s: LatentStatistics, shade: str) -> None:
     moments.errorbar(channels, s.mean, s.std, color=shade, fmt="o", label="latents", **size)
     moments.errorbar(
         channels + 0.25, s.mean, s.posterior_std, color=INK, fmt="none",
-        elinewidth=3 if few else 1, label="one posterior's own",
+        elinewidth=3 if few else 1, label="a single posterior",
     )  # fmt: skip
     moments.set(title="Mean ± standard deviation", xlabel="channel", ylabel="latent value")
     moments.legend(fontsize=8, frameon=True, framealpha=0.85, edgecolor="none")
@@ -272,12 +272,12 @@ def _draw_model(part: SubFigure, s: LatentStatistics, shade: str) -> None:
 
 
 def _draw_spectrum(axes: Axes, s: LatentStatistics, shade: str) -> None:
-    """Every channel thin, their mean thick, and the images in grey."""
+    """Draw the channels thin, their mean thick, and the images grey."""
     for power in s.spectrum:
         axes.plot(s.frequencies, power, color=shade, linewidth=0.8, alpha=0.45)
     mean = s.spectrum.mean(0)
     axes.plot(s.frequencies, mean, color=shade, linewidth=2.2, label=f"latents (α = {s.slope:.1f})")
-    # the images' power is in other units: only the shape of its curve is to be compared
+    # the power of the images has other units: only the shapes can be compared
     scaled = s.image_spectrum * (mean.mean() / s.image_spectrum.mean())
     label = f"images (α = {s.image_slope:.1f})"
     axes.plot(s.frequencies, scaled, color=DIM, linewidth=1.5, label=label)
@@ -292,9 +292,6 @@ def _draw_spectrum(axes: Axes, s: LatentStatistics, shade: str) -> None:
     axes.legend(fontsize=8)
 
 
-LEAST = 4  # latents a side: a spectrum of fewer says nothing
-
-
 def analyze_latents(
     models: Sequence[str | Path] = (),
     data: str | None = None,
@@ -306,68 +303,70 @@ def analyze_latents(
     batch_size: int = 16,
     out: Path | None = None,
 ) -> Analysis | None:
-    """Show a few images' latents, and measure those of many.
+    """Show the latents of a few images, and measure those of many.
 
-    Under a distributed launch every image is measured on one process.
+    Under a distributed launch the processes share the images.
 
     Args:
-        models: PATH or NAME=PATH, each; none: the newest run.
-        data: `photos`, a folder, a zip, or shards; None: what they were trained on.
-        n: images measured; all there are where these are fewer.
-        count: images shown, the first of the split.
-        resolution: side of the images, pixels; None: what the training ended at.
-        out: folder of the files; None: `analysis/` beside the first model.
+        models: PATH or NAME=PATH each; none: the newest run.
+        data: `photos`, a folder, a zip or shards; None: the training data.
+        n: images to measure; all if there are fewer.
+        count: images to show, the first of the split.
+        resolution: image size in pixels; None: the last of the training.
+        out: output folder; None: `analysis/` next to the first model.
 
     Returns:
-        What was found; None on all processes but the main one.
+        The result; None on all processes but the main one.
 
     Raises:
-        UsageError: a number is out of its range, or left out where the file does not say it.
+        UsageError: a number is out of range, or the files do not record a missing one.
         LdmError: a model or the data cannot be read, or a latent is not finite.
     """
-    for name, value in (("--n", n), ("--images", count), ("--batch-size", batch_size)):
-        if value < 1:
-            raise UsageError(f"{name} {value}: it must be at least 1")
+    check_at_least(1, n=n, images=count, batch_size=batch_size)
     ranks, where = join_processes(device)
     with fail_together(ranks):
         subjects = load_subjects(models, where)
         whole = open_images(subjects, data, split, resolution)
-    for s in subjects:
-        f = s.autoencoder.downsampling
-        if whole.resolution < LEAST * f:
-            raise UsageError(
-                f"--resolution {whole.resolution}: {s.name} makes latents of {f}×{f} pixels, too "
-                f"few of them for a spectrum; give {LEAST * f} or more"
-            )
+    _check_resolution(subjects, whole.resolution)
     drawn = whole._replace(source=draw_images(whole.source, n))
     found = {s.name: measure(s, drawn, batch_size, ranks, where) for s in subjects}
     if not ranks.is_main_process:
         return None
     folder = analysis_folder(out, subjects[0].path)
-    sheet, statistics = folder / "latents.png", folder / "latents-statistics.png"
-    draw_sheet(sheet, _rows(subjects, found, whole, count), whole.what)
+    pictures = (folder / "latents.png", folder / "latents-statistics.png")
+    draw_sheet(pictures[0], _rows(subjects, found, whole, count), whole.what)
     measured = max(stats.count for stats in found.values())
     what = f"{measured:,} images of {whole.what}"
-    draw_statistics(statistics, found, what)
-    tables = _write(folder, found)
+    draw_statistics(pictures[1], found, what)
+    image_slope = next(iter(found.values())).image_slope
     return Analysis(
         f"latents of {what}",
         ("model", "n_z", "mean", "std", "KL, nats/value", "|r| up to", "PCA 1-3", "slope"),
         [(name, *_summary(stats)) for name, stats in found.items()],
-        (sheet, statistics, *tables),
+        (*pictures, *_write(folder, found)),
         (
             "mean, std, KL: lowest to highest channel; r: correlation of two channels; "
             "PCA: variance in three components; slope α: power falls as frequency^−α "
-            f"(the images themselves: {next(iter(found.values())).image_slope:.2f})",
+            f"(images: {image_slope:.2f})",
         ),
     )
 
 
+def _check_resolution(subjects: Sequence[Subject], resolution: int) -> None:
+    for s in subjects:
+        f = s.autoencoder.downsampling
+        if resolution < LEAST * f:
+            raise UsageError(
+                f"--resolution {resolution}: too small for a spectrum of the latents of {s.name}, "
+                f"{f}×{f} pixels each: use at least {LEAST * f}"
+            )
+
+
 @torch.no_grad()
 def _rows(
-    subjects: Sequence[Subject], found: dict[str, LatentStatistics], images: Images, count: int
+    subjects: Sequence[Subject], found: dict[str, LatentStatistics], images: ImageSet, count: int
 ) -> Rows:
-    """For each model the images, reconstructions, and latents as RGB in two ways."""
+    """Compute images, reconstructions and latents as RGB for each model."""
     rows = {}
     for s in subjects:
         where = next(s.autoencoder.parameters()).device
@@ -385,9 +384,9 @@ def _rows(
 
 
 def project(latents: Tensor, statistics: LatentStatistics) -> Tensor:
-    """Latents (B, n_z, h, w) → their first three principal components (B, min(3, n_z), h, w).
+    """Project latents (B, n_z, h, w) on their first principal components (B, min(3, n_z), h, w).
 
-    The components are those of all latents measured, whose mean is taken off.
+    The components and the mean are those of all measured latents.
     """
     centred = latents.double() - statistics.mean.view(1, -1, 1, 1)
     _, vectors = statistics.principal_components()
@@ -395,7 +394,7 @@ def project(latents: Tensor, statistics: LatentStatistics) -> Tensor:
 
 
 def _write(folder: Path, found: dict[str, LatentStatistics]) -> list[Path]:
-    """All numbers: a row a channel, and a row a channel and frequency."""
+    """Write all numbers: a row per channel, and a row per channel and frequency."""
     widest = max(len(stats.mean) for stats in found.values())
     header = ("model", "channel", "mean", "std", "posterior_std", "kl_nats_per_value",
               "component_variance", *(f"correlation_{i + 1}" for i in range(widest)))  # fmt: skip

@@ -1,12 +1,11 @@
-"""How reconstructions fare over resolutions (Sadat et al. 2024, Figures 5 and 8).
+"""Reconstruction quality over resolutions (Sadat et al. 2024, Figures 5 and 8).
 
-scale.png   rFID, PSNR, SSIM and LPIPS over the images' side, a line a model
-scale.csv   a row for every model and resolution
-scale.json  the same, and all that the numbers depend on
+scale.png   rFID, PSNR, SSIM and LPIPS over the image size, a line per model
+scale.csv   a row per model and resolution
+scale.json  the same, with all settings of the evaluation
 
-The images of a folder or archive are brought to each resolution whole, as in the paper. The
-built-in photographs are not: of them `val` is windows cut at their own scale, so that a larger side
-shows more of a picture, not more of its detail.
+Images of a folder or archive are resized as a whole, as in the paper. The built-in photographs are
+cropped instead: a larger size shows more of a photograph, not more detail.
 """
 
 import math
@@ -21,7 +20,7 @@ from ldm.data.shards import read_manifest
 from ldm.data.split import Split
 from ldm.data.transforms import CorruptImage
 from ldm.distributed import from_main, join_processes
-from ldm.errors import LdmError, UsageError
+from ldm.errors import LdmError, check_at_least
 from pipelines.analysis.subjects import (
     Analysis,
     analysis_folder,
@@ -54,25 +53,23 @@ def analyze_scale(
     force: bool = False,
     out: Path | None = None,
 ) -> Analysis | None:
-    """`evaluate_checkpoints` of one or several models over resolutions, as Figures 5 and 8 have it.
+    """Evaluate one or several models over resolutions, as in Figures 5 and 8.
 
     Args:
-        models: PATH or NAME=PATH, each; none: the newest run.
-        data: `photos`, a folder, a zip, or shards; None: what the models were trained on.
-        resolutions: sides of the images, pixels; None: those of `RESOLUTIONS` that no image is
-            smaller than.
-        fid, weights, limit, batch_size, force: as `evaluate_checkpoints` takes them.
-        out: folder of the files; None: `analysis/` beside the first model.
+        models: PATH or NAME=PATH each; none: the newest run.
+        data: `photos`, a folder, a zip or shards; None: the training data.
+        resolutions: image sizes in pixels; None: those of `RESOLUTIONS` up to the smallest image.
+        fid, weights, limit, batch_size, force: as for `evaluate_checkpoints`.
+        out: output folder; None: `analysis/` next to the first model.
 
     Returns:
-        What was found; None on all processes but the main one.
+        The result; None on all processes but the main one.
 
     Raises:
-        UsageError: data is left out, and the files do not say or disagree; or a number below one.
-        LdmError: as `evaluate_checkpoints`; or no image is as large as the smallest resolution.
+        UsageError: a number is out of range, or the files do not record the data or disagree.
+        LdmError: as for `evaluate_checkpoints`; or an image is smaller than all resolutions.
     """
-    if limit is not None and limit < 1:
-        raise UsageError(f"--limit {limit}: it must be at least 1")
+    check_at_least(1, limit=limit)
     ranks, _ = join_processes(device)
     paths = parse_models(models)
     recipes = {
@@ -89,13 +86,17 @@ def analyze_scale(
     )  # fmt: skip
     if not ranks.is_main_process:
         return None
-    # by path: a file under two names is measured once
+    # by path: a file with two names is measured once
     measurements = {(each.model, each.resolution): each for each in found}
     by_model = {name: [measurements[p, side] for side in sides] for name, p in paths.items()}
-    measured = [
-        number for number in PANELS
-        if any(each.numbers[number] is not None for each in found)
-    ]  # fmt: skip
+    return _write(folder, by_model, config, split)
+
+
+def _write(
+    folder: Path, by_model: dict[str, list[Evaluation]], config: DataConfig, split: Split
+) -> Analysis:
+    found = [each for evaluations in by_model.values() for each in evaluations]
+    measured = [n for n in PANELS if any(each.numbers[n] is not None for each in found)]
     rows = [
         (name, each.resolution, each.count, *(each.numbers[n] for n in PANELS),
          f"{config.source}, {split}")
@@ -123,12 +124,8 @@ def analyze_scale(
 
 
 def _fitting(config: DataConfig, split: Split, limit: int | None) -> list[int]:
-    """Those of `RESOLUTIONS` that images can be brought down to.
-
-    Raises:
-        LdmError: there is none.
-    """
-    if config.source == PHOTOS:  # of which a part that is too small is enlarged
+    """Return the `RESOLUTIONS` that no image is smaller than."""
+    if config.source == PHOTOS:  # whose crops are enlarged where they are too small
         return list(RESOLUTIONS)
     path = Path(config.source).expanduser()
     manifest = read_manifest(path) if path.is_dir() else None
@@ -139,19 +136,19 @@ def _fitting(config: DataConfig, split: Split, limit: int | None) -> list[int]:
     fitting = [side for side in RESOLUTIONS if side <= smallest]
     if not fitting:
         raise LdmError(
-            f"{config.source}: its smallest image has a side of {smallest} pixels, below "
-            f"{RESOLUTIONS[0]}: give --resolutions"
+            f"{config.source}: the smallest image has {smallest} pixels, below {RESOLUTIONS[0]}: "
+            "use --resolutions"
         )
     return fitting
 
 
 def _smallest_side(source: Source, limit: int | None) -> int:
-    """The shortest side of the images that will be measured, pixels; no more than is needed."""
+    """Return the shortest side of the images in pixels, at most the largest resolution."""
     smallest = RESOLUTIONS[-1]
     for index in range(min(len(source), limit or len(source))):
         try:
             smallest = min(smallest, *source.load(index).shape[:2])
-        except CorruptImage:  # it will be left out, and told
+        except CorruptImage:  # skipped and reported by the evaluation
             continue
         if smallest < RESOLUTIONS[0]:
             break
@@ -163,8 +160,8 @@ def _notes(found: Sequence[Evaluation], config: DataConfig) -> list[str]:
     notes = []
     if config.source == PHOTOS:
         notes.append(
-            "the built-in photographs are cut, not brought, to each side (and enlarged where a "
-            "part is smaller): for the paper's question give a folder of large images by --data"
+            "the built-in photographs are cropped, not resized (crops that are too small are "
+            "enlarged): use --data with a folder of large images for the paper's comparison"
         )
     for each in found:
         notes += [why for name, why in each.about["doubtful"].items() if name in PANELS]
@@ -179,10 +176,10 @@ def _cell(value: float | None) -> str:
 def _draw(
     path: Path, by_model: dict[str, list[Evaluation]], measured: Sequence[str], what: str
 ) -> None:
-    """A panel for each number that was measured, two in a row."""
-    under = f"{what[0].upper()}{what[1:]}, the posteriors' modes decoded."
+    """Draw a panel per metric, two in a row."""
+    under = f"{what[0].upper()}{what[1:]}, reconstructed from the posteriors' modes."
     columns, rows = min(len(measured), 2), math.ceil(len(measured) / 2)
-    title = "How good are reconstructions at other resolutions?"
+    title = "Reconstruction quality over resolutions"
     with drawing(path, title, under, 3.0 * rows + 0.3) as figure:
         panels = figure.subplots(rows, columns, squeeze=False).flatten()
         for axes in panels[len(measured) :]:
@@ -201,6 +198,6 @@ def _draw(
             axes.set_xscale("log", base=2)
             axes.set_xticks(sides, [str(side) for side in sides])
             axes.minorticks_off()
-            axes.set(title=f"{name} ({better})", xlabel="side of the images, pixels", ylabel=name)
+            axes.set(title=f"{name} ({better})", xlabel="image size, pixels", ylabel=name)
             axes.grid()
         panels[0].legend()

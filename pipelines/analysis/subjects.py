@@ -1,14 +1,4 @@
-"""What an analysis leaves: pictures and tables in a folder, and the numbers worth printing.
-
-How far a number over images would move with other images: the jackknife.
-
-Efron & Tibshirani 1993, Chapter 11: the number is measured again without some of the images, and
-again without others. It holds for what is no mean over images, too. Images drawn with replacement
-would not do where images are compared with each other: one that is drawn twice is at distance 0
-from itself, which shifts an MMD by about 1/n.
-
-What is analysed: one or several autoencoders, and the images that all of them are shown.
-"""
+"""Subjects of an analysis, the images that all of them see, and the files that are written."""
 
 import csv
 import io
@@ -42,28 +32,58 @@ from ldm.seeds import generator
 
 Cell = str | int | float | None
 
+SEED = 0  # of the drawn images and of all noise, the same in every analysis
+TIMESTAMP = re.compile(r"^\d{8}-\d{6}-")  # a run folder's name begins with it
+GROUPS = 50
+"""The jackknife leaves out images one by one, or at most this many groups of them; that gives the
+standard error to about a tenth."""
+
 
 class Analysis(NamedTuple):
-    """What was found, for the person who asked."""
+    """Result of an analysis: a table to print, and the files that were written."""
 
     title: str
-    """Of the table: what was measured, on which images."""
+    """Title of the table: the measurement and the images."""
     header: tuple[str, ...]
     rows: list[tuple[str, ...]]
-    """Of the table, cells as they are printed."""
+    """Cells as they are printed."""
     files: tuple[Path, ...]
-    """The pictures, then the CSVs with all numbers."""
+    """The pictures, then the CSV files with all numbers."""
     notes: tuple[str, ...] = ()
-    """What the reader must know to judge the numbers."""
+    """Caveats about the numbers."""
 
 
+class Subject(NamedTuple):
+    """An autoencoder under analysis."""
+
+    name: str
+    """Label in tables and legends."""
+    path: Path
+    autoencoder: Autoencoder
+    """On the device, in eval mode."""
+    recipe: dict[str, Any]
+    """Training recipe stored in the file; {} for third-party models."""
+
+
+class ImageSet(NamedTuple):
+    """The images that all subjects see, and their description."""
+
+    source: Source
+    resolution: int
+    """Size R that they are resized to, in pixels."""
+    what: str
+    """Such as "the val split of photos, 64×64"."""
+    workers: int
+
+
+# ------------------------------------------------------------------------------------- files
 def analysis_folder(out: Path | None, model: Path) -> Path:
-    """Where to write: what was asked for, or `analysis/` beside the model, in its run."""
+    """Return the requested folder, or `analysis/` next to the model."""
     return out or (model if model.is_dir() else model.parent) / "analysis"
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Cell]]) -> Path:
-    """Write a table whole or not at all; numbers in nine digits, nothing where there is none."""
+    """Write a table atomically, with nine significant digits; None is an empty cell."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
@@ -73,23 +93,23 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Cell]])
     return path
 
 
-GROUPS = 50
-"""Images are left out one by one, and of more than these in so many groups: their standard error is
-known to a tenth."""
-
-
+# ------------------------------------------------------------------------- standard errors
 def image_shares(
     measure: Callable[[NDArray[np.intp]], NDArray], count: int
 ) -> tuple[NDArray, NDArray]:
-    """Some numbers over images, and the share that each image has in them.
+    """Measure statistics of a set of images, and the jackknife's pseudo-values of image groups.
+
+    The jackknife (Efron & Tibshirani 1993, Chapter 11) measures again without each group of images,
+    and so gives standard errors for statistics that are no means over images. A bootstrap would
+    not do for an MMD: an image drawn twice is at distance 0 from itself, a bias of about 1/n.
 
     Args:
-        measure: positions of images, rising, (m,) → the numbers over them (s,).
-        count: how many images there are; `measure` sees all of them, and all but a group.
+        measure: maps ascending indices of images (m,) to their statistics (s,).
+        count: number of images.
 
     Returns:
-        The numbers (s,), and by group shares (g, s), of which these are the means and whose
-        standard errors are theirs. Image i is of group i modulo g.
+        The statistics (s,), and pseudo-values (g, s): their mean is about the statistic, their
+        standard error is its standard error. Image i belongs to group i modulo g.
     """
     images = np.arange(count)
     group = images % min(count, GROUPS)
@@ -99,42 +119,15 @@ def image_shares(
     return whole, whole + (len(without) - 1) * (without.mean(0) - without)
 
 
-SEED = 0  # of which images are drawn, and of all noise: the same in every analysis
-TIME = re.compile(r"^\d{8}-\d{6}-")  # how a run's folder begins
-
-
-class Subject(NamedTuple):
-    """An autoencoder under analysis."""
-
-    name: str
-    """What tables and legends call it."""
-    path: Path
-    autoencoder: Autoencoder
-    """On the device, in eval mode."""
-    recipe: dict[str, Any]
-    """It was trained by, as far as its file says; {} for other people's."""
-
-
-class Images(NamedTuple):
-    """The images that all subjects are shown, and what to call them."""
-
-    source: Source
-    resolution: int
-    """Side R they are brought to, pixels."""
-    what: str
-    """Such as "the val split of photos, 64×64"."""
-    workers: int
-
-
 # -------------------------------------------------------------------------------- the models
 def parse_models(words: Sequence[str | Path]) -> dict[str, Path]:
-    """Names and paths of what was typed: PATH, or NAME=PATH; nothing is the newest run.
+    """Map names to paths from PATH or NAME=PATH arguments; none stands for the newest run.
 
-    A name that is not given is the run folder's, without its time where that leaves no doubt.
+    The default name is the run folder's, without its timestamp where that is unambiguous.
 
     Raises:
-        UsageError: two models are given one name.
-        LdmError: nothing was typed, and there is no run.
+        UsageError: two models have the same name.
+        LdmError: no argument was given, and there is no run.
     """
     given: list[tuple[str | None, Path]] = []
     for word in words or [newest_run("autoencoder")]:
@@ -144,26 +137,21 @@ def parse_models(words: Sequence[str | Path]) -> dict[str, Path]:
         elif name and path:
             given.append((name, Path(path)))
         else:
-            raise UsageError(f"'{word}' is not a path, nor of the form NAME=PATH")
+            raise UsageError(f"'{word}' is neither an existing path nor of the form NAME=PATH")
     long = [_folder_name(path) for _, path in given]
-    short = [TIME.sub("", name) for name in long]
+    short = [TIMESTAMP.sub("", name) for name in long]
     names = [
-        told or next((n for n, all_ in ((s, short), (n, long)) if all_.count(n) == 1), str(path))
-        for (told, path), s, n in zip(given, short, long, strict=True)
+        name or next((n for n, all_ in ((s, short), (n, long)) if all_.count(n) == 1), str(path))
+        for (name, path), s, n in zip(given, short, long, strict=True)
     ]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise UsageError(f"two models are called '{twice[0]}': say NAME=PATH, each another name")
+        raise UsageError(f"two models are called '{twice[0]}': name them with NAME=PATH")
     return dict(zip(names, (path for _, path in given), strict=True))
 
 
 def load_subjects(words: Sequence[str | Path], device: torch.device) -> list[Subject]:
-    """The autoencoders that were typed, see `parse_models`, on a device.
-
-    Raises:
-        UsageError: two of them are given one name.
-        LdmError: one cannot be read.
-    """
+    """Load the autoencoders of PATH or NAME=PATH arguments; see `parse_models`."""
     subjects = []
     for name, path in parse_models(words).items():
         file = read_autoencoder(path)
@@ -174,7 +162,7 @@ def load_subjects(words: Sequence[str | Path], device: torch.device) -> list[Sub
 
 
 def _folder_name(path: Path) -> str:
-    """What a person calls a model: its run, and which file of it unless it is the usual one."""
+    """Name a model after its run, and after its file unless that is ckpt.pt."""
     path = path.absolute()
     if path.suffix not in (".pt", ".ckpt", ".safetensors"):
         return path.name
@@ -189,17 +177,17 @@ def open_images(
     data: str | DataConfig | None,
     split: Split,
     resolution: int | None,
-) -> Images:
-    """Images for all subjects alike; what is left out is what they were trained on.
+) -> ImageSet:
+    """Open the images for all subjects; by default those that they were trained on.
 
     Args:
-        data: `photos`, a folder, a zip, or shards, split as their own where they were trained on
-            it; or all of how it is split.
-        resolution: side of the images, pixels.
+        data: `photos`, a folder, a zip or shards, split as in a subject's training where it was
+            trained on them; or a complete `DataConfig`.
+        resolution: image size in pixels.
 
     Raises:
-        UsageError: data or resolution is left out, and the files do not say, or disagree; or a
-            resolution is smaller than a latent.
+        UsageError: data or resolution is missing, and the files do not give it or disagree; or the
+            resolution is below the size of one latent.
         LdmError: the data cannot be read.
     """
     recipes = {s.name: s.recipe for s in subjects}
@@ -211,33 +199,33 @@ def open_images(
     if resolution < coarsest.autoencoder.downsampling:
         f = coarsest.autoencoder.downsampling
         raise UsageError(
-            f"--resolution {resolution}: {coarsest.name} makes one latent of {f}×{f} pixels; give "
-            f"{f} or more"
+            f"--resolution {resolution}: {coarsest.name} encodes {f}×{f} pixels into one latent: "
+            f"use at least {f}"
         )
     source = open_source(config, split, resolution)
     if not len(source):
-        raise LdmError(f"{config.source} has no image in its {split} split: give another --data")
+        raise LdmError(f"{config.source} has no images in its {split} split: use other --data")
     what = f"the {split} split of {config.source}, {resolution}×{resolution}"
-    return Images(source, resolution, what, config.workers)
+    return ImageSet(source, resolution, what, config.workers)
 
 
 def choose_data(recipes: Mapping[str, dict[str, Any]], data: str | None) -> DataConfig:
-    """The data asked for, or what models of these recipes were trained on, by their names.
+    """Return the requested data, or the data that the models were trained on.
 
     Raises:
-        UsageError: nothing is asked for, and the models do not say, or disagree.
+        UsageError: none is requested, and the recipes do not name data or disagree.
     """
-    told = {n: validate(DataConfig, r["data"]) for n, r in recipes.items() if "data" in r}
-    sources = {name: _place(config.source) for name, config in told.items()}
+    configs = {n: validate(DataConfig, r["data"]) for n, r in recipes.items() if "data" in r}
+    sources = {name: _resolve(config.source) for name, config in configs.items()}
     if data is None:
-        return told[_agreed(recipes, sources, "data")]
-    # split as a training split it: another split would take in what it has seen
-    same = [name for name, place in sources.items() if place == _place(data)]
-    return told[same[0]] if same else DataConfig(source=data)
+        return configs[_agreed(recipes, sources, "data")]
+    # keep the split of the training: another one would mix training images into the held-out part
+    same = [name for name, source in sources.items() if source == _resolve(data)]
+    return configs[same[0]] if same else DataConfig(source=data)
 
 
 def draw_images(source: Source, count: int, draw: int = 0) -> Source:
-    """`count` images of a source, the same for the same `draw`; all where it has no more."""
+    """Draw `count` images, the same ones for the same `draw`; all if there are no more."""
     if count >= len(source):
         return source
     # at random: a data set may be sorted by class
@@ -245,39 +233,34 @@ def draw_images(source: Source, count: int, draw: int = 0) -> Source:
     return Part(source, np.sort(order[:count]))
 
 
-def _place(source: str) -> str:
+def _resolve(source: str) -> str:
     return source if source == PHOTOS else str(Path(source).expanduser().resolve())
 
 
-def _agreed(models: Iterable[str], said: dict[str, Any], what: str) -> str:
-    """The name of a model that says what all that say anything agree on."""
-    if not said:
+def _agreed(models: Iterable[str], values: dict[str, Any], what: str) -> str:
+    """Return the name of a model whose value is that of all models that have one."""
+    if not values:
         name = next(iter(models))
-        raise UsageError(f"{name} does not say what it was trained on: give --{what}")
-    if len(set(said.values())) > 1:
-        each = ", ".join(f"{name} {value}" for name, value in said.items())
-        raise UsageError(f"the models were trained on different {what} ({each}): give --{what}")
-    return next(iter(said))
+        raise UsageError(f"{name} does not record the {what} of its training: use --{what}")
+    if len(set(values.values())) > 1:
+        each = ", ".join(f"{name} {value}" for name, value in values.items())
+        raise UsageError(f"the models were trained on different {what} ({each}): use --{what}")
+    return next(iter(values))
 
 
 # ----------------------------------------------------------------------------- several processes
 def gather(ranks: PartialState, share: Any) -> list[Any]:
-    """What every process has, in their order, on all of them."""
+    """Gather one object per process, in the order of ranks, on all of them."""
     return gather_object([share]) if ranks.num_processes > 1 else [share]
 
 
 @torch.no_grad()
 def encode_share(
-    subject: Subject, images: Images, batch_size: int, ranks: PartialState, where: torch.device
+    subject: Subject, images: ImageSet, batch_size: int, ranks: PartialState, where: torch.device
 ) -> Iterator[tuple[Tensor, Tensor, DiagonalGaussian]]:
-    """This process's share of the images: numbers (b,), images (b, 3, R, R), their posteriors.
+    """Yield this process's share: image numbers (b,), images (b, 3, R, R), their posteriors.
 
-    Every image comes on exactly one process, in float32.
-
-    Raises:
-        UsageError: the batch does not divide over the processes.
-        LdmError: (while iterating) an image is too small, too many are corrupt, or a latent is not
-            finite.
+    Every image is encoded on exactly one process, in float32.
     """
     for batch in evaluation_batches(
         images.source, images.resolution, batch_size, workers=images.workers,
@@ -288,7 +271,7 @@ def encode_share(
         posterior = subject.autoencoder.encode(shown)
         if not (posterior.mean.isfinite().all() and posterior.logvar.isfinite().all()):
             raise LdmError(
-                f"{subject.path}: its latents are not finite, as of a training that went wrong: "
-                "take an earlier state, or another model"
+                f"{subject.path}: latents are not finite, the training may have diverged: use an "
+                "earlier checkpoint"
             )
         yield batch.k, shown, posterior

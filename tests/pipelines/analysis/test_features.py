@@ -103,9 +103,9 @@ def test_headings_say_what_is_true_of_all_below_them(tmp_path, monkeypatch):
 
 def test_what_cannot_be_is_told(tmp_path, monkeypatch):
     folder = save(tmp_path)
-    with pytest.raises(UsageError, match="--images 0: it must be at least 1"):
+    with pytest.raises(UsageError, match="--images 0: must be at least 1"):
         analyze_features([folder], count=0)
     monkeypatch.setattr(job, "decoder_magnitudes", lambda *_: [torch.full((1, 2, 2), torch.nan)])
-    with pytest.raises(LdmError, match="features are not finite"):
+    with pytest.raises(LdmError, match="features of the decoder are not finite"):
         analyze_features([folder], device="cpu")
     assert not (folder / "analysis").exists()

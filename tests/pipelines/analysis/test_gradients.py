@@ -97,10 +97,10 @@ def test_a_run_without_a_config_counts_images(tmp_path):
 
 
 def test_a_run_that_says_nothing(tmp_path):
-    with pytest.raises(LdmError, match=r"metrics\.jsonl is not there: give the folder of a run"):
+    with pytest.raises(LdmError, match=r"metrics\.jsonl does not exist: pass the folder"):
         analyze_gradients([tmp_path])
     write_run(tmp_path, [])
-    with pytest.raises(LdmError, match="says nothing of the adversarial gradient"):
+    with pytest.raises(LdmError, match="has no adversarial gradients"):
         analyze_gradients([tmp_path])
     assert not (tmp_path / "analysis").exists()
 

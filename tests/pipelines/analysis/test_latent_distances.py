@@ -12,8 +12,8 @@ from autoencoders.posterior import DiagonalGaussian
 from ldm.data import DataConfig
 from ldm.errors import LdmError, UsageError
 from pipelines.analysis import mmd as latent_distances
-from pipelines.analysis.mmd import Plan, latents_mmd, measure_draws
-from pipelines.analysis.subjects import Images
+from pipelines.analysis.mmd import MmdSettings, latents_mmd, measure_draws
+from pipelines.analysis.subjects import ImageSet
 from tests.ldm.data.pictures import noise, png_folder
 from tests.pipelines.analysis.subjects import Pixels, known, pixels, save
 
@@ -22,7 +22,7 @@ SIGMAS = (2.0, 4.0, 8.0)
 
 
 def measure(posterior, n_z=2, count=300, n=300, scale="raw", draws=4, batch_size=64, side=8):
-    plan = Plan(SIGMAS, draws, scale, n, batch_size)
+    plan = MmdSettings(SIGMAS, draws, scale, n, batch_size)
     subject = known(posterior, n_z)
     return measure_draws(subject, pixels(count, side), plan, PartialState(cpu=True), CPU)
 
@@ -128,7 +128,7 @@ def test_plus_minus_is_the_standard_deviation_of_draws(monkeypatch):
 
 # ------------------------------------------------------------------- the error over images
 SET = 38  # images, as a small data set holds out
-DRAWN = Plan((8.0, 16.0), 2, "scaled", SET, 16)
+DRAWN = MmdSettings((8.0, 16.0), 2, "scaled", SET, 16)
 
 
 def styled(count, generator):
@@ -199,19 +199,19 @@ def test_the_split_that_is_asked_for(tmp_path):
     split = DataConfig(source=str(data), held_out=5, workers=0)
     assert latents_mmd(model, split, **asked).count == 5
     assert latents_mmd(model, split, **asked | {"n": 4}).count == 4
-    with pytest.raises(LdmError, match="an MMD's error needs three images"):
+    with pytest.raises(LdmError, match="the standard error of an MMD needs three images"):
         latents_mmd(model, split, **asked | {"n": 2})
 
 
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        ({"n": 1}, "--n 1: it must be at least 2"),
-        ({"draws": 0}, "--draws 0: it must be at least 1"),
+        ({"n": 1}, "--n 1: must be at least 2"),
+        ({"draws": 0}, "--draws 0: must be at least 1"),
         ({"batch_size": 0}, "--batch-size 0"),
-        ({"sigmas": (25, 0)}, "--sigmas 25, 0: widths must be above 0"),
-        ({"sigmas": ()}, "widths must be above 0"),
-        ({"scale": "other"}, "--latents other: it must be one of scaled, standardised, raw"),
+        ({"sigmas": (25, 0)}, "--sigmas 25, 0: must be above 0"),
+        ({"sigmas": ()}, "must be above 0"),
+        ({"scale": "other"}, "--latents other: must be one of scaled, standardised, raw"),
     ],
 )
 def test_numbers_out_of_range(asked, told):
@@ -220,7 +220,7 @@ def test_numbers_out_of_range(asked, told):
 
 
 def test_one_image_is_too_few():
-    plan = Plan(SIGMAS, 1, "raw", 5, 4)
-    images = Images(Pixels(1), 16, "one image", 0)
-    with pytest.raises(LdmError, match="one image: MMD needs two images or more"):
+    plan = MmdSettings(SIGMAS, 1, "raw", 5, 4)
+    images = ImageSet(Pixels(1), 16, "one image", 0)
+    with pytest.raises(LdmError, match="one image: MMD needs at least two images"):
         measure_draws(known(constant(0, 1), 2), images, plan, PartialState(cpu=True), CPU)

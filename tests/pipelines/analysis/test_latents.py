@@ -72,9 +72,9 @@ def test_principal_components_do_not_correlate(tmp_path):
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        ({"n": 0}, "--n 0: it must be at least 1"),
-        ({"count": 0}, "--images 0: it must be at least 1"),
-        ({"resolution": 16}, "--resolution 16: .* too few of them for a spectrum; give 32 or more"),
+        ({"n": 0}, "--n 0: must be at least 1"),
+        ({"count": 0}, "--images 0: must be at least 1"),
+        ({"resolution": 16}, "--resolution 16: .* 8×8 pixels each: use at least 32"),
     ],
 )
 def test_what_cannot_be_is_told(tmp_path, asked, told):

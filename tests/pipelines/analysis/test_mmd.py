@@ -5,7 +5,7 @@ import csv
 from PIL import Image, ImageChops
 
 from pipelines.analysis import mmd
-from pipelines.analysis.mmd import SIGMAS, Plan, analyze_mmd, latents_mmd
+from pipelines.analysis.mmd import SIGMAS, MmdSettings, analyze_mmd, latents_mmd
 from tests.pipelines.analysis.subjects import save
 
 
@@ -39,11 +39,11 @@ def test_notes_tell_what_does_not_compare(tmp_path):
     (note,) = analyze_mmd([folder], n=4, draws=1, device="cpu").notes
     assert "√64 = 8" in note
     notes = analyze_mmd([folder], n=10**6, sigmas=(8,), draws=1, resolution=256, device="cpu").notes
-    assert "are all there are" in notes[0]
+    assert "there are only" in notes[0]
 
 
 def test_the_note_on_the_shift_names_those_it_is_true_of():
-    plan = Plan(SIGMAS, 1, "raw", 4, 4)
+    plan = MmdSettings(SIGMAS, 1, "raw", 4, 4)
     *_, note = mmd._notes({"small": 64, "paper's": 4096}, plan, 4)
     assert "√64 = 8" in note and "√4,096" not in note
 

@@ -44,7 +44,7 @@ def test_prepared_data_say_their_size(folder, tmp_path):
 
 def test_images_that_are_all_too_small(tmp_path):
     Image.new("RGB", (40, 20)).save(tmp_path / "small.png")
-    with pytest.raises(LdmError, match="smallest image has a side of 20 pixels, below 32"):
+    with pytest.raises(LdmError, match="smallest image has 20 pixels, below 32"):
         _fitting(DataConfig(source=str(tmp_path)), "all", None)
 
 
@@ -87,9 +87,9 @@ def test_one_file_under_two_names(tmp_path):
 def test_the_photographs_come_with_a_warning(tmp_path):
     found = analyze_scale([save(tmp_path)], resolutions=[64, 32], limit=2, fid=False, device="cpu")
     assert [row[1] for row in found.rows] == ["32²", "64²"]
-    assert "cut, not brought, to each side" in found.notes[0]
+    assert "cropped, not resized" in found.notes[0]
 
 
 def test_a_limit_below_one(tmp_path):
-    with pytest.raises(UsageError, match="--limit 0: it must be at least 1"):
+    with pytest.raises(UsageError, match="--limit 0: must be at least 1"):
         analyze_scale([save(tmp_path)], limit=0)

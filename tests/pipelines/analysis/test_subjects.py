@@ -78,16 +78,16 @@ def test_what_is_left_out_is_what_the_model_was_trained_on(tmp_path):
 
 def test_models_that_disagree_must_be_told(tmp_path):
     a, b = save(tmp_path / "a", resolution=32), save(tmp_path / "b", resolution=64)
-    with pytest.raises(UsageError, match=r"different resolution \(a 32, b 64\): give --resolution"):
+    with pytest.raises(UsageError, match=r"different resolution \(a 32, b 64\): use --resolution"):
         opened(a, b, split="val")
     c = save(tmp_path / "c", data="elsewhere", resolution=32)
-    with pytest.raises(UsageError, match=r"different data .*: give --data"):
+    with pytest.raises(UsageError, match=r"different data .*: use --data"):
         opened(a, c, split="val")
     assert opened(a, b, split="val", resolution=32).resolution == 32
     # one that says nothing follows the other
     other = save(tmp_path / "d", told=False)
     assert opened(other, a, split="val").resolution == 32
-    with pytest.raises(UsageError, match="does not say what it was trained on: give --data"):
+    with pytest.raises(UsageError, match="does not record the data of its training: use --data"):
         opened(other, split="val")
 
 
@@ -106,7 +106,7 @@ def test_data_that_was_trained_on_is_split_as_then(tmp_path):
 
 def test_what_cannot_be_is_told(tmp_path):
     folder = save(tmp_path)
-    with pytest.raises(UsageError, match=r"--resolution 4: .* one latent of 8×8 pixels"):
+    with pytest.raises(UsageError, match=r"--resolution 4: .* encodes 8×8 pixels into one latent"):
         opened(folder, split="val", resolution=4)
 
 
@@ -134,5 +134,5 @@ def test_every_image_is_encoded_once():
 
 def test_latents_that_are_not_finite_are_told():
     broken = known(lambda images: (images[:, :1] / 0, images[:, :1]), 1)
-    with pytest.raises(LdmError, match=r"known\.pt: its latents are not finite"):
+    with pytest.raises(LdmError, match=r"known\.pt: latents are not finite"):
         list(encode_share(broken, pixels(2), 2, PartialState(cpu=True), CPU))
