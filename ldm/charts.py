@@ -1,7 +1,10 @@
-"""The look that all pictures of analyses share: a sentence on top, quiet axes, few colours."""
+"""The style of all figures: a sentence as title, quiet axes, one palette; PNG, or SVG for pages."""
 
+import colorsys
+import io
+import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,10 +17,15 @@ from torch import Tensor
 from ldm.files import write_atomically
 from ldm.images import to_uint8
 
-WIDTH = 8.0  # inches: at 1000 pixels a letter of 10 points is 17 pixels high
+WIDTH = 8.0  # inches: in a picture of 1000 pixels, 10 points are 17 pixels high
 DPI = 150
-# told apart by those who see no red or no green, and in grey
-COLOURS = ("#1b6ca8", "#d1495b", "#2a9d8f", "#e9a13b", "#6b4c9a", "#7a7a7a")
+# distinct on light and dark backgrounds, and for most kinds of colour vision
+COLOURS = (
+    "#3b7dd8", "#d9622b", "#2f9e6e", "#a44fc0", "#b8860b", "#d6478a", "#2aa3b5", "#7a7f8c",
+)  # fmt: skip
+GREY = "#7f8794"  # readable on light and dark pages
+SVG_FILE = re.compile(r"<metadata>.*?</metadata>|^.*?(?=<svg)| xmlns(:\w+)?=\"[^\"]*\"", re.DOTALL)
+Points = Sequence[tuple[float, float]]
 MARKERS = ("o", "s", "^", "D", "v", "P")
 INK, DIM = "#1d2330", "#5b6472"
 STYLE = {
@@ -42,17 +50,17 @@ STYLE = {
     "lines.linewidth": 1.8,
     "lines.markersize": 5.5,
 }
-TITLE_POINTS, UNDER_POINTS, LETTERS = 13, 9.5, 112  # a line of the text under the title
+TITLE_POINTS, UNDER_POINTS, LETTERS = 13, 9.5, 112  # letters: per line under the title
 
 
 @contextmanager
 def drawing(path: Path, title: str, under: str, height: float) -> Iterator[Figure]:
-    """A figure to draw on, written to `path` as a PNG, whole or not at all, when that is done.
+    """Provide a figure to draw on, and write it to `path` as a PNG, atomically, at the end.
 
     Args:
-        title: what is seen, in a sentence.
-        under: of what, and how it was measured; wrapped.
-        height: of what is drawn, in inches, the title aside.
+        title: the message of the figure, in a sentence.
+        under: the data and the method, wrapped below the title.
+        height: height of the drawing in inches, without the title.
     """
     titles = textwrap.wrap(title, 78)
     lines = [line for part in under.split("\n") for line in textwrap.wrap(part, LETTERS)]
@@ -78,32 +86,61 @@ def drawing(path: Path, title: str, under: str, height: float) -> Iterator[Figur
 
 
 def colour(index: int) -> str:
-    """Of the index-th model."""
-    return COLOURS[index % len(COLOURS)]
+    """Return the colour of the index-th line as #rrggbb; no two are alike."""
+    if index < len(COLOURS):
+        return COLOURS[index]
+    rgb = colorsys.hls_to_rgb(137.5 * index / 360 % 1, 0.52, 0.6)  # steps of the golden angle
+    return "#" + "".join(f"{round(255 * value):02x}" for value in rgb)
 
 
 def marker(index: int) -> str:
-    """Of the index-th model, so that lines are told apart without their colours."""
+    """Return the marker of the index-th line, which identifies it without colour."""
     return MARKERS[index % len(MARKERS)]
 
 
+def lines_svg(lines: Mapping[str, Points], colours: Mapping[str, str], x: str, log: bool) -> str:
+    """Draw lines through (x, y) points as an SVG element for light and dark pages.
+
+    Args:
+        x: label of the x axis.
+        log: draw y on a logarithmic scale.
+    """
+    with rc_context(STYLE | {"svg.fonttype": "none", "svg.hashsalt": "ldm", "font.size": 9}):
+        figure = Figure(figsize=(4.4, 2.4), layout="constrained")
+        axes = figure.subplots()
+        for name, points in lines.items():
+            single = "o" if len(points) == 1 else None  # a line needs two points
+            axes.plot(*zip(*points, strict=True), color=colours[name], linewidth=1.6, marker=single)
+        axes.set(xlabel=x, yscale="log" if log else "linear")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.locator_params(axis="x", nbins=4)
+        axes.xaxis.label.set_color(GREY)
+        axes.tick_params(which="both", colors=GREY)
+        axes.spines[:].set_color(GREY)
+        axes.grid(axis="y", color=GREY, alpha=0.3)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    # inside a page, an SVG needs neither the declarations of an XML file nor metadata
+    return SVG_FILE.sub("", text.getvalue()).strip()
+
+
 def show_image(axes: Axes, image: Tensor) -> None:
-    """A float image (3, H, W) in [−1, 1], its pixels as squares, without ticks."""
+    """Show a float image (3, H, W) in [−1, 1] with square pixels and without ticks."""
     axes.imshow(to_uint8(image).permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
     bare(axes)
 
 
 def bare(axes: Axes) -> None:
-    """No ticks and no frame: what is shown is a picture."""
+    """Remove ticks and frame, for pictures."""
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
 
 
 def name_rows(all_axes: Sequence[Axes], names: Sequence[str], height: float) -> None:
-    """Names at the left of the first pictures of rows, read upwards; long ones in several lines.
+    """Write the names of rows vertically to the left of their first pictures, wrapped.
 
     Args:
-        height: of a row, inches.
+        height: height of a row in inches.
     """
     points = 9.5
     letters = max(int(height * 72 / (0.72 * points)), 1)  # bold ones are as wide

@@ -67,3 +67,23 @@ def test_a_picture_that_is_there_is_embedded_as_it_is(tmp_path):
     assert "x &amp; y" in html
     with pytest.raises(OSError):
         page.png(tmp_path / "nowhere.png", "")
+
+
+def test_chart_legend_has_last_values_in_their_colours():
+    series = {"a<": [(0, 1.0), (10, 3.0)], "b": [(5, 2.0)], "none": []}
+    drawn = page.chart("t & u", series, "x", colours={"a<": "red", "b": "blue", "none": "grey"})
+    legend = drawn[drawn.index('<div class="legend">') : drawn.index("<svg")]
+    assert "t &amp; u" in drawn and "none" not in legend
+    assert 'background:red"></span>a&lt; 3</span>' in legend and "b 2</span>" in legend
+    assert "last 1<" in page.chart("t", {"a": [(0, 1.0)]}, "x")
+
+
+def test_chart_note_is_below_the_lines():
+    drawn = page.chart("t", {"a": [(0, 1.0)]}, "x", note="mind <this>")
+    assert drawn.rstrip().endswith('<p class="dim">mind &lt;this&gt;</p></div>')
+
+
+def test_chart_without_points_is_empty():
+    assert page.chart("none", {"a": [(0, float("nan"))]}, "x") == ""
+    assert page.chart("none", {"a": [(0, 0.0)]}, "x", log=True) == ""
+    assert "<svg" in page.chart("one", {"a": [(5, 2.0)]}, "x")

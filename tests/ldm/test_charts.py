@@ -1,0 +1,42 @@
+"""Figures of one style: SVG lines that are well-formed, readable and placed by their values."""
+
+import re
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from ldm.charts import colour, lines_svg
+
+
+def line(svg: str, shade: str) -> list[tuple[float, float]]:
+    """Points of the line with a colour, in the units of the SVG."""
+    paths = ET.fromstring(svg.replace("xlink:", "")).iter("path")
+    (path,) = [path for path in paths if f"stroke: {shade}" in path.get("style", "")]
+    numbers = [float(word) for word in re.findall(r"-?[\d.]+", path.attrib["d"])]
+    return list(zip(numbers[::2], numbers[1::2], strict=True))
+
+
+def test_svg_is_well_formed_transparent_and_reproducible():
+    lines = {"a": [(0, 1.0), (10, 3.0)], "b": [(5, 2.0)]}
+    svg = lines_svg(lines, {"a": "#112233", "b": "#445566"}, "images & more", log=False)
+    (low_x, low_y), (high_x, high_y) = line(svg, "#112233")
+    assert high_x > low_x and high_y < low_y  # y points down
+    assert "images &amp; more" in svg and "<text" in svg  # text stays text
+    assert "http" not in svg  # nothing for a browser to load
+    assert svg == lines_svg(lines, {"a": "#112233", "b": "#445566"}, "images & more", log=False)
+
+
+def test_a_single_point_is_drawn_as_a_dot():
+    svg = lines_svg({"a": [(5, 2.0)]}, {"a": "#112233"}, "x", log=False)
+    assert "<use" in svg and "fill: #112233" in svg
+
+
+def test_log_scale_spaces_decades_evenly():
+    svg = lines_svg({"a": [(0, 0.01), (1, 0.1), (2, 1.0)]}, {"a": "#112233"}, "x", log=True)
+    heights = [y for _, y in line(svg, "#112233")]
+    assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.01)
+
+
+def test_colours_are_distinct():
+    colours = [colour(i) for i in range(20)]
+    assert len(set(colours)) == 20 and all(re.fullmatch("#[0-9a-f]{6}", c) for c in colours)
