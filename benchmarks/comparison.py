@@ -1,10 +1,13 @@
-"""Two sides measured in one run: a table of ratios, targets, a page."""
+"""Two sides measured in one run: their options, a table of ratios, targets, a page."""
 
+import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ldm.tables import markdown_table
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Target:
-    """What is to be reached beside a reference of the same group."""
+    """A ratio to reach beside a reference of the same group."""
 
     what: str
     group: str
@@ -45,6 +48,39 @@ class Verdict:
     reached: bool
 
 
+def make_parser(doc: str | None) -> argparse.ArgumentParser:
+    """Make a parser whose help is the script's docstring."""
+    return argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def measuring_parser(doc: str | None, quick: str, batch: str) -> argparse.ArgumentParser:
+    """Make the parser of a script that compares two sides.
+
+    Args:
+        quick: what --quick measures.
+        batch: the batch sizes without --batch.
+    """
+    parser = make_parser(doc)
+    parser.add_argument("--quick", action="store_true", help=f"a trial run: {quick}")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
+    parser.add_argument("--batch", type=int, help=f"batch size (default: {batch})")
+    parser.add_argument(
+        "--keep-memory", action="store_true",
+        help="CPU: keep freed memory on both sides, as our commands do",
+    )  # fmt: skip
+    add_out(parser)
+    return parser
+
+
+def add_out(parser: argparse.ArgumentParser, folder: str = "docs/results") -> None:
+    """Add --out, the folder of the results."""
+    parser.add_argument(
+        "--out", type=Path, default=Path(folder), help="folder to write to (default: %(default)s)"
+    )
+
+
 def compare(
     group: str,
     seconds: dict[str, float],
@@ -52,7 +88,13 @@ def compare(
     images: int,
     peaks: dict[str, float] | None = None,
 ) -> list[Row]:
-    """A group's part of the table, each beside the reference; a call does so many images."""
+    """Set each side of a group beside the reference.
+
+    Args:
+        seconds: of a call, by name.
+        images: images that a call processes.
+        peaks: peak memory in MiB, by name.
+    """
     return [
         Row(group, name, s, seconds[reference] / s, images / s, (peaks or {}).get(name))
         for name, s in seconds.items()
@@ -60,7 +102,7 @@ def compare(
 
 
 def judge(targets: Sequence[Target], rows: Sequence[Row]) -> list[Verdict]:
-    """Each target with what was measured, and whether that reaches it."""
+    """Compare each target with the measurements."""
     found = {(row.group, row.name): row for row in rows}
     verdicts = []
     for target in targets:
@@ -78,24 +120,28 @@ def judge(targets: Sequence[Target], rows: Sequence[Row]) -> list[Verdict]:
 def as_markdown(
     title: str, facts: dict[str, Any], rows: Sequence[Row], verdicts: Sequence[Verdict]
 ) -> str:
-    """The whole comparison as a page."""
+    """Format the comparison as a Markdown page."""
     lines = [f"# {title}", ""]
     lines += [f"- {key}: {value}" for key, value in facts.items()]
-    lines += ["", "| | | ms a call | images/s | times as fast | peak memory, MiB |"]
-    lines += ["|---|---|---:|---:|---:|---:|"]
-    for row in rows:
-        peak = "" if row.peak_mib is None else f"{row.peak_mib:.0f}"
-        digits = 0 if row.images_per_second >= 100 else 2
-        lines.append(
-            f"| {row.group} | {row.name} | {1000 * row.seconds:.1f} | "
-            f"{row.images_per_second:,.{digits}f} | {row.ratio:.2f} | {peak} |"
-        )
+    header = ("", "", "ms a call", "images/s", "times as fast", "peak memory, MiB")
+    lines += ["", *markdown_table(header, [_cells(row) for row in rows], left=2)]
     if verdicts:
-        lines += ["", "| | target | measured | reached |", "|---|---|---:|---|"]
-    for verdict in verdicts:
-        reached = "yes" if verdict.reached else "no"
-        lines.append(f"| {verdict.what} | {verdict.target} | {verdict.measured:.2f} | {reached} |")
+        reached = [(v.what, v.target, f"{v.measured:.2f}", "yes" if v.reached else "no")
+                   for v in verdicts]  # fmt: skip
+        lines += ["", *markdown_table(("", "target", "measured", "reached"), reached, left=2)]
     return "\n".join(lines) + "\n"
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    digits = 0 if row.images_per_second >= 100 else 2
+    return (
+        row.group,
+        row.name,
+        f"{1000 * row.seconds:.1f}",
+        f"{row.images_per_second:,.{digits}f}",
+        f"{row.ratio:.2f}",
+        "" if row.peak_mib is None else f"{row.peak_mib:.0f}",
+    )
 
 
 def write(
@@ -106,7 +152,7 @@ def write(
     rows: Sequence[Row],
     verdicts: Sequence[Verdict],
 ) -> str:
-    """`<name>.json` and `<name>.md` in the folder; answers the page."""
+    """Write `<name>.json` and `<name>.md` to the folder; return the page."""
     folder.mkdir(parents=True, exist_ok=True)
     tree = {**facts, "rows": [vars(row) for row in rows], "targets": [vars(v) for v in verdicts]}
     text = json.dumps(tree, indent=1, ensure_ascii=False)

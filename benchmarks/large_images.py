@@ -1,8 +1,9 @@
-"""One large image through a full-size autoencoder, tile by tile: seconds and peak memory.
+"""Encode and decode one large image tile by tile: seconds and peak memory.
 
     python -m benchmarks.large_images [--preset litevae-b] [--side 2048] [--out docs/results]
 
-Random weights: neither time nor memory asks what they are. Writes large_images.md.
+The full-size autoencoder has random weights, on which neither time nor memory depends. Writes
+large_images.md.
 """
 
 import argparse
@@ -10,21 +11,22 @@ import resource
 import shlex
 import sys
 import time
-from pathlib import Path
 
 import torch
 
 from autoencoders import build_autoencoder, decode_tiled, encode_tiled
+from benchmarks.comparison import add_out, make_parser
+from ldm.tables import markdown_table
 from ldm.timing import describe_machine
 
 
 def main() -> None:
     """Encode, decode, write the page, and print it."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--preset", default="litevae-b")
-    parser.add_argument("--side", type=int, default=2048, help="of the image, in pixels")
-    parser.add_argument("--tile", type=int, default=512, help="of a tile, in pixels")
-    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder to write to")
+    parser.add_argument("--side", type=int, default=2048, help="side of the image in pixels")
+    parser.add_argument("--tile", type=int, default=512, help="side of a tile in pixels")
+    add_out(parser)
     given = parser.parse_args()
 
     ae = build_autoencoder(given.preset).eval().fuse()
@@ -51,20 +53,21 @@ def main() -> None:
 
 
 def peak_gib() -> float:
-    """The most memory that this process has held so far, in GiB."""
+    """Peak memory of this process so far, in GiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # macOS counts in bytes
 
 
 def as_markdown(given: argparse.Namespace, rows: list[tuple[str, float, float]]) -> str:
-    """The page: what ran on what, and a line for each part."""
+    """Format the page: the machine, the command, and a row for each part."""
     machine = describe_machine(torch.device("cpu"), "float32")
     about = ", ".join(f"{key} {value}" for key, value in machine.items())
-    lines = [f"| {what} | {seconds:.0f} | {gib:.2f} |" for what, seconds, gib in rows]
+    header = ("", "seconds", "peak memory of the process so far, GiB")
+    cells = [(what, f"{seconds:.0f}", f"{gib:.2f}") for what, seconds, gib in rows]
     command = shlex.join(["python", "-m", "benchmarks.large_images", *sys.argv[1:]])
     return "\n".join([
         f"# {given.preset}: one image of {given.side}×{given.side}, in tiles of {given.tile}", "",
-        "| | seconds | peak memory of the process so far, GiB |", "|---|---:|---:|", *lines, "",
+        *markdown_table(header, cells), "",
         f"{about}.", "", f"    {command}", "",
     ])  # fmt: skip
 

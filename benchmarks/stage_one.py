@@ -1,11 +1,11 @@
-"""Stage one's speed and memory beside diffusers' `AutoencoderKL`, in one run, as ratios.
+"""Compare stage one's speed and memory with diffusers' `AutoencoderKL`, in one run, as ratios.
 
     python -m benchmarks.stage_one [--quick] [--device auto] [--out docs/results]
 
-Same precision, same batch, random weights (SD-VAE's are the same on both sides), and medians of
-repeats that take turns, so that what else the machine does falls on all alike. Peak memory is that
-of one forward pass in a process of its own. On a CPU: float32, eager. On a CUDA GPU: bfloat16,
-channels last, and `torch.compile`, on both sides.
+Both sides have the same precision, batch and random weights (SD-VAE's are equal). Times are medians
+of interleaved repeats, so that other load on the machine affects all sides alike. Peak memory is
+that of one forward pass in a fresh process. On a CPU: float32, eager. On a CUDA GPU: bfloat16,
+channels last and `torch.compile` on both sides.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from autoencoders import Autoencoder, build_autoencoder
 from autoencoders.sdvae.formats import from_diffusers
 from autoencoders.wavelet import dwt_cascade
-from benchmarks.comparison import Row, Target, compare, judge, write
+from benchmarks.comparison import Row, Target, compare, judge, measuring_parser, write
 from ldm.device import keep_freed_memory, memory_format, resolve_device
 from ldm.timing import describe_machine, synchronise, take_turns
 
@@ -35,7 +34,7 @@ OURS = ("litevae-s", "litevae-b", "litevae-m", "litevae-l", "sdvae")
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured on, and how often."""
+    """The device, the size of the inputs, and the number of repeats."""
 
     device: torch.device
     batch: int
@@ -43,9 +42,9 @@ class Setting:
     resolution: int
     """Side of the images, in pixels; a training step takes half of it."""
     repeats: int
-    """Timed calls of each, after one that is not."""
+    """Timed calls of each side, after an untimed one."""
     widths: tuple[int, ...] = (128, 256, 512, 512)
-    """Feature maps of SD-VAE at each resolution, the image's first."""
+    """Channels of SD-VAE at each resolution, the image's first."""
 
     @property
     def on_gpu(self) -> bool:
@@ -69,7 +68,7 @@ GPU_TARGETS = (
 
 # ------------------------------------------------------------------------------------- models
 def peer(widths: tuple[int, ...]) -> AutoencoderKL:
-    """diffusers' AutoencoderKL with SD-VAE's config, in eval mode."""
+    """Build diffusers' AutoencoderKL with SD-VAE's config, in eval mode."""
     torch.manual_seed(0)
     return AutoencoderKL(
         block_out_channels=widths,
@@ -80,7 +79,7 @@ def peer(widths: tuple[int, ...]) -> AutoencoderKL:
 
 
 def ours(name: str, widths: tuple[int, ...], **decoder: Any) -> Autoencoder:
-    """One of our presets, in eval mode."""
+    """Build one of our presets, in eval mode."""
     torch.manual_seed(0)
     sizes = {"channels": widths[0], "multipliers": [width // widths[0] for width in widths]}
     encoder = {"encoder": sizes} if name == "sdvae" else {}
@@ -88,14 +87,14 @@ def ours(name: str, widths: tuple[int, ...], **decoder: Any) -> Autoencoder:
 
 
 def twin(widths: tuple[int, ...]) -> Autoencoder:
-    """Our SD-VAE with the peer's own weights, in eval mode."""
+    """Build our SD-VAE with the peer's weights, in eval mode."""
     ae = ours("sdvae", widths)
     ae.load_state_dict(from_diffusers(peer(widths).state_dict()))
     return ae
 
 
 def placed(model: nn.Module, setting: Setting) -> nn.Module:
-    """On the device, in the layout that is usual there, its two networks compiled on a GPU."""
+    """Move a model to the device, in its usual layout; on a GPU, compile both networks."""
     model.to(setting.device, memory_format=memory_format(setting.device))
     if setting.on_gpu:
         model.encoder.compile()
@@ -104,7 +103,7 @@ def placed(model: nn.Module, setting: Setting) -> nn.Module:
 
 
 def images_for(setting: Setting, resolution: int) -> Tensor:
-    """(B, 3, resolution, resolution) in [−1, 1], always the same."""
+    """Draw images (B, 3, resolution, resolution) in [−1, 1], always the same."""
     shape = (setting.batch, 3, resolution, resolution)
     images = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     return images.to(setting.device, memory_format=memory_format(setting.device))
@@ -113,7 +112,7 @@ def images_for(setting: Setting, resolution: int) -> Tensor:
 # ---------------------------------------------------------------------------------- measuring
 @contextmanager
 def inference(setting: Setting) -> Iterator[None]:
-    """No gradients; bfloat16 on a GPU."""
+    """Turn gradients off; bfloat16 on a GPU."""
     with torch.no_grad(), precision(setting):
         yield
 
@@ -124,7 +123,10 @@ def precision(setting: Setting) -> torch.autocast:
 
 
 def peak_mib(name: str, setting: Setting) -> float:
-    """Memory of one encoder pass, in MiB beyond the loaded model, in this fresh process."""
+    """Measure the memory of one encoder pass, in MiB beyond the loaded model.
+
+    The process must be fresh.
+    """
     model = placed(peer(setting.widths) if name == PEER else ours(name, setting.widths), setting)
     images = images_for(setting, setting.resolution)
     with inference(setting):
@@ -144,7 +146,7 @@ def peak_mib(name: str, setting: Setting) -> float:
 
 
 def peak_in_fresh_process(name: str, arguments: list[str]) -> float:
-    """`peak_mib` of a process that has done nothing else."""
+    """Run `peak_mib` in a process that has done nothing else."""
     command = [sys.executable, "-m", "benchmarks.stage_one", *arguments, "--peak-of", name]
     answer = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(answer.stdout.splitlines()[-1])
@@ -152,7 +154,7 @@ def peak_in_fresh_process(name: str, arguments: list[str]) -> float:
 
 # --------------------------------------------------------------------------------- the groups
 def measure_encoders(setting: Setting, arguments: list[str]) -> list[Row]:
-    """Images to posteriors."""
+    """Time and measure the encoders: images to posteriors."""
     names = (*OURS, PEER)
     peaks = {name: peak_in_fresh_process(name, arguments) for name in names}
     models = {name: ours(name, setting.widths) for name in OURS}
@@ -169,7 +171,7 @@ def measure_encoders(setting: Setting, arguments: list[str]) -> list[Row]:
 
 
 def measure_decoders(setting: Setting) -> list[Row]:
-    """Latents to images, with GroupNorm or self-modulated convolution, as they are or fused."""
+    """Time the decoders, with GroupNorm or self-modulated convolution, as they are or fused."""
     smc = ours("sdvae", setting.widths, norm="smc")
     models = {
         "GroupNorm": twin(setting.widths),
@@ -192,7 +194,7 @@ def measure_decoders(setting: Setting) -> list[Row]:
 
 
 def measure_wavelets(setting: Setting) -> list[Row]:
-    """Three levels of the Haar transform, in float32 everywhere, eager: ptwt does not compile."""
+    """Time three levels of the Haar transform, in float32, eager: ptwt does not compile."""
     import ptwt
 
     images = images_for(setting, setting.resolution).contiguous()
@@ -207,7 +209,7 @@ def measure_wavelets(setting: Setting) -> list[Row]:
 
 
 def measure_training(setting: Setting) -> list[Row]:
-    """Encode, draw, decode, ℓ1, backward, Adam, at half the resolution, where training begins."""
+    """Time training steps at half the resolution, where training begins."""
     images = images_for(setting, setting.resolution // 2)
     calls = {
         name: training_step(ours(name, setting.widths), setting, images)
@@ -218,7 +220,7 @@ def measure_training(setting: Setting) -> list[Row]:
 
 
 def training_step(model: nn.Module, setting: Setting, images: Tensor) -> Callable[[], None]:
-    """One whole step of a model, to be called again and again."""
+    """Make a model's training step: encode, draw, decode, ℓ1, backward, Adam."""
     placed(model.train(), setting)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, betas=(0.5, 0.9), fused=True)
 
@@ -238,16 +240,8 @@ def training_step(model: nn.Module, setting: Setting, images: Tensor) -> Callabl
 # ---------------------------------------------------------------------------------------- run
 def main(arguments: list[str]) -> None:
     """Measure, write, and print the page."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="narrow models, 64² images: a trial")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
-    parser.add_argument("--batch", type=int, help="images in a batch (4; 32 on a GPU)")
-    parser.add_argument(
-        "--keep-memory", action="store_true",
-        help="CPU: keep freed memory, on both sides, as our commands do",
-    )  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder to write to")
-    parser.add_argument("--peak-of", help=argparse.SUPPRESS)  # a process of our own
+    parser = measuring_parser(__doc__, "narrow models, 64² images", "4; 32 on a GPU")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)  # for a process of our own
     given = parser.parse_args(arguments)
     device = resolve_device(given.device)
     on_gpu = device.type == "cuda"

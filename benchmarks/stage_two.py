@@ -1,21 +1,19 @@
-"""Stage two's speed: training from pixels, from a cache, and beside diffusers, in one run.
+"""Compare stage two's training from pixels, from cached latents, and with diffusers, in one run.
 
     python -m benchmarks.stage_two [--quick] [--device auto] [--out docs/results]
 
-The LDM UNet (274 M parameters) learns latents of 256² images: encoded on the fly by LiteVAE-B, by
-our SD-VAE, by diffusers' `AutoencoderKL`, or read from memory as a cache would give them. Both
-sides take the same step: preconditioning, loss, Adam. Random weights, the same on both sides where
-the network is the same; medians of repeats that take turns. On a CPU: float32, eager. On a CUDA
-GPU: bfloat16, channels last, `torch.compile` on both sides, and our next batch is encoded on a
-stream of its own, as `ldm train-diffusion` does it.
+The LDM UNet (274 M parameters) is trained on latents of 256² images: encoded on the fly by
+LiteVAE-B, by our SD-VAE or by diffusers' `AutoencoderKL`, or read from memory as from a cache. Both
+sides take the same step: preconditioning, loss, Adam. Weights are random, and equal on both sides
+for the same network. Times are medians of interleaved repeats. On a CPU: float32, eager. On a CUDA
+GPU: bfloat16, channels last and `torch.compile` on both sides; our next batch is encoded on a
+separate stream, as in `ldm train-diffusion`.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +21,7 @@ from diffusers import AutoencoderKL, UNet2DModel
 from torch import Tensor, nn
 
 from autoencoders import build_autoencoder
-from benchmarks.comparison import Row, Target, compare, judge, write
+from benchmarks.comparison import Row, Target, compare, judge, measuring_parser, write
 from diffusion import EDM, EDMConfig, EDMLoss, UNet, UNetConfig, karras_sigmas, sample_heun
 from diffusion.edm import sample_sigma
 from diffusion.formats import diffusers_config, to_diffusers
@@ -52,7 +50,7 @@ GPU_TARGETS = (
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured on, and how often."""
+    """The device, the size of the inputs, and the number of repeats."""
 
     device: torch.device
     batch: int
@@ -60,7 +58,7 @@ class Setting:
     resolution: int
     """Side of the images, in pixels."""
     repeats: int
-    """Timed calls of each, after one that is not."""
+    """Timed calls of each side, after an untimed one."""
     batches: int
     """Training steps in a call: enough on a GPU for the next batch to be encoded meanwhile."""
     network: UNetConfig = field(default_factory=UNetConfig)
@@ -75,7 +73,7 @@ class Setting:
 
 # ------------------------------------------------------------------------------------- models
 class Peer(nn.Module):
-    """diffusers' UNet with ours' weights, called as our `EDM` calls a network."""
+    """diffusers' UNet with our weights, called as our `EDM` calls a network."""
 
     def __init__(self, network: UNet) -> None:
         super().__init__()
@@ -89,7 +87,7 @@ class Peer(nn.Module):
 
 
 def ours(setting: Setting) -> UNet:
-    """Our UNet with random weights, nowhere 0, so that nothing is skipped or denormal."""
+    """Build our UNet with random weights, none of them 0: no work is skipped or denormal."""
     torch.manual_seed(0)
     network = UNet(setting.network)
     for parameter in network.parameters():
@@ -99,7 +97,7 @@ def ours(setting: Setting) -> UNet:
 
 
 def placed(module: nn.Module, setting: Setting) -> nn.Module:
-    """On the device, in the layout that is usual there; compiled on a GPU."""
+    """Move a module to the device, in its usual layout; compile it on a GPU."""
     module.to(setting.device, memory_format=memory_format(setting.device))
     if setting.on_gpu:
         module.compile()
@@ -107,7 +105,7 @@ def placed(module: nn.Module, setting: Setting) -> nn.Module:
 
 
 def codec(name: str, setting: Setting) -> Codec:
-    """One of our autoencoders as stage two sees it."""
+    """Build one of our autoencoders as stage two sees it."""
     torch.manual_seed(0)
     autoencoder = build_autoencoder(name)
     placed(autoencoder.encoder, setting)
@@ -115,7 +113,7 @@ def codec(name: str, setting: Setting) -> Codec:
 
 
 def peer_encoder(setting: Setting) -> Callable[[Tensor, Tensor], Tensor]:
-    """diffusers' SD-VAE: images and posterior noise to latents, as our `Codec.encode`."""
+    """Build diffusers' SD-VAE; images and posterior noise to latents, as our `Codec.encode`."""
     torch.manual_seed(0)
     model = AutoencoderKL(
         block_out_channels=(128, 256, 512, 512),
@@ -142,7 +140,7 @@ def precision(setting: Setting) -> torch.autocast:
 
 
 def training_step(network: nn.Module, setting: Setting) -> Callable[[Tensor], None]:
-    """One update of a network on a batch of z, to be called again and again."""
+    """Make a network's training step on a batch of latents."""
     objective = EDMLoss(EDM(placed(network, setting)))
     optimizer = torch.optim.Adam(objective.parameters(), lr=1e-5, fused=True)
     draws = torch.Generator().manual_seed(0)
@@ -162,7 +160,7 @@ def training_step(network: nn.Module, setting: Setting) -> Callable[[Tensor], No
 
 
 def pixels(setting: Setting) -> list[Tensor]:
-    """Batches of uint8 images as the loader gives them."""
+    """Draw batches of uint8 images as the loader returns them."""
     draws = torch.Generator().manual_seed(0)
     shape = (setting.batch, 3, setting.resolution, setting.resolution)
     batches = [
@@ -175,7 +173,7 @@ def pixels(setting: Setting) -> list[Tensor]:
 def prepare(
     encode: Callable[[Tensor, Tensor], Tensor], setting: Setting, images: Tensor
 ) -> tuple[Tensor]:
-    """uint8 images on the host → z on the device."""
+    """Encode uint8 images on the host to latents on the device."""
     layout = memory_format(setting.device)
     images = images.to(setting.device, non_blocking=True).contiguous(memory_format=layout)
     noise = torch.randn(latent_shape(setting), device=setting.device)
@@ -190,14 +188,14 @@ def latent_shape(setting: Setting) -> tuple[int, int, int, int]:
 
 
 def train(step: Callable[[Tensor], None], latents: Iterable[tuple[Tensor]]) -> None:
-    """A step on each."""
+    """Take a step on each batch of latents."""
     for (z,) in latents:
         step(z)
 
 
 # --------------------------------------------------------------------------------- the groups
 def measure_training(setting: Setting) -> list[Row]:
-    """Whole training, its data path included, and the UNet's step and the encoders alone."""
+    """Time training with its data path, and the UNet's step and the encoders alone."""
     network = ours(setting)
     theirs = Peer(network)
     step, their_step = training_step(network, setting), training_step(theirs, setting)
@@ -237,7 +235,7 @@ def measure_training(setting: Setting) -> list[Row]:
 
 
 def measure_sampling(setting: Setting) -> list[Row]:
-    """Heun's sampler around either UNet, without the decoder, which is stage one's."""
+    """Time Heun's sampler around either UNet, without the decoder."""
     network = ours(setting).eval()
     noise, sigmas = torch.randn(latent_shape(setting)), karras_sigmas(setting.sampling_steps)
     denoisers = {"ours": EDM(network), PEER: EDM(Peer(network).eval())}
@@ -255,15 +253,7 @@ def measure_sampling(setting: Setting) -> list[Row]:
 # ---------------------------------------------------------------------------------------- run
 def main(arguments: list[str]) -> None:
     """Measure, write, and print the page."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a narrow UNet, 64² images: a trial")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
-    parser.add_argument("--batch", type=int, help="images in a batch (4; 48 on a GPU)")
-    parser.add_argument(
-        "--keep-memory", action="store_true",
-        help="CPU: keep freed memory, on both sides, as our commands do",
-    )  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder to write to")
+    parser = measuring_parser(__doc__, "a narrow UNet, 64² images", "4; 48 on a GPU")
     given = parser.parse_args(arguments)
     device = resolve_device(given.device)
     if given.keep_memory:

@@ -1,16 +1,15 @@
-"""Train two autoencoders side by side: the same images in the same order, steps and losses.
+"""Train two autoencoders side by side on the same images, in the same order.
 
     python -m benchmarks.train_side_by_side sdvae-quarter litevae-b-quarter \
         data.source=photographs/ data.held_out=100 --out docs/results/side-by-side
 
-The two take turns, a chunk of steps each, so that whatever else the machine does meets both alike;
-a chunk's images are loaded once, for both, and only its steps are on the clock. Held-out PSNR and
-SSIM are those of the averaged weights. Stopped, the same command goes on.
+The two alternate in chunks of steps, so that other load on the machine affects both alike. A
+chunk's images are loaded once for both, and only its steps are timed. Held-out PSNR and SSIM are
+those of the averaged weights. After an interruption, the same command resumes.
 
 Writes result.json, README.md with the table, curves.png and pictures.png to --out.
 """
 
-import argparse
 import shlex
 import sys
 import time
@@ -24,6 +23,7 @@ from autoencoders import Autoencoder
 from autoencoders.discriminators import build_discriminator
 from autoencoders.losses import Objective
 from autoencoders.sdvae.decoder import SDVAEDecoder
+from benchmarks.comparison import add_out, make_parser
 from ldm.config import load_preset, resolve, to_tree
 from ldm.data import Batch, Source, batches, open_source, sheet_images
 from ldm.distributed import make_accelerator
@@ -46,7 +46,7 @@ COLUMNS = 8
 
 @dataclass
 class Contender:
-    """One of the two: its networks, its seconds of training, and what was measured on the way."""
+    """One of the two: its networks, its training time, and its measurements."""
 
     name: str
     recipe: AutoencoderRecipe
@@ -70,20 +70,20 @@ class Contender:
 
 def main() -> None:
     """Parse, train both, write the results."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("first", help="preset, the one that ratios are over")
+    parser = make_parser(__doc__)
+    parser.add_argument("first", help="preset")
     parser.add_argument("second", help="preset")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="for both")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/side-by-side"))
-    parser.add_argument("--work", type=Path, default=Path("runs/side-by-side"), help="states")
-    parser.add_argument("--chunk", type=int, default=25, help="steps between two turns")
-    parser.add_argument("--every", type=int, default=100, help="steps between two measurements")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings for both")
+    add_out(parser, "docs/results/side-by-side")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/side-by-side"), help="folder of the saved state"
+    )
+    parser.add_argument("--chunk", type=int, default=25, help="steps in a turn")
+    parser.add_argument("--every", type=int, default=100, help="steps between measurements")
     given = parser.parse_args()
     try:
         if given.every % given.chunk:
-            raise UsageError(f"--every {given.every} is no multiple of --chunk {given.chunk}")
+            raise UsageError(f"--every {given.every} is not a multiple of --chunk {given.chunk}")
         recipes = [
             resolve(AutoencoderRecipe, load_preset("ae", name), given.settings)
             for name in (given.first, given.second)
@@ -99,21 +99,21 @@ def main() -> None:
 
 
 def check_comparable(first: AutoencoderRecipe, second: AutoencoderRecipe) -> None:
-    """Nothing but the encoders may differ, or the comparison would say nothing about them."""
+    """Refuse recipes that differ in more than their encoders."""
     ours, theirs = to_tree(first), to_tree(second)
     unequal = sorted(key for key in ours if ours[key] != theirs[key] and key not in MAY_DIFFER)
     if unequal:
         raise UsageError(f"the two presets differ in {', '.join(unequal)}: set it for both")
     if first.loss.ldl and not first.ema_half_life_images:
-        raise UsageError("loss.ldl compares with an average: give ema_half_life_images")
+        raise UsageError("loss.ldl needs averaged weights: set ema_half_life_images")
     if first.accumulate > 1 or first.checkpointing or first.run.compile:
-        raise UsageError("accumulate, checkpointing and run.compile are not for here: leave them")
+        raise UsageError("accumulate, checkpointing and run.compile are not supported here")
     if len(first.phases) > 1:
-        raise UsageError("one phase at a time: give phases=[{resolution: 128, steps: 1000}]")
+        raise UsageError("give one phase, such as phases=[{resolution: 128, steps: 1000}]")
 
 
 def make(run: Run, name: str, recipe: AutoencoderRecipe) -> Contender:
-    """Networks, optimisers and averages at step 0; both decoders start from the same weights."""
+    """Build networks, optimisers and averages; both decoders start from the same weights."""
     build = {
         "autoencoder": lambda: Autoencoder(recipe.model),
         "decoder": lambda: SDVAEDecoder(recipe.decoder, recipe.latent_channels),
@@ -135,7 +135,7 @@ def make(run: Run, name: str, recipe: AutoencoderRecipe) -> Contender:
 
 
 def train(run: Run, contenders: list[Contender], chunk: int, every: int) -> Source:
-    """Chunk by chunk, in turns, to the end of the recipe; return the held-out images."""
+    """Train both in alternating chunks; return the held-out images."""
     recipe = contenders[0].recipe
     (phase,) = recipe.phases
     source, held_out = (
@@ -150,7 +150,7 @@ def train(run: Run, contenders: list[Contender], chunk: int, every: int) -> Sour
         step = saved["step"]
         for contender, state in zip(contenders, saved["contenders"], strict=True):
             contender.load(state)
-        print(f"going on from step {step}", flush=True)
+        print(f"resuming from step {step}", flush=True)
     stream = batches(
         source, recipe.data, phase.resolution, run.seed, start=step * recipe.batch_size,
         stop=phase.steps * recipe.batch_size, batch_size=recipe.batch_size,
@@ -182,7 +182,7 @@ def train(run: Run, contenders: list[Contender], chunk: int, every: int) -> Sour
 def take_turn(
     run: Run, contender: Contender, objective: Objective, images: list[Batch], step: int
 ) -> None:
-    """A chunk of steps on the clock."""
+    """Take a chunk of steps, timed."""
     recipe, parts = contender.recipe, contender.parts
     synchronise(run.device)
     start = time.perf_counter()
@@ -206,7 +206,7 @@ def take_turn(
 
 # -------------------------------------------------------------------------------- results
 def write_results(folder: Path, run: Run, contenders: list[Contender], held_out: Source) -> None:
-    """The numbers, the table, the curves and the pictures."""
+    """Write the numbers, the table, the curves and the pictures."""
     machine = describe_machine(run.device, run.precision)
     first = contenders[0]
     result = {"machine": machine, "recipe": to_tree(first.recipe)}
@@ -224,16 +224,16 @@ def write_results(folder: Path, run: Run, contenders: list[Contender], held_out:
     draw_curves(folder / "curves.png", contenders)
     draw_pictures(folder / "pictures.png", contenders, held_out, run.device)
     (folder / "README.md").write_text(report(machine, contenders, len(held_out)), "utf-8")
-    print(f"written: {folder}/README.md, curves.png, pictures.png, result.json")
+    print(f"wrote {folder}/README.md, curves.png, pictures.png, result.json")
 
 
 def count(module: torch.nn.Module) -> int:
-    """Parameters of a module."""
+    """Count a module's parameters."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def report(machine: dict[str, str], contenders: list[Contender], held_out: int) -> str:
-    """Markdown: what ran, and the table at equal steps and at equal seconds."""
+    """Format the page: the set-up, and the table at equal steps and at equal seconds."""
     first = contenders[0].recipe
     (phase,) = first.phases
     budget = min(c.seconds for c in contenders)
@@ -268,7 +268,7 @@ over {held_out} held-out images.
 
 ![PSNR and SSIM against steps and seconds](curves.png)
 
-Held-out images, and what each makes of them, in the table's order:
+Held-out images, and each model's reconstructions, in the table's order:
 
 ![Originals and reconstructions](pictures.png)
 
@@ -279,7 +279,7 @@ Held-out images, and what each makes of them, in the table's order:
 
 
 def draw_curves(path: Path, contenders: list[Contender]) -> None:
-    """Held-out PSNR and SSIM, against steps and against seconds of training."""
+    """Plot held-out PSNR and SSIM against steps and against seconds of training."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -305,7 +305,7 @@ def draw_curves(path: Path, contenders: list[Contender]) -> None:
 def draw_pictures(
     path: Path, contenders: list[Contender], held_out: Source, device: torch.device
 ) -> None:
-    """A row of held-out images, and a row of reconstructions for each model."""
+    """Draw a row of held-out images, and a row of reconstructions for each model."""
     resolution = contenders[0].recipe.phases[0].resolution
     images = to_float(sheet_images(held_out, resolution, COLUMNS)).to(device)
     rows = [images, *(c.averaged(images, sample=False).recon.clamp(-1, 1) for c in contenders)]

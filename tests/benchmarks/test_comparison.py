@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 
@@ -11,7 +12,7 @@ ROWS = [
 ]
 
 
-def test_each_is_set_beside_the_reference():
+def test_ratios_are_over_the_reference():
     rows = compare("encoder", {"quick": 0.1, "theirs": 0.5}, "theirs", 4, {"quick": 100.0})
     assert rows[0] == ROWS[0]
     assert (rows[1].ratio, rows[1].images_per_second, rows[1].peak_mib) == (1.0, 8.0, None)
@@ -26,21 +27,22 @@ def test_each_is_set_beside_the_reference():
         (0.2, True, 0.25, False),
     ],
 )
-def test_targets_are_judged_by_what_was_measured(bound, of_memory, measured, reached):
+def test_a_target_is_reached_at_its_bound(bound, of_memory, measured, reached):
     (verdict,) = judge([Target("B", "encoder", "quick", "theirs", bound, of_memory)], ROWS)
     assert verdict.measured == pytest.approx(measured)
     assert verdict.reached == reached
     assert str(bound) in verdict.target
 
 
-def test_the_page_and_its_twin_say_the_same(tmp_path):
+def test_page_and_json_hold_the_same(tmp_path):
     verdicts = judge([Target("B", "encoder", "quick", "theirs", 6)], ROWS)
     page = write(tmp_path / "new", "speed", "Speed", {"device": "a CPU"}, ROWS, verdicts)
     assert (tmp_path / "new" / "speed.md").read_text("utf-8") == page
     assert "# Speed\n\n- device: a CPU\n" in page
-    assert "| encoder | quick | 100.0 | 40.00 | 5.00 | 100 |\n" in page
-    assert "| wavelet | ours | 2.0 | 2,000 | 1.00 |  |\n" in page
-    assert "| B | ≥ 6 times as fast | 5.00 | no |\n" in page
+    lines = [re.sub(" +", " ", line) for line in page.splitlines()]
+    assert "| encoder | quick | 100.0 | 40.00 | 5.00 | 100 |" in lines
+    assert "| wavelet | ours | 2.0 | 2,000 | 1.00 | |" in lines
+    assert "| B | ≥ 6 times as fast | 5.00 | no |" in lines
     tree = json.loads((tmp_path / "new" / "speed.json").read_text("utf-8"))
     assert [Row(**row) for row in tree["rows"]] == ROWS
     assert tree["targets"][0]["reached"] is False
