@@ -1,6 +1,6 @@
 """The autoencoder: one encoder, a posterior, one decoder, each of which can be exchanged."""
 
-from collections.abc import Callable
+import math
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -9,6 +9,7 @@ from pydantic import Field, PositiveInt, ValidationInfo, field_validator, model_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from autoencoders.cpu import PIXELS_AT_ONCE, in_small_batches
 from autoencoders.dwt.encoder import DWTEncoder, DWTEncoderConfig
 from autoencoders.hub import HubMixin
 from autoencoders.layers import fuse
@@ -116,10 +117,9 @@ class Autoencoder(HubMixin):
             LdmError: a side is smaller than f.
         """
         images = self.pad(images)
-        few = self.encoder.at_once // (images.shape[-2] * images.shape[-1])
-        return DiagonalGaussian.from_moments(
-            _a_few_at_once(lambda part: self.quant_conv(self.encoder(part)), images, few)
-        )
+        pixels, at_once = math.prod(images.shape[-2:]), PIXELS_AT_ONCE[self.config.encoder.type]
+        moments = in_small_batches(self._moments, images, pixels, at_once)  # (B, 2·n_z, H/f, W/f)
+        return DiagonalGaussian.from_moments(moments)
 
     def pad(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) with their last column and row repeated to multiples of f.
@@ -143,11 +143,8 @@ class Autoencoder(HubMixin):
         Args:
             size: height and width to crop to, those of the images encoded.
         """
-        pixels = self.downsampling**2 * latents.shape[-2] * latents.shape[-1]
-        few = self.decoder.at_once // max(pixels, 1)
-        recon = _a_few_at_once(
-            lambda part: self.decoder(self.post_quant_conv(part)).float(), latents, few
-        )
+        pixels = self.downsampling**2 * math.prod(latents.shape[-2:])
+        recon = in_small_batches(self._recon, latents, pixels, PIXELS_AT_ONCE["decoder"])
         return recon if size is None else recon[..., : size[0], : size[1]]
 
     def forward(
@@ -163,6 +160,12 @@ class Autoencoder(HubMixin):
         posterior = self.encode(images)
         latents = posterior.sample(noise=noise) if sample else posterior.mode()
         return AutoencoderOutput(self.decode(latents, images.shape[-2:]), posterior, latents)
+
+    def _moments(self, images: Tensor) -> Tensor:
+        return self.quant_conv(self.encoder(images))
+
+    def _recon(self, latents: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(latents)).float()
 
     def fuse(self) -> "Autoencoder":
         """A frozen copy for inference, the same function in less work; see `layers.fuse`.
@@ -233,14 +236,3 @@ def _from_file_keys(module: nn.Module, tensors: dict[str, Any], prefix: str, *_:
     for name, key in FILE_KEYS:
         if f"{prefix}{key}" in tensors:
             tensors[f"{prefix}{name}"] = tensors.pop(f"{prefix}{key}")
-
-
-def _a_few_at_once(network: Callable[[Tensor], Tensor], x: Tensor, few: int) -> Tensor:
-    """`network(x)`; on a CPU without gradients `few` images at a time, at least one.
-
-    The features of more leave its caches, and their memory is asked of the system anew each time.
-    """
-    few = max(few, 1)
-    if x.device.type != "cpu" or torch.is_grad_enabled() or len(x) <= few:
-        return network(x)
-    return torch.cat([network(part) for part in x.split(few)])

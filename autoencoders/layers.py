@@ -12,28 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from autoencoders.cpu import add, chain
 from ldm.errors import LdmError
 
 Norm = Literal["group", "smc"]
-
-
-def quick_layout(x: Tensor) -> Tensor:
-    """(B, C, H, W), on a CPU with its channels last where no gradient is wanted.
-
-    Convolutions then need not lay their input and output out anew, each time. Where gradients are
-    wanted GroupNorm's backward pass, slow in that layout, would cost more than they gain.
-    """
-    if x.device.type == "cpu" and not torch.is_grad_enabled():
-        return x.contiguous(memory_format=torch.channels_last)
-    return x
-
-
-def silu(x: Tensor, keep: bool = False) -> Tensor:
-    """SiLU. Where no gradient is wanted it overwrites `x`, unless that is to be kept.
-
-    The memory of a new tensor costs a CPU several times what the function does.
-    """
-    return F.silu(x, inplace=not (keep or torch.is_grad_enabled()))
 
 
 class GroupNorm(nn.GroupNorm):
@@ -153,14 +135,8 @@ class ResidualBlock(Block):
 
     def transform(self, x: Tensor) -> Tensor:
         """(B, in, H, W) → (B, out, H, W)."""
-        # a line each, so that what was read is let go before the next is made
-        h = self.norm1(x)
-        h = silu(h, keep=h is x)
-        h = self.conv1(h)
-        h = self.norm2(h)
-        h = silu(h)
-        h = self.conv2(h)
-        return h.add_(self.skip(x))  # no gradient asks for h
+        h = chain(x, self.norm1, F.silu, self.conv1, self.norm2, F.silu, self.conv2)
+        return add(h, self.skip(x))
 
 
 def _norm_and_conv(in_width: int, out_width: int, norm: Norm) -> tuple[nn.Module, nn.Module]:

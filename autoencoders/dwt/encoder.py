@@ -48,9 +48,6 @@ class DWTEncoderConfig(Config):
 class DWTEncoder(nn.Module):
     """Images (B, 3, H, W) in [−1, 1] → moments (B, 2·n_z, H/f, W/f): mean, log-variance of −30."""
 
-    at_once = 2 * 256**2
-    """Pixels that go through at once, on a CPU without gradients; see `Autoencoder`."""
-
     def __init__(self, config: DWTEncoderConfig, latent_channels: int) -> None:
         super().__init__()
         assert latent_channels == config.latent_channels  # as `AutoencoderConfig` sees to

@@ -64,9 +64,6 @@ class LiteVAEEncoderConfig(Config):
 class LiteVAEEncoder(nn.Module):
     """Images (B, 3, H, W) in [−1, 1] → moments (B, 2·n_z, H/f, W/f): mean, log-variance."""
 
-    at_once = 2 * 256**2
-    """Pixels that go through at once, on a CPU without gradients; see `Autoencoder`."""
-
     def __init__(self, config: LiteVAEEncoderConfig, latent_channels: int) -> None:
         super().__init__()
         self.config = config

@@ -15,7 +15,8 @@ from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoencoders.layers import Block, ResidualBlock, quick_layout
+from autoencoders.cpu import channels_last
+from autoencoders.layers import Block, ResidualBlock
 from ldm.config import Config
 
 
@@ -59,7 +60,7 @@ class FeatureUNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, H, W) → (B, out, H, W)."""
-        x = self.conv_in(quick_layout(x))
+        x = self.conv_in(channels_last(x))
         skips = []
         for block in self.inward:
             x = block(x)

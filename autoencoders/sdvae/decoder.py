@@ -5,15 +5,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from autoencoders.cpu import chain, channels_last
 from autoencoders.layers import (
     Norm,
     ResidualBlock,
     Upsample,
     group_norm,
     middle,
-    quick_layout,
-    silu,
 )
 from autoencoders.wavelet import haar_idwt
 from ldm.config import Config
@@ -56,9 +56,6 @@ class SDVAEDecoder(nn.Module):
     inverse Haar transform, taken in float32.
     """
 
-    at_once = 256**2
-    """Pixels that go through at once, on a CPU without gradients; see `Autoencoder`."""
-
     def __init__(self, config: SDVAEDecoderConfig, latent_channels: int) -> None:
         super().__init__()
         widths = [config.channels * m for m in reversed(config.multipliers)]
@@ -75,11 +72,10 @@ class SDVAEDecoder(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         """Latents (B, n_z, h, w) → images (B, 3, f·h, f·w)."""
-        x = self.middle(self.conv_in(quick_layout(latents)))
+        x = self.middle(self.conv_in(channels_last(latents)))
         for level in self.levels:
             x = level(x)
-        normed = self.norm_out(x)
-        x = self.conv_out(silu(normed, keep=normed is x))
+        x = chain(x, self.norm_out, F.silu, self.conv_out)
         if not self.wavelet:
             return x
         # the encoder's division, undone: LL has twice the range of the image

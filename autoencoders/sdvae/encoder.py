@@ -5,8 +5,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from autoencoders.layers import Downsample, ResidualBlock, group_norm, middle, quick_layout, silu
+from autoencoders.cpu import chain, channels_last
+from autoencoders.layers import Downsample, ResidualBlock, group_norm, middle
 from ldm.config import Config
 
 
@@ -31,9 +33,6 @@ class SDVAEEncoderConfig(Config):
 class SDVAEEncoder(nn.Module):
     """Images (B, 3, H, W) in [−1, 1] → moments (B, 2·n_z, H/f, W/f): mean, log-variance."""
 
-    at_once = 256**2
-    """Pixels that go through at once, on a CPU without gradients; see `Autoencoder`."""
-
     def __init__(self, config: SDVAEEncoderConfig, latent_channels: int) -> None:
         super().__init__()
         widths = [config.channels * m for m in config.multipliers]
@@ -49,11 +48,11 @@ class SDVAEEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) → moments (B, 2·n_z, H/f, W/f)."""
-        x = self.conv_in(quick_layout(images))
+        x = self.conv_in(channels_last(images))
         for level in self.levels:
             x = level(x)
         x = self.middle(x)
-        return self.conv_out(silu(self.norm_out(x)))
+        return chain(x, self.norm_out, F.silu, self.conv_out)
 
 
 class DownLevel(nn.Module):

@@ -11,6 +11,7 @@ from autoencoders import (
     build_autoencoder,
     load_autoencoder,
 )
+from autoencoders.cpu import PIXELS_AT_ONCE
 from autoencoders.layers import SelfModulatedConv2d
 from ldm.checkpoint import ModelFile, save_model
 from ldm.config import list_presets, preset_summary, resolve, to_tree
@@ -233,7 +234,7 @@ def test_one_image_of_one_latent(preset):
 @torch.no_grad()
 def test_many_images_go_through_a_few_at_a_time(tiny, monkeypatch):
     seen, forward = [], tiny.encoder.forward
-    monkeypatch.setattr(type(tiny.encoder), "at_once", 2 * 32 * 32)
+    monkeypatch.setitem(PIXELS_AT_ONCE, "litevae", 2 * 32 * 32)
     monkeypatch.setattr(tiny.encoder, "forward", lambda x: seen.append(len(x)) or forward(x))
     images = torch.rand(5, 3, 32, 32) * 2 - 1
     together = tiny.eval()(images, sample=False)

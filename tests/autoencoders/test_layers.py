@@ -17,8 +17,6 @@ from autoencoders.layers import (
     fuse,
     group_norm,
     middle,
-    quick_layout,
-    silu,
 )
 
 
@@ -154,27 +152,6 @@ def test_without_gradients_the_input_is_kept_and_the_output_is_the_same(norm, ou
         got = block(x)
     assert torch.equal(x, before)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_silu_overwrites_only_where_it_may():
-    x = torch.randn(3)
-    before, expected = x.clone(), x * torch.sigmoid(x)
-    torch.testing.assert_close(silu(x), expected)
-    with torch.no_grad():
-        torch.testing.assert_close(silu(x, keep=True), expected)
-        assert torch.equal(x, before)
-        silu(x)
-    torch.testing.assert_close(x, expected)
-
-
-def test_channels_are_last_on_a_cpu_without_gradients_only():
-    x = torch.randn(2, 4, 6, 6)
-    assert quick_layout(x) is x
-    with torch.no_grad():
-        quick = quick_layout(x)
-        assert quick_layout(x.to("meta")).is_contiguous()
-    assert torch.equal(quick, x)
-    assert quick.is_contiguous(memory_format=torch.channels_last)
 
 
 # ---------------------------------------------------------------------------------- fusing

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from autoencoders import load_autoencoder
+from autoencoders.cpu import PIXELS_AT_ONCE
 from ldm.charts import drawing
 from ldm.errors import LdmError, UsageError
 from pipelines.analysis import features as job
@@ -51,7 +52,7 @@ def test_each_image_has_its_own_map_however_many_go_through_at_once(tmp_path, mo
     ae = load_autoencoder(save(tmp_path))
     images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     together = decoder_magnitudes(ae, images)
-    monkeypatch.setattr(type(ae.decoder), "at_once", 32 * 32)  # one at a time
+    monkeypatch.setitem(PIXELS_AT_ONCE, "decoder", 32 * 32)  # one at a time
     for a, b in zip(together, decoder_magnitudes(ae, images), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
