@@ -78,6 +78,7 @@ def test_the_inverse_transform_is_float32_under_autocast():
 @pytest.mark.parametrize("norm", ["group", "smc"])
 @pytest.mark.parametrize("output", ["image", "wavelet"])
 def test_fused_and_without_gradients_it_decodes_the_same(norm, output):
+    torch.manual_seed(0)
     config = SDVAEDecoderConfig(**SMALL, norm=norm, output=output)
     decoder, latents = SDVAEDecoder(config, latent_channels=4), torch.randn(2, 4, 5, 6)
     expected = decoder(latents)
