@@ -218,11 +218,18 @@ def charts(page: str) -> int:
     return len(re.findall(r"<svg|<img", page))
 
 
-def test_a_report_shows_older_runs_and_what_was_measured_of_them(ldm):
-    def page(*runs: str) -> str:
+@pytest.fixture
+def page(ldm):
+    """The report over some runs."""
+
+    def write(*runs: str) -> str:
         ldm("report", *runs, "--images", 1, "--steps", 2, "--device", "cpu")
         return Path("report.html").read_text("utf-8")
 
+    return write
+
+
+def test_a_report_shows_older_runs_and_what_was_measured_of_them(page):
     both = page("stage_one/finished", "stage_two/finished")
     [evaluation] = Path("stage_one/finished/eval").iterdir()
     shown = [float(number) for number in re.findall(r"\d+\.\d{2,}", both)]
@@ -238,6 +245,11 @@ def test_a_report_shows_older_runs_and_what_was_measured_of_them(ldm):
     metrics.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     without = page("stage_one/finished")
     assert charts(alone) - charts(without) == 2, "the discriminator's loss and gradient norm"
+
+
+def test_a_curve_goes_on_where_its_key_has_a_new_name(ldm, page):
+    ldm(*command_of("stage_one/stopped"))
+    assert charts(page("stage_one/stopped")) == charts(page("stage_one/finished"))
 
 
 def test_gradients_are_read_from_an_older_log(ldm):
