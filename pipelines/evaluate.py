@@ -1,204 +1,271 @@
 """Measure autoencoders' reconstructions: rFID, LPIPS, PSNR, SSIM, KID, precision, recall, SWD.
 
-What needs weights that are not to be had is left out, and said to be. A run's validation, the demo
-and `ldm eval-ae` share one loop, `pipelines.validation`.
+Metrics whose weights are unavailable are skipped and reported as missing. A run's validation, the
+demo and `ldm eval-ae` share one loop, `pipelines.validation`.
 """
 
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from numpy.typing import NDArray
 
 from autoencoders import Autoencoder, load_autoencoder
-from autoencoders.losses import LPIPS
+from autoencoders.losses import LPIPS, load_lpips
+from ldm.config import to_tree
 from ldm.data import DataConfig, evaluation_batches
 from ldm.data.loader import FaultCount, stop_if_too_many
 from ldm.data.split import Split
 from ldm.device import keep_freed_memory, memory_format
 from ldm.distributed import fail_together, from_main, join_processes
 from ldm.errors import UsageError
-from ldm.logbook import console, progress_bar
-from ldm.metrics.inception import Mode
-from ldm.run_folder import newest_run
+from ldm.logbook import console
+from ldm.metrics.inception import Extractor
+from ldm.run_folder import installed_version, newest_run, provenance
+from pipelines.measuring.checks import check_writable, read_preparation
 from pipelines.measuring.evaluation import (
     NUMBERS,
     Evaluation,
-    Job,
-    check_writable,
-    conclude,
+    EvaluationJob,
     default_paths,
     plan_jobs,
     write_last,
 )
-from pipelines.measuring.metrics import NOT_ASKED, Instruments, find_instruments
-from pipelines.measuring.statistics import NEAREST, Surveyor, compare_surveys, gather_surveys
+from pipelines.measuring.statistics import (
+    NEAREST,
+    MeasureOptions,
+    SetStatistics,
+    compare_sets,
+    describe_extractor,
+    find_extractor,
+    gather_statistics,
+    load_on_all,
+    track,
+)
 from pipelines.validation import Scores, reconstruct
 
+OF_FEATURES = ("rfid", "kid", "precision", "recall")
+"""The numbers that need an extractor."""
+NO_FID = "--no-fid"
+"""The reason for their absence where the user has left them out."""
+PACKAGES = ("clean-fid", "lpips", "pillow", "torchvision")
+"""Packages that numbers depend on, besides those of all provenance."""
 
-# -------------------------------------------------------------------------------- from files
+
+class Metrics(NamedTuple):
+    """The networks to measure with; `missing` gives the reason for each number without one."""
+
+    lpips: LPIPS | None
+    extractor: Extractor | None
+    missing: dict[str, str]
+
+
 def evaluate_checkpoints(
     models: Sequence[Path | str] = (),
     data: str | DataConfig | None = None,
     split: Split = "val",
     resolutions: Sequence[int] | None = None,
     batch_size: int = 16,
-    limit: int | None = None,
-    device: str = "auto",
-    fid: bool = True,
-    weights: Path | None = None,
-    features: str | None = None,
-    mode: Mode = "clean",
-    out: Path | None = None,
-    force: bool = False,
     lpips: LPIPS | None = None,
+    **options: Any,
 ) -> list[Evaluation]:
-    """Measure autoencoders in files, and write what comes of it as JSON.
+    """Measure autoencoders in files, and write the results as JSON.
 
-    Images are cut at their centres to each resolution, never mirrored; reconstructions are the
+    Images are centre-cropped to each resolution, never mirrored; reconstructions are the
     posterior's mode, in float32, rounded to 8 bits. PSNR, SSIM and LPIPS are means over images.
     rFID, KID, precision and recall compare Inception's features of all originals with those of
-    all reconstructions; SWD compares patches of both, of 16,384 images at most, so that memory does
-    not grow with more. Under a distributed launch the processes share the images, each of which is
-    measured once, and all return the same.
+    all reconstructions; SWD compares patches of both, of 16,384 images at most. Under a distributed
+    launch the processes share the images, and all return the same.
 
-    Numbers whose weights cannot be had are left out, and so is an rFID over fewer images than
-    there are features. What is there, and why the rest is not, is in the result.
+    Numbers whose weights are unavailable are left out, and so is an rFID over fewer images than
+    there are features; the result gives the reasons.
 
     Args:
         models: stage-one files or folders, ours or others', as `load_autoencoder` takes them;
             none: the newest run.
-        data: `photos`, a folder, a zip, or shards; None: what each model was trained on.
-        resolutions: sides of the images, pixels; None: that at which each model's training ended.
+        data: `photos`, a folder, a zip, or shards; None: each model's training data.
+        resolutions: edges of the images, pixels; None: the last of each model's training.
         batch_size: images at a time, per process.
-        limit: only the first so many images.
-        fid: False leaves out all that needs features.
-        weights: `inception-2015-12-05.pt`; by default from where it usually lies, or fetched.
-        features: an extractor of one's own, as `load_extractor` takes it.
-        mode: how Inception's images are resized.
-        out: one JSON for all; by default one of each model and resolution beside the model, in
-            `eval/`.
-        force: measure images as held out that were trained on, and rFID over few images, both
-            noted in the result.
         lpips: used in place of the published LPIPS.
+        options: the other fields of `MeasureOptions`; `out` is one JSON for all, and without it
+            there is one per model and resolution, in `eval/` beside the model.
 
     Returns:
         One evaluation of each model at each resolution, in this order.
 
     Raises:
-        UsageError: data or resolution left out, and a file does not say; a number below one; or
-            options that do not go together; or two results would be written to one place.
-        LdmError: a file is no autoencoder, or cannot take a resolution; the data cannot be read;
-            held-out images were trained on; weights that were asked for cannot be had;
-            reconstructions or features are not finite; or the result cannot be written.
+        UsageError: a file does not name the data or resolution that is omitted; a number is below
+            one; options exclude each other; or two results would be written to one file.
+        LdmError: a file is no autoencoder, or cannot take a resolution; the data or requested
+            weights cannot be read; held-out images were trained on; or numbers are not finite.
     """
-    for name, value in (
-        ("--batch-size", batch_size), ("--limit", limit),
-        *(("--resolution", resolution) for resolution in resolutions or []),
-    ):  # fmt: skip
-        if value is not None and value < 1:
-            raise UsageError(f"{name} {value}: it must be at least 1")
-    ranks, where = join_processes(device)
-    keep_freed_memory(where)
-    paths = list(dict.fromkeys(map(Path, models)))
-    paths = paths or [from_main(ranks, lambda: newest_run("autoencoder"))]
-    jobs = plan_jobs(paths, data, split, resolutions, limit, ranks, force)
-    settings = [
-        *([f"first{limit}"] if limit else []), *([] if fid else ["no-fid"]),
-        *([features] if features else []), *([mode] if mode != "clean" else []),
-    ]  # fmt: skip
-    places = [out] * len(jobs) if out else default_paths(jobs, *settings)
-    from_main(ranks, lambda: [check_writable(place) for place in places])
-    instruments = find_instruments(
-        fid, weights, features, mode, jobs[0].resolution, where, ranks, lpips
-    )
-    _say_missing(instruments.missing, ranks)
-
+    how = MeasureOptions(batch_size=batch_size, **options)
+    for resolution in resolutions or []:
+        if resolution < 1:
+            raise UsageError(f"--resolution {resolution}: it must be at least 1")
+    ranks, device = join_processes(str(how.device))
+    keep_freed_memory(device)
+    chosen = list(dict.fromkeys(map(Path, models)))
+    chosen = chosen or [from_main(ranks, lambda: newest_run("autoencoder"))]
+    jobs = plan_jobs(chosen, data, split, resolutions, how.limit, ranks, how.force)
+    paths = [how.out] * len(jobs) if how.out else default_paths(jobs, *how.words())
+    from_main(ranks, lambda: check_writable(*paths))
+    metrics = load_metrics(how, jobs[0].resolution, device, ranks, lpips)
+    _print_missing(metrics.missing, ranks)
     done: list[Evaluation] = []
-    for job, place in zip(jobs, places, strict=True):
+    for job, path in zip(jobs, paths, strict=True):
         if not done or done[-1].model != job.model:
             with fail_together(ranks):
-                ae = load_autoencoder(job.model, where).to(memory_format=memory_format(where))
-        _say(
-            f"measuring {job.model} on the {split} split of {job.data.source} "
-            f"at {job.resolution}×{job.resolution}",
-            ranks,
-        )
-        done.append(_measure(ae, job, place, instruments, batch_size, limit, force, where, ranks))
-        fresh = {n: w for n, w in done[-1].about["missing"].items() if n not in instruments.missing}
-        _say_missing(fresh, ranks)
-        from_main(ranks, lambda: write_last(done, together=out is not None))
+                ae = load_autoencoder(job.model, device).to(memory_format=memory_format(device))
+        done.append(_measure(ae, job, path, how, metrics, device, ranks))
+        missing = done[-1].about["missing"].items()
+        _print_missing({name: why for name, why in missing if name not in metrics.missing}, ranks)
+        from_main(ranks, lambda: write_last(done, together=how.out is not None))
     return done
+
+
+def load_metrics(
+    how: MeasureOptions,
+    resolution: int,
+    device: torch.device,
+    ranks: PartialState,
+    lpips: LPIPS | None = None,
+) -> Metrics:
+    """Load LPIPS and a feature extractor, as far as their weights are available.
+
+    Args:
+        resolution: edge of the images that a user's own extractor is tried on.
+        lpips: used in place of the published LPIPS.
+    """
+    missing = {}
+    if lpips is None:
+        load = partial(load_lpips, device, instead="continue without it, as here")
+        lpips, why = load_on_all(load, ranks)
+        missing = {} if why is None else {"lpips": why}
+    extractor, why = None, NO_FID
+    if how.fid:
+        extractor, why = find_extractor(how, resolution, device, ranks)
+    if why is not None:
+        missing |= dict.fromkeys(OF_FEATURES, why)
+    return Metrics(lpips, extractor, missing)
 
 
 def _measure(
     ae: Autoencoder,
-    job: Job,
+    job: EvaluationJob,
     path: Path,
-    instruments: Instruments,
-    batch_size: int,
-    limit: int | None,
-    force: bool,
+    how: MeasureOptions,
+    metrics: Metrics,
     device: torch.device,
     ranks: PartialState,
 ) -> Evaluation:
-    """One pass over this process's share of the images, and what all shares say together."""
-    world, total = ranks.num_processes, min(len(job.source), limit or len(job.source))
-    perceptual = instruments.lpips and instruments.lpips.each
-    scores, faults = Scores(), FaultCount(total)
-    real, made = (Surveyor(total, job.resolution, instruments.extractor, device) for _ in range(2))
+    """Measure this process's share of the images, and merge all shares."""
+    size = f"{job.resolution}×{job.resolution}"
+    _print(f"measuring {job.model} on the {job.split} split of {job.data.source} at {size}", ranks)
+    world, total = ranks.num_processes, min(len(job.source), how.limit or len(job.source))
+    scores, faults, extractor = Scores(), FaultCount(total), metrics.extractor
+    real, fake = (SetStatistics.empty(total, job.resolution, extractor) for _ in range(2))
     stream = evaluation_batches(
-        job.source, job.resolution, batch_size * world, limit, ranks.process_index, world,
+        job.source, job.resolution, how.batch_size * world, how.limit, ranks.process_index, world,
         job.data.workers, faults,
     )  # fmt: skip
-    bar = progress_bar("images")
-    bar.disable = bar.disable or not ranks.is_main_process
-    with fail_together(ranks), bar, closing(reconstruct(ae, stream, device)) as pairs:
-        task = bar.add_task("measuring", total=total, speed="", note="")
+    shown = track(reconstruct(ae, stream, device), "measuring", total, ranks)
+    with fail_together(ranks), closing(shown) as pairs:
         for pair in pairs:
-            scores.add(pair, perceptual)
-            real.add(pair.images, pair.k)
-            made.add(pair.recon, pair.k)
-            speed = bar.tasks[task].speed
-            shown = f"{speed:.1f} images/s" if speed else ""
-            bar.update(task, advance=len(pair.k) * world, speed=shown)
+            scores.add(pair, metrics.lpips and metrics.lpips.each)
+            real.update(pair.images, pair.k, extractor)
+            fake.update(pair.recon, pair.k, extractor)
     shares = gather_object([(scores, faults.found)])
-    originals, recons = (gather_surveys(side.survey, ranks) for side in (real, made))
+    real, fake = (gather_statistics(side, ranks) for side in (real, fake))
 
-    def together() -> Evaluation:
-        everything, corrupt = Scores(), {}
-        for some, found in shares:
-            everything.merge(some)
+    def conclude() -> Evaluation:
+        everything = Scores()
+        corrupt: dict[str, str] = {}
+        for share, found in shares:
+            everything.merge(share)
             corrupt |= found
         stop_if_too_many(corrupt, total)
-        means = everything.means()  # where there was no image, this says so
-        extractor = instruments.extractor if everything.count > NEAREST else None
-        compared = compare_surveys(recons, originals, device)
-        how = {
-            "limit": limit, "corrupt": len(corrupt), "device": _device_name(device),
-            "processes": world, "batch_size": batch_size,
+        means = everything.means()  # of no image at all, this says so
+        distances = compare_sets(fake, real, device)
+        settings = {
+            "limit": how.limit, "corrupt": len(corrupt), "device": _device_name(device),
+            "processes": world, "batch_size": how.batch_size,
         }  # fmt: skip
-        return conclude(
-            job, path, means, everything.in_order(), compared, extractor, instruments, force, how
+        each = everything.in_order()
+        return _conclude(job, path, means, each, distances, metrics, how.force, settings)
+
+    return from_main(ranks, conclude)
+
+
+def _conclude(
+    job: EvaluationJob,
+    path: Path,
+    means: dict[str, float],
+    each: dict[str, NDArray],
+    distances: dict[str, Any],
+    metrics: Metrics,
+    force: bool,
+    settings: dict[str, Any],
+) -> Evaluation:
+    """Leave out the numbers that mean nothing, and add all that the others depend on."""
+    count = len(each["k"])
+    numbers: dict[str, float | None] = dict.fromkeys(NUMBERS) | means
+    numbers |= {name: distances[name] for name in ("kid", "precision", "recall")}
+    numbers |= {"rfid": distances["fid"], "swd": distances["swd"]["mean"]}
+    missing, doubtful = dict(metrics.missing), {}
+    extractor = metrics.extractor if count > NEAREST else None
+    if extractor is not metrics.extractor:
+        numbers |= dict.fromkeys(OF_FEATURES)
+        missing |= dict.fromkeys(OF_FEATURES, f"{count} image(s) have too few neighbours")
+    elif extractor is not None and count < extractor.dim:
+        few = f"{count:,} images are fewer than the {extractor.dim:,} features of each"
+        if force:
+            doubtful["rfid"] = f"{few}: compare it only with rFIDs over as many"
+        else:
+            numbers["rfid"] = None
+            missing["rfid"] = f"{few}; --force measures it anyway"
+    notes = [job.seen["note"]] if job.seen["note"] else []
+    if extractor is not None and not extractor.is_published:
+        notes.append(
+            f"{extractor.name} is not the published Inception: compare rFID, KID, precision "
+            "and recall only with those of the same network"
         )
+    about = {
+        "model": job.about_model,
+        "data": to_tree(job.data),
+        "prepared": read_preparation(job.data),
+        "split": job.split,
+        "seen": job.seen,
+        "recon": "posterior's mode, float32, rounded to 8 bits",
+        "lpips": metrics.lpips and "VGG-16",
+        "extractor": describe_extractor(extractor),
+        "missing": missing,
+        "doubtful": doubtful,
+        "notes": notes,
+        "details": {name: distances[name] for name in ("kid_std", "swd", "swd_images")},
+        **settings,
+        **provenance(),
+    }
+    about["versions"] |= {name: installed_version(name) for name in PACKAGES}
+    return Evaluation(job.model, job.resolution, count, numbers, about, path, each)
 
-    return from_main(ranks, together)
 
-
-# ------------------------------------------------------------------------------------- telling
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _say(text: str, ranks: PartialState) -> None:
+def _print(text: str, ranks: PartialState) -> None:
     if ranks.is_main_process:
         console.print(text, markup=False)
 
 
-def _say_missing(missing: dict[str, str], ranks: PartialState) -> None:
-    """One line for each reason."""
-    for why in dict.fromkeys(why for why in missing.values() if why != NOT_ASKED):
+def _print_missing(missing: dict[str, str], ranks: PartialState) -> None:
+    """Print one line for each reason."""
+    for why in dict.fromkeys(why for why in missing.values() if why != NO_FID):
         names = [title for name, title in NUMBERS.items() if missing.get(name) == why]
-        _say(f"without {', '.join(names)}: {why}", ranks)
+        _print(f"without {', '.join(names)}: {why}", ranks)

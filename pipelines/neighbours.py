@@ -1,14 +1,15 @@
-"""The training images nearest to some samples: has the model learnt them by heart?
+"""Find the training images nearest to some samples, to see if a model memorised them.
 
 <samples>/neighbours.png    a row for each sample: the sample, then its nearest training images
-<samples>/neighbours.json   which they are, how far, and how far held-out images are from theirs
+<samples>/neighbours.json   their names and distances, and those of held-out images to theirs
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -39,12 +40,22 @@ SIDE = 64  # pixels are compared at this side at most: finer, a shift of one wou
 UNITS = {"latents": "standard deviations of the latents", "pixels": "levels of 255"}
 
 
-class Place(NamedTuple):
-    """Where a training image was cut from: its source's index, and the window's corner."""
+@dataclass(frozen=True)
+class TrainingCrop:
+    """A training image by its index in the source, and the corner of its window, if it is one."""
 
     index: int
     window: tuple[int, int] | None
-    mirrored: bool
+    mirrored: bool = False
+
+    def load(self, train: Source, resolution: int) -> np.ndarray:
+        """Load it again, (R, R, 3) uint8."""
+        image = train.load(self.index)
+        if self.window is None:
+            image = center_crop(image, resolution)
+        else:
+            image = _cut(image, self.window, resolution)
+        return mirror(image) if self.mirrored else image
 
 
 def find_neighbours(
@@ -60,45 +71,58 @@ def find_neighbours(
     """Compare the first samples of a folder with every training image; write and return the result.
 
     A distance is a root mean square difference. In "latents" it is between posterior means, in
-    their standard deviations; in "pixels" between images brought down to 64×64, in levels of 255.
-    The same distances of held-out images, which cannot have been learnt, say what is near.
+    their standard deviations; in "pixels" between images downsampled to 64×64, in levels of 255.
+    The distances of held-out images, which cannot have been memorised, are given for comparison.
 
-    Training images are the central squares, or, where training took random crops (always of the
+    Training images are the centre crops, or, where training took random crops (always of the
     built-in photographs), windows of every image that overlap by half: a crop between them is off
-    by a quarter of a side at most. They are compared mirrored, too, where training mirrored them.
+    by a quarter of a side at most. They are compared mirrored, too, if training mirrored them.
 
     Args:
-        samples: as `ldm sample` writes it, or any folder of PNGs; by default the newest.
-        data: as `DataConfig.source`; by default what the samples' model learnt from. Crops, flips
-            and the split are as in its training, so far as they can be of this data.
-        model: of the samples, for "latents"; by default the one that they name.
+        samples: as `ldm sample` writes it, or any folder of PNGs; None: the newest.
+        data: as `DataConfig.source`; None: the training data of the samples' model. Crops, flips
+            and the split are as in its training, as far as this data allows.
+        model: of the samples, for "latents"; None: the one that they name.
 
     Raises:
-        UsageError: a number below one, or the samples do not say what to compare with.
-        LdmError: samples, data or model are not there or cannot be read; or the model is another.
+        UsageError: a number below one, or the samples do not name their data or model.
+        LdmError: samples, data or model cannot be read; or the model is another.
     """
-    for name, value in (("count", count), ("nearest", nearest), ("batch size", batch_size)):
+    for name, value in (("--count", count), ("--nearest", nearest), ("--batch-size", batch_size)):
         if value < 1:
             raise UsageError(f"{name} {value}: it must be at least 1")
     where = resolve_device(device)
     folder = SampleFolder(Path(samples or newest_samples()), count, least=1)
-    config, train = _open_reference(folder, data)
+    config, train = _open_training_data(folder, data)
     embed = _embedding(space, folder, model, where)
     console.print(f"comparing {folder.path} with {config.source}", markup=False)
 
     ours = torch.from_numpy(np.stack([folder.load(i) for i in range(len(folder))]))
     queries = [embed(part) for part in ours.permute(0, 3, 1, 2).split(batch_size)]
-    held_out = 0
     if holds_out(config):
         val = open_source(config, "val", folder.resolution)
-        for batch in evaluation_batches(val, folder.resolution, batch_size, limit=len(folder)):
-            queries.append(embed(batch.images))
-            held_out += len(batch.images)
+        held_out = evaluation_batches(val, folder.resolution, batch_size, limit=len(folder))
+        queries += [embed(batch.images) for batch in held_out]
     stream = _training_images(train, config, folder.resolution, batch_size)
-    distances, places = _search(torch.cat(queries), stream, embed, config.flip, nearest, len(train))
+    distances, crops = _search(torch.cat(queries), stream, embed, config.flip, nearest, len(train))
 
-    found = len(folder)
-    result = {
+    _save_sheet(folder, train, crops)
+    result = _describe(folder, config, train, space, distances, crops)
+    write_json(folder.path / "neighbours.json", result)
+    return result
+
+
+def _describe(
+    folder: SampleFolder,
+    config: DataConfig,
+    train: Source,
+    space: Space,
+    distances: Tensor,
+    crops: list[list[TrainingCrop]],
+) -> dict[str, Any]:
+    """The result; rows of `distances` and `crops` are the samples, then held-out images."""
+    found, held_out = distances.tolist()[: len(folder)], distances[len(folder) :, 0].tolist()
+    return {
         "format": 1,
         "space": space,
         "unit": UNITS[space],
@@ -106,38 +130,38 @@ def find_neighbours(
         "made_with": folder.made_with,
         "data": to_tree(config),
         "median_nearest": {
-            "samples": median(distances[:found, 0].tolist()),
-            "held_out": median(distances[found:, 0].tolist()) if held_out else None,
+            "samples": median(row[0] for row in found),
+            "held_out": median(held_out) if held_out else None,
         },
         "samples": [
             {
                 "sample": folder.name(i),
                 "nearest": [
-                    {"name": train.name(place.index), "distance": distance} | place._asdict()
-                    for distance, place in zip(distances[i].tolist(), places[i], strict=True)
+                    {"name": train.name(crop.index), "distance": distance} | asdict(crop)
+                    for distance, crop in zip(row, crops[i], strict=True)
                 ],
             }
-            for i in range(found)
+            for i, row in enumerate(found)
         ],
-        "held_out_nearest": distances[found:, 0].tolist(),
+        "held_out_nearest": held_out,
         **provenance(),
     }
+
+
+def _save_sheet(folder: SampleFolder, train: Source, crops: list[list[TrainingCrop]]) -> None:
     rows = [
-        [folder.load(i), *(_cut(train, place, folder.resolution) for place in places[i])]
-        for i in range(found)
+        [folder.load(i), *(crop.load(train, folder.resolution) for crop in crops[i])]
+        for i in range(len(folder))
     ]
     sheet = to_float(torch.from_numpy(np.stack([*chain(*rows)])).permute(0, 3, 1, 2))
     save_grid(sheet, folder.path / NEIGHBOURS, columns=len(rows[0]))
-    write_json(folder.path / "neighbours.json", result)
-    return result
 
 
 # --------------------------------------------------------------------------------- the space
-def _open_reference(folder: SampleFolder, data: str | None) -> tuple[DataConfig, Source]:
-    """The training images, and what is known of how training saw them."""
+def _open_training_data(folder: SampleFolder, data: str | None) -> tuple[DataConfig, Source]:
     made_with = (folder.made_with or {}).get("data")
     if data is None and made_with is None:
-        raise UsageError(f"{folder.path} does not say what its model learnt from: give --data")
+        raise UsageError(f"{folder.path} does not name its model's training data: give --data")
     config = validate(DataConfig, made_with or {})
     if data is not None:
         config = config.model_copy(update={"source": data})
@@ -164,9 +188,8 @@ def _embedding(space: Space, folder: SampleFolder, path: Path | None, where: tor
 
 
 def _pixels(images: Tensor) -> Tensor:
-    small = F.interpolate(
-        images.float(), size=(min(SIDE, images.shape[2]),) * 2, mode="area"
-    ).flatten(1)
+    side = min(SIDE, images.shape[2])
+    small = F.interpolate(images.float(), size=(side, side), mode="area").flatten(1)
     return small / small.shape[1] ** 0.5
 
 
@@ -175,7 +198,7 @@ def _load_model(folder: SampleFolder, path: Path | None, where: torch.device) ->
     if path is None:
         if "path" not in named:
             raise UsageError(
-                f"{folder.path} does not say which model it is of: give --model, or --space pixels"
+                f"{folder.path} does not name its model: give --model, or --space pixels"
             )
         path = Path(named["path"])
     model = LatentModel.from_pretrained(path, where, "fp32")
@@ -186,22 +209,25 @@ def _load_model(folder: SampleFolder, path: Path | None, where: torch.device) ->
         )
     side = folder.resolution // model.codec.autoencoder.downsampling
     if model.latent_shape[1:] != (side, side):
-        raise LdmError(f"{path} makes images of another size than those in {folder.path}")
+        raise LdmError(
+            f"{path} makes images of another size than those in {folder.path}: "
+            "give --model, or --space pixels"
+        )
     return model
 
 
 # ------------------------------------------------------------------------------- the search
 def _search(
     queries: Tensor,
-    stream: Iterator[tuple[Tensor, list[Place]]],
+    stream: Iterator[tuple[Tensor, list[TrainingCrop]]],
     embed: Embed,
     flip: bool,
     nearest: int,
     total: int,
-) -> tuple[Tensor, list[list[Place]]]:
-    """Distances (queries, k) of the k nearest training images, rising, and which they are."""
+) -> tuple[Tensor, list[list[TrainingCrop]]]:
+    """Distances (queries, k) of the k nearest training images, rising, and these images."""
     best = torch.empty(len(queries), 0)
-    places: list[list[Place]] = [[] for _ in queries]
+    crops: list[list[TrainingCrop]] = [[] for _ in queries]
     with progress_bar("images") as bar:
         task = bar.add_task("comparing", total=total, speed="", note="")
         for images, fresh in stream:
@@ -215,12 +241,12 @@ def _search(
             for i, (chosen, turned) in enumerate(
                 zip(order.tolist(), mirrored.tolist(), strict=True)
             ):
-                both = places[i] + [
-                    p._replace(mirrored=m) for p, m in zip(fresh, turned, strict=True)
+                both = crops[i] + [
+                    replace(crop, mirrored=m) for crop, m in zip(fresh, turned, strict=True)
                 ]
-                places[i] = [both[j] for j in chosen]
+                crops[i] = [both[j] for j in chosen]
             bar.update(task, completed=fresh[-1].index + 1)
-    return best, places
+    return best, crops
 
 
 def _distances(queries: Tensor, points: Tensor) -> Tensor:
@@ -231,11 +257,11 @@ def _distances(queries: Tensor, points: Tensor) -> Tensor:
 
 def _training_images(
     train: Source, config: DataConfig, resolution: int, batch_size: int
-) -> Iterator[tuple[Tensor, list[Place]]]:
-    """What training may have seen of every image: uint8 (b, 3, R, R), and where it is."""
+) -> Iterator[tuple[Tensor, list[TrainingCrop]]]:
+    """Yield images uint8 (b, 3, R, R) that training may have seen."""
     if not (config.crop == "random" or isinstance(train, PhotoSource)):
         for batch in evaluation_batches(train, resolution, batch_size, workers=config.workers):
-            yield batch.images, [Place(k, None, False) for k in batch.k.tolist()]
+            yield batch.images, [TrainingCrop(k, None) for k in batch.k.tolist()]
         return
     faults = FaultCount(len(train))
     for index in range(len(train)):
@@ -244,11 +270,12 @@ def _training_images(
         except CorruptImage as error:
             faults.add({train.name(index): str(error)})
             continue
-        places = [Place(index, corner, False) for corner in _windows(image.shape, resolution)]
-        for first in range(0, len(places), batch_size):
-            some = places[first : first + batch_size]
-            cut = np.stack([_window(image, place.window, resolution) for place in some])
-            yield torch.from_numpy(cut).permute(0, 3, 1, 2), some
+        corners = _windows(image.shape, resolution)
+        for first in range(0, len(corners), batch_size):
+            some = corners[first : first + batch_size]
+            cut = np.stack([_cut(image, corner, resolution) for corner in some])
+            crops = [TrainingCrop(index, corner) for corner in some]
+            yield torch.from_numpy(cut).permute(0, 3, 1, 2), crops
 
 
 def _windows(shape: tuple[int, ...], side: int) -> list[tuple[int, int]]:
@@ -260,16 +287,6 @@ def _windows(shape: tuple[int, ...], side: int) -> list[tuple[int, int]]:
     return [(row, column) for row in rows for column in columns]
 
 
-def _window(image: np.ndarray, corner: tuple[int, int], side: int) -> np.ndarray:
+def _cut(image: np.ndarray, corner: tuple[int, int], side: int) -> np.ndarray:
     row, column = corner
     return image[row : row + side, column : column + side]
-
-
-def _cut(train: Source, place: Place, resolution: int) -> np.ndarray:
-    """A training image again, (R, R, 3) uint8."""
-    image = train.load(place.index)
-    if place.window is None:
-        image = center_crop(image, resolution)
-    else:
-        image = _window(image, place.window, resolution)
-    return mirror(image) if place.mirrored else image

@@ -93,8 +93,8 @@ def eval_ae(
     # a pipe gets the table alone, progress goes to stderr
     with nullcontext() if layout == "table" else redirect_stdout(sys.stderr):
         evaluations = evaluate_checkpoints(
-            models or (), data, split, sizes, batch_size, limit, device, fid, weights, features,
-            mode, out, force,
+            models or (), data, split, sizes, batch_size, limit=limit, device=device, fid=fid,
+            weights=weights, features=features, mode=mode, out=out, force=force,
         )  # fmt: skip
     say(format_evaluations(evaluations, layout))
     if layout == "table":
@@ -168,14 +168,15 @@ def fid(
 
     ldm fid --model runs/x --n 50000 --reference ffhq256 --bootstrap 100
     """
-    from pipelines.fid import fid_of_samples
+    from pipelines.fid import measure_fid
 
     sampling = {
         "n": n, "seed": seed, "steps": steps, "guidance": guidance, "guide": guide,
         "precision": precision,
     }  # fmt: skip
-    result = fid_of_samples(
-        samples, data, split, weights, device, batch_size, limit, model=model, reference=reference,
+    result = measure_fid(
+        samples, data, split, model=model, reference=reference, weights=weights, device=device,
+        batch_size=batch_size, limit=limit,
         sampling={name: value for name, value in sampling.items() if value is not None},
         mode=mode, features=features, bootstrap=bootstrap, force=force, out=out,
     )  # fmt: skip

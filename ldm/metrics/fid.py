@@ -1,8 +1,14 @@
-"""The Fréchet distance between two sets of features, from their means and covariances."""
+"""The Fréchet distance between two sets of features, and its interval by the bootstrap."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
+
+from ldm.logbook import progress_bar
+from ldm.seeds import generator
 
 Array = NDArray[np.float64]
 
@@ -135,3 +141,85 @@ def frechet_distance(
     # Heusel et al. 2017, Equation 6
     distance = np.square(mean_a - mean_b).sum() + np.trace(cov_a + cov_b) - 2 * trace_root
     return max(float(distance), 0.0)  # rounding may leave −1e-13 between equal sets
+
+
+NORMAL_QUANTILE = 1.959964  # of 97.5 %
+ROWS_AT_ONCE = 4096  # 64 MiB of Inception's features in float64
+
+
+class FidInterval(NamedTuple):
+    """Confidence interval of an FID.
+
+    Attributes:
+        low, high: ends of the interval that holds 95 % of FIDs of other samples, as many.
+        std: standard error of the FID.
+        bias: rise of the FID by resampling: roughly the cost of having too few samples.
+        draws: resampled sets.
+    """
+
+    low: float
+    high: float
+    std: float
+    bias: float
+    draws: int
+
+
+def bootstrap_fid(
+    features: NDArray[np.float32], real: FeatureStatistics, fid: float, draws: int, seed: int = 0
+) -> FidInterval:
+    """Estimate the interval of an FID by resampling the samples' features, the reference fixed.
+
+    Efron & Tibshirani 1993, Algorithm 6.1, with the standard normal interval (Section 13.2) about
+    the measured FID. Their percentile interval does not apply: a set drawn with replacement holds
+    images several times and is poorer than the samples, so that its FID lies above theirs, by
+    `bias`; often the whole percentile interval does.
+
+    Each draw takes about as long as the FID itself: with Inception's features some seconds.
+
+    Args:
+        features: of the samples, (n, dim).
+        fid: as measured.
+        draws: at least two; a hundred give the standard error to within some 7 %.
+
+    Raises:
+        ValueError: fewer than two draws or samples.
+    """
+    if draws < 2 or len(features) < 2:
+        raise ValueError(f"{draws} draws of {len(features)} samples: need two or more of both")
+    centre = sum(rows.sum(0) for _, rows in _blocks(features)) / len(features)
+    mean, covariance = real.mean, real.covariance
+    found = []
+    with progress_bar("draws") as bar:
+        task = bar.add_task("bootstrap", total=draws, speed="", note="")
+        for draw in range(draws):
+            resampled = _resample(features, centre, generator(seed, "bootstrap", draw))
+            found.append(frechet_distance(mean, covariance, *resampled))
+            bar.update(task, advance=1)
+    # Efron & Tibshirani 1993, Sections 6.2 and 10.2
+    std, bias = float(np.std(found, ddof=1)), float(np.mean(found)) - fid
+    reach = NORMAL_QUANTILE * std
+    return FidInterval(max(fid - reach, 0.0), fid + reach, std, bias, draws)
+
+
+def _blocks(features: NDArray[np.float32]) -> Iterator[tuple[slice, Array]]:
+    for start in range(0, len(features), ROWS_AT_ONCE):
+        block = slice(start, start + ROWS_AT_ONCE)
+        yield block, features[block].astype(np.float64)
+
+
+def _resample(
+    features: NDArray[np.float32], centre: Array, draw: np.random.Generator
+) -> tuple[Array, Array]:
+    """Mean (dim,) and covariance (dim, dim) of as many features, drawn with replacement."""
+    count, dim = features.shape
+    times = np.bincount(draw.integers(count, size=count), minlength=count)
+    total, scatter = np.zeros(dim), np.zeros((dim, dim))
+    for block, rows in _blocks(features):
+        drawn = times[block] > 0
+        weights, deviations = times[block][drawn, None], rows[drawn] - centre
+        total += (weights * deviations).sum(0)
+        scatter += deviations.T @ (weights * deviations)
+    shift = total / count
+    # about a centre near the mean, so that the difference costs no digits
+    scatter -= count * np.outer(shift, shift)
+    return centre + shift, scatter / (count - 1)

@@ -71,7 +71,7 @@ class FeatureExtractor:
         self.name = f"{path.name}, {RESIZING[mode]} resizing"
         self._path = path
         self._device = torch.device(device)
-        self._mode = mode
+        self.mode = mode
         self._network = _load_network(content, path, self._device)
         self._resize = build_resizer("clean")  # (H, W, 3) uint8 → (299, 299, 3) float32, 0..255
         self._threads = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
@@ -88,7 +88,7 @@ class FeatureExtractor:
             raise TypeError(
                 f"images must be uint8 (B, 3, H, W), not {images.dtype} {tuple(images.shape)}"
             )
-        if self._mode == "clean":
+        if self.mode == "clean":
             features = self._network.layers(self._resized(images)).flatten(1)
         else:
             inputs = images.to(self._device).float()
@@ -177,6 +177,7 @@ class Extractor(Protocol):
     name: str  # what it is, in words
     sha256: str | None  # of its weights (Inception) or its source; None where there is no file
     dim: int
+    mode: Mode | None  # Inception's resizing; None where the extractor resizes by itself
     is_published: bool  # whether published FIDs are computed with it
 
     def __call__(self, images: Tensor) -> Tensor: ...
@@ -227,7 +228,7 @@ class OwnExtractor:
         LdmError: it fails, or gives no features.
     """
 
-    is_published = False
+    mode, is_published = None, False
 
     def __init__(self, spec: str, device: torch.device | str, resolution: int = 256) -> None:
         self.name = spec

@@ -81,8 +81,8 @@ def analyze_scale(
     sides = sorted(set(resolutions))
     folder = analysis_folder(out, next(iter(paths.values())))
     found = evaluate_checkpoints(
-        list(paths.values()), config, split, sides, batch_size, limit, device, fid, weights,
-        out=folder / "scale.json", force=force,
+        list(paths.values()), config, split, sides, batch_size, limit=limit, device=device,
+        fid=fid, weights=weights, out=folder / "scale.json", force=force,
     )  # fmt: skip
     if not ranks.is_main_process:
         return None

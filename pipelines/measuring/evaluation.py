@@ -1,18 +1,11 @@
-"""What is to be measured: models that are autoencoders, data that is there, sizes that fit.
+"""Evaluations of autoencoders: the jobs, their results on disk, and the table of results.
 
-All that can be refused is refused here, before anything is measured.
-
-What came of measuring one autoencoder at one resolution, and where that is kept.
+`plan_jobs` refuses whatever can be refused before anything is measured: models that are no
+autoencoder, data that is missing, sizes that do not fit, held-out images that were trained on.
 
 <run>/eval/<data>-<split>-<resolution>.json   the numbers, and all they depend on
-
-Evaluations as a table: to read, or to paste into a paper.
-
-Every layout says with its numbers what they were measured on. A star marks what may not mean what
-it seems to, a dash what is missing.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,51 +19,48 @@ from autoencoders.autoencoder import assemble
 from autoencoders.loading import read_autoencoder
 from autoencoders.wavelet import check_size
 from ldm.checkpoint import fingerprint
-from ldm.config import to_tree, validate
+from ldm.config import validate
 from ldm.data import DataConfig, Source, open_source
 from ldm.data.dataset import PHOTOS
 from ldm.data.split import Split
 from ldm.distributed import fail_together
 from ldm.errors import LdmError, UsageError
 from ldm.files import to_json, write_json
-from ldm.metrics.inception import Extractor
-from ldm.run_folder import installed_version, provenance
-from pipelines.measuring.checks import Overlap, find_overlap, place
-from pipelines.measuring.metrics import FEATURES, Instruments, describe_extractor
-from pipelines.measuring.options import join_words, name_data
-from pipelines.measuring.preparation import preparation
+from ldm.tables import latex_table, markdown_table, text_table
+from pipelines.measuring.checks import (
+    Issue,
+    Overlap,
+    find_overlap,
+    join_words,
+    name_data,
+    resolve,
+    resolve_source,
+)
 
+# ---------------------------------------------------------------------------------------- jobs
 Compared = dict[tuple[DataConfig, DataConfig, int], Overlap | LdmError]
-"""Data measured, data trained on, and the resolution that both are cut to, for it decides whether
-two images are the same → what they share, or why that is not known."""
+"""Data measured, data trained on, and the resolution that both are cropped to, on which it depends
+whether two images are the same → the images they share, or why that is not known."""
 
 SMALLEST = 16  # pixels: LPIPS halves images four times, and SSIM's window has 11
 
 
 @dataclass(frozen=True)
-class Job:
-    """One autoencoder, to be measured at one resolution."""
+class EvaluationJob:
+    """One autoencoder, to be measured at one resolution.
+
+    Attributes:
+        about_model: the model's entry in the result: path, hash, format, training.
+        seen: whether the model was trained on these images, see `_compare`.
+    """
 
     model: Path
-    said: dict[str, Any]
-    """Which model it is, and what its file says of itself."""
+    about_model: dict[str, Any]
     data: DataConfig
     split: Split
     resolution: int
     source: Source
     seen: dict[str, Any]
-    """Whether the model may have been trained on these images; see `_compare`."""
-
-
-class _Model(NamedTuple):
-    """A model file, read once and put away again."""
-
-    path: Path
-    config: AutoencoderConfig
-    said: dict[str, Any]
-    data: DataConfig | None
-    """What it was trained on, and at which resolution last, as far as it says."""
-    resolution: int | None
 
 
 def plan_jobs(
@@ -81,13 +71,14 @@ def plan_jobs(
     limit: int | None,
     ranks: PartialState,
     force: bool,
-) -> list[Job]:
-    """Every model at every resolution, in this order; what is left out, as each file says.
+) -> list[EvaluationJob]:
+    """Plan to measure every model at every resolution, in this order.
 
-    Data that a model was trained on is split as its training split it.
+    Data and resolution default to those of each model's training, and data that a model was trained
+    on is split as in training.
 
     Raises:
-        UsageError: data or resolution left out, and a file does not say.
+        UsageError: data or resolution is omitted, and a file does not name its own.
         LdmError: a file is no autoencoder, the data cannot be read, an autoencoder cannot take a
             resolution, or (without `force`) images to be measured as held out were trained on.
     """
@@ -95,7 +86,8 @@ def plan_jobs(
         jobs = _open(models, data, split, resolutions)
     compared: Compared = {}
     for i, job in enumerate(jobs):
-        seen = _compare(job, _trained_on(job.said), limit, ranks, force, compared)
+        trained_on = _trained_on(job.about_model)
+        seen = _compare(job, trained_on, limit, ranks, force, compared)
         jobs[i] = replace(job, seen=seen)
     return jobs
 
@@ -105,97 +97,88 @@ def _open(
     data: str | DataConfig | None,
     split: Split,
     resolutions: Sequence[int] | None,
-) -> list[Job]:
-    """The jobs of `plan_jobs`, before it is known what was seen."""
-    jobs: list[Job] = []
+) -> list[EvaluationJob]:
+    jobs: list[EvaluationJob] = []
     opened: dict[tuple[DataConfig, int], Source] = {}
-    for model in [_read(path) for path in models]:
-        config = _choose_data(model, data)
-        for resolution in dict.fromkeys(resolutions or [model.resolution]):
-            if config is None or resolution is None:
-                lacking = "--data" if config is None else "--resolution"
-                raise UsageError(
-                    f"{model.path} does not say what it was trained on: give {lacking}"
-                )
-            _check_takes(model, resolution)
-            if (config, resolution) not in opened:
-                opened[config, resolution] = open_source(config, split, resolution)
-            source = opened[config, resolution]
-            jobs.append(Job(model.path, model.said, config, split, resolution, source, {}))
+    for path, config, about in [_read(path) for path in models]:
+        chosen = _choose_data(_trained_on(about), data)
+        phases = (about["trained"].get("recipe") or {}).get("phases")
+        sides = resolutions or ([phases[-1]["resolution"]] if phases else [])
+        if chosen is None or not sides:
+            option = "--data" if chosen is None else "--resolution"
+            raise UsageError(f"{path} does not name its training data: give {option}")
+        for side in dict.fromkeys(sides):
+            _check_resolution(path, config, side)
+            if (chosen, side) not in opened:
+                opened[chosen, side] = open_source(chosen, split, side)
+            jobs.append(EvaluationJob(path, about, chosen, split, side, opened[chosen, side], {}))
     return jobs
 
 
-# -------------------------------------------------------------------------------------- models
-def _read(path: Path) -> _Model:
+def _read(path: Path) -> tuple[Path, AutoencoderConfig, dict[str, Any]]:
+    """A model's path, config, and entry in the result; its weights are put away again."""
     file = read_autoencoder(path)
-    config = assemble(file, path).config
-    phases = (file.provenance.get("recipe") or {}).get("phases")
-    said = {"path": str(path), "sha256": fingerprint(file.weights), "format": file.format}
-    told = ("images_seen", "recipe", "imported")
-    said["trained"] = {name: file.provenance[name] for name in told if name in file.provenance}
-    return _Model(
-        path, config, said, _trained_on(said), phases[-1]["resolution"] if phases else None
-    )
+    names = ("images_seen", "recipe", "imported")
+    about = {
+        "path": str(path),
+        "sha256": fingerprint(file.weights),
+        "format": file.format,
+        "trained": {name: file.provenance[name] for name in names if name in file.provenance},
+    }
+    return path, assemble(file, path).config, about
 
 
-def _trained_on(said: Mapping[str, Any]) -> DataConfig | None:
-    recipe = said["trained"].get("recipe") or {}
+def _trained_on(about_model: Mapping[str, Any]) -> DataConfig | None:
+    recipe = about_model["trained"].get("recipe") or {}
     return validate(DataConfig, recipe["data"]) if "data" in recipe else None
 
 
-def _check_takes(model: _Model, resolution: int) -> None:
-    """Refuse images that the autoencoder, or a metric, cannot take."""
-    encoder = model.config.encoder
+def _choose_data(own: DataConfig | None, data: str | DataConfig | None) -> DataConfig | None:
+    if data is None or isinstance(data, DataConfig):
+        return data or own
+    # split as for training: another split would hold out images that were trained on
+    same = own is not None and resolve_source(own.source) == resolve_source(data)
+    return own if same else DataConfig(source=data)
+
+
+def _check_resolution(path: Path, config: AutoencoderConfig, resolution: int) -> None:
+    encoder = config.encoder
     least = max(SMALLEST, encoder.downsampling)
     if resolution < least:
-        raise LdmError(
-            f"--resolution {resolution}: {least} is the least at which {model.path} can be measured"
-        )
+        raise LdmError(f"--resolution {resolution}: {path} needs {least} or more")
     if encoder.type != "sdvae":
         padded = resolution + -resolution % encoder.downsampling
         try:
             check_size((padded, padded), encoder.depth, encoder.wavelet)
         except LdmError as error:
-            raise LdmError(
-                f"--resolution {resolution}: {model.path} cannot take it: {error}"
-            ) from error
-
-
-# ---------------------------------------------------------------------------------------- data
-def _choose_data(model: _Model, data: str | DataConfig | None) -> DataConfig | None:
-    if data is None or isinstance(data, DataConfig):
-        return data or model.data
-    same = model.data is not None and place(model.data.source) == place(data)
-    # with the split of the training, for another one would take in what was trained on
-    return model.data if same else DataConfig(source=data)
+            message = f"--resolution {resolution}: {path} cannot take it: {error}"
+            raise LdmError(message) from error
 
 
 def _compare(
-    job: Job,
+    job: EvaluationJob,
     trained_on: DataConfig | None,
     limit: int | None,
     ranks: PartialState,
     force: bool,
     compared: Compared,
 ) -> dict[str, Any]:
-    """Whether a job's images were trained on, as far as it can be known.
+    """Find out whether a job's images were trained on.
 
-    They are compared where they are meant to be held out, which are those of "val", and all images
-    of other data than the model's own. A model that does not say what it was trained on is taken
-    to have been trained on the training split of the same data.
+    The images themselves are compared where they should be held out: those of "val", and all images
+    of other data than the model's own. A model that does not name its training data is taken to
+    have been trained on the training split of the same data.
 
     Args:
-        compared: what was found before, of models of the same data at the same
-            resolution; it is added to.
+        compared: results for earlier jobs on the same data at the same resolution; added to.
 
     Returns:
-        `held_out` (None where it is not known), a `note` where there is something to say, and
+        `held_out` (None where it is not known), a `note` where there is something to report, and
         the `overlap` where both sides were compared.
-
-    Raises:
-        LdmError: images meant to be held out were trained on, and not `force`.
     """
-    own = trained_on is not None and place(trained_on.source) == place(job.data.source)
+    own = trained_on is not None and (
+        resolve_source(trained_on.source) == resolve_source(job.data.source)
+    )
     if job.split == "train" or (job.split == "all" and own):
         note = f"{job.model} was trained on these images, or some of them" if own else None
         return {"held_out": False if own else None, "note": note, "overlap": None}
@@ -218,16 +201,14 @@ def _compare(
             f"{overlap.shared:,} of {overlap.held_out:,} images of {job.data.source}, {job.split}, "
             f"are also training images of {against.source}, such as {overlap.example}"
         )
-        if not force:
-            raise LdmError(f"{note}: measure other images, or give --force")
-    found = overlap.to_tree() | {"against": against.source}
+        resolve([Issue(f"{note}: measure other images")], force)
+    found = overlap._asdict() | {"against": against.source}
     return {"held_out": not overlap.shared, "note": note, "overlap": found}
 
 
 def _overlap(
-    job: Job, against: DataConfig, limit: int | None, ranks: PartialState
+    job: EvaluationJob, against: DataConfig, limit: int | None, ranks: PartialState
 ) -> Overlap | LdmError:
-    """What a job's images and training images share, or why that cannot be known."""
     try:
         with fail_together(ranks):
             train = open_source(against, "train", job.resolution)
@@ -236,14 +217,13 @@ def _overlap(
         return error
 
 
+# ------------------------------------------------------------------------------------- results
 FORMAT = 1
 NUMBERS = {
     "rfid": "rFID", "lpips": "LPIPS", "psnr": "PSNR", "ssim": "SSIM", "kid": "KID",
     "precision": "precision", "recall": "recall", "swd": "SWD",
 }  # fmt: skip
-"""What is measured, and how it is written: in the paper's order, then what it does not report."""
-PACKAGES = ("clean-fid", "lpips", "pillow", "torchvision")
-"""Those that numbers depend on, besides what all provenance names."""
+"""Names and titles of the numbers, those of the paper first, in its order."""
 
 
 @dataclass(frozen=True)
@@ -252,15 +232,14 @@ class Evaluation:
 
     Attributes:
         model: the file or folder it was read from.
-        resolution: side of the images, pixels.
-        count: how many images.
+        resolution: edge of the images, pixels.
+        count: images measured.
         numbers: each of `NUMBERS`; None where it could not be measured. PSNR is in dB; SWD is
             ×10³, as in its paper, and KID is not.
-        about: all that the numbers depend on. `missing` and `doubtful` say, by a number's name,
-            why it is not there, and why it may not mean what it seems to; `notes` are lines on
-            all of them.
-        path: the JSON that it is written to.
-        each: the numbers of every image by itself, as `Scores.in_order` has them; not in the JSON.
+        about: all that the numbers depend on. `missing` and `doubtful` give the reason by the
+            number's name; `notes` are about all numbers.
+        path: its JSON file.
+        each: the numbers of every image, as `Scores.in_order` returns them; not in the JSON.
     """
 
     model: Path
@@ -272,7 +251,7 @@ class Evaluation:
     each: dict[str, NDArray] = field(default_factory=dict)
 
     def to_tree(self) -> dict[str, Any]:
-        """All of it, as JSON can hold it."""
+        """Return the JSON form."""
         return {
             "format": FORMAT,
             "resolution": self.resolution,
@@ -282,87 +261,20 @@ class Evaluation:
         }
 
 
-def conclude(
-    job: Job,
-    path: Path,
-    means: dict[str, float],
-    each: dict[str, NDArray],
-    compared: dict[str, Any],
-    extractor: Extractor | None,
-    instruments: Instruments,
-    force: bool,
-    how: dict[str, Any],
-) -> Evaluation:
-    """What was measured, without what it cannot say, and with all that it depends on.
-
-    Args:
-        path: where it is to be kept.
-        means: over the images, by the names of `NUMBERS`.
-        each: of every image, as `Scores.in_order` has it.
-        compared: as `compare_surveys` has it.
-        extractor: what made the features; None where the images that could be read were too few
-            for any.
-        instruments: what there was to measure with.
-        force: keep an rFID over fewer images than features, marked as doubtful.
-        how: further things to be told.
-    """
-    numbers: dict[str, float | None] = dict.fromkeys(NUMBERS) | means
-    numbers |= {name: compared[name] for name in ("kid", "precision", "recall")}
-    numbers |= {"rfid": compared["fid"], "swd": compared["swd"]["mean"]}
-    missing, doubtful = dict(instruments.missing), {}
-    notes = [job.seen["note"]] if job.seen["note"] else []
-    count = len(each["k"])
-    if extractor is None and instruments.extractor is not None:
-        numbers |= dict.fromkeys(FEATURES)
-        missing |= dict.fromkeys(FEATURES, f"{count} image(s) have too few neighbours")
-    elif extractor is not None:
-        if count < extractor.dim:
-            few = f"{count:,} images are fewer than the {extractor.dim:,} features of each"
-            if force:
-                doubtful["rfid"] = f"{few}: compare it only with rFIDs over as many"
-            else:
-                numbers["rfid"] = None
-                missing["rfid"] = f"{few}; --force gives it all the same"
-        if not extractor.is_published:
-            notes.append(
-                f"{extractor.name} is not the published Inception: compare rFID, KID, precision "
-                "and recall only with those of the same network"
-            )
-    about = {
-        "model": job.said,
-        "data": to_tree(job.data),
-        "prepared": preparation(job.data),
-        "split": job.split,
-        "seen": job.seen,
-        "recon": "posterior's mode, float32, rounded to 8 bits",
-        "lpips": instruments.lpips and "VGG-16",
-        "extractor": describe_extractor(extractor),
-        "missing": missing,
-        "doubtful": doubtful,
-        "notes": notes,
-        "details": {name: compared[name] for name in ("kid_std", "swd", "swd_images")},
-        **how,
-        **provenance(),
-    }
-    about["versions"] |= {name: installed_version(name) for name in PACKAGES}
-    return Evaluation(job.model, job.resolution, count, numbers, about, path, each)
-
-
-# ------------------------------------------------------------------------------------- on disk
-def default_paths(jobs: Sequence[Job], *settings: str) -> list[Path]:
-    """Where the evaluations of one call are kept, each as `default_path` has it.
+def default_paths(jobs: Sequence[EvaluationJob], *settings: str) -> list[Path]:
+    """Return the default file of each evaluation of one call.
 
     Raises:
-        UsageError: two of them would be kept in one place.
+        UsageError: two of them would be written to one file.
     """
     paths = [default_path(j.model, j.data, j.split, j.resolution, *settings) for j in jobs]
-    taken: dict[Path, Job] = {}
+    taken: dict[Path, EvaluationJob] = {}
     for job, path in zip(jobs, paths, strict=True):
         other = taken.setdefault(path.resolve(), job)
         if other is not job:
             raise UsageError(
-                f"{other.model} and {job.model} would both be written to {path}: leave one of "
-                "them out, or give --out one file for all"
+                f"{other.model} and {job.model} would both be written to {path}: omit one of "
+                "them, or give --out one file for all"
             )
     return paths
 
@@ -370,11 +282,10 @@ def default_paths(jobs: Sequence[Job], *settings: str) -> list[Path]:
 def default_path(
     model: Path, data: DataConfig, split: str, resolution: int, *settings: str
 ) -> Path:
-    """Where an evaluation is kept beside its model: `eval/photos-val-64.json`, and for other data
-    two folders of its path with a few digits of the whole: `eval/imagenet-val-1f0c52-val-64.json`.
+    """Return the default file of an evaluation, beside its model: `eval/photos-val-64.json`.
 
     Args:
-        settings: further words that tell it from others of this model.
+        settings: further words for non-default settings.
     """
     words = [name_data(data.source), split, str(resolution), *settings]
     # best.pt lies beside ckpt.pt, and one of another format may beside either
@@ -385,72 +296,41 @@ def default_path(
     return folder / "eval" / f"{join_words(*words)}.json"
 
 
-def check_writable(path: Path) -> None:
-    """Refuse a file that could not be written, before hours of work that it is to hold.
-
-    Raises:
-        LdmError: it is a folder, or its own folder cannot be made or written.
-    """
-    elsewhere = "give --out another file"
-    if path.is_dir():
-        raise LdmError(f"{path} is a folder: {elsewhere}, such as {path / 'eval.json'}")
-    beside = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.touch()
-        beside.unlink()
-    except OSError as error:
-        raise LdmError(f"could not write {path} ({error.strerror}): {elsewhere}") from error
-
-
 def write_last(evaluations: Sequence[Evaluation], together: bool) -> None:
-    """Write the last evaluation to its file; or all of them, `together` in one file.
-
-    Raises:
-        LdmError: the disk is full or the folder cannot be written; what stood there stays.
-    """
+    """Write the last evaluation to its file; or all of them, `together` in one file."""
     trees = [each.to_tree() for each in evaluations]
     tree = {"format": FORMAT, "evaluations": trees} if together else trees[-1]
     write_json(evaluations[-1].path, tree)
 
 
+# --------------------------------------------------------------------------------------- table
 Layout = Literal["table", "markdown", "latex", "json"]
 
-LATEX = {
-    "\\": r"\textbackslash{}", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$",
-    "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
-    "↓": r"$\downarrow$", "↑": r"$\uparrow$", "×10³": r"$\times 10^3$", "×": r"$\times$",
-    "–": "--", "²": "$^2$",
-}  # fmt: skip
-STAR = r"\\*"
-SIGNS = re.compile("|".join(map(re.escape, LATEX)))  # the first that fits, so ×10³ before ×
 
-
-class Column(NamedTuple):
-    """How a number is shown."""
+class MetricColumn(NamedTuple):
+    """Format of a number in the table; the arrow points to better."""
 
     arrow: str
-    """Which way is better."""
     digits: int
     scale: float = 1.0
 
 
 COLUMNS = {
-    "rfid": Column("↓", 2),
-    "lpips": Column("↓", 3),
-    "psnr": Column("↑", 2),
-    "ssim": Column("↑", 3),
-    "kid": Column("×10³ ↓", 2, 1e3),
-    "precision": Column("↑", 3),
-    "recall": Column("↑", 3),
-    "swd": Column("×10³ ↓", 2),
+    "rfid": MetricColumn("↓", 2),
+    "lpips": MetricColumn("↓", 3),
+    "psnr": MetricColumn("↑", 2),
+    "ssim": MetricColumn("↑", 3),
+    "kid": MetricColumn("×10³ ↓", 2, 1e3),
+    "precision": MetricColumn("↑", 3),
+    "recall": MetricColumn("↑", 3),
+    "swd": MetricColumn("×10³ ↓", 2),
 }
 
 
 def format_evaluations(evaluations: Sequence[Evaluation], layout: Layout = "table") -> str:
-    """The table of some evaluations: a row for each, those at one resolution together.
+    """Format evaluations as a table, a row for each, those at one resolution together.
 
-    Numbers that no row has are left out.
+    Numbers that no row has are left out. A star marks a doubtful number, a dash a missing one.
 
     Args:
         layout: "table" for a terminal, "markdown", "latex" (with the package booktabs), or "json",
@@ -466,16 +346,23 @@ def format_evaluations(evaluations: Sequence[Evaluation], layout: Layout = "tabl
     if layout == "json":
         return to_json([each.to_tree() for each in rows]).decode().rstrip()
     header, body = _cells(rows)
-    write = {"table": _as_text, "markdown": _as_markdown, "latex": _as_latex}[layout]
-    return "\n".join(write(header, body, _captions(rows)))
+    captions, left = _captions(rows), header.index("resolution")
+    if layout == "latex":
+        lines = [*(f"% {line}" for line in captions), *latex_table(header, body, left)]
+    elif layout == "markdown":
+        # two spaces end a line; a star at its beginning would make a list
+        ended = [line.replace("*", r"\*", 1) if line.startswith("*") else line for line in captions]
+        lines = [*markdown_table(header, body, left), "", *(f"{line}  " for line in ended)]
+    else:
+        lines = [*text_table(header, body, left), *captions]
+    return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------- content
 def _cells(rows: Sequence[Evaluation]) -> tuple[list[str], list[list[str]]]:
-    """The titles, and the cells of each row."""
+    """The header, and the cells of each row."""
     shown = [name for name in COLUMNS if any(row.numbers[name] is not None for row in rows)]
     data = [_data(row) for row in rows]
-    several = len(set(data)) > 1  # else the caption says it
+    several = len(set(data)) > 1  # else the caption names it
     header = ["model", *(["data"] if several else []), "resolution", "images"]
     names = name_models([row.model for row in rows])
     body = [
@@ -484,14 +371,14 @@ def _cells(rows: Sequence[Evaluation]) -> tuple[list[str], list[list[str]]]:
             *([which] if several else []),
             f"{row.resolution}²",
             str(row.count),
-            *(_shown(row, number) for number in shown),
+            *(_cell(row, number) for number in shown),
         ]
         for name, which, row in zip(names, data, rows, strict=True)
     ]
     return [*header, *(f"{NUMBERS[name]} {COLUMNS[name].arrow}" for name in shown)], body
 
 
-def _shown(row: Evaluation, name: str) -> str:
+def _cell(row: Evaluation, name: str) -> str:
     value = row.numbers[name]
     if value is None:
         return "–"
@@ -505,21 +392,21 @@ def _data(row: Evaluation) -> str:
 
 
 def _captions(rows: Sequence[Evaluation]) -> list[str]:
-    """What all of the table was measured on, and what its stars mean."""
-    lines = list(dict.fromkeys(f"measured on {_data(row)}: {_how(row.about)}" for row in rows))
+    """Data and settings of the whole table, then the reasons for its stars, then notes."""
+    lines = []
+    for row in rows:
+        about, extractor = row.about, row.about["extractor"]
+        features = f"features of {extractor['name']}; " if extractor else ""
+        settings = f"{about['recon']}; {features}ldm {about['versions']['ldm']}"
+        lines.append(f"measured on {_data(row)}: {settings}")
+    lines = list(dict.fromkeys(lines))
     doubts = [f"* {why}" for row in rows for why in row.about["doubtful"].values()]
     notes = [note for row in rows for note in row.about["notes"]]
     return lines + list(dict.fromkeys(doubts + notes))
 
 
-def _how(about: dict[str, Any]) -> str:
-    extractor = about["extractor"]
-    features = f"features of {extractor['name']}; " if extractor else ""
-    return f"{about['recon']}; {features}ldm {about['versions']['ldm']}"
-
-
 def name_models(models: Sequence[Path]) -> list[str]:
-    """A short name for each model: its run's, or its file's; the whole path where two are alike."""
+    """Name each model after its run or its file; by its whole path where two are alike."""
     names = {model: _name(model) for model in models}
     known = list(names.values())
     return [names[m] if known.count(names[m]) == 1 else str(m) for m in models]
@@ -529,54 +416,5 @@ def _name(model: Path) -> str:
     folder = model.resolve() if model.is_dir() else model.resolve().parent
     if model.is_dir() or model.name == "ckpt.pt":
         return folder.name
-    # a run's other weights say by themselves neither whose they are nor of what kind
+    # the name of a run's other weights tells neither the run nor the kind
     return f"{folder.name}/{model.name}" if (folder / "run.json").is_file() else model.name
-
-
-# ------------------------------------------------------------------------------------- layouts
-def _as_text(header: list[str], body: list[list[str]], captions: list[str]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
-    left = _words(header)
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in (header, *body)
-    ]
-    return [*lines, *captions]
-
-
-def _as_markdown(header: list[str], body: list[list[str]], captions: list[str]) -> list[str]:
-    left = _words(header)
-    rule = ["---" if i < left else "---:" for i in range(len(header))]
-    lines = [
-        f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |"
-        for row in (header, rule, *body)
-    ]
-    # two spaces end a line; a star at its beginning would make a list
-    return [*lines, "", *(f"{re.sub(r'^[*]', STAR, line)}  " for line in captions)]
-
-
-def _as_latex(header: list[str], body: list[list[str]], captions: list[str]) -> list[str]:
-    left = _words(header)
-    lines = [f"{' & '.join(map(_escape, row))} \\\\" for row in (header, *body)]
-    return [
-        *(f"% {line}" for line in captions),
-        f"\\begin{{tabular}}{{{'l' * left}{'r' * (len(header) - left)}}}",
-        "\\toprule",
-        lines[0],
-        "\\midrule",
-        *lines[1:],
-        "\\bottomrule",
-        "\\end{tabular}",
-    ]
-
-
-def _words(header: Sequence[str]) -> int:
-    """How many of the first columns hold words; the others hold numbers."""
-    return header.index("resolution")
-
-
-def _escape(cell: str) -> str:
-    return SIGNS.sub(lambda found: LATEX[found.group()], cell)

@@ -1,19 +1,12 @@
-"""The images that samples are compared with: one split of a data set.
+"""References that samples are compared with: images of a data set, or statistics in a file.
 
-The statistics of references, kept under the data's hash: a pass over a data set is made once.
+A pass over a data set is made once: its statistics are kept in the cache, as
+$LDM_CACHE/statistics/<key>.npz. The key is a SHA-256 over all that decides the features: the
+images' content, the split, the resolution, the crop, the extractor's weights and resizing, and the
+version of Pillow, which decodes and resizes. Patches are not kept but cut anew.
 
-$LDM_CACHE/statistics/<key>.npz   mean, covariance and a sample of the features of one reference
-
-The key is a SHA-256 over all that decides the features: the images' content (see
-`ImageReference.content`), the split, the resolution, the crop; the extractor's weights and its
-resizing; the version of Pillow, which decodes and resizes. What only some images are needed for,
-patches for the sliced Wasserstein distance, is not kept but made anew from these.
-
-Statistics in a file as what samples are compared with: those we kept, or clean-fid's own.
-
-clean-fid publishes mean and covariance of Inception's features of FFHQ (Parmar et al. 2022), at
-256² and 1024², over all 70,000 images or over 50,000 of them. At 256² they are of the data set's
-own tfrecords, which were brought down from 1024² by averaging.
+clean-fid publishes mean and covariance of Inception's features of FFHQ (Parmar et al. 2022) at 256²
+and 1024². At 256² they are of the data set's own tfrecords, downsampled from 1024² by averaging.
 """
 
 import base64
@@ -27,12 +20,10 @@ from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
-from torch import Tensor
 
 from ldm.config import to_tree
-from ldm.data import Batch, DataConfig, batches, evaluation_batches, open_source
+from ldm.data import Batch, DataConfig, Source, batches, open_source
 from ldm.data.dataset import PHOTOS, content_identity
-from ldm.data.loader import FaultCount
 from ldm.data.split import Part, Split
 from ldm.distributed import from_main
 from ldm.errors import LdmError, UsageError
@@ -42,40 +33,36 @@ from ldm.metrics.features import FeatureSet
 from ldm.metrics.inception import Extractor, FeatureExtractor
 from ldm.run_folder import provenance
 from ldm.weights import cache_folder, find_or_fetch
-from pipelines.measuring.preparation import preparation, resize_filter
+from pipelines.measuring.checks import Reference, find_filter, read_preparation
 from pipelines.measuring.statistics import (
     SEED,
-    Prints,
-    Seen,
-    Survey,
-    Tools,
-    drawn_images,
-    survey_images,
+    CentreCrops,
+    Hashes,
+    PassSettings,
+    SetStatistics,
+    accumulate,
+    draw_images,
+    in_order,
 )
 
-NOT_ENLARGED = "nothing is enlarged to be compared"
+NOT_ENLARGED = "images are never enlarged for a comparison"
 
 
-class ImageReference:
-    """Images of one split, cut at their centres to a resolution, never mirrored.
+# ------------------------------------------------------------------------ images of a data set
+class ImageReference(Reference):
+    """Images of one split, centre-cropped to a resolution, never mirrored.
 
-    Of the built-in photographs, which are eight and large, it is random crops, as many as there are
-    samples (of their split val: its tiles).
+    Of the built-in photographs, which are eight and large, they are random crops, as many as there
+    are samples (of the split val: its tiles).
 
     Args:
-        samples: how many there are.
+        samples: the number of samples.
         limit: only the first so many images.
-
-    Attributes:
-        what: what they are, in words.
-        prepared: how `ldm data prepare` made them (size, filter, crop, source), where it did.
-        filter: what brings, or brought, them down to the resolution, where that is known.
-
-    Raises:
-        LdmError: there is no such data; it was prepared at another size, or its images are smaller
-            than the samples; or there are not two.
-        UsageError: the data has no such split.
     """
+
+    config: DataConfig
+    split: Split
+    source: Source
 
     def __init__(
         self,
@@ -86,26 +73,30 @@ class ImageReference:
         limit: int | None = None,
     ) -> None:
         self.config, self.split, self.resolution = config, split, resolution
-        self.prepared = preparation(config)
-        self._check_prepared()
+        prepared = read_preparation(config)
+        _check_prepared(config, prepared, resolution)
         self.source = open_source(config, split, resolution)
-        if config.source != PHOTOS:
-            everyone = np.arange(len(self.source))
-            self.source = _LargeEnough(self.source, everyone, resolution)
         centred = config.model_copy(update={"crop": "center"})
-        self.filter = resize_filter(centred, self.source, resolution)
+        self.filter = find_filter(centred, self.source, resolution)
         self.is_crops = config.source == PHOTOS and split != "val"
         if self.is_crops:
             self._count = samples
             self.what = f"photos, {split}: {samples} random crops, seed {SEED}"
-            return
-        self._count = min(len(self.source), limit or len(self.source))
-        brought = f", brought down by {self.filter}" if self.filter else ""
-        self.what = f"{config.source}, {split}: {self._count} images, centre-cropped{brought}"
-        if self._count < 2:
-            raise LdmError(
-                f"{self.what}: a covariance needs two images or more, give another --data"
-            )
+        else:
+            self._count = min(len(self.source), limit or len(self.source))
+            self.what = f"{config.source}, {split}: {self._count} images, centre-cropped"
+            if self.filter:
+                self.what += f", downsampled by {self.filter}"
+            if self._count < 2:
+                raise LdmError(f"{self.what}: a covariance needs two or more; give another --data")
+        self.about = {
+            "what": self.what,
+            "split": split,
+            "count": self._count,
+            "data": to_tree(config),
+            "prepared": prepared,
+            "filter": self.filter,
+        }
 
     def __len__(self) -> int:
         return self._count
@@ -113,16 +104,9 @@ class ImageReference:
     def batches(
         self, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
     ) -> Iterator[Batch]:
-        """Every image once over all processes.
-
-        Raises:
-            LdmError: (while iterating) more than 1 % are corrupt, or one is too small.
-        """
+        """Return this process's share of the images; more than 1 % corrupt ones are an error."""
         if not self.is_crops:
-            faults = FaultCount(self._count)
-            yield from evaluation_batches(
-                self.source, self.resolution, batch_size, self._count, rank, world, workers, faults
-            )
+            yield from self.part(range(self._count)).batches(batch_size, rank, world, workers)
             return
         unmirrored = self.config.model_copy(update={"flip": False})
         stop = -(-self._count // batch_size) * batch_size  # whole batches; the last is cut
@@ -133,134 +117,68 @@ class ImageReference:
             if wanted.any():  # of the last batch a process may have none
                 yield Batch(*(part[wanted] for part in batch))
 
-    def _check_prepared(self) -> None:
-        size = self.prepared["size"] if self.prepared else self.resolution
-        if size != self.resolution:
-            why = "resizing twice changes every number" if size > self.resolution else NOT_ENLARGED
-            raise LdmError(
-                f"{self.config.source} was prepared at {size}×{size} and the samples are "
-                f"{self.resolution}×{self.resolution}: {why}; prepare the data with --size "
-                f"{self.resolution}"
-            )
-
-    def part(self, indices: Tensor) -> "ReferencePart":
-        """Some of the images, numbered anew; not of crops, which are in no source."""
-        return ReferencePart(self, indices)
+    def part(self, indices: range | np.ndarray) -> CentreCrops:
+        """Return some of the images, numbered anew; not of random crops."""
+        return CentreCrops(Part(self.source, indices), self.resolution, self.what, self._count)
 
     def content(self) -> str:
-        """SHA-256 over the content of every file with an image of this set, in order, and over
-        which of their images it is.
-
-        Names of files and dates are not in it: a data set that was moved or copied is the same, one
-        with a changed byte is another. What it costs is to read all files.
-
-        Raises:
-            LdmError: a file cannot be read, or is not there any more.
-        """
+        """SHA-256 over the content of all files with these images, wherever they lie."""
         return content_identity(self.source, self._count)
 
-    def about(self) -> dict[str, Any]:
-        """What a result says of them."""
-        return {
-            "what": self.what,
-            "split": self.split,
-            "count": len(self),
-            "data": to_tree(self.config),
-            "prepared": self.prepared,
-            "filter": self.filter,
-        }
+    def statistics(self, settings: PassSettings) -> SetStatistics:
+        """Accumulate over all images, or load the features kept of an earlier pass.
+
+        The numbers are the same either way, up to the last digits of float64.
+        """
+        ranks = settings.ranks
+        identity = from_main(ranks, lambda: identify(self, settings.extractor))
+        if identity is None:
+            return accumulate(self, settings)
+        path = statistics_path(identity)
+        origin = {"content": identity["content"], "statistics": str(path)}
+        kept = _load_kept(path, identity) if ranks.is_main_process else None
+        if from_main(ranks, lambda: kept is not None):
+            drawn = draw_images(len(self), settings.swd_images)
+            patches_only = replace(settings, extractor=None, swd_images=len(drawn))
+            found = accumulate(self.part(drawn.numpy()), patches_only)
+            if kept is not None:
+                found.features, found.hashes = kept
+                found.count = found.features.count
+            found.origin = origin | {"kept": True}
+            return found
+        found = accumulate(self, settings)
+        if ranks.is_main_process:
+            try:
+                _keep(path, identity, found, self)
+            except LdmError as error:
+                console.print(
+                    f"note: the reference's statistics are not kept: {error}", markup=False
+                )
+                origin["statistics"] = None
+        found.origin = origin | {"kept": False}
+        return found
 
 
-@dataclass(frozen=True)
-class _LargeEnough(Part):
-    """Images of which none may be smaller than the samples, whose edge is `side` pixels."""
-
-    side: int
-
-    def load(self, index: int) -> np.ndarray:
-        image = super().load(index)
-        height, width = image.shape[:2]
-        if min(height, width) < self.side:
-            raise LdmError(
-                f"{self.name(index)} is {width}×{height}, smaller than the samples, which are "
-                f"{self.side}×{self.side}: {NOT_ENLARGED}; give --data of images as large, or take "
-                "the small ones out"
-            )
-        return image
-
-
-class ReferencePart:
-    """Some images of a reference, as a set of their own."""
-
-    def __init__(self, whole: ImageReference, indices: Tensor) -> None:
-        self.what, self.resolution = whole.what, whole.resolution
-        self._source = Part(whole.source, indices.numpy())
-        self._of = len(whole)
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def batches(
-        self, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
-    ) -> Iterator[Batch]:
-        """As of the whole, of whose images 1 % may be corrupt, though it were many of these."""
-        faults = FaultCount(self._of)
-        return evaluation_batches(
-            self._source, self.resolution, batch_size, None, rank, world, workers, faults
+def _check_prepared(config: DataConfig, prepared: dict[str, Any] | None, resolution: int) -> None:
+    size = prepared["size"] if prepared else resolution
+    if size != resolution:
+        why = "resizing twice changes every number" if size > resolution else NOT_ENLARGED
+        raise LdmError(
+            f"{config.source} was prepared at {size}×{size} and the samples are "
+            f"{resolution}×{resolution}: {why}; prepare the data with --size {resolution}"
         )
 
 
+# ---------------------------------------------------------------------------- kept statistics
 FORMAT = 1
 
 
-def survey_reference(reference: ImageReference, tools: Tools, mode: str) -> Seen | None:
-    """See every image of a reference once, or take up what was kept of it; None but on the main
-    process.
+def identify(reference: ImageReference, extractor: Extractor | None) -> dict[str, Any] | None:
+    """Return all that decides a reference's features; None where they are not to be kept.
 
-    The numbers are the same either way, but for the last digits of float64.
-
-    Args:
-        mode: of the extractor's resizing.
-
-    Raises:
-        LdmError: as `survey_images`.
-    """
-    identity = from_main(tools.ranks, lambda: identify(reference, tools.extractor, mode))
-    if identity is None:
-        return survey_images(reference, tools)
-    about = {"content": identity["content"], "statistics": str(statistics_path(identity))}
-    kept = _load(identity) if tools.ranks.is_main_process else None
-    if from_main(tools.ranks, lambda: kept is not None):
-        drawn = drawn_images(len(reference), tools.swd_images)
-        patches = replace(tools, extractor=None, swd_images=len(drawn))
-        seen = survey_images(reference.part(drawn), patches)
-        if seen is None or kept is None:
-            return None
-        features, prints = kept
-        survey = replace(seen.survey, features=features, count=features.count)
-        return Seen(survey, prints, about | {"kept": True})
-    seen = survey_images(reference, tools)
-    if seen is None or seen.survey.features is None or seen.prints is None:
-        return seen
-    try:
-        _save(seen.survey.features, seen.prints, reference, identity)
-    except LdmError as error:
-        console.print(f"note: the reference's statistics are not kept: {error}", markup=False)
-        about |= {"statistics": None}
-    return replace(seen, about=about | {"kept": False})
-
-
-def identify(
-    reference: ImageReference, extractor: Extractor | None, mode: str
-) -> dict[str, Any] | None:
-    """All that decides a reference's features; None where keeping them would not be right.
-
-    The built-in photographs are quickly cut, into as many crops as there are samples. Fewer images
-    than features take less time than their covariance takes room. Of an extractor of one's own
-    nothing tells whether its weights are still the same.
-
-    Raises:
-        LdmError: a file of the data cannot be read.
+    The built-in photographs are cropped quickly, into as many images as there are samples. Fewer
+    images than features take less time than their covariance takes room. A user's own extractor
+    does not tell when its weights change.
     """
     if extractor is None or not isinstance(extractor, FeatureExtractor):
         return None
@@ -273,204 +191,186 @@ def identify(
         "images": len(reference),
         "resolution": reference.resolution,
         "crop": "center",
-        "extractor": name_extractor(extractor, mode),
+        "extractor": _identify_extractor(extractor),
         "pillow": version("pillow"),
     }
 
 
-def name_extractor(extractor: Extractor, mode: str) -> dict[str, Any]:
+def _identify_extractor(extractor: Extractor) -> dict[str, Any]:
     """What two extractors must share for their features to be compared."""
-    return {"sha256": extractor.sha256, "mode": mode, "dim": extractor.dim}
+    return {"sha256": extractor.sha256, "mode": extractor.mode, "dim": extractor.dim}
 
 
 def statistics_path(identity: dict[str, Any]) -> Path:
-    """Where the statistics of a reference are kept."""
+    """Return the file in the cache for the statistics of a reference."""
     key = sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return cache_folder() / "statistics" / f"{key[:32]}.npz"
 
 
-def read_prints(about: dict[str, Any], count: int) -> Prints:
-    """The fingerprints of so many images in what was said of kept statistics.
-
-    Raises:
-        LdmError: they are damaged.
-    """
-    try:
-        told = base64.b64decode(about["fingerprints"], validate=True)
-        prints = np.frombuffer(told, "<u8").astype(np.uint64)
-    except (KeyError, TypeError, ValueError):
-        prints = np.empty(0, np.uint64)
-    if len(prints) != count:
-        raise LdmError("the fingerprints of kept statistics are damaged")
-    return prints
-
-
-def _save(
-    features: FeatureSet, prints: Prints, reference: ImageReference, identity: dict[str, Any]
+def _keep(
+    path: Path, identity: dict[str, Any], found: SetStatistics, reference: ImageReference
 ) -> None:
+    if found.features is None or found.hashes is None:
+        return
     about = {
         "identity": identity,
-        "reference": reference.about(),
-        "fingerprints": base64.b64encode(prints.astype("<u8").tobytes()).decode(),
+        "reference": reference.about,
+        "fingerprints": base64.b64encode(in_order(found.hashes).astype("<u8").tobytes()).decode(),
         **provenance(),
     }
-    features.save(statistics_path(identity), about)
+    found.features.save(path, about)
 
 
-def _load(identity: dict[str, Any]) -> tuple[FeatureSet, Prints] | None:
-    """What was kept of a reference; None where nothing was, or it is damaged, which is said."""
-    path = statistics_path(identity)
+def _load_kept(path: Path, identity: dict[str, Any]) -> tuple[FeatureSet, Hashes] | None:
+    """The kept features and hashes; None where there are none, or they are damaged."""
     if not path.is_file():
         return None
     try:
-        features, about = FeatureSet.load(path)
-        if about.get("identity") == identity:
-            return features, read_prints(about, features.count)
-        damage = f"{path} is not what its name says"
+        features, hashes, about = _read_kept(path)
+        if about["identity"] == identity:
+            return features, hashes
+        damage = f"{path} holds the statistics of another reference"
     except LdmError as error:
         damage = str(error)
-    console.print(f"note: {damage}; computing the reference's statistics anew", markup=False)
+    console.print(f"note: {damage}; computing the reference's statistics again", markup=False)
     return None
 
 
+def _read_kept(path: Path) -> tuple[FeatureSet, Hashes, dict[str, Any]]:
+    """Features, hashes, and the `identity` and `reference` that they are of."""
+    features, about = FeatureSet.load(path)
+    try:
+        stored = base64.b64decode(about["fingerprints"], validate=True)
+        hashes = dict(enumerate(np.frombuffer(stored, "<u8").tolist()))
+        if {"identity", "reference"} <= about.keys() and len(hashes) == features.count:
+            return features, hashes, about
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise LdmError(f"{path} is damaged, or not a file that `ldm fid` kept")
+
+
+# -------------------------------------------------------------------------- statistics in a file
 ADDRESS = "https://www.cs.cmu.edu/~clean-fid/stats"
 
 
-class Published(NamedTuple):
-    """A reference of clean-fid's: how its files name it, and what it is of."""
+class PublishedStatistics(NamedTuple):
+    """Statistics that clean-fid publishes; `split` is a part of their file's name."""
 
     split: str
     resolution: int
-    count: int
+    images: int
     filter: str | None
 
 
 PUBLISHED = {
-    "ffhq256": Published("trainval70k", 256, 70_000, "box"),
-    "ffhq1024": Published("trainval70k", 1024, 70_000, None),
-    "ffhq256-50k": Published("trainval", 256, 50_000, "box"),
-    "ffhq1024-50k": Published("trainval", 1024, 50_000, None),
+    "ffhq256": PublishedStatistics("trainval70k", 256, 70_000, "box"),
+    "ffhq1024": PublishedStatistics("trainval70k", 1024, 70_000, None),
+    "ffhq256-50k": PublishedStatistics("trainval", 256, 50_000, "box"),
+    "ffhq1024-50k": PublishedStatistics("trainval", 1024, 50_000, None),
 }
 
 
 @dataclass(frozen=True)
-class StatisticsReference:
+class StatisticsReference(Reference):
     """Statistics of images that need not be here.
 
     Attributes:
-        what: what they are of, in words.
-        resolution: edge of the images, pixels.
-        filter: what the images were brought down by, where that is known.
-        features: of clean-fid's, the statistics alone.
-        prints: the images' fingerprints; None where they are not known.
-        told: what a result says of them.
+        features: clean-fid's are moments alone.
+        hashes: None where they are not known.
     """
 
     what: str
     resolution: int
     filter: str | None
+    about: dict[str, Any]
     features: FeatureSet
-    prints: Prints | None
-    told: dict[str, Any]
+    hashes: Hashes | None
 
     def __len__(self) -> int:
         return self.features.count
 
-    def about(self) -> dict[str, Any]:
-        """What a result says of them."""
-        return self.told
-
-    def seen(self) -> Seen:
-        """What a pass over the images would have left, but for patches."""
-        return Seen(Survey(self.features, None, len(self)), self.prints)
+    def statistics(self, settings: PassSettings) -> SetStatistics:
+        return SetStatistics(self.features, None, self.hashes, count=len(self))
 
 
-def open_statistics(name: str, extractor: Extractor, mode: str) -> StatisticsReference:
-    """The statistics of a published data set, or those in a file that we kept.
+def open_statistics(name: str, extractor: Extractor) -> StatisticsReference:
+    """Open the statistics of a published data set, or a file of kept ones.
 
     Args:
         name: one of `PUBLISHED`, or the path of a .npz.
-        extractor: what the samples' features are made by.
-        mode: clean or legacy-tensorflow.
+        extractor: the one of the samples' features.
 
     Raises:
-        UsageError: there is no such name, nor such a file.
-        LdmError: they cannot be had, are damaged, or were computed by another extractor.
+        UsageError: there is neither such a name nor such a file.
+        LdmError: the file cannot be fetched, is damaged, or is of another extractor.
     """
     if name in PUBLISHED:
-        return _open_published(name, extractor, mode)
+        return _open_published(name, extractor)
     path = Path(name).expanduser()
     if path.suffix != ".npz" or not path.is_file():
         raise UsageError(
             f"no reference '{name}': give {', '.join(PUBLISHED)}, or a .npz of "
             f"{cache_folder() / 'statistics'}; images are given with --data"
         )
-    return _open_kept(path, extractor, mode)
+    return _open_kept(path, extractor)
 
 
-def _open_kept(path: Path, extractor: Extractor, mode: str) -> StatisticsReference:
-    ours = "give one that `ldm fid` kept, or --data"
+def _open_kept(path: Path, extractor: Extractor) -> StatisticsReference:
     try:
-        features, about = FeatureSet.load(path)
-        identity, told = about["identity"], about["reference"]
-        theirs, resolution = identity["extractor"], identity["resolution"]
-        told |= {"statistics": str(path), "content": identity["content"], "kept": True}
-        what, used = told["what"], told["filter"]
-        prints = read_prints(about, features.count)
-    except (LdmError, KeyError, TypeError) as error:
-        raise LdmError(f"{path} is damaged, or holds no statistics of ours: {ours}") from error
-    now = name_extractor(extractor, mode)
-    if theirs != now:
+        features, hashes, about = _read_kept(path)
+    except LdmError as error:
+        raise LdmError(f"{error}: give another --reference, or --data") from error
+    identity, entry = about["identity"], about["reference"]
+    theirs, ours = identity["extractor"], _identify_extractor(extractor)
+    if theirs != ours:
+        one, other = (f"{e['mode']}, SHA-256 {str(e['sha256'])[:12]}" for e in (theirs, ours))
         raise LdmError(
-            f"the statistics in {path} were computed with another extractor "
-            f"({_named(theirs)}) than the samples' features would be ({_named(now)}): distances "
-            "between two networks' features mean nothing; give the same --weights and --mode"
+            f"the statistics in {path} are of another extractor ({one}) than the samples' "
+            f"features ({other}), and distances between features of two networks mean nothing: "
+            "give the same --weights and --mode"
         )
-    return StatisticsReference(what, resolution, used, features, prints, told)
+    entry |= {"statistics": str(path), "content": identity["content"], "kept": True}
+    side = identity["resolution"]
+    return StatisticsReference(entry["what"], side, entry["filter"], entry, features, hashes)
 
 
-def _open_published(name: str, extractor: Extractor, mode: str) -> StatisticsReference:
+def _open_published(name: str, extractor: Extractor) -> StatisticsReference:
     known = PUBLISHED[name]
-    if not extractor.is_published:
+    if not extractor.is_published or extractor.mode is None:
         raise LdmError(
-            f"the statistics of {name} were computed with another extractor, the published "
-            f"Inception, than the samples' features would be ({extractor.name}): distances between "
-            "two networks' features mean nothing; leave out --features and --weights, or give "
-            "--data"
+            f"the statistics of {name} are of the published Inception, and the samples' features "
+            f"of another extractor ({extractor.name}), and distances between features of two "
+            "networks mean nothing: omit --features and --weights, or give --data"
         )
     # the name that clean-fid gives and looks for
-    file = f"ffhq_{mode.replace('-', '_')}_{known.split}_{known.resolution}.npz"
-    instead = "compare with images of your own by --data"
+    file = f"ffhq_{extractor.mode.replace('-', '_')}_{known.split}_{known.resolution}.npz"
+    instead = "compare with your own images by --data"
     path = find_or_fetch(file, f"{ADDRESS}/{file}", "", statistics_folders(), instead)
     try:
         with np.load(path, allow_pickle=False) as parts:
-            statistics = FeatureStatistics.from_moments(known.count, parts["mu"], parts["sigma"])
+            moments = FeatureStatistics.from_moments(known.images, parts["mu"], parts["sigma"])
         with path.open("rb") as opened:
             digest = file_digest(opened, "sha256").hexdigest()
     except (OSError, KeyError, ValueError, EOFError, BadZipFile) as error:
         raise LdmError(f"{path} is damaged: delete it to have it fetched again") from error
-    if statistics.dim != extractor.dim:
-        raise LdmError(f"{path} holds {statistics.dim} features, not {extractor.dim}: delete it")
-    features = FeatureSet(extractor.dim, known.count, kept=0)
-    features.statistics = statistics
-    what = f"FFHQ at {known.resolution}² as clean-fid has it: {known.count} images"
-    told = {
+    if moments.dim != extractor.dim:
+        raise LdmError(f"{path} holds {moments.dim} features, not {extractor.dim}: delete it")
+    features = FeatureSet(extractor.dim, known.images, kept=0)
+    features.statistics = moments
+    what = f"FFHQ at {known.resolution}² as clean-fid has it: {known.images} images"
+    entry = {
         "what": what,
         "split": known.split,
-        "count": known.count,
+        "count": known.images,
         "filter": known.filter,
         "statistics": str(path),
         "statistics_sha256": digest,
     }
-    return StatisticsReference(what, known.resolution, known.filter, features, None, told)
+    return StatisticsReference(what, known.resolution, known.filter, entry, features, None)
 
 
 def statistics_folders() -> list[Path]:
-    """Where clean-fid's statistics may lie: our cache, and where clean-fid puts them."""
+    """Return the folders that may hold clean-fid's statistics: our cache, and its own."""
     import cleanfid
 
     return [cache_folder() / "statistics", Path(cleanfid.__file__).parent / "stats"]
-
-
-def _named(extractor: dict[str, Any]) -> str:
-    return f"{extractor['mode']}, SHA-256 {str(extractor['sha256'])[:12]}"

@@ -1,355 +1,182 @@
-"""Which images two sets share, by their content: images that are equal to the last bit.
+"""Statistics of a set of images, and the distances between two sets.
 
-A model that copies its training images, or two splits with an image in common, make every
-comparison look better than it is.
-
-What one pass over a set of images keeps of it, and how two sets compare by what was kept.
-
-Two sets are compared by their features (FID, KID, precision, recall) and by patches of their
-images, which need no network (the sliced Wasserstein distance).
-
-How far an FID would move with other samples: resampling the features of those there are.
-
-Efron & Tibshirani 1993, Algorithm 6.1: the statistic of as many samples, drawn from them with
-replacement, again and again; the standard deviation of these is its standard error. The interval is
-the standard normal one (their Section 13.2), about the measured FID. Their percentile interval
-would not do: a set drawn with replacement holds each image several times and is poorer than the
-samples, so that its FID lies above theirs, by the `bias` that is told; often the whole of a
-percentile interval does. The reference is held fixed, as it is between the models of a table.
-
-One pass over a set of images, shared by all processes: all that a comparison needs of it.
+`accumulate` reads a set once, on all processes together, and keeps three things: features of a
+network (for FID, KID, precision, recall), patches of some images (for the sliced Wasserstein
+distance, which needs no network), and a hash of every image (to find images that two sets share).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
-from tempfile import TemporaryFile
-from typing import Any, NamedTuple, Protocol, TypeVar
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ldm.data import Batch
-from ldm.distributed import fail_together
-from ldm.errors import LdmError
+from ldm.data import Batch, Source, evaluation_batches
+from ldm.data.loader import FaultCount
+from ldm.distributed import fail_together, from_main
+from ldm.errors import LdmError, UsageError
 from ldm.logbook import progress_bar
-from ldm.metrics import FeatureStatistics, PatchDescriptors, frechet_distance
+from ldm.metrics import PatchDescriptors, frechet_distance
 from ldm.metrics.features import FeatureSet
-from ldm.metrics.inception import Extractor
+from ldm.metrics.inception import Extractor, Mode, load_extractor
 from ldm.metrics.mmd import kernel_distance
 from ldm.metrics.precision_recall import precision_recall
 from ldm.metrics.swd import compare_descriptors
 from ldm.seeds import generator
 
-Prints = NDArray[np.uint64]
-
-SIZE = 8  # bytes: among 50,000 images and 70,000, two unlike ones agree once in 5·10⁹ comparisons
-
-
-class Fingerprints:
-    """A number of 64 bits for every image of a stream, by which it is known again.
-
-    It is of the pixels as they are compared, cropped and resized, whatever file they came from.
-    Memory grows with the images, by some 150 bytes each.
-    """
-
-    def __init__(self) -> None:
-        self._found: dict[int, int] = {}
-
-    def add(self, images: Tensor, ks: Tensor) -> None:
-        """Take in images (B, 3, R, R) uint8 with their numbers (B,)."""
-        # in one layout, for the same pixels may lie in memory either way
-        pixels = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-        for k, image in zip(ks.tolist(), pixels, strict=True):
-            self._found[k] = int.from_bytes(sha256(image.data).digest()[:SIZE], "little")
-
-    def merge(self, other: "Fingerprints") -> None:
-        """Take in what another process has seen of the same set."""
-        self._found |= other._found
-
-    def in_order(self) -> Prints:
-        """(n,), in the order of the images' numbers."""
-        return np.array([self._found[k] for k in sorted(self._found)], np.uint64)
-
-
-def identify_set(prints: Prints) -> str:
-    """SHA-256 of a whole set: equal where two hold the same images in the same order."""
-    return sha256(prints.astype("<u8").tobytes()).hexdigest()
-
-
-def find_shared(prints: Prints, others: Prints) -> list[int]:
-    """The places, rising, of the images of a set that are in another one."""
-    return np.flatnonzero(np.isin(prints, others)).tolist()
-
+T = TypeVar("T")
 
 SEED = 0  # of patches, directions and subsets: the same in every measurement, so that they compare
 SWD_IMAGES = 16_384  # Karras et al. 2018, Section 5
 NEAREST = 3  # Kynkäänniemi et al. 2019: neighbours that span a manifold; it takes one more feature
 
-T = TypeVar("T")
 
-
-@dataclass
-class Survey:
-    """What one pass keeps of a set; its size does not depend on the number of images.
+# -------------------------------------------------------------------------------------- options
+@dataclass(frozen=True)
+class MeasureOptions:
+    """Options of a measurement of samples or reconstructions.
 
     Attributes:
-        features: of all images; None without an extractor.
-        patches: of as many images as were asked for; None where none were.
-        count: images seen.
+        fid: False leaves out all numbers that need features.
+        mode: Inception's resizing: clean-fid's, or that of the first FIDs.
+        features: `module:function` of a user's own extractor; None: Inception.
+        weights: `inception-2015-12-05.pt`; None: searched for, else fetched.
+        batch_size: images at a time.
+        limit: only the first so many images of either side.
+        bootstrap: resamplings for the interval about FID; 0: no interval.
+        force: measure in spite of refusals, and store them with the result.
+        out: the file to write; None: one beside the samples or the model.
     """
 
-    features: FeatureSet | None
-    patches: PatchDescriptors | None
-    count: int = 0
+    fid: bool = True
+    mode: Mode = "clean"
+    features: str | None = None
+    weights: Path | None = None
+    device: str | torch.device = "auto"
+    batch_size: int = 64
+    limit: int | None = None
+    bootstrap: int = 0
+    force: bool = False
+    out: Path | None = None
 
-    def merge(self, other: "Survey") -> None:
-        """Take in what another process has seen of the same set.
+    def __post_init__(self) -> None:
+        for name, value in (("--batch-size", self.batch_size), ("--limit", self.limit)):
+            if value is not None and value < 1:
+                raise UsageError(f"{name} {value}: it must be at least 1")
+        if self.bootstrap < 0 or self.bootstrap == 1:
+            raise UsageError(f"--bootstrap {self.bootstrap}: it must be 0, or 2 draws or more")
+        if not self.fid and (self.weights or self.features or self.mode != "clean"):
+            raise UsageError("--no-fid excludes --weights, --features and --mode: omit them")
 
-        Raises:
-            ValueError: it kept other things.
-        """
-        if (self.features is None, self.patches is None) != (
-            other.features is None,
-            other.patches is None,
-        ):
-            raise ValueError("cannot merge surveys that keep different things")
-        if self.features is not None:
-            self.features.merge(other.features)
-        if self.patches is not None:
-            self.patches.merge(other.patches)
-        self.count += other.count
+    def words(self) -> list[str]:
+        """Return a word for the result's file name for each non-default setting."""
+        return [
+            *([f"first{self.limit}"] if self.limit else []),
+            *([] if self.fid else ["no-fid"]),
+            *([self.features] if self.features else []),
+            *([self.mode] if self.mode != "clean" else []),
+        ]
 
 
-class Surveyor:
-    """Takes in the images of a set batch by batch, in any order and by any number of processes.
+def find_extractor(
+    options: MeasureOptions, resolution: int, device: torch.device, ranks: PartialState
+) -> tuple[Extractor | None, str | None]:
+    """Load the feature extractor on all processes, or return the reason for its absence.
+
+    Weights or features that were requested and cannot be loaded are an error.
 
     Args:
-        total: how many images all processes together are to bring; k runs from 0 to total − 1.
-        resolution: edge of the images, pixels.
-        extractor: None leaves the features out.
-        device: where patches are cut.
-        swd_images: how many images give patches, drawn at random, for a set may be sorted by
-            class; 0: none.
-        seed: of that draw, of the patches' places, and of which features are kept.
-
-    Attributes:
-        survey: what was kept so far.
-
-    Raises:
-        LdmError: the images are smaller than a patch.
+        resolution: edge of the images that a user's own extractor is tried on.
     """
-
-    def __init__(
-        self,
-        total: int,
-        resolution: int,
-        extractor: Extractor | None,
-        device: torch.device | str,
-        swd_images: int = SWD_IMAGES,
-        seed: int = SEED,
-    ) -> None:
-        self._extractor, self._device = extractor, torch.device(device)
-        features = FeatureSet(extractor.dim, total, seed=seed) if extractor else None
-        patches = PatchDescriptors(resolution, seed=seed) if swd_images else None
-        self.survey = Survey(features, patches)
-        drawn = drawn_images(total, swd_images, seed)
-        # The i-th of those drawn gives patches at the same places in every set, so that equal
-        # sets are at distance 0.
-        self._place = torch.full((total,), -1)
-        self._place[drawn] = torch.arange(len(drawn))
-
-    def add(self, images: Tensor, ks: Tensor) -> Tensor | None:
-        """Take in images (B, 3, R, R) uint8 with their numbers (B,) int64.
-
-        Returns:
-            Their features (B, dim) float32 on the CPU; None without an extractor.
-
-        Raises:
-            LdmError: features that are not finite.
-        """
-        places = self._place[ks.cpu()]
-        if self.survey.patches is not None and (chosen := places >= 0).any():
-            self.survey.patches.update(images[chosen].to(self._device), places[chosen])
-        self.survey.count += len(images)
-        if self._extractor is None or self.survey.features is None:
-            return None
-        features = self._extractor(images)
-        self.survey.features.update(features, ks)
-        return features
+    load = partial(
+        load_extractor, options.features, options.mode, options.weights, device, resolution
+    )
+    extractor, why = load_on_all(load, ranks)
+    if why is not None and (options.weights is not None or options.features is not None):
+        raise LdmError(why)
+    return extractor, why
 
 
-def drawn_images(total: int, count: int, seed: int = SEED) -> Tensor:
-    """The numbers of the images that give patches: `count` of `total` at random, rising."""
-    drawn = generator(seed, "swd images", 0).permutation(total)[:count]
-    return torch.from_numpy(drawn).sort().values
+def load_on_all(load: Callable[[], T], ranks: PartialState) -> tuple[T | None, str | None]:
+    """Call `load` on every process; where it fails on one, return None and the reason on all.
 
-
-def gather_surveys(survey: Survey, ranks: PartialState) -> Survey | None:
-    """What all processes have seen, merged on the main process; None on the others."""
-    surveys = gather(survey, ranks)
-    for other in surveys[1:]:
-        surveys[0].merge(other)
-    return surveys[0] if surveys else None
-
-
-def gather(value: T, ranks: PartialState) -> list[T]:
-    """The value of every process, in their order, on the main process; [] on the others."""
-    if ranks.num_processes == 1:
-        return [value]
-    gathered: list[Any] | None = [None] * ranks.num_processes if ranks.is_main_process else None
-    torch.distributed.gather_object(value, gathered, dst=0)
-    return gathered or []
-
-
-def compare_surveys(made: Survey, real: Survey, device: torch.device | str) -> dict[str, Any]:
-    """The numbers between a set of made images and one of real images.
-
-    Returns:
-        `fid` (Heusel et al. 2017), `kid` and `kid_std` (Bińkowski et al. 2018), `precision` and
-        `recall` (Kynkäänniemi et al. 2019), all None where a side has fewer than two features, and
-        all but `fid` where it has fewer than four of them, or their statistics alone; `swd` by
-        level and `mean` (Karras et al. 2018, ×10³), None where a side has no patches; and
-        `swd_images`, how many of either it is over.
+    The main process tries first, so that a download happens once.
     """
-    result: dict[str, Any] = dict.fromkeys(("fid", "kid", "kid_std", "precision", "recall"))
-    result |= {"swd": None, "swd_images": 0}
-    if made.features is not None and real.features is not None:
-        a, b = made.features.statistics, real.features.statistics
-        if min(a.count, b.count) > 1:
-            result["fid"] = frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
-        ours, theirs = made.features.sample(), real.features.sample()
-        if min(len(ours), len(theirs)) > NEAREST:
-            kernel = kernel_distance(ours, theirs, seed=SEED)
-            closeness = precision_recall(theirs, ours, NEAREST)
-            result |= {"kid": kernel.mean, "kid_std": kernel.std} | closeness._asdict()
-    if made.patches is not None and real.patches is not None:
-        result["swd"] = compare_descriptors(made.patches, real.patches, SEED, device=device)
-        result["swd_images"] = min(made.patches.count, real.patches.count)
-    return result
+    loaded: list[T] = []
 
-
-NORMAL_QUANTILE = 1.959964  # of 97.5 %
-ROWS_AT_ONCE = 4096  # 64 MiB of Inception's features in float64
-
-Array = NDArray[np.float64]
-
-
-class FidInterval(NamedTuple):
-    """How sure an FID is.
-
-    Attributes:
-        low, high: ends of the interval that holds 95 % of FIDs of other samples, as many.
-        std: standard error of the FID.
-        bias: by how much resampling raises it: what too few samples cost, roughly.
-        draws: sets that were drawn.
-    """
-
-    low: float
-    high: float
-    std: float
-    bias: float
-    draws: int
-
-
-class FeatureRows:
-    """The features of a stream of images, in a temporary file that is gone when this is.
-
-    Args:
-        dim: length of a feature vector.
-    """
-
-    def __init__(self, dim: int) -> None:
-        self.dim, self.count = dim, 0
-        self._file = TemporaryFile(prefix="ldm-features-")  # noqa: SIM115  it goes with this object
-
-    def add(self, features: Tensor) -> None:
-        """Take in features (B, dim).
-
-        Raises:
-            LdmError: there is no room for them.
-        """
+    def attempt() -> str | None:
         try:
-            # written, not mapped: a full disk kills a process that writes to a map
-            self._file.write(features.float().numpy().tobytes())
-            self._file.flush()
-        except OSError as error:
-            raise LdmError(
-                f"could not keep the features for --bootstrap ({error.strerror}): make room in the "
-                "folder for temporary files, or name another by TMPDIR"
-            ) from error
-        self.count += len(features)
+            loaded.append(load())
+        except UsageError:
+            raise
+        except LdmError as error:
+            return str(error)
+        return None
 
-    def blocks(self) -> Iterator[tuple[slice, Array]]:
-        """Some features at a time: which, and (rows, dim) in float64."""
-        rows = np.memmap(self._file, np.float32, "r", shape=(self.count, self.dim))
-        for start in range(0, self.count, ROWS_AT_ONCE):
-            chosen = slice(start, min(start + ROWS_AT_ONCE, self.count))
-            yield chosen, rows[chosen].astype(np.float64)
+    why = from_main(ranks, attempt)
+    with fail_together(ranks):
+        if why is None and not loaded:
+            why = attempt()  # on another machine the file may be missing
+    why = next((reason for reason in gather_object([why]) if reason is not None), None)
+    return (loaded[0] if why is None else None), why
 
 
-def bootstrap_fid(
-    made: FeatureRows, real: FeatureStatistics, fid: float, draws: int, seed: int = 0
-) -> FidInterval:
-    """The interval of an FID over `made`, by `draws` resamplings.
-
-    Each takes about as long as the FID itself, whose matrix roots are most of it: with Inception's
-    features some seconds.
-
-    Args:
-        real: the reference's, held fixed.
-        fid: what was measured.
-        draws: a hundred give the standard error to within some 7 %; at least two.
-
-    Raises:
-        ValueError: fewer than two draws or samples.
-    """
-    if draws < 2 or made.count < 2:
-        raise ValueError(f"{draws} draws of {made.count} samples: need two or more of both")
-    centre = sum(rows.sum(0) for _, rows in made.blocks()) / made.count
-    mean, covariance = real.mean, real.covariance
-    found = []
-    with progress_bar("draws") as bar:
-        task = bar.add_task("bootstrap", total=draws, speed="", note="")
-        for draw in range(draws):
-            again = _resampled(made, centre, generator(seed, "bootstrap", draw))
-            found.append(frechet_distance(mean, covariance, *again))
-            bar.update(task, advance=1)
-    # Efron & Tibshirani 1993, Sections 6.2 and 10.2
-    std, bias = float(np.std(found, ddof=1)), float(np.mean(found)) - fid
-    reach = NORMAL_QUANTILE * std
-    return FidInterval(max(fid - reach, 0.0), fid + reach, std, bias, draws)
+def describe_extractor(extractor: Extractor | None) -> dict[str, Any] | None:
+    """Return an extractor's entry in a result."""
+    names = ("name", "sha256", "dim", "is_published")
+    return {name: getattr(extractor, name) for name in names} if extractor else None
 
 
-def _resampled(made: FeatureRows, centre: Array, draw: np.random.Generator) -> tuple[Array, Array]:
-    """Mean (dim,) and covariance (dim, dim) of as many features, drawn with replacement."""
-    times = np.bincount(draw.integers(made.count, size=made.count), minlength=made.count)
-    total, scatter = np.zeros(made.dim), np.zeros((made.dim, made.dim))
-    for chosen, rows in made.blocks():
-        drawn = times[chosen] > 0
-        weights, deviations = times[chosen][drawn, None], rows[drawn] - centre
-        total += (weights * deviations).sum(0)
-        scatter += deviations.T @ (weights * deviations)
-    shift = total / made.count
-    # about a centre near the mean, so that the difference costs no digits
-    scatter -= made.count * np.outer(shift, shift)
-    return centre + shift, scatter / (made.count - 1)
+# --------------------------------------------------------------------------------- image hashes
+Hashes = dict[int, int]
+"""The number of an image in its set → 64 bits of the SHA-256 of its pixels, as compared."""
+
+HASH_BYTES = 8  # of 50,000 and 70,000 images, two different ones collide once in 5·10⁹ comparisons
 
 
-class Images(Protocol):
-    """A set of images of one size, numbered from 0."""
+def hash_images(images: Tensor, ks: Tensor) -> Hashes:
+    """Hash images (B, 3, R, R) uint8 with the numbers `ks` (B,)."""
+    # the same pixels may lie in memory in either layout: bring them to one
+    pixels = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    digests = (sha256(image.data).digest()[:HASH_BYTES] for image in pixels)
+    return {k: int.from_bytes(d, "little") for k, d in zip(ks.tolist(), digests, strict=True)}
+
+
+def in_order(hashes: Hashes) -> NDArray[np.uint64]:
+    """Return the hashes (n,) in the order of the images' numbers."""
+    return np.array([hashes[k] for k in sorted(hashes)], np.uint64)
+
+
+def hash_set(hashes: Hashes) -> str:
+    """SHA-256 of a whole set: equal for the same images in the same order."""
+    return sha256(in_order(hashes).astype("<u8").tobytes()).hexdigest()
+
+
+def find_shared(hashes: Hashes, others: Hashes) -> list[int]:
+    """Return the numbers, rising, of the images of a set that another set contains, too."""
+    known = set(others.values())
+    return sorted(k for k, value in hashes.items() if value in known)
+
+
+# ------------------------------------------------------------------------------------- one pass
+class ImageSet(Protocol):
+    """A set of images of one size, numbered from 0; `what` describes it to the user."""
 
     @property
-    def what(self) -> str:
-        """What they are, in words."""
+    def what(self) -> str: ...
 
     @property
-    def resolution(self) -> int:
-        """Edge, pixels."""
+    def resolution(self) -> int: ...
 
     def __len__(self) -> int: ...
 
@@ -359,70 +186,208 @@ class Images(Protocol):
 
 
 @dataclass(frozen=True)
-class Tools:
-    """With what a pass is made.
+class CentreCrops:
+    """Centre crops of a source's images; `total` is the size of the set that they are part of, of
+    which 1 % may be corrupt."""
+
+    source: Source
+    resolution: int
+    what: str
+    total: int
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def batches(
+        self, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
+    ) -> Iterator[Batch]:
+        faults = FaultCount(self.total)
+        return evaluation_batches(
+            self.source, self.resolution, batch_size, None, rank, world, workers, faults
+        )
+
+
+@dataclass
+class SetStatistics:
+    """Statistics of a set of images, taken in batch by batch, in any order and by any processes.
+
+    Attributes:
+        features: moments and a sample of all features; None without an extractor.
+        patches: patches of the images that `draw_images` chose; None where none were asked for.
+        hashes: of all images; None where they are not known.
+        every_feature: the features of all images, batch by batch, where they were asked for.
+        count: images taken in.
+        origin: where the statistics come from, for the result.
+    """
+
+    features: FeatureSet | None = None
+    patches: PatchDescriptors | None = None
+    hashes: Hashes | None = None
+    every_feature: list[NDArray[np.float32]] | None = None
+    count: int = 0
+    origin: dict[str, Any] = field(default_factory=dict)
+    _places: Tensor | None = None
+
+    @classmethod
+    def empty(
+        cls,
+        total: int,
+        resolution: int,
+        extractor: Extractor | None,
+        swd_images: int = SWD_IMAGES,
+        hashes: bool = False,
+        every_feature: bool = False,
+    ) -> "SetStatistics":
+        """Begin with nothing taken in.
+
+        Args:
+            total: images that all processes together will bring, numbered 0 … total − 1.
+            swd_images: images to take patches of; 0: none.
+        """
+        drawn, places = draw_images(total, swd_images), torch.full((total,), -1)
+        # The i-th of those drawn gives patches at the same places in every set, so that equal
+        # sets are at distance 0.
+        places[drawn] = torch.arange(len(drawn))
+        return cls(
+            FeatureSet(extractor.dim, total, seed=SEED) if extractor else None,
+            PatchDescriptors(resolution, seed=SEED) if swd_images else None,
+            {} if hashes else None,
+            [] if every_feature else None,
+            _places=places,
+        )
+
+    def update(self, images: Tensor, ks: Tensor, extractor: Extractor | None = None) -> None:
+        """Take in images (B, 3, R, R) uint8 with their numbers (B,) int64."""
+        if self.patches is not None and self._places is not None:
+            places = self._places[ks.cpu()]
+            if (chosen := places >= 0).any():
+                self.patches.update(images[chosen], places[chosen])
+        self.count += len(images)
+        if self.features is not None and extractor is not None:
+            features = extractor(images)
+            self.features.update(features, ks)
+            if self.every_feature is not None:
+                self.every_feature.append(features.float().numpy())
+        if self.hashes is not None:
+            self.hashes |= hash_images(images, ks)
+
+    def merge(self, other: "SetStatistics") -> None:
+        """Take in another process's share of the same set."""
+        ours, theirs = (
+            (side.features is None, side.patches is None, side.hashes is None)
+            for side in (self, other)
+        )
+        if ours != theirs:
+            raise ValueError("cannot merge statistics that keep different things")
+        if self.features and other.features:
+            self.features.merge(other.features)
+        if self.patches and other.patches:
+            self.patches.merge(other.patches)
+        self.hashes = None if self.hashes is None else self.hashes | (other.hashes or {})
+        self.count += other.count
+
+
+def draw_images(total: int, count: int) -> Tensor:
+    """Draw the `count` of `total` images that give patches; their numbers, rising.
+
+    They are drawn at random, since a set may be sorted by class.
+    """
+    drawn = generator(SEED, "swd images", 0).permutation(total)[:count]
+    return torch.from_numpy(drawn).sort().values
+
+
+@dataclass(frozen=True)
+class PassSettings:
+    """Settings of one pass over a set of images.
 
     Attributes:
         extractor: None leaves the features out.
         device: where patches are cut.
-        batch_size: images over all processes.
+        batch_size: images at a time, over all processes.
         workers: loader processes.
-        swd_images: how many images give patches.
+        swd_images: images to take patches of; 0: none.
     """
 
     extractor: Extractor | None
     device: torch.device
-    batch_size: int
-    workers: int
     ranks: PartialState
-    swd_images: int
+    batch_size: int = 64
+    workers: int = 0
+    swd_images: int = SWD_IMAGES
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What is known of a set after its pass, on the main process.
+def accumulate(
+    images: ImageSet, settings: PassSettings, every_feature: bool = False
+) -> SetStatistics:
+    """Take in every image of a set once, shared by all processes.
 
-    Attributes:
-        prints: the images' fingerprints; None where they are not known.
-        about: what a result says of how it came about.
+    Returns:
+        The statistics of all images on the main process, of their own share on the others.
     """
-
-    survey: Survey
-    prints: Prints | None
-    about: dict[str, Any] = field(default_factory=dict)
-
-
-def survey_images(images: Images, tools: Tools, rows: FeatureRows | None = None) -> Seen | None:
-    """See every image once; None but on the main process.
-
-    Args:
-        rows: is given the features of this process's images.
-
-    Raises:
-        UsageError: the batch size does not divide over the processes.
-        LdmError: an image cannot be read, or its features are not finite.
-    """
-    surveyor = Surveyor(
-        len(images), images.resolution, tools.extractor, tools.device, tools.swd_images
+    ranks, extractor = settings.ranks, settings.extractor
+    rank, world = ranks.process_index, ranks.num_processes
+    mine = SetStatistics.empty(
+        len(images), images.resolution, extractor, settings.swd_images, True, every_feature
     )
-    rank, world = tools.ranks.process_index, tools.ranks.num_processes
-    prints, bar = Fingerprints(), progress_bar("images")
     # starting processes for a single batch takes longer than loading it
-    workers = min(tools.workers, len(images) // tools.batch_size)
-    bar.disable = bar.disable or rank != 0
-    with fail_together(tools.ranks), bar:
-        task = bar.add_task(images.what, total=-(-len(images) // world), speed="", note="")
-        for batch in images.batches(tools.batch_size, rank, world, workers):
-            features = surveyor.add(batch.images, batch.k)
-            prints.add(batch.images, batch.k)
-            if rows is not None and features is not None:
-                rows.add(features)
+    workers = min(settings.workers, len(images) // settings.batch_size)
+    with fail_together(ranks):
+        stream = images.batches(settings.batch_size, rank, world, workers)
+        with closing(track(stream, images.what, len(images), ranks)) as batches:
+            for batch in batches:
+                mine.update(batch.images.to(settings.device), batch.k, extractor)
+    return gather_statistics(mine, ranks)
+
+
+def track(
+    stream: Iterable[Any], what: str, total: int, ranks: PartialState
+) -> Generator[Any, None, None]:
+    """Yield this process's batches (with `k`), and show on the main one how far all are."""
+    bar = progress_bar("images")
+    bar.disable = bar.disable or not ranks.is_main_process
+    with bar:
+        task = bar.add_task(what, total=total, speed="", note="")
+        for batch in stream:
+            yield batch
             speed = bar.tasks[task].speed
-            shown = f"{speed * world:.1f} images/s" if speed else ""
-            bar.update(task, advance=len(batch.images), speed=shown)
-    survey, found = gather_surveys(surveyor.survey, tools.ranks), gather(prints, tools.ranks)
-    if survey is None:
-        return None
-    for other in found[1:]:
-        found[0].merge(other)
-    return Seen(survey, found[0].in_order())
+            shown = f"{speed:.1f} images/s" if speed else ""
+            bar.update(task, advance=len(batch.k) * ranks.num_processes, speed=shown)
+
+
+def gather_statistics(mine: SetStatistics, ranks: PartialState) -> SetStatistics:
+    """Merge the statistics of all processes on the main one; the others keep their own."""
+    if ranks.num_processes == 1:
+        return mine
+    shares: list[Any] | None = [None] * ranks.num_processes if ranks.is_main_process else None
+    torch.distributed.gather_object(mine, shares, dst=0)
+    for share in (shares or [])[1:]:
+        mine.merge(share)
+    return mine
+
+
+# ------------------------------------------------------------------------------------ distances
+def compare_sets(fake: SetStatistics, real: SetStatistics, device: torch.device) -> dict[str, Any]:
+    """Compute the distances between a set of generated images and one of real images.
+
+    Returns:
+        `fid` (Heusel et al. 2017), `kid` and `kid_std` (Bińkowski et al. 2018), `precision` and
+        `recall` (Kynkäänniemi et al. 2019), all None where a side has fewer than two features, and
+        all but `fid` where it has fewer than four of them, or their statistics alone; `swd` by
+        level and `mean` (Karras et al. 2018, ×10³), None where a side has no patches; and
+        `swd_images`, the images of each side that it is over.
+    """
+    result: dict[str, Any] = dict.fromkeys(("fid", "kid", "kid_std", "precision", "recall"))
+    result |= {"swd": None, "swd_images": 0}
+    if fake.features is not None and real.features is not None:
+        a, b = fake.features.statistics, real.features.statistics
+        if min(a.count, b.count) > 1:
+            result["fid"] = frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+        ours, theirs = fake.features.sample(), real.features.sample()
+        if min(len(ours), len(theirs)) > NEAREST:
+            kernel = kernel_distance(ours, theirs, seed=SEED)
+            closeness = precision_recall(theirs, ours, NEAREST)
+            result |= {"kid": kernel.mean, "kid_std": kernel.std} | closeness._asdict()
+    if fake.patches is not None and real.patches is not None:
+        result["swd"] = compare_descriptors(fake.patches, real.patches, SEED, device=device)
+        result["swd_images"] = min(fake.patches.count, real.patches.count)
+    return result

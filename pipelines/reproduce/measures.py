@@ -223,7 +223,13 @@ def _compare(folder: Path, job: Job, device: str, tools: Tools) -> dict[str, Any
     written.unlink(missing_ok=True)
     try:
         return measure_fid(
-            folder, job.data, "train", tools.weights, device, force=True, features=features
+            folder,
+            job.data,
+            "train",
+            weights=tools.weights,
+            device=device,
+            force=True,
+            features=features,
         )
     except LdmError:
         found = read_record(written)

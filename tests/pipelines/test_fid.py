@@ -1,6 +1,8 @@
 """FID and SWD of samples against a direct computation, on a tiny network instead of Inception."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,11 +11,13 @@ from PIL import Image
 
 from ldm.data import DataConfig, batches, open_source
 from ldm.errors import LdmError, UsageError
+from ldm.files import write_json
 from ldm.metrics import inception, sliced_wasserstein
 from ldm.metrics.mmd import kernel_distance
 from ldm.metrics.precision_recall import precision_recall
 from ldm.seeds import generator
-from pipelines.fid import fid_of_samples, measure_fid
+from pipelines.fid import fid_path, measure_fid, path_without_fid
+from pipelines.measuring.statistics import MeasureOptions
 from pipelines.sample import sample_images
 from pipelines.sampling.sample_folder import STORES
 from tests.ldm.metrics.fake_inception import save_fake_inception
@@ -87,7 +91,7 @@ def test_fid_is_the_direct_computation(samples, reference, measure):
     assert result["reference"]["count"] == 12
 
 
-def test_the_other_numbers_are_those_of_the_features(samples, reference, measure):
+def test_kid_precision_and_recall_are_those_of_the_features(samples, reference, measure):
     result = measure(samples, reference)
     ours, theirs = direct_features(OURS), direct_features(THEIRS[:12])
     kernel, closeness = kernel_distance(ours, theirs), precision_recall(theirs, ours)
@@ -107,7 +111,7 @@ def test_a_mode_resizes_in_its_own_way(samples, reference, measure):
 
 
 @pytest.mark.parametrize("files", ["zip", "shards"])
-def test_samples_in_other_forms(tmp_path, samples, reference, measure, files):
+def test_samples_in_archives_give_the_same_numbers(tmp_path, samples, reference, measure, files):
     packed = tmp_path / "packed"
     store = STORES[files](packed)
     for i, picture in enumerate(OURS):
@@ -126,7 +130,7 @@ def test_samples_in_other_forms(tmp_path, samples, reference, measure, files):
     assert json.loads(written.read_text())["fid"] == other["fid"]
 
 
-def test_the_held_out_split(samples, reference, measure):
+def test_the_held_out_split_alone_is_measured(samples, reference, measure):
     result = measure(samples, reference, "val")
     assert result["fid"] == pytest.approx(direct_fid(OURS, THEIRS[12:]), rel=1e-4)
     assert result["precision"] is None, "three images span no manifold"
@@ -176,7 +180,7 @@ def test_swd_draws_from_the_whole_of_the_larger_set(samples, reference, measure,
     assert result["swd"] == pytest.approx(direct, rel=1e-9)
 
 
-def test_photographs_are_random_crops(samples, measure):
+def test_photographs_are_measured_as_random_crops(samples, measure):
     config = DataConfig(flip=True, workers=0)
     result = measure(samples, config, batch_size=4)
     assert result["reference"]["what"] == "photos, train: 10 random crops, seed 0"
@@ -194,7 +198,7 @@ def test_the_interval_lies_about_the_fid(samples, reference, measure):
     assert measure(samples, reference, bootstrap=5)["fid_interval"] == interval
 
 
-def test_an_extractor_of_ones_own(tmp_path, samples, reference, monkeypatch, capsys):
+def test_a_users_own_extractor(tmp_path, samples, reference, monkeypatch, capsys):
     (tmp_path / "my_features.py").write_text(
         "def eyes():\n    return lambda images: images.float().mean((2, 3))\n"
     )
@@ -205,8 +209,8 @@ def test_an_extractor_of_ones_own(tmp_path, samples, reference, monkeypatch, cap
     gap = float(((a.mean(0) - b.mean(0)) ** 2).sum())
     assert result["fid"] > gap and result["extractor"]["dim"] == 3
     assert result["mode"] is None
-    assert "are no FID and KID of any paper" in result["warnings"][0]
-    assert "note: the features are of my_features:eyes: these" in capsys.readouterr().out
+    assert "not with published FIDs and KIDs" in result["warnings"][0]
+    assert "note: the features are of my_features:eyes, not" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------ straight from a model
@@ -218,16 +222,16 @@ def model(tmp_path_factory):
 def test_images_of_a_model_are_those_that_it_writes(tmp_path, model, weights):
     options = {"weights": weights, "device": "cpu", "batch_size": 4, "force": True}
     settings = {"n": 6, "seed": 3, "steps": 2, "precision": "fp32"}
-    direct = fid_of_samples(model=model, data="photos", sampling=settings, **options)
+    direct = measure_fid(model=model, data="photos", sampling=settings, **options)
     folder = sample_images(
         model, 6, tmp_path / "out", 3, steps=2, batch_size=4, device="cpu", precision="fp32"
     )
-    written = fid_of_samples(folder, "photos", **options)
+    written = measure_fid(folder, "photos", **options)
     assert direct["samples"]["fingerprint"] == written["samples"]["fingerprint"]
     assert direct["fid"] == written["fid"] and direct["swd"] == written["swd"]
-    told, before = (result["samples"]["made_with"] for result in (direct, written))
-    assert {key: told[key] for key in told if key != "n"} == {
-        key: before[key] for key in told if key != "n"
+    now, before = (result["samples"]["made_with"] for result in (direct, written))
+    assert {key: now[key] for key in now if key != "n"} == {
+        key: before[key] for key in now if key != "n"
     }
     path = model / "fid" / "seed3-steps2-n6.json"
     assert json.loads(path.read_text())["fid"] == direct["fid"]
@@ -247,25 +251,25 @@ def test_a_limit_is_of_the_images_of_a_model_too(model, weights, monkeypatch):
     monkeypatch.setattr("pipelines.fid.ModelSamples", note)
     for sampling in ({}, {"n": 9}, {"n": 3}):
         with pytest.raises(Stop):
-            fid_of_samples(model=model, data="photos", limit=5, sampling=sampling, device="cpu")
+            measure_fid(model=model, data="photos", limit=5, sampling=sampling, device="cpu")
     assert asked == [5, 5, 3]
 
 
-def test_options_that_exclude_each_other(samples, model):
+def test_options_that_exclude_each_other_are_refused(samples, model):
     for given, told in (
         ({"samples": samples, "model": model}, "samples and --model exclude each other"),
         ({"data": "photos", "reference": "ffhq256"}, "--data and --reference exclude"),
         ({"split": "all", "reference": "ffhq256"}, "--split and --reference exclude"),
-        ({"samples": samples, "sampling": {"n": 3}}, "--n is of sampling from a model"),
+        ({"samples": samples, "sampling": {"n": 3}}, "--n needs a model to sample from"),
         ({"model": model, "sampling": {"n": 0}}, "--n 0: it must be at least 1"),
         ({"model": model, "sampling": {"guidance": -1.0}}, "'guidance'"),
     ):
         with pytest.raises(UsageError, match=told):
-            fid_of_samples(**given, device="cpu")
+            measure_fid(**given, device="cpu")
 
 
 # ------------------------------------------------------------------------------ provenance
-def test_what_is_written(samples, reference, measure):
+def test_the_result_holds_all_that_numbers_depend_on(samples, reference, measure):
     result = measure(samples, reference)
     written = json.loads((samples / "fid.json").read_text())
     assert result == written | {"written": str(samples / "fid.json")}
@@ -280,7 +284,7 @@ def test_what_is_written(samples, reference, measure):
     assert result["fid_missing"] is None
 
 
-def test_the_file_may_be_elsewhere(tmp_path, samples, reference, measure):
+def test_the_result_may_be_written_elsewhere(tmp_path, samples, reference, measure):
     result = measure(samples, reference, out=tmp_path / "there" / "x.json")
     assert json.loads((tmp_path / "there" / "x.json").read_text())["fid"] == result["fid"]
     assert not (samples / "fid.json").exists()
@@ -291,7 +295,7 @@ def test_measuring_again_does_not_count_its_own_file(samples, reference, measure
     assert measure(samples, reference)["fid"] == first["fid"]
 
 
-def test_the_preparation_of_the_reference_is_told(tmp_path, samples, measure):
+def test_the_result_holds_the_reference_preparation(tmp_path, samples, measure):
     from ldm.data.prepare import prepare
 
     whole = write_folder(tmp_path / "whole", enlarged(pictures(15, 3)))
@@ -331,64 +335,66 @@ def test_without_inception_the_rest_is_measured(samples, reference, no_inception
 
 def test_without_inception_nothing_is_compared_with_statistics(samples, no_inception):
     with pytest.raises(LdmError, match="could not be fetched"):
-        measure_fid(samples, "ffhq256", device="cpu")
+        measure_fid(samples, reference="ffhq256", device="cpu")
     assert not (samples / "fid.json").exists()
 
 
-def test_weights_asked_for_must_be_there(samples, reference, tmp_path):
+def test_requested_weights_must_be_available(samples, reference, tmp_path):
     with pytest.raises(LdmError, match=r"no Inception weights at .*x.pt"):
         measure_fid(samples, reference, weights=tmp_path / "x.pt", device="cpu")
     assert not (samples / "fid.json").exists()
 
 
 # ----------------------------------------------------------------------------- left out
-def test_the_newest_samples_and_their_own_data(samples, reference, weights, monkeypatch, capsys):
+def test_the_newest_samples_and_their_own_data_are_the_default(
+    samples, reference, weights, monkeypatch, capsys
+):
     home = samples.parent
     (home / "runs" / "x").mkdir(parents=True)
     samples.rename(home / "runs" / "x" / "samples")
     monkeypatch.chdir(home)
-    result = fid_of_samples(weights=weights, device="cpu", force=True)
+    result = measure_fid(weights=weights, device="cpu", force=True)
     assert result["reference"]["count"] == 15
     said = capsys.readouterr().out
     assert "measuring 10 images of runs/x/samples against" in said and ", all: 15 images" in said
 
 
-def test_other_data_than_their_own(samples, weights):
-    result = fid_of_samples(samples, "photos", weights=weights, device="cpu", force=True)
+def test_samples_are_measured_against_other_data(samples, weights):
+    result = measure_fid(samples, "photos", weights=weights, device="cpu", force=True)
     assert result["reference"]["what"].startswith("photos, all")
 
 
 def test_their_own_data_is_split_as_for_training(samples, reference, weights):
     """By default one in twenty is held out: of these fifteen, one alone."""
     given = {"weights": weights, "device": "cpu", "force": True}
-    result = fid_of_samples(samples, reference.source, "val", **given)
+    result = measure_fid(samples, reference.source, "val", **given)
     assert result["reference"]["count"] == 3
     assert result["reference"]["data"]["held_out"] == 3
 
 
-def test_samples_that_do_not_say_their_data(tmp_path, reference):
-    with pytest.raises(UsageError, match="does not say what data to compare with: give --data"):
-        fid_of_samples(tmp_path / "data")
+def test_samples_without_training_data_need_data(tmp_path, reference):
+    with pytest.raises(UsageError, match="does not name its model's training data: give --data"):
+        measure_fid(tmp_path / "data")
 
 
-def test_what_an_older_version_says_of_the_data_is_not_needed(samples, reference, measure, weights):
+def test_data_settings_of_another_version_are_not_needed(samples, reference, measure, weights):
     mark = json.loads((samples / "samples.json").read_text())
     mark["data"] = {"folder": "x"}
     (samples / "samples.json").write_text(json.dumps(mark))
     assert measure(samples, reference)["samples"]["filter"] is None
     with pytest.raises(UsageError, match="unknown key 'folder'"):
-        fid_of_samples(samples, device="cpu")
+        measure_fid(samples, device="cpu")
     with pytest.raises(UsageError, match="no reference 'faces'"):
-        fid_of_samples(samples, reference="faces", weights=weights, device="cpu")
+        measure_fid(samples, reference="faces", weights=weights, device="cpu")
 
 
 # ---------------------------------------------------------------------------------- errors
-def test_numbers_that_make_no_sense(samples, reference):
+def test_options_out_of_range_are_refused(samples, reference):
     for given, told in (
-        ({"batch_size": 0}, "batch size 0"),
-        ({"limit": 1}, "limit 1: a covariance needs two"),
-        ({"bootstrap": 1}, "bootstrap 1: it must be 0, or 2"),
-        ({"bootstrap": -3}, "bootstrap -3"),
+        ({"batch_size": 0}, "--batch-size 0: it must be at least 1"),
+        ({"limit": 1}, "--limit 1: a covariance needs two"),
+        ({"bootstrap": 1}, "--bootstrap 1: it must be 0, or 2"),
+        ({"bootstrap": -3}, "--bootstrap -3"),
         ({"mode": "dirty"}, "mode 'dirty' does not exist"),
         ({"features": "nothing"}, "names no function"),
     ):
@@ -397,37 +403,33 @@ def test_numbers_that_make_no_sense(samples, reference):
     assert not (samples / "fid.json").exists()
 
 
-def test_a_reference_of_one_image(samples, reference, measure):
+def test_a_reference_of_one_image_is_refused(samples, reference, measure):
     one = reference.model_copy(update={"held_out": 1})
-    with pytest.raises(LdmError, match=r"val: 1 images, .*needs two images or more"):
+    with pytest.raises(LdmError, match=r"val: 1 images, .*needs two or more"):
         measure(samples, one, "val")
 
 
-def test_a_reference_of_smaller_images(tmp_path, reference, measure):
+def test_a_reference_of_smaller_images_is_refused(tmp_path, reference, measure):
     (tmp_path / "large").mkdir()
     for name in ("a", "b"):
         Image.new("RGB", (64, 64)).save(tmp_path / "large" / f"{name}.png")
     with pytest.raises(LdmError) as error:
         measure(tmp_path / "large", reference)
-    assert str(error.value) == (
-        f"{tmp_path / 'data' / '000.png'} is 24×24, smaller than the samples, which are 64×64: "
-        "nothing is enlarged to be compared; give --data of images as large, or take the small "
-        "ones out"
-    )
+    assert f"{tmp_path / 'data' / '000.png'} is 24×24, smaller than the 64×64" in str(error.value)
 
 
-def test_one_image_that_is_smaller(samples, reference, measure):
+def test_one_smaller_image_is_refused(samples, reference, measure):
     folder = write_folder(samples.parent / "many", enlarged(pictures(60, 2)))
     Image.fromarray(THEIRS[0, :20]).save(folder / "031.png")
-    with pytest.raises(LdmError, match=r"031.png is 24×20, smaller than the samples, which are"):
+    with pytest.raises(LdmError, match=r"031.png is 24×20, smaller than the 24×24"):
         measure(samples, DataConfig(source=str(folder), workers=0), "all")
 
 
-def test_a_reference_prepared_at_another_size(tmp_path, samples, reference, measure):
+def test_a_reference_prepared_at_another_size_is_refused(tmp_path, samples, reference, measure):
     from ldm.data.prepare import prepare
 
     write_folder(tmp_path / "big", pictures(6, 4).repeat(2, 1).repeat(2, 2))
-    for size, told in ((16, r"prepared at 16×16 .* 24×24: nothing is enlarged .* --size 24"),
+    for size, told in ((16, r"prepared at 16×16 .* 24×24: .*never enlarged .* --size 24"),
                        (48, r"prepared at 48×48 .* 24×24: resizing twice")):  # fmt: skip
         source = tmp_path / "big" if size > SIZE else reference.source
         prepare(source, tmp_path / f"{size}", size, held_out=3, workers=0)
@@ -436,7 +438,7 @@ def test_a_reference_prepared_at_another_size(tmp_path, samples, reference, meas
             measure(samples, config)
 
 
-def test_features_that_are_not_finite(tmp_path, samples, reference, monkeypatch):
+def test_features_that_are_not_finite_are_an_error(tmp_path, samples, reference, monkeypatch):
     (tmp_path / "broken_features.py").write_text(
         "def nan():\n    return lambda images: images.float().mean((2, 3)).log() * float('nan')\n"
     )
@@ -460,32 +462,69 @@ def test_each_measurement_has_a_file_of_its_own(tmp_path, samples, reference, we
     for named in (
         {}, {"data": "photos"}, {"split": "train"}, {"limit": 9}, {"mode": "legacy-tensorflow"},
     ):  # fmt: skip
-        fid_of_samples(samples, weights=weights, **named, **given)
-    fid_of_samples(samples, features="eyes:two", **given)
+        measure_fid(samples, weights=weights, **named, **given)
+    measure_fid(samples, features="eyes:two", **given)
     first = json.loads((samples / "fid.json").read_text())
     assert sorted(path.name for path in samples.glob("*fid*")) == [
         "fid-eyes_two.json", "fid-first9.json", "fid-legacy-tensorflow.json", "fid-photos.json",
         "fid-train.json", "fid.json",
     ]  # fmt: skip
     plain = {"data": reference.source, "split": "all"}  # as it is where nothing is named
-    again = fid_of_samples(samples, weights=weights, **plain, **given)
+    again = measure_fid(samples, weights=weights, **plain, **given)
     assert again["written"] == str(samples / "fid.json") and again["fid"] == first["fid"]
 
 
 def test_a_failed_measurement_leaves_what_was_finished(
     tmp_path, samples, reference, weights, no_inception
 ):
-    finished = fid_of_samples(samples, weights=weights, device="cpu", force=True)
+    finished = measure_fid(samples, weights=weights, device="cpu", force=True)
     there = json.loads((samples / "fid.json").read_text())
     for _ in range(2):
         with pytest.raises(LdmError) as error:
-            fid_of_samples(samples, device="cpu")
+            measure_fid(samples, device="cpu")
         assert str(error.value).endswith(f"is in {samples / 'fid-swd.json'}")
     assert json.loads((samples / "fid.json").read_text()) == there
     told = json.loads((samples / "fid-swd.json").read_text())
     assert told["fid"] is None and told["swd"] == pytest.approx(finished["swd"], rel=1e-9)
     with pytest.raises(LdmError, match=r"is in .*x\.json"):
-        fid_of_samples(samples, device="cpu", out=tmp_path / "x.json")
+        measure_fid(samples, device="cpu", out=tmp_path / "x.json")
+
+
+@pytest.mark.parametrize(
+    ("other", "split", "how", "name"),
+    [
+        (None, None, {}, "fid"),
+        (None, "all", {"bootstrap": 9, "force": True, "batch_size": 3}, "fid"),
+        ("photos", None, {}, "fid-photos"),
+        ("ffhq1024", None, {}, "fid-ffhq1024"),
+        ("sets/faces", "val", {}, "fid-sets-faces-#-val"),
+        (None, "train", {"limit": 8, "features": "my_net:vit/b"}, "fid-train-first8-my_net_vit_b"),
+        (None, None, {"mode": "legacy-tensorflow"}, "fid-legacy-tensorflow"),
+    ],
+)
+def test_a_file_is_named_after_the_non_default_settings(other, split, how, name):
+    path = fid_path(Path("x/fid.json"), other, split, MeasureOptions(**how))
+    assert path.parent == Path("x")
+    assert re.sub("-[0-9a-f]{6}(?=[-.])", "-#", path.name) == f"{name}.json"
+
+
+def test_a_file_keeps_the_name_of_its_archive_or_model():
+    for plain, named in (("x.zip.fid.json", "x.zip.fid-photos.json"),
+                         ("a b.zip.fid.json", "a b.zip.fid-photos.json"),
+                         ("seed0-steps18-n9.json", "seed0-steps18-n9-photos.json")):  # fmt: skip
+        assert fid_path(Path(plain), "photos", None, MeasureOptions()) == Path(named)
+
+
+def test_a_result_without_an_fid_replaces_none(tmp_path):
+    path = tmp_path / "fid.json"
+    assert path_without_fid(path) == path
+    for held in ({"fid": None}, {"format": 2}, []):
+        write_json(path, held)
+        assert path_without_fid(path) == path
+    path.write_text("{")
+    assert path_without_fid(path) == path
+    write_json(path, {"fid": 0.0})
+    assert path_without_fid(path) == tmp_path / "fid-swd.json"
 
 
 # -------------------------------------------------------------------------------- processes

@@ -76,7 +76,7 @@ def as_points(space: str, images: np.ndarray, model) -> np.ndarray:
 
 
 @pytest.mark.parametrize("space", ["pixels", "latents"])
-def test_they_are_those_of_a_direct_search(samples, model, data, tmp_path, space):
+def test_neighbours_are_those_of_a_direct_search(samples, model, data, tmp_path, space):
     result = find_neighbours(samples, count=3, nearest=4, space=space, batch_size=5, device="cpu")
     images = load(tmp_path / "data", "*.png")
     learnt, held_out = images[:TRAIN], images[TRAIN:]
@@ -101,7 +101,7 @@ def test_they_are_those_of_a_direct_search(samples, model, data, tmp_path, space
 
 
 @pytest.mark.parametrize("space", ["pixels", "latents"])
-def test_what_was_learnt_by_heart_is_found(samples, tmp_path, space):
+def test_memorised_images_are_found(samples, tmp_path, space):
     result = find_neighbours(samples, count=3, space=space, device="cpu")
     (seven, two, new) = (row["nearest"][0] for row in result["samples"])
     assert (seven["index"], seven["mirrored"]) == (7, False)
@@ -111,7 +111,7 @@ def test_what_was_learnt_by_heart_is_found(samples, tmp_path, space):
     assert json.loads((samples / "neighbours.json").read_text()) == result
 
 
-def test_the_sheet_shows_them(samples, tmp_path):
+def test_the_sheet_shows_samples_and_neighbours(samples, tmp_path):
     find_neighbours(samples, count=2, nearest=2, space="pixels", device="cpu")
     sheet = np.asarray(Image.open(samples / "neighbours.png")).astype(int)
     step = SIZE + 2
@@ -131,7 +131,7 @@ def test_the_batch_size_changes_nothing(samples):
             assert near["distance"] == pytest.approx(other["distance"], rel=1e-4)
 
 
-def test_windows_of_photographs(samples):
+def test_photographs_are_searched_by_windows(samples):
     """Crops are random there: a crop is found where windows lie, and nearly so between them."""
     source = open_source(DataConfig(), "train", SIZE)
     cat = source.load(2)
@@ -151,7 +151,7 @@ def test_windows_of_photographs(samples):
     assert np.array_equal(sheet[:SIZE, SIZE + 2 : 2 * SIZE + 2], exact)
 
 
-def test_windows_of_other_data_and_a_corrupt_image(samples, data, tmp_path, caplog):
+def test_random_crops_are_searched_by_windows_past_a_corrupt_image(samples, data, tmp_path, caplog):
     large = np.random.default_rng(3).integers(0, 256, (SIZE + 20, 2 * SIZE, 3), np.uint8)
     folder = tmp_path / "large"
     save(folder, [large] * 101)
@@ -168,7 +168,7 @@ def test_windows_of_other_data_and_a_corrupt_image(samples, data, tmp_path, capl
     assert result["median_nearest"]["held_out"] is None
 
 
-def test_data_that_lies_elsewhere_is_compared_as_it_was_learnt_from(samples, tmp_path):
+def test_moved_data_is_split_and_mirrored_as_in_training(samples, tmp_path):
     """Split and mirrored as in training."""
     (tmp_path / "data").rename(tmp_path / "moved")
     how = {"count": 3, "nearest": 1, "space": "pixels", "device": "cpu"}
@@ -185,7 +185,7 @@ def test_data_that_lies_elsewhere_is_compared_as_it_was_learnt_from(samples, tmp
     assert len(result["held_out_nearest"]) == 1
 
 
-def test_a_plain_folder_twice(tmp_path, data):
+def test_a_second_search_ignores_the_sheet_of_the_first(tmp_path, data):
     """What the first time wrote is no sample the second time."""
     save(tmp_path / "plain", pictures(2, seed=0))
     one, two = (
@@ -196,37 +196,39 @@ def test_a_plain_folder_twice(tmp_path, data):
     assert one["samples"] == two["samples"]
 
 
-def test_fewer_training_images_than_asked_for(samples):
+def test_fewer_training_images_than_requested_are_all_found(samples):
     result = find_neighbours(samples, count=1, nearest=50, space="pixels", device="cpu")
     assert len(result["samples"]) == 1
     assert len(result["samples"][0]["nearest"]) == TRAIN
 
 
 @pytest.mark.parametrize("name", ["count", "nearest", "batch_size"])
-def test_numbers_that_make_no_sense(samples, name):
+def test_numbers_below_one_are_refused(samples, name):
     with pytest.raises(UsageError, match="0: it must be at least 1"):
         find_neighbours(samples, **{name: 0})
 
 
-def test_samples_that_do_not_say_enough(tmp_path, data):
+def test_samples_that_name_neither_data_nor_model_need_options(tmp_path, data):
     save(tmp_path / "plain", pictures(2, seed=0))
-    with pytest.raises(UsageError, match="does not say what its model learnt from: give --data"):
+    with pytest.raises(UsageError, match="does not name its model's training data: give --data"):
         find_neighbours(tmp_path / "plain", device="cpu")
-    with pytest.raises(UsageError, match="which model it is of: give --model, or --space pixels"):
+    with pytest.raises(
+        UsageError, match="does not name its model: give --model, or --space pixels"
+    ):
         find_neighbours(tmp_path / "plain", data["source"], device="cpu")
     result = find_neighbours(tmp_path / "plain", data["source"], space="pixels", device="cpu")
     assert len(result["samples"]) == 2
     assert result["data"]["flip"] is False
 
 
-def test_another_model(samples, tmp_path):
+def test_another_model_is_refused(samples, tmp_path):
     other = make_model(tmp_path / "other", 1)
     with pytest.raises(LdmError, match=r"is not the model that .* was sampled from"):
         find_neighbours(samples, model=other, device="cpu")
     assert not (samples / "neighbours.json").exists()
 
 
-def test_the_same_network_on_another_autoencoder(samples, tmp_path):
+def test_another_autoencoder_is_another_model(samples, tmp_path):
     mark = json.loads((samples / "samples.json").read_text())
     path = Path(mark["model"]["path"])
     mark["model"]["identity"] = LatentModel.from_pretrained(path, "cpu").identity
@@ -237,7 +239,7 @@ def test_the_same_network_on_another_autoencoder(samples, tmp_path):
         find_neighbours(samples, model=other, device="cpu")
 
 
-def test_a_model_that_is_gone(samples):
+def test_a_model_that_is_gone_is_an_error(samples):
     mark = json.loads((samples / "samples.json").read_text())
     mark["model"]["path"] = "runs/gone"
     (samples / "samples.json").write_text(json.dumps(mark))
@@ -245,7 +247,7 @@ def test_a_model_that_is_gone(samples):
         find_neighbours(samples, device="cpu")
 
 
-def test_a_model_of_another_size(model, tmp_path, data):
+def test_a_model_of_another_size_is_refused(model, tmp_path, data):
     small = pictures(2, seed=0)[:, :16, :16]
     save(tmp_path / "small", small)
     with pytest.raises(LdmError, match="makes images of another size"):

@@ -7,8 +7,8 @@ import pytest
 
 from ldm.cli import main
 from ldm.errors import LdmError
+from pipelines import evaluate
 from pipelines.evaluate import evaluate_checkpoints
-from pipelines.measuring import metrics as instruments
 from tests.pipelines.measuring.reconstructed import DIM, FEATURES, crops, save_images, save_run
 from tests.small import ldm
 
@@ -21,7 +21,7 @@ def no_lpips(monkeypatch):
     def missing(device, instead):
         raise LdmError("vgg16 is not on this machine")
 
-    monkeypatch.setattr(instruments, "load_lpips", missing)
+    monkeypatch.setattr(evaluate, "load_lpips", missing)
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_what_is_for_a_pipe_stands_alone(run, tmp_path, layout):
     )  # fmt: skip
     assert code == 0
     assert "without LPIPS: vgg16" in err and "measuring a on the all split" in err
-    begins = {"json": "[", "latex": "% measured on", "markdown": "| model |"}
+    begins = {"json": "[", "latex": "% measured on", "markdown": "| model"}
     assert out.startswith(begins[layout])
     if layout == "json":
         assert json.loads(out)[0]["numbers"]["rfid"] > 0
@@ -88,9 +88,9 @@ def test_what_is_for_a_pipe_stands_alone(run, tmp_path, layout):
         ),
         (["--resolution", "16,,32"], 2, "--resolution 16,,32: expected whole"),
         (["--resolution", "0"], 2, "--resolution 0: it must be at least 1"),
-        (["--resolution", "8"], 1, "--resolution 8: 16 is the least at which a can be measured"),
+        (["--resolution", "8"], 1, "--resolution 8: a needs 16 or more"),
         (["--resolution", "16", "--limit", "0"], 2, "--limit 0: it must be at least 1"),
-        (["--no-fid", "--mode", "legacy-tensorflow"], 2, "--no-fid leaves out what --weights"),
+        (["--no-fid", "--mode", "legacy-tensorflow"], 2, "--no-fid excludes --weights"),
         (["--features", "nowhere:x"], 2, "--features nowhere:x: no module 'nowhere'"),
         (["--weights", "x.pt"], 1, "no Inception weights at x.pt"),
         (["--format", "html"], 2, "'html' is not one of 'table', 'markdown', 'latex', 'json'"),
@@ -117,8 +117,8 @@ def test_two_processes_give_the_numbers_of_one(tmp_path, batch_size):
     model = save_run(tmp_path / "a")
     folder = save_images(tmp_path / "data", crops(16))
     alone = evaluate_checkpoints(
-        [model], str(folder), "all", [16, 32], batch_size, limit, "cpu", features=FEATURES,
-        force=True,
+        [model], str(folder), "all", [16, 32], batch_size, limit=limit, device="cpu",
+        features=FEATURES, force=True,
     )  # fmt: skip
     done = ldm(
         "eval-ae", "a", "--data", folder, "--split", "all", "--resolution", "16,32", "--limit",

@@ -10,7 +10,7 @@ import typer
 from ldm.cli.measure import eval_ae, fid
 from ldm.errors import LdmError, UsageError
 from ldm.metrics import inception
-from pipelines.measuring import reference as statistics_file
+from pipelines.measuring import reference as references
 from tests.ldm.metrics.fake_inception import save_fake_inception
 from tests.pipelines.measuring.fid_sides import pictures, write_folder, write_samples
 from tests.pipelines.untrained import make_model
@@ -21,7 +21,7 @@ DIM = 8
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(statistics_file, "ADDRESS", "file:///nowhere")
+    monkeypatch.setattr(references, "ADDRESS", "file:///nowhere")
 
 
 @pytest.fixture
@@ -75,24 +75,25 @@ def test_the_words_reach_the_job(samples, monkeypatch):
         given.update(options, args=args)
         raise LdmError("enough")
 
-    monkeypatch.setattr("pipelines.fid.fid_of_samples", job)
+    monkeypatch.setattr("pipelines.fid.measure_fid", job)
     with pytest.raises(LdmError, match="enough"):
         fid(samples, data="x", split="val", mode="legacy-tensorflow", features="a:b", limit=99,
             force=True, batch_size=3)  # fmt: skip
-    assert given["args"] == (samples, "x", "val", None, "auto", 3, 99)
+    assert given["args"] == (samples, "x", "val") and given["batch_size"] == 3
+    assert given["limit"] == 99 and given["weights"] is None and given["device"] == "auto"
     assert given["mode"] == "legacy-tensorflow" and given["features"] == "a:b"
     assert given["force"] is True and given["sampling"] == {} and given["model"] is None
 
 
 def test_what_excludes_each_other(samples):
-    with pytest.raises(UsageError, match="--seed is of sampling from a model: give --model"):
+    with pytest.raises(UsageError, match="--seed needs a model to sample from: give --model"):
         fid(samples, seed=3, device="cpu")
     with pytest.raises(UsageError, match="--data and --reference exclude each other"):
         fid(samples, data="x", reference="ffhq256", device="cpu")
 
 
 def test_few_images_need_force(samples, weights, capsys):
-    with pytest.raises(LdmError, match=r"is biased upwards.*--force measures all"):
+    with pytest.raises(LdmError, match=r"is biased upwards.*--force measures anyway"):
         fid(samples, split="val", weights=weights, device="cpu")
     fid(samples, split="val", weights=weights, device="cpu", force=True)
     assert "note: FID over 10 samples" in capsys.readouterr().out
@@ -104,7 +105,7 @@ def test_where_statistics_are_kept(samples, tmp_path, weights, capsys):
     assert Path(kept).is_file() and Path(kept).parent == tmp_path / "cache" / "statistics"
     fid(samples, reference=kept, weights=weights, device="cpu")
     told = capsys.readouterr().out
-    assert "note: SWD is left out: it compares patches" in told and "SWD ×10³" not in told
+    assert "note: no SWD: it compares patches" in told and "SWD ×10³" not in told
     assert read(told)["statistics"] == kept
     fid(samples, split="val", weights=weights, device="cpu", force=True)  # too few to be kept
     assert "statistics" not in read(capsys.readouterr().out)

@@ -1,18 +1,52 @@
-"""What samples are compared with: which images, and what tells one data set from another."""
+"""References: the images of a data set, the statistics kept of them, and statistics in files."""
 
+import json
 import os
 import shutil
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from accelerate import PartialState
 from PIL import Image
 
 from ldm.data import DataConfig
 from ldm.data.prepare import prepare
-from ldm.errors import LdmError
-from pipelines.measuring.reference import ImageReference
-from tests.pipelines.measuring.fid_sides import SIZE, enlarged, pictures, write_folder
+from ldm.errors import LdmError, UsageError
+from ldm.metrics import frechet_distance, inception
+from ldm.metrics.features import FeatureSet
+from pipelines.fid import measure_fid
+from pipelines.measuring import reference as references
+from pipelines.measuring.reference import (
+    PUBLISHED,
+    ImageReference,
+    identify,
+    open_statistics,
+    statistics_folders,
+    statistics_path,
+)
+from pipelines.measuring.statistics import PassSettings, SetStatistics, compare_sets
+from tests.ldm.metrics.fake_inception import FakeInception, save_fake_inception, save_script
+from tests.pipelines.measuring.fid_sides import (
+    SIZE,
+    direct_features,
+    enlarged,
+    pictures,
+    to_nchw,
+    write_folder,
+)
+
+DIM = 8
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(references, "ADDRESS", "file:///nowhere")
+    return tmp_path / "cache" / "statistics"
+
 
 THEIRS = pictures(12, seed=1)
 
@@ -42,10 +76,10 @@ def test_images_are_those_of_the_split(folder):
     assert limited.what == f"{folder}, all: 7 images, centre-cropped"
 
 
-def test_images_that_are_resized_say_so(tmp_path):
+def test_the_description_names_the_downsampling(tmp_path):
     large = write_folder(tmp_path / "large", enlarged(THEIRS))
     assert (
-        opened(large).what == f"{large}, train: 10 images, centre-cropped, brought down by lanczos"
+        opened(large).what == f"{large}, train: 10 images, centre-cropped, downsampled by lanczos"
     )
 
 
@@ -66,21 +100,17 @@ def test_crops_of_photographs_are_as_many_as_samples():
     assert all(len(b.k) for rank in (0, 1) for b in reference.batches(6, rank, 2)), "no empty one"
 
 
-def test_a_part_is_those_images(folder):
-    import torch
-
-    part = opened(folder).part(torch.tensor([1, 4, 8]))
+def test_a_part_holds_the_chosen_images(folder):
+    part = opened(folder).part(np.array([1, 4, 8]))
     assert len(part) == 3 and np.array_equal(pixels(part), THEIRS[[1, 4, 8]])
 
 
-def test_a_corrupt_image_is_one_of_the_whole_also_in_a_part(tmp_path):
-    import torch
-
+def test_a_part_counts_corrupt_images_among_the_whole(tmp_path):
     folder = write_folder(tmp_path / "data", pictures(110, seed=2))
     (folder / "004.png").write_bytes(b"no picture")
     whole = ImageReference(DataConfig(source=str(folder), workers=0), "all", SIZE, samples=5)
     assert sum(len(batch.k) for batch in whole.batches(50)) == 109
-    part = whole.part(torch.tensor([1, 4, 8]))
+    part = whole.part(np.array([1, 4, 8]))
     assert np.concatenate([batch.k for batch in part.batches(3)]).tolist() == [0, 2]
 
 
@@ -144,7 +174,7 @@ def test_content_of_archives(tmp_path, folder, kind):
     assert opened(packed).content() != before
 
 
-def test_data_that_changes_meanwhile_is_one_line(folder):
+def test_data_that_changes_meanwhile_is_an_error(folder):
     reference = opened(folder)
     (folder / "004.png").unlink()
     with pytest.raises(LdmError, match=r"004.png is not there any more"):
@@ -152,17 +182,322 @@ def test_data_that_changes_meanwhile_is_one_line(folder):
 
 
 # ------------------------------------------------------------------------------ its filter
-def test_the_filter_is_told_where_it_is_known(tmp_path, folder):
+def test_the_filter_is_given_where_it_is_known(tmp_path, folder):
     assert opened(folder).filter is None, "of the very size: who knows"
     write_folder(tmp_path / "big", THEIRS.repeat(2, 1).repeat(2, 2))
-    assert opened(tmp_path / "big").filter == "lanczos", "brought down here"
+    assert opened(tmp_path / "big").filter == "lanczos", "downsampled here"
     prepare(tmp_path / "big", tmp_path / "shards", SIZE, "box", held_out=2, workers=0)
     reference = opened(tmp_path / "shards", crop="random")  # a setting of training alone
-    assert reference.filter == "box" and reference.about()["filter"] == "box"
-    assert reference.prepared["size"] == SIZE
+    assert reference.filter == "box" and reference.about["filter"] == "box"
+    assert reference.about["prepared"]["size"] == SIZE
 
 
-def test_images_of_several_sizes_are_told_by_most(tmp_path):
+def test_most_images_decide_the_filter(tmp_path):
     write_folder(tmp_path / "data", THEIRS)
     Image.new("RGB", (60, 60)).save(tmp_path / "data" / "zz.png")
     assert opened(tmp_path / "data").filter is None
+
+
+# --------------------------------------------------------------------------- kept statistics
+@pytest.fixture
+def settings(tmp_path, monkeypatch, cache):
+    monkeypatch.setattr(inception.FeatureExtractor, "dim", DIM)
+    extractor = inception.load_inception(save_fake_inception(tmp_path, DIM), "cpu")
+    cpu = torch.device("cpu")
+    return PassSettings(extractor, cpu, PartialState(cpu=True), 5, 0, swd_images=6)
+
+
+@pytest.fixture
+def reference(tmp_path):
+    return open_split(write_folder(tmp_path / "data", THEIRS))
+
+
+def open_split(folder, split="all") -> ImageReference:
+    return ImageReference(DataConfig(source=str(folder), workers=0), split, SIZE, 10)
+
+
+def count_calls(settings: PassSettings) -> list[int]:
+    """How many images the extractor sees from here on."""
+    seen: list[int] = []
+    original = settings.extractor
+
+    class Spy(inception.FeatureExtractor):
+        def __init__(self):
+            self.__dict__ |= original.__dict__
+
+        def __call__(self, images):
+            seen.append(len(images))
+            return super().__call__(images)
+
+    object.__setattr__(settings, "extractor", Spy())
+    return seen
+
+
+def test_features_are_computed_once(reference, settings, cache):
+    seen = count_calls(settings)
+    first = reference.statistics(settings)
+    assert sum(seen) == 12 and first.origin["kept"] is False
+    second = reference.statistics(settings)
+    assert sum(seen) == 12 and second.origin["kept"] is True
+    (path,) = cache.iterdir()
+    assert first.origin["statistics"] == second.origin["statistics"] == str(path)
+    assert first.hashes == second.hashes
+    assert second.count == 12
+
+    images = to_nchw(pictures(9, 3))
+    ours = SetStatistics.empty(9, SIZE, settings.extractor, 6)
+    ours.update(images, torch.arange(9), settings.extractor)
+    one, other = (compare_sets(ours, theirs, settings.device) for theirs in (first, second))
+    assert one["swd"] == other["swd"] and one["swd_images"] == 6
+    assert (one["precision"], one["recall"]) == (other["precision"], other["recall"])
+    for name in ("fid", "kid"):
+        assert one[name] == pytest.approx(other[name], rel=1e-9)
+
+
+def test_whatever_changes_the_features_changes_the_key(tmp_path, reference, settings, monkeypatch):
+    def path(of: ImageReference):
+        return statistics_path(identify(of, settings.extractor))
+
+    paths = {path(reference), path(open_split(tmp_path / "data", "train"))}
+    (tmp_path / "data" / "000.png").write_bytes((tmp_path / "data" / "001.png").read_bytes())
+    changed = open_split(tmp_path / "data")
+    paths.add(path(changed))
+    monkeypatch.setattr(settings.extractor, "mode", "legacy-tensorflow")
+    paths.add(path(changed))
+    monkeypatch.setattr(settings.extractor, "sha256", "0" * 64)
+    paths.add(path(changed))
+    monkeypatch.setattr(references, "version", lambda name: "0")
+    paths.add(path(changed))
+    assert len(paths) == 6
+
+
+def test_statistics_that_are_not_kept(tmp_path, reference, settings, cache):
+    photos = ImageReference(DataConfig(), "all", SIZE, 20)
+    assert identify(photos, settings.extractor) is None
+    assert identify(ImageReference(DataConfig(), "val", SIZE, 20), settings.extractor) is None
+    few = open_split(write_folder(tmp_path / "few", THEIRS[:7]))
+    assert identify(few, settings.extractor) is None
+    assert identify(reference, None) is None
+
+    class Own:
+        name, sha256, dim, is_published = "own:one", "0" * 64, 3, False
+
+        def __call__(self, images):
+            return images.float().mean((2, 3))
+
+    found = reference.statistics(replace(settings, extractor=Own()))
+    assert found.origin == {} and not cache.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "other", "prints"])
+def test_damaged_statistics_are_reported_and_computed_again(
+    reference, settings, cache, capsys, damage
+):
+    first = reference.statistics(settings)
+    (path,) = cache.iterdir()
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:200])
+    else:
+        features, about = FeatureSet.load(path)
+        if damage == "other":
+            about["identity"]["content"] = "0" * 64
+        else:
+            about["fingerprints"] = "?"
+        features.save(path, about)
+    again = reference.statistics(settings)
+    assert again.origin["kept"] is False and again.hashes == first.hashes
+    said = capsys.readouterr().out
+    assert said.startswith("note: ") and "computing the reference's statistics again" in said
+    assert reference.statistics(settings).origin["kept"] is True
+
+
+def test_a_full_disk_does_not_stop_the_measurement(reference, settings, cache, monkeypatch, capsys):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    found = reference.statistics(settings)
+    assert found.count == 12 and found.origin["statistics"] is None
+    said = capsys.readouterr().out
+    assert "note: the reference's statistics are not kept: could not write" in said
+    assert list(cache.iterdir()) == []
+
+
+def test_kept_statistics_name_their_reference(reference, settings, cache):
+    reference.statistics(settings)
+    _, about = FeatureSet.load(next(cache.iterdir()))
+    json.dumps(about)
+    assert about["reference"]["what"] == reference.what
+    assert about["identity"]["content"] == reference.content()
+    assert about["created"]
+
+
+# ------------------------------------------------------------------------ statistics in files
+@pytest.fixture
+def weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(inception.FeatureExtractor, "dim", DIM)
+    return save_fake_inception(tmp_path, DIM)
+
+
+@pytest.fixture
+def published(weights, monkeypatch):
+    """As if the small network were the published one."""
+    extractor = inception.load_inception(weights, "cpu")
+    monkeypatch.setattr(inception, "SHA256", extractor.sha256)
+    assert extractor.is_published
+    return extractor
+
+
+@pytest.fixture
+def samples(tmp_path):
+    return write_folder(tmp_path / "samples", pictures(10, 0))
+
+
+@pytest.fixture
+def kept(tmp_path, samples, weights, cache):
+    """What a measurement leaves of its reference."""
+    data = DataConfig(source=str(write_folder(tmp_path / "data", pictures(12, 1, 1.3))), workers=0)
+    result = measure_fid(samples, data, "all", weights=weights, device="cpu")
+    (path,) = cache.iterdir()
+    return path, result
+
+
+def write_published(folder, name: str, seed: int = 0):
+    folder.mkdir(parents=True, exist_ok=True)
+    features = np.random.default_rng(seed).standard_normal((99, DIM))
+    np.savez(folder / name, mu=features.mean(0), sigma=np.cov(features.T))
+    return features
+
+
+# ------------------------------------------------------------------------------ clean-fid's
+@pytest.mark.parametrize(
+    ("name", "mode", "file"),
+    [
+        ("ffhq256", "clean", "ffhq_clean_trainval70k_256.npz"),
+        ("ffhq1024", "clean", "ffhq_clean_trainval70k_1024.npz"),
+        ("ffhq256-50k", "legacy-tensorflow", "ffhq_legacy_tensorflow_trainval_256.npz"),
+    ],
+)
+def test_published_statistics_are_found_by_name(cache, weights, published, name, mode, file):
+    features = write_published(cache, file)
+    found = open_statistics(name, inception.load_inception(weights, "cpu", mode))
+    assert np.allclose(found.features.statistics.mean, features.mean(0))
+    assert np.allclose(found.features.statistics.covariance, np.cov(features.T))
+    assert len(found) == PUBLISHED[name].images and found.resolution == int(name[4:].split("-")[0])
+    assert len(found.about["statistics_sha256"]) == 64
+    assert found.about["statistics"] == str(cache / file)
+
+
+def test_clean_fids_own_folder_is_searched(tmp_path, published, monkeypatch):
+    assert statistics_folders()[1].parts[-2:] == ("cleanfid", "stats")
+    folders = [tmp_path / "none", tmp_path / "theirs"]
+    monkeypatch.setattr(references, "statistics_folders", lambda: folders)
+    write_published(folders[1], "ffhq_clean_trainval70k_256.npz")
+    assert open_statistics("ffhq256", published).features.dim == DIM
+
+
+def test_published_statistics_give_fid_alone(tmp_path, cache, published, weights, monkeypatch):
+    features = write_published(cache, "ffhq_clean_trainval70k_256.npz")
+    large = tmp_path / "large"
+    large.mkdir()
+    images = [np.asarray(Image.fromarray(one).resize((256, 256))) for one in pictures(9, 2)]
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(large / f"{i}.png")
+    result = measure_fid(large, reference="ffhq256", weights=weights, device="cpu", bootstrap=3)
+    ours = direct_features(np.stack(images), DIM)
+    direct = frechet_distance(ours.mean(0), np.cov(ours.T), features.mean(0), np.cov(features.T))
+    assert result["fid"] == pytest.approx(direct, rel=1e-4)
+    assert result["fid_interval"]["low"] <= result["fid"]
+    assert result["kid"] is result["precision"] is result["swd"] is None
+    assert result["reference"]["what"] == "FFHQ at 256² as clean-fid has it: 70000 images"
+    assert result["reference"]["count"] == 70_000
+    assert result["warnings"] == [
+        "no SWD: it compares patches of images, and the reference is statistics without images; "
+        "give the images with --data"
+    ]
+    assert result["written"] == str(large / "fid-ffhq256.json")
+    json.dumps(result)
+
+
+def test_published_statistics_that_cannot_be_fetched_are_an_error(cache, published):
+    with pytest.raises(LdmError) as error:
+        open_statistics("ffhq1024", published)
+    text = str(error.value)
+    assert (
+        "\n" not in text and f"put the file at {cache / 'ffhq_clean_trainval70k_1024.npz'}" in text
+    )
+    assert "--data" in text
+
+
+def test_damaged_published_statistics_are_an_error(cache, published):
+    write_published(cache, "ffhq_clean_trainval70k_256.npz")
+    path = cache / "ffhq_clean_trainval70k_256.npz"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(LdmError, match="is damaged: delete it to have it fetched again"):
+        open_statistics("ffhq256", published)
+    np.savez(path, mu=np.zeros(3), sigma=np.eye(3))
+    with pytest.raises(LdmError, match="holds 3 features, not 8"):
+        open_statistics("ffhq256", published)
+    np.savez(path, mu=np.full(DIM, np.nan), sigma=np.eye(DIM))
+    with pytest.raises(LdmError, match="is damaged"):
+        open_statistics("ffhq256", published)
+
+
+def test_published_statistics_refuse_another_network(weights):
+    other = inception.load_inception(weights, "cpu")
+    with pytest.raises(
+        LdmError,
+        match="are of the published Inception, and the samples' features of another extractor",
+    ):
+        open_statistics("ffhq256", other)
+
+
+# --------------------------------------------------------------------------------- our own
+def test_kept_statistics_stand_for_the_images(tmp_path, samples, weights, kept):
+    path, first = kept
+    again = measure_fid(samples, reference=str(path), weights=weights, device="cpu")
+    for name in ("fid", "kid", "precision", "recall"):
+        assert again[name] == pytest.approx(first[name], rel=1e-9)
+    assert again["swd"] is None, "there are no images"
+    assert again["reference"]["what"] == first["reference"]["what"]
+    assert again["reference"]["content"] == first["reference"]["content"]
+
+
+def test_copies_are_found_without_the_images(tmp_path, samples, weights, kept):
+    Image.fromarray(pictures(12, 1, 1.3)[5]).save(samples / "copy.png")
+    with pytest.raises(LdmError, match=r"1 of 11 samples \(such as .*copy.png\) are images of"):
+        measure_fid(samples, reference=str(kept[0]), weights=weights, device="cpu")
+
+
+def test_kept_statistics_refuse_another_extractor(tmp_path, samples, weights, kept):
+    path, _ = kept
+    with pytest.raises(LdmError) as error:
+        measure_fid(
+            samples, reference=str(path), weights=weights, device="cpu", mode="legacy-tensorflow"
+        )
+    text = str(error.value)
+    assert "\n" not in text and "are of another extractor (clean, SHA-256" in text
+    network = FakeInception(DIM)
+    network.layers.weight += 1
+    other = save_script(network, tmp_path / "other.pt")
+    with pytest.raises(LdmError, match="are of another extractor"):
+        measure_fid(samples, reference=str(path), weights=other, device="cpu")
+
+
+def test_kept_statistics_refuse_another_size(tmp_path, weights, kept):
+    (tmp_path / "large").mkdir()
+    for i, picture in enumerate(pictures(9, 2)):
+        Image.fromarray(picture).resize((32, 32)).save(tmp_path / "large" / f"{i}.png")
+    with pytest.raises(LdmError, match=r"are 24×24 and the samples 32×32: FID between sizes"):
+        measure_fid(tmp_path / "large", reference=str(kept[0]), weights=weights, device="cpu")
+
+
+def test_files_that_are_no_statistics_are_errors(tmp_path, published):
+    with pytest.raises(UsageError, match="no reference 'ffhq512': give ffhq256, ffhq1024"):
+        open_statistics("ffhq512", published)
+    with pytest.raises(UsageError, match="images are given with --data"):
+        open_statistics(str(tmp_path), published)
+    path = tmp_path / "x.npz"
+    np.savez(path, mu=np.zeros(DIM), sigma=np.eye(DIM))
+    with pytest.raises(LdmError, match="is damaged or no file of features: delete it"):
+        open_statistics(str(path), published)

@@ -16,11 +16,9 @@ from ldm.distributed import from_main, join_processes
 from ldm.errors import LdmError
 from ldm.files import write_json
 from pipelines import evaluate
-from pipelines.measuring import checks as overlap
-from pipelines.measuring import evaluation as evaluation_plan
-from pipelines.measuring import metrics as instruments
+from pipelines.measuring import checks, evaluation
 from pipelines.measuring.reference import ImageReference
-from pipelines.measuring.statistics import Tools, survey_images
+from pipelines.measuring.statistics import PassSettings, accumulate
 
 GOOD, ONE_SMALL = "good", "one_small"
 """Folders of images, all of 32×32, and one of 16×16 among those that the second process reads."""
@@ -37,8 +35,8 @@ def main(folder: Path) -> None:
     """Write `<rank>.json`: what became of each attempt in this process."""
     ranks, where = join_processes("cpu")
     second = ranks.process_index == 1
-    instruments.load_lpips = failing(LdmError("no weights"))
-    overlap.BATCH = 4
+    evaluate.load_lpips = failing(LdmError("no weights"))
+    checks.BATCH = 4
     found = {}
 
     def attempt(name: str, make: Callable[[], Any]) -> None:
@@ -57,9 +55,7 @@ def main(folder: Path) -> None:
         return done.count
 
     def note(run: str) -> str:
-        (job,) = evaluation_plan.plan_jobs(
-            [folder / run], data(GOOD), "all", [32], None, ranks, False
-        )
+        (job,) = evaluation.plan_jobs([folder / run], data(GOOD), "all", [32], None, ranks, False)
         return job.seen["note"]
 
     attempt("main", lambda: from_main(ranks, failing(KeyError("a bug"))))
@@ -67,20 +63,20 @@ def main(folder: Path) -> None:
     reference = ImageReference(data(GOOD), "all", 32, samples=9)
     if second:
         reference.batches = failing(LdmError("one is gone"))
-    tools = Tools(None, torch.device(where), 8, 0, ranks, 4)
-    attempt("survey", lambda: survey_images(reference, tools))
+    settings = PassSettings(None, torch.device(where), ranks, 8, 0, 4)
+    attempt("pass", lambda: accumulate(reference, settings))
     attempt("overlap", lambda: note("trained_on_small"))
-    opened = evaluation_plan.open_source
+    opened = evaluation.open_source
     if second:
-        evaluation_plan.open_source = lambda config, split, resolution: (
+        evaluation.open_source = lambda config, split, resolution: (
             failing(LdmError("not on this machine"))() if split == "train" else
             opened(config, split, resolution)
         )  # fmt: skip
     attempt("training data", lambda: note("trained_on_small"))
     if second:
-        evaluation_plan.open_source = failing(LdmError("not on this machine"))
+        evaluation.open_source = failing(LdmError("not on this machine"))
     attempt("data", lambda: measure(GOOD))
-    evaluation_plan.open_source = opened
+    evaluation.open_source = opened
     loaded = evaluate.load_autoencoder
     if second:
         evaluate.load_autoencoder = failing(KeyError("a bug"))
