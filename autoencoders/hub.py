@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from autoencoders.sdvae.formats import pick_said
-from ldm.checkpoint import Damaged, shown
+from ldm.checkpoint import read_safetensors, shown
 from ldm.config import to_tree
 from ldm.errors import LdmError, UsageError
 from ldm.files import to_json, write_together
@@ -207,9 +207,6 @@ def read_pretrained(
     Raises:
         LdmError: another kind of model, a newer format, no weights, or damaged ones.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     kind, form, tree = (described.get(key) for key in ("model_type", "format", "config"))
     if kind != MODEL_TYPE or not isinstance(tree, dict):
         raise LdmError(f"{folder}/config.json describes no autoencoder, but a model_type {kind!r}")
@@ -220,10 +217,7 @@ def read_pretrained(
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         raise LdmError(f"{folder} holds no {WEIGHTS_FILE}: copy or fetch it again")
-    try:
-        return tree, load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise Damaged(f"{path} is truncated or damaged: copy or write it again") from error
+    return tree, read_safetensors(path)
 
 
 def _fetch(repo_id: str, revision: str | None, subfolder: str) -> Path:

@@ -1,6 +1,5 @@
 """Reading of trained autoencoders: files and folders, ours or other people's, told by content."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,12 +19,13 @@ from autoencoders.sdvae.formats import (
     weights_files,
 )
 from ldm.checkpoint import (
-    Damaged,
     is_safetensors,
     load_model,
+    open_safetensors,
     refuse_overstated,
 )
 from ldm.errors import LdmError
+from ldm.files import read_json
 from ldm.safe_pickle import read_foreign
 
 
@@ -61,7 +61,7 @@ def read_autoencoder(path: str | Path) -> AutoencoderFile:
                 f"mostly {path / 'vae'} (or --subfolder vae)"
             )
     if path.is_file():
-        theirs = (_read_safetensors if is_safetensors(path) else _read_pickle)(path)
+        theirs = (_read_compvis if is_safetensors(path) else _read_pickle)(path)
         if theirs is not None:
             return theirs
     model = load_model(path, "autoencoder")
@@ -70,10 +70,9 @@ def read_autoencoder(path: str | Path) -> AutoencoderFile:
 
 
 def _read_folder(folder: Path) -> AutoencoderFile:
-    try:
-        described = json.loads((folder / "config.json").read_text("utf-8"))
-    except (ValueError, OSError) as error:
-        raise LdmError(f"{folder}/config.json describes no SD-VAE to load here: {error}") from error
+    described = read_json(folder / "config.json")
+    if described is None:
+        raise LdmError(f"{folder}/config.json describes no SD-VAE to load here: not a JSON object")
     if is_ours(described):
         parts = read_pretrained(folder, described)
         said = pick_said(described.get("imported"))
@@ -83,22 +82,17 @@ def _read_folder(folder: Path) -> AutoencoderFile:
     return AutoencoderFile(*parts, "diffusers", tuple(weights_files(folder)), said)
 
 
-def _read_safetensors(path: Path) -> AutoencoderFile | None:
+def _read_compvis(path: Path) -> AutoencoderFile | None:
     """A CompVis checkpoint; None where the file says that it is ours."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            if "ldm" in (file.metadata() or {}):
-                return None
-            names = list(file.keys())
-            prefix = find_prefix(names)
-            if prefix is None:
-                _refuse_other_names(names, path)
-                raise LdmError(f"{path} holds weights without a config{_beside(path)}")
-            weights = {name: file.get_tensor(name) for name in names if name.startswith(prefix)}
-    except (SafetensorError, OSError) as error:
-        raise Damaged(f"{path} is truncated or damaged: copy or write it again") from error
+    with open_safetensors(path) as file:
+        if "ldm" in (file.metadata() or {}):
+            return None
+        names = list(file.keys())
+        prefix = find_prefix(names)
+        if prefix is None:
+            _refuse_other_names(names, path)
+            raise LdmError(f"{path} holds weights without a config{_beside(path)}")
+        weights = {name: file.get_tensor(name) for name in names if name.startswith(prefix)}
     return _of_compvis(weights, prefix, path)
 
 

@@ -17,7 +17,6 @@ convolutions (3C, C, 1) are our linear layers (3C, C), with rows in the order he
 there, (q, k, v) × heads here. The tensors are the same otherwise, bit for bit.
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,10 +27,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from diffusion.unet import UNet, UNetConfig
-from ldm.checkpoint import Damaged, is_safetensors, refuse_overstated, shown
+from ldm.checkpoint import is_safetensors, read_safetensors, refuse_overstated, shown
 from ldm.config import validate
 from ldm.errors import LdmError
-from ldm.files import to_json, write_together
+from ldm.files import read_json, to_json, write_together
 from ldm.safe_pickle import read_foreign
 
 CLASS_NAME = "UNet2DModel"
@@ -320,15 +319,18 @@ def read_diffusers(folder: Path) -> tuple[UNetConfig, dict[str, Tensor]]:
         LdmError: it is no UNet2DModel, of a structure that is not our UNet's, or has no weights
             that can be read.
     """
+    described = read_json(folder / "config.json")
+    if described is None:
+        raise LdmError(f"{folder}/config.json describes no UNet to load here: not a JSON object")
     try:
-        config = config_from_diffusers(json.loads((folder / "config.json").read_text("utf-8")))
-    except (OSError, ValueError, TypeError, LdmError) as error:
+        config = config_from_diffusers(described)
+    except (ValueError, TypeError, LdmError) as error:
         raise LdmError(f"{folder}/config.json describes no UNet to load here: {error}") from error
     there = [path for name in (WEIGHTS_FILE, PICKLED_FILE) if (path := folder / name).is_file()]
     if not there:
         raise LdmError(f"{folder} holds neither {WEIGHTS_FILE} nor {PICKLED_FILE}")
     path = there[0]
-    weights = _read_safetensors(path) if path.name == WEIGHTS_FILE else _read_pickle(path)
+    weights = read_safetensors(path) if path.name == WEIGHTS_FILE else _read_pickle(path)
     try:
         return config, from_diffusers(weights, config)
     except LdmError as error:
@@ -357,16 +359,6 @@ def write_diffusers(folder: Path, network: UNet, sample_size: int | None = None)
         }
     )
     return paths
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise Damaged(f"{path} is truncated or damaged: copy or write it again") from error
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
@@ -611,13 +603,7 @@ def _widths(weights: Mapping[str, Tensor], name: str, dimensions: int = 4) -> tu
 def _read(path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint by their full names."""
     if is_safetensors(path):
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise Damaged(f"{path} is truncated or damaged: copy or write it again") from error
+        return read_safetensors(path)
     tree: Any = read_foreign(path)
     tree = tree.get("state_dict", tree) if isinstance(tree, dict) else {}
     tree = tree if isinstance(tree, dict) else {}

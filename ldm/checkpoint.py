@@ -5,7 +5,8 @@ run. They are written whole or not at all; see `ldm.files`.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -84,7 +85,7 @@ def load_model(path: str | Path, kind: Kind) -> ModelFile:
         path = path / "ckpt.pt"
     if not path.is_file():
         raise LdmError(f"no checkpoint at {path}")
-    tree = _read_safetensors(path) if is_safetensors(path) else read_tensors(path)
+    tree = _read_twin(path) if is_safetensors(path) else read_tensors(path)
     if not isinstance(tree, dict) or tree.get("kind") not in tuple(STAGE):
         raise LdmError(f"{path} is not a model file of this toolkit (ckpt.pt of a run)")
     if not isinstance(tree.get("format"), int) or tree["format"] > FORMAT:
@@ -158,6 +159,34 @@ def is_safetensors(path: Path) -> bool:
     return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= size - 8
 
 
+@contextmanager
+def open_safetensors(path: Path, advice: str = "copy or write it again") -> Iterator[Any]:
+    """Open a `.safetensors` file as `safetensors.safe_open` does, to read it inside the `with`.
+
+    Args:
+        advice: the end of the error message for a damaged file.
+
+    Raises:
+        LdmError: it is not there or may not be read.
+        Damaged: it is truncated or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (FileNotFoundError, PermissionError) as error:
+        raise LdmError(f"could not read {path} ({error.strerror or error})") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise Damaged(f"{path} is truncated or damaged: {advice}") from error
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a `.safetensors` file; errors as in `open_safetensors`."""
+    with open_safetensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
 def read_tensors(path: Path) -> Any:
     """`torch.load` under `weights_only=True`, its many failures told as one line.
 
@@ -228,15 +257,10 @@ def _split_tensors(tree: dict[str, Any], prefix: str = "") -> tuple[dict[str, Te
     return tensors, meta
 
 
-def _read_safetensors(path: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            tree = json.loads((file.metadata() or {}).get("ldm", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise Damaged(f"{path} is truncated or damaged: copy or write it again") from error
+def _read_twin(path: Path) -> Any:
+    with open_safetensors(path) as file:
+        tree = json.loads((file.metadata() or {}).get("ldm", "null"))
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if isinstance(tree, dict):
         inner = "autoencoder/"
         tree["weights"] = {k: v for k, v in tensors.items() if not k.startswith(inner)}

@@ -261,6 +261,17 @@ def to_tree(config: Config) -> Tree:
     return config.model_dump(mode="json")
 
 
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Tree:
+    """A nested tree by dotted keys, {"a": {"b": 1}} as {"a.b": 1}; an empty section is a value."""
+    leaves: Tree = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            leaves |= flatten(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
+
+
 def describe(config: Config, indent: int = 0) -> Iterator[tuple[str, str]]:
     """Lines of YAML with the docstring of each key, and what it may be chosen from."""
     pad = "  " * indent

@@ -63,6 +63,15 @@ def write_together(files: Mapping[Path, Callable[[IO[bytes]], Any]]) -> None:
                 beside.unlink()
 
 
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None if it is absent, unreadable or something else."""
+    try:
+        tree = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return tree if isinstance(tree, dict) else None
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write readable JSON, whole or not at all."""
     write_atomically(path, lambda file: file.write(to_json(value)))

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from ldm.checkpoint import Damaged, shown
+from ldm.checkpoint import open_safetensors, shown
 from ldm.ema import gamma_of_std
 from ldm.errors import LdmError
 from ldm.files import write_atomically
@@ -236,18 +236,9 @@ def combine(fit: Fit) -> dict[str, Tensor]:
 
 def _read(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of a snapshot, one at a time."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                yield name, file.get_tensor(name)
-    except FileNotFoundError as error:
-        raise LdmError(f"{path} is gone: was it deleted just now?") from error
-    except (SafetensorError, OSError, ValueError) as error:
-        raise Damaged(
-            f"{path} is truncated or damaged: delete it, and the others are used"
-        ) from error
+    with open_safetensors(path, "delete it, and the others are used") as file:
+        for name in file.keys():  # noqa: SIM118
+            yield name, file.get_tensor(name)
 
 
 def _unlike(path: Path, newest: Path, name: str) -> str:

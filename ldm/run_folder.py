@@ -11,7 +11,6 @@ runs/<time>-<preset>/
 The state a run resumes from: a folder for each, whole or not there, the newest few kept.
 """
 
-import json
 import platform
 import shlex
 import shutil
@@ -27,9 +26,9 @@ import torch
 import yaml
 
 from ldm.checkpoint import Damaged, read_tensors
-from ldm.config import Config, Tree, to_tree, validate
+from ldm.config import Config, Tree, flatten, to_tree, validate
 from ldm.errors import LdmError, UsageError
-from ldm.files import write_atomically, write_json
+from ldm.files import read_json, write_atomically, write_json
 
 RUNS = Path("runs")
 
@@ -139,8 +138,12 @@ def differences(folder: Path, config: Config) -> list[str]:
         return ["config.yaml"]
     with suppress(UsageError):  # a key that is newer than the run had its default then
         theirs = to_tree(validate(type(config), theirs))
-    ours, theirs = dict(_leaves(to_tree(config))), dict(_leaves(theirs))
-    return sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
+    ours, theirs = flatten(to_tree(config)), flatten(theirs)
+    return sorted(
+        key
+        for key in ours | theirs
+        if key.rpartition(".")[2] not in WATCHING and ours.get(key) != theirs.get(key)
+    )
 
 
 @contextmanager
@@ -212,20 +215,7 @@ def _kind(folder: Path) -> str | None:
 
 
 def _described(folder: Path) -> dict[str, Any]:
-    """What run.json says, {} where there is none that can be read."""
-    try:
-        described = json.loads((folder / "run.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return described if isinstance(described, dict) else {}
-
-
-def _leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        elif key not in WATCHING:
-            yield f"{prefix}{key}", value
+    return read_json(folder / "run.json") or {}
 
 
 def installed_version(package: str) -> str:

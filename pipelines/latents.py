@@ -14,7 +14,6 @@ Image k's crop, flip, augmentation, posterior draw, noise, noise level and hidde
 functions of (seed, k) alone.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -33,7 +32,7 @@ from ldm.data.sources import label_of
 from ldm.data.split import Part
 from ldm.data.transforms import CorruptImage
 from ldm.errors import Interrupted, LdmError
-from ldm.files import write_atomically, write_json
+from ldm.files import read_json, write_atomically, write_json
 from ldm.images import to_float
 from ldm.run import Run
 from ldm.seeds import generator, normal, uniform
@@ -205,11 +204,10 @@ def _identity(
 
 def _compare(mark: Path, identity: dict[str, Any]) -> None:
     """Refuse a cache of other latents; an autoencoder that is not known is not compared."""
-    try:
-        found = json.loads(mark.read_text("utf-8"))
-        differing = [key for key, value in identity.items() if found.get(key) != value]
-    except (ValueError, AttributeError) as error:
-        raise LdmError(f"{mark} is damaged: give --cache another folder") from error
+    found = read_json(mark)
+    if found is None:
+        raise LdmError(f"{mark} is damaged: give --cache another folder")
+    differing = [key for key, value in identity.items() if found.get(key) != value]
     if "autoencoder_sha256" in differing and identity["autoencoder_sha256"] is not None:
         raise LdmError(
             f"{mark.parent} holds latents of another autoencoder: give --cache another folder"

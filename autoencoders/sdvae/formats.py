@@ -15,7 +15,6 @@ or as a variant (`.fp16`); our names follow `Autoencoder`. The tensors are the s
 Our SD-VAE as others open it: a diffusers `AutoencoderKL` folder, or a CompVis checkpoint.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,9 +27,9 @@ from torch import Tensor
 
 from autoencoders.sdvae.decoder import SDVAEDecoderConfig
 from autoencoders.sdvae.encoder import SDVAEEncoderConfig
-from ldm.checkpoint import shown
+from ldm.checkpoint import read_safetensors, shown
 from ldm.errors import LdmError
-from ldm.files import to_json, write_atomically, write_together
+from ldm.files import read_json, to_json, write_atomically, write_together
 
 # (ours, theirs), replaced in this order in either direction
 NAMES_COMPVIS = (
@@ -234,19 +233,16 @@ def read_diffusers(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         LdmError: it is no AutoencoderKL, of a structure that is not SD-VAE's, or has no readable
             safetensors.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+    described = read_json(folder / "config.json")
+    if described is None:
+        raise LdmError(f"{folder}/config.json describes no SD-VAE to load here: not a JSON object")
     try:
-        tree = tree_from_diffusers(json.loads((folder / "config.json").read_text("utf-8")))
+        tree = tree_from_diffusers(described)
     except (ValueError, TypeError) as error:
         raise LdmError(f"{folder}/config.json describes no SD-VAE to load here: {error}") from error
     weights: dict[str, Tensor] = {}
     for path in weights_files(folder):
-        try:
-            weights |= load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise LdmError(f"{path} is truncated or damaged: copy or write it again") from error
+        weights |= read_safetensors(path)
     return tree, from_diffusers(weights)
 
 

@@ -22,7 +22,7 @@ from PIL import Image
 from ldm.data.sources import Labels, Source, label_of, load_at_least, printable, unlabelled
 from ldm.data.transforms import SUFFIXES, CorruptImage, center_crop, decode, is_image
 from ldm.errors import LdmError, UsageError
-from ldm.files import write_atomically, write_json
+from ldm.files import read_json, write_atomically, write_json
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
@@ -324,7 +324,7 @@ def finished_shard(
     if not path.is_file():
         return None
     try:
-        report = json.loads(path.read_text("utf-8"))
+        report = read_json(path) or {}
         before, size = dict(report["settings"]), report["bytes"]
     except (ValueError, KeyError, TypeError) as error:
         raise LdmError(f"{path} is damaged: delete it, the shard is then made again") from error

@@ -9,7 +9,6 @@ Latent diffusion models in and out: CompVis' and diffusers' as a `ckpt.pt` of ou
 as diffusers' `UNet2DModel`.
 """
 
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -33,10 +32,10 @@ from diffusion.formats import (
 )
 from diffusion.unet import UNetConfig
 from ldm.checkpoint import (
-    Damaged,
     ModelFile,
     build_with,
     is_safetensors,
+    open_safetensors,
     refuse_overstated,
     save_model,
     shown,
@@ -44,7 +43,7 @@ from ldm.checkpoint import (
 from ldm.config import to_tree, validate
 from ldm.data import DataConfig
 from ldm.errors import LdmError, UsageError
-from ldm.files import write_json
+from ldm.files import read_json, write_json
 from ldm.run_folder import newest_run, provenance
 from ldm.safe_pickle import read_foreign
 from pipelines.exchange.autoencoders import (
@@ -220,14 +219,9 @@ def _read_buffers(path: Path) -> tuple[list[str], dict[str, Tensor]]:
     """The names of all tensors of a checkpoint, and those that tell of noise levels and scale."""
     wanted = ("betas", "alphas_cumprod", "scale_factor")
     if is_safetensors(path):
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                names = list(file.keys())
-                buffers = {name: file.get_tensor(name) for name in wanted if name in names}
-        except (SafetensorError, OSError) as error:
-            raise Damaged(f"{path} is truncated or damaged: copy or write it again") from error
+        with open_safetensors(path) as file:
+            names = list(file.keys())
+            buffers = {name: file.get_tensor(name) for name in wanted if name in names}
         return names, buffers
     tree: Any = read_foreign(path)
     tree = tree.get("state_dict", tree) if isinstance(tree, dict) else {}
@@ -334,12 +328,9 @@ def _unknown(described: dict[str, Any], key: str, known: Iterable[str]) -> LdmEr
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise LdmError(f"could not read {path} ({error})") from error
-    if not isinstance(tree, dict):
-        raise LdmError(f"{path} describes nothing: it is not an object of JSON")
+    tree = read_json(path)
+    if tree is None:
+        raise LdmError(f"{path} is not a JSON object: copy or write it again")
     return tree
 
 

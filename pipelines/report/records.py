@@ -3,7 +3,6 @@
 What has been measured of a run: read from its folder, what is said twice once.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any, Literal
 
 from ldm.config import Tree
 from ldm.errors import LdmError, UsageError
+from ldm.files import read_json
 from ldm.logbook import read_rows
 from ldm.run_folder import is_finished, read_config
 
@@ -95,14 +95,6 @@ def read_records(words: Sequence[str | Path]) -> list[Record]:
     return [_read_records(folder, label) for (_, folder), label in read]
 
 
-def read_tree(path: Path) -> Any | None:
-    """What a JSON file holds; None where it cannot be read."""
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
 def _runs_in(path: Path) -> list[Path]:
     if path.is_file():
         raise LdmError(f"{path} is a file: give the folder of its run, such as {path.parent}")
@@ -137,18 +129,16 @@ def _read_records(folder: Path, label: str) -> Record:
     rows = read_rows(folder / "metrics.jsonl")
     if not rows:
         notes.append("metrics.jsonl is not there or empty: it has no curves.")
-    result = read_tree(folder / "result.json")
-    if is_finished(folder) and not isinstance(result, dict):
+    result = read_json(folder / "result.json")
+    if is_finished(folder) and result is None:
         notes.append("result.json is damaged: its last numbers are not shown.")
-    described = read_tree(folder / "run.json")
-    result = result if isinstance(result, dict) else None
+    described = read_json(folder / "run.json") or {}
     kind = described["kind"]
     return Record(folder, kind, label, described, config or {}, rows, result, notes)
 
 
 def _kind(folder: Path) -> Kind | None:
-    described = read_tree(folder / "run.json")
-    kind = described.get("kind") if isinstance(described, dict) else None
+    kind = (read_json(folder / "run.json") or {}).get("kind")
     return kind if kind in STAGES else None
 
 
@@ -226,16 +216,16 @@ def _read_measurements(record: Record) -> Iterator[Measurement]:
     if record.result is not None:
         yield from _of_training(record, record.result)
     for path in sorted(record.folder.glob("eval/*.json"), key=_place):
-        tree = read_tree(path)
-        trees = tree.get("evaluations", [tree]) if isinstance(tree, dict) else []
+        tree = read_json(path)
+        trees = [] if tree is None else tree.get("evaluations", [tree])
         for each in trees:
             if isinstance(each, dict):
                 yield _of_evaluation(record, path, each)
         if not trees:
             record.notes.append(f"{path} is damaged: its numbers are not shown.")
     for path in sorted({p for glob in SAMPLES for p in record.folder.glob(glob)}, key=_place):
-        tree = read_tree(path)
-        if isinstance(tree, dict):
+        tree = read_json(path)
+        if tree is not None:
             yield _of_samples(record, path, tree)
         else:
             record.notes.append(f"{path} is damaged: its numbers are not shown.")

@@ -9,7 +9,7 @@ What the models of runs make of the same held-out images, and of the same seeds.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from autoencoders.autoencoder import assemble
 from autoencoders.loading import AutoencoderFile, read_autoencoder
 from ldm.checkpoint import fingerprint
-from ldm.config import Tree
+from ldm.config import Tree, flatten
 from ldm.data import DataConfig, open_source, sheet_images
 from ldm.errors import LdmError
 from ldm.images import latents_as_rgb, to_float, to_uint8
@@ -41,7 +41,7 @@ ABSENT = "–"
 
 def settings_section(records: Sequence[Record], titles: Sequence[page.Markup], of: str) -> str:
     """A table of the settings that differ between runs of one stage, and, folded, of all."""
-    flat = [dict(flatten(record.config)) for record in records]
+    flat = [flatten(record.config) for record in records]
     keys = list(dict.fromkeys(key for settings in flat for key in settings))
     if not keys:
         return ""
@@ -62,15 +62,6 @@ def settings_section(records: Sequence[Record], titles: Sequence[page.Markup], o
         text, table = "The runs have the same settings.", ""
     everything = page.folded(f"all {len(keys)} settings", page.columns(header, rows(keys)))
     return page.section(f"Settings{of}", text, table, everything)
-
-
-def flatten(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every leaf."""
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _differs(key: str, flat: Sequence[Tree]) -> bool:
@@ -245,7 +236,7 @@ def _doubts(found: Sequence[Measurement]) -> list[str]:
 def _about(path: Path, tree: Mapping[str, Any]) -> list[tuple[str, str]]:
     """All that a file says; how the model was trained is among the settings already."""
     rows, said = [("file", str(path))], {}
-    for key, value in flatten(dict(tree)):
+    for key, value in flatten(tree).items():
         if ".recipe." in key or value in (None, [], {}, ""):
             continue
         text = _text(value)
@@ -258,7 +249,7 @@ def _about(path: Path, tree: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _origin(record: Record) -> list[tuple[str, str]]:
     """The command, the versions and the machine that made a run, and the model's hash."""
     rows = [("folder", str(record.folder))]
-    rows += [(key, _text(value)) for key, value in flatten(record.described)]
+    rows += [(key, _text(value)) for key, value in flatten(record.described).items()]
     if record.sha256:
         rows.append(("ckpt.pt, SHA-256 of its weights", record.sha256))
     return rows

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from autoencoders.discriminators.stylegan import StyleGANConfig
-from ldm.config import Tree, to_tree
+from ldm.config import flatten, to_tree
 from ldm.data.dataset import PHOTOS
 from ldm.files import to_json, write_together
 from ldm.run_folder import provenance
@@ -265,9 +265,9 @@ def deviations(
 def levelled(jobs: Sequence[Job], settings: Sequence[str]) -> list[str]:
     """Keys set by hand in which the paper's rows differ, and these no longer do."""
     trained = [job for job in jobs if job.taken is None]
-    here = [dict(_leaves(to_tree(job.training.recipe))) for job in trained]
+    here = [flatten(to_tree(job.training.recipe)) for job in trained]
     rows = (job.row for job in trained)
-    paper = [dict(_leaves(to_tree(published_recipe(row.kind, row.preset)))) for row in rows]
+    paper = [flatten(to_tree(published_recipe(row.kind, row.preset))) for row in rows]
     return [
         key
         for key in dict.fromkeys(map(setting_key, settings))
@@ -311,7 +311,7 @@ def is_told(key: str) -> bool:
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
     """A recipe's values by dotted keys."""
-    settings = dict(_leaves(to_tree(recipe)))
+    settings = flatten(to_tree(recipe))
     judge = getattr(recipe, "discriminator", None)
     if isinstance(judge, StyleGANConfig):  # null is a width, too
         settings["discriminator.channels"] = judge.widths[0]
@@ -346,14 +346,6 @@ def _shared(jobs: Sequence[Job]) -> Iterator[str]:
                 f"Rows {', '.join(names)} differ in their data alone, of which there is one here: "
                 "one training stands for them."
             )
-
-
-def _leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 FORMAT = 1

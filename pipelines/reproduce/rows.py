@@ -39,7 +39,7 @@ from ldm.checkpoint import fingerprint, load_model
 from ldm.config import to_tree
 from ldm.data.dataset import listing_identity
 from ldm.errors import LdmError
-from ldm.files import to_json, write_json, write_together
+from ldm.files import read_json, to_json, write_json, write_together
 from ldm.metrics.inception import SHA256, digest, published_weights
 from ldm.run_folder import is_finished
 from pipelines.recipes import AutoencoderRecipe, DiffusionRecipe
@@ -56,12 +56,8 @@ State = Literal["done", "begun", "–"]
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A JSON file of ours; {} where there is none that can be read."""
-    try:
-        record = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
+    """The record in a JSON file; {} if none can be read."""
+    return read_json(path) or {}
 
 
 def write_record(

@@ -33,7 +33,7 @@ from ldm.data.shards import MANIFEST, MANIFEST_FORMAT, Member, ShardSource, inde
 from ldm.data.sources import ZipSource
 from ldm.data.transforms import NOT_RESIZED, CorruptImage, decode
 from ldm.errors import LdmError
-from ldm.files import write_atomically, write_json
+from ldm.files import read_json, write_atomically, write_json
 from ldm.run_folder import RUNS, lock, provenance
 from pipelines.sampling.settings import Sampling
 
@@ -65,11 +65,8 @@ def read_manifest(folder: Path, advice: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     kinds = {"n": int, "model": dict, "weaker": dict | None, "data": dict, "files": str}
-    try:
-        manifest = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise LdmError(f"{path} is damaged: {advice}") from error
-    if not isinstance(manifest, dict) or not all(
+    manifest = read_json(path)
+    if manifest is None or not all(
         isinstance(manifest[key], kind) for key, kind in kinds.items() if key in manifest
     ):
         raise LdmError(f"{path} is damaged: {advice}")
@@ -328,8 +325,8 @@ class ShardStore(PackedStore):
 
     def _read_note(self, tar: Path) -> dict[str, Any]:
         """Read a shard's sidecar; rewrite one that is lost, damaged or of another shard."""
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            content = json.loads(sidecar(tar).read_text("utf-8"))
+        with suppress(OSError, KeyError):
+            content = read_json(sidecar(tar)) or {}
             note = {key: content[key] for key in ("name", "count", "sha256", "bytes")}
             if (note["name"], note["bytes"]) == (tar.name, tar.stat().st_size):
                 return note

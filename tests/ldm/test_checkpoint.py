@@ -14,6 +14,7 @@ from ldm.checkpoint import (
     build_with,
     fingerprint,
     load_model,
+    read_safetensors,
     save_model,
     shown,
 )
@@ -208,3 +209,13 @@ def test_safetensors_of_others_is_told(tmp_path):
 
     save_file({"w": torch.zeros(1)}, tmp_path / "x.safetensors", {"ldm": json.dumps(None)})
     assert "is not a model file" in message(tmp_path / "x.safetensors")
+
+
+def test_safetensors_that_are_missing_or_truncated_are_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(LdmError, match=r"could not read .*x.safetensors"):
+        read_safetensors(path)
+    save_model(tmp_path / "x.pt", model())
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(Damaged, match="is truncated or damaged: copy or write it again"):
+        read_safetensors(path)

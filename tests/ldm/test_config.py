@@ -8,6 +8,7 @@ from ldm.config import (
     Config,
     describe,
     did_you_mean,
+    flatten,
     key_paths,
     list_presets,
     load_preset,
@@ -205,3 +206,8 @@ def test_describe_lists_what_there_is_to_choose_from():
 def test_a_long_list_of_what_there_is_is_cut():
     said = did_you_mean("zzz", [f"name{i:03d}" for i in range(100)])
     assert said.startswith("; there are: name000, ") and said.endswith(", and 88 more")
+
+
+def test_flatten_names_every_value_by_its_dotted_key():
+    tree = {"a": {"b": {"c": 1}, "d": [{"e": 2}]}, "f": {}, "g": None}
+    assert flatten(tree) == {"a.b.c": 1, "a.d": [{"e": 2}], "f": {}, "g": None}

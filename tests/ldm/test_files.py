@@ -1,7 +1,7 @@
 import pytest
 
 from ldm.errors import LdmError
-from ldm.files import write_atomically, write_together
+from ldm.files import read_json, write_atomically, write_json, write_together
 
 
 def test_write_atomically_keeps_what_stood_there_when_the_writer_fails(tmp_path):
@@ -80,3 +80,13 @@ def test_files_that_belong_together_are_all_new_or_all_old(tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         write(b"new")
     assert paths[0].read_bytes() == b"new" and not paths[1].exists()
+
+
+def test_read_json_gives_an_object_or_none(tmp_path):
+    path = tmp_path / "a.json"
+    assert read_json(path) is None and read_json(tmp_path) is None
+    write_json(path, {"größe": 1})
+    assert read_json(path) == {"größe": 1}
+    for other in (b"[1]", b"{", b"\xff", b""):
+        path.write_bytes(other)
+        assert read_json(path) is None

@@ -5,10 +5,11 @@ from math import nan
 
 import pytest
 
+from ldm.config import flatten
 from ldm.errors import LdmError, UsageError
 from pipelines.report import page
 from pipelines.report.records import Record, read_records
-from pipelines.report.sections import POINTS, curves_section, flatten, settings_section
+from pipelines.report.sections import POINTS, curves_section, settings_section
 from tests.pipelines.report.run_folders import stage_one, stage_two, write_rows
 
 
@@ -70,7 +71,7 @@ def test_where_a_run_ends_is_what_its_settings_say_or_its_rows_once_it_has_ended
 def test_settings_are_compared_leaf_by_leaf():
     a = {"lr": 1.0, "run": {"seed": 0, "log_every_steps": 1}, "encoder": {"type": "x", "n": 1}}
     b = {"lr": 1.0, "run": {"seed": 1, "log_every_steps": 2}, "encoder": {"type": "y"}}
-    assert dict(flatten(a))["run.seed"] == 0
+    assert flatten(a)["run.seed"] == 0
     records = record("a", a), record("b", b)
     text = settings_section(records, [page.Markup(r.label) for r in records], "")
     text = text.replace("<wbr>", "")
