@@ -1,6 +1,8 @@
-"""The autoencoder: one encoder, a posterior, one decoder, each of which can be exchanged."""
+"""The autoencoder: an encoder, a posterior and a decoder, of exchangeable types."""
 
 import math
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoencoders.cpu import PIXELS_AT_ONCE, in_small_batches
-from autoencoders.dwt.encoder import DWTEncoder, DWTEncoderConfig
+from autoencoders.dwt import DWTEncoder, DWTEncoderConfig
 from autoencoders.hub import HubMixin
 from autoencoders.layers import fuse
 from autoencoders.litevae.encoder import LiteVAEEncoder, LiteVAEEncoderConfig
@@ -27,17 +29,12 @@ EncoderConfig = Annotated[
     LiteVAEEncoderConfig | SDVAEEncoderConfig | DWTEncoderConfig, Field(discriminator="type")
 ]
 
-FILE_KEYS = (
-    ("quant_conv.weight", "pre_conv.weight"),
-    ("quant_conv.bias", "pre_conv.bias"),
-    ("post_quant_conv.weight", "post_conv.weight"),
-    ("post_quant_conv.bias", "post_conv.bias"),
-)
-"""Tensors whose key in every state dict, and so in every file, is another than their name."""
+FILE_KEYS = {"quant_conv": "pre_conv", "post_quant_conv": "post_conv"}
+"""Layers whose key in state dicts, and so in all files, differs from their name."""
 
 
 class AutoencoderConfig(Config):
-    """Stage one's model. The defaults are LiteVAE-B with SD-VAE's decoder."""
+    """Model of stage one. The defaults are LiteVAE-B with SD-VAE's decoder."""
 
     latent_channels: PositiveInt = 4
     """n_z, channels of the latents."""
@@ -65,25 +62,25 @@ class AutoencoderConfig(Config):
 
     @model_validator(mode="after")
     def _fits_the_transform(self) -> "AutoencoderConfig":
-        """A transform that is not learned has as many channels as it has."""
+        """A transform without parameters fixes the number of channels."""
         if self.encoder.type == "dwt" and self.latent_channels != self.encoder.latent_channels:
             raise ValueError(
                 f"latent_channels is {self.latent_channels}, and the dwt encoder gives "
                 f"{self.encoder.latent_channels}: set latent_channels="
-                f"{self.encoder.latent_channels}, or another encoder.levels"
+                f"{self.encoder.latent_channels}, or change encoder.levels"
             )
         return self
 
 
 class AutoencoderOutput(NamedTuple):
-    """What a forward pass answers."""
+    """Result of a forward pass."""
 
     recon: Tensor
     """Reconstruction (B, 3, H, W), float32, about [−1, 1], not clipped."""
     posterior: DiagonalGaussian
-    """The encoder's answer, over latents (B, n_z, H/f, W/f)."""
+    """Posterior over latents (B, n_z, H/f, W/f)."""
     latents: Tensor
-    """What was decoded (B, n_z, H/f, W/f), float32."""
+    """Latents that were decoded (B, n_z, H/f, W/f), float32."""
 
 
 class Autoencoder(HubMixin):
@@ -110,8 +107,8 @@ class Autoencoder(HubMixin):
     def encode(self, images: Tensor) -> DiagonalGaussian:
         """Images (B, 3, H, W) in [−1, 1] → posterior over latents (B, n_z, ⌈H/f⌉, ⌈W/f⌉).
 
-        Where a side is no multiple of f, the last column or row is repeated, on the right and at
-        the bottom, until it is; `decode` with the size of the images crops that off again.
+        Sides that are no multiples of f are padded, see `pad`; `decode` with the size of the images
+        crops the padding off.
 
         Raises:
             LdmError: a side is smaller than f.
@@ -122,7 +119,7 @@ class Autoencoder(HubMixin):
         return DiagonalGaussian.from_moments(moments)
 
     def pad(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) with their last column and row repeated to multiples of f.
+        """Repeat the last column and row of images (B, 3, H, W) up to multiples of f.
 
         Raises:
             LdmError: a side is smaller than f.
@@ -130,18 +127,18 @@ class Autoencoder(HubMixin):
         f, (height, width) = self.downsampling, images.shape[-2:]
         if min(height, width) < f:
             raise LdmError(
-                f"images of {height}×{width} pixels: this autoencoder makes one latent of "
-                f"{f}×{f}; give it larger images, or fewer levels (encoder.depth)"
+                f"images of {height}×{width} pixels are smaller than one latent of {f}×{f}: "
+                "use larger images, or an autoencoder with fewer levels"
             )
         if not (height % f or width % f):
             return images
         return F.pad(images, (0, -width % f, 0, -height % f), mode="replicate")
 
-    def decode(self, latents: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    def decode(self, latents: Tensor, size: Sequence[int] | None = None) -> Tensor:
         """Latents (B, n_z, h, w) → images (B, 3, f·h, f·w), float32, not clipped.
 
         Args:
-            size: height and width to crop to, those of the images encoded.
+            size: height and width to crop to, those of the encoded images.
         """
         pixels = self.downsampling**2 * math.prod(latents.shape[-2:])
         recon = in_small_batches(self._recon, latents, pixels, PIXELS_AT_ONCE["decoder"])
@@ -150,12 +147,12 @@ class Autoencoder(HubMixin):
     def forward(
         self, images: Tensor, noise: Tensor | None = None, sample: bool = True
     ) -> AutoencoderOutput:
-        """Encode, draw, decode; images of any size come back in their own.
+        """Encode, sample the posterior, decode; the reconstruction has the images' size.
 
         Args:
-            images: (B, 3, H, W) in [−1, 1].
+            images: (B, 3, H, W) in [−1, 1], of any size from f up.
             noise: standard normal (B, n_z, ⌈H/f⌉, ⌈W/f⌉), so that noise belongs to samples.
-            sample: False decodes the posterior's mode instead of a draw.
+            sample: False decodes the posterior's mode instead of a sample.
         """
         posterior = self.encode(images)
         latents = posterior.sample(noise=noise) if sample else posterior.mode()
@@ -168,11 +165,13 @@ class Autoencoder(HubMixin):
         return self.decoder(self.post_quant_conv(latents)).float()
 
     def fuse(self) -> "Autoencoder":
-        """A frozen copy for inference, the same function in less work; see `layers.fuse`.
+        """Copy this autoencoder for faster inference; see `layers.fuse`.
 
-        It cannot be saved, for its tensors are not those that its config describes: save this one.
+        The copy is frozen and cannot be saved: save this one.
         """
-        return fuse(self)
+        fused = fuse(self)
+        assert isinstance(fused, Autoencoder)
+        return fused
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Autoencoder":
@@ -181,17 +180,17 @@ class Autoencoder(HubMixin):
 
 
 def build_autoencoder(preset_or_config: str | AutoencoderConfig, **overrides: Any) -> Autoencoder:
-    """A fresh autoencoder: of a preset's name ("litevae-b") or a config, and what differs from it.
+    """Build an autoencoder with fresh weights from a preset's name ("litevae-b") or a config.
 
     Args:
-        overrides: top-level keys (`latent_channels=12`); a section takes a dict of what differs
+        overrides: top-level keys (`latent_channels=12`); for a section a dict of the keys to change
             in it (`decoder={"norm": "smc"}`).
 
     Raises:
         UsageError: no such preset, an unknown key, or a bad value.
     """
     if isinstance(preset_or_config, str):
-        # a preset says how to train its model, too: that is not for here
+        # a preset holds the training's settings too
         preset = load_preset("ae", preset_or_config)
         tree = {key: preset[key] for key in AutoencoderConfig.model_fields if key in preset}
     else:
@@ -226,13 +225,15 @@ def assemble(file: AutoencoderFile, path: str | Path) -> Autoencoder:
     return build_with(lambda: Autoencoder(config), file.weights, path)
 
 
-def _to_file_keys(module: nn.Module, tensors: dict[str, Any], prefix: str, *_: Any) -> None:
-    for name, key in FILE_KEYS:
-        if f"{prefix}{name}" in tensors:
-            tensors[f"{prefix}{key}"] = tensors.pop(f"{prefix}{name}")
+def _to_file_keys(module: nn.Module, tensors: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    _rename_layers(tensors, prefix, FILE_KEYS)
 
 
-def _from_file_keys(module: nn.Module, tensors: dict[str, Any], prefix: str, *_: Any) -> None:
-    for name, key in FILE_KEYS:
-        if f"{prefix}{key}" in tensors:
-            tensors[f"{prefix}{name}"] = tensors.pop(f"{prefix}{key}")
+def _from_file_keys(module: nn.Module, tensors: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    _rename_layers(tensors, prefix, {key: name for name, key in FILE_KEYS.items()})
+
+
+def _rename_layers(tensors: dict[str, Tensor], prefix: str, names: dict[str, str]) -> None:
+    for (old, new), tensor in product(names.items(), ("weight", "bias")):
+        if f"{prefix}{old}.{tensor}" in tensors:
+            tensors[f"{prefix}{new}.{tensor}"] = tensors.pop(f"{prefix}{old}.{tensor}")

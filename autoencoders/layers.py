@@ -1,4 +1,4 @@
-"""The parts all the autoencoders are built of. Everything is (B, C, H, W)."""
+"""Parts of all the autoencoders, on features (B, C, H, W)."""
 
 import math
 from abc import ABC, abstractmethod
@@ -19,36 +19,36 @@ Norm = Literal["group", "smc"]
 
 
 class GroupNorm(nn.GroupNorm):
-    """PyTorch's, but for its refusal of a lone value in a group, as in a latent of 1×1."""
+    """PyTorch's GroupNorm, which here takes groups of one value too, as in a latent of 1×1."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) → the same, each group with mean 0 and variance 1, then scale and shift."""
+        """(B, C, H, W) → the same shape: each group normalised, then scale and shift."""
         return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
 def group_norm(width: int) -> GroupNorm:
-    """32 groups where they divide the width, else the largest power of two that does."""
+    """GroupNorm of 32 groups if they divide the width, else the largest power of two that does."""
     return GroupNorm(math.gcd(32, width), width, eps=1e-6)
 
 
 class SelfModulatedConv2d(nn.Conv2d):
-    """A 3×3 convolution that learns the scale of each of its inputs (Sadat et al. 2024, 4.2).
+    """3×3 convolution that learns the scale of each input channel (Sadat et al. 2024, Section 4.2).
 
-    Its weight has unit norm per output channel, so it needs no normalisation of its input, and
-    keeps what the features' relative magnitudes say. Nothing depends on the sample: the weight is
-    modulated once, in its own precision, and one ordinary convolution follows.
+    Its weight has unit norm per output channel, so its input needs no normalisation, and the
+    relative magnitudes of the features survive. Nothing depends on the sample: the weight is
+    modulated once, in its own precision, and an ordinary convolution follows.
     """
 
     def __init__(self, in_width: int, out_width: int) -> None:
         super().__init__(in_width, out_width, 3, padding=1)
         self.scales = nn.Parameter(torch.ones(in_width))
         self.gain = nn.Parameter(torch.ones(()))
-        # Equation 3 takes the norm of a filter out again: it only sets how far a step turns it.
-        # PyTorch's (0.6) collapses at Adam's 1e-3; 4 is steady there, and as good at 1e-4.
+        # Equation 3 divides by a filter's norm, which only sets how far a step turns the filter.
+        # PyTorch's default (0.6) collapses at Adam's 1e-3; 4 is stable there, and as good at 1e-4.
         nn.init.normal_(self.weight, std=4 / math.sqrt(self.weight[0].numel()))
 
     def modulated_weight(self, eps: float = 1e-8) -> Tensor:
-        """(out, in, 3, 3); no operation here is one that autocast lowers."""
+        """Weight (out, in, 3, 3), by operations that autocast leaves in float32."""
         # Sadat et al. 2024, Equation 3: w'_ijk = s_i w_ijk / √(Σ_{i,k} (s_i w_ijk)² + ε)
         scaled = self.scales.view(1, -1, 1, 1) * self.weight
         norm = scaled.square().sum(dim=(1, 2, 3), keepdim=True)
@@ -59,7 +59,8 @@ class SelfModulatedConv2d(nn.Conv2d):
         return F.conv2d(x, self.modulated_weight(), self.bias, padding=1)
 
     def fused(self) -> nn.Conv2d:
-        """The plain convolution that this one is as long as nothing is learned."""
+        """Plain convolution with the same output, for inference."""
+        assert self.bias is not None
         conv = nn.Conv2d(self.in_channels, self.out_channels, 3, padding=1, device="meta")
         conv.weight = nn.Parameter(self.modulated_weight().detach())
         conv.bias = nn.Parameter(self.bias.detach().clone())
@@ -67,10 +68,10 @@ class SelfModulatedConv2d(nn.Conv2d):
 
 
 def fuse(module: nn.Module) -> nn.Module:
-    """A copy for inference: what nothing is learned of any more is worked out beforehand.
+    """Copy a module for inference, with the work done once that does not depend on the input.
 
-    Self-modulated convolutions become plain ones, upsampling convolutions look at the small image.
-    The copy is frozen, in eval mode, and refuses to be saved: its tensors are not those that the
+    Self-modulated convolutions become plain ones, and upsampling convolutions read the small image.
+    The copy is frozen, in eval mode, and cannot be saved: its tensors are not those that the
     module's config describes. Save and train the module itself.
     """
     if isinstance(module, (SelfModulatedConv2d, Upsample)):
@@ -85,23 +86,23 @@ def fuse(module: nn.Module) -> nn.Module:
 
 
 def _refuse_to_save(*_: object) -> None:
-    raise LdmError("a fused autoencoder is for inference alone: save the one it was made from")
+    raise LdmError("a fused autoencoder cannot be saved: save the one that it was fused from")
 
 
 class Block(nn.Module, ABC):
-    """A part whose activations can be recomputed in the backward pass instead of being kept.
+    """Part of a network that can recompute its activations in the backward pass.
 
-    A subclass says in `transform` what it computes; see `checkpoint_blocks`.
+    A subclass implements `transform`; see `checkpoint_blocks`.
     """
 
     recompute = False
 
     @abstractmethod
     def transform(self, x: Tensor) -> Tensor:
-        """What the block computes of (B, C, H, W)."""
+        """Compute the block's output from (B, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """`transform`, keeping only `x` for the backward pass where that is to recompute."""
+        """Apply `transform`, and keep only `x` for the backward pass if `recompute` is set."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self.transform, x, use_reentrant=False)
         return self.transform(x)
@@ -110,8 +111,8 @@ class Block(nn.Module, ABC):
 def checkpoint_blocks(module: nn.Module) -> None:
     """Let every `Block` in a module recompute its activations in the backward pass.
 
-    Gradient checkpointing (Chen et al. 2016): the same gradients, bit for bit, and the same state
-    dict; about a third more time for much less memory. Nothing changes where no gradient is wanted.
+    Gradient checkpointing (Chen et al. 2016, arXiv 1604.06174): the same gradients, bit for bit,
+    and the same state dict, for about a third more time and much less memory.
     """
     for part in module.modules():
         if isinstance(part, Block):
@@ -119,11 +120,11 @@ def checkpoint_blocks(module: nn.Module) -> None:
 
 
 class ResidualBlock(Block):
-    """x + two 3×3 convolutions of it; a 1×1 convolution on the skip where the width changes.
+    """x + two 3×3 convolutions of it, with a 1×1 convolution on the skip if the width changes.
 
     Args:
-        norm: "group" normalises before each convolution; "smc" does without, and lets the
-            convolutions modulate themselves.
+        norm: "group" normalises before each convolution; "smc" has self-modulated convolutions
+            instead.
     """
 
     def __init__(self, in_width: int, out_width: int, norm: Norm = "group") -> None:
@@ -146,7 +147,7 @@ def _norm_and_conv(in_width: int, out_width: int, norm: Norm) -> tuple[nn.Module
 
 
 class SelfAttention(Block):
-    """x + single-head attention between all its positions: (B, width, H, W) → the same."""
+    """x + single-head attention between all its positions."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -156,7 +157,7 @@ class SelfAttention(Block):
 
     def transform(self, x: Tensor) -> Tensor:
         """(B, width, H, W) → (B, width, H, W)."""
-        tokens = rearrange(self.norm(x), "b c h w -> b 1 (h w) c")
+        tokens = rearrange(self.norm(x), "b c h w -> b 1 (h w) c")  # (B, 1 head, H·W, width)
         mixed = F.scaled_dot_product_attention(
             self.query(tokens), self.key(tokens), self.value(tokens)
         )
@@ -164,7 +165,7 @@ class SelfAttention(Block):
 
 
 def middle(width: int, norm: Norm = "group") -> nn.Sequential:
-    """What stands between SD-VAE's way down and up: residual block, attention, residual block."""
+    """Middle of SD-VAE's encoder and decoder: residual block, attention, residual block."""
     return nn.Sequential(
         ResidualBlock(width, width, norm), SelfAttention(width), ResidualBlock(width, width, norm)
     )
@@ -178,7 +179,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pads on the right and at the bottom only, as SD-VAE's weights expect."""
+        """Pad on the right and at the bottom only, as SD-VAE's weights expect."""
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -194,21 +195,21 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
     def fused(self) -> "FusedUpsample":
-        """The same function in four ninths of the multiplications."""
+        """Equal module with four ninths of the multiplications, for inference."""
         return FusedUpsample(self.conv)
 
 
 class FusedUpsample(nn.Module):
-    """What `Upsample` computes, by 2×2 convolutions of the image before it is enlarged.
+    """`Upsample` by four 2×2 convolutions of the small image, one for each pixel of 2×2.
 
-    Of the three rows that a tap of the 3×3 filter falls on, two are copies of one row: above an
-    even row of the output lies another row of the input, below it the same one; for odd rows the
-    other way round. Their weights add up. So too with columns: four filters, one for each of the
-    2×2 pixels that a pixel becomes.
+    Of the three rows of the enlarged image under a 3×3 filter, two are copies of one input row: for
+    an even row of the output its own and the one below, for an odd row its own and the one above.
+    The filter's weights on the copies add up. The same holds for columns.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
+        assert conv.bias is not None
         merge = conv.weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
         # merge[parity, tap of 2, tap of 3]
         weight = torch.einsum("pik,ockl,qjl->pqocij", merge, conv.weight.detach(), merge)

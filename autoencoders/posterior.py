@@ -1,4 +1,4 @@
-"""What an encoder answers: a diagonal Gaussian over latents (Kingma & Welling 2014)."""
+"""Posterior over latents: a diagonal Gaussian (Kingma & Welling 2014, arXiv 1312.6114)."""
 
 import torch
 from torch import Tensor
@@ -20,16 +20,16 @@ class DiagonalGaussian:
 
     @classmethod
     def from_moments(cls, moments: Tensor) -> "DiagonalGaussian":
-        """From an encoder's output (B, 2·n_z, h, w): the mean, then the log-variance."""
+        """Build it from an encoder's output (B, 2·n_z, h, w): the mean, then the log-variance."""
         return cls(*moments.chunk(2, dim=1))
 
     def sample(
         self, generator: torch.Generator | None = None, noise: Tensor | None = None
     ) -> Tensor:
-        """One draw (B, n_z, h, w).
+        """Draw one sample (B, n_z, h, w).
 
         Args:
-            generator: where the noise comes from, if `noise` is not given; None is torch's own.
+            generator: source of the noise if `noise` is None; None is torch's default.
             noise: standard normal values (B, n_z, h, w), so that each sample can own its noise.
 
         Raises:
@@ -40,10 +40,11 @@ class DiagonalGaussian:
             noise = torch.randn(self.mean.shape, generator=generator, device=device)
         if noise.shape != self.mean.shape:
             raise ValueError(f"noise {tuple(noise.shape)} for latents {tuple(self.mean.shape)}")
+        # Kingma & Welling 2014, Section 2.4: z = μ + σ ε
         return self.mean + torch.exp(0.5 * self.logvar) * noise.to(self.mean)
 
     def mode(self) -> Tensor:
-        """The most likely latents (B, n_z, h, w)."""
+        """Most likely latents (B, n_z, h, w)."""
         return self.mean
 
     def kl(self) -> Tensor:

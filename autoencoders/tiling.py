@@ -1,12 +1,12 @@
-"""Images too large for one pass: encoded and decoded tile by tile, the seams blended.
+"""Images too large for one pass: encoded and decoded tile by tile, with blended seams.
 
-A tile's convolutions see its own border where the image goes on, and GroupNorm and attention see
-the tile alone, so tiles differ where they overlap. There each gives way to its neighbour along a
-raised cosine. Sizes are in pixels throughout, of latents too: a tile has tile/f of those.
+At its border a tile's convolutions see padding instead of the image, and GroupNorm and attention
+see the tile alone, so tiles differ where they overlap. There a raised cosine blends each into its
+neighbour. Sizes are in pixels throughout, for latents too: a tile has tile/f of those.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import NamedTuple
 
@@ -24,18 +24,17 @@ def encode_tiled(
 ) -> DiagonalGaussian:
     """Images (B, 3, H, W) in [−1, 1] → posterior over latents (B, n_z, ⌈H/f⌉, ⌈W/f⌉).
 
-    Mean and log-variance are blended. Images no larger than a tile go in one piece, as to
-    `ae.encode`. Where a side is no multiple of f, the last row or column is repeated, at the bottom
-    or on the right, until it is. No gradients.
+    Mean and log-variance are blended. Images no larger than a tile go through in one piece, as by
+    `ae.encode`, and sides that are no multiples of f are padded as there. No gradients.
 
     Args:
-        ae: in eval mode; its device may be another than that of the images.
+        ae: in eval mode; its device may differ from that of the images.
         tile: side of a tile, in pixels, a multiple of f.
-        overlap: of two neighbouring tiles at least, in pixels, a multiple of f.
-        batch: the most tiles in the network at once.
+        overlap: least overlap of two neighbouring tiles, in pixels, a multiple of f.
+        batch: largest number of tiles in the network at once.
 
     Raises:
-        UsageError: tile, overlap or batch cannot be.
+        UsageError: tile, overlap or batch is out of range.
         LdmError: a side is smaller than f.
     """
     f, images = ae.downsampling, ae.pad(images)
@@ -47,7 +46,7 @@ def encode_tiled(
     tiling = _Tiling(f, tile, overlap, batch)
     channels = 2 * ae.config.latent_channels
     return DiagonalGaussian.from_moments(
-        tiling.run(moments, images, _device(ae), channels, inward=f, outward=1)
+        tiling.run(moments, images, _device(ae), channels, in_scale=f, out_scale=1)
     )
 
 
@@ -55,52 +54,52 @@ def encode_tiled(
 def decode_tiled(
     ae: Autoencoder,
     latents: Tensor,
-    size: tuple[int, int] | None = None,
+    size: Sequence[int] | None = None,
     tile: int = 512,
     overlap: int = 128,
     batch: int = 1,
 ) -> Tensor:
     """Latents (B, n_z, h, w) → images (B, 3, f·h, f·w), float32, not clipped.
 
-    Latents of no more than a tile go in one piece, as to `ae.decode`. No gradients.
+    Latents no larger than a tile go through in one piece, as by `ae.decode`. No gradients.
 
     Args:
-        size: height and width to crop to, those of the images encoded.
+        size: height and width to crop to, those of the encoded images.
         ae, tile, overlap, batch: as in `encode_tiled`, in pixels of the images.
 
     Raises:
-        UsageError: tile, overlap or batch cannot be.
+        UsageError: tile, overlap or batch is out of range.
     """
     f = ae.downsampling
     tiling = _Tiling(f, tile, overlap, batch)
-    recon = tiling.run(ae.decode, latents, _device(ae), channels=3, inward=1, outward=f)
+    recon = tiling.run(ae.decode, latents, _device(ae), channels=3, in_scale=1, out_scale=f)
     return recon if size is None else recon[..., : size[0], : size[1]]
 
 
 def reconstruct_tiled(
     ae: Autoencoder, images: Tensor, tile: int = 512, overlap: int = 128, batch: int = 1
 ) -> Tensor:
-    """Images (B, 3, H, W) in [−1, 1] → their reconstruction from the posterior's mode, same size.
+    """Images (B, 3, H, W) in [−1, 1] → reconstruction from the posterior's mode, of equal size.
 
-    The arguments and errors are those of `encode_tiled`.
+    Arguments and errors are those of `encode_tiled`.
     """
     latents = encode_tiled(ae, images, tile, overlap, batch).mode()
     return decode_tiled(ae, latents, images.shape[-2:], tile, overlap, batch)
 
 
 class _Span(NamedTuple):
-    """What a tile covers along one side."""
+    """Extent of a tile along one side."""
 
     source: slice
-    """Of what goes into the network."""
-    answer: slice
-    """Of what comes out."""
+    """In the network's input."""
+    output: slice
+    """In its output."""
     weight: Tensor
-    """Its part in the blend (n,); those of all tiles add up to 1 everywhere."""
+    """Weights of the blend (n,); those of all tiles add up to 1 everywhere."""
 
 
 class _Tiling:
-    """How images are cut into tiles, and the network's answers put together again."""
+    """Cuts inputs into tiles and blends the network's outputs."""
 
     def __init__(self, f: int, tile: int, overlap: int, batch: int) -> None:
         if tile < f or tile % f or overlap % f:
@@ -109,10 +108,10 @@ class _Tiling:
                 "autoencoder's downsampling"
             )
         if not 0 <= overlap < tile:
-            raise UsageError(f"overlap={overlap} of tiles of {tile}: from 0 to {tile - f} can be")
+            raise UsageError(f"overlap={overlap}, tile={tile}: overlap must be 0 to {tile - f}")
         if batch < 1:
-            raise UsageError(f"batch={batch}: at least one tile must go through at once")
-        # in latents, the coarser grid, so that every cut falls on whole values on both sides
+            raise UsageError(f"batch={batch}: must be at least 1")
+        # in latents, the coarser grid, so that every cut falls on whole values in both
         self.tile, self.overlap, self.batch = tile // f, overlap // f, batch
 
     def run(
@@ -121,46 +120,49 @@ class _Tiling:
         source: Tensor,
         device: torch.device,
         channels: int,
-        inward: int,
-        outward: int,
+        in_scale: int,
+        out_scale: int,
     ) -> Tensor:
-        """The network's answer to source (B, C, H, W) as a whole: (B, channels, H', W'), float32.
+        """Apply the network to source (B, C, H, W) by tiles: (B, channels, H', W'), float32.
 
         Args:
-            inward: values of the source per latent, along each side.
-            outward: values of the answer per latent, along each side.
+            in_scale: values of the source per latent, along each side.
+            out_scale: values of the output per latent, along each side.
         """
-        height, width = (side // inward for side in source.shape[-2:])
-        shape = len(source), channels, height * outward, width * outward
+        height, width = (side // in_scale for side in source.shape[-2:])
+        shape = len(source), channels, height * out_scale, width * out_scale
         whole = torch.zeros(shape, device=source.device)
         rows, columns = (
-            [_Span(_scaled(a, b, inward), _scaled(a, b, outward), w.to(whole)) for a, b, w in spans]
-            for spans in (self.spans(height, outward), self.spans(width, outward))
+            [
+                _Span(_scaled(start, end, in_scale), _scaled(start, end, out_scale), w.to(whole))
+                for start, end, w in self.spans(side, out_scale)
+            ]
+            for side in (height, width)
         )
-        jobs = list(product(range(len(source)), rows, columns))
-        for first in range(0, len(jobs), self.batch):
-            some = jobs[first : first + self.batch]
-            tiles = torch.stack(
+        tiles = list(product(range(len(source)), rows, columns))
+        for first in range(0, len(tiles), self.batch):
+            some = tiles[first : first + self.batch]
+            inputs = torch.stack(
                 [source[i, :, row.source, column.source] for i, row, column in some]
             )
-            answers = network(tiles.to(device)).to(whole)
-            for answer, (i, row, column) in zip(answers, some, strict=True):
-                part = whole[i, :, row.answer, column.answer]
-                part += row.weight[:, None] * column.weight * answer
+            outputs = network(inputs.to(device)).to(whole)
+            for output, (i, row, column) in zip(outputs, some, strict=True):
+                part = whole[i, :, row.output, column.output]
+                part += row.weight[:, None] * column.weight * output
         return whole
 
-    def spans(self, side: int, outward: int) -> list[tuple[int, int, Tensor]]:
-        """Start and end of each tile along a side, in latents, and its weights, in answers.
+    def spans(self, side: int, out_scale: int) -> list[tuple[int, int, Tensor]]:
+        """Start and end of each tile along a side, in latents, and its weights, in outputs.
 
-        As few tiles as have the overlap, spread evenly from border to border.
+        As few tiles as keep the overlap, spread evenly from border to border.
         """
         tile, overlap = min(self.tile, side), self.overlap
         gaps = math.ceil((side - tile) / (self.tile - overlap))
         starts = [i * (side - tile) // max(gaps, 1) for i in range(gaps + 1)]
-        ramp = _raised_cosine(overlap * outward)
-        weights = torch.zeros(len(starts), side * outward)
+        ramp = _raised_cosine(overlap * out_scale)
+        weights = torch.zeros(len(starts), side * out_scale)
         for weight, start in zip(weights, starts, strict=True):
-            own = weight[start * outward : (start + tile) * outward]
+            own = weight[start * out_scale : (start + tile) * out_scale]
             own.fill_(1)
             if start > 0:
                 own[: len(ramp)] *= ramp
@@ -168,13 +170,13 @@ class _Tiling:
                 own[len(own) - len(ramp) :] *= ramp.flip(0)
         weights /= weights.sum(dim=0)
         return [
-            (start, start + tile, weight[start * outward : (start + tile) * outward])
+            (start, start + tile, weight[start * out_scale : (start + tile) * out_scale])
             for start, weight in zip(starts, weights, strict=True)
         ]
 
 
 def _raised_cosine(length: int) -> Tensor:
-    """(length,), from near 0 to near 1, never either; with its mirror image it adds up to 1."""
+    """Rise (length,) within (0, 1); it and its mirror image add up to 1."""
     return torch.sin((torch.arange(length) + 0.5) * (math.pi / 2 / max(length, 1))).square()
 
 

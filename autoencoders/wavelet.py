@@ -5,6 +5,7 @@ The bands are orthonormal, so energy is kept. The other wavelets of PyWavelets t
 periodic, which keeps every sub-band at half its size (`mode="periodization"` there).
 """
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
@@ -19,7 +20,7 @@ SubBands = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def known_wavelet(name: str) -> str:
-    """The name itself. Raises ValueError, with the nearest name, if PyWavelets has none such."""
+    """Return a name that PyWavelets knows, or raise a ValueError with the nearest one."""
     if name != "haar":
         import pywt
 
@@ -30,7 +31,7 @@ def known_wavelet(name: str) -> str:
 
 
 WaveletName = Annotated[str, AfterValidator(known_wavelet)]
-"""A config's field: one of the 106 discrete wavelets of PyWavelets, "haar" to "sym20"."""
+"""Config field: one of the 106 discrete wavelets of PyWavelets, "haar" to "sym20"."""
 
 
 # ----------------------------------------------------------------------------- any wavelet
@@ -54,10 +55,11 @@ def dwt(images: Tensor, wavelet: str = "haar") -> SubBands:
     # ptwt centres its first coefficient this far before the first 2×2 block
     x = images.to(_working(images)).roll((-shift, -shift), (-2, -1))
     with torch.autocast(x.device.type, enabled=False):
-        low, edges = ptwt.wavedec2(x, wavelet, level=1, mode="periodic")
+        low, *levels = ptwt.wavedec2(x, wavelet, level=1, mode="periodic")
     # of a periodic image the coefficients repeat after half its side
-    low, *edges = (band[..., :height, :width].to(dtype) for band in (low, *edges))
-    return low, *edges
+    bands = (band[..., :height, :width].to(dtype) for band in (low, *levels[0]))
+    low, horizontal, vertical, diagonal = bands
+    return low, horizontal, vertical, diagonal
 
 
 def idwt(sub_bands: SubBands, wavelet: str = "haar") -> Tensor:
@@ -70,6 +72,7 @@ def idwt(sub_bands: SubBands, wavelet: str = "haar") -> Tensor:
     if wavelet == "haar":
         return haar_idwt(sub_bands)
     import ptwt
+    from ptwt.constants import WaveletDetailTuple2d
 
     check_size(tuple(2 * side for side in sub_bands[0].shape[-2:]), 1, wavelet)
     dtype, working = _precision(sub_bands[0]), _working(sub_bands[0])
@@ -78,27 +81,26 @@ def idwt(sub_bands: SubBands, wavelet: str = "haar") -> Tensor:
         F.pad(band.to(working), (0, shift, 0, shift), mode="circular") for band in sub_bands
     )
     with torch.autocast(low.device.type, enabled=False):
-        x = ptwt.waverec2((low, tuple(edges)), wavelet)
+        x = ptwt.waverec2((low, WaveletDetailTuple2d(*edges)), wavelet)
     return x.roll((shift, shift), (-2, -1)).to(dtype)
 
 
 def dwt_cascade(images: Tensor, depth: int, wavelet: str = "haar") -> list[SubBands]:
-    """(B, C, H, W) → the sub-bands of levels 1 … depth, each of level l (B, C, H/2^l, W/2^l).
+    """(B, C, H, W) → the sub-bands of levels 1 … depth, those of level l (B, C, H/2^l, W/2^l).
 
-    Each level transforms the low-pass band of the one before: the image's own, for less.
+    Each level transforms the low-pass band of the one before.
 
     Raises:
         LdmError: H or W is not a multiple of 2^depth, or too small for the wavelet.
     """
     check_size(images.shape[-2:], depth, wavelet)
-    levels, low = [], images
+    levels: list[SubBands] = []
     for _ in range(depth):
-        low, *edges = dwt(low, wavelet)
-        levels.append((low, *edges))
+        levels.append(dwt(levels[-1][0] if levels else images, wavelet))
     return levels
 
 
-def check_size(size: tuple[int, int], depth: int, wavelet: str = "haar") -> None:
+def check_size(size: Sequence[int], depth: int, wavelet: str = "haar") -> None:
     """Raise LdmError if images of (H, W) pixels do not have `depth` levels of the wavelet."""
     (height, width), factor = size, 2**depth
     if height % factor or width % factor:

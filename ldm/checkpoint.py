@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from zipfile import ZipFile, is_zipfile
 
 import torch
@@ -21,6 +21,7 @@ from ldm.errors import LdmError
 from ldm.files import write_atomically
 
 FORMAT = 1
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 Kind = Literal["autoencoder", "diffusion"]
 STAGE = {"autoencoder": "a stage-one autoencoder", "diffusion": "a stage-two diffusion model"}
 
@@ -99,8 +100,8 @@ def load_model(path: str | Path, kind: Kind) -> ModelFile:
 
 
 def build_with(
-    build: Callable[[], nn.Module], weights: Mapping[str, Any], path: str | Path
-) -> nn.Module:
+    build: Callable[[], ModuleT], weights: Mapping[str, Any], path: str | Path
+) -> ModuleT:
     """The module that `build` makes, with the tensors of a file.
 
     Raises:

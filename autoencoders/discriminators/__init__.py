@@ -1,4 +1,4 @@
-"""Discriminators: images to logits, high where they look real (Sadat et al. 2024, Table 10)."""
+"""Discriminators: images → logits, high where they look real (Sadat et al. 2024, Table 10)."""
 
 from typing import Annotated
 
@@ -22,7 +22,7 @@ DiscriminatorConfig = Annotated[
 
 
 def build_discriminator(config: DiscriminatorConfig) -> nn.Module:
-    """The network a config describes: (B, 3, H, W) in [−1, 1] → `Logits`, the finest first."""
+    """Build the network that a config describes: (B, 3, H, W) in [−1, 1] → `Logits`."""
     return DISCRIMINATORS[config.type](config)
 
 

@@ -1,4 +1,4 @@
-"""PatchGAN: it judges overlapping patches of the image, 70×70 pixels with three layers.
+"""PatchGAN: logits of overlapping patches, of 70×70 pixels with three layers.
 
 Isola, Zhu, Zhou & Efros 2017, "Image-to-Image Translation with Conditional Adversarial Networks"
 (arXiv 1611.07004), in the shape that latent diffusion uses (Rombach et al. 2022).
@@ -15,32 +15,32 @@ from ldm.config import Config
 
 
 class PatchGANConfig(Config):
-    """Width and reach of the PatchGAN; the defaults are latent diffusion's."""
+    """Width and receptive field of the PatchGAN; the defaults are latent diffusion's."""
 
     type: Literal["patchgan"] = "patchgan"
-    """Judges overlapping patches."""
+    """A logit for each of many overlapping patches."""
     channels: PositiveInt = 64
-    """Base width, in feature maps; it doubles a layer, up to eight times this."""
+    """Base width, in feature maps; each layer doubles it, up to eight times this."""
     layers: PositiveInt = 3
-    """Halvings of the image: 3 judges patches of 70×70 pixels."""
+    """Halvings of the image; 3 make patches of 70×70 pixels."""
 
     def check_resolution(self, resolution: int) -> None:
-        """Raise a ValueError of one line where no logit is left of such a side, in pixels."""
+        """Raise a ValueError of one line if no logit is left of such a side, in pixels."""
         # two convolutions after the halvings take a row each
         smallest = 3 * 2**self.layers
         if resolution < smallest:
             raise ValueError(
-                f"the PatchGAN discriminator with {self.layers} layers judges images of at least "
-                f"{smallest} pixels a side; take larger ones, or lower discriminator.layers"
+                f"the PatchGAN discriminator with {self.layers} layers needs images of at least "
+                f"{smallest} pixels a side: use larger ones, or lower discriminator.layers"
             )
 
 
 class PatchGAN(nn.Module):
     """Images (B, 3, H, W) in [−1, 1] → a map of logits, one per patch.
 
-    Latent diffusion normalises by batch statistics, this by groups of channels of one image: those
-    would mix real images with reconstructed ones, depend on how a batch lies over processes and
-    micro-batches, and in eval mode be those of another moment of training.
+    It normalises by groups of channels of one image. Batch statistics, which latent diffusion uses,
+    would mix real images with reconstructed ones, depend on how a batch is split over processes and
+    micro-batches, and in eval mode lag behind the weights.
     """
 
     def __init__(self, config: PatchGANConfig) -> None:
@@ -50,17 +50,13 @@ class PatchGAN(nn.Module):
         layers = [_conv(3, widths[0], stride=2), nn.LeakyReLU(0.2)]
         for i in range(config.layers):
             stride = 2 if i + 1 < config.layers else 1
-            # no bias: the norm would take it out again
+            # no bias: the norm would remove it
             layers += [_conv(widths[i], widths[i + 1], stride, bias=False)]
             layers += [_norm(widths[i + 1]), nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers, _conv(widths[-1], 1, stride=1))
 
     def forward(self, images: Tensor) -> Logits:
-        """Images (B, 3, H, W) in [−1, 1] → one head (B, 1, ⌊H/2^layers⌋ − 2, ⌊W/2^layers⌋ − 2).
-
-        Raises:
-            LdmError: H or W is too small for a single logit.
-        """
+        """Images (B, 3, H, W) in [−1, 1] → one map (B, 1, ⌊H/2^layers⌋ − 2, ⌊W/2^layers⌋ − 2)."""
         check_images(self.config, images)
         return (self.layers(images).float(),)
 
@@ -69,7 +65,7 @@ def _conv(in_width: int, out_width: int, stride: int, bias: bool = True) -> nn.C
     layer = nn.Conv2d(in_width, out_width, 4, stride, padding=1, bias=bias)
     # Isola et al. 2017, Section 6.2: weights from N(0, 0.02²)
     nn.init.normal_(layer.weight, std=0.02)
-    if bias:
+    if layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer
 

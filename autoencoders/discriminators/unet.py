@@ -1,4 +1,4 @@
-"""The U-Net discriminator: it judges every pixel, and the image as a whole.
+"""U-Net discriminator: a logit for every pixel, and one for the image as a whole.
 
 Schönfeld, Schiele & Khoreva 2020, "A U-Net Based Discriminator for GANs" (arXiv 2002.12655).
 """
@@ -11,47 +11,47 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoencoders.discriminators.layers import check_images, spectral_norm
+from autoencoders.discriminators.layers import LayerT, check_images, spectral_norm
 from ldm.config import Config
 
 
 class UNetDiscriminatorConfig(Config):
-    """Widths of the U-Net discriminator; the defaults are the paper's for 128×128 images."""
+    """Widths of the U-Net discriminator; the defaults are the paper's for images of 128×128."""
 
     type: Literal["unet"] = "unet"
-    """Judges every pixel, and the image as a whole."""
+    """A logit for every pixel, and one for the image as a whole."""
     channels: PositiveInt = 64
     """Base width, in feature maps."""
     multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4, 8, 16)
-    """Width after each halving of the image, as a multiple of `channels`; at 256×256
-    U-Net GAN takes (1, 2, 4, 8, 8, 16). The way up mirrors it."""
+    """Width after each halving of the image, as a multiple of `channels`, mirrored on the way up;
+    for 256×256 U-Net GAN has (1, 2, 4, 8, 8, 16)."""
 
     def check_resolution(self, resolution: int) -> None:
-        """Raise a ValueError of one line where a side of so many pixels cannot be halved."""
+        """Raise a ValueError of one line if a side of that many pixels cannot be halved."""
         factor = 2 ** len(self.multipliers)
         if resolution < factor or resolution % factor:
             raise ValueError(
                 f"the U-Net discriminator halves images {len(self.multipliers)} times, so their "
-                f"sides must be multiples of {factor}; resize them, or give "
+                f"sides must be multiples of {factor}: resize them, or give "
                 "discriminator.multipliers fewer entries"
             )
 
 
 class UNetLogits(NamedTuple):
-    """Logits of one batch: high is real."""
+    """Logits of a batch; high is real."""
 
     pixels: Tensor
     """(B, 1, H, W), float32."""
     bottleneck: Tensor
-    """(B, 1), float32: of each image as a whole."""
+    """(B, 1), float32, of each image as a whole."""
 
 
 class UNetDiscriminator(nn.Module):
     """Images (B, 3, H, W) in [−1, 1] → logits of every pixel, and of every image.
 
-    Residual blocks go down by halves and up again, and every block on the way up but the first
-    reads its counterpart's features beside what comes from below. Fully convolutional: one made
-    for 128×128 takes 256×256 too.
+    Residual blocks halve the resolution and double it again. Each block on the way up but the first
+    reads the features of its counterpart too. Fully convolutional: a network for 128×128 takes
+    256×256 as well.
     """
 
     def __init__(self, config: UNetDiscriminatorConfig) -> None:
@@ -60,22 +60,19 @@ class UNetDiscriminator(nn.Module):
         down = [config.channels * m for m in config.multipliers]
         up = [*reversed(down[:-1]), config.channels]
         self.down = nn.ModuleList(
-            DownBlock(in_width, out_width, first=i == 0)
+            UNetDownBlock(in_width, out_width, first=i == 0)
             for i, (in_width, out_width) in enumerate(pairwise([3, *down]))
         )
         self.bottleneck = spectral_norm(_orthogonal(nn.Linear(down[-1], 1)))
         below, skips = [down[-1], *up[:-1]], [0, *reversed(down[:-1])]
         self.up = nn.ModuleList(
-            UpBlock(width + skip, out) for width, skip, out in zip(below, skips, up, strict=True)
+            UNetUpBlock(width + skip, out)
+            for width, skip, out in zip(below, skips, up, strict=True)
         )
         self.pixels = _conv(up[-1], 1, 1)
 
     def forward(self, images: Tensor) -> UNetLogits:
-        """Images (B, 3, H, W) in [−1, 1] → pixel logits (B, 1, H, W), image logits (B, 1).
-
-        Raises:
-            LdmError: H or W is not a multiple of 2^levels.
-        """
+        """Images (B, 3, H, W) in [−1, 1] → pixel logits (B, 1, H, W), image logits (B, 1)."""
         check_images(self.config, images)
         x, skips = images, []
         for block in self.down:
@@ -88,8 +85,8 @@ class UNetDiscriminator(nn.Module):
         return UNetLogits(self.pixels(F.relu(x)).float(), image_logits.float())
 
 
-class DownBlock(nn.Module):
-    """Pre-activation residual block, then half the resolution by averages."""
+class UNetDownBlock(nn.Module):
+    """Pre-activation residual block that halves the resolution by averages at its end."""
 
     def __init__(self, in_width: int, out_width: int, first: bool) -> None:
         super().__init__()
@@ -100,14 +97,14 @@ class DownBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, H, W) → (B, out, H/2, W/2)."""
-        h = x if self.first else F.relu(x)  # pixels are no features: nothing to rectify
+        h = x if self.first else F.relu(x)  # the first block reads pixels, not features
         h = self.conv2(F.relu(self.conv1(h)))
-        # a 1×1 convolution and an average commute: the average first is a quarter of the work
+        # a 1×1 convolution and an average commute: averaging first is a quarter of the work
         return F.avg_pool2d(h, 2) + self.skip(F.avg_pool2d(x, 2))
 
 
-class UpBlock(nn.Module):
-    """Twice the resolution by nearest neighbours, in a pre-activation residual block."""
+class UNetUpBlock(nn.Module):
+    """Pre-activation residual block that doubles the resolution by nearest neighbours."""
 
     def __init__(self, in_width: int, out_width: int) -> None:
         super().__init__()
@@ -126,7 +123,8 @@ def _conv(in_width: int, out_width: int, size: int) -> nn.Conv2d:
     return _orthogonal(nn.Conv2d(in_width, out_width, size, padding=size // 2))
 
 
-def _orthogonal(layer: nn.Module) -> nn.Module:
+def _orthogonal(layer: LayerT) -> LayerT:
+    assert layer.bias is not None
     nn.init.orthogonal_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer

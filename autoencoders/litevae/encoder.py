@@ -1,4 +1,4 @@
-"""LiteVAE's encoder: wavelets first, then small networks (Sadat et al. 2024, Section 4.1)."""
+"""LiteVAE's encoder: a wavelet transform, then small networks (Sadat et al. 2024, Section 4.1)."""
 
 from typing import Annotated, Literal
 
@@ -21,7 +21,7 @@ SUB_BAND_CHANNELS = 4 * 3
 
 
 class LiteVAEEncoderConfig(Config):
-    """The wavelet transform of LiteVAE's encoder, and the two kinds of network that read it."""
+    """Wavelet transform of LiteVAE's encoder and the networks that read it; by default B's."""
 
     type: Literal["litevae"] = "litevae"
     """A wavelet transform, read by small networks."""
@@ -34,9 +34,9 @@ class LiteVAEEncoderConfig(Config):
     shared: bool = False
     """One extractor for all levels, instead of one each (Table 19)."""
     extractor: ExtractorConfig = FeatureUNetConfig()
-    """Feature extraction: reads the sub-bands of a wavelet level (Table 18)."""
+    """Feature extraction: the network that reads the sub-bands of a level (Table 18)."""
     aggregator: AggregatorConfig = FeatureUNetConfig()
-    """Feature aggregation: one network joins the levels into the posterior (Table 20)."""
+    """Feature aggregation: the network that joins the levels into the posterior (Table 20)."""
 
     @field_validator("levels")
     @classmethod
@@ -47,7 +47,7 @@ class LiteVAEEncoderConfig(Config):
         if levels is None or depth is None:
             return levels
         if list(levels) != sorted(set(levels)) or levels[-1] > depth:
-            raise ValueError(f"they must ascend, without repeats, from 1 to at most depth, {depth}")
+            raise ValueError(f"must ascend, without repeats, from 1 to at most depth, {depth}")
         return levels
 
     @property
@@ -57,7 +57,7 @@ class LiteVAEEncoderConfig(Config):
 
     @property
     def downsampling(self) -> int:
-        """f: pixels per latent, along each side."""
+        """f, pixels per latent along each side."""
         return 2**self.depth
 
 
@@ -80,11 +80,7 @@ class LiteVAEEncoder(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) → moments (B, 2·n_z, H/f, W/f).
-
-        Raises:
-            LdmError: H or W is not a multiple of f, or too small for the wavelet.
-        """
+        """Images (B, 3, H, W) → moments (B, 2·n_z, H/f, W/f)."""
         depth, features = self.config.depth, []
         transform = dwt_cascade(images, depth, self.config.wavelet)
         for i, level in enumerate(self.config.levels_read):

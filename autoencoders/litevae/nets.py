@@ -1,10 +1,6 @@
-"""LiteVAE's feature UNet, for extraction and for aggregation (Sadat et al. 2024, 4.1, G).
+"""Networks that read wavelet sub-bands: LiteVAE's UNet, NAFNet and ViT (Sadat et al. 2024, App. D).
 
-NAFNet, a network without activation functions (Chen et al. 2022, arXiv 2204.04676).
-
-A vision transformer for feature aggregation (Sadat et al. 2024, Appendix D.5, Table 20).
-
-The networks that read wavelet sub-bands, by name: LiteVAE's extraction and aggregation.
+Each is built of (config, in_width, out_width) and keeps the resolution of its input.
 """
 
 from typing import Annotated, Literal
@@ -20,6 +16,7 @@ from autoencoders.layers import Block, ResidualBlock
 from ldm.config import Config
 
 
+# ------------------------------------------------------------------------------------ UNet
 class FeatureUNetConfig(Config):
     """Widths and depth of a `FeatureUNet`; the defaults are LiteVAE-B's (Tables 23, 24)."""
 
@@ -30,15 +27,15 @@ class FeatureUNetConfig(Config):
     multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 3)
     """Width of each level, as a multiple of `channels`."""
     blocks: PositiveInt = 2
-    """Residual blocks a level, on the way in and on the way out."""
+    """Residual blocks a level, before the middle and after it."""
 
 
 class FeatureUNet(nn.Module):
-    """A UNet of residual blocks that never changes resolution (Sadat et al. 2024, 4.1, G).
+    """UNet of residual blocks at one resolution (Sadat et al. 2024, Section 4.1, Appendix G).
 
     ADM's UNet (Dhariwal & Nichol 2021) without its down- and upsampling, attention and time
-    embedding: "levels" differ in width alone. Every block on the way out reads the output of its
-    counterpart on the way in.
+    embedding: its levels differ in width alone. Each block after the middle reads the output of its
+    counterpart before it.
     """
 
     def __init__(self, config: FeatureUNetConfig, in_width: int, out_width: int) -> None:
@@ -53,7 +50,7 @@ class FeatureUNet(nn.Module):
         self.middle = nn.Sequential(ResidualBlock(width, width), ResidualBlock(width, width))
         outward = []
         for out in reversed(widths):
-            outward.append(ResidualBlock(width + out, out))  # `out` is its counterpart's width too
+            outward.append(ResidualBlock(width + out, out))  # + the width of its counterpart
             width = out
         self.outward = nn.ModuleList(outward)
         self.conv_out = nn.Conv2d(width, out_width, 3, padding=1)
@@ -67,16 +64,17 @@ class FeatureUNet(nn.Module):
             skips.append(x)
         x = self.middle(x)
         for block in self.outward:
-            x = torch.cat([x, skips.pop()], dim=1)  # a line of its own: the old x is not kept alive
+            x = torch.cat([x, skips.pop()], dim=1)  # a line of its own frees the old x
             x = block(x)
         return self.conv_out(x)
 
 
+# ---------------------------------------------------------------------------------- NAFNet
 class NAFNetConfig(Config):
     """Width and depth of a `NAFNet`.
 
-    LiteVAE's paper gives neither (Table 18): these come nearest to LiteVAE-B's extraction UNet,
-    1.693 M parameters against 1.686 M.
+    LiteVAE's paper gives neither (Table 18): the defaults come nearest to LiteVAE-B's extraction
+    UNet, 1.693 M parameters against 1.686 M.
     """
 
     type: Literal["nafnet"] = "nafnet"
@@ -88,10 +86,10 @@ class NAFNetConfig(Config):
 
 
 class NAFNet(nn.Module):
-    """NAFNet's blocks at one resolution between two 3×3 convolutions.
+    """NAFNet (Chen et al. 2022, arXiv 2204.04676) at one resolution, between two 3×3 convolutions.
 
-    Channel attention averages over the whole image: unlike the UNet's, a feature depends on every
-    pixel, and features of a crop or a tile differ from the image's.
+    Channel attention averages over the whole image: unlike the UNet's, each feature depends on
+    every pixel, and features of a crop or a tile differ from the image's.
     """
 
     def __init__(self, config: NAFNetConfig, in_width: int, out_width: int) -> None:
@@ -106,10 +104,10 @@ class NAFNet(nn.Module):
 
 
 class NAFBlock(Block):
-    """Chen et al. 2022, Figure 3d: x + β·(gated, attended convolutions), then + γ·(gated MLP).
+    """x + β·(gated, attended convolutions), then + γ·(gated MLP) (Chen et al. 2022, Figure 3d).
 
-    β and γ start at 0, as theirs: a fresh network is its two outer convolutions, a linear map that
-    passes the sub-bands on. The first step moves β and γ, and from then on everything learns.
+    β and γ start at 0, as theirs: a fresh network is its two outer convolutions, a linear map. The
+    first step changes β and γ, and from then on everything learns.
     """
 
     def __init__(self, width: int) -> None:
@@ -132,24 +130,24 @@ class NAFBlock(Block):
         self.gamma = nn.Parameter(torch.zeros(width, 1, 1))
 
     def transform(self, x: Tensor) -> Tensor:
-        """(B, width, H, W) → the same."""
+        """(B, width, H, W) → the same shape."""
         x = x + self.beta * self.spatial(x)
         return x + self.gamma * self.pointwise(x)
 
 
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each pixel: (B, width, H, W) → the same."""
+    """LayerNorm over the channels of each pixel."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, width, H, W) → the same."""
+        """(B, width, H, W) → the same shape."""
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
 class SimpleGate(nn.Module):
-    """One half of the channels times the other: (B, 2·width, H, W) → (B, width, H, W)."""
+    """Product of the two halves of the channels."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 2·width, H, W) → (B, width, H, W)."""
@@ -159,47 +157,48 @@ class SimpleGate(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """Simplified channel attention: each channel scaled by the image's mean of all of them."""
+    """Simplified channel attention: channels scaled by a linear map of their means."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, width, H, W) → the same."""
+        """(B, width, H, W) → the same shape."""
         # Chen et al. 2022, Section 3.4: SCA(X) = X ∗ W pool(X)
         return x * self.conv(x.mean(dim=(2, 3), keepdim=True))
 
 
+# ------------------------------------------------------------------------------------- ViT
 class ViTConfig(Config):
     """Size of a `ViT`; the defaults make 0.83 M parameters at n_z 4, the paper's LiteVAE-B 0.84."""
 
     type: Literal["vit"] = "vit"
     """Transformer blocks on the grid of latents, with learned positions."""
     width: PositiveInt = 128
-    """Values a token."""
+    """Width of a token."""
     depth: PositiveInt = 4
     """Transformer blocks, one after the other."""
     heads: PositiveInt = 4
-    """Attention heads a block; they divide the width."""
+    """Attention heads of a block; they divide the width."""
     grid: PositiveInt = 16
-    """Side of the grid of learned positions, in latents: 16 are images of 128² at f = 8."""
+    """Side of the grid of learned positions, in latents; 16 fit images of 128² at f = 8."""
 
     @field_validator("heads")
     @classmethod
     def _divide_the_width(cls, heads: int, info: ValidationInfo) -> int:
         width = info.data.get("width")  # absent if it was itself refused
         if width is not None and width % heads:
-            raise ValueError(f"it must divide the width, {width}")
+            raise ValueError(f"must divide width, {width}")
         return heads
 
 
 class ViT(nn.Module):
-    """Dosovitskiy et al. 2021 (arXiv 2010.11929), a patch being one pixel of the feature maps.
+    """Vision transformer (Dosovitskiy et al. 2021, arXiv 2010.11929) on patches of one pixel.
 
-    It belongs to one resolution, as the paper says: on a grid of another size than `grid` the
-    learned positions are interpolated (bicubic), which works and is less good. Attention takes time
-    in the square of the number of latents.
+    It fits one resolution, as the paper notes: on a grid of another size than `grid` the learned
+    positions are interpolated (bicubic), which works less well. The time of attention grows with
+    the square of the number of latents.
     """
 
     def __init__(self, config: ViTConfig, in_width: int, out_width: int) -> None:
@@ -221,14 +220,14 @@ class ViT(nn.Module):
         return rearrange(self.out(self.norm_out(tokens)), "b (h w) c -> b c h w", h=height)
 
     def positions_on(self, height: int, width: int) -> Tensor:
-        """The positions of a grid of height × width tokens: (1, width of a token, H, W)."""
+        """Positions of a grid of height × width tokens: (1, width of a token, H, W)."""
         if self.positions.shape[-2:] == (height, width):
             return self.positions
         return F.interpolate(self.positions, (height, width), mode="bicubic", align_corners=False)
 
 
 class TransformerBlock(Block):
-    """Attention, then an MLP four times as wide, each on normalised tokens, each added."""
+    """Self-attention, then an MLP four times as wide, both residual on normalised tokens."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -242,7 +241,7 @@ class TransformerBlock(Block):
         )
 
     def transform(self, tokens: Tensor) -> Tensor:
-        """(B, tokens, width) → the same."""
+        """(B, tokens, width) → the same shape."""
         # Dosovitskiy et al. 2021, Equations 2 and 3
         query, key, value = rearrange(
             self.query_key_value(self.norm1(tokens)),
@@ -255,10 +254,9 @@ class TransformerBlock(Block):
         return tokens + self.mlp(self.norm2(tokens))
 
 
+# ----------------------------------------------------------------------------------- names
 FEATURE_NETS = {"unet": FeatureUNet, "nafnet": NAFNet, "vit": ViT}
-"""Each is built of (config, in_width, out_width) and keeps the resolution of what it is given."""
-
 ExtractorConfig = Annotated[FeatureUNetConfig | NAFNetConfig, Field(discriminator="type")]
-"""What can read the sub-bands of a level (Table 18)."""
+"""Networks that read the sub-bands of a level (Table 18)."""
 AggregatorConfig = Annotated[FeatureUNetConfig | ViTConfig, Field(discriminator="type")]
-"""What can join the levels (Table 20)."""
+"""Networks that join the levels (Table 20)."""

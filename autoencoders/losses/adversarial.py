@@ -1,19 +1,11 @@
-"""Adversarial losses on a discriminator's logits, one map or more.
+"""Adversarial losses, the weight they get, CutMix and LDL (Sadat et al. 2024, Tables 8, 15, 16).
 
-A head is a map or a vector, averaged over all its values; the heads count alike.
-
-How the adversarial gradient stands to the reconstruction's (Sadat et al. 2024, Table 8).
-
-CutMix consistency of a discriminator that judges pixels (Schönfeld et al. 2020, Section 3.2).
-
-The logits of a mixture of a real and a reconstructed image must be the mixture of theirs.
-
-Locally discriminative learning: what looks like the discriminator's artifacts costs more.
-
-Liang, Zeng & Zhang 2022, "Details or Artifacts" (arXiv 2203.09195); LiteVAE's Table 15.
+Discriminators return one or more maps of logits. A loss averages each map over all its values, and
+the maps count alike.
 """
 
 from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +14,15 @@ from torch.nn import functional as F
 from autoencoders.discriminators.layers import Logits
 
 
+# ---------------------------------------------------------------------------------- losses
 def hinge_generator(fake: Logits) -> Tensor:
-    """What the generator lowers: minus the logits of its images."""
+    """Minus the logits of generated images."""
     # Lim & Ye 2017 (arXiv 1705.02894); Miyato et al. 2018 (arXiv 1802.05957), Equation 17
-    return _mean(-head.float().mean() for head in fake)
+    return _mean(-f.float().mean() for f in fake)
 
 
 def hinge_discriminator(real: Logits, fake: Logits) -> Tensor:
-    """What the discriminator lowers: real logits under 1, fake ones above −1."""
+    """Penalty on real logits below 1 and fake logits above −1."""
     # Lim & Ye 2017; Miyato et al. 2018, Equation 16
     return _mean(
         F.relu(1 - r.float()).mean() + F.relu(1 + f.float()).mean()
@@ -38,13 +31,13 @@ def hinge_discriminator(real: Logits, fake: Logits) -> Tensor:
 
 
 def logistic_generator(fake: Logits) -> Tensor:
-    """Non-saturating: −ln σ(logit) of the generator's images."""
+    """Non-saturating loss: −ln σ(logit) of generated images."""
     # Goodfellow et al. 2014 (arXiv 1406.2661), Section 3
-    return _mean(F.softplus(-head.float()).mean() for head in fake)
+    return _mean(F.softplus(-f.float()).mean() for f in fake)
 
 
 def logistic_discriminator(real: Logits, fake: Logits) -> Tensor:
-    """−ln σ(logit) of real images, −ln(1 − σ(logit)) of fake ones."""
+    """−ln σ(logit) of real images, −ln(1 − σ(logit)) of generated ones."""
     # Goodfellow et al. 2014, Equation 1
     return _mean(
         F.softplus(-r.float()).mean() + F.softplus(f.float()).mean()
@@ -53,10 +46,10 @@ def logistic_discriminator(real: Logits, fake: Logits) -> Tensor:
 
 
 def bce_discriminator(real: Logits, fake: Logits) -> Tensor:
-    """Binary cross-entropy of the labels, 1 for real and 0 for fake, over both as one set.
+    """Binary cross-entropy with labels 1 (real) and 0 (fake), over both sets together.
 
-    The logistic loss adds the two halves, this averages them: half of it, to the same end. It
-    is U-Net GAN's own (Schönfeld et al. 2020, arXiv 2002.12655); the generator's is the same.
+    Half the logistic loss, which adds the two sets instead of averaging them; the generator's loss
+    is the same. U-Net GAN trains with this one (Schönfeld et al. 2020, arXiv 2002.12655).
     """
     return logistic_discriminator(real, fake) / 2
 
@@ -66,15 +59,17 @@ ADVERSARIAL = {
     "logistic": (logistic_generator, logistic_discriminator),
     "bce": (logistic_generator, bce_discriminator),
 }
+"""Losses of the generator and of the discriminator, by name (Table 16)."""
 
 
-def _mean(heads: Iterable[Tensor]) -> Tensor:
-    losses = list(heads)
-    return sum(losses) / len(losses)
+def _mean(maps: Iterable[Tensor]) -> Tensor:
+    losses = list(maps)
+    return cast(Tensor, sum(losses)) / len(losses)
 
 
-MOST = 1e4
-"""Largest adaptive weight; without a bound it runs away where the discriminator's gradient is 0."""
+# ------------------------------------------------------------------------- adaptive weight
+MAX_WEIGHT = 1e4
+"""Largest adaptive weight; without a bound it diverges where the discriminator's gradient is 0."""
 
 
 def gradient_ratio(
@@ -99,36 +94,37 @@ def gradient_ratio(
         for loss in (recon_loss, adversarial_loss)
     )
     recon_norm, adversarial_norm = norms
-    # Sadat et al. 2024, Equation 2, but for its ½
+    # Sadat et al. 2024, Equation 2, without its factor ½
     return (recon_norm / (adversarial_norm + delta)).detach()
 
 
 def adaptive_weight(weight: float, ratio: Tensor) -> Tensor:
     """λ_adv = weight × ratio, in [0, 10⁴]; a weight of 0.5 is the paper's Equation 2."""
     # Sadat et al. 2024, Equation 2; the bound is Esser et al.'s (2021, arXiv 2012.09841)
-    return (weight * ratio).clamp(0, MOST)
+    return (weight * ratio).clamp(0, MAX_WEIGHT)
 
 
+# ---------------------------------------------------------------------------------- CutMix
 def cutmix_consistency(mixed: Logits, real: Logits, fake: Logits, mask: Tensor) -> Tensor:
-    """Mean squared difference of what is said of the mixture's pixels and the mixture of what is.
+    """Mean squared difference of the mixture's pixel logits and the mixture of pixel logits.
 
     Args:
-        mixed: logits of `torch.where(mask, images, recon)`; its first head is of every pixel.
-        real, fake: of the images and of their reconstructions.
+        mixed: logits of `torch.where(mask, images, recon)`, a map of all pixels first.
+        real, fake: logits of the images and of their reconstructions.
         mask: bool (B, 1, H, W), true where the mixture is real.
     """
-    pixels, of_real, of_fake = (logits[0].float() for logits in (mixed, real, fake))
-    assert pixels.shape == mask.shape, "CutMix needs a logit for every pixel: the U-Net"
+    mixed_map, real_map, fake_map = (logits[0].float() for logits in (mixed, real, fake))
+    assert mixed_map.shape == mask.shape, "CutMix needs a logit for every pixel: the U-Net"
     # Schönfeld et al. 2020, Section 3.2: ‖D_dec(mix(x, x̂, M)) − mix(D_dec(x), D_dec(x̂), M)‖²
-    return (pixels - torch.where(mask, of_real, of_fake)).square().mean()
+    return (mixed_map - torch.where(mask, real_map, fake_map)).square().mean()
 
 
 def cutmix_masks(uniforms: Tensor, height: int, width: int) -> Tensor:
-    """Boxes anywhere in images of the same proportions: (B, 3) → bool (B, 1, height, width).
+    """Boxes of the image's proportions, anywhere in it: (B, 3) → bool (B, 1, height, width).
 
     Args:
-        uniforms: in [0, 1), of each image's own: λ, where the box starts from the top, from the
-            left. The box covers 1 − λ of the image; it is never cut off, so to the nearest pixel.
+        uniforms: in [0, 1), three of each image: λ, then the box's position from the top and from
+            the left. The box covers 1 − λ of the image, to the nearest pixel, and lies inside.
     """
     # Yun et al. 2019 (arXiv 1905.04899), Equation 2: sides √(1 − λ), λ ~ Beta(1, 1), uniform
     share = (1 - uniforms[:, 0]).sqrt()
@@ -140,29 +136,34 @@ def cutmix_masks(uniforms: Tensor, height: int, width: int) -> Tensor:
 
 
 def _interval(share: Tensor, start: Tensor, side: int) -> Tensor:
-    """`share` of the pixels of a side, in a row from a random one: (B,), (B,) → bool (B, side)."""
+    """A run of `share` of a side's pixels, at random: (B,), (B,) → bool (B, side)."""
     length = (share * side).round()
     first = (start * (side - length + 1)).floor()[:, None]
     pixels = torch.arange(side, device=share.device)
     return (pixels >= first) & (pixels < first + length[:, None])
 
 
+# ------------------------------------------------------------------------------------- LDL
 def ldl(recon: Tensor, images: Tensor, averaged: Tensor | None = None) -> Tensor:
-    """Mean absolute difference of two (B, 3, H, W) in [−1, 1], weighed by `artifact_map`."""
-    # Liang et al. 2022, Section 3.3: ‖M_refine · (x − x̂)‖₁; the map is no way round the loss
+    """Mean absolute difference of two (B, 3, H, W) in [−1, 1], weighted by `artifact_map`.
+
+    Locally discriminative learning (Liang, Zeng & Zhang 2022, arXiv 2203.09195; Table 15): what
+    looks like an artifact of adversarial training costs more.
+    """
+    # Liang et al. 2022, Section 3.3: ‖M_refine · (x − x̂)‖₁; no gradient passes through the map
     return (artifact_map(recon, images, averaged) * (recon - images)).abs().mean()
 
 
 @torch.no_grad()
 def artifact_map(recon: Tensor, images: Tensor, averaged: Tensor | None = None) -> Tensor:
-    """How likely each pixel is an artifact: images (B, 3, H, W) in [−1, 1] → (B, 1, H, W), ≥ 0.
+    """Likelihood of an artifact at each pixel: images (B, 3, H, W) in [−1, 1] → (B, 1, H, W), ≥ 0.
 
     The residual of an artifact varies within a few pixels, that of a smooth error does not. The
-    map grows faster than the residual, so it is taken in the paper's range, [0, 1].
+    map grows faster than the residual, so it is computed in the paper's range, [0, 1].
 
     Args:
-        averaged: the reconstruction by the averaged weights, which make fewer artifacts: where the
-            current one is the nearer of the two there is none. None: nowhere is left out.
+        averaged: reconstruction by the averaged weights, which make fewer artifacts: the map is 0
+            where the current reconstruction is the nearer one. None: it is 0 nowhere.
     """
     residual = _residual(recon, images)
     # Liang et al. 2022, Section 3.2: σ = var(R)^(1/5) of an image, M its variance in a window
@@ -187,5 +188,5 @@ def local_variance(x: Tensor, size: int = 7) -> Tensor:
 
 
 def _residual(recon: Tensor, images: Tensor) -> Tensor:
-    """Absolute difference of (B, 3, H, W), in units of [0, 1], over the colours: (B, 1, H, W)."""
+    """Absolute difference summed over colours: (B, 3, H, W) → (B, 1, H, W), in units of [0, 1]."""
     return (recon - images).abs().sum(dim=1, keepdim=True) / 2

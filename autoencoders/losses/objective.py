@@ -1,8 +1,8 @@
-"""What stage one minimises: named terms, and their weighted sum (Sadat et al. 2024, Equation 1)."""
+"""Objective of stage one: named terms and their weighted sum (Sadat et al. 2024, Equation 1)."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import torch
 from pydantic import Field, NonNegativeFloat
@@ -11,14 +11,14 @@ from torch import Tensor
 from autoencoders.autoencoder import AutoencoderOutput
 from autoencoders.discriminators.layers import Logits
 from autoencoders.losses.adversarial import ADVERSARIAL, ldl
-from autoencoders.losses.perceptual import Network
+from autoencoders.losses.perceptual import LPIPSNetwork
 from autoencoders.losses.reconstruction import gaussian, kl, l1, l2, wavelet
 from ldm.config import Config
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Perceptual = Callable[[Tensor, Tensor], Tensor]
 PERCEPTUAL = {"lpips": "load_lpips", "esrgan": "load_esrgan"}
-"""The terms that need a network of published weights, and what loads it."""
+"""Terms that need a network with published weights, and the function that loads it."""
 
 
 class LossConfig(Config):
@@ -33,15 +33,15 @@ class LossConfig(Config):
     esrgan: NonNegativeFloat = 0.0
     """ESRGAN's perceptual loss: VGG-19's features before activation (Table 14)."""
     ldl: NonNegativeFloat = 0.0
-    """ℓ1 weighed by what looks like the discriminator's artifacts (Table 15)."""
+    """LDL: ℓ1 weighted by the likelihood of adversarial artifacts (Table 15)."""
     kl: NonNegativeFloat = 1e-6
     """KL of the posterior to N(0, I), in nats per image value."""
     gaussian: NonNegativeFloat = 0.5
-    """ℓ1 of what a Gaussian blur takes away (Table 9)."""
+    """ℓ1 of the images less their Gaussian blur (Table 9)."""
     wavelet: NonNegativeFloat = 1.0
     """Charbonnier loss of the high-frequency Haar sub-bands (Table 9)."""
-    lpips_network: Network = "vgg"
-    """What LPIPS looks with: VGG-16, AlexNet or SqueezeNet 1.1."""
+    lpips_network: LPIPSNetwork = "vgg"
+    """Backbone of LPIPS: VGG-16 (vgg), AlexNet (alex) or SqueezeNet 1.1 (squeeze)."""
 
     @property
     def weights(self) -> dict[str, float]:
@@ -50,33 +50,33 @@ class LossConfig(Config):
 
 
 class AdversarialConfig(Config):
-    """The adversarial term: how strong, which, and when."""
+    """Weight, kind and schedule of the adversarial term."""
 
     weight: NonNegativeFloat = 0.1
-    """λ_adv once the ramp is over; 0 trains without a discriminator. With adaptive weighting it
-    multiplies the ratio of the gradients' norms: 0.5 is the paper's Equation 2."""
+    """λ_adv after the ramp; 0 trains without a discriminator. With adaptive weighting it multiplies
+    the ratio of the gradients' norms: 0.5 is the paper's Equation 2."""
     loss: Literal["hinge", "logistic", "bce"] = "hinge"
     """hinge; logistic: the non-saturating one; bce: the same, with half the discriminator's loss
     (Table 16)."""
     weighting: Literal["constant", "adaptive"] = "constant"
-    """Whether λ_adv follows the ratio of the gradients' norms (Table 8)."""
+    """constant; adaptive: λ_adv follows the ratio of the gradients' norms (Table 8)."""
     start: Fraction = 0.2
-    """Where it begins, as a fraction of all generator steps."""
+    """Step at which the term begins, as a fraction of all generator steps."""
     ramp: Fraction = 0.05
-    """How long its weight takes to rise from 0, as a fraction of all generator steps."""
+    """Duration of the linear rise from 0, as a fraction of all generator steps."""
     cutmix: NonNegativeFloat = 0.0
-    """Weight of the CutMix consistency in the discriminator's loss; the U-Net's only."""
+    """Weight of CutMix consistency in the discriminator's loss; with the U-Net only."""
 
 
 class Objective:
-    """The terms of stage one's losses, in float32 whatever surrounds them.
+    """Loss terms of stage one, in float32 under autocast too.
 
     Args:
-        perceptual: (recon, images) → scalar, under the name of its term: "lpips": `load_lpips()`,
-            "esrgan": `load_esrgan()`, for those of a weight above 0.
+        perceptual: (recon, images) → scalar by the name of its term, for each of a weight above 0:
+            "lpips": `load_lpips()`, "esrgan": `load_esrgan()`.
 
     Raises:
-        ValueError: one of those is missing.
+        ValueError: a perceptual loss of a weight above 0 is missing.
     """
 
     def __init__(
@@ -96,18 +96,17 @@ class Objective:
 
     @property
     def needs_averaged(self) -> bool:
-        """Whether a term compares with what the averaged weights reconstruct."""
+        """True if a term needs the reconstruction by the averaged weights."""
         return self.loss.ldl > 0
 
     def reconstruction(
         self, out: AutoencoderOutput, images: Tensor, averaged: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Terms named as in `LossConfig`, unweighted scalars; only those of a weight above 0.
+        """Unweighted scalars named as in `LossConfig`, of the terms with a weight above 0.
 
         Args:
-            images: (B, 3, H, W) in [−1, 1], which `out` was computed from.
-            averaged: their reconstruction by the averaged (EMA) weights, which LDL compares with;
-                None: LDL counts every pixel.
+            images: (B, 3, H, W) in [−1, 1] that `out` was computed from.
+            averaged: their reconstruction by the averaged (EMA) weights, for LDL; see `ldl`.
         """
         recon, images = out.recon.float(), images.float()
         averaged = averaged if averaged is None else averaged.float()
@@ -134,9 +133,9 @@ class Objective:
         return self._discriminator_loss(real, fake)
 
     def ramp(self, progress: float) -> float:
-        """How much of the adversarial weight counts at a fraction of all generator steps.
+        """Factor of the adversarial weight at a fraction of all generator steps.
 
-        0 before it starts, then a linear rise, then 1.
+        0 before the start, then a linear rise to 1.
         """
         config = self.adversarial
         if progress < config.start:
@@ -146,12 +145,12 @@ class Objective:
         return (progress - config.start) / config.ramp
 
     def total(self, terms: Mapping[str, Tensor], adversarial_weight: float | Tensor) -> Tensor:
-        """The weighted sum that the generator minimises; "adversarial" is one of its terms."""
+        """Weighted sum that the generator minimises; "adversarial" is one of its terms."""
         # Sadat et al. 2024, Equation 1: L_recon + λ_reg L_reg + λ_adv L_adv
         weights = {**self.loss.weights, "adversarial": adversarial_weight}
-        return sum(weights[name] * term for name, term in terms.items())
+        return cast(Tensor, sum(weights[name] * term for name, term in terms.items()))
 
     def recon_total(self, terms: Mapping[str, Tensor]) -> Tensor:
-        """Equation 1's L_recon: the weighted sum of the terms of the reconstruction alone."""
+        """L_recon of Equation 1: the weighted sum without KL and the adversarial term."""
         recon = {name: term for name, term in terms.items() if name not in ("kl", "adversarial")}
         return self.total(recon, adversarial_weight=0.0)

@@ -1,16 +1,13 @@
-"""Torchvision's image classifiers, whose features the perceptual losses compare.
+"""Perceptual losses: LPIPS and ESRGAN's, and the torchvision networks whose features they compare.
 
-Their weights are looked for, and kept, in torch hub's folder, where torchvision itself keeps them.
-
-LPIPS as a loss (Zhang et al. 2018, arXiv 1801.03924).
-
-ESRGAN's perceptual loss (Wang et al. 2018, arXiv 1809.00219; LiteVAE's Table 14).
+The networks' weights are read from torch hub's folder, where torchvision keeps them too, and
+downloaded into it when missing.
 """
 
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,39 +22,47 @@ PUBLISHED = {
     "AlexNet": "AlexNet_Weights.IMAGENET1K_V1",
     "SqueezeNet 1.1": "SqueezeNet1_1_Weights.IMAGENET1K_V1",
 }
-"""The networks, and what torchvision calls their weights."""
+"""Torchvision's names of the networks' weights."""
+LPIPSNetwork = Literal["vgg", "alex", "squeeze"]
+BACKBONES: dict[LPIPSNetwork, str] = {
+    "vgg": "VGG-16",
+    "alex": "AlexNet",
+    "squeeze": "SqueezeNet 1.1",
+}
+CONV5_4 = 34
+"""Index of the fourth convolution before the fifth pooling in torchvision's VGG-19."""
+# of ImageNet's images in [0, 1], which the networks were trained on
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+# ------------------------------------------------------------------------------- backbones
 def backbone_file(network: str, instead: str) -> Path:
-    """The published weights of one of `PUBLISHED`, fetched where they are not on this machine.
+    """Path of the published weights of one of `PUBLISHED`, downloaded if they are missing.
 
     Args:
-        instead: what to do without the weights, as the end of the error line.
+        instead: advice that ends the error line when there are no weights.
 
     Raises:
-        LdmError: the file is neither there nor to be fetched.
+        LdmError: the file is missing and cannot be downloaded.
     """
     name = _url(network).rpartition("/")[2]
-    # torch hub's custom: a file's name ends in the first digits of its SHA-256
+    # as everywhere in torch hub, a file's name ends in the first digits of its SHA-256
     digits = Path(name).stem.rpartition("-")[2]
     return find_or_fetch(name, _url(network), digits, [_folder()], instead)
 
 
 def has_backbone(network: str) -> bool:
-    """Whether the weights are on this machine; nothing is fetched."""
+    """True if the weights are on this machine; nothing is downloaded."""
     return (_folder() / _url(network).rpartition("/")[2]).is_file()
 
 
 def fill_backbone(
     backbone: nn.Module, network: str, path: Path, rename: Callable[[str], str]
 ) -> None:
-    """The tensors of torchvision's file into a module that has some of them.
+    """Load torchvision's file into a module that holds some of its tensors.
 
     Args:
         rename: a tensor's name in the backbone → in the file, `features.<layer>.…`.
-
-    Raises:
-        LdmError: the file is damaged, or holds another network.
     """
     tensors = read_tensors(path)
     try:
@@ -65,7 +70,7 @@ def fill_backbone(
             {name: tensors[rename(name)] for name in backbone.state_dict()}, assign=True
         )
     except (KeyError, RuntimeError, TypeError) as error:
-        raise LdmError(f"{path} holds no {network} of torchvision: delete or replace it") from error
+        raise LdmError(f"{path} is not torchvision's {network}: delete or replace it") from error
 
 
 def _folder() -> Path:
@@ -78,30 +83,27 @@ def _url(network: str) -> str:
     return get_weight(PUBLISHED[network]).url
 
 
-Network = Literal["vgg", "alex", "squeeze"]
-BACKBONES = {"vgg": "VGG-16", "alex": "AlexNet", "squeeze": "SqueezeNet 1.1"}
-
-
+# ----------------------------------------------------------------------------------- LPIPS
 class LPIPS:
-    """Perceptual distance of two batches of images, averaged: a frozen function of them.
+    """Mean perceptual distance of two batches of images (Zhang et al. 2018, arXiv 1801.03924).
 
-    Not an `nn.Module`, on purpose: whatever holds it, its weights reach no optimiser and no
-    checkpoint, and no `train()` wakes its dropout.
+    Deliberately no `nn.Module`: its weights reach no optimiser and no checkpoint, and no `train()`
+    turns its dropout on.
 
     Args:
-        network: an `lpips.LPIPS`, whose backbone and linear layers are used.
+        network: an `lpips.LPIPS`; its backbone and linear layers are used.
     """
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network.eval().requires_grad_(False)
 
     def __call__(self, recon: Tensor, images: Tensor) -> Tensor:
-        """(B, 3, H, W) and the same, in [−1, 1] → scalar, in float32 under autocast too."""
+        """Two batches (B, 3, H, W) in [−1, 1] → scalar, in float32 under autocast too."""
         return self.each(recon, images).mean()
 
     def each(self, recon: Tensor, images: Tensor) -> Tensor:
-        """The distance of every pair, (B,); otherwise as a call."""
-        net = self.network.to(recon.device)
+        """Distance of each pair: two batches (B, 3, H, W) in [−1, 1] → (B,), in float32."""
+        net: Any = self.network.to(recon.device)
         with torch.autocast(recon.device.type, enabled=False):
             pair = [net.net(net.scaling_layer(x.float())) for x in (recon, images)]
             layers = zip(net.lins, *pair, strict=True)
@@ -112,27 +114,27 @@ class LPIPS:
 
 
 def _unit(features: Tensor, eps: float = 1e-10) -> Tensor:
-    """Features (B, C, h, w) as unit vectors in the channels.
+    """Features (B, C, h, w) as unit vectors over the channels.
 
-    The package adds its ε outside the root, whose gradient is not a number where the squares of
-    faint features vanish.
+    ε stands inside the root: outside, as in the lpips package, the gradient is NaN where the
+    squares of small features underflow.
     """
     return features * torch.rsqrt(features.square().sum(dim=1, keepdim=True) + eps)
 
 
 def load_lpips(
     device: str | torch.device = "cpu",
-    network: Network = "vgg",
+    network: LPIPSNetwork = "vgg",
     instead: str = "turn the loss off with loss.lpips=0",
 ) -> LPIPS:
-    """LPIPS with its published weights; the backbone is torchvision's, from torch hub's folder.
+    """Load LPIPS with its published weights, on torchvision's backbone.
 
     Args:
         network: the backbone: VGG-16, AlexNet or SqueezeNet 1.1.
-        instead: what to do without the weights, as the end of the error line.
+        instead: advice that ends the error line when there are no weights.
 
     Raises:
-        LdmError: the backbone's weights are neither there nor to be fetched, or damaged.
+        LdmError: the backbone's weights are damaged, or missing and cannot be downloaded.
     """
     import lpips
 
@@ -147,26 +149,17 @@ def load_lpips(
     return LPIPS(net.to(device))
 
 
-def find_lpips(device: str | torch.device = "cpu", network: Network = "vgg") -> LPIPS | None:
-    """`load_lpips` where the backbone's weights are on this machine already, else None.
-
-    Raises:
-        LdmError: the file is there, and damaged.
-    """
+def find_lpips(device: str | torch.device = "cpu", network: LPIPSNetwork = "vgg") -> LPIPS | None:
+    """`load_lpips` if the backbone's weights are on this machine already, else None."""
     return load_lpips(device, network) if has_backbone(BACKBONES[network]) else None
 
 
-CONV5_4 = 34
-"""Index of the fourth convolution before the fifth pooling in torchvision's VGG-19."""
-# of ImageNet's images in [0, 1], which the network was trained on
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
+# ---------------------------------------------------------------------------------- ESRGAN
 class ESRGANPerceptual:
-    """Mean absolute difference of VGG-19's features before the last activation.
+    """ESRGAN's perceptual loss (Wang et al. 2018, arXiv 1809.00219; LiteVAE's Table 14).
 
-    Before it they are dense: after it most are zero, and tell the generator little. Like `LPIPS`
-    a frozen function, no `nn.Module`: its weights reach no optimiser and no checkpoint.
+    Mean absolute difference of VGG-19's features before the last activation: after it most are
+    zero, and tell the generator little. No `nn.Module`, like `LPIPS`.
 
     Args:
         features: VGG-19 up to its convolution 5_4.
@@ -176,7 +169,7 @@ class ESRGANPerceptual:
         self.features = features.eval().requires_grad_(False)
 
     def __call__(self, recon: Tensor, images: Tensor) -> Tensor:
-        """(B, 3, H, W) and the same, in [−1, 1] → scalar, in float32 under autocast too."""
+        """Two batches (B, 3, H, W) in [−1, 1] → scalar, in float32 under autocast too."""
         network = self.features.to(recon.device)
         with torch.autocast(recon.device.type, enabled=False):
             # Wang et al. 2018, Section 3.3: ‖φ(x̂) − φ(x)‖₁, φ before activation
@@ -184,7 +177,7 @@ class ESRGANPerceptual:
 
 
 def _normalise(images: Tensor) -> Tensor:
-    """Images (B, 3, H, W) in [−1, 1] → as the classifier was trained to see them."""
+    """Images (B, 3, H, W) in [−1, 1] → normalised as the classifier's training images."""
     mean, std = (images.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (MEAN, STD))
     return ((images.float() + 1) / 2 - mean) / std
 
@@ -192,13 +185,13 @@ def _normalise(images: Tensor) -> Tensor:
 def load_esrgan(
     device: str | torch.device = "cpu", instead: str = "turn the loss off with loss.esrgan=0"
 ) -> ESRGANPerceptual:
-    """ESRGAN's loss on torchvision's published VGG-19, from torch hub's folder.
+    """Load ESRGAN's loss on torchvision's published VGG-19.
 
     Args:
-        instead: what to do without the weights, as the end of the error line.
+        instead: advice that ends the error line when there are no weights.
 
     Raises:
-        LdmError: the weights are neither there nor to be fetched, or damaged.
+        LdmError: the weights are damaged, or missing and cannot be downloaded.
     """
     from torchvision.models import vgg19
 

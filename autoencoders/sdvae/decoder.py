@@ -1,4 +1,4 @@
-"""SD-VAE's decoder (Rombach et al. 2022), which LiteVAE keeps, with or without GroupNorm."""
+"""SD-VAE's decoder (Rombach et al. 2022), which LiteVAE keeps, with GroupNorm or without."""
 
 from itertools import pairwise
 from typing import Annotated, Literal
@@ -25,17 +25,17 @@ class SDVAEDecoderConfig(Config):
     channels: PositiveInt = 128
     """Base width, in feature maps."""
     multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4, 4)
-    """Width of each resolution, the output's first, as a multiple of `channels`."""
+    """Width of each resolution, the highest first, as a multiple of `channels`."""
     blocks: PositiveInt = 2
-    """Residual blocks a resolution, as the encoder counts them: the decoder has one more."""
+    """Residual blocks at each resolution, as the encoder counts them: the decoder has one more."""
     norm: Norm = "group"
     """group: GroupNorm before each convolution. smc: self-modulated convolution instead."""
     output: Literal["image", "wavelet"] = "image"
-    """wavelet: Haar sub-bands at half the size, then their inverse; one multiplier fewer."""
+    """image; wavelet: Haar sub-bands at half the size, then their inverse; one multiplier fewer."""
 
     @property
     def upsampling(self) -> int:
-        """Pixels per latent, along each side."""
+        """f, pixels per latent along each side."""
         doublings = len(self.multipliers) - 1
         return 2 ** (doublings + 1 if self.output == "wavelet" else doublings)
 
@@ -45,15 +45,15 @@ class SDVAEDecoder(nn.Module):
 
     With `norm="smc"` self-modulated convolution takes the place of GroupNorm and convolution in
     every residual block. The paper is silent on the two norms outside them; here
-    - the **output norm** goes: it would undo, just before the pixels, what self-modulation keeps,
-      and make every pixel depend on the statistics of the whole picture, hence on its size;
-    - the **attention's norm** stays: it stands on a branch, whose sum with its input keeps the
-      input's magnitudes, attention looks at the whole picture anyway, and without it the logits
-      grow with the square of the features.
+    - the **output norm** is left out: just before the pixels it would undo what self-modulation
+      keeps, and make every pixel depend on the statistics of the whole image, hence on its size;
+    - the **attention's norm** stays: it is on a branch, so the sum keeps the input's magnitudes;
+      attention reads the whole image anyway; and without it the attention logits grow with the
+      square of the features.
 
-    With `output="wavelet"` the last convolution gives the sub-bands LL, H, V and D of three colours
-    at half the size, divided by 2 as those that LiteVAE's encoder reads, and the image is their
-    inverse Haar transform, taken in float32.
+    With `output="wavelet"` the last convolution returns the sub-bands LL, H, V and D of three
+    colours at half the size, divided by 2 like those that LiteVAE's encoder reads, and the image is
+    their inverse Haar transform in float32.
     """
 
     def __init__(self, config: SDVAEDecoderConfig, latent_channels: int) -> None:
@@ -78,12 +78,13 @@ class SDVAEDecoder(nn.Module):
         x = chain(x, self.norm_out, F.silu, self.conv_out)
         if not self.wavelet:
             return x
-        # the encoder's division, undone: LL has twice the range of the image
-        return haar_idwt((2 * x.float()).chunk(4, dim=1))  # 4 × (B, 3, f·h/2, f·w/2) → (B, 3, …)
+        # times 2, since LL has twice the range of the image
+        low, horizontal, vertical, diagonal = (2 * x.float()).chunk(4, dim=1)
+        return haar_idwt((low, horizontal, vertical, diagonal))  # 4 × (B, 3, f·h/2, …) → (B, 3, …)
 
 
 class UpLevel(nn.Module):
-    """Residual blocks at one resolution, then twice that, except at the output's own."""
+    """Residual blocks at one resolution, then a doubling, except at the highest."""
 
     def __init__(
         self, in_width: int, out_width: int, blocks: int, norm: Norm, upsample: bool
@@ -94,5 +95,5 @@ class UpLevel(nn.Module):
         self.upsample = Upsample(out_width) if upsample else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in, h, w) → (B, out, 2h, 2w), or (B, out, h, w) at the output's own resolution."""
+        """(B, in, h, w) → (B, out, 2h, 2w), or (B, out, h, w) at the highest."""
         return self.upsample(self.blocks(x))

@@ -1,4 +1,4 @@
-"""SD-VAE's encoder (Rombach et al. 2022, arXiv 2112.10752): the one LiteVAE is measured against."""
+"""SD-VAE's encoder (Rombach et al. 2022, arXiv 2112.10752), the baseline of LiteVAE."""
 
 from itertools import pairwise
 from typing import Annotated, Literal
@@ -22,11 +22,11 @@ class SDVAEEncoderConfig(Config):
     multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4, 4)
     """Width of each resolution, as a multiple of `channels`; between two, the image is halved."""
     blocks: PositiveInt = 2
-    """Residual blocks a resolution."""
+    """Residual blocks at each resolution."""
 
     @property
     def downsampling(self) -> int:
-        """Pixels per latent, along each side."""
+        """f, pixels per latent along each side."""
         return 2 ** (len(self.multipliers) - 1)
 
 
@@ -56,7 +56,7 @@ class SDVAEEncoder(nn.Module):
 
 
 class DownLevel(nn.Module):
-    """Residual blocks at one resolution, then half of it, except at the lowest."""
+    """Residual blocks at one resolution, then a halving, except at the lowest."""
 
     def __init__(self, in_width: int, out_width: int, blocks: int, downsample: bool) -> None:
         super().__init__()

@@ -179,7 +179,7 @@ def test_odd_sides_are_padded_by_their_last_pixels_and_cropped(tiny, size):
 
 @pytest.mark.parametrize("size", [(4, 8), (8, 7), (0, 8)])
 def test_sides_smaller_than_a_latent_are_refused(tiny, size):
-    with pytest.raises(LdmError, match=f"{size[0]}×{size[1]} pixels: .* one latent of 8×8"):
+    with pytest.raises(LdmError, match=f"{size[0]}×{size[1]} pixels are smaller than one latent"):
         tiny.encode(torch.zeros(1, 3, *size))
 
 
@@ -218,7 +218,7 @@ def test_fused_it_answers_the_same_and_cannot_be_saved(images, tmp_path, output)
         expected = ae(images, sample=False).recon
         torch.testing.assert_close(fused(images, sample=False).recon, expected, rtol=0, atol=1e-5)
     assert not any(isinstance(part, SelfModulatedConv2d) for part in fused.modules())
-    with pytest.raises(LdmError, match="save the one it was made from"):
+    with pytest.raises(LdmError, match="save the one that it was fused from"):
         fused.save_pretrained(tmp_path / "fused")
     assert any(parameter.requires_grad for parameter in ae.parameters())
     ae.state_dict()

@@ -52,7 +52,7 @@ class Local(nn.Module):
 
 
 def test_images_smaller_than_a_latent_are_refused_as_by_encode():
-    with pytest.raises(LdmError, match="9×4 pixels: this autoencoder makes one latent of 8×8"):
+    with pytest.raises(LdmError, match="9×4 pixels are smaller than one latent of 8×8"):
         encode_tiled(small(), torch.zeros(1, 3, 9, 4), tile=16, overlap=8)
 
 
@@ -60,7 +60,7 @@ def test_images_smaller_than_a_latent_are_refused_as_by_encode():
 @pytest.mark.parametrize(("tile", "overlap"), [(32, 0), (32, 8), (32, 16), (32, 24), (64, 32)])
 @pytest.mark.parametrize("side", [3, 8, 9, 21, 40])
 def test_weights_add_up_to_one_and_tiles_reach_both_borders(side, tile, overlap):
-    spans = _Tiling(8, tile, overlap, 1).spans(side, outward=8)
+    spans = _Tiling(8, tile, overlap, 1).spans(side, out_scale=8)
     total = torch.zeros(8 * side)
     for start, end, weight in spans:
         assert end - start == min(side, tile // 8)
@@ -177,9 +177,9 @@ def test_no_gradient_and_no_image():
         ({"tile": 60}, "tile=60, overlap=128: both must be multiples of 8"),
         ({"overlap": 12}, "tile=512, overlap=12: both must be multiples of 8"),
         ({"tile": 0, "overlap": 0}, "tile=0, overlap=0: both must be multiples of 8"),
-        ({"tile": 64, "overlap": 64}, "overlap=64 of tiles of 64: from 0 to 56 can be"),
-        ({"overlap": -8}, "overlap=-8 of tiles of 512: from 0 to 504 can be"),
-        ({"batch": 0}, "batch=0: at least one tile"),
+        ({"tile": 64, "overlap": 64}, "overlap=64, tile=64: overlap must be 0 to 56"),
+        ({"overlap": -8}, "overlap=-8, tile=512: overlap must be 0 to 504"),
+        ({"batch": 0}, "batch=0: must be at least 1"),
     ],
 )
 def test_tilings_that_cannot_be(settings, said):

@@ -153,13 +153,17 @@ def test_split_takes_equal_parts_in_order():
     [
         (SMALL["unet"](64), (64, 48), "halves images 5 times, .* multiples of 32"),
         (SMALL["unet"](64), (0, 64), "multiples of 32"),
-        (SMALL["patchgan"](64), (23, 64), "3 layers judges images of at least 24 pixels"),
+        (SMALL["patchgan"](64), (23, 64), "3 layers needs images of at least 24 pixels"),
         (SMALL["patchgan"](64), (64, 8), "lower discriminator.layers"),
-        (SMALL["stylegan"](64), (128, 128), r"resolution: discriminator\.resolution=64, not 128"),
+        (
+            SMALL["stylegan"](64),
+            (128, 128),
+            r"discriminator\.resolution=64, not 128: set ",
+        ),
         (SMALL["stylegan"](64), (64, 32), r"discriminator\.resolution=64, not 32"),
     ],
 )
-def test_images_it_cannot_judge_are_refused(config, size, said):
+def test_images_of_another_size_are_refused(config, size, said):
     with pytest.raises(LdmError, match=f"{size[0]}×{size[1]} pixels: the .*{said}") as caught:
         build_discriminator(config)(torch.zeros(1, 3, *size))
     assert "\n" not in str(caught.value)

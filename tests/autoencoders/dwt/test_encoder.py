@@ -4,7 +4,7 @@ import pywt
 import torch
 
 from autoencoders import build_autoencoder
-from autoencoders.dwt.encoder import DWTEncoder, DWTEncoderConfig
+from autoencoders.dwt import DWTEncoder, DWTEncoderConfig
 from autoencoders.posterior import DiagonalGaussian
 from autoencoders.wavelet import idwt
 from ldm.config import load_preset, resolve, validate
@@ -103,7 +103,7 @@ def test_another_number_of_latent_channels_is_refused():
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("levels=4", r"^'levels': the transform has 3 of them, its depth \(got 4\)$"),
+        ("levels=4", r"^'levels': must be at most depth, 3 \(got 4\)$"),
         ("levels=0", "^'levels': input should be greater than 0"),
         ("depth=0", "^'depth': input should be greater than or equal to 1"),
         ("wavelet=harr", r"^'wavelet': no wavelet 'harr'; did you mean 'haar'\?"),

@@ -157,8 +157,8 @@ def test_the_downsampling_is_that_of_the_levels(depth, multipliers):
     [
         ("encoder.wavelet=bd2", "'encoder.wavelet': no wavelet 'bd2'; did you mean 'db2'?"),
         ("encoder.depth=6", "'encoder.depth': input should be less than or equal to 5"),
-        ("encoder.levels=[3,2]", "'encoder.levels': they must ascend, without repeats, from 1 to"),
-        ("encoder.levels=[2,2]", "'encoder.levels': they must ascend"),
+        ("encoder.levels=[3,2]", "'encoder.levels': must ascend, without repeats, from 1 to"),
+        ("encoder.levels=[2,2]", "'encoder.levels': must ascend"),
         ("encoder.levels=[2,4]", "to at most depth, 3"),
         ("encoder.levels=[0,1]", "'encoder.levels.0': input should be greater than 0"),
         ("encoder.levels=[]", "'encoder.levels': tuple should have at least 1 item"),

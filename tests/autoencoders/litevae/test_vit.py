@@ -76,5 +76,5 @@ def test_positions_are_interpolated_to_other_grids():
 
 
 def test_heads_that_do_not_divide_the_width_are_refused():
-    with pytest.raises(UsageError, match=r"^'heads': it must divide the width, 128 \(got 3\)$"):
+    with pytest.raises(UsageError, match=r"^'heads': must divide width, 128 \(got 3\)$"):
         resolve(ViTConfig, {}, ["heads=3"])

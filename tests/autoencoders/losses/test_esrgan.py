@@ -98,8 +98,8 @@ def test_missing_weights_say_what_to_do(hub, capfd):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ({"features.0.weight": torch.zeros(3)}, "no VGG-19 of torchvision"),
-        ([1, 2], "no VGG-19"),
+        ({"features.0.weight": torch.zeros(3)}, "not torchvision's VGG-19"),
+        ([1, 2], "not torchvision's VGG-19"),
         (None, "damaged"),
     ],
 )

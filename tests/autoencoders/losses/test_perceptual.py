@@ -139,8 +139,8 @@ def test_missing_weights_say_what_to_do(hub, network, capfd):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ({"features.0.weight": torch.zeros(3)}, "no VGG-16"),
-        ([1, 2], "no VGG-16"),
+        ({"features.0.weight": torch.zeros(3)}, "not torchvision's VGG-16"),
+        ([1, 2], "not torchvision's VGG-16"),
         (None, "damaged"),
     ],
 )
