@@ -21,23 +21,26 @@ import torch
 
 from autoencoders import Autoencoder
 from autoencoders.discriminators import build_discriminator
-from autoencoders.losses import Objective
 from autoencoders.sdvae.decoder import SDVAEDecoder
 from benchmarks.comparison import add_out, make_parser
 from ldm.config import load_preset, resolve, to_tree
 from ldm.data import Batch, Source, batches, open_source, sheet_images
 from ldm.distributed import make_accelerator
-from ldm.ema import Ema
 from ldm.errors import LdmError, UsageError
 from ldm.files import write_json
 from ldm.images import save_grid, to_float
-from ldm.learning_rate import learning_rate, set_learning_rate
 from ldm.run import Run
 from ldm.run_folder import latest_state, load_state, save_state
 from ldm.seeds import torch_seed
 from ldm.timing import describe_machine, synchronise
 from pipelines.recipes import AutoencoderRecipe
-from pipelines.train_autoencoder import draw, load_perceptual, train_step
+from pipelines.train_autoencoder import (
+    AutoencoderState,
+    PerceptualLosses,
+    draw,
+    load_perceptual,
+    train_step,
+)
 from pipelines.validation import evaluate_autoencoder
 
 MAY_DIFFER = {"encoder", "conv1x1"}
@@ -50,20 +53,20 @@ class Contender:
 
     name: str
     recipe: AutoencoderRecipe
-    parts: dict[str, Any]
+    training: AutoencoderState
     seconds: float = 0.0
     curve: list[dict[str, float]] = field(default_factory=list)
 
     @property
     def averaged(self) -> Autoencoder:
-        return self.parts["ema"].model
+        return self.training.ema.model
 
     def state(self) -> dict[str, Any]:
-        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        parts = {name: part.state_dict() for name, part in self.training.parts.items()}
         return {"parts": parts, "seconds": self.seconds, "curve": self.curve}
 
     def load(self, state: dict[str, Any]) -> None:
-        for name, part in self.parts.items():
+        for name, part in self.training.parts.items():
             part.load_state_dict(state["parts"][name])
         self.seconds, self.curve = state["seconds"], state["curve"]
 
@@ -91,7 +94,8 @@ def main() -> None:
         check_comparable(*recipes)
         run = Run(given.work, recipes[0].run, make_accelerator(recipes[0].run.device))
         names = (given.first, given.second)
-        contenders = [make(run, *pair) for pair in zip(names, recipes, strict=True)]
+        perceptual = load_perceptual(recipes[0])
+        contenders = [make(run, *pair, perceptual) for pair in zip(names, recipes, strict=True)]
         held_out = train(run, contenders, given.chunk, given.every)
         write_results(given.out, run, contenders, held_out)
     except LdmError as error:
@@ -112,8 +116,9 @@ def check_comparable(first: AutoencoderRecipe, second: AutoencoderRecipe) -> Non
         raise UsageError("give one phase, such as phases=[{resolution: 128, steps: 1000}]")
 
 
-def make(run: Run, name: str, recipe: AutoencoderRecipe) -> Contender:
+def make(run: Run, name: str, recipe: AutoencoderRecipe, losses: PerceptualLosses) -> Contender:
     """Build networks, optimisers and averages; both decoders start from the same weights."""
+    training = AutoencoderState(recipe, run, losses)
     build = {
         "autoencoder": lambda: Autoencoder(recipe.model),
         "decoder": lambda: SDVAEDecoder(recipe.decoder, recipe.latent_channels),
@@ -124,14 +129,10 @@ def make(run: Run, name: str, recipe: AutoencoderRecipe) -> Contender:
         torch.manual_seed(torch_seed(recipe.run.seed, f"weights of the {what}", 0))
         nets[what] = building()
     nets["autoencoder"].decoder.load_state_dict(nets["decoder"].state_dict())
-    autoencoder, discriminator = nets["autoencoder"], nets["critic"]
-    autoencoder, discriminator = run.place(autoencoder), run.place(discriminator)
-    parts = {"autoencoder": autoencoder, "discriminator": discriminator}
-    parts["ema"] = Ema(autoencoder, recipe.ema_half_life_images)
-    for which in ("autoencoder", "discriminator"):
-        parameters = parts[which].parameters()
-        parts[f"opt_{which}"] = torch.optim.Adam(parameters, recipe.lr, recipe.betas, fused=True)
-    return Contender(name, recipe, parts)
+    for network in (training.autoencoder, training.ema.model):
+        network.load_state_dict(nets["autoencoder"].state_dict())
+    training.discriminator.load_state_dict(nets["critic"].state_dict())
+    return Contender(name, recipe, training)
 
 
 def train(run: Run, contenders: list[Contender], chunk: int, every: int) -> Source:
@@ -141,7 +142,6 @@ def train(run: Run, contenders: list[Contender], chunk: int, every: int) -> Sour
     source, held_out = (
         open_source(recipe.data, split, phase.resolution) for split in ("train", "val")
     )
-    objective = Objective(recipe.loss, recipe.adversarial, load_perceptual(recipe))
     step, states = 0, run.folder / "state"
     if latest := latest_state(states):
         saved = load_state(latest)
@@ -150,6 +150,7 @@ def train(run: Run, contenders: list[Contender], chunk: int, every: int) -> Sour
         step = saved["step"]
         for contender, state in zip(contenders, saved["contenders"], strict=True):
             contender.load(state)
+            contender.training.images_seen = step * recipe.batch_size
         print(f"resuming from step {step}", flush=True)
     stream = batches(
         source, recipe.data, phase.resolution, run.seed, start=step * recipe.batch_size,
@@ -159,7 +160,7 @@ def train(run: Run, contenders: list[Contender], chunk: int, every: int) -> Sour
         images = [next(stream) for _ in range(min(chunk, phase.steps - step))]
         # who goes first alternates
         for contender in contenders[:: 1 if (step // chunk) % 2 else -1]:
-            take_turn(run, contender, objective, images, step)
+            take_turn(run, contender, images)
         step += len(images)
         if step % every == 0 or step == phase.steps:
             for contender in contenders:
@@ -179,27 +180,17 @@ def train(run: Run, contenders: list[Contender], chunk: int, every: int) -> Sour
     return held_out
 
 
-def take_turn(
-    run: Run, contender: Contender, objective: Objective, images: list[Batch], step: int
-) -> None:
+def take_turn(run: Run, contender: Contender, images: list[Batch]) -> None:
     """Take a chunk of steps, timed."""
-    recipe, parts = contender.recipe, contender.parts
+    recipe, training = contender.recipe, contender.training
     synchronise(run.device)
     start = time.perf_counter()
     for batch in images:
-        seen = (step + 1) * recipe.batch_size
-        for which in ("opt_autoencoder", "opt_discriminator"):
-            rate = learning_rate(recipe.lr, seen, recipe.warmup_images)
-            set_learning_rate(parts[which], rate)
+        training.set_learning_rate()
         draws = draw(run, recipe, batch.k.tolist(), recipe.phases[0].resolution)
-        train_step(
-            run, parts["autoencoder"], parts["discriminator"], parts["opt_autoencoder"],
-            parts["opt_discriminator"], to_float(run.place(batch.images)), draws, objective,
-            objective.ramp(step / recipe.total_steps), recipe.clip_norm,
-            contender.averaged if objective.needs_averaged else None,
-        )  # fmt: skip
-        step += 1
-        parts["ema"].update(seen, recipe.batch_size)
+        ramp = training.objective.ramp(training.step / recipe.total_steps)
+        train_step(run, training, to_float(run.place(batch.images)), draws, ramp)
+        training.advance()
     synchronise(run.device)
     contender.seconds += time.perf_counter() - start
 

@@ -1,12 +1,12 @@
-"""A run in progress: its device and processes, its safe steps, its saved state, its end.
+"""A run in progress: its device and processes, its safe steps, its state, its end.
 
-Everything two training loops truly share, and nothing of what they do.
+Everything that the two training loops share, and nothing of what they compute.
 """
 
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -14,13 +14,14 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from pydantic import PositiveInt
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from ldm.config import Config
 from ldm.device import memory_format, resolve_precision
 from ldm.distributed import fail_together, from_main, make_accelerator
+from ldm.ema import Average
 from ldm.errors import LdmError, UsageError
+from ldm.files import write_json
 from ldm.logbook import console, progress_bar
 from ldm.run_folder import (
     clear_leftovers,
@@ -28,6 +29,7 @@ from ldm.run_folder import (
     load_state,
     lock,
     new_or_unfinished,
+    restore,
     save_state,
 )
 from ldm.seeds import torch_seed
@@ -54,6 +56,64 @@ class RunConfig(Config):
     """How many of the newest states are kept."""
     compile: bool = False
     """torch.compile the networks: slow first steps, then faster ones; needs a C++ compiler."""
+
+
+class TrainingState:
+    """Everything that training changes, and that an exact resume needs.
+
+    Args:
+        batch_size: images per step, over all processes and micro-batches.
+        total_steps: steps of the whole run.
+
+    Attributes:
+        images_seen: images trained on, up to the last step.
+        validated_at: images seen at the last validation.
+        parts: networks, averages and optimisers, by their names in the saved state.
+        averages: the parts that follow the weights after every step.
+    """
+
+    def __init__(self, batch_size: int, total_steps: int) -> None:
+        self.batch_size, self.total_steps = batch_size, total_steps
+        self.images_seen = self.validated_at = 0
+        self.parts: dict[str, Any] = {}
+        self.averages: list[Average] = []
+
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        return self.images_seen // self.batch_size
+
+    @property
+    def is_last(self) -> bool:
+        """True once the last step is taken."""
+        return self.step == self.total_steps
+
+    def advance(self) -> None:
+        """Count a step, and let the averages follow its update."""
+        self.images_seen += self.batch_size
+        for average in self.averages:
+            average.update(self.images_seen, self.batch_size)
+
+    def due(self, every_steps: int) -> bool:
+        """True every `every_steps` steps, and after the last one."""
+        return self.is_last or self.step % every_steps == 0
+
+    def owes_validation(self, every_steps: int) -> bool:
+        """True if a validation was due when the run stopped, and not made."""
+        return self.due(every_steps) and self.validated_at != self.images_seen
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of every part by its name, and the counts."""
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        return {"images_seen": self.images_seen, "validated_at": self.validated_at, **states}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Continue from a saved state."""
+        self.images_seen = saved["images_seen"]
+        # earlier versions validated after saving, and did not save this
+        unknown = 0 if self.is_last else self.images_seen
+        self.validated_at = saved.get("validated_at", unknown)
+        restore(self.parts, saved)
 
 
 class Run:
@@ -189,11 +249,11 @@ class Run:
         return from_main(self.accelerator, make)
 
     # -------------------------------------------------------------------------------- saving
-    def save(self, images_seen: int, tree: dict[str, Any]) -> None:
+    def save(self, tree: dict[str, Any]) -> None:
         """Save the state to resume from (main process), whole or not at all."""
         if self.is_main:
-            tree = {"images_seen": images_seen, "skipped": dict(self.skipped), **tree}
-            save_state(self.folder / "state", images_seen, tree, self.config.keep_states)
+            tree = {**tree, "skipped": dict(self.skipped)}
+            save_state(self.folder / "state", tree["images_seen"], tree, self.config.keep_states)
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> dict[str, Any] | None:
@@ -205,8 +265,15 @@ class Run:
         with fail_together(self.accelerator):
             tree = load_state(state)
         self.skipped.update(tree["skipped"])
-        self.say(f"going on from {state}")
+        self.say(f"resuming from {state}")
         return tree
+
+    def finish(self, result: dict[str, Any]) -> Path:
+        """Write `result.json`, which marks the run as complete; return the run's folder."""
+        if self.is_main:
+            write_json(self.folder / "result.json", result)
+        self.accelerator.wait_for_everyone()
+        return self.folder
 
     # ------------------------------------------------------------------------------ stopping
     def stop_asked(self) -> bool:
@@ -226,11 +293,20 @@ class Run:
         if self.is_main:
             console.print(text, markup=False)  # a path may hold [brackets]
 
-    def progress(self) -> Progress:
-        """A progress bar, once for all processes."""
+    @contextmanager
+    def progress(self, state: TrainingState) -> Iterator[Callable[[float, str], None]]:
+        """Show a progress bar on the main process; yield show(images per second, note)."""
         bar = progress_bar()
         bar.disable = bar.disable or not self.is_main
-        return bar
+        with bar:
+            task = bar.add_task(
+                "training", total=state.total_steps, completed=state.step, speed="", note=""
+            )
+
+            def show(speed: float, note: str) -> None:
+                bar.update(task, completed=state.step, speed=f"{speed:.1f} images/s", note=note)
+
+            yield show
 
 
 @contextmanager

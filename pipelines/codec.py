@@ -1,7 +1,7 @@
-"""The seam between pixels and latents, and the owner of the latents' statistics.
+"""The frozen first stage with standardised latents: pixels to z and back, here and nowhere else.
 
-The diffusion model sees z: latents of the frozen stage one, standardised per channel to mean 0 and
-standard deviation σ_data. Both directions are here and nowhere else.
+The diffusion model sees z: latents of stage one, standardised per channel to mean 0 and standard
+deviation σ_data.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,9 +21,9 @@ class Codec(nn.Module):
     """images (B, 3, H, W) in [−1, 1] ↔ z (B, n_z, H/f, W/f), by a frozen autoencoder.
 
     Args:
-        autoencoder: stage one; it is frozen and put into eval mode.
-        mean, std: per-channel statistics of its sampled latents (n_z,), from `measure_latents`.
-        sigma_data: the standard deviation z is given (EDM's σ_data).
+        autoencoder: stage one; frozen and put into eval mode.
+        mean, std: per-channel statistics (n_z,) of its latents, from `measure_latents`.
+        sigma_data: standard deviation of z (EDM's σ_data).
 
     Raises:
         LdmError: the statistics are not finite, or a channel does not vary.
@@ -39,7 +39,7 @@ class Codec(nn.Module):
         if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 1e-6).all()):
             raise LdmError(
                 f"latent statistics are degenerate (mean {_brief(mean)}, std {_brief(std)}): "
-                "is the autoencoder trained?"
+                "train the autoencoder first"
             )
         self.autoencoder = autoencoder.eval().requires_grad_(False)
         self.sigma_data = sigma_data
@@ -47,35 +47,35 @@ class Codec(nn.Module):
         self.register_buffer("std", std.float().view(1, -1, 1, 1))
 
     def train(self, mode: bool = True) -> "Codec":
-        """Stays in eval mode: the autoencoder is frozen."""
+        """Keep eval mode: the autoencoder is frozen."""
         return super().train(False)
 
     @torch.no_grad()
     def posterior(self, images: Tensor) -> DiagonalGaussian:
-        """images (B, 3, H, W) in [−1, 1] → what stage one says of their raw latents."""
+        """images (B, 3, H, W) in [−1, 1] → posterior of their raw latents (B, n_z, h, w)."""
         assert_range(images)
         return self.autoencoder.encode(images)
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """images (B, 3, H, W) in [−1, 1] → z; posterior noise (B, n_z, h, w), or its mean."""
+        """images (B, 3, H, W) in [−1, 1] → z, drawn with noise (B, n_z, h, w) or the mean."""
         return self.standardise(self.posterior(images), noise)
 
     @torch.no_grad()
     def standardise(self, posterior: DiagonalGaussian, noise: Tensor | None = None) -> Tensor:
-        """A draw from a posterior, made with `noise`, or its mean, as z (B, n_z, h, w)."""
+        """posterior → z (B, n_z, h, w), drawn with noise of that shape or the mean."""
         latents = posterior.mode() if noise is None else posterior.sample(noise=noise)
         z = (latents - self.mean) * (self.sigma_data / self.std)
-        # an encoder without gradients may have chosen another layout than training is quick in
+        # an encoder without gradients may have chosen a layout that is slow in training
         return z.contiguous(memory_format=memory_format(z.device))
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        """z (B, n_z, h, w) → images (B, 3, H, W), clipped to [−1, 1]."""
+        """z (B, n_z, h, w) → images (B, 3, H, W) in [−1, 1]."""
         latents = z.float() * (self.std / self.sigma_data) + self.mean
         return self.autoencoder.decode(latents).float().clamp(-1, 1)
 
     def statistics(self) -> dict[str, Any]:
-        """Plain values, for a checkpoint."""
+        """The statistics as plain values, for a checkpoint."""
         return {
             "mean": self.mean.flatten().tolist(),
             "std": self.std.flatten().tolist(),
@@ -84,7 +84,7 @@ class Codec(nn.Module):
 
     @classmethod
     def from_statistics(cls, autoencoder: Autoencoder, statistics: dict[str, Any]) -> "Codec":
-        """The codec whose `statistics()` these are."""
+        """Build a codec from its `statistics()`."""
         mean, std = (torch.tensor(statistics[key]) for key in ("mean", "std"))
         return cls(autoencoder, mean, std, statistics["sigma_data"])
 
@@ -95,13 +95,13 @@ def measure_latents(
     drawn: bool = True,
     reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> tuple[Tensor, Tensor]:
-    """Per-channel mean and standard deviation (n_z,) of the latents of some images.
+    """Measure the per-channel mean and standard deviation (n_z,) of latents.
 
-    The posterior is summed over in closed form: E[z] = E[μ], E[z²] = E[μ² + σ²], in float64.
+    Each posterior is summed in closed form, E[z] = E[μ] and E[z²] = E[μ² + σ²], in float64.
 
     Args:
-        posteriors: of batches of images.
-        drawn: of draws from the posteriors; else of their means alone, E[z²] = E[μ²].
+        posteriors: posteriors of batches of images.
+        drawn: measure draws from the posteriors; else their means, E[z²] = E[μ²].
         reduce: adds the sums (3, n_z) of several processes.
     """
     sums: Tensor | float = 0.0

@@ -1,4 +1,4 @@
-"""A run's model with its weights averaged over another stretch of the training, made afterwards."""
+"""Post-hoc EMA: a run's model with a power-function average of any width."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,25 +11,25 @@ from ldm.posthoc_ema import combine, fit_snapshots, list_snapshots
 
 
 def synthesize_ema(run: Path, std: float, at: int | None = None, out: Path | None = None) -> Path:
-    """Write a run's `ckpt.pt` with the power-function average of any width in it.
+    """Write a copy of a run's `ckpt.pt` whose weights are a power-function average.
 
-    All but the weights is that of `ckpt.pt`; its provenance says how the weights were averaged:
-    `ema_std`, `ema_images` and `ema_residual` (see `ldm.posthoc_ema.Fit`).
+    Its provenance states the average: `ema_std`, `ema_images` and `ema_residual` (see
+    `ldm.posthoc_ema.Fit`).
 
     Args:
         run: the folder of a stage-two run that kept snapshots (`ema_stds`).
-        std: width of the average, as a share of the images seen, in (0, 0.2886].
-        at: images seen, as of a snapshot; the newest if left out.
-        out: the `.pt` to write, which must not be there yet. Left out: `ckpt-ema<std>.pt` in the
-            run's folder, with `-<at>` where that is given; one made before is replaced.
+        std: width of the average as a fraction of the images seen (EDM2's σ_rel), in (0, 0.2886].
+        at: images seen at the end of the average, those of a snapshot; None: the newest.
+        out: the `.pt` to write, which must not exist; None: `ckpt-ema<std>.pt` in the run's
+            folder, with `-<at>` if that is given, replacing an earlier one.
 
     Returns:
         The `.pt`; its `.safetensors` twin is beside it.
 
     Raises:
-        UsageError: no average has that width, or `out` is no `.pt`.
-        LdmError: no such run, no snapshots in it, none at `at`, snapshots that cannot express the
-            average, that are damaged or of another network, or `out` is there already.
+        UsageError: no average has that width, or `out` does not end in `.pt`.
+        LdmError: no such run, no snapshots, none at `at`; snapshots that cannot express the
+            average, are damaged or of another network; or `out` exists.
     """
     out = _target(run, std, at, out)
     if not run.is_dir():
@@ -43,8 +43,8 @@ def synthesize_ema(run: Path, std: float, at: int | None = None, out: Path | Non
     weights = combine(fit)
     _check_same_network(weights, file.weights, run)
     weights = {name: weights[name].to(tensor.dtype) for name, tensor in file.weights.items()}
-    told = {"ema_std": std, "ema_images": fit.images_seen, "ema_residual": fit.residual}
-    save_model(out, replace(file, weights=weights, provenance=file.provenance | told))
+    average = {"ema_std": std, "ema_images": fit.images_seen, "ema_residual": fit.residual}
+    save_model(out, replace(file, weights=weights, provenance=file.provenance | average))
     return out
 
 
@@ -52,10 +52,10 @@ def _target(run: Path, std: float, at: int | None, out: Path | None) -> Path:
     if out is None:
         return run / (f"ckpt-ema{std}.pt" if at is None else f"ckpt-ema{std}-{at}.pt")
     if out.suffix != ".pt":
-        raise UsageError(f"{out}: the file to write must end in .pt, such as {out.stem}.pt")
+        raise UsageError(f"{out}: the file must end in .pt, such as {out.stem}.pt")
     for path in (out, out.with_suffix(".safetensors")):
         if path.exists():
-            raise LdmError(f"{path} is there already: give --out another name")
+            raise LdmError(f"{path} already exists: give --out another name")
     return out
 
 

@@ -1,17 +1,14 @@
-"""Latents encoded once and kept on disk: what others train on, to be compared with.
-
-<folder>/cache.json                what the latents are of: the autoencoder, the images, the size
-<folder>/latents-00000.npy …       a thousand images each, float32 (n, mirrored, 2, n_z, h, w):
-                                   mean and standard deviation of every image's posterior, and of
-                                   its mirror image where the data are mirrored
-
-An image that cannot be read is NaN throughout, and the next good one stands in for it, as it does
-when training from pixels.
-
-The batches that stage two learns from: z, noise and noise levels, made one batch ahead.
+"""Latents for stage two: batches encoded on the fly, or read from a cache on disk.
 
 Image k's crop, flip, augmentation, posterior draw, noise, noise level and hidden label are
-functions of (seed, k) alone.
+functions of (seed, k) alone; both ways give the same batches, apart from rounding.
+
+<cache>/cache.json                 identity of the latents: autoencoder, images, size, precision
+<cache>/latents-00000.npy …        a thousand images each, float32 (n, mirrored, 2, n_z, h, w):
+                                   mean and standard deviation of every image's posterior and, for
+                                   data with flips, of its mirror image's
+
+A corrupt image is NaN throughout; the next good one replaces it, as in training from pixels.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -40,36 +37,32 @@ from pipelines.codec import Codec
 from pipelines.recipes import DiffusionRecipe, latent_shape
 
 FORMAT = 1
-MARK = "cache.json"
+MANIFEST = "cache.json"
 BLOCK = 1000  # images in a file
 BATCH = 32  # images encoded at a time
-LOOKED_AT = 64  # images whose pixels are part of a source's fingerprint
+HASHED = 64  # images whose pixels are part of a source's fingerprint
 
 
 class CachedBatch(NamedTuple):
-    """Posteriors of training images, and which they are."""
+    """Posteriors of training images from a cache."""
 
     posterior: DiagonalGaussian
-    """Of the raw latents (b, n_z, h, w), on the CPU."""
+    """Posterior of the raw latents (b, n_z, h, w), on the CPU."""
     labels: Tensor
-    """int64 (b,), −1 for none."""
+    """Classes int64 (b,), −1 for none."""
     k: Tensor
-    """int64 (b,): the number of each image in the run."""
+    """Numbers of the images in the run, int64 (b,)."""
 
 
 class LatentCache:
-    """The posteriors of all images of a source, read by their number. See `open_cache`.
-
-    Raises:
-        LdmError: a file of latents is damaged.
-    """
+    """The posteriors of all images of a source, read by their number; see `open_cache`."""
 
     def __init__(self, folder: Path, source: Source, shape: tuple[int, ...]) -> None:
         self.source, self.mirrored = source, shape[0] == 2
         self._blocks = [_read(folder, part, shape) for part in _parts(source)]
 
     def load(self, seed: int, k: int) -> tuple[np.ndarray, int]:
-        """Image k of a run: mean and standard deviation (2, n_z, h, w), and its index."""
+        """Load image k of a run: mean and standard deviation (2, n_z, h, w), and its index."""
         count = len(self.source)
         index = image_index(seed, count, k)
         while np.isnan(self._row(index)[0, 0, 0, 0, 0]):
@@ -83,7 +76,7 @@ class LatentCache:
     def batches(
         self, seed: int, start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1
     ) -> Iterator[CachedBatch]:
-        """Images k = start … stop−1 of a run, the same as `ldm.data.batches` gives as pixels."""
+        """Yield images k = start … stop−1 of a run, those that `ldm.data.batches` yields."""
         share = batch_size // world
         for first in range(start + rank * share, stop - batch_size + rank * share + 1, batch_size):
             ks = range(first, first + share)
@@ -98,28 +91,28 @@ class LatentCache:
 def open_cache(
     recipe: DiffusionRecipe, codec: Codec, ae_sha256: str, source: Source, run: Run
 ) -> LatentCache:
-    """The cache in the recipe's folder; what is missing of it is encoded first, by all processes.
+    """Open the cache in the recipe's folder; all processes encode what it lacks first.
 
-    Stopped, the same call goes on where it was, to a block of a thousand images.
+    An interrupted call resumes, to the block of a thousand images.
 
     Raises:
         LdmError: the folder holds latents of another autoencoder or other images, other files, or
-            a damaged one; latents are not finite; more than 1 % of the images are corrupt; or the
+            a damaged file; latents are not finite; more than 1 % of the images are corrupt; or the
             disk is full.
         Interrupted: asked to stop.
     """
     folder = Path(recipe.cache).expanduser()
 
-    def look() -> list[range]:
+    def prepare() -> list[range]:
         missing = check_cache(recipe, source, run.precision, ae_sha256)
-        for beside in folder.glob(".*.partial"):  # of a process that was killed
-            beside.unlink(missing_ok=True)
-        if not (folder / MARK).is_file():
+        for partial in folder.glob(".*.partial"):  # of a process that was killed
+            partial.unlink(missing_ok=True)
+        if not (folder / MANIFEST).is_file():
             identity = _identity(recipe, source, run.precision, ae_sha256)
-            write_json(folder / MARK, identity | {"source": recipe.data.source})
+            write_json(folder / MANIFEST, identity | {"source": recipe.data.source})
         return missing
 
-    missing = run.from_main(look)
+    missing = run.from_main(prepare)
     if missing:
         run.say(f"encoding {len(source):,} images into {folder}")
     faults = FaultCount(len(source))
@@ -136,7 +129,7 @@ def open_cache(
 
 
 def _shape(codec: Codec, recipe: DiffusionRecipe) -> tuple[int, ...]:
-    """Of what is kept of an image: (mirrored or not, mean or deviation, n_z, h, w)."""
+    """Shape of an image's entry: (mirrored or not, mean or deviation, n_z, h, w)."""
     return (1 + recipe.data.flip, 2, *latent_shape(recipe, codec.autoencoder))
 
 
@@ -144,7 +137,7 @@ def _shape(codec: Codec, recipe: DiffusionRecipe) -> tuple[int, ...]:
 def _encode(
     codec: Codec, part: Part, recipe: DiffusionRecipe, run: Run, faults: FaultCount
 ) -> np.ndarray:
-    """Mean and standard deviation of some images: (n, mirrored or not, 2, n_z, h, w)."""
+    """Encode some images: mean and standard deviation (n, mirrored or not, 2, n_z, h, w)."""
     block = np.full((len(part), *_shape(codec, recipe)), np.nan, dtype=np.float32)
     for batch in evaluation_batches(
         part, recipe.resolution, BATCH, workers=recipe.data.workers, faults=faults
@@ -157,8 +150,8 @@ def _encode(
             if not moments.isfinite().all():
                 bad = batch.k[(~moments.isfinite()).flatten(1).any(1)][0]
                 raise LdmError(
-                    f"the latents of {part.name(int(bad))} are not finite: is the autoencoder "
-                    "trained? run.precision=fp32 may help"
+                    f"the latents of {part.name(int(bad))} are not finite: train the autoencoder "
+                    "first, or try run.precision=fp32"
                 )
             block[batch.k.numpy(), mirror] = moments.numpy()
     return block
@@ -167,19 +160,18 @@ def _encode(
 def check_cache(
     recipe: DiffusionRecipe, source: Source, precision: str, ae_sha256: str | None
 ) -> list[range]:
-    """The images that the cache in the recipe's folder lacks, a file each. Nothing is written.
+    """List the images that the recipe's cache lacks, a range per file, without writing.
 
     Args:
-        precision: of the run, "fp32" or "bf16".
-        ae_sha256: fingerprint of the autoencoder; None where it is not there yet.
+        precision: the run's, "fp32" or "bf16".
+        ae_sha256: fingerprint of the autoencoder; None if it is not trained yet.
 
     Raises:
         LdmError: the folder holds latents of another autoencoder or other images, or other files.
     """
     folder = Path(recipe.cache).expanduser()
-    mark = folder / MARK
-    if mark.is_file():
-        _compare(mark, _identity(recipe, source, precision, ae_sha256))
+    if (folder / MANIFEST).is_file():
+        _compare(folder / MANIFEST, _identity(recipe, source, precision, ae_sha256))
     elif folder.exists():
         ours = set(folder.glob(".*.partial"))  # of a process that was killed
         if not folder.is_dir() or set(folder.iterdir()) - ours:
@@ -190,7 +182,6 @@ def check_cache(
 def _identity(
     recipe: DiffusionRecipe, source: Source, precision: str, ae_sha256: str | None
 ) -> dict[str, Any]:
-    """What the latents are of."""
     return {
         "format": FORMAT,
         "autoencoder_sha256": ae_sha256,
@@ -202,25 +193,24 @@ def _identity(
     }
 
 
-def _compare(mark: Path, identity: dict[str, Any]) -> None:
-    """Refuse a cache of other latents; an autoencoder that is not known is not compared."""
-    found = read_json(mark)
+def _compare(manifest: Path, identity: dict[str, Any]) -> None:
+    """Refuse a cache of other latents; an unknown autoencoder is not compared."""
+    found = read_json(manifest)
     if found is None:
-        raise LdmError(f"{mark} is damaged: give --cache another folder")
+        raise LdmError(f"{manifest} is damaged: give --cache another folder")
     differing = [key for key, value in identity.items() if found.get(key) != value]
     if "autoencoder_sha256" in differing and identity["autoencoder_sha256"] is not None:
         raise LdmError(
-            f"{mark.parent} holds latents of another autoencoder: give --cache another folder"
+            f"{manifest.parent} holds latents of another autoencoder: give --cache another folder"
         )
     if differing := [key for key in differing if key != "autoencoder_sha256"]:
         raise LdmError(
-            f"{mark.parent} holds other latents ({', '.join(differing)} differ): give --cache "
+            f"{manifest.parent} holds other latents ({', '.join(differing)} differ): give --cache "
             "another folder"
         )
 
 
 def _parts(source: Source) -> list[range]:
-    """The images of each file of latents."""
     count = len(source)
     return [range(first, min(first + BLOCK, count)) for first in range(0, count, BLOCK)]
 
@@ -234,21 +224,21 @@ def _read(folder: Path, part: range, shape: tuple[int, ...]) -> np.ndarray:
     try:
         block = np.load(path, mmap_mode="r")
     except (OSError, ValueError) as error:
-        raise LdmError(f"{path} is damaged: delete it, and it is made again") from error
+        raise LdmError(f"{path} is damaged: delete it, and it is encoded again") from error
     if block.shape != (len(part), *shape) or block.dtype != np.float32:
-        raise LdmError(f"{path} is damaged: delete it, and it is made again")
+        raise LdmError(f"{path} is damaged: delete it, and it is encoded again")
     return block
 
 
 def _fingerprint(source: Source) -> str:
-    """SHA-256 over the images' names and the pixels of a few of them, evenly spread.
+    """SHA-256 over the images' names and the pixels of a few, evenly spread.
 
-    Names alone would not do: all prepared data sets name their images alike.
+    Names alone do not suffice: all prepared data sets name their images alike.
     """
     digest, count = sha256(), len(source)
     for index in range(count):
         digest.update(Path(source.name(index)).name.encode("utf-8", "surrogateescape") + b"\n")
-    for index in np.linspace(0, count - 1, min(LOOKED_AT, count)).round().astype(int).tolist():
+    for index in np.linspace(0, count - 1, min(HASHED, count)).round().astype(int).tolist():
         try:
             digest.update(np.ascontiguousarray(source.load(index)).tobytes())
         except CorruptImage:
@@ -260,19 +250,19 @@ Raw = TypeVar("Raw")
 
 
 class LatentBatch(NamedTuple):
-    """All that one micro-batch of a training step needs, on the device but for the labels."""
+    """One micro-batch of a training step, on the device except for the labels."""
 
     z: Tensor
     """Standardised latents (b, n_z, h, w)."""
     sigma: Tensor
     """Noise levels (b,)."""
     noise: Tensor
-    """Standard normal noise, of z's shape."""
+    """Standard normal noise of z's shape."""
     labels: Tensor | None
     """Classes int64 (b,), −1 for none, on the CPU, where checking them makes no GPU wait; None for
     a model without classes."""
     augment: Tensor | None
-    """The augmentation's parameters (b, A), or None."""
+    """Parameters of the augmentation (b, A), or None."""
 
 
 def latent_batches(
@@ -283,15 +273,15 @@ def latent_batches(
     cache: LatentCache | None,
     start: int,
 ) -> Iterator[tuple[int, LatentBatch]]:
-    """Micro-batches from image `start` of the run to its last, each with its first image's number.
+    """Yield micro-batches from image `start` of the run to its last, with their first image's k.
 
-    From pixels, encoded here; or from a cache. On a CUDA GPU the next batch is copied, augmented
-    and encoded on a stream of its own while this one is trained on.
+    On a CUDA GPU the next batch is copied, augmented and encoded on a side stream while the current
+    one is trained on.
 
-    Raises:
-        LdmError: (while iterating) as `ldm.data.batches`.
+    Args:
+        cache: the latents to read in place of encoding.
     """
-    places = {
+    shares = {
         "seed": run.seed, "start": start, "stop": recipe.steps * recipe.batch_size,
         "batch_size": recipe.batch_size // recipe.accumulate, "rank": run.rank, "world": run.world,
     }  # fmt: skip
@@ -330,21 +320,21 @@ def latent_batches(
         return LatentBatch(z, _on(run.device, sigma), _on(run.device, noise), labels, parameters)
 
     if cache is not None:
-        return one_ahead(cache.batches(**places), from_cache, run.device)
-    pixels = batches(source, recipe.data, recipe.resolution, **places)
+        return one_ahead(cache.batches(**shares), from_cache, run.device)
+    pixels = batches(source, recipe.data, recipe.resolution, **shares)
     return one_ahead(pixels, from_pixels, run.device)
 
 
 def one_ahead(
     raw: Iterable[Raw], prepare: Callable[[Raw], Any], device: torch.device
 ) -> Iterator[Any]:
-    """`prepare` of every item; on a CUDA GPU the next on a side stream while this one is used.
+    """Yield `prepare` of every item; on a CUDA GPU the next on a side stream meanwhile.
 
-    The next is begun before this one is handed out: the loop that takes it waits for the device at
-    the end of every step, and would begin it too late.
+    The next begins before the current one is yielded: the consumer waits for the device at the end
+    of every step, and would begin it too late.
 
     Args:
-        prepare: puts work on the current stream; answers a tree of tuples with tensors in it.
+        prepare: enqueues work on the current stream; returns tensors in nested tuples.
     """
     if device.type != "cuda":
         yield from map(prepare, raw)
@@ -356,24 +346,24 @@ def one_ahead(
         with torch.cuda.stream(side):
             return prepare(item), side.record_event()
 
-    def hand_out(made: Any, ready: torch.cuda.Event) -> Any:
+    def finish(prepared: Any, ready: torch.cuda.Event) -> Any:
         main.wait_event(ready)
-        for tensor in _on_gpu(made):
-            tensor.record_stream(main)  # its memory is not to be reused before main has read it
-        return made
+        for tensor in _on_gpu(prepared):
+            tensor.record_stream(main)  # its memory is not reused before main has read it
+        return prepared
 
     begun = None
     for item in raw:
         upcoming = begin(item)
         if begun is not None:
-            yield hand_out(*begun)
+            yield finish(*begun)
         begun = upcoming
     if begun is not None:
-        yield hand_out(*begun)
+        yield finish(*begun)
 
 
 def _on_gpu(tree: Any) -> Iterator[Tensor]:
-    """Those on a GPU; the CPU's belong to no stream."""
+    """The tensors on a GPU in nested tuples."""
     if isinstance(tree, Tensor) and tree.is_cuda:
         yield tree
     elif isinstance(tree, tuple):
@@ -382,7 +372,7 @@ def _on_gpu(tree: Any) -> Iterator[Tensor]:
 
 
 def _on(device: torch.device, tensor: Tensor) -> Tensor:
-    """A tensor of the CPU on the device; from pinned memory, so that the copy waits for nothing."""
+    """Copy a CPU tensor to the device, from pinned memory so that the copy is asynchronous."""
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

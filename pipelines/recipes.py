@@ -1,9 +1,4 @@
-"""How an autoencoder is trained: every setting of stage one, and whether they fit together.
-
-What a stage-two run is: the model, the noise, the images, and how long it learns from them.
-
-Which autoencoder a stage-two run means, by a path, a name, or nothing.
-"""
+"""Recipes: every setting of both stages, their consistency, and the autoencoder of a stage two."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -35,50 +30,50 @@ from ldm.run_folder import differences, newest_run, preset_of, read_config, unfi
 
 
 class Phase(Config):
-    """A stretch of training at one resolution; networks and optimisers are carried over."""
+    """A part of training at one resolution; networks and optimisers are carried over."""
 
     resolution: PositiveInt
-    """Side of the square training images, in pixels."""
+    """Side of the square training images, pixels."""
     steps: PositiveInt
-    """Steps: each updates the generator, then the discriminator."""
+    """Steps, each a generator update and a discriminator update."""
 
 
 class AutoencoderRecipe(AutoencoderConfig):
-    """An autoencoder and how it is trained. The defaults are the paper's (Section F)."""
+    """An autoencoder and its training. The defaults are those of Sadat et al. 2024, Section F."""
 
     phases: tuple[Phase, ...] = (Phase(resolution=256, steps=100_000),)
-    """What is trained in turn: [{resolution: 128, steps: 100000}, …]."""
+    """Phases of training in order: [{resolution: 128, steps: 100000}, …]."""
     data: DataConfig = DataConfig()
-    """The images."""
+    """Training and held-out images."""
     batch_size: PositiveInt = 16
     """Images per step, over all processes and accumulated micro-batches."""
     accumulate: PositiveInt = 1
     """Micro-batches per step, to fit a batch into less memory."""
     checkpointing: bool = False
-    """Recompute the blocks' activations in the backward pass: less memory, a third more time."""
+    """Recompute activations in the backward pass: less memory, a third more time."""
     lr: PositiveFloat = 1e-4
-    """Adam's learning rate, absolute: never scaled by batch or processes."""
+    """Adam's learning rate; absolute, never scaled by batch size or processes."""
     betas: tuple[float, float] = (0.5, 0.9)
-    """Adam's betas, of both optimisers."""
+    """Adam's betas of both optimisers."""
     warmup_images: NonNegativeInt = 0
     """Images over which the learning rate rises from 0."""
     clip_norm: PositiveFloat | None = None
-    """Largest norm of a gradient, in either network; null: no clipping."""
+    """Largest gradient norm of either network; null: no clipping."""
     ema_half_life_images: NonNegativeFloat = 0.0
-    """Half-life of the averaged weights in ckpt.pt, in images; 0: the last weights."""
+    """Half-life of the averaged weights in ckpt.pt, images; 0: the last weights."""
     loss: LossConfig = LossConfig()
-    """Weights of the reconstruction's terms; 0 turns one off, free of cost."""
+    """Weights of the loss terms; a term of weight 0 is not computed."""
     adversarial: AdversarialConfig = AdversarialConfig()
-    """The adversarial term."""
+    """The adversarial loss."""
     discriminator: DiscriminatorConfig = UNetDiscriminatorConfig()
     """The network that tells real images from reconstructed ones."""
     validate_images: PositiveInt = 256
-    """Held-out images measured at every validation."""
+    """Held-out images per validation."""
     best_by: Literal["psnr", "ssim", "lpips"] = "psnr"
-    """The held-out number that best.pt is chosen by. PSNR likes the blur from before the
-    discriminator begins; lpips does not, and needs VGG-16's weights."""
+    """Held-out metric that chooses best.pt. psnr favours blurred weights from before the
+    discriminator starts; lpips does not, and needs VGG-16 weights."""
     run: RunConfig = RunConfig()
-    """How the run is carried out and watched."""
+    """Seed, device, precision, and the steps between logs, validations and saves."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "AutoencoderRecipe":
@@ -90,15 +85,12 @@ class AutoencoderRecipe(AutoencoderConfig):
         if not any(getattr(self.loss, term) for term in ("l1", "l2", "lpips", "esrgan")):
             raise ValueError("loss: one of l1, l2, lpips, esrgan must be above 0")
         if self.adversarial.cutmix and self.discriminator.type != "unet":
-            raise ValueError(
-                "adversarial.cutmix mixes what a U-Net says of every pixel: "
-                "it needs discriminator.type=unet"
-            )
+            raise ValueError("adversarial.cutmix needs per-pixel logits: discriminator.type=unet")
         for phase in self.phases:
-            self._takes(phase.resolution)
+            self._check_resolution(phase.resolution)
         return self
 
-    def _takes(self, resolution: int) -> None:
+    def _check_resolution(self, resolution: int) -> None:
         f = self.encoder.downsampling
         if resolution % f:
             raise ValueError(
@@ -115,7 +107,7 @@ class AutoencoderRecipe(AutoencoderConfig):
 
     @property
     def total_steps(self) -> int:
-        """Generator updates over all phases."""
+        """Steps of all phases."""
         return sum(phase.steps for phase in self.phases)
 
     @property
@@ -129,31 +121,31 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class DiffusionRecipe(Config):
-    """A latent diffusion model and how it is trained."""
+    """A latent diffusion model and its training."""
 
     autoencoder: str = ""
     """Stage one: its ckpt.pt, .safetensors or run folder; `--ae` sets it."""
     resolution: PositiveInt = 256
-    """Side of the square training images, in pixels."""
+    """Side of the square training images, pixels."""
     network: NetworkConfig = UNetConfig()
-    """The network that denoises."""
+    """The denoising network."""
     denoiser: DenoiserConfig = EDMConfig()
-    """Preconditioning and the draw of noise levels; discrete is for imported models alone."""
+    """Preconditioning and training noise levels; type discrete is for imported models only."""
     data: DataConfig = DataConfig()
-    """The images; with data.labels=true the model is conditioned on their classes."""
+    """Training images; data.labels=true conditions the model on their classes."""
     augment: AugmentConfig = AugmentConfig()
-    """EDM's augmentation of the pixels, which the network is told of."""
+    """EDM's augmentation of the pixels; the network is conditioned on its parameters."""
     label_dropout: Share = 0.1
-    """Share of the images whose label is hidden, so that guidance has an unconditional model."""
+    """Fraction of images trained without their label, for classifier-free guidance."""
     posterior: Literal["sample", "mean"] = "sample"
-    """Train on a draw from each image's posterior, or on its mean."""
+    """Train on samples of the posterior, or on its mean."""
     cache: str = ""
-    """Folder of latents encoded once, before training; left out: encoded on the fly. `--cache`."""
+    """Folder of latents encoded before training; empty: encode on the fly. `--cache` sets it."""
     statistics_images: PositiveInt | None = 10_000
-    """Images over which the latents' mean and standard deviation are measured, before training;
-    rounded up to whole batches. null: as many as there are."""
+    """Images for the latents' mean and standard deviation, rounded up to whole batches; null:
+    all."""
     steps: PositiveInt = 500_000
-    """Updates."""
+    """Optimiser steps."""
     batch_size: PositiveInt = 48
     """Images per step, over all processes and accumulated micro-batches."""
     accumulate: PositiveInt = 1
@@ -161,33 +153,33 @@ class DiffusionRecipe(Config):
     lr: PositiveFloat = 1e-4
     """Adam's learning rate, absolute: never scaled by batch or processes."""
     lr_schedule: Literal["constant", "cosine", "inverse_sqrt"] = "constant"
-    """What the learning rate does after its warm-up; cosine reaches 0 at the last step."""
+    """Learning rate after the warm-up; cosine reaches 0 at the last step."""
     lr_decay_images: PositiveInt | None = None
-    """inverse_sqrt: images after which the learning rate begins to fall."""
+    """With inverse_sqrt: images after which the learning rate falls."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's betas."""
     warmup_images: NonNegativeInt = 0
     """Images over which the learning rate rises from 0."""
     clip_norm: PositiveFloat | None = 1.0
-    """Largest norm of the gradient; null: no clipping."""
+    """Largest gradient norm; null: no clipping."""
     ema_half_life_images: NonNegativeFloat = 500_000
-    """Half-life of the averaged weights in ckpt.pt, in images; 0: the last weights."""
+    """Half-life of the averaged weights in ckpt.pt, images; 0: the last weights."""
     ema_stds: tuple[PositiveFloat, ...] = ()
-    """Relative widths of power-function averages to keep snapshots of, such as [0.05, 0.1], from
-    which `ldm ema` makes an average of any width."""
+    """Relative widths (EDM2's σ_rel) of power-function averages to keep snapshots of, such as
+    [0.05, 0.1]; `ldm ema` combines them into an average of any width."""
     snapshots: PositiveInt = 32
-    """How many snapshots of each of `ema_stds` are kept over the whole run."""
+    """Snapshots of each of `ema_stds` over the whole run."""
     run: RunConfig = Field(default=RunConfig(validate_every_steps=5000, save_every_steps=5000))
-    """How the run is carried out and watched."""
+    """Seed, device, precision, and the steps between logs, validations and saves."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "DiffusionRecipe":
         if self.batch_size % self.accumulate:
             raise ValueError("batch_size must be a multiple of accumulate")
         if (self.lr_schedule == "inverse_sqrt") != (self.lr_decay_images is not None):
-            raise ValueError("lr_decay_images goes with lr_schedule=inverse_sqrt, and it with that")
+            raise ValueError("lr_schedule=inverse_sqrt and lr_decay_images need each other")
         if len(self.ema_stds) == 1 or len(set(self.ema_stds)) < len(self.ema_stds):
-            raise ValueError("ema_stds: two different widths at least, such as [0.05, 0.1]")
+            raise ValueError("ema_stds needs two or more different widths, such as [0.05, 0.1]")
         for std in self.ema_stds:
             try:
                 gamma_of_std(std)
@@ -195,34 +187,34 @@ class DiffusionRecipe(Config):
                 raise ValueError(f"ema_stds: {error}") from error
         if self.augment.probability > 0:
             if self.cache:
-                raise ValueError("augment is for latents encoded on the fly: leave out cache")
+                raise ValueError("augment needs latents encoded on the fly: omit cache")
             if self.data.flip:
-                raise ValueError(
-                    "augment mirrors without leaking, data.flip would leak: data.flip=false"
-                )
+                raise ValueError("augment mirrors images itself: set data.flip=false")
         if self.cache and (self.data.crop == "random" or self.data.source == PHOTOS):
-            raise ValueError("images cut at random cannot be cached: leave out cache")
+            raise ValueError("random crops cannot be cached: omit cache")
         return self
 
 
 def fit(recipe: DiffusionRecipe, autoencoder: Autoencoder, source: Source) -> DiffusionRecipe:
-    """The recipe with the network's sizes taken from stage one, the data and the augmentation.
+    """Fill in the network's sizes from stage one, the data and the augmentation.
 
     Raises:
-        UsageError: the network is asked for other sizes, or cannot take latents of this resolution.
+        UsageError: the recipe has other sizes, or a resolution that the networks do not divide.
     """
     if recipe.denoiser.type != "edm":
-        raise UsageError(f"denoiser.type={recipe.denoiser.type} is for imported models: train edm")
+        raise UsageError(
+            f"denoiser.type={recipe.denoiser.type} is for imported models: use denoiser.type=edm"
+        )
     n_z, classes = autoencoder.config.latent_channels, 0
     if recipe.data.labels:
         classes = len(source.classes)
-    told = AUGMENT_PARAMETERS if recipe.augment.probability > 0 else 0
-    sizes = {"latent_channels": n_z, "classes": classes, "augment_parameters": told}
+    augmented = AUGMENT_PARAMETERS if recipe.augment.probability > 0 else 0
+    sizes = {"latent_channels": n_z, "classes": classes, "augment_parameters": augmented}
     defaults = type(recipe.network)()
     for key, value in sizes.items():
-        asked = getattr(recipe.network, key)
-        if asked not in (value, getattr(defaults, key)):
-            raise UsageError(f"network.{key}={asked}, but it has to be {value} here: leave it out")
+        requested = getattr(recipe.network, key)
+        if requested not in (value, getattr(defaults, key)):
+            raise UsageError(f"network.{key}={requested} must be {value} here: omit it")
     factor = autoencoder.downsampling * 2 ** (len(recipe.network.multipliers) - 1)
     if recipe.resolution % factor:
         raise UsageError(
@@ -233,24 +225,23 @@ def fit(recipe: DiffusionRecipe, autoencoder: Autoencoder, source: Source) -> Di
 
 
 def latent_shape(recipe: DiffusionRecipe, autoencoder: Autoencoder) -> tuple[int, int, int]:
-    """(n_z, h, w) of one training image's latents."""
+    """Shape (n_z, h, w) of one training image's latents."""
     side = recipe.resolution // autoencoder.downsampling
     return (autoencoder.config.latent_channels, side, side)
 
 
-PRESETS = ("ae", "recipes")  # the folders of stage one's presets
+PRESETS = ("ae", "recipes")  # folders of stage one's presets
 
 
 def find_stage_one(recipe: DiffusionRecipe, preset: str, out: Path | None = None) -> Path:
-    """The file or folder of a recipe's autoencoder.
+    """Find the file or folder of a recipe's autoencoder.
 
-    A path is that; the name of a preset is its newest run; nothing is the newest run of all. Where
-    the same command began a run that is not finished, that run goes on with the autoencoder it
-    has, whatever has been trained since.
+    `autoencoder` is a path, the name of a preset (its newest run), or empty (the newest run of
+    all). An unfinished run of the same command keeps the autoencoder it was started with.
 
     Args:
         preset: name of the stage-two preset.
-        out: folder of the run, where it was given.
+        out: folder of the run, if given.
 
     Raises:
         LdmError: no run of that name, or none at all.
@@ -258,12 +249,12 @@ def find_stage_one(recipe: DiffusionRecipe, preset: str, out: Path | None = None
     given = Path(recipe.autoencoder).expanduser()
     if recipe.autoencoder and given.exists():
         return _file(given)
-    wanted = recipe.autoencoder or None  # the name of a preset, or any
+    wanted = recipe.autoencoder or None  # a preset, or any
     if wanted and not any(wanted in list_presets(kind) for kind in PRESETS):
-        return given  # loading it says what is wrong
+        return given  # loading it raises the error
     for folder in [out] if out else unfinished_runs("diffusion", preset):
         theirs = (read_config(folder) or {}).get("autoencoder")
-        if not isinstance(theirs, str):  # the folder was damaged, or is not ours
+        if not isinstance(theirs, str):  # damaged, or not ours
             continue
         same = recipe.model_copy(update={"autoencoder": theirs})
         if wanted in (None, preset_of(Path(theirs).parent)) and not differences(folder, same):

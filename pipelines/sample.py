@@ -79,34 +79,35 @@ def sample_images(
     job = SamplingJob(
         model, seed, labels=labels, guide=guide, device=device, precision=precision, **sampling
     )
-    classes, ranks = job.model.classes, job.ranks
-    out = Path(out) if out else job.folder / "samples" / job.slug(files)
-    store = STORES[files](out, job.label if classes.count else None)
+    out, ranks = Path(out) if out else job.folder / "samples" / job.slug(files), job.ranks
+    store = STORES[files](out, job.label if job.model.classes.count else None)
     with ExitStack() as held:
-
-        def begin() -> list[int]:
-            announced = open_for_writing(out, job.settings | {"files": files}, n, held)
-            if classes.count:
-                write_labels(out, [job.label(i) for i in range(announced)], classes.names)
-            missing = store.missing(n)
-            if len(missing) < n:
-                there = f"{n - len(missing):,} of {n:,} images are in {out} already"
-                console.print(there, markup=False)
-            if missing:
-                store.begin()
-            return missing
-
         # on the main process, so that its checks come before anyone writes and stop all of them
-        missing = from_main(ranks, begin)
+        missing = from_main(ranks, lambda: _begin(job, store, files, n, held))
         batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
         mine = batches[ranks.process_index :: ranks.num_processes]
         _write_batches(mine, job.sample, store, ranks.is_main_process)
         ranks.wait_for_everyone()
         if ranks.is_main_process:
             origin = f"samples of model {job.model.sha256[:12]}, seed {job.seed}"
-            store.finish(job.resolution, origin, classes.names)
+            store.finish(job.resolution, origin, job.model.classes.names)
             _draw_grid(out, store)
     return out
+
+
+def _begin(job: SamplingJob, store: PngStore, files: Files, n: int, held: ExitStack) -> list[int]:
+    """Open the folder for writing; return the images that it lacks."""
+    out, classes = store.out, job.model.classes
+    announced = open_for_writing(out, job.settings | {"files": files}, n, held)
+    if classes.count:
+        write_labels(out, [job.label(i) for i in range(announced)], classes.names)
+    missing = store.missing(n)
+    if len(missing) < n:
+        there = f"{n - len(missing):,} of {n:,} images are in {out} already"
+        console.print(there, markup=False)
+    if missing:
+        store.begin()
+    return missing
 
 
 def _write_batches(

@@ -1,14 +1,12 @@
-"""What of a diffusion model changes in training: the network, its averages, and its optimiser.
+"""Stage two: train an EDM latent diffusion model; latents are encoded on the fly from pixels."""
 
-Stage two: train an EDM latent diffusion model, its latents encoded on the fly from pixels.
-"""
-
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from autoencoders import Autoencoder, load_autoencoder
 from autoencoders.posterior import DiagonalGaussian
@@ -19,211 +17,229 @@ from ldm.config import to_tree
 from ldm.data import Source, batches, open_source
 from ldm.ema import Ema, PowerEma
 from ldm.errors import Interrupted, LdmError
-from ldm.files import write_json
 from ldm.images import to_float
 from ldm.learning_rate import learning_rate, set_learning_rate
-from ldm.logbook import Logbook
+from ldm.logbook import Logbook, read_rows
 from ldm.posthoc_ema import save_snapshot
-from ldm.run import Run, start_run
-from ldm.run_folder import is_finished, provenance, restore
+from ldm.run import Run, TrainingState, start_run
+from ldm.run_folder import is_finished, provenance
 from pipelines.codec import Codec, measure_latents
 from pipelines.latents import LatentBatch, latent_batches, open_cache
 from pipelines.recipes import DiffusionRecipe, fit, latent_shape
 from pipelines.validation import band_losses, draw_losses, draw_samples
 
 
-class Learner:
-    """All that has state, built from a recipe and placed where a run trains.
+class DiffusionState(TrainingState):
+    """Everything that stage two trains, built from its recipe where the run computes.
+
+    Args:
+        recipe: with the network's sizes, from `fit`.
 
     Attributes:
-        network: what denoises, F.
-        objective: what is trained, an `EDMLoss`: the denoiser and, if asked for, its uncertainty.
-        ema: the averaged denoiser, which ckpt.pt is made of.
-        powers: averages of other widths, by their relative standard deviation.
+        network: F, the network inside the denoiser.
+        objective: an `EDMLoss`, of the denoiser and, if configured, its uncertainty; after
+            `prepare`, wrapped so that processes average its gradients.
+        ema: the denoiser with averaged weights, which ckpt.pt is made from.
+        powers: power-function averages by their relative width.
         optimizer: Adam over the objective's parameters.
+        row: the last row of metrics.
     """
 
     def __init__(self, recipe: DiffusionRecipe, run: Run) -> None:
-        self.recipe = recipe
+        super().__init__(recipe.batch_size, recipe.steps)
+        self.recipe, self.folder = recipe, run.folder
         self.network = run.place(build_network(recipe.network))
         denoiser = build_denoiser(self.network, recipe.denoiser)
-        uncertainty = Uncertainty().to(run.device) if recipe.denoiser.uncertainty else None
+        uncertainty = run.place(Uncertainty()) if recipe.denoiser.uncertainty else None
         self.objective = EDMLoss(denoiser, uncertainty)
         self.ema = Ema(denoiser, recipe.ema_half_life_images)
         self.powers = {std: PowerEma(self.network, std) for std in recipe.ema_stds}
+        self.averages = [self.ema, *self.powers.values()]
         parameters = self.objective.parameters()
         self.optimizer = torch.optim.Adam(parameters, recipe.lr, recipe.betas, fused=True)
         for module in (self.network, uncertainty):
             if hasattr(module, "normalize_weights"):  # of a magnitude-preserving network
                 self.optimizer.register_step_post_hook(lambda *_, m=module: m.normalize_weights())
+        self.parts = {"objective": self.objective, "ema": self.ema, "optimizer": self.optimizer}
+        self.parts |= {f"power_ema_{std}": power for std, power in self.powers.items()}
+        self.row: dict[str, float] = {}
 
-    def set_rate(self, images_seen: int) -> float:
-        """The learning rate of the step that ends at `images_seen`, set and answered."""
+    def prepare(self, run: Run, autoencoder: Autoencoder) -> None:
+        """Compile the networks and wrap the objective, as the recipe and the processes need it."""
+        # after the averages were copied from it: compiling changes a module, not its weights
+        run.compile(self.network, autoencoder.encoder)
+        self.objective = run.prepare(self.objective)
+
+    def set_learning_rate(self) -> float:
+        """Set, and return, the learning rate of the next step."""
         recipe = self.recipe
-        rate = learning_rate(
-            recipe.lr, images_seen, recipe.warmup_images,
+        lr = learning_rate(
+            recipe.lr, self.images_seen + self.batch_size, recipe.warmup_images,
             recipe.lr_schedule, recipe.steps * recipe.batch_size, recipe.lr_decay_images,
         )  # fmt: skip
-        set_learning_rate(self.optimizer, rate)
-        return rate
+        set_learning_rate(self.optimizer, lr)
+        return lr
 
-    def average(self, images_seen: int) -> None:
-        """Let all averages follow, after a step."""
-        for average in (self.ema, *self.powers.values()):
-            average.update(images_seen, self.recipe.batch_size)
-
-    def save_snapshots(self, folder: Path, images_seen: int) -> None:
-        """Keep what the averages of other widths are now, for `ldm ema`."""
+    def save_snapshots(self) -> None:
+        """Keep the power-function averages as they are now, for `ldm ema`."""
         for std, power in self.powers.items():
-            save_snapshot(folder, images_seen, std, power.model.state_dict())
+            save_snapshot(self.folder / "ema", self.images_seen, std, power.model.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
-        """All that an exact resume needs."""
-        return {name: part.state_dict() for name, part in self._parts().items()}
+        """The state of every part by its name, the counts, and the last row of metrics."""
+        return super().state_dict() | {"row": self.row}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
-        restore(self._parts(), state)
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Continue from a saved state."""
+        super().load_state_dict(saved)
+        self.row = saved.get("row", {})
+        if "row" not in saved:  # of an earlier version
+            rows = read_rows(self.folder / "metrics.jsonl")
+            self.row = next((r for r in rows if r["images_seen"] == self.images_seen), {})
 
-    def _parts(self) -> dict[str, Any]:
-        powers = {f"power_ema_{std}": power for std, power in self.powers.items()}
-        return {
-            "objective": self.objective, "ema": self.ema, "optimizer": self.optimizer, **powers
-        }  # fmt: skip
+
+def snapshot_due(step: int, recipe: DiffusionRecipe) -> bool:
+    """True after `snapshots` steps of the run, evenly spread, the last one included."""
+    return step * recipe.snapshots // recipe.steps > (step - 1) * recipe.snapshots // recipe.steps
+
+
+def train_step(run: Run, state: DiffusionState, batch: LatentBatch) -> tuple[Tensor, Tensor | None]:
+    """Train on one micro-batch, and update at the last one of a step.
+
+    Returns:
+        Every image's loss (b,), without the uncertainty's term; and the gradient's norm if an
+        update was made.
+    """
+    with run.accumulate(state.objective):
+        with run.autocast():
+            total, loss = state.objective(*batch)
+        optimizer, clip_norm = state.optimizer, state.recipe.clip_norm
+        norm = run.step(total.mean(), state.objective, optimizer, "diffusion model", clip_norm)
+    return loss, norm
 
 
 def train_diffusion(
     recipe: DiffusionRecipe, preset: str = "diffusion", folder: Path | None = None
 ) -> Path:
-    """Train, or go on training, and return the run's folder with `ckpt.pt` in it.
+    """Train, or resume training; return the run's folder, with `ckpt.pt` in it.
+
+    Args:
+        preset: name of the preset, for the name of a new folder.
+        folder: the run's folder; None: the newest unfinished run of this recipe, or a new one.
 
     Raises:
         UsageError: settings that do not fit the autoencoder, the data or each other.
         LdmError: autoencoder, data or device missing, an autoencoder that changed since the run
-            began, ten steps in a row not finite, or a disk that is full.
-        Interrupted: asked to stop; the state is saved and the same call goes on from it.
+            began, ten steps in a row not finite, or a full disk.
+        Interrupted: asked to stop; the state is saved, and the same call resumes.
     """
     autoencoder = load_autoencoder(recipe.autoencoder)
     ae_sha256 = fingerprint(autoencoder.state_dict())
     source = open_source(recipe.data, "train", recipe.resolution)
-    asked, recipe = recipe, fit(recipe, autoencoder, source)
-    shape = latent_shape(recipe, autoencoder)
+    requested, recipe = recipe, fit(recipe, autoencoder, source)
 
-    # the run is known by what was asked for, so that the same command finds it again
-    with start_run("diffusion", preset, asked, recipe.run, recipe.accumulate, folder) as run:
+    # the run is known by the recipe as requested, so that the same command finds it again
+    with start_run("diffusion", preset, requested, recipe.run, recipe.accumulate, folder) as run:
         if is_finished(run.folder):
-            run.say(f"{run.folder} is finished already")
+            run.say(f"{run.folder} is already finished")
             return run.folder
         run.check_batch(recipe.batch_size, recipe.accumulate)
 
-        learner = Learner(recipe, run)
+        state = DiffusionState(recipe, run)
         autoencoder = run.place(autoencoder)
-        images_seen, row, saved = 0, {}, run.resume()
-        if saved is None:
-            codec = measure_codec(autoencoder, recipe, source, run)
+        if saved := run.resume():
+            codec = _restore_codec(run, recipe, autoencoder, saved, ae_sha256)
+            state.load_state_dict(saved)
         else:
-            images_seen = saved["images_seen"]
-            if saved["autoencoder_sha256"] != ae_sha256:
-                raise LdmError(
-                    f"{recipe.autoencoder} is not the autoencoder {run.folder} was started with "
-                    "(other weights): give that one, or --out another folder"
-                )
-            codec = Codec.from_statistics(autoencoder, saved["statistics"]).to(run.device)
-            learner.load_state_dict(saved)
+            codec = measure_codec(autoencoder, recipe, source, run)
         cache = open_cache(recipe, codec, ae_sha256, source, run) if recipe.cache else None
-        run.compile(learner.network, autoencoder.encoder)  # the averages were copied before
-        model = run.prepare(learner.objective)
+        state.prepare(run, autoencoder)
+        logbook = Logbook(run.folder if run.is_main else None, state.images_seen)
+        run.say(_opening(run, state, codec))
+        validate = partial(_validate, run, state, codec, logbook)
+        if state.owes_validation(recipe.run.validate_every_steps):
+            validate()
 
-        logbook = Logbook(run.folder if run.is_main else None, images_seen)
-        run.say(_opening(recipe, run, learner.network, codec))
-        with run.progress() as bar:
-            task = bar.add_task(
-                "training", total=recipe.steps, completed=images_seen // recipe.batch_size,
-                speed="", note="",
-            )  # fmt: skip
-            for k, batch in latent_batches(run, recipe, codec, source, cache, images_seen):
-                lr = learner.set_rate(images_seen + recipe.batch_size)
-                run.seed_dropout(k)
-                loss, norm = train_step(run, model, learner.optimizer, batch, recipe.clip_norm)
-                loss, sigma = run.gather(loss), run.gather(batch.sigma)
-                logbook.add(loss=loss.mean(), **band_losses(loss, sigma))
-                if norm is None:
-                    continue
+        def save() -> None:
+            # the model first, so that a run whose last state is complete always has one
+            _export(run, state, codec, source)
+            facts = {"autoencoder_sha256": ae_sha256, "statistics": codec.statistics()}
+            run.save(state.state_dict() | facts)
 
-                logbook.add(gradient_norm=norm)
-                images_seen += recipe.batch_size
-                step = images_seen // recipe.batch_size
-                learner.average(images_seen)
-                last, stop = step == recipe.steps, run.stop_asked()
-                look = last or step % recipe.run.validate_every_steps == 0
-                if look or step % recipe.run.log_every_steps == 0:
-                    row = logbook.row(images_seen, lr=lr, skipped=run.skipped.total())
-                    bar.update(
-                        task, completed=step, speed=f"{row['images_per_second']:.1f} images/s",
-                        note=f"loss {row['loss']:.3f}",
-                    )  # fmt: skip
-                if run.is_main and snapshot_due(step, recipe):
-                    learner.save_snapshots(run.folder / "ema", images_seen)
-                if step % recipe.run.save_every_steps == 0 or last or stop:
-                    # the model first: a run that finds its last state is over has made it
-                    _export(run, recipe, learner.ema.model, codec, source, images_seen)
-                    plain = {"autoencoder_sha256": ae_sha256, "statistics": codec.statistics()}
-                    run.save(images_seen, plain | learner.state_dict())
-                if stop and not last:
-                    raise Interrupted(f"stopped after step {step}, saved in {run.folder}")
-                if look:
-                    draw_samples(run, learner.ema.model, codec, shape, images_seen, logbook)
-                    draw_losses(run)
-                    run.say(f"step {step:>6}/{recipe.steps}: loss {row['loss']:.4f}, samples drawn")
+        stream = latent_batches(run, recipe, codec, source, cache, state.images_seen)
+        _train(run, state, stream, logbook, validate, save)
         logbook.close()
-        if run.is_main:
-            write_json(run.folder / "result.json", {"images_seen": images_seen, **row})
-        run.accelerator.wait_for_everyone()
-        return run.folder
+        return run.finish({"images_seen": state.images_seen, **state.row})
 
 
-def snapshot_due(step: int, recipe: DiffusionRecipe) -> bool:
-    """Whether the averages are kept after a step: `snapshots` times in a run, last after it."""
-    return step * recipe.snapshots // recipe.steps > (step - 1) * recipe.snapshots // recipe.steps
-
-
-def train_step(
+def _train(
     run: Run,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: LatentBatch,
-    clip_norm: float | None,
-) -> tuple[Tensor, Tensor | None]:
-    """One micro-batch, and at the last of a batch one update.
+    state: DiffusionState,
+    stream: Iterator[tuple[int, LatentBatch]],
+    logbook: Logbook,
+    validate: Callable[[], None],
+    save: Callable[[], None],
+) -> None:
+    """Train from the state to the end of the recipe."""
+    every = state.recipe.run
+    with run.progress(state) as show:
+        for k, batch in stream:
+            lr = state.set_learning_rate()
+            run.seed_dropout(k)
+            loss, norm = train_step(run, state, batch)
+            loss, sigma = run.gather(loss), run.gather(batch.sigma)
+            logbook.add(loss=loss.mean(), **band_losses(loss, sigma))
+            if norm is None:
+                continue
 
-    Args:
-        model: an `EDMLoss`, or what wraps it to synchronise gradients.
+            logbook.add(gradient_norm=norm)
+            state.advance()
+            stop = run.stop_asked() and not state.is_last
+            validates = state.due(every.validate_every_steps)
+            if validates or state.due(every.log_every_steps):
+                extra = {"lr": lr, "skipped": run.skipped.total()}
+                state.row = logbook.row(state.images_seen, **extra)
+                show(state.row["images_per_second"], f"loss {state.row['loss']:.3f}")
+            if run.is_main and snapshot_due(state.step, state.recipe):
+                state.save_snapshots()
+            if validates and not stop:
+                validate()
+            if state.due(every.save_every_steps) or stop:
+                save()
+            if stop:
+                raise Interrupted(f"stopped after step {state.step}, saved in {run.folder}")
 
-    Returns:
-        Every image's loss (b,), without the uncertainty's share, and the gradient's norm where an
-        update was made.
-    """
-    with run.accumulate(model):
-        with run.autocast():
-            minimised, loss = model(*batch)
-        norm = run.step(minimised.mean(), model, optimizer, "diffusion model", clip_norm)
-    return loss, norm
+
+def _restore_codec(
+    run: Run,
+    recipe: DiffusionRecipe,
+    autoencoder: Autoencoder,
+    saved: Mapping[str, Any],
+    ae_sha256: str,
+) -> Codec:
+    if saved["autoencoder_sha256"] != ae_sha256:
+        raise LdmError(
+            f"{recipe.autoencoder} has other weights than the autoencoder that {run.folder} was "
+            "started with: pass that one to --ae, or another folder to --out"
+        )
+    return Codec.from_statistics(autoencoder, saved["statistics"]).to(run.device)
 
 
 def measure_codec(
     autoencoder: Autoencoder, recipe: DiffusionRecipe, source: Source, run: Run
 ) -> Codec:
-    """The codec with statistics measured over the first images of the run's own stream, before
-    they are augmented: of what is trained on, draws from the posteriors or their means.
+    """Measure the latents' statistics over the first images of the run's own stream.
+
+    Images are not augmented; latents are drawn or means, as in training.
 
     Raises:
         LdmError: the latents are not finite, or a channel does not vary.
         Interrupted: asked to stop.
     """
     micro_batch = recipe.batch_size // recipe.accumulate  # over all processes
-    asked = len(source) if recipe.statistics_images is None else recipe.statistics_images
-    count = -(-asked // micro_batch) * micro_batch
-    run.say(f"measuring the latents' mean and standard deviation over {count:,} images")
+    wanted = len(source) if recipe.statistics_images is None else recipe.statistics_images
+    count = -(-wanted // micro_batch) * micro_batch
+    run.say(f"measuring the mean and standard deviation of the latents of {count:,} images")
     stream = batches(
         source, recipe.data, recipe.resolution, run.seed, 0, count, micro_batch,
         rank=run.rank, world=run.world,
@@ -240,30 +256,34 @@ def measure_codec(
     return Codec(autoencoder, mean, std, recipe.denoiser.sigma_data).to(run.device)
 
 
-def _export(
-    run: Run,
-    recipe: DiffusionRecipe,
-    denoiser: nn.Module,
-    codec: Codec,
-    source: Source,
-    images_seen: int,
-) -> None:
-    """Write `ckpt.pt`: the averaged network with the statistics and the autoencoder it needs."""
+def _validate(run: Run, state: DiffusionState, codec: Codec, logbook: Logbook) -> None:
+    """Draw samples of the averaged model, and the losses by noise level so far."""
+    shape = latent_shape(state.recipe, codec.autoencoder)
+    draw_samples(run, state.ema.model, codec, shape, state.images_seen, logbook)
+    draw_losses(run)
+    state.validated_at = state.images_seen
+    loss = state.row.get("loss", float("nan"))
+    run.say(f"step {state.step:>6}/{state.total_steps}: loss {loss:.4f}, samples drawn")
+
+
+def _export(run: Run, state: DiffusionState, codec: Codec, source: Source) -> None:
+    """Write `ckpt.pt`: the averaged network, the latents' statistics, and the autoencoder."""
     if run.is_main:
-        ae = codec.autoencoder
+        recipe, ae = state.recipe, codec.autoencoder
         inner = ModelFile("autoencoder", to_tree(ae.config), ae.state_dict())
-        origin = provenance() | {"images_seen": images_seen, "autoencoder_sha256": inner.sha256}
-        told = codec.statistics() | {"classes": list(source.classes) if recipe.data.labels else []}
-        weights = denoiser.network.state_dict()
-        model = ModelFile("diffusion", to_tree(recipe), weights, told, origin, inner)
+        origin = {"images_seen": state.images_seen, "autoencoder_sha256": inner.sha256}
+        classes = list(source.classes) if recipe.data.labels else []
+        statistics = codec.statistics() | {"classes": classes}
+        weights, config = state.ema.model.network.state_dict(), to_tree(recipe)
+        model = ModelFile("diffusion", config, weights, statistics, provenance() | origin, inner)
         save_model(run.folder / "ckpt.pt", model)
     run.accelerator.wait_for_everyone()
 
 
-def _opening(recipe: DiffusionRecipe, run: Run, network: nn.Module, codec: Codec) -> str:
+def _opening(run: Run, state: DiffusionState, codec: Codec) -> str:
+    recipe, statistics = state.recipe, codec.statistics()
     each = recipe.batch_size // (recipe.accumulate * run.world)
-    parameters = sum(p.numel() for p in network.parameters())
-    statistics = codec.statistics()
+    parameters = sum(p.numel() for p in state.network.parameters())
     mean, std = ([round(v, 3) for v in statistics[key]] for key in ("mean", "std"))
     conditional = f", {recipe.network.classes} classes" if recipe.network.classes else ""
     latents = f"from the cache {recipe.cache}" if recipe.cache else "encoded on the fly"

@@ -1,8 +1,6 @@
-"""Images through an autoencoder and back: the one loop that every measurement of stage one is.
+"""Held-out measurements: reconstructions and their scores, sample sheets, loss by noise level.
 
-The loss by noise level: a mean over all σ hides which of them is still being learnt.
-
-What a training run shows of itself: numbers and pictures of held-out images, and samples.
+Training shows these numbers and pictures while it runs; evaluation measures with the same loop.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +21,6 @@ from diffusion import karras_sigmas, sample_heun
 from ldm.data import Batch, Source, evaluation_batches, sheet_images
 from ldm.device import memory_format
 from ldm.errors import LdmError
-from ldm.files import write_atomically
 from ldm.images import grid, latents_as_rgb, save_grid, to_float, to_uint8
 from ldm.logbook import Logbook, read_rows
 from ldm.metrics import psnr, ssim
@@ -31,32 +28,34 @@ from ldm.run import Run
 from ldm.seeds import normal
 from pipelines.codec import Codec
 
-# An image that comes back bit for bit has an infinite PSNR; one would make the mean infinite. At
-# 256² even a single value off by one level is below 102 dB.
+# An exact reconstruction has an infinite PSNR, and would make the mean infinite. At 256² a single
+# value off by one level is below 102 dB.
 PSNR_CEILING = 100.0
+BATCH, COLUMNS = 16, 8
+SAMPLES, SAMPLING_STEPS = 16, 18
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]
-"""(recon, images) in [−1, 1], (B, 3, H, W) → the distance of each pair, (B,)."""
+"""(recon, images), (B, 3, H, W) each in [−1, 1] → the distance of each pair (B,)."""
 
 
 class Pair(NamedTuple):
-    """Images and what became of them, both uint8 (b, 3, R, R) on the device."""
+    """Images and their reconstructions, uint8 (b, 3, R, R), on the device."""
 
     images: Tensor
     recon: Tensor
     k: Tensor
-    """int64 (b,), on the CPU: their numbers in the source."""
+    """int64 (b,), on the CPU: their indices in the source."""
 
 
 @torch.no_grad()
 def reconstruct(ae: Autoencoder, stream: Iterable[Batch], device: torch.device) -> Iterator[Pair]:
-    """Images and the posterior's mode decoded, rounded to 8 bits.
+    """Yield images and their reconstructions from the posterior's mode, rounded to 8 bits.
 
     Args:
-        ae: on `device`; it is put in eval mode, and back.
+        ae: on `device`; in eval mode while this runs.
 
     Raises:
-        LdmError: a reconstruction is not finite; or an image is smaller than the autoencoder takes.
+        LdmError: a reconstruction is not finite, or an image is too small for the autoencoder.
     """
     was_training = ae.training
     ae.eval()
@@ -66,20 +65,14 @@ def reconstruct(ae: Autoencoder, stream: Iterable[Batch], device: torch.device) 
             recon = ae.decode(ae.encode(to_float(pixels)).mode(), pixels.shape[-2:])
             # rounded, a NaN would pass for black
             if not recon.isfinite().all():
-                raise LdmError(
-                    "reconstructions hold a NaN or an infinity: the autoencoder's weights are "
-                    "broken; take an earlier checkpoint"
-                )
+                raise LdmError("reconstructions are not finite: use an earlier checkpoint")
             yield Pair(pixels, to_uint8(recon), batch.k)
     finally:
         ae.train(was_training)
 
 
 class Scores:
-    """What each pair says by itself: PSNR, SSIM, LPIPS, of every image.
-
-    Memory grows with the images, by a few numbers each.
-    """
+    """PSNR, SSIM and LPIPS of every image; memory grows by a few numbers per image."""
 
     def __init__(self) -> None:
         self._ks: list[Tensor] = []
@@ -87,11 +80,11 @@ class Scores:
 
     @property
     def count(self) -> int:
-        """Images seen."""
+        """Number of images."""
         return sum(map(len, self._ks))
 
     def add(self, pair: Pair, perceptual: Perceptual | None) -> None:
-        """Take in a batch; there is an `lpips` with `perceptual` alone."""
+        """Score a batch; `lpips` is scored only if `perceptual` is given."""
         images, recon = to_float(pair.images), to_float(pair.recon)
         scores = {
             "psnr": psnr(images, recon).clamp(max=PSNR_CEILING),
@@ -103,29 +96,23 @@ class Scores:
                 raise ValueError("perceptual must give the distance of each pair, (B,)")
         for name, values in scores.items():
             self._of.setdefault(name, []).append(values.cpu().float())
-        # a loader's own holds a file open for as long as it lives
+        # a copy, since a loader's own tensor keeps a file open
         self._ks.append(pair.k.clone())
 
     def merge(self, other: "Scores") -> None:
-        """Take in what another process has seen."""
+        """Add another process's scores."""
         self._ks += other._ks
         for name, values in other._of.items():
             self._of.setdefault(name, []).extend(values)
 
     def means(self) -> dict[str, float]:
-        """Over images, summed in float64.
-
-        Raises:
-            LdmError: there was none.
-        """
+        """Mean of each score over images, summed in float64; an LdmError if there is no image."""
         if not self.count:
-            raise LdmError("no image to evaluate: the data is empty, or all of it is corrupt")
+            raise LdmError("no image to evaluate: the data is empty, or every image is corrupt")
         return {name: torch.cat(each).double().mean().item() for name, each in self._of.items()}
 
     def in_order(self) -> dict[str, NDArray]:
-        """`k`, int64 (n,), rising: the images' numbers; and by its name each score of each image,
-        float32 (n,). Two autoencoders' are of the same images where their `k` are equal.
-        """
+        """Every image's index `k`, int64 (n,), ascending, and its scores by name, float32 (n,)."""
         ks, order = torch.cat(self._ks).sort()
         scores = {name: torch.cat(each)[order].numpy() for name, each in self._of.items()}
         return {"k": ks.numpy(), **scores}
@@ -142,23 +129,23 @@ def evaluate_autoencoder(
     perceptual: Perceptual | None = None,
     workers: int = 0,
 ) -> dict[str, float]:
-    """Reconstruct every image of a source once, from its posterior's mode, in float32, and average.
+    """Reconstruct every image of a source once in float32, and average its scores.
 
-    Reconstructions are rounded to 8 bits first, as a saved PNG is. An image that comes back
-    exactly counts 100 dB.
+    Reconstructions are rounded to 8 bits first, like a saved PNG. An exact one counts 100 dB.
 
     Args:
-        ae: on `device`; it is put in eval mode, and back.
-        limit: only the first so many images.
-        perceptual: (recon, images) → the distance of each pair (B,), such as `load_lpips().each`.
+        ae: on `device`; in eval mode while this runs.
+        resolution: side of the images, pixels.
+        limit: only the first `limit` images.
+        perceptual: distance of each pair, such as `load_lpips().each`.
         workers: loader processes.
 
     Returns:
-        `psnr` (dB), `ssim`, `lpips` (with `perceptual` alone), means over images; and `count`.
+        Means over images: `psnr` (dB), `ssim`, and `lpips` if `perceptual` is given; and `count`.
 
     Raises:
-        LdmError: there is no image; the resolution is below SSIM's window; or a reconstruction is
-            not finite.
+        LdmError: no image, a resolution below SSIM's window, or a reconstruction that is not
+            finite.
     """
     scores = Scores()
     stream = evaluation_batches(source, resolution, batch_size, limit, workers=workers)
@@ -169,11 +156,11 @@ def evaluate_autoencoder(
 
 
 EDGES = (0.0, 0.1, 0.3, 1.0, 3.0, inf)
-"""Between them lie 18, 32, 34, 13 and 3 % of the training noise levels of EDM's defaults."""
+"""Edges of the bands of σ: 18, 32, 34, 13 and 3 % of EDM's default training noise levels."""
 
 
 def band_names() -> dict[tuple[float, float], str]:
-    """The bands, and their names in the metrics."""
+    """The bands (low, high) of σ, and their names in the metrics."""
     return {
         (low, high): f"loss_sigma_{low:g}_to_{high:g}" if high < inf else f"loss_sigma_over_{low:g}"
         for low, high in pairwise(EDGES)
@@ -181,10 +168,10 @@ def band_names() -> dict[tuple[float, float], str]:
 
 
 def band_losses(loss: Tensor, sigma: Tensor) -> dict[str, Tensor]:
-    """Mean loss of each band of σ in a batch; NaN where a band has none of its images.
+    """Mean loss of each band of σ in a batch, NaN for a band without an image.
 
     Args:
-        loss, sigma: of each image, (b,).
+        loss, sigma: loss and noise level of each image, (b,).
     """
     means = {}
     for (low, high), name in band_names().items():
@@ -196,30 +183,20 @@ def band_losses(loss: Tensor, sigma: Tensor) -> dict[str, Tensor]:
 
 def draw_bands(rows: Sequence[dict[str, float]], path: Path) -> None:
     """Draw each band's loss over images seen, from the rows of a metrics.jsonl, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from ldm.charts import colour, drawing
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    colours = ("#1b6ca8", "#2a9d8f", "#8ab17d", "#e9a13b", "#d1495b")
-    for ((low, high), name), colour in zip(band_names().items(), colours, strict=True):
-        points = [(row["images_seen"], row[name]) for row in rows if name in row]
-        if points:
-            label = f"σ ≥ {low:g}" if high == inf else f"{low:g} ≤ σ < {high:g}"
-            axes.plot(*zip(*points, strict=True), label=label, color=colour, linewidth=1.3)
-    axes.set(xlabel="images seen", ylabel="λ(σ) ‖D(x; σ) − z‖²", yscale="log")
-    axes.grid(alpha=0.25, which="both")
-    axes.spines[["top", "right"]].set_visible(False)
-    if axes.lines:
-        axes.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=130))
-
-
-BATCH = 16
-COLUMNS = 8
-SAMPLES = 16
-SAMPLING_STEPS = 18
+    under = "Mean of λ(σ) ‖D(x; σ) − z‖² over the training images of each band of noise levels σ."
+    with drawing(path, "Training loss by noise level", under, 3.4) as figure:
+        axes = figure.subplots()
+        for index, ((low, high), name) in enumerate(band_names().items()):
+            points = [(row["images_seen"], row[name]) for row in rows if name in row]
+            if points:
+                label = f"σ ≥ {low:g}" if high == inf else f"{low:g} ≤ σ < {high:g}"
+                axes.plot(*zip(*points, strict=True), label=label, color=colour(index))
+        axes.set(xlabel="images seen", ylabel="loss", yscale="log")
+        axes.grid(which="both")
+        if axes.lines:
+            axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def validate_autoencoder(
@@ -232,9 +209,7 @@ def validate_autoencoder(
     logbook: Logbook,
     lpips: LPIPS | None = None,
 ) -> dict[str, float]:
-    """Measure at most `limit` held-out images' reconstructions, and draw a few of them."""
-    if not run.is_main:
-        return {}
+    """Measure the reconstructions of at most `limit` held-out images; log and draw them."""
     numbers = evaluate_autoencoder(
         autoencoder, held_out, resolution, BATCH, run.device, limit, lpips and lpips.each
     )
@@ -250,12 +225,10 @@ def validate_autoencoder(
 def reconstruction_sheet(
     autoencoder: Autoencoder, source: Source, resolution: int, columns: int
 ) -> tuple[Tensor, int]:
-    """Three rows of float pictures: originals, reconstructions, latents as RGB (Figures 2, 4).
-
-    The images are the first that can be read.
+    """Rows of originals, reconstructions and latents as RGB (Figures 2, 4) of the first images.
 
     Returns:
-        The pictures (3·columns, 3, H, W), on the CPU, and how many columns there are.
+        The pictures (3·n, 3, H, W) in [−1, 1], on the CPU, and the number of columns n.
     """
     images = to_float(sheet_images(source, resolution, columns))
     images = images.to(next(autoencoder.parameters()).device)
@@ -274,7 +247,7 @@ def draw_samples(
     images_seen: int,
     logbook: Logbook,
 ) -> None:
-    """A sheet of samples of the averaged model, always from the same noise, the classes in turn."""
+    """Draw samples of the averaged model, always from the same noise, cycling through classes."""
     if not run.is_main:
         return
     noise = normal(run.seed, "sample", range(SAMPLES), shape).to(run.device)
@@ -289,7 +262,7 @@ def draw_samples(
 
 
 def draw_losses(run: Run) -> None:
-    """A picture of the loss at each band of noise levels, over the run so far."""
+    """Draw the loss in each band of noise levels over the run so far."""
     if run.is_main:
         rows = read_rows(run.folder / "metrics.jsonl")
         draw_bands(rows, run.folder / "pictures" / "loss-by-sigma.png")

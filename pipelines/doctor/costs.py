@@ -9,6 +9,7 @@ shapes, types and autocast are as on the device, and nothing is computed or allo
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -199,6 +200,14 @@ class PaperAutoencoder:
             self.autoencoder = Autoencoder(recipe.model)
             self.discriminator = build_discriminator(recipe.discriminator)
             perceptual = blank_perceptual(recipe)
+        objective = Objective(recipe.loss, recipe.adversarial, perceptual)
+        compared = objective.needs_averaged and recipe.ema_half_life_images
+        # as an `AutoencoderState`, but its average is a copy, which cannot be on paper
+        self._state: Any = SimpleNamespace(
+            recipe=recipe, objective=objective, autoencoder=self.autoencoder, opt_autoencoder=None,
+            discriminator=self.discriminator, opt_discriminator=None,
+            averaged=self.autoencoder if compared else None,
+        )  # fmt: skip
         self.trained: list[nn.Module] = [self.autoencoder, self.discriminator]
         self.averaged: list[nn.Module] = [self.autoencoder]
         self.frozen: list[nn.Module] = [
@@ -209,7 +218,6 @@ class PaperAutoencoder:
             # the losses put their network where the images are: it is there, and tensors on paper
             # cannot be exchanged
             network.to = lambda *_, network=network: network
-        self._objective = Objective(recipe.loss, recipe.adversarial, perceptual)
         if recipe.checkpointing:
             checkpoint_blocks(self.autoencoder)
 
@@ -250,16 +258,13 @@ class PaperAutoencoder:
         recipe, net, device = self.recipe, self.autoencoder, self.device
         side = resolution // recipe.encoder.downsampling
         run = PaperRun(device, self.precision, net, self.discriminator, *self.frozen)
-        averaged = net if self._objective.needs_averaged and recipe.ema_half_life_images else None
         with self._mode:
             images = torch.zeros(batch, 3, resolution, resolution, device=device)
             noise = torch.zeros(batch, recipe.latent_channels, side, side, device=device)
             boxes = torch.zeros(batch, 3, device=device) if recipe.adversarial.cutmix else None
             with Counter() as counter, run.watching():
-                train_autoencoder_step(
-                    run, net, self.discriminator, None, None, images, Draws(noise, boxes),
-                    self._objective, float(adversarial_active), None, averaged,
-                )  # fmt: skip
+                draws = Draws(noise, boxes)
+                train_autoencoder_step(run, self._state, images, draws, float(adversarial_active))
         return StepCost(run.worst, counter.gmac / batch)
 
 
@@ -290,6 +295,7 @@ class PaperDiffusion:
             self.network = build_network(recipe.network)
             uncertainty = Uncertainty() if recipe.denoiser.uncertainty else None
             self.objective = EDMLoss(build_denoiser(self.network, recipe.denoiser), uncertainty)
+        self._state: Any = SimpleNamespace(recipe=recipe, objective=self.objective, optimizer=None)
         self.trained: list[nn.Module] = [self.objective]
         self.averaged: list[nn.Module] = [self.network] * (1 + len(recipe.ema_stds))
         self.frozen: list[nn.Module] = [self.autoencoder]
@@ -330,7 +336,7 @@ class PaperDiffusion:
             sigma = torch.ones(batch, device=self.device)
             images = LatentBatch(z, sigma, torch.zeros_like(z), None, None)
             with Counter() as counter, run.watching():
-                train_diffusion_step(run, self.objective, None, images, None)
+                train_diffusion_step(run, self._state, images)
         gmac = counter.gmac / batch
         if not self.recipe.cache:
             gmac += self.gmac(resolution)["encoder"]

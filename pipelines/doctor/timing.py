@@ -24,13 +24,10 @@ import numpy as np
 import torch
 
 from autoencoders import Autoencoder
-from autoencoders.discriminators import build_discriminator
 from autoencoders.layers import checkpoint_blocks
-from autoencoders.losses import Objective
 from autoencoders.posterior import DiagonalGaussian
 from ldm.config import to_tree, validate
 from ldm.distributed import make_accelerator
-from ldm.ema import Ema
 from ldm.errors import LdmError, UsageError
 from ldm.images import to_float
 from ldm.run import Run
@@ -38,9 +35,9 @@ from pipelines.codec import Codec
 from pipelines.doctor.costs import PaperAutoencoder, PaperDiffusion, blank_perceptual
 from pipelines.latents import CachedBatch, LatentBatch, latent_batches
 from pipelines.recipes import AutoencoderRecipe, DiffusionRecipe
-from pipelines.train_autoencoder import draw
+from pipelines.train_autoencoder import AutoencoderState, draw
 from pipelines.train_autoencoder import train_step as train_autoencoder_step
-from pipelines.train_diffusion import Learner
+from pipelines.train_diffusion import DiffusionState
 from pipelines.train_diffusion import train_step as train_diffusion_step
 
 
@@ -72,19 +69,9 @@ class AutoencoderRehearsal(Rehearsal):
     def __init__(self, recipe: AutoencoderRecipe, run: Run, paper: PaperAutoencoder) -> None:
         self.recipe, self.run, self.paper = recipe, run, paper
         with _seeded():
-            self.ae = run.place(Autoencoder(recipe.model))
-            self.discriminator = run.place(build_discriminator(recipe.discriminator))
-            perceptual = blank_perceptual(recipe)
-        self.objective = Objective(recipe.loss, recipe.adversarial, perceptual)
-        self.ema = Ema(self.ae, recipe.ema_half_life_images)
-        self.opt_ae, self.opt_discriminator = (
-            torch.optim.Adam(net.parameters(), recipe.lr, recipe.betas, fused=True)
-            for net in (self.ae, self.discriminator)
-        )
+            self.state = AutoencoderState(recipe, run, blank_perceptual(recipe))
         if recipe.checkpointing:
-            checkpoint_blocks(self.ae)
-        compared = self.objective.needs_averaged and recipe.ema_half_life_images > 0
-        self.averaged = self.ema.model if compared else None
+            checkpoint_blocks(self.state.autoencoder)
 
     def takes(self, side: int) -> bool:
         try:
@@ -97,17 +84,14 @@ class AutoencoderRehearsal(Rehearsal):
     def step(self, side: int, batch: int, adversarial_active: bool) -> None:
         images = to_float(self.run.place(torch.from_numpy(_pixels(batch, side)).movedim(-1, 1)))
         draws = draw(self.run, self.recipe, range(batch), side)
-        train_autoencoder_step(
-            self.run, self.ae, self.discriminator, self.opt_ae, self.opt_discriminator, images,
-            draws, self.objective, float(adversarial_active), self.recipe.clip_norm, self.averaged,
-        )  # fmt: skip
-        self.ema.update(batch, batch)
+        train_autoencoder_step(self.run, self.state, images, draws, float(adversarial_active))
+        self.state.advance()
 
     def update(self, adversarial_active: bool) -> None:
-        optimizers = [self.opt_ae, self.opt_discriminator] if adversarial_active else [self.opt_ae]
-        for optimizer in optimizers:
-            _step_on_nothing(optimizer)
-        self.ema.update(1, 1)
+        _step_on_nothing(self.state.opt_autoencoder)
+        if adversarial_active:
+            _step_on_nothing(self.state.opt_discriminator)
+        self.state.advance()
 
     def gmac(self, side: int, adversarial_active: bool) -> float:
         return self.paper.cost(side, adversarial_active).gmac
@@ -127,26 +111,24 @@ class DiffusionRehearsal(Rehearsal):
         self._streams: dict[tuple[int, int], Iterator[tuple[int, LatentBatch]]] = {}
         n_z = autoencoder.config.latent_channels
         with _seeded():
-            self.learner = Learner(recipe, run)
+            self.state = DiffusionState(recipe, run)
         mean, std = torch.zeros(n_z), torch.ones(n_z)
         self.codec = Codec(run.place(autoencoder), mean, std, recipe.denoiser.sigma_data)
         self.codec.to(run.device)
 
     def takes(self, side: int) -> bool:
-        return side % (self.codec.autoencoder.downsampling * self.learner.network.factor) == 0
+        return side % (self.codec.autoencoder.downsampling * self.state.network.factor) == 0
 
     def step(self, side: int, batch: int, adversarial_active: bool) -> None:
         if (side, batch) not in self._streams:
             self._streams[side, batch] = self._stream(side, batch)
         _, images = next(self._streams[side, batch])
-        train_diffusion_step(
-            self.run, self.learner.objective, self.learner.optimizer, images, self.recipe.clip_norm
-        )
-        self.learner.average(self.recipe.batch_size)
+        train_diffusion_step(self.run, self.state, images)
+        self.state.advance()
 
     def update(self, adversarial_active: bool) -> None:
-        _step_on_nothing(self.learner.optimizer)
-        self.learner.average(self.recipe.batch_size)
+        _step_on_nothing(self.state.optimizer)
+        self.state.advance()
 
     def gmac(self, side: int, adversarial_active: bool) -> float:
         return self.paper.cost(side).gmac

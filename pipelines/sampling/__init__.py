@@ -1,1 +1,1 @@
-"""What sampling is made of: the model that makes one batch, its options, and where images go."""
+"""The parts of sampling: a model that samples one batch, its settings, and sample folders."""

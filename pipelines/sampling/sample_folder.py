@@ -160,7 +160,7 @@ class PngStore:
         self.out, self.label = out, label
 
     def missing(self, n: int) -> list[int]:
-        """Which of the images 0 … n−1 are not there yet."""
+        """The images among 0 … n−1 that are not there yet."""
         there = set().union(*(self._loose(folder) for folder in self._folders()))
         return [i for i in range(n) if i not in there]
 

@@ -22,7 +22,7 @@ from ldm.checkpoint import fingerprint
 seen, original = [], job.train_step
 def spy(run, *rest):
     result = original(run, *rest)
-    spy.run, spy.module = run, run.unwrap(rest[0])
+    spy.run, spy.module = run, next(iter(rest[0].parts.values()))
     return result
 job.train_step = spy
 batches = job.batches
@@ -105,7 +105,7 @@ def test_stage_one_and_two_on_two_processes(tmp_path):
 
 
 @pytest.mark.slow
-def test_three_processes_resume_to_the_bit(tmp_path):
+def test_resume_on_three_processes_is_bit_exact(tmp_path):
     """Three, because two numbers add up the same in either order."""
     words = ["train-ae", "tiny", *AUTOENCODER, "batch_size=6", "run.keep_states=9"]
     for run in ("whole", "again"):
@@ -120,13 +120,13 @@ def test_three_processes_resume_to_the_bit(tmp_path):
             first, *later = sorted(states, key=lambda state: int(state.name))
             for state in later:
                 shutil.rmtree(state)
-    assert f"going on from again/state/{first.name}" in done.stdout
+    assert f"resuming from again/state/{first.name}" in done.stdout
     ours, theirs = (load_model(tmp_path / run, "autoencoder") for run in ("again", "whole"))
     assert ours.sha256 == theirs.sha256
 
 
 @pytest.mark.slow
-def test_a_batch_that_does_not_divide_is_one_line(tmp_path):
+def test_batch_that_does_not_divide_is_a_one_line_error(tmp_path):
     done = ldm("train-ae", "tiny", *AUTOENCODER, "batch_size=3", cwd=tmp_path, processes=2)
     assert done.returncode != 0
     assert re.search(r"error: batch_size=3 does not divide", done.stderr)

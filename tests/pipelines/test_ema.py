@@ -95,10 +95,10 @@ def test_out_is_never_written_over_what_is_there(run, tmp_path):
     assert synthesize_ema(folder, 0.07, out=out) == out
     before = (folder / "ckpt.pt").read_bytes()
     for there in (out, folder / "ckpt.pt"):
-        with pytest.raises(LdmError, match="is there already: give --out another name"):
+        with pytest.raises(LdmError, match="already exists: give --out another name"):
             synthesize_ema(folder, 0.06, out=there)
     out.unlink()
-    with pytest.raises(LdmError, match=r"mine\.safetensors is there already"):
+    with pytest.raises(LdmError, match=r"mine\.safetensors already exists"):
         synthesize_ema(folder, 0.06, out=out)
     with pytest.raises(UsageError, match=r"must end in \.pt"):
         synthesize_ema(folder, 0.06, out=tmp_path / "mine.safetensors")

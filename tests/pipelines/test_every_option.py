@@ -7,10 +7,8 @@ import lpips
 import pytest
 import torch
 
-from autoencoders import Autoencoder, load_autoencoder
-from autoencoders.discriminators import build_discriminator
-from autoencoders.layers import checkpoint_blocks
-from autoencoders.losses import LPIPS, Objective
+from autoencoders import load_autoencoder
+from autoencoders.losses import LPIPS
 from autoencoders.losses.perceptual import ESRGANPerceptual
 from ldm.checkpoint import ModelFile, save_model
 from ldm.config import load_preset, resolve, to_tree
@@ -19,7 +17,7 @@ from ldm.distributed import make_accelerator
 from ldm.images import to_float
 from ldm.run import Run, RunConfig
 from pipelines.recipes import AutoencoderRecipe
-from pipelines.train_autoencoder import draw, train_step
+from pipelines.train_autoencoder import AutoencoderState, draw, train_step
 
 RESOLUTION, BATCH, STEPS = 32, 4, 20
 SMALL = [
@@ -91,7 +89,7 @@ def photographs():
 
 
 def untrained_networks() -> dict:
-    """Perceptual losses with random weights: what is tested is that they are minimised."""
+    """Perceptual losses with random weights: the test is that they are minimised."""
     squeeze = lpips.LPIPS(net="squeeze", pnet_rand=True, verbose=False)
     features = torch.nn.Sequential(
         torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3)
@@ -100,18 +98,15 @@ def untrained_networks() -> dict:
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_it_trains_and_comes_back_from_a_file(option, photographs, tmp_path):
+def test_option_trains_and_loads_from_a_file(option, photographs, tmp_path):
     torch.manual_seed(0)
     recipe = resolve(AutoencoderRecipe, load_preset("ae", "litevae-b"), [*SMALL, *OPTIONS[option]])
     run = Run(tmp_path, RunConfig(device="cpu", precision=recipe.run.precision),
               make_accelerator("cpu", recipe.accumulate))  # fmt: skip
-    ae, discriminator = Autoencoder(recipe.model), build_discriminator(recipe.discriminator)
-    if recipe.checkpointing:
-        checkpoint_blocks(ae)
-    opt_ae, opt_discriminator = (
-        torch.optim.Adam(net.parameters(), recipe.lr, recipe.betas) for net in (ae, discriminator)
-    )
-    objective = Objective(recipe.loss, recipe.adversarial, untrained_networks())
+    state = AutoencoderState(recipe, run, untrained_networks())
+    state.averaged = state.autoencoder if state.objective.needs_averaged else None
+    state.prepare(run)
+    ae, discriminator = state.autoencoder, state.discriminator
     images = to_float(photographs.images)
     draws = draw(run, recipe, photographs.k.tolist(), RESOLUTION)
 
@@ -119,12 +114,9 @@ def test_it_trains_and_comes_back_from_a_file(option, photographs, tmp_path):
     losses = []
     for _ in range(STEPS):
         for _ in range(recipe.accumulate):
-            terms = train_step(
-                run, ae, discriminator, opt_ae, opt_discriminator, images, draws, objective, 1.0,
-                recipe.clip_norm, ae if objective.needs_averaged else None,
-            )  # fmt: skip
+            terms = train_step(run, state, images, draws, 1.0)
         losses.append(
-            objective.recon_total({k: terms[k] for k in terms if k in recipe.loss.weights})
+            state.objective.recon_total({k: terms[k] for k in terms if k in recipe.loss.weights})
         )
     assert losses[-1] < 0.9 * losses[0]
     fought = any(not torch.equal(before[name], t) for name, t in discriminator.state_dict().items())

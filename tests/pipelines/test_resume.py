@@ -1,6 +1,7 @@
 """A run killed at any step and resumed gives the bits of one that never stopped."""
 
 import random
+import shutil
 import signal
 import time
 
@@ -9,8 +10,12 @@ import pytest
 from PIL import Image
 
 from ldm.checkpoint import load_model
+from ldm.errors import Interrupted
 from ldm.logbook import read_rows
-from tests.small import AUTOENCODER, DIFFUSION, ldm
+from ldm.run import Run
+from pipelines import train_autoencoder, train_diffusion
+from tests.pipelines.kill import Killed, forget, kill, outcome
+from tests.small import AUTOENCODER, DIFFUSION, autoencoder_recipe, diffusion_recipe, ldm
 
 LONG_AE = [*AUTOENCODER, "phases=[{resolution: 32, steps: 20}, {resolution: 64, steps: 12}]"]
 LONG_LDM = [*DIFFUSION, "steps=40"]
@@ -70,7 +75,7 @@ def same_as_unbroken(name: str, folder, unbroken) -> None:
         ("on-the-fly", 2), ("cached", 3),
     ],
 )  # fmt: skip
-def test_killed_and_resumed_to_the_bit(name, seed, unbroken, tmp_path):
+def test_resume_is_bit_exact(name, seed, unbroken, tmp_path):
     (tmp_path / "images").symlink_to(unbroken / "images")
     process = ldm(*stage(name, unbroken), cwd=tmp_path, start=True)
     folder, patience = tmp_path / "again", time.monotonic() + 120
@@ -93,7 +98,7 @@ def test_killed_and_resumed_to_the_bit(name, seed, unbroken, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_polite_stop_saves_the_very_step(number, unbroken, tmp_path):
+def test_signal_saves_the_current_step(number, unbroken, tmp_path):
     # saved by the signal alone: no periodic state would be due before the end
     words = [*stage("autoencoder", unbroken), "run.save_every_steps=1000"]
     process = ldm(*words, cwd=tmp_path, start=True)
@@ -106,19 +111,19 @@ def test_a_polite_stop_saves_the_very_step(number, unbroken, tmp_path):
     assert not (folder / "result.json").exists()
     done = ldm(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "going on from" in done.stdout
+    assert "resuming from" in done.stdout
     same_as_unbroken("autoencoder", folder, unbroken)
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_left_alone(unbroken):
+def test_finished_run_is_left_alone(unbroken):
     done = ldm("train-ae", "tiny", *LONG_AE, "--out", "ae", cwd=unbroken)
-    assert done.returncode == 0 and "finished already" in done.stdout
+    assert done.returncode == 0 and "already finished" in done.stdout
 
 
 @pytest.mark.slow
-def test_the_same_command_goes_on_though_another_autoencoder_was_trained_since(tmp_path):
-    """Left out, the autoencoder is the newest: but a run that was stopped keeps its own."""
+def test_unfinished_run_keeps_its_autoencoder(tmp_path):
+    """Without --ae it is the newest, except for a run that was stopped."""
     stage_two = [
         "train-diffusion", "tiny", *DIFFUSION, "steps=4000", "run.save_every_steps=2",
         "data.labels=true",  # what the network is given of its own accord is no difference
@@ -144,3 +149,102 @@ def test_the_same_command_goes_on_though_another_autoencoder_was_trained_since(t
     process.wait()
     assert max(states(begun)) > before
     assert len(list(tmp_path.glob("runs/*"))) == 3
+
+
+# ------------------------------------------------------------ killed at every moment, in process
+# validations fall on saved states, between them, and on the last step
+EVERY = ["run.validate_every_steps=2", "run.save_every_steps=4", "run.log_every_steps=3"]
+
+
+def train_one(folder):
+    recipe = autoencoder_recipe(*EVERY, "ema_half_life_images=8")
+    return train_autoencoder.train_autoencoder(recipe, "tiny", folder)
+
+
+def train_two(folder, autoencoder=None):
+    recipe = diffusion_recipe(autoencoder or folder.parent / "ae" / "ckpt.pt", *EVERY)
+    return train_diffusion.train_diffusion(recipe, "tiny", folder)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Outcomes of both stages that never stopped, and the folder they are in."""
+    folder = tmp_path_factory.mktemp("whole")
+    one = outcome(train_one(folder / "ae"), "autoencoder")
+    return folder, one, outcome(train_two(folder / "ldm"), "diffusion")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "images_seen"),
+    [
+        (train_autoencoder, "validate_autoencoder", 8),
+        *(
+            (owner, name, images_seen)
+            for images_seen in (16, 32)
+            for owner, name in (
+                (train_autoencoder, "validate_autoencoder"),
+                (train_autoencoder, "save_model"),
+                (Run, "save"),
+            )
+        ),
+    ],
+)
+def test_stage_one_killed_at_any_moment_ends_alike(
+    owner, name, images_seen, whole, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill(patch, owner, name, images_seen)
+        train_one(tmp_path / "ae")
+    assert outcome(train_one(tmp_path / "ae"), "autoencoder") == whole[1]
+
+
+@pytest.mark.parametrize("images_seen", [16, 32])
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(train_diffusion, "draw_samples"), (train_diffusion, "save_model"), (Run, "save")],
+)
+def test_stage_two_killed_at_any_moment_ends_alike(
+    owner, name, images_seen, whole, tmp_path, monkeypatch
+):
+    (tmp_path / "ae").symlink_to(whole[0] / "ae")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill(patch, owner, name, images_seen)
+        train_two(tmp_path / "ldm")
+    assert outcome(train_two(tmp_path / "ldm"), "diffusion") == whole[2]
+
+
+@pytest.mark.parametrize("stage", ["one", "two"])
+def test_validation_skipped_by_a_stop_is_made_on_resume(stage, whole, tmp_path, monkeypatch):
+    (tmp_path / "ae").symlink_to(whole[0] / "ae")
+    train, folder = {"one": (train_one, "again"), "two": (train_two, "ldm")}[stage]
+    steps = iter(range(1, 9))
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Run, "stop_asked", lambda run: stage == "one" and next(steps) == 2)
+        if stage == "two":  # statistics are measured first, over two batches
+            patch.setattr(Run, "stop_asked", lambda run: next(steps) == 4)
+        train(tmp_path / folder)
+    picture = {"one": "recon", "two": "samples"}[stage] + "-00000008.png"
+    assert not (tmp_path / folder / "pictures" / picture).exists()
+    kind = {"one": "autoencoder", "two": "diffusion"}[stage]
+    found, expected = outcome(train(tmp_path / folder), kind), whole[1 if stage == "one" else 2]
+    for part in ("models", "result", "pictures"):  # the log's means begin anew
+        if (stage, part) != ("two", "pictures"):  # the losses' curve is drawn from the log
+            assert found[part] == expected[part]
+    assert found["pictures"].keys() == expected["pictures"].keys()
+
+
+def test_last_state_of_an_earlier_version_still_ends(whole, tmp_path):
+    """Such states lack the numbers: stage one validates again, stage two reads its log."""
+    new = ("validated_at", "held_out", "best", "row")
+    shutil.copytree(whole[0], tmp_path / "old")
+    forget(tmp_path / "old" / "ae", *new)
+    found = outcome(train_one(tmp_path / "old" / "ae"), "autoencoder")
+    assert all(found[part] == whole[1][part] for part in ("models", "result", "pictures"))
+
+    forget(tmp_path / "old" / "ldm", *new)
+    found = outcome(train_two(tmp_path / "old" / "ldm", whole[0] / "ae" / "ckpt.pt"), "diffusion")
+    assert all(found[part] == whole[2][part] for part in ("models", "pictures"))
+    # as the log rounds it
+    assert float(found["result"]["loss"]) == pytest.approx(
+        float(whole[2]["result"]["loss"]), rel=1e-5
+    )

@@ -1,17 +1,26 @@
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from autoencoders import load_autoencoder
+from autoencoders import Autoencoder, load_autoencoder
+from autoencoders.losses import Objective
 from ldm.checkpoint import load_model
-from ldm.errors import Interrupted, LdmError
+from ldm.distributed import make_accelerator
+from ldm.errors import LdmError
 from ldm.logbook import read_rows
-from ldm.run import Run
-from pipelines.train_autoencoder import train_autoencoder
-from tests.small import autoencoder_recipe
+from ldm.run import Run, RunConfig
+from pipelines.train_autoencoder import (
+    AutoencoderState,
+    draw,
+    train_autoencoder,
+    train_step,
+)
+from tests.small import ROOT, autoencoder_recipe
 
 
 def test_checkpointing_trains_to_the_same_bits(tmp_path):
@@ -23,8 +32,8 @@ def test_checkpointing_trains_to_the_same_bits(tmp_path):
     assert a.sha256 == b.sha256
 
 
-def test_compiled_training_is_the_same_training(tmp_path, monkeypatch):
-    """Captured and differentiated ahead of time, but run by PyTorch: no C++ compiler needed."""
+def test_compiled_training_gives_the_same_weights(tmp_path, monkeypatch):
+    """Compiled by the backend that needs no C++ compiler."""
     compile = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda net: compile(net, backend="aot_eager"))
     plain, compiled = (
@@ -41,7 +50,7 @@ def test_compiled_training_is_the_same_training(tmp_path, monkeypatch):
         torch.testing.assert_close(b[name], tensor, rtol=1e-2, atol=1e-3)
 
 
-def test_the_best_is_kept_beside_the_last(tmp_path, monkeypatch):
+def test_best_weights_are_kept_in_best_pt(tmp_path, monkeypatch):
     import pipelines.train_autoencoder as job
 
     scores = iter([20.0, 25.0, 22.0, 24.0])
@@ -58,65 +67,14 @@ def test_the_best_is_kept_beside_the_last(tmp_path, monkeypatch):
     assert not load_autoencoder(folder / "best.pt").training
 
 
-def test_a_resumed_run_remembers_its_best(tmp_path, monkeypatch):
-    import pipelines.train_autoencoder as job
-
-    def stopping(scores, last):
-        scores = iter(scores)
-
-        def validate(run, *_):
-            score = next(scores)
-            if score == last:
-                run.ask_to_stop()
-            return {"psnr": score, "count": 4}
-
-        return validate
-
-    recipe = autoencoder_recipe("run.validate_every_steps=2")
-    monkeypatch.setattr(job, "validate_autoencoder", stopping([20.0, 25.0], 25.0))
-    with pytest.raises(Interrupted):
-        train_autoencoder(recipe, "tiny", tmp_path / "run")
-    monkeypatch.setattr(job, "validate_autoencoder", stopping([22.0, 24.0], None))
-    folder = train_autoencoder(recipe, "tiny", tmp_path / "run")
-    assert load_model(folder / "best.pt", "autoencoder").provenance["images_seen"] == 16
-
-
-def test_a_validation_that_a_stop_cut_off_is_made_up_for(tmp_path, monkeypatch):
-    import pipelines.train_autoencoder as job
-
-    scores = {8: 20.0, 16: 25.0, 24: 22.0, 32: 24.0}
-
-    def by_images_seen(run, ae, held_out, resolution, limit, seen, logbook, lpips):
-        logbook.row(seen, val_psnr=scores[seen], val_count=4)
-        return {"psnr": scores[seen], "count": 4}
-
-    monkeypatch.setattr(job, "validate_autoencoder", by_images_seen)
-    recipe = autoencoder_recipe("run.validate_every_steps=2")
-    save = Run.save
-
-    def killed_after_saving(run, images_seen, tree):
-        save(run, images_seen, tree)
-        if images_seen == 16:
-            raise Interrupted("killed")
-
-    monkeypatch.setattr(Run, "save", killed_after_saving)
-    with pytest.raises(Interrupted):
-        train_autoencoder(recipe, "tiny", tmp_path / "run")
-    monkeypatch.setattr(Run, "save", save)
-    folder = train_autoencoder(recipe, "tiny", tmp_path / "run")
-    assert load_model(folder / "best.pt", "autoencoder").provenance["images_seen"] == 16
-    rows = read_rows(folder / "metrics.jsonl")
-    assert [row["images_seen"] for row in rows if "val_psnr" in row] == [8, 16, 24, 32]
-
-
-def test_lpips_that_decides_must_be_there_before_anything_is_written(tmp_path, monkeypatch):
+def test_best_by_lpips_needs_its_weights_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     with pytest.raises(LdmError, match=r"vgg16-397923af.pth.*best_by=psnr"):
         train_autoencoder(autoencoder_recipe("best_by=lpips"), "tiny", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_the_run_leaves_what_it_promises(tmp_path):
+def test_run_folder_holds_every_file(tmp_path):
     recipe = autoencoder_recipe()
     folder = train_autoencoder(recipe, "tiny", tmp_path / "run")
     for name in ("run.json", "config.yaml", "metrics.jsonl", "result.json", "ckpt.pt",
@@ -144,7 +102,7 @@ def test_phases_train_at_their_resolutions(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_loss_falls(tmp_path):
+def test_loss_falls(tmp_path):
     recipe = autoencoder_recipe(
         "phases=[{resolution: 32, steps: 60}]", "batch_size=8", "run.log_every_steps=10",
         "adversarial.weight=0",
@@ -161,9 +119,7 @@ def test_accumulation_sees_the_same_images(tmp_path):
     assert a == pytest.approx(b, rel=1e-3)
 
 
-def test_a_death_between_the_last_model_and_the_last_state_leaves_no_stale_model(
-    tmp_path, monkeypatch
-):
+def test_failed_last_export_is_repeated_on_resume(tmp_path, monkeypatch):
     import pipelines.train_autoencoder as job
 
     whole = train_autoencoder(autoencoder_recipe(), "tiny", tmp_path / "whole")
@@ -191,7 +147,7 @@ def make_pictures(folder, count: int) -> None:
         Image.fromarray(image).save(folder / f"{i:03d}.png")
 
 
-def test_a_corrupt_held_out_picture_does_not_end_the_training(tmp_path):
+def test_corrupt_held_out_image_is_skipped(tmp_path):
     make_pictures(tmp_path / "data", 128)
     (tmp_path / "data" / "008.png").write_bytes(b"no picture")  # the first of those held out
     recipe = autoencoder_recipe(f"data.source={tmp_path / 'data'}", "data.workers=0",
@@ -200,7 +156,7 @@ def test_a_corrupt_held_out_picture_does_not_end_the_training(tmp_path):
     assert read_rows(folder / "metrics.jsonl")[-1]["val_count"] == 119
 
 
-def test_with_nothing_held_out_it_trains_without_validation(tmp_path):
+def test_trains_without_held_out_images(tmp_path):
     make_pictures(tmp_path / "data", 8)
     recipe = autoencoder_recipe(f"data.source={tmp_path / 'data'}", "data.workers=0",
                                 "data.held_out=0")  # fmt: skip
@@ -208,7 +164,7 @@ def test_with_nothing_held_out_it_trains_without_validation(tmp_path):
     assert (folder / "result.json").is_file() and not (folder / "pictures").exists()
 
 
-def test_missing_vgg_weights_stop_before_anything_is_written(tmp_path, monkeypatch):
+def test_missing_vgg_weights_fail_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     with pytest.raises(LdmError) as caught:
         train_autoencoder(autoencoder_recipe("loss.lpips=1"), "tiny", tmp_path / "run")
@@ -217,9 +173,123 @@ def test_missing_vgg_weights_stop_before_anything_is_written(tmp_path, monkeypat
     assert not (tmp_path / "run").exists()
 
 
-def test_missing_data_says_how_to_prepare_it_and_what_else_there_is(tmp_path):
+def test_missing_data_error_names_the_ways_out(tmp_path):
     with pytest.raises(LdmError) as caught:
         train_autoencoder(autoencoder_recipe("data.source=data/nowhere"), "x", tmp_path / "run")
     text = str(caught.value)
     assert "ldm data prepare" in text and "data.source=photos" in text and "data/nowhere" in text
     assert not (tmp_path / "run").exists()
+
+
+def test_training_imports_no_measuring():
+    code = (
+        "import sys, pipelines.train_autoencoder, pipelines.train_diffusion; sys.exit(any("
+        "name.startswith(('pipelines.fid', 'pipelines.evaluate', 'pipelines.measuring', "
+        "'pipelines.sampling')) for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+# -------------------------------------------------------------------------------- one step
+class Recorder(torch.optim.SGD):
+    """An optimiser that changes nothing and keeps the gradients it was given."""
+
+    def step(self, closure=None):
+        self.gradients = [
+            None if p.grad is None else p.grad.clone() for p in self.param_groups[0]["params"]
+        ]
+
+
+def gradients(tmp_path, ramp: float, *settings: str, log_gradients: bool = False, **loss: float):
+    """Gradients of one step: of the encoder, of the whole autoencoder, of the discriminator."""
+    torch.manual_seed(0)
+    recipe = autoencoder_recipe("adversarial.weight=1", "clip_norm=null", *settings)
+    run = Run(tmp_path, RunConfig(device="cpu"), make_accelerator("cpu"))
+    state = AutoencoderState(recipe, run, {})
+    off = dict.fromkeys(recipe.loss.weights, 0.0)
+    objective = state.objective = Objective(
+        recipe.loss.model_copy(update=off | loss), recipe.adversarial,
+        perceptual=dict.fromkeys(("lpips", "esrgan"), lambda recon, x: (recon - x).abs().amax()),
+    )  # fmt: skip
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    state.averaged = Autoencoder(recipe.model) if objective.needs_averaged else None
+    ae, discriminator = state.autoencoder, state.discriminator
+    opt_ae = state.opt_autoencoder = Recorder(ae.parameters())
+    opt_discriminator = state.opt_discriminator = Recorder(discriminator.parameters())
+    terms = train_step(run, state, images, draw(run, recipe, [0, 1], 32), ramp, log_gradients)
+    encoder = len(list(ae.encoder.parameters()))
+    return opt_ae.gradients[:encoder], opt_ae, opt_discriminator, terms, ae, discriminator
+
+
+TERMS = ["l1", "l2", "lpips", "esrgan", "ldl", "kl", "gaussian", "wavelet"]
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_every_term_reaches_the_encoder_and_not_the_discriminator(tmp_path, term):
+    encoder, _, opt_discriminator, terms, _, discriminator = gradients(tmp_path, 0.0, **{term: 1.0})
+    assert sum(g.abs().sum() for g in encoder if g is not None) > 0
+    assert set(terms) == {term, "gradient_norm", "adversarial_weight"}
+    assert not hasattr(opt_discriminator, "gradients")
+    assert all(p.grad is None for p in discriminator.parameters())
+
+
+def test_every_term_changes_the_encoders_gradient(tmp_path):
+    base, *_ = gradients(tmp_path, 0.0, l1=1.0)
+    for ramp, extra in ((1.0, {}), *((0.0, {term: 1.0}) for term in TERMS[1:])):
+        other, *_ = gradients(tmp_path, ramp, l1=1.0, **extra)
+        assert any(not torch.allclose(a, b) for a, b in zip(base, other, strict=True)), extra
+
+
+def test_discriminator_loss_does_not_reach_the_autoencoder(tmp_path):
+    """With an adversarial weight of next to 0, training the discriminator must not show."""
+    without, *_ = gradients(tmp_path, 0.0, l1=1.0)
+    with_discriminator, _, opt_discriminator, terms, ae, _ = gradients(tmp_path, 1e-30, l1=1.0)
+    assert "discriminator" in terms
+    for a, b in zip(without, with_discriminator, strict=True):
+        assert torch.equal(a, b)
+    assert all(p.grad is None for p in ae.parameters())
+    # biases aside: real and fake pull the last ones in opposite directions, to exactly 0
+    assert all(g.abs().sum() > 0 for g in opt_discriminator.gradients if g.ndim > 1)
+
+
+def test_generator_terms_do_not_reach_the_discriminator(tmp_path):
+    """Its gradient is that of its own loss, computed alone, whatever the generator's weights."""
+    one = gradients(tmp_path, 1.0, l1=1.0)
+    many = gradients(tmp_path, 50.0, l1=3.0, kl=2.0, wavelet=9.0)
+    for a, b in zip(one[2].gradients, many[2].gradients, strict=True):
+        assert torch.equal(a, b)
+    assert all(p.requires_grad for p in one[5].parameters())
+
+
+def test_adaptive_weight_is_the_gradient_ratio_at_the_last_layer(tmp_path):
+    settings = ("adversarial={weighting: adaptive, weight: 0.5}",)
+    _, _, _, terms, ae, _ = gradients(tmp_path, 0.5, *settings, l1=2.0, kl=7.0)
+    # the two gradients again, one of them as a difference
+    _, recon_only, *_ = gradients(tmp_path, 0.0, l1=2.0)
+    last = [name for name, _ in ae.named_parameters()].index("decoder.conv_out.weight")
+    recon = recon_only.gradients[last].norm()
+    _, both, *_ = gradients(tmp_path, 1.0, l1=2.0)
+    adversarial = (both.gradients[last] - recon_only.gradients[last]).norm()
+    assert terms["gradient_ratio"].item() == pytest.approx(
+        (recon / (adversarial + 1e-4)).item(), rel=1e-3
+    )
+    weight = 0.5 * 0.5 * terms["gradient_ratio"].item()  # ramp × Equation 2
+    assert float(terms["adversarial_weight"]) == pytest.approx(weight, rel=1e-6)
+
+
+def test_logging_the_ratio_changes_no_gradient(tmp_path):
+    plain = gradients(tmp_path, 1.0, l1=1.0)
+    logged = gradients(tmp_path, 1.0, l1=1.0, log_gradients=True)
+    assert "gradient_ratio" in logged[3] and "gradient_ratio" not in plain[3]
+    for which in (1, 2):
+        pairs = zip(plain[which].gradients, logged[which].gradients, strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_cutmix_adds_to_the_discriminators_gradient_alone(tmp_path):
+    plain = gradients(tmp_path, 1.0, l1=1.0)
+    mixed = gradients(tmp_path, 1.0, "adversarial.cutmix=1", l1=1.0)
+    assert mixed[3]["cutmix"] > 0 and "cutmix" not in plain[3]
+    assert all(torch.equal(a, b) for a, b in zip(plain[0], mixed[0], strict=True))
+    pairs = zip(plain[2].gradients, mixed[2].gradients, strict=True)
+    assert any(not torch.allclose(a, b) for a, b in pairs)

@@ -8,7 +8,7 @@ from ldm.errors import LdmError, UsageError
 from ldm.logbook import read_rows
 from pipelines.latent_diffusion import LatentDiffusionPipeline
 from pipelines.train_autoencoder import train_autoencoder
-from pipelines.train_diffusion import Learner, snapshot_due, train_diffusion
+from pipelines.train_diffusion import DiffusionState, snapshot_due, train_diffusion
 from pipelines.validation import band_names
 from tests.small import autoencoder_recipe, diffusion_recipe
 
@@ -24,7 +24,7 @@ def stage_two(stage_one):
     return train_diffusion(recipe, "tiny", stage_one.parent / "ldm")
 
 
-def test_the_run_leaves_what_it_promises(stage_one, stage_two):
+def test_run_folder_holds_every_file(stage_one, stage_two):
     for name in ("run.json", "config.yaml", "metrics.jsonl", "result.json", "ckpt.pt",
                  "ckpt.safetensors", "state/32/state.pt", "tensorboard"):  # fmt: skip
         assert (stage_two / name).exists(), name
@@ -36,7 +36,7 @@ def test_the_run_leaves_what_it_promises(stage_one, stage_two):
     assert len(model.statistics["mean"]) == 4
 
 
-def test_one_file_samples(stage_two, tmp_path):
+def test_ckpt_alone_samples(stage_two, tmp_path):
     file = tmp_path / "only.pt"
     file.write_bytes((stage_two / "ckpt.pt").read_bytes())
     pipe = LatentDiffusionPipeline.from_pretrained(file, "cpu", "fp32")
@@ -46,7 +46,7 @@ def test_one_file_samples(stage_two, tmp_path):
     assert torch.equal(images, twin(n=3, seed=0, steps=2))
 
 
-def test_a_sample_depends_on_seed_and_number_alone(stage_two):
+def test_sample_depends_on_seed_and_index_alone(stage_two):
     pipe = LatentDiffusionPipeline.from_pretrained(stage_two, "cpu", "fp32")
     done = []
     together = pipe(n=5, seed=3, steps=3, batch_size=5, callback=done.append)
@@ -69,7 +69,7 @@ def test_altered_autoencoder_is_refused(stage_two, tmp_path):
         LatentDiffusionPipeline.from_pretrained(tmp_path / "ckpt.pt")
 
 
-def test_another_autoencoder_under_a_started_run_is_refused(stage_one, tmp_path):
+def test_resume_with_another_autoencoder_is_refused(stage_one, tmp_path):
     file = tmp_path / "ckpt.pt"
     file.write_bytes((stage_one / "ckpt.pt").read_bytes())
     folder = train_diffusion(diffusion_recipe(file), "tiny", tmp_path / "run")
@@ -78,18 +78,20 @@ def test_another_autoencoder_under_a_started_run_is_refused(stage_one, tmp_path)
     name = next(iter(model.weights))
     model.weights[name] += 1
     save_model(file, model)
-    with pytest.raises(LdmError, match=r"not the autoencoder .* was started with"):
+    with pytest.raises(
+        LdmError, match=r"other weights than the autoencoder that .* was started with"
+    ):
         train_diffusion(diffusion_recipe(file), "tiny", tmp_path / "run")
 
 
-def test_what_does_not_fit_is_told_before_there_is_a_folder(stage_one, tmp_path):
+def test_settings_that_do_not_fit_leave_no_folder(stage_one, tmp_path):
     for setting in ("resolution=40", "network.latent_channels=8", "network.classes=3"):
         with pytest.raises(UsageError, match=setting):
             train_diffusion(diffusion_recipe(stage_one, setting), "tiny", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_the_loss_is_told_by_noise_level(stage_two):
+def test_loss_is_logged_by_noise_level(stage_two):
     rows = read_rows(stage_two / "metrics.jsonl")
     bands = {key for row in rows for key in row if key.startswith("loss_sigma_")}
     assert len(bands) >= 4 and bands <= set(band_names().values())
@@ -129,39 +131,39 @@ def test_every_option_trains_and_samples(option, stage_one, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def learner(stage_one):
+def trained(stage_one):
     """After some steps of the options that act on the optimiser, and what it began with."""
     recipe = diffusion_recipe(stage_one / "ckpt.pt", *OPTIONS["edm2"], "accumulate=2")
     kept = {}
 
-    class Kept(Learner):
+    class Kept(DiffusionState):
         def __init__(self, *args):
             super().__init__(*args)
-            kept.update(learner=self, before=deepcopy(self.objective.state_dict()))
+            kept.update(state=self, before=deepcopy(self.objective.state_dict()))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipelines.train_diffusion.Learner", Kept)
+        patch.setattr("pipelines.train_diffusion.DiffusionState", Kept)
         train_diffusion(recipe, "tiny", stage_one.parent / "edm2")
-    return kept["learner"], kept["before"]
+    return kept["state"], kept["before"]
 
 
-def test_the_optimiser_has_the_rate_of_the_schedule(learner):
+def test_learning_rate_follows_the_schedule(trained):
     # 32 images seen, 16 until the decay begins
-    assert learner[0].optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 / 2**0.5)
+    assert trained[0].optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 / 2**0.5)
 
 
-def test_everything_learns_and_its_weights_keep_their_norm(learner):
-    learner, before = learner
+def test_everything_learns_and_weights_keep_their_norm(trained):
+    state, before = trained
     held = [name for name in before if name.endswith("weight")]
     assert any(name.startswith("uncertainty") for name in held)
-    for name, weight in learner.objective.state_dict().items():
+    for name, weight in state.objective.state_dict().items():
         if name in held:
             assert not torch.equal(weight, before[name]), name
             norms = weight.flatten(1).norm(dim=1) / weight[0].numel() ** 0.5
             assert (norms - 1).abs().max() < 1e-5, name
 
 
-def test_the_gradient_is_clipped_where_asked(stage_one, tmp_path, monkeypatch):
+def test_gradient_is_clipped(stage_one, tmp_path, monkeypatch):
     limits = []
     clip = torch.nn.utils.clip_grad_norm_
 
@@ -175,7 +177,7 @@ def test_the_gradient_is_clipped_where_asked(stage_one, tmp_path, monkeypatch):
     assert limits == [0.25, 0.25]
 
 
-def test_looking_and_logging_keep_different_time(stage_one, tmp_path):
+def test_validating_and_logging_have_their_own_periods(stage_one, tmp_path):
     recipe = diffusion_recipe(
         stage_one / "ckpt.pt", "run.validate_every_steps=3", "run.log_every_steps=5"
     )
@@ -185,13 +187,13 @@ def test_looking_and_logging_keep_different_time(stage_one, tmp_path):
 
 
 @pytest.mark.parametrize(("steps", "snapshots"), [(63, 32), (100, 3), (5, 32), (8, 8)])
-def test_there_are_as_many_snapshots_as_asked_for(steps, snapshots):
+def test_number_of_snapshots(steps, snapshots):
     recipe = diffusion_recipe("none", f"steps={steps}", f"snapshots={snapshots}")
     due = [step for step in range(1, steps + 1) if snapshot_due(step, recipe)]
     assert len(due) == min(steps, snapshots) and due[-1] == steps
 
 
-def test_latents_that_are_not_finite_stop_before_training(stage_one, tmp_path):
+def test_latents_that_are_not_finite_are_an_error(stage_one, tmp_path):
     model = load_model(stage_one, "autoencoder")
     for weight in model.weights.values():
         weight.fill_(float("nan"))
@@ -200,12 +202,12 @@ def test_latents_that_are_not_finite_stop_before_training(stage_one, tmp_path):
         train_diffusion(diffusion_recipe(tmp_path / "ckpt.pt"), "tiny", tmp_path / "run")
 
 
-def test_stage_two_is_no_stage_one(stage_two, tmp_path):
+def test_stage_two_file_is_refused_as_stage_one(stage_two, tmp_path):
     with pytest.raises(LdmError, match="is a stage-two diffusion model"):
         train_diffusion(diffusion_recipe(stage_two / "ckpt.pt"), "tiny", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_stage_one_does_not_sample(stage_one):
+def test_stage_one_file_does_not_sample(stage_one):
     with pytest.raises(LdmError, match="is a stage-one autoencoder"):
         LatentDiffusionPipeline.from_pretrained(stage_one)

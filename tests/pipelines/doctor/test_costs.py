@@ -5,12 +5,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoencoders import Autoencoder
-from autoencoders.discriminators import build_discriminator
-from autoencoders.losses import Objective
 from ldm.config import load_preset, resolve
 from pipelines.doctor.costs import Holder, PaperRun, count_parameters
 from pipelines.recipes import AutoencoderRecipe, DiffusionRecipe
-from pipelines.train_autoencoder import Draws, train_step
+from pipelines.train_autoencoder import AutoencoderState, Draws, train_step
 from tests.golden import (
     DECODER_GMAC_256,
     ENCODER_GMAC_256,
@@ -60,9 +58,7 @@ def test_on_paper_as_with_real_tensors(settings):
     recipe = autoencoder_recipe("ema_half_life_images=10", *settings)
     paper = paper_autoencoder(recipe).cost(32)
 
-    ae, discriminator = Autoencoder(recipe.model), build_discriminator(recipe.discriminator)
-    own = {t.data_ptr() for net in (ae, discriminator) for t in (*net.parameters(), *net.buffers())}
-    kept, sums = {}, []
+    own, kept, sums = set(), {}, []
 
     def note(tensor):
         storage = tensor.untyped_storage()
@@ -71,6 +67,11 @@ def test_on_paper_as_with_real_tensors(settings):
         return tensor
 
     class Measured(PaperRun):
+        folder = None
+
+        def place(self, module):
+            return module
+
         def step(self, loss, module, *_):
             sums.append(sum(storage.nbytes() for storage in kept.values()))
             loss.backward()
@@ -78,14 +79,13 @@ def test_on_paper_as_with_real_tensors(settings):
 
     images, noise = torch.rand(4, 3, 32, 32) * 2 - 1, torch.randn(4, recipe.latent_channels, 4, 4)
     draws = Draws(noise, torch.rand(4, 3) if recipe.adversarial.cutmix else None)
-    objective = Objective(recipe.loss, recipe.adversarial, {})
+    run = Measured(CPU, "fp32")
+    state = AutoencoderState(recipe, run, {})
+    for network in (state.autoencoder, state.discriminator):
+        own |= {t.data_ptr() for t in (*network.parameters(), *network.buffers())}
     hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
     with hooks, FlopCounterMode(display=False) as counter:
-        averaged = ae if objective.needs_averaged else None
-        run = Measured(CPU, "fp32")
-        train_step(
-            run, ae, discriminator, None, None, images, draws, objective, 1.0, None, averaged
-        )  # fmt: skip
+        train_step(run, state, images, draws, 1.0)
     assert len(sums) == 2  # the generator's step and the discriminator's
     # an empty storage lies nowhere, and some lie where another has been
     assert paper.activations == pytest.approx(max(sums), rel=0.01)

@@ -12,7 +12,7 @@ from pipelines.doctor.timing import (
     make_run,
 )
 from pipelines.recipes import fit
-from pipelines.train_diffusion import Learner
+from pipelines.train_diffusion import DiffusionState
 from tests.pipelines.doctor.papers import CPU, paper_autoencoder, paper_diffusion
 from tests.small import autoencoder_recipe, diffusion_recipe
 
@@ -46,20 +46,20 @@ def stage_two(*settings, classes=0):
 
 def test_a_step_of_stage_one_trains_both_networks_and_the_average():
     rehearsal = stage_one("ema_half_life_images=10", "loss.ldl=1", "adversarial.cutmix=1")
-    nets = rehearsal.ae, rehearsal.discriminator, rehearsal.ema.model
+    nets = rehearsal.state.autoencoder, rehearsal.state.discriminator, rehearsal.state.ema.model
     before = [weights(net) for net in nets]
     rehearsal.step(32, 2, adversarial_active=False)
     assert [same(*pair) for pair in zip(before, nets, strict=True)] == [False, True, False]
     rehearsal.step(32, 2, adversarial_active=True)
-    assert not same(before[1], rehearsal.discriminator)
-    assert rehearsal.averaged is rehearsal.ema.model
+    assert not same(before[1], rehearsal.state.discriminator)
+    assert rehearsal.state.averaged is rehearsal.state.ema.model
 
 
 def test_an_update_of_nothing_leaves_no_gradient():
     rehearsal = stage_one()
     rehearsal.step(32, 1, adversarial_active=True)
     rehearsal.update(adversarial_active=True)
-    assert all(p.grad is None for p in rehearsal.ae.parameters())
+    assert all(p.grad is None for p in rehearsal.state.autoencoder.parameters())
     assert rehearsal.run.skipped.total() == 0
 
 
@@ -81,12 +81,12 @@ def test_sides_that_stage_one_takes():
 )
 def test_a_step_of_stage_two_trains_the_network_alone(settings, classes):
     rehearsal = stage_two(*settings, classes=classes)
-    assert isinstance(rehearsal.learner, Learner)  # the training's own
-    before, frozen = weights(rehearsal.learner.network), weights(rehearsal.codec.autoencoder)
+    assert isinstance(rehearsal.state, DiffusionState)  # the training's own
+    before, frozen = weights(rehearsal.state.network), weights(rehearsal.codec.autoencoder)
     rehearsal.step(32, 2, False)
     rehearsal.step(32, 2, False)
     rehearsal.update(False)
-    assert not same(before, rehearsal.learner.network)
+    assert not same(before, rehearsal.state.network)
     assert same(frozen, rehearsal.codec.autoencoder)
     assert rehearsal.run.skipped.total() == 0
 

@@ -48,14 +48,20 @@ def test_stage_one_against_what_training_holds():
     real = AutoencoderRehearsal(recipe, make_run(recipe, CPU), paper)
     real.step(32, 2, True)
     memory = autoencoder_memory(recipe, paper)
-    weights = nbytes(real.ae.state_dict()) + nbytes(real.discriminator.state_dict())
-    moments = nbytes(real.opt_ae.state_dict()) + nbytes(real.opt_discriminator.state_dict())
-    average = nbytes(real.ema.state_dict())
+    weights = nbytes(real.state.autoencoder.state_dict()) + nbytes(
+        real.state.discriminator.state_dict()
+    )
+    moments = nbytes(real.state.opt_autoencoder.state_dict()) + nbytes(
+        real.state.opt_discriminator.state_dict()
+    )
+    average = nbytes(real.state.ema.state_dict())
     assert memory.weights == weights
     assert memory.adam == moments
     assert memory.averages == pytest.approx(average, abs=FLAGS)
     assert memory.frozen == 0
-    gradients = [nbytes(list(net.parameters())) for net in (real.ae, real.discriminator)]
+    gradients = [
+        nbytes(list(net.parameters())) for net in (real.state.autoencoder, real.state.discriminator)
+    ]
     assert memory.gradients == max(gradients)
     gathering = autoencoder_recipe("accumulate=2")
     assert autoencoder_memory(gathering, paper).gradients == sum(gradients)
@@ -68,7 +74,7 @@ def test_stage_one_against_what_training_holds():
     disk = autoencoder_disk(recipe, paper, validates=True)
     state = weights + moments + average
     assert disk.states == pytest.approx(2 * state, abs=2 * FLAGS)  # run.keep_states
-    assert disk.models == 4 * nbytes(real.ae.state_dict())
+    assert disk.models == 4 * nbytes(real.state.autoencoder.state_dict())
     assert autoencoder_disk(recipe, paper, validates=False).models == disk.models / 2
     assert disk.writing == pytest.approx(state, abs=FLAGS)
     assert disk.run == disk.total == disk.states + disk.models + disk.writing
@@ -80,9 +86,11 @@ def test_a_discriminator_that_rests_learns_nothing():
     real = AutoencoderRehearsal(recipe, make_run(recipe, CPU), paper)
     real.step(32, 2, False)
     memory = autoencoder_memory(recipe, paper)
-    assert memory.adam == nbytes(real.opt_ae.state_dict())
-    assert not real.opt_discriminator.state
-    assert memory.weights == nbytes(real.ae.state_dict()) + nbytes(real.discriminator.state_dict())
+    assert memory.adam == nbytes(real.state.opt_autoencoder.state_dict())
+    assert not real.state.opt_discriminator.state
+    assert memory.weights == nbytes(real.state.autoencoder.state_dict()) + nbytes(
+        real.state.discriminator.state_dict()
+    )
 
 
 def test_stage_two_against_what_training_holds(tmp_path):
@@ -95,21 +103,21 @@ def test_stage_two_against_what_training_holds(tmp_path):
     real.step(32, 2, False)
     memory = diffusion_memory(recipe, paper)
     weights, moments = (
-        nbytes(p.state_dict()) for p in (real.learner.objective, real.learner.optimizer)
+        nbytes(p.state_dict()) for p in (real.state.objective, real.state.optimizer)
     )
-    averaged = [real.learner.ema, *real.learner.powers.values()]
+    averaged = [real.state.ema, *real.state.powers.values()]
     averages = sum(nbytes(average.state_dict()) for average in averaged)
     assert len(averaged) == 3
     assert memory.weights == weights and memory.adam == moments
     assert memory.averages == pytest.approx(averages, abs=FLAGS)
     assert memory.frozen == nbytes(real.codec.autoencoder.state_dict())
-    assert memory.gradients == nbytes(list(real.learner.objective.parameters()))
+    assert memory.gradients == nbytes(list(real.state.objective.parameters()))
     assert diffusion_memory(recipe, paper, processes=2).buckets == memory.gradients
     assert memory.buckets == 0
 
     disk = diffusion_disk(recipe, paper, images=10)
     assert disk.states == pytest.approx(2 * (weights + moments + averages), abs=2 * FLAGS)
-    network = nbytes(real.learner.network.state_dict())
+    network = nbytes(real.state.network.state_dict())
     assert disk.models == 2 * (network + memory.frozen)
     kept = [step for step in range(1, recipe.steps + 1) if snapshot_due(step, recipe)]
     assert disk.snapshots == 2 * len(kept) * network
