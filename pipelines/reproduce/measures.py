@@ -15,7 +15,7 @@ from ldm.distributed import join_processes
 from ldm.errors import LdmError
 from ldm.metrics.inception import FeatureExtractor
 from ldm.timing import name_device
-from pipelines.bench import measure_encoders
+from pipelines.bench import bench_encoders
 from pipelines.doctor.costs import count_parameters
 from pipelines.evaluate import evaluate_checkpoints
 from pipelines.measuring.evaluation import plan_jobs
@@ -85,7 +85,7 @@ def measure_costs(table: Table, device: str, how: Measuring) -> dict[str, Measur
     """Those of all rows of Table 3, whose encoders take turns."""
     names = [row.name for row in table.rows]  # they are presets
     side, batch = how.encoder_side, how.encoder_batch
-    costs = measure_encoders(names, side, batch, device, how.encoder_repeats)
+    costs = bench_encoders(names, side, batch, device, how.encoder_repeats).costs
     where = resolve_device(device)
     notes = [f"Measured on {name_device(where)}, {batch} images of {side}²."]
     on_paper = where.type != "cuda"

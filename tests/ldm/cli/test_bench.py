@@ -27,7 +27,7 @@ def test_it_prints_ours_beside_theirs_and_writes_both_files(command, tmp_path, c
     assert done.exit_code == 0, done.output
     said = done.output + capsys.readouterr().out
     assert "1.04" in said and "384" in said and "note" in said and "RTX 6000" in said
-    assert "2 image(s) of 32²" in said and "wrote new/bench.md" in said
+    assert "batch size 2 at 32²" in said and "wrote new/bench.md" in said
     tree = json.loads((tmp_path / "new" / "bench.json").read_text("utf-8"))
     assert [row["name"] for row in tree["encoders"]] == ["litevae-s", "dwt"]
 
