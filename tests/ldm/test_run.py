@@ -63,7 +63,7 @@ def test_a_good_step_resets_the_row_and_the_tenth_bad_one_stops(run):
     one_step(run)
     for _ in range(MAX_BAD_STEPS - 1):
         one_step(run, float("nan"))
-    run.save(8, {"w": torch.ones(1)})
+    run.save({"images_seen": 8, "w": torch.ones(1)})
     with pytest.raises(LdmError, match=r"not finite in 10 steps in a row.*state/8"):
         one_step(run, float("nan"))
     assert run.skipped["it"] == 2 * MAX_BAD_STEPS - 1
@@ -107,7 +107,7 @@ def test_what_is_said_may_hold_brackets(run, capsys):
 def test_save_and_resume(run):
     assert run.resume() is None
     run.skipped["it"] = 3
-    run.save(16, {"t": torch.arange(3)})
+    run.save({"images_seen": 16, "t": torch.arange(3)})
     again = Run(run.folder, run.config, run.accelerator)
     tree = again.resume()
     assert tree["images_seen"] == 16 and torch.equal(tree["t"], torch.arange(3))

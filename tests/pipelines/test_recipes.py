@@ -25,7 +25,7 @@ from tests.small import autoencoder_recipe, diffusion_recipe
         ("discriminator.multipliers=[1, 2, 2, 2, 2, 2]", "multiples of 64"),
         (
             "discriminator={type: stylegan, resolution: 64}",
-            "one resolution: discriminator.resolution=64, not 32",
+            "one resolution, discriminator.resolution=64, not 32",
         ),
         ("discriminator={type: patchgan, layers: 5}", "at least 96 pixels a side"),
         ("discriminator.type=transformer", "'discriminator'"),

@@ -16,8 +16,8 @@ def test_prepare_says_what_it_did_and_what_comes_next(tmp_path):
     result = run("prepare", source, out, "--size", 8, "--shard-size", 150, "--workers", 0)
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines() == [
-        "199 images of 8×8 in 3 shards: 189 to train on, 10 held out",
-        "1 corrupt image left out: the manifest names it",
+        "199 images of 8×8 in 3 shards: 189 for training, 10 for validation",
+        "skipped 1 corrupt image, listed in the manifest",
         f"manifest: {out}/manifest.json",
         f"next: ldm train-ae litevae-b data.source={out}",
     ]
@@ -38,7 +38,7 @@ def test_labels(tmp_path):
     words = ["prepare", source, out, "--size", 8, "--held-out", 2, "--workers", 0, "--labels"]
     result = run(*words)
     assert result.exit_code == 0, result.output
-    first = "8 images of 8×8 in 2 shards: 6 to train on, 2 held out, 2 classes"
+    first = "8 images of 8×8 in 2 shards: 6 for training, 2 for validation, 2 classes"
     assert result.stdout.splitlines()[0] == first
 
 
@@ -54,6 +54,6 @@ def test_bad_options_are_refused(tmp_path, words):
 
 def test_help():
     assert "Prepare images for training" in run("--help").stdout
-    assert "the same command goes on where it stopped" in " ".join(
+    assert "The same command resumes an interrupted one" in " ".join(
         run("prepare", "--help").stdout.replace("│", "").split()
     )
