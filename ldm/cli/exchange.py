@@ -6,6 +6,25 @@ from typing import Annotated, Literal
 import typer
 
 Force = Annotated[bool, typer.Option("--force", help="Overwrite existing files.")]
+HeadWidth = Annotated[
+    int | None,
+    typer.Option(
+        help="With --diffusion, CompVis: channels per attention head (num_head_channels in the "
+        "yaml). Default: 32."
+    ),
+]
+Heads = Annotated[
+    int | None,
+    typer.Option(
+        help="With --diffusion, CompVis: number of attention heads (num_heads in the yaml)."
+    ),
+]
+ScaleFactor = Annotated[
+    float | None,
+    typer.Option(
+        help="With --diffusion: factor that multiplies the latents. Default: the one in SRC."
+    ),
+]
 
 
 def import_model(
@@ -36,25 +55,9 @@ def import_model(
         int | None,
         typer.Option(help="With --diffusion: image size. Default: the one in SRC, or 256."),
     ] = None,
-    head_width: Annotated[
-        int | None,
-        typer.Option(
-            help="With --diffusion, CompVis: channels per attention head (num_head_channels in the "
-            "yaml). Default: 32."
-        ),
-    ] = None,
-    heads: Annotated[
-        int | None,
-        typer.Option(
-            help="With --diffusion, CompVis: number of attention heads (num_heads in the yaml)."
-        ),
-    ] = None,
-    scale_factor: Annotated[
-        float | None,
-        typer.Option(
-            help="With --diffusion: factor that multiplies the latents. Default: the one in SRC."
-        ),
-    ] = None,
+    head_width: HeadWidth = None,
+    heads: Heads = None,
+    scale_factor: ScaleFactor = None,
     force: Force = False,
 ) -> None:
     """Convert a pretrained SD-VAE or latent diffusion model to this toolkit's format.

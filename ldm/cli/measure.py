@@ -29,6 +29,42 @@ Samples = Annotated[
     Path | None,
     typer.Argument(help="Images: a folder of `ldm sample`, a zip or shards. Default: the newest."),
 ]
+Layout = Annotated[
+    Literal["table", "markdown", "latex", "json"],
+    typer.Option("--format", help="Output format; all but table print nothing else."),
+]
+Resolutions = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Image sizes in pixels, such as 128,256. Default: the last resolution of each "
+        "model's training."
+    ),
+]
+Reference = Annotated[
+    str | None,
+    typer.Option(
+        help="Statistics to compare with instead of data: clean-fid's ffhq256 or ffhq1024 "
+        "(70,000 images), or a .npz from $LDM_CACHE/statistics (~/.cache/ldm/statistics). No "
+        "SWD."
+    ),
+]
+Bootstrap = Annotated[
+    int,
+    typer.Option(
+        help="Resamplings for a 95 % confidence interval of FID, such as 100; one process."
+    ),
+]
+SampledModel = Annotated[
+    Path | None,
+    typer.Option(help="Sample from this stage-two ckpt.pt or run folder, without writing images."),
+]
+ResultFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="Result file. Default: fid.json next to the samples, or a name with the options "
+        "that are not at their default, such as fid-photos-val.json."
+    ),
+]
 
 
 def eval_ae(
@@ -42,13 +78,7 @@ def eval_ae(
     ] = None,
     data: Data = None,
     split: Split = "val",
-    resolution: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Image sizes in pixels, such as 128,256. Default: the last resolution of each "
-            "model's training."
-        ),
-    ] = None,
+    resolution: Resolutions = None,
     batch_size: BatchSize = 16,
     limit: Limit = None,
     fid: Annotated[
@@ -60,10 +90,7 @@ def eval_ae(
     weights: InceptionWeights = None,
     features: Features = None,
     mode: Resize = "clean",
-    layout: Annotated[
-        Literal["table", "markdown", "latex", "json"],
-        typer.Option("--format", help="Output format; all but table print nothing else."),
-    ] = "table",
+    layout: Layout = "table",
     out: Annotated[
         Path | None,
         typer.Option(help="One JSON file for all. Default: one each, in eval/ next to the model."),
@@ -108,20 +135,8 @@ def fid(
         Literal["train", "val", "all"] | None,
         typer.Option(help="Part of the data to compare with. Default: all, as papers on FFHQ do."),
     ] = None,
-    reference: Annotated[
-        str | None,
-        typer.Option(
-            help="Statistics to compare with instead of data: clean-fid's ffhq256 or ffhq1024 "
-            "(70,000 images), or a .npz from $LDM_CACHE/statistics (~/.cache/ldm/statistics). No "
-            "SWD."
-        ),
-    ] = None,
-    model: Annotated[
-        Path | None,
-        typer.Option(
-            help="Sample from this stage-two ckpt.pt or run folder, without writing images."
-        ),
-    ] = None,
+    reference: Reference = None,
+    model: SampledModel = None,
     n: Annotated[
         int | None, typer.Option(help="With --model: number of images. Default: 50,000.")
     ] = None,
@@ -139,12 +154,7 @@ def fid(
     mode: Resize = "clean",
     features: Features = None,
     weights: InceptionWeights = None,
-    bootstrap: Annotated[
-        int,
-        typer.Option(
-            help="Resamplings for a 95 % confidence interval of FID, such as 100; one process."
-        ),
-    ] = 0,
+    bootstrap: Bootstrap = 0,
     force: Annotated[
         bool,
         typer.Option("--force", help="Compare despite warnings; they are stored with the result."),
@@ -153,13 +163,7 @@ def fid(
     limit: Annotated[
         int | None, typer.Option(help="Use at most this many samples and images of the data.")
     ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Result file. Default: fid.json next to the samples, or a name with the options "
-            "that are not at their default, such as fid-photos-val.json."
-        ),
-    ] = None,
+    out: ResultFile = None,
     device: Device = "auto",
 ) -> None:
     """Compare samples with data: FID, KID, precision, recall, and SWD (which needs no weights).

@@ -9,6 +9,22 @@ from ldm.cli.options import BatchSize, Device, Guide, Precision, Seed, Steps, pa
 
 CHURN = ("S_churn", "S_min", "S_max", "S_noise")
 
+Labels = Annotated[
+    str | None,
+    typer.Option(help="Classes to cycle through: 3, or cat,dog. Default: drawn at random."),
+]
+Churn = Annotated[
+    str | None,
+    typer.Option(help="EDM's stochastic sampling: S_churn, or S_churn,S_min,S_max,S_noise."),
+]
+Format = Annotated[
+    Literal["png", "zip", "shards"],
+    typer.Option("--format", help="PNG files, one zip, or tar shards for training."),
+]
+Interval = Annotated[
+    str | None, typer.Option(help="Range of noise levels σ to guide in, such as 0.2,3.")
+]
+
 
 def sample(
     model: Annotated[
@@ -29,22 +45,11 @@ def sample(
         float | None,
         typer.Option(help="Guidance scale, classifier-free or with --guide; 1 is no guidance."),
     ] = None,
-    interval: Annotated[
-        str | None, typer.Option(help="Range of noise levels σ to guide in, such as 0.2,3.")
-    ] = None,
+    interval: Interval = None,
     guide: Guide = None,
-    labels: Annotated[
-        str | None,
-        typer.Option(help="Classes to cycle through: 3, or cat,dog. Default: drawn at random."),
-    ] = None,
-    churn: Annotated[
-        str | None,
-        typer.Option(help="EDM's stochastic sampling: S_churn, or S_churn,S_min,S_max,S_noise."),
-    ] = None,
-    files: Annotated[
-        Literal["png", "zip", "shards"],
-        typer.Option("--format", help="PNG files, one zip, or tar shards for training."),
-    ] = "png",
+    labels: Labels = None,
+    churn: Churn = None,
+    files: Format = "png",
     batch_size: BatchSize = 64,
     out: Annotated[
         Path | None, typer.Option(help="Output folder. Default: samples/ next to the model.")

@@ -29,7 +29,7 @@ from ldm.errors import LdmError, UsageError, check_at_least
 from ldm.images import latents_as_rgb, to_float
 from pipelines.analysis.subjects import (
     Analysis,
-    ImageSet,
+    SharedImages,
     Subject,
     analysis_folder,
     draw_images,
@@ -108,7 +108,11 @@ class LatentStatistics(NamedTuple):
 
 
 def measure(
-    subject: Subject, images: ImageSet, batch_size: int, ranks: PartialState, where: torch.device
+    subject: Subject,
+    images: SharedImages,
+    batch_size: int,
+    ranks: PartialState,
+    where: torch.device,
 ) -> LatentStatistics:
     """Measure the latents of all images in one pass, with the same result on every process."""
     share, counted = None, 0
@@ -187,7 +191,7 @@ def _sums(posterior: DiagonalGaussian, images: Tensor) -> list[Tensor]:
     return [total.cpu() for total in sums]
 
 
-def _side(subject: Subject, images: ImageSet) -> int:
+def _side(subject: Subject, images: SharedImages) -> int:
     """Return the number of latents along a side."""
     return math.ceil(images.resolution / subject.autoencoder.downsampling)
 
@@ -364,7 +368,10 @@ def _check_resolution(subjects: Sequence[Subject], resolution: int) -> None:
 
 @torch.no_grad()
 def _rows(
-    subjects: Sequence[Subject], found: dict[str, LatentStatistics], images: ImageSet, count: int
+    subjects: Sequence[Subject],
+    found: dict[str, LatentStatistics],
+    images: SharedImages,
+    count: int,
 ) -> Rows:
     """Compute images, reconstructions and latents as RGB for each model."""
     rows = {}

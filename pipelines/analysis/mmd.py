@@ -45,7 +45,7 @@ from ldm.seeds import normal
 from pipelines.analysis.subjects import (
     SEED,
     Analysis,
-    ImageSet,
+    SharedImages,
     Subject,
     analysis_folder,
     draw_images,
@@ -159,7 +159,7 @@ def make_settings(
 
 def measure_draws(
     subject: Subject,
-    images: ImageSet,
+    images: SharedImages,
     settings: MmdSettings,
     ranks: PartialState,
     where: torch.device,
@@ -206,7 +206,11 @@ def _with_errors(
 
 
 def _encode(
-    subject: Subject, images: ImageSet, batch_size: int, ranks: PartialState, where: torch.device
+    subject: Subject,
+    images: SharedImages,
+    batch_size: int,
+    ranks: PartialState,
+    where: torch.device,
 ) -> tuple[Tensor, DiagonalGaussian]:
     """Encode all images: their numbers (n,) and posteriors, on the CPU, on every process."""
     with fail_together(ranks):

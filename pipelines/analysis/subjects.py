@@ -65,7 +65,7 @@ class Subject(NamedTuple):
     """Training recipe stored in the file; {} for third-party models."""
 
 
-class ImageSet(NamedTuple):
+class SharedImages(NamedTuple):
     """The images that all subjects see, and their description."""
 
     source: Source
@@ -177,7 +177,7 @@ def open_images(
     data: str | DataConfig | None,
     split: Split,
     resolution: int | None,
-) -> ImageSet:
+) -> SharedImages:
     """Open the images for all subjects; by default those that they were trained on.
 
     Args:
@@ -206,7 +206,7 @@ def open_images(
     if not len(source):
         raise LdmError(f"{config.source} has no images in its {split} split: use other --data")
     what = f"the {split} split of {config.source}, {resolution}×{resolution}"
-    return ImageSet(source, resolution, what, config.workers)
+    return SharedImages(source, resolution, what, config.workers)
 
 
 def choose_data(recipes: Mapping[str, dict[str, Any]], data: str | None) -> DataConfig:
@@ -256,7 +256,11 @@ def gather(ranks: PartialState, share: Any) -> list[Any]:
 
 @torch.no_grad()
 def encode_share(
-    subject: Subject, images: ImageSet, batch_size: int, ranks: PartialState, where: torch.device
+    subject: Subject,
+    images: SharedImages,
+    batch_size: int,
+    ranks: PartialState,
+    where: torch.device,
 ) -> Iterator[tuple[Tensor, Tensor, DiagonalGaussian]]:
     """Yield this process's share: image numbers (b,), images (b, 3, R, R), their posteriors.
 

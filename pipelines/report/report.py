@@ -1,11 +1,11 @@
-"""The page: runs, their settings, curves, pictures and numbers, one stage after the other."""
+"""The page about runs: settings, curves, pictures and numbers, one stage after the other."""
 
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
 from ldm.device import resolve_device
-from ldm.errors import UsageError
+from ldm.errors import UsageError, check_at_least
 from ldm.run_folder import provenance
 from pipelines.report import page
 from pipelines.report.records import STAGES, Record, read_records
@@ -29,34 +29,29 @@ def write_report(
     resolution: int | None = None,
     device: str = "auto",
 ) -> Path:
-    """Write one self-contained HTML page over some runs, which are read and left as they are.
+    """Write one self-contained HTML page about training runs, which are only read.
 
-    What a run lacks (a model, metrics, its data) is said on the page.
+    The page reports what a run lacks: a model, metrics, its data.
 
     Args:
-        runs: folders of runs of either stage, or folders that hold some, such as a demo's; as
-            PATH, or NAME=PATH.
-        images: how many held-out images are reconstructed, and how many samples are drawn.
+        runs: PATH or NAME=PATH of run folders of either stage, or of folders of runs.
+        images: number of held-out images to reconstruct, and of samples.
         seed, steps: of the samples.
-        data: what is reconstructed, in place of each run's own data: `photos`, a folder, a zip,
-            or shards.
-        resolution: side of what is reconstructed, in pixels; by default the highest that a run of
-            the same data ended at.
+        data: `photos`, a folder, a zip or shards to reconstruct, instead of each run's own data.
+        resolution: size of the reconstructed images in pixels; None: the highest of the runs.
 
     Returns:
         `out`.
 
     Raises:
-        UsageError: no run, a number below one, or an `out` that is no .html.
-        LdmError: a path is no run; there is no such device; or `out` cannot be written.
+        UsageError: no run, a number below one, or an `out` that is no .html file.
+        LdmError: a path is no run, the device is missing, or `out` cannot be written.
     """
-    for option, value in (("images", images), ("steps", steps), ("resolution", resolution)):
-        if value is not None and value < 1:
-            raise UsageError(f"--{option} {value}: it must be at least 1")
+    check_at_least(1, images=images, steps=steps, resolution=resolution)
     if not runs:
-        raise UsageError("no run to report on: give the folder of one, or of several")
+        raise UsageError("no run to report on: pass one or several run folders")
     if out.suffix.lower() not in (".html", ".htm"):
-        raise UsageError(f"--out {out}: give a page, such as {out.with_suffix('.html')}")
+        raise UsageError(f"--out {out}: must be an .html file, such as {out.with_suffix('.html')}")
     records = read_records(runs)
     looks = Looks(images, seed, steps, data, resolution, resolve_device(device))
     colours = {record.label: page.colour(i) for i, record in enumerate(records)}
@@ -76,16 +71,19 @@ def write_report(
             settings_section(own, [titles[record.label] for record in own], of),
             curves_section(own, colours, of),  # last, for it is long
         ]
-    made = provenance()
-    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
-    end = page.section(
-        "This page", f"Written {made['created']} by {versions}, {made['platform']}.",
-        page.commands([made["command"]]),
-    )  # fmt: skip
     # last, when the models have been read and all notes are there
     overview = "".join(_card(record, titles[record.label]) for record in records)
     title = records[0].label if len(records) == 1 else f"{len(records)} runs side by side"
-    return page.write_page(out, title, _lead(records), [overview, *sections, end])
+    return page.write_page(out, title, _lead(records), [overview, *sections, _imprint()])
+
+
+def _imprint() -> str:
+    made = provenance()
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    return page.section(
+        "This page", f"Written {made['created']} by {versions}, {made['platform']}.",
+        page.commands([made["command"]]),
+    )  # fmt: skip
 
 
 def _lead(records: Sequence[Record]) -> str:
@@ -95,7 +93,7 @@ def _lead(records: Sequence[Record]) -> str:
 
 
 def _card(record: Record, title: page.Markup) -> str:
-    """Which run it is, how far it came, what it was made with, and what it lacks."""
+    """Return the card of a run: its state, its command, and what it lacks."""
     told = record.described
     state = "finished" if record.result is not None else "not finished"
     facts = [

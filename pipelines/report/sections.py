@@ -170,7 +170,7 @@ def _spans_decades(values: Sequence[float]) -> bool:
     return bool(values) and min(values) > 0 and max(values) >= 10 * min(values)
 
 
-class Column(NamedTuple):
+class ReportColumn(NamedTuple):
     """How a number is shown."""
 
     title: str
@@ -179,16 +179,16 @@ class Column(NamedTuple):
 
 
 COLUMNS = {
-    "rfid": Column("rFID", 3),
-    "fid": Column("FID", 3),
-    "kid": Column("KID ×10³", 3, 1e3),
-    "lpips": Column("LPIPS", 4),
-    "psnr": Column("PSNR, dB", 2),
-    "ssim": Column("SSIM", 4),
-    "precision": Column("precision", 3),
-    "recall": Column("recall", 3),
-    "swd": Column("SWD ×10³", 2),  # as it is in our files
-    "loss": Column("loss", 4),
+    "rfid": ReportColumn("rFID", 3),
+    "fid": ReportColumn("FID", 3),
+    "kid": ReportColumn("KID ×10³", 3, 1e3),
+    "lpips": ReportColumn("LPIPS", 4),
+    "psnr": ReportColumn("PSNR, dB", 2),
+    "ssim": ReportColumn("SSIM", 4),
+    "precision": ReportColumn("precision", 3),
+    "recall": ReportColumn("recall", 3),
+    "swd": ReportColumn("SWD ×10³", 2),  # as it is in our files
+    "loss": ReportColumn("loss", 4),
 }
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 

@@ -12,7 +12,7 @@ from autoencoders.posterior import DiagonalGaussian
 from ldm.checkpoint import ModelFile, save_model
 from ldm.config import to_tree
 from ldm.data import DataConfig
-from pipelines.analysis.subjects import ImageSet, Subject
+from pipelines.analysis.subjects import SharedImages, Subject
 
 SMALL = {
     "encoder": {
@@ -81,5 +81,5 @@ def known(posterior, n_z: int, downsampling: int = 4) -> Subject:
     return Subject("known", Path("known.pt"), Known(posterior, n_z, downsampling), {})
 
 
-def pixels(count: int, side: int = 16) -> ImageSet:
-    return ImageSet(Pixels(count, side), side, f"{count} of noise", 0)
+def pixels(count: int, side: int = 16) -> SharedImages:
+    return SharedImages(Pixels(count, side), side, f"{count} of noise", 0)

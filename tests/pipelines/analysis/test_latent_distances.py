@@ -13,7 +13,7 @@ from ldm.data import DataConfig
 from ldm.errors import LdmError, UsageError
 from pipelines.analysis import mmd as latent_distances
 from pipelines.analysis.mmd import MmdSettings, latents_mmd, measure_draws
-from pipelines.analysis.subjects import ImageSet
+from pipelines.analysis.subjects import SharedImages
 from tests.ldm.data.pictures import noise, png_folder
 from tests.pipelines.analysis.subjects import Pixels, known, pixels, save
 
@@ -221,6 +221,6 @@ def test_numbers_out_of_range(asked, told):
 
 def test_one_image_is_too_few():
     plan = MmdSettings(SIGMAS, 1, "raw", 5, 4)
-    images = ImageSet(Pixels(1), 16, "one image", 0)
+    images = SharedImages(Pixels(1), 16, "one image", 0)
     with pytest.raises(LdmError, match="one image: MMD needs at least two images"):
         measure_draws(known(constant(0, 1), 2), images, plan, PartialState(cpu=True), CPU)

@@ -227,9 +227,9 @@ def test_what_cannot_be_asked_for_is_one_line(tmp_path):
         ({"steps": 0}, "--steps 0"),
         ({"resolution": -8}, "--resolution -8"),
     ):
-        with pytest.raises(UsageError, match=f"{told}: it must be at least 1"):
+        with pytest.raises(UsageError, match=f"{told}: must be at least 1"):
             write_report([run], tmp_path / "p.html", **how)
-    with pytest.raises(UsageError, match=r"give a page, such as .*p\.html"):
+    with pytest.raises(UsageError, match=r"must be an \.html file, such as .*p\.html"):
         write_report([run], tmp_path / "p.png")
     with pytest.raises(UsageError, match="no run"):
         write_report([], tmp_path / "p.html")
