@@ -4,14 +4,15 @@ The models compute the same without this module, to rounding, and slower. On oth
 while training, its functions do what their first lines say and nothing more.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-PIXELS_AT_ONCE = {"litevae": 2 * 256**2, "dwt": 2 * 256**2, "sdvae": 256**2, "decoder": 256**2}
-"""Pixels of the images that go through a network at once."""
+PIXELS_AT_ONCE = defaultdict(lambda: 2 * 256**2, sdvae=256**2, decoder=256**2)
+"""Pixels of the images that go through a network at once, by the encoder's `type`."""
 
 
 def in_small_batches(

@@ -5,6 +5,7 @@ process. A command that needs a GPU, a download, or hours is only parsed, and `P
 """
 
 import importlib.util
+import os
 import re
 import shlex
 import shutil
@@ -350,6 +351,40 @@ def test_a_diff_applies(block):
     command = ["git", "apply", "--check", "--verbose", "-"]
     done = subprocess.run(command, cwd=ROOT, input=block.text, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_the_diffs_work_together(tmp_path):
+    for package in ("ldm", "autoencoders", "diffusion", "pipelines", "configs"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=ignored)
+    for block in blocks(CONTRIBUTING, "diff"):
+        command = ["git", "apply", "-"]
+        subprocess.run(command, cwd=tmp_path, input=block.text, text=True, check=True)
+
+    def python(*words: str) -> None:
+        env = os.environ | {"PYTHONPATH": str(tmp_path), "TORCH_HOME": str(tmp_path)}
+        subprocess.run([sys.executable, *words], cwd=tmp_path, env=env, check=True)
+
+    settings = ["encoder={type: patch}", "loss.charbonnier=1", "run.device=cpu"]
+    python("-m", "ldm", "train-ae", "tiny", *settings, "phases=[{resolution: 64, steps: 2}]")
+    python("-m", "ldm", "eval-ae", "--no-fid", "--limit", "4", *CPU)
+    python("-c", SECOND_ORDER)
+
+
+SECOND_ORDER = """
+import torch
+from diffusion import karras_sigmas
+from diffusion.samplers import SAMPLERS
+
+def sample(sampler, steps):  # of data drawn from N(0, 0.5²)
+    noise = torch.ones(1, 1, 1, 1)
+    return SAMPLERS[sampler](lambda x, s: x / (1 + 4 * s**2), noise, karras_sigmas(steps))
+
+exact = sample("heun", 2000)
+coarse, fine = ((sample("dpm-2", steps) - exact).abs().item() for steps in (40, 80))
+assert 3 < coarse / fine < 5, (coarse, fine)
+"""
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
