@@ -1,1 +1,1 @@
-"""Floor 0: what both stages share — configuration, data, checkpoints, the run, metrics."""
+"""Floor 0, shared by both stages: configuration, data, checkpoints, runs, metrics."""

@@ -1,4 +1,4 @@
-"""`python -m ldm`: the same as the `ldm` command."""
+"""The `ldm` command as `python -m ldm`."""
 
 from ldm.cli import main
 

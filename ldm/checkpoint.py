@@ -1,7 +1,6 @@
-"""Model files, which people pass on.
+"""Model files: tensors and plain values, which load under `weights_only=True`.
 
-They hold plain Python values and tensors and load under `weights_only=True`: no code in them is
-run. They are written whole or not at all; see `ldm.files`.
+They are written atomically, see `ldm.files`; loading them runs no code.
 """
 
 import json
@@ -27,12 +26,12 @@ STAGE = {"autoencoder": "a stage-one autoencoder", "diffusion": "a stage-two dif
 
 
 class Damaged(LdmError):
-    """A file that is there, and is not what was written."""
+    """A file that is truncated, altered, or of no format that can be read."""
 
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A model to use: its weights, the config that builds it, and where it comes from."""
+    """A model: its weights, the config that builds it, and its origin."""
 
     kind: Kind
     config: dict[str, Any]
@@ -40,16 +39,16 @@ class ModelFile:
     statistics: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     autoencoder: "ModelFile | None" = None
-    """A stage-two file carries its stage one, so that one file samples."""
+    """Stage one of a stage-two model, so that one file is enough for sampling."""
 
     @property
     def sha256(self) -> str:
-        """Identity of the weights: their names, types, shapes and bytes, whatever the container."""
+        """Hash of the names, types, shapes and bytes of the weights, in either file format."""
         return fingerprint(self.weights)
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 over named tensors, independent of their order and device."""
+    """Compute the SHA-256 of named tensors, independent of their order and device."""
     digest = sha256()
     for name in sorted(weights):
         tensor = weights[name].detach().cpu().contiguous()
@@ -62,7 +61,7 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
 
 # ------------------------------------------------------------------------------ model files
 def save_model(path: Path, model: ModelFile) -> None:
-    """Write `ckpt.pt` and its `.safetensors` twin, each whole or not at all."""
+    """Write `ckpt.pt` and its `.safetensors` twin, each atomically."""
     from safetensors.torch import save
 
     tree = _to_tree(model)
@@ -73,16 +72,16 @@ def save_model(path: Path, model: ModelFile) -> None:
 
 
 def load_model(path: str | Path, kind: Kind) -> ModelFile:
-    """Read a model from a `.pt`, a `.safetensors` (by any name), or a run folder (its `ckpt.pt`).
+    """Read a model from a `.pt`, a `.safetensors` of any name, or the `ckpt.pt` of a run folder.
 
     Raises:
-        LdmError: it is not there, truncated, of the other stage, of a newer format, no file of
-            ours, or a pickle that would run code (which is refused, not run).
+        LdmError: the file is absent, damaged, of the other stage, of a newer format or of another
+            program, or a pickle that would run code.
     """
     path = Path(path)
     if path.is_dir():
         if not (path / "ckpt.pt").is_file():
-            raise LdmError(f"{path} holds no ckpt.pt: has the run in it been finished or stopped?")
+            raise LdmError(f"{path} holds no ckpt.pt: its run has not written a model yet")
         path = path / "ckpt.pt"
     if not path.is_file():
         raise LdmError(f"no checkpoint at {path}")
@@ -102,11 +101,10 @@ def load_model(path: str | Path, kind: Kind) -> ModelFile:
 def build_with(
     build: Callable[[], ModuleT], weights: Mapping[str, Any], path: str | Path
 ) -> ModuleT:
-    """The module that `build` makes, with the tensors of a file.
+    """Build a module and give it the tensors of a file.
 
     Raises:
-        LdmError: the file's tensors are not the module's: the first that differs, both shapes.
-        Damaged: a tensor has more values than the file holds of it.
+        LdmError: names or shapes differ; the message gives the first tensor that does.
     """
     with torch.device("meta"):  # no memory, no random numbers: every tensor comes from the file
         module = build()
@@ -128,48 +126,45 @@ def build_with(
 
 
 def refuse_overstated(weights: Mapping[str, Tensor], path: str | Path) -> None:
-    """Refuse tensors that a copy would make larger than what the file holds of them.
+    """Raise `Damaged` for a tensor larger than its storage (a stride of 0), or a sparse one.
 
-    Raises:
-        Damaged: there is one, such as with a stride of 0, or it is sparse.
+    A copy of such a tensor may need any amount of memory.
     """
     for name, tensor in weights.items():
         if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
             raise Damaged(
                 f"{path} is damaged: tensor {shown(name)} is {tuple(tensor.shape)}, more than the "
-                "file holds of it"
+                "file holds"
             )
 
 
 def shown(name: Any) -> str:
-    """What a file calls something, safe to print: control characters and newlines escaped."""
+    """Make a name from a file safe to print: escape control characters and newlines."""
     return name if isinstance(name, str) and name.isprintable() else repr(name)
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file is a `.safetensors`, by its ending or, whatever its ending, by its start: the
-    header's length in 8 bytes, then the header, a JSON object."""
+    """Recognise a `.safetensors` file by its ending or its content.
+
+    It begins with the length of a header in 8 bytes, and the header, a JSON object.
+    """
     if path.suffix == ".safetensors":
         return True
     try:
         with path.open("rb") as file:
             start = file.read(9)
         size = path.stat().st_size
-    except OSError:  # told by whoever reads it next
+    except OSError:  # the reader reports it
         return False
     return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= size - 8
 
 
 @contextmanager
 def open_safetensors(path: Path, advice: str = "copy or write it again") -> Iterator[Any]:
-    """Open a `.safetensors` file as `safetensors.safe_open` does, to read it inside the `with`.
+    """Open a `.safetensors` file as `safetensors.safe_open` does; its errors become LdmErrors.
 
     Args:
         advice: the end of the error message for a damaged file.
-
-    Raises:
-        LdmError: it is not there or may not be read.
-        Damaged: it is truncated or damaged.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -183,18 +178,13 @@ def open_safetensors(path: Path, advice: str = "copy or write it again") -> Iter
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a `.safetensors` file; errors as in `open_safetensors`."""
+    """Read all tensors of a `.safetensors` file."""
     with open_safetensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def read_tensors(path: Path) -> Any:
-    """`torch.load` under `weights_only=True`, its many failures told as one line.
-
-    Raises:
-        LdmError: it is not there or may not be read.
-        Damaged: it is truncated or damaged, or a pickle that would run code.
-    """
+    """Call `torch.load` with `weights_only=True` and verify checksums; errors become LdmErrors."""
     try:
         tree = torch.load(path, map_location="cpu", weights_only=True)
         changed = _first_changed(path)
@@ -202,10 +192,10 @@ def read_tensors(path: Path) -> Any:
         raise LdmError(f"could not read {path} ({error.strerror})") from error
     except UnpicklingError as error:
         raise Damaged(
-            f"{path} refused: loading it would run code, or it is damaged; a model file holds "
+            f"{path} refused: it is damaged, or loading it would run code; a model file holds "
             "tensors and plain values only"
         ) from error
-    except Exception as error:  # damage makes the reader raise nearly anything
+    except Exception as error:  # damaged files raise errors of nearly any type
         raise Damaged(f"{path} is truncated or damaged: copy or write it again") from error
     if changed is not None:
         raise Damaged(
@@ -215,7 +205,7 @@ def read_tensors(path: Path) -> Any:
 
 
 def _first_changed(path: Path) -> str | None:
-    """The first entry whose bytes are not those that were written, which `torch.load` takes."""
+    """Find an entry with a wrong checksum, which `torch.load` does not verify."""
     if not is_zipfile(path):  # PyTorch's old format keeps no checksums
         return None
     with ZipFile(path) as archive:
@@ -238,17 +228,17 @@ def _to_tree(model: ModelFile) -> dict[str, Any]:
 def _from_tree(tree: dict[str, Any], path: Path) -> ModelFile:
     parts = {key: tree.get(key) for key in ("config", "weights", "statistics", "provenance")}
     if not all(isinstance(part, dict) for part in parts.values()):
-        raise LdmError(f"{path} lacks a part of a model file: copy or write it again")
+        raise LdmError(f"{path} lacks a section of a model file: copy or write it again")
     if not all(isinstance(tensor, Tensor) for tensor in parts["weights"].values()):
-        raise LdmError(f"{path} holds weights that are no tensors: copy or write it again")
+        raise LdmError(f"{path} holds weights that are not tensors: copy or write it again")
     inner = tree.get("autoencoder")
     if inner and not (isinstance(inner, dict) and inner.get("kind") == "autoencoder"):
-        raise LdmError(f"{path} carries an autoencoder that is none: copy or write it again")
+        raise LdmError(f"{path} holds an invalid autoencoder: copy or write it again")
     return ModelFile(tree["kind"], **parts, autoencoder=_from_tree(inner, path) if inner else None)
 
 
 def _split_tensors(tree: dict[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict]:
-    """The tree as safetensors wants it: flat named tensors, and the rest as JSON."""
+    """Split a tree into named tensors and JSON, for a `.safetensors` file."""
     tensors = {f"{prefix}{name}": tensor for name, tensor in tree["weights"].items()}
     meta = {key: value for key, value in tree.items() if key not in ("weights", "autoencoder")}
     meta["autoencoder"] = None

@@ -1,7 +1,7 @@
 """Configuration: preset YAML ← key=value → merged → one frozen, validated object.
 
-A config class stands directly above what it configures, anywhere in the tree of packages; this
-module only knows how to find presets, merge overrides into them and explain what is wrong.
+A config class stands directly above the class that it configures, in any package. This module finds
+presets, merges overrides into them, validates the result and explains errors.
 """
 
 import re
@@ -18,7 +18,7 @@ from ldm.errors import UsageError
 
 
 class Config(BaseModel):
-    """Frozen, complete, and closed: an unknown key is an error. Docstrings are the help."""
+    """Base of all configs: frozen, without unknown keys; docstrings of fields are their help."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
@@ -26,14 +26,14 @@ class Config(BaseModel):
 
 
 MANY = 12
-"""Names that a line of an error still lists."""
+"""Most names that an error message lists."""
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 Tree = dict[str, Any]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1, in which 1e5 without a point is a number too, as in YAML 1.2."""
+    """YAML 1.1, but 1e5 without a point is a number, as in YAML 1.2."""
 
 
 _Loader.add_implicit_resolver(
@@ -51,9 +51,9 @@ def list_presets(kind: str) -> list[str]:
 
 
 def load_preset(kind: str, name: str) -> Tree:
-    """The tree written in `configs/<kind>/<name>.yaml`, over that of its `base`, if it has one.
+    """Load the tree in `configs/<kind>/<name>.yaml`, merged over its `base`, if it has one.
 
-    A base of another kind is named with it: `base: ae/litevae-b`.
+    A base of another kind is given with its kind: `base: ae/litevae-b`.
     """
     if name not in list_presets(kind):
         raise UsageError(f"no preset '{name}'{did_you_mean(name, list_presets(kind))}")
@@ -65,7 +65,7 @@ def load_preset(kind: str, name: str) -> Tree:
 
 
 def published(kind: str, name: str) -> dict[str, Any]:
-    """What the paper reports of a preset: its table, its row and its numbers; {} if nothing."""
+    """The paper's results for a preset: table, row and numbers; {} if it reports none."""
     return _read_preset(kind, name).get("paper", {})
 
 
@@ -75,7 +75,7 @@ def _read_preset(kind: str, name: str) -> Tree:
 
 
 def preset_summary(kind: str, name: str) -> str:
-    """The comment in a preset's first line: what it is, in a sentence."""
+    """The comment in a preset's first line, which describes it."""
     text = (resources.files("configs") / kind / f"{name}.yaml").read_text("utf-8")
     first = text.partition("\n")[0]
     return first.removeprefix("#").strip() if first.startswith("#") else ""
@@ -84,18 +84,17 @@ def preset_summary(kind: str, name: str) -> str:
 def resolve(
     config_class: type[ConfigT], tree: Mapping[str, Any], overrides: Sequence[str] = ()
 ) -> ConfigT:
-    """Merge `key=value` overrides into a preset's tree, both over the defaults, and validate.
+    """Merge a preset's tree and `key=value` overrides over the defaults, and validate.
 
     Raises:
-        UsageError: an unknown key (with the nearest known one), a wrong type or a bad value, each
-            with its dotted path.
+        UsageError: a key is unknown or a value invalid; names its dotted path, or the nearest key.
     """
     edits = [parse_override(text) for text in overrides]
-    tree = merge(_defaults(config_class), tree)  # so that a section is there to be edited
-    # A `type` first: it exchanges a whole section, and the section's other keys come after it.
+    tree = merge(_defaults(config_class), tree)  # every section exists before it is edited
+    # A `type` replaces its whole section, so it is set before the section's other keys.
     for path, value in sorted(edits, key=lambda edit: edit[0][-1] != "type"):
         _set(tree, path, value)
-    words = _meant_as_words(config_class, tree)
+    words = _string_keys(config_class, tree)
     for text, (path, _) in zip(overrides, edits, strict=True):
         if ".".join(path) in words:
             _set(tree, path, text.partition("=")[2].strip())
@@ -103,9 +102,9 @@ def resolve(
 
 
 def validate(config_class: type[ConfigT], tree: Mapping[str, Any]) -> ConfigT:
-    """A tree of plain values as the config object it describes, or one line saying why not.
+    """Build a config from a tree of plain values, merged over the defaults.
 
-    It is laid over the defaults, so a section that does not say its `type` is of the default's.
+    A section without a `type` has the default's; errors are as in `resolve`.
     """
     try:
         return config_class.model_validate(merge(_defaults(config_class), tree))
@@ -113,8 +112,8 @@ def validate(config_class: type[ConfigT], tree: Mapping[str, Any]) -> ConfigT:
         raise UsageError(_explain(config_class, error)) from error
 
 
-def _meant_as_words(config_class: type[Config], tree: Mapping[str, Any]) -> set[str]:
-    """Keys that want a word where YAML saw something else: a folder named 2024, or no."""
+def _string_keys(config_class: type[Config], tree: Mapping[str, Any]) -> set[str]:
+    """Keys of strings that YAML has read as another type: a folder named 2024, or no."""
     try:
         config_class.model_validate(tree)
     except ValidationError as error:
@@ -124,7 +123,7 @@ def _meant_as_words(config_class: type[Config], tree: Mapping[str, Any]) -> set[
 
 
 def _defaults(config_class: type[Config]) -> Tree:
-    """The defaults as a tree, so that a section's `type` and lists are there to be edited."""
+    """The defaults as a tree, with every section and list that an override may edit."""
     fields = config_class.model_fields
     given = {name: f.get_default(call_default_factory=True) for name, f in fields.items()}
     optional = {name for name, field in fields.items() if not field.is_required()}
@@ -133,7 +132,7 @@ def _defaults(config_class: type[Config]) -> Tree:
 
 # ---------------------------------------------------------------------------------- merging
 def parse_override(text: str) -> tuple[list[str], Any]:
-    """`a.b=3` → (["a", "b"], 3). Values are YAML: numbers, true, null, [1, 2], {a: 1}, words."""
+    """Parse `a.b=3` as (["a", "b"], 3). Values are YAML: numbers, true, null, [1, 2], {a: 1}."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip(" ."):
         raise UsageError(f"'{text}' is not of the form key=value, such as batch_size=32")
@@ -144,13 +143,13 @@ def parse_override(text: str) -> tuple[list[str], Any]:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
-    """`over` laid on `base`, section by section. A section of another `type` replaces it whole."""
+    """Merge `over` into `base`, section by section; a section of another `type` replaces it."""
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
         if isinstance(value, Mapping):
-            exchanged = "type" in value and isinstance(old, Mapping) and old.get("type") is not None
-            if not isinstance(old, Mapping) or (exchanged and old["type"] != value["type"]):
+            typed = "type" in value and isinstance(old, Mapping) and old.get("type") is not None
+            if not isinstance(old, Mapping) or (typed and old["type"] != value["type"]):
                 old = {}
             merged[key] = merge(old, value)
         else:
@@ -159,7 +158,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
 
 
 def _set(tree: Tree, path: list[str], value: Any) -> None:
-    """Lay one override on a tree in place; a number in the path indexes a list."""
+    """Set one key of a tree in place; a number in the path indexes a list."""
     *sections, last = path
     node: Any = tree
     for depth, part in enumerate(sections):
@@ -171,7 +170,7 @@ def _set(tree: Tree, path: list[str], value: Any) -> None:
                 node[part] = {}
             node = node[part]
         if not isinstance(node, (dict, list)):
-            raise UsageError(f"'{where}' is a value, not a section: it has no '{last}'")
+            raise UsageError(f"'{where}' is a value, not a section: '{last}' cannot be set")
     if isinstance(node, list):
         node[_index(node, last, ".".join(path))] = value
     elif last == "type" and node.get("type") not in (None, value):
@@ -187,9 +186,9 @@ def _index(items: list, part: str, where: str) -> int:
     return int(part)
 
 
-# --------------------------------------------------------------------------- what is wrong
+# ----------------------------------------------------------------------------------- errors
 def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """`; did you mean 'x'?`, or what there is, so far as it fits in a line."""
+    """The end of an error message: the nearest known name, or else the known names."""
     close = get_close_matches(name, known, n=1, cutoff=0.5)
     if close:
         return f"; did you mean '{close[0]}'?"
@@ -201,14 +200,14 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
 
 def _explain(config_class: type[Config], error: ValidationError) -> str:
     problems = error.errors()
-    # a key that is not known first: what it was meant for is then missing, too
+    # an unknown key first: it is often the misspelt name of one that is then missing
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     path = _path(first["loc"], config_class)
     if first["type"] == "extra_forbidden":
         keys = sorted(set(key_paths(config_class)))
         by_last = [key for key in keys if key.rpartition(".")[2] == path.rpartition(".")[2]]
         if path in keys:
-            hint = ": it belongs to another type"
+            hint = ": it belongs to another type of this section"
         elif len(by_last) == 1:
             hint = f"; did you mean '{by_last[0]}'?"
         else:
@@ -217,15 +216,15 @@ def _explain(config_class: type[Config], error: ValidationError) -> str:
     else:
         given = first.get("input")
         shown = "" if isinstance(given, (dict, BaseModel)) else f" (got {given!r})"
-        where = f"'{path}': " if path else ""  # a rule between keys speaks of the whole
-        said = first["msg"].removeprefix("Value error, ")
-        text = f"{where}{said[0].lower()}{said[1:]}{shown}"
+        where = f"'{path}': " if path else ""  # a rule between keys has no path
+        message = first["msg"].removeprefix("Value error, ")
+        text = f"{where}{message[0].lower()}{message[1:]}{shown}"
     more = len(problems) - 1
     return text + (f" (and {more} more)" if more else "")
 
 
 def _path(loc: tuple[int | str, ...], config_class: type[Config]) -> str:
-    """Pydantic's location as a dotted path a person could type: tags of unions left out."""
+    """Pydantic's location as the dotted path of an override, without the tags of unions."""
     names = {key.rpartition(".")[2] for key in key_paths(config_class)}
     parts = [str(part) for part in loc]
     is_tag = [
@@ -236,7 +235,7 @@ def _path(loc: tuple[int | str, ...], config_class: type[Config]) -> str:
 
 
 def key_paths(config_class: type[Config], prefix: str = "") -> Iterator[str]:
-    """Every dotted key a config knows, over all variants of its unions."""
+    """All dotted keys of a config, over all variants of its unions."""
     for name, field in config_class.model_fields.items():
         yield f"{prefix}{name}"
         for section in _sections(field.annotation):
@@ -250,19 +249,19 @@ def _sections(annotation: Any) -> Iterator[type[Config]]:
         for variant in get_args(annotation):
             yield from _sections(variant)
     elif get_origin(annotation) is not Literal:
-        # a list of sections: its keys take an index (phases.0.steps)
+        # a list of sections; overrides give an index, phases.0.steps
         for item in get_args(annotation):
             yield from _sections(item)
 
 
 # ---------------------------------------------------------------------------------- showing
 def to_tree(config: Config) -> Tree:
-    """Plain Python values, fit for YAML, JSON and a checkpoint."""
+    """Convert a config to plain values, for YAML, JSON and checkpoints."""
     return config.model_dump(mode="json")
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Tree:
-    """A nested tree by dotted keys, {"a": {"b": 1}} as {"a.b": 1}; an empty section is a value."""
+    """Name values by dotted keys: {"a": {"b": 1}} → {"a.b": 1}; an empty section is a value."""
     leaves: Tree = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
@@ -273,7 +272,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Tree:
 
 
 def describe(config: Config, indent: int = 0) -> Iterator[tuple[str, str]]:
-    """Lines of YAML with the docstring of each key, and what it may be chosen from."""
+    """Yield lines of YAML, each with the docstring and the choices of its key."""
     pad = "  " * indent
     for name, field in type(config).model_fields.items():
         value, doc = getattr(config, name), " ".join((field.description or "").split())
@@ -289,7 +288,7 @@ def describe(config: Config, indent: int = 0) -> Iterator[tuple[str, str]]:
 
 
 def _choices(annotation: Any) -> Iterator[str]:
-    """The words that a key takes, or the types that a section has, where there are several."""
+    """The values of a key, or the types of a section, if there are several."""
     if get_origin(annotation) is Literal and len(words := get_args(annotation)) > 1:
         yield from (word for word in words if isinstance(word, str))
     variants = list(_sections(annotation))

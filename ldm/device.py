@@ -1,4 +1,4 @@
-"""Which device, in which layout, in which precision; and the memory of a CPU."""
+"""Device, memory layout and precision; and the memory of a CPU."""
 
 import ctypes
 
@@ -8,38 +8,34 @@ from ldm.errors import LdmError
 
 
 def resolve_device(device: str = "auto") -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:1` as a device that is there.
-
-    Raises:
-        LdmError: a GPU is asked for where there is none, or the name means nothing.
-    """
+    """Resolve `auto`, `cpu`, `cuda` or `cuda:1`; an LdmError if there is no such device."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        where = torch.device(device)
+        found = torch.device(device)
     except RuntimeError as error:
         raise LdmError(f"device '{device}' is not one of auto, cpu, cuda, cuda:1") from error
-    if where.type not in ("cpu", "cuda"):
+    if found.type not in ("cpu", "cuda"):
         raise LdmError(f"device '{device}' is not supported: use auto, cpu, cuda or cuda:1")
-    if where.type == "cuda":
+    if found.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (where.index or 0) >= count:
-            there = f"{count} CUDA device(s)" if count else "no CUDA device"
-            raise LdmError(f"device '{device}' asked for, but PyTorch sees {there} here: use cpu")
-    return where
+        if (found.index or 0) >= count:
+            seen = f"{count} CUDA device(s)" if count else "no CUDA device"
+            raise LdmError(f"device '{device}' requested, but PyTorch sees {seen}: use cpu")
+    return found
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
-    """The layout of images and weights: channels last on a GPU.
+    """Return the layout of images and weights: channels last on a GPU.
 
-    On a CPU PyTorch's GroupNorm is slow in that layout, its backward pass most of all: a step of
+    On a CPU PyTorch's GroupNorm is slow in that layout, especially its backward pass: a step of
     `tiny` takes 1.8 times as long.
     """
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """`auto` as fp32 or bf16: bf16 where the device computes in it, not where it is emulated."""
+    """Resolve `auto`: bf16 if the device computes in it natively, else fp32."""
     if precision != "auto":
         return precision
     if device.type == "cuda":
@@ -49,19 +45,18 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Where the CPU computes, let this process keep the memory it frees, for its next tensors.
+    """On a CPU, let this process keep freed memory for its next tensors.
 
-    The C library of most Linux systems gives a large tensor's memory back at once, and every step
-    of training asks for the same again, page by page: a training step of LiteVAE-B at 128² took 1.4
-    times as long, and the process a tenth less memory. Elsewhere, or under another allocator, this
-    does nothing.
+    By default glibc returns the memory of large tensors to the system, and every training step
+    requests it again, page by page: a step of LiteVAE-B at 128² took 1.4 times as long, in a tenth
+    less memory. With another C library this does nothing.
     """
     if device.type != "cpu":
         return
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):  # another system, or another C library
+    except (OSError, AttributeError):  # another C library
         return
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-    mallopt(M_MMAP_MAX, 0)  # large blocks come from the heap, too
-    mallopt(M_TRIM_THRESHOLD, -1)  # which never shrinks
+    mallopt(M_MMAP_MAX, 0)  # allocate large blocks on the heap
+    mallopt(M_TRIM_THRESHOLD, -1)  # never shrink the heap

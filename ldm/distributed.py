@@ -1,4 +1,4 @@
-"""The processes that were launched together: how they meet, and how one of them speaks for all."""
+"""Helpers for several processes: join them, share a result, fail together."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -20,82 +20,72 @@ from ldm.device import keep_freed_memory, resolve_device
 from ldm.errors import LdmError
 
 PATIENCE = timedelta(hours=1)
-"""How long processes wait for one that still samples, or compares what all have measured."""
+"""Time that processes wait for the others, such as while the main one computes metrics."""
 
 
 def join_processes(device: str) -> tuple[PartialState, torch.device]:
-    """This process among those launched together, alone or not, and the device it works on.
-
-    Raises:
-        LdmError: the device is not there.
-    """
-    where = resolve_device(device)
-    ranks = PartialState(cpu=where.type == "cpu", timeout=PATIENCE)
-    return ranks, ranks.device if ranks.num_processes > 1 else where
+    """Join the processes launched together, if any; return their state and this one's device."""
+    resolved = resolve_device(device)
+    ranks = PartialState(cpu=resolved.type == "cpu", timeout=PATIENCE)
+    return ranks, ranks.device if ranks.num_processes > 1 else resolved
 
 
 def make_accelerator(device: str = "auto", accumulate: int = 1) -> Accelerator:
-    """The Accelerate object for a device named as in `RunConfig.device`."""
-    where = resolve_device(device)
-    keep_freed_memory(where)
-    if where.type == "cuda" and where.index is not None:
-        torch.cuda.set_device(where)
+    """Create the Accelerator for a device named as in `RunConfig.device`."""
+    resolved = resolve_device(device)
+    keep_freed_memory(resolved)
+    if resolved.type == "cuda" and resolved.index is not None:
+        torch.cuda.set_device(resolved)
     accelerator = Accelerator(
-        cpu=where.type == "cpu",
-        # said outright, for the launcher's environment would have its way where nothing is
-        mixed_precision="no",
+        cpu=resolved.type == "cpu",
+        mixed_precision="no",  # else the launcher's environment decides
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulate),
-        # DDP otherwise lays its buckets out anew after the first step, so that a resumed run would
-        # add gradients in another order than an unbroken one, from three processes on
+        # find_unused_parameters keeps DDP from rebuilding its buckets after the first step: a
+        # resumed run of three or more processes would then sum gradients in another order
         kwargs_handlers=[
             DistributedDataParallelKwargs(find_unused_parameters=True),
             InitProcessGroupKwargs(timeout=PATIENCE),
         ],
     )
-    if accelerator.device.type != where.type:
+    if accelerator.device.type != resolved.type:
         raise LdmError(
-            f"this Python process has worked on {accelerator.device.type} and cannot change to "
-            f"{where.type}: restart it"
+            f"this Python process already uses {accelerator.device.type} and cannot change to "
+            f"{resolved.type}: restart it"
         )
     return accelerator
 
 
 def from_main(accelerator: Accelerator | PartialState, make: Callable[[], Any]) -> Any:
-    """What `make` returns on the main process, on all; what it raises ends all together."""
-    made: list[Any] = [None]
+    """Call `make` on the main process and return its result, or raise its error, on all."""
+    result: list[Any] = [None]
     with fail_together(accelerator):
         if accelerator.is_main_process:
-            made = [make()]
+            result = [make()]
     if accelerator.num_processes > 1:
-        broadcast_object_list(made)
-    return made[0]
+        broadcast_object_list(result)
+    return result[0]
 
 
 @contextmanager
 def fail_together(ranks: Accelerator | PartialState) -> Iterator[None]:
-    """What all processes do, each for itself: where one of them fails, all do, once all are done;
-    it says so at once.
+    """Run a block on every process; when all are done, raise on all if one has failed.
 
-    One that left alone would keep the others waiting where they meet next. They are not to meet
-    inside.
-
-    Raises:
-        Exception: its own.
-        LdmError: another process has raised it.
-        RuntimeError: another process has raised anything else; it says what.
+    A process that fails alone would leave the others waiting at their next collective. It raises
+    its own error, the others an LdmError or, for any other type, a RuntimeError with the message.
+    The block must not contain collectives.
     """
     failed: Exception | None = None
     try:
         yield
     except Exception as error:
         failed = error
-    told = [_told(failed, ranks.process_index)] if failed is not None else []
-    if failed is not None and ranks.num_processes > 1:
-        # the others may take long, or never come
-        print(f"process {ranks.process_index} failed, and waits for the others to say so: "
-              f"{type(failed).__name__}: {failed}", file=sys.stderr, flush=True)  # fmt: skip
-    errors = gather_object(told) if ranks.num_processes > 1 else told
-    # What is no LdmError first: one that lived with its own would be left by the others.
+    errors = [] if failed is None else [_to_send(failed, ranks.process_index)]
+    if ranks.num_processes > 1:
+        if failed is not None:  # the others may take long, or never arrive
+            print(f"process {ranks.process_index} failed and waits for the others: "
+                  f"{type(failed).__name__}: {failed}", file=sys.stderr, flush=True)  # fmt: skip
+        errors = gather_object(errors)
+    # Errors of other types first: the caller of a rank with an LdmError may handle it and go on.
     errors = sorted(errors, key=lambda error: isinstance(error, LdmError))
     if failed is not None and isinstance(failed, LdmError) == isinstance(errors[0], LdmError):
         raise failed  # with its traceback
@@ -103,9 +93,9 @@ def fail_together(ranks: Accelerator | PartialState) -> Iterator[None]:
         raise errors[0]
 
 
-def _told(error: Exception, rank: int) -> Exception:
-    """An error as the other processes get it: what is no LdmError may not travel, and stays none,
-    so that nobody takes it for one that can be lived with."""
+def _to_send(error: Exception, rank: int) -> Exception:
+    """Make an error picklable. Anything but an LdmError becomes a RuntimeError, so that no rank
+    takes it for a recoverable one."""
     if isinstance(error, LdmError):
         return error
     text = str(error).strip().partition("\n")[0]

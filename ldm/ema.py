@@ -1,4 +1,4 @@
-"""Moving averages of a model's weights, in images seen and not in steps."""
+"""Moving averages of a model's weights, with half-lives and widths in images."""
 
 import math
 from abc import ABC, abstractmethod
@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from ldm.errors import LdmError, UsageError
 
 LARGEST_STD = math.sqrt(1 / 12)
-"""The relative standard deviation of the plain mean over a whole run (γ = 0)."""
+"""Relative width of the mean over a whole run (γ = 0)."""
 
 
 class Average(ABC):
-    """A copy of a model whose weights follow the model's.
+    """A copy of a model whose weights average the model's.
 
-    Updates read nothing but the model and the count of images, so that processes with equal
-    weights keep equal averages without talking to each other.
+    Updates depend on the model and the count of images alone, so that processes with equal weights
+    keep equal averages without communication.
 
     Args:
-        model: the plain module, on the device it trains on, before DDP wraps it.
+        model: the module on its device, before DDP wraps it.
     """
 
     def __init__(self, model: nn.Module):
@@ -30,8 +30,11 @@ class Average(ABC):
 
     @abstractmethod
     def decay(self, images_seen: int, batch_size: int) -> float:
-        """The weight that the average keeps in an update, the one after which `images_seen` are
-        seen, the last `batch_size` of them since the update before."""
+        """Return the weight that the average keeps in the update after `images_seen` images.
+
+        Args:
+            batch_size: images since the update before.
+        """
 
     @property
     def model(self) -> nn.Module:
@@ -39,10 +42,10 @@ class Average(ABC):
         return self._ema.ema_model
 
     def update(self, images_seen: int, batch_size: int) -> None:
-        """Average the model in, after each optimiser step; the first time, copy it.
+        """Update after an optimiser step; the first update copies the model.
 
         Args:
-            images_seen: over all processes, this step's included.
+            images_seen: over all processes, with this step's.
             batch_size: images of this step, over all processes.
         """
         first = not self._ema.initted
@@ -50,19 +53,15 @@ class Average(ABC):
         self._ema.update_moving_average(self._ema.ema_model, self._ema.model, decay)
         self._ema.initted.fill_(True)
         for average, online in zip(self.model.buffers(), self._ema.model.buffers(), strict=True):
-            if not average.is_floating_point():  # counters are copied: a mean has no meaning
+            if not average.is_floating_point():  # counters have no mean
                 average.copy_(online)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that an exact resume needs, as tensors by name."""
+        """Return the state for an exact resume."""
         return dict(self._ema.state_dict())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave.
-
-        Raises:
-            LdmError: the state is that of another model.
-        """
+        """Load a state; an LdmError if it belongs to another model."""
         try:
             self._ema.load_state_dict(state)
         except RuntimeError as error:
@@ -73,13 +72,12 @@ class Average(ABC):
 
 
 class Ema(Average):
-    """The exponential average: a model's weights are forgotten with a half-life.
+    """Exponential moving average.
 
     Args:
-        model: the plain module, on the device it trains on, before DDP wraps it.
-        half_life_images: after as many images an update has lost half its weight; 0 copies.
-        ramp_up: the half-life is at most this share of the images seen, so that the first,
-            random weights are soon forgotten; None for no such bound.
+        half_life_images: images after which an update has half its weight; 0 copies the model.
+        ramp_up: bound on the half-life as a fraction of the images seen, so that the initial
+            weights fade quickly; None for no bound.
     """
 
     def __init__(self, model: nn.Module, half_life_images: float, ramp_up: float | None = 0.05):
@@ -88,7 +86,7 @@ class Ema(Average):
         self.ramp_up = ramp_up
 
     def decay(self, images_seen: int, batch_size: int) -> float:
-        """The weight that the average keeps in an update after `batch_size` more images."""
+        """Return the weight that the average keeps in an update."""
         half_life = self.half_life_images
         if self.ramp_up is not None:
             half_life = min(half_life, self.ramp_up * images_seen)
@@ -97,35 +95,29 @@ class Ema(Average):
 
 
 class PowerEma(Average):
-    """The power-function average of Karras et al. 2023 (arXiv 2312.02696, Section 3.1).
+    """Power-function average of Karras et al. 2023 (arXiv 2312.02696, Section 3.1).
 
-    The weights after τ images count in proportion to τ^γ, so that the average always spans the
-    same share of the run so far. With a fixed batch size the updates give that integral exactly,
-    the weights being constant in between.
+    The weights after τ images count in proportion to τ^γ: the average always spans the same
+    fraction of the run so far. For a constant batch size the updates equal that integral over
+    weights that are constant between steps.
 
     Args:
-        model: the plain module, on the device it trains on, before DDP wraps it.
-        std: width of the average, as a share of the images seen (the paper's σ_rel): the standard
-            deviation of τ under the profile, over the whole; above 0, at most √(1/12) ≈ 0.2886.
-
-    Raises:
-        UsageError: `std` is out of range.
+        std: width of the average as a fraction of the images seen (the paper's σ_rel), the standard
+            deviation of τ under the profile; above 0, at most √(1/12) ≈ 0.2886.
     """
 
     def __init__(self, model: nn.Module, std: float):
-        gamma = gamma_of_std(std)  # refused before the model is copied
+        self.std, self.gamma = std, gamma_of_std(std)  # checks std before the model is copied
         super().__init__(model)
-        self.std = std
-        self.gamma = gamma
 
     def decay(self, images_seen: int, batch_size: int) -> float:
-        """The weight that the average keeps in an update after `batch_size` more images."""
+        """Return the weight that the average keeps in an update."""
         # Karras et al. 2023, Eq. 127: β_γ(t) = (1 − Δt/t)^(γ+1)
         return (1 - batch_size / images_seen) ** (self.gamma + 1)
 
 
 def gamma_of_std(std: float) -> float:
-    """The exponent γ ≥ 0 of the power-function profile with a relative standard deviation.
+    """Return the exponent γ ≥ 0 of the power-function profile of a relative width.
 
     Raises:
         UsageError: `std` is not in (0, √(1/12)].
@@ -139,9 +131,3 @@ def gamma_of_std(std: float) -> float:
     # γ³ + 7γ² + (16 − t)γ + (12 − t) = 0; its largest root is the one that is not negative
     t = std**-2
     return np.roots([1, 7, 16 - t, 12 - t]).real.max().item()
-
-
-def std_of_gamma(gamma: float) -> float:
-    """The relative standard deviation of the profile τ^γ on [0, 1], for γ ≥ 0."""
-    # Karras et al. 2023, Eq. 126
-    return math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))

@@ -1,7 +1,7 @@
-"""Files written whole or not at all.
+"""Atomic writes.
 
-Each is written beside its final name, flushed, then renamed: a full disk or a kill at any moment
-leaves the last good file as it was. A power cut may not, for the folder itself is not flushed.
+A file is written beside its final name, flushed, then renamed: a full disk or a killed process
+leaves the previous file intact. A power failure may not, because the folder is not flushed.
 """
 
 import json
@@ -19,26 +19,23 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Call `write(file)` on a file beside `path`, flush it, then rename it to `path`.
 
     Raises:
-        LdmError: the disk is full or the folder cannot be written; what stood at `path` stays.
+        LdmError: the write failed; a previous file at `path` is intact.
     """
     write_together({path: write})
 
 
 def write_together(files: Mapping[Path, Callable[[IO[bytes]], Any]]) -> None:
-    """Write several files that belong together: each beside its path, then all renamed in order.
+    """Write several files beside their paths, then rename all of them in order.
 
-    The last one tells what the others are. While they are exchanged it is not there, so that a kill
-    just then leaves what is plainly incomplete, not new files under an old description.
-
-    Raises:
-        LdmError: the disk is full or the folder cannot be written; what stood there stays.
+    The last file describes the others. It is removed while they are replaced, so that a crash
+    leaves an obviously incomplete set rather than a stale description.
     """
     besides = {path: path.with_name(f".{path.name}.{os.getpid()}.partial") for path in files}
     *others, last = files
     try:
         for path, write in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_dir():  # renaming would fail, and too late
+            if path.is_dir():  # the rename would fail, after the work
                 raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
             with besides[path].open("wb") as file:
                 write(file)
@@ -49,22 +46,22 @@ def write_together(files: Mapping[Path, Callable[[IO[bytes]], Any]]) -> None:
         for path, beside in besides.items():
             beside.replace(path)
     except (OSError, RuntimeError) as error:
-        # torch.save raises a RuntimeError of its own in the place of a failed write's OSError
+        # torch.save replaces the OSError of a failed write by a RuntimeError
         failure = error.__context__ if isinstance(error, RuntimeError) else error
         if not isinstance(failure, OSError):
             raise
         raise LdmError(
-            f"could not write {path} ({failure.strerror or failure}): make room or choose another "
-            "folder; what was saved before is untouched"
+            f"could not write {path} ({failure.strerror or failure}): free disk space or choose "
+            "another folder; earlier files are intact"
         ) from error
     finally:
         for beside in besides.values():
-            with suppress(OSError):  # what went wrong above is what is told
+            with suppress(OSError):  # the error above is the one to report
                 beside.unlink()
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None if it is absent, unreadable or something else."""
+    """Read the JSON object in a file; None if it is absent, unreadable or not an object."""
     try:
         tree = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
@@ -73,10 +70,10 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write readable JSON, whole or not at all."""
+    """Write readable JSON, atomically."""
     write_atomically(path, lambda file: file.write(to_json(value)))
 
 
 def to_json(value: Any) -> bytes:
-    """Readable JSON."""
+    """Format a value as readable JSON."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

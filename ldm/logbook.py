@@ -1,7 +1,7 @@
-"""What a run says while it works: metrics.jsonl, TensorBoard, and a progress bar.
+"""Logs of a run: metrics.jsonl, TensorBoard, and a progress bar.
 
-Only the first process writes. Values are kept as tensors and averaged when a row is written, so
-that logging every step does not make the device wait for the host.
+Only the first process writes. Values stay on the device until a row is written, so that logging
+every step does not synchronise.
 """
 
 import json
@@ -21,17 +21,17 @@ from torch import Tensor
 from ldm.errors import LdmError
 from ldm.files import write_atomically
 
-console = Console(highlight=False, soft_wrap=True, emoji=False)  # a:b: is a path
+console = Console(highlight=False, soft_wrap=True, emoji=False)  # emoji: a:b: is a path
 
 FORMER_NAMES = {
     "critic": "discriminator",
     "critic_gradient_norm": "discriminator_gradient_norm",
 }
-"""Metrics that earlier versions wrote under another name."""
+"""Names of metrics in earlier versions."""
 
 
 def progress_bar(unit: str = "steps") -> Progress:
-    """The toolkit's progress bar: what, how far, how fast (field `speed`), how long still."""
+    """Create a progress bar; tasks give its fields `speed` and `note`."""
     return Progress(
         TextColumn("[bold]{task.description}"),
         BarColumn(),
@@ -46,15 +46,11 @@ def progress_bar(unit: str = "steps") -> Progress:
 
 
 class Logbook:
-    """Rows of named numbers over images seen.
+    """Rows of named numbers over images seen; a write that fails is an LdmError.
 
     Args:
-        folder: the run's folder; None where this process does not write.
-        resume_at: images seen by the state a run goes on from; later rows, written by the part
-            that was lost, are cut off.
-
-    Raises:
-        LdmError: (every method that writes) the disk is full, or the folder cannot be written.
+        folder: the run's folder; None on processes that do not write.
+        resume_at: images seen at the state that the run resumes from; later rows are removed.
     """
 
     def __init__(self, folder: Path | None, resume_at: int = 0) -> None:
@@ -71,14 +67,14 @@ class Logbook:
                 self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_at + 1)
 
     def add(self, **values: Tensor | float) -> None:
-        """Remember values of this step; their means go into the next row."""
+        """Add values of this step to the means of the next row."""
         for name, value in values.items():
             self._pending[name].append(value.detach() if isinstance(value, Tensor) else value)
 
     def row(self, images_seen: int, **values: float) -> dict[str, float]:
-        """Write the means since the last row, and `values`, and the speed; return the row.
+        """Write the means since the last row, the speed and `values`; return the row.
 
-        Means are over finite values; one of none is NaN here, null in the file.
+        Means are over finite values; without any they are NaN here and null in the file.
         """
         now = time.monotonic()
         speed = (images_seen - self._clock_images) / max(now - self._clock, 1e-9)
@@ -99,7 +95,7 @@ class Logbook:
         return row
 
     def picture(self, name: str, sheet: Tensor, images_seen: int) -> None:
-        """Show a float sheet (3, H, W) in [−1, 1] in TensorBoard."""
+        """Write a float image (3, H, W) in [−1, 1] to TensorBoard."""
         if self._board is not None:
             with _writing(self._folder):
                 self._board.add_image(name, (sheet + 1).clamp(0, 2) / 2, images_seen)
@@ -113,11 +109,7 @@ class Logbook:
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl, without the values that were not finite.
-
-    Metrics of earlier versions get their present names. A half-written last line, left by a
-    kill, is passed over.
-    """
+    """Read a metrics.jsonl: finite values under their present names, without partial lines."""
     return [
         {FORMER_NAMES.get(k, k): v for k, v in row.items() if v is not None}
         for _, row in _lines(path)
@@ -125,14 +117,14 @@ def read_rows(path: Path) -> list[dict[str, float]]:
 
 
 def cut_rows(path: Path, images_seen: int) -> None:
-    """Drop the rows after `images_seen`: a resumed run writes them again."""
+    """Remove the rows after `images_seen`, which a resumed run writes again."""
     kept = [line + "\n" for line, row in _lines(path) if row["images_seen"] <= images_seen]
     if path.is_file():
         write_atomically(path, lambda file: file.write("".join(kept).encode()))
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every whole row of a metrics.jsonl, as it is written and as it is read."""
+    """Yield the complete rows of a metrics.jsonl, as text and parsed."""
     for line in path.read_text("utf-8", "replace").splitlines() if path.is_file() else []:
         try:
             row = json.loads(line)
@@ -144,24 +136,24 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 @contextmanager
 def _writing(folder: Path | None) -> Iterator[None]:
-    """Tell a failed write in one line."""
+    """Turn a failed write into an LdmError."""
     try:
         yield
     except OSError as error:
         raise LdmError(
-            f"could not write the metrics in {folder} ({error.strerror or error}): make room, "
-            "then give the same command again"
+            f"could not write the metrics in {folder} ({error.strerror or error}): free disk "
+            "space, then run the same command to resume"
         ) from error
 
 
 def _mean(values: list[Tensor | float]) -> float:
-    """The mean of those that are finite, a skipped step's are not; NaN if none is."""
+    """Average the finite values (a skipped step's are not); NaN if there are none."""
     all_values = torch.stack([torch.as_tensor(value).double() for value in values])
     return all_values[all_values.isfinite()].mean().item()
 
 
 def _short(value: float) -> float | None:
-    """Six digits, for the file; JSON has no word for what is not finite but null."""
+    """Round to six digits; non-finite numbers are null in JSON."""
     if isinstance(value, int):
         return value
     return float(f"{value:.6g}") if math.isfinite(value) else None

@@ -1,11 +1,10 @@
-"""Averages of any width, made after the training from snapshots of a few widths.
+"""Post-hoc EMA: averages of any width, computed after training from snapshots of a few widths.
 
-Karras et al. 2023 (arXiv 2312.02696), Section 3.2 and Appendix C.3. A power-function average is an
-integral of the weights over the run, against a profile that is known in closed form; so a wanted
-profile that is nearly a sum of those of the snapshots gives the wanted average as the same sum of
-their weights.
+Karras et al. 2023 (arXiv 2312.02696), Section 3.2 and Appendix C.3. A power-function average is the
+integral of the weights over the run against a profile of closed form. A profile that is nearly a
+sum of the snapshots' profiles gives its average as the same sum of their weights.
 
-<run>/ema/<images_seen>-<std>.safetensors    the network's averaged weights, under its own names
+<run>/ema/<images_seen>-<std>.safetensors    the network's averaged weights
 """
 
 import re
@@ -25,7 +24,7 @@ from ldm.errors import LdmError
 from ldm.files import write_atomically
 
 TOLERANCE = 0.05
-"""The largest residual of a fit that is still used; see `Fit`."""
+"""Largest residual of a fit that is accepted; see `Fit`."""
 
 NAME = re.compile(r"(\d{12,})-(\d\S*)\.safetensors")
 
@@ -33,7 +32,7 @@ NAME = re.compile(r"(\d{12,})-(\d\S*)\.safetensors")
 # ------------------------------------------------------------------------------- snapshots
 @dataclass(frozen=True)
 class Snapshot:
-    """A power-function average of width `std` as it stood after `images_seen`."""
+    """A power-function average of width `std` after `images_seen`."""
 
     images_seen: int
     std: float
@@ -43,20 +42,11 @@ class Snapshot:
 def save_snapshot(
     folder: Path, images_seen: int, std: float, weights: Mapping[str, Tensor]
 ) -> Snapshot:
-    """Write a snapshot, whole or not at all; called by the main process alone.
+    """Write a snapshot to the run's `ema/` folder, atomically; on the main process alone.
 
-    The tensors are stored in their own type. Halves would take half the room, but round each weight
-    by 2e-4 of itself. For an average of width 0.07 of weights on a random walk, from 40 snapshots
-    each of widths 0.05 and 0.1, the error is 2e-4 then (1e-3 at width 0.03), 5e-7 with float32.
-
-    Args:
-        folder: the run's `ema/`.
-        images_seen: by the whole run, at least 1.
-        std: the average's width, as given to `PowerEma`.
-        weights: of the network that a `ckpt.pt` holds, under the same names.
-
-    Raises:
-        LdmError: it cannot be written, such as for want of room.
+    The tensors keep their type. Half precision would save half the space, but for an average of
+    width 0.07 of weights on a random walk, from 40 snapshots each of widths 0.05 and 0.1, its error
+    is 2e-4 (1e-3 at width 0.03), against 5e-7 with float32.
     """
     from safetensors.torch import save
 
@@ -68,20 +58,16 @@ def save_snapshot(
 
 
 def list_snapshots(folder: Path) -> list[Snapshot]:
-    """The snapshots in a run's `ema/`, oldest first; what is not named like one is left alone.
-
-    Raises:
-        LdmError: there is none.
-    """
+    """List the snapshots in a run's `ema/`, oldest first; an LdmError if there are none."""
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
         if named := NAME.fullmatch(path.name):
-            with suppress(ValueError):  # no number after all
+            with suppress(ValueError):  # not a number
                 found.append(Snapshot(int(named[1]), float(named[2]), path))
     if not found:
         raise LdmError(
-            f"no snapshots of averages in {folder}: a run keeps them where ema_stds is set, such "
-            "as ema_stds=[0.05, 0.1]"
+            f"no snapshots of averages in {folder}: train with ema_stds, such as "
+            "ema_stds=[0.05, 0.1], to keep them"
         )
     return sorted(found, key=lambda snapshot: (snapshot.images_seen, snapshot.std))
 
@@ -89,11 +75,11 @@ def list_snapshots(folder: Path) -> list[Snapshot]:
 # ------------------------------------------------------------------------------------- fit
 @dataclass(frozen=True)
 class Fit:
-    """The sum of snapshots that comes nearest to an average.
+    """The sum of snapshots nearest to an average.
 
-    `residual` is ‖p − Σ xᵢ pᵢ‖ / ‖p‖ over the profiles p, in L2. Were the weights of every step
-    noise around a mean, what is left of that noise in the exact average would be off by just this
-    share of itself. Where the weights move slowly it is far less, for the coefficients sum to 1.
+    `residual` is ‖p − Σ xᵢ pᵢ‖ / ‖p‖ over the profiles p, in L2. If the weights of the steps were
+    noise around a mean, the noise of the average would be off by this fraction. If they move slowly
+    the error is far smaller, because the coefficients sum to 1.
     """
 
     std: float
@@ -104,16 +90,14 @@ class Fit:
 
 
 def fit_snapshots(snapshots: Sequence[Snapshot], std: float, at: int | None = None) -> Fit:
-    """How to make the average of width `std`, as of `at` images seen, of the snapshots up to then.
+    """Fit the average of width `std` after `at` images by a run's snapshots up to then.
 
     Args:
-        snapshots: of one run, in any order.
-        std: above 0, at most √(1/12); see `PowerEma`.
-        at: images seen, as of one of the snapshots; the newest if left out.
+        std: see `PowerEma`.
+        at: images seen at one of the snapshots; by default the newest.
 
     Raises:
-        UsageError: no average has that width.
-        LdmError: there is no snapshot at `at`, or the residual is over `TOLERANCE`.
+        LdmError: no snapshot is at `at`, or the residual exceeds `TOLERANCE`.
     """
     gamma = gamma_of_std(std)
     times = sorted({snapshot.images_seen for snapshot in snapshots})
@@ -137,7 +121,7 @@ def fit_snapshots(snapshots: Sequence[Snapshot], std: float, at: int | None = No
         raise LdmError(
             f"the average of std {std} at {at} images cannot be made of the snapshots up to then "
             f"({len(used)}, of std {stds}): it would be off by {residual:.0%}, {TOLERANCE:.0%} is "
-            "allowed; take a std nearer to those, or a later time"
+            "allowed; choose a std nearer to those, or a later time"
         )
     return Fit(std, at, used, tuple(coefficients.tolist()), residual)
 
@@ -145,24 +129,21 @@ def fit_snapshots(snapshots: Sequence[Snapshot], std: float, at: int | None = No
 def solve_coefficients(
     gammas: ArrayLike, times: ArrayLike, gamma: float, time: float
 ) -> tuple[NDArray[np.float64], float]:
-    """The coefficients, summing to 1, with which profiles (γᵢ, tᵢ) come nearest to (γ, t) in L2.
-
-    Args:
-        gammas, times: of the snapshots, (n,) each.
+    """Find the coefficients (n,), of sum 1, with which profiles (γᵢ, tᵢ) best fit (γ, t) in L2.
 
     Returns:
-        The coefficients (n,), and the relative residual; see `Fit`.
+        The coefficients, and the relative residual of `Fit`.
     """
     gammas = np.asarray(gammas, np.float64)
     times = np.asarray(times, np.float64) / time  # a residual does not depend on the unit
-    # Karras et al. 2023, Algorithm 3: A x = b, of the inner products among the snapshots' profiles
-    # and with the wanted one. Here with Σx = 1 as a constraint, by a Lagrange multiplier, so that
-    # weights that never move are reproduced; and with profiles scaled to unit norm.
+    # Karras et al. 2023, Algorithm 3: A x = b, with the inner products among the snapshots'
+    # profiles and with the wanted one. Here a Lagrange multiplier adds Σx = 1, so that constant
+    # weights are reproduced, and the profiles are scaled to unit norm.
     a = inner_product(gammas[:, None], times[:, None], gammas, times)
     b = inner_product(gammas, times, gamma, 1.0)
     norm = np.sqrt(a.diagonal())
     system = np.block([[a / np.outer(norm, norm), 1 / norm[:, None]], [1 / norm, np.zeros((1, 1))]])
-    # least squares of least norm, for profiles may be alike up to rounding
+    # least squares of least norm: profiles may be equal up to rounding
     solution = np.linalg.lstsq(system, np.append(b / norm, 1.0), rcond=None)[0]
     x = solution[:-1] / norm
     total = inner_product(gamma, 1.0, gamma, 1.0).item()
@@ -176,11 +157,11 @@ def inner_product(
     """∫ p_a(τ) p_b(τ) dτ of the profiles p_{γ,t}(τ) = (γ+1) τ^γ / t^(γ+1) on [0, t].
 
     Args:
-        gamma_a, gamma_b: exponents, ≥ 0; they and the times are broadcast.
-        time_a, time_b: where the profiles end, above 0, in any one unit.
+        gamma_a, gamma_b: exponents, ≥ 0; all arguments are broadcast.
+        time_a, time_b: ends of the profiles, above 0, in the same unit.
     """
     ga, ta, gb, tb = (np.asarray(v, np.float64) for v in (gamma_a, time_a, gamma_b, time_b))
-    # Karras et al. 2023, Eq. 151: with t the sooner end and T the later one, of exponent γ_T, the
+    # Karras et al. 2023, Eq. 151: with t the earlier end and T the later one, of exponent γ_T, the
     # integral over [0, t] is (γ_a+1) (γ_b+1) / (γ_a+γ_b+1) · (t/T)^γ_T / T
     later = np.maximum(ta, tb)
     share = (np.minimum(ta, tb) / later) ** np.where(ta < tb, gb, ga)
@@ -188,25 +169,14 @@ def inner_product(
 
 
 # ------------------------------------------------------------------------------- synthesis
-def synthesize(
-    snapshots: Sequence[Snapshot], std: float, at: int | None = None
-) -> dict[str, Tensor]:
-    """The weights averaged with width `std`, as of `at` images seen: `fit_snapshots`, `combine`.
-
-    Raises:
-        LdmError: see those two.
-    """
-    return combine(fit_snapshots(snapshots, std, at))
-
-
 def combine(fit: Fit) -> dict[str, Tensor]:
-    """The sum of snapshots that a fit asks for, on the CPU, float32 or more precise.
+    """Sum the snapshots of a fit, on the CPU, in float32 or a more precise type.
 
-    What is not floating (counters) is the newest snapshot's. One file is open at a time, and one of
-    its tensors read; the sums are in float64: 8 bytes a weight is all the memory.
+    Integers (counters) are the newest snapshot's. One tensor is read at a time and summed in
+    float64: memory is 8 bytes per weight.
 
     Raises:
-        LdmError: a snapshot is damaged or gone, or holds other tensors than the newest one.
+        LdmError: a snapshot is absent, damaged, or of another network than the newest.
     """
     terms = sorted(
         zip(fit.snapshots, fit.coefficients, strict=True), key=lambda term: -term[0].images_seen
@@ -229,20 +199,20 @@ def combine(fit: Fit) -> dict[str, Tensor]:
         if missing := sorted(sums.keys() - names):
             raise LdmError(_unlike(snapshot.path, newest, missing[0]))
     for name, dtype in types.items():
-        if dtype.is_floating_point:  # one by one, so that the sums in float64 are soon let go
+        if dtype.is_floating_point:  # one by one, to free the float64 sums early
             sums[name] = sums[name].to(torch.promote_types(dtype, torch.float32))
     return sums
 
 
 def _read(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of a snapshot, one at a time."""
-    with open_safetensors(path, "delete it, and the others are used") as file:
+    """Yield the names and tensors of a snapshot, one at a time."""
+    with open_safetensors(path, "delete it to use the others") as file:
         for name in file.keys():  # noqa: SIM118
             yield name, file.get_tensor(name)
 
 
 def _unlike(path: Path, newest: Path, name: str) -> str:
     return (
-        f"{path} is not of the network of {newest.name}: tensor {shown(name)} differs; delete "
-        "whichever is of another run"
+        f"{path} and {newest.name} are of different networks: tensor {shown(name)} differs; "
+        "delete the one of another run"
     )

@@ -1,6 +1,6 @@
-"""A run in progress: its device and processes, its safe steps, its state, its end.
+"""A training run: device, processes, safe steps, saved state, stopping.
 
-Everything that the two training loops share, and nothing of what they compute.
+Both training loops share this module; it does not know what they compute.
 """
 
 import signal
@@ -38,28 +38,28 @@ MAX_BAD_STEPS = 10
 
 
 class RunConfig(Config):
-    """How a run is carried out and watched."""
+    """Settings of a run, apart from what it computes."""
 
     seed: int = 0
-    """Seed of everything: weights at the start, order, crops, noise."""
+    """Seed of all randomness: initial weights, order, crops, noise."""
     device: str = "auto"
     """auto (a CUDA GPU if there is one), cpu, cuda, or cuda:1."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16: networks under autocast, losses in float32. auto: bf16 where the device has it."""
+    """bf16: networks under autocast, losses in float32. auto: bf16 if the device supports it."""
     log_every_steps: PositiveInt = 50
-    """Steps between two rows of metrics.jsonl."""
+    """Steps between rows of metrics.jsonl."""
     validate_every_steps: PositiveInt = 1000
-    """Steps between two looks at held-out images or samples (numbers and a picture)."""
+    """Steps between validations, on held-out images or samples (numbers and a picture)."""
     save_every_steps: PositiveInt = 1000
-    """Steps between two saved states; a stop by Ctrl-C or SIGTERM saves as well."""
+    """Steps between saved states; a stop by Ctrl-C or SIGTERM saves as well."""
     keep_states: PositiveInt = 2
-    """How many of the newest states are kept."""
+    """Number of saved states to keep, the newest."""
     compile: bool = False
-    """torch.compile the networks: slow first steps, then faster ones; needs a C++ compiler."""
+    """torch.compile the networks: the first steps are slow; needs a C++ compiler."""
 
 
 class TrainingState:
-    """Everything that training changes, and that an exact resume needs.
+    """Everything that training changes, for an exact resume.
 
     Args:
         batch_size: images per step, over all processes and micro-batches.
@@ -69,7 +69,7 @@ class TrainingState:
         images_seen: images trained on, up to the last step.
         validated_at: images seen at the last validation.
         parts: networks, averages and optimisers, by their names in the saved state.
-        averages: the parts that follow the weights after every step.
+        averages: moving averages of the weights, updated after every step.
     """
 
     def __init__(self, batch_size: int, total_steps: int) -> None:
@@ -85,39 +85,39 @@ class TrainingState:
 
     @property
     def is_last(self) -> bool:
-        """True once the last step is taken."""
+        """True after the last step."""
         return self.step == self.total_steps
 
     def advance(self) -> None:
-        """Count a step, and let the averages follow its update."""
+        """Count a step and update the averages."""
         self.images_seen += self.batch_size
         for average in self.averages:
             average.update(self.images_seen, self.batch_size)
 
     def due(self, every_steps: int) -> bool:
-        """True every `every_steps` steps, and after the last one."""
+        """Return True every `every_steps` steps and after the last one."""
         return self.is_last or self.step % every_steps == 0
 
     def owes_validation(self, every_steps: int) -> bool:
-        """True if a validation was due when the run stopped, and not made."""
+        """Return True if the run stopped before a validation that was due."""
         return self.due(every_steps) and self.validated_at != self.images_seen
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of every part by its name, and the counts."""
+        """Return the counts, and the state of every part by its name."""
         states = {name: part.state_dict() for name, part in self.parts.items()}
         return {"images_seen": self.images_seen, "validated_at": self.validated_at, **states}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Continue from a saved state."""
         self.images_seen = saved["images_seen"]
-        # earlier versions validated after saving, and did not save this
+        # earlier versions validated after saving, and did not save this count
         unknown = 0 if self.is_last else self.images_seen
         self.validated_at = saved.get("validated_at", unknown)
         restore(self.parts, saved)
 
 
 class Run:
-    """One run on this process: device, ranks, stepping, saving, stopping. See `start_run`."""
+    """One process of a run: device, ranks, steps, saving, stopping. Made by `start_run`."""
 
     def __init__(self, folder: Path, config: RunConfig, accelerator: Accelerator) -> None:
         self.folder, self.config, self.accelerator = folder, config, accelerator
@@ -132,40 +132,40 @@ class Run:
 
     # ------------------------------------------------------------------------------ stepping
     def prepare(self, module: nn.Module) -> nn.Module:
-        """The module on this device, wrapped so that gradients sync between processes."""
+        """Move a module to the device and wrap it, so that processes average its gradients."""
         return self.accelerator.prepare_model(module)
 
     def compile(self, *modules: nn.Module) -> None:
-        """Compile each in place, where the configuration asks for it; names in the state stay."""
+        """Compile modules in place if the config says so; names in their state stay."""
         if not self.config.compile:
             return
         from torch._functorch import config
 
-        # a graph may be walked twice (the ratio of two gradients): its buffers are not to be reused
+        # the ratio of two gradients runs backward twice: the graph's buffers must not be reused
         config.donated_buffer = False
         for module in modules:
             module.compile()
 
     def place(self, tensor_or_module: Any) -> Any:
-        """Images or a module on this device, in the memory layout that is quick there."""
+        """Move images or a module to the device, in its fastest memory layout."""
         layout = memory_format(self.device)
         if isinstance(tensor_or_module, Tensor):
-            there = tensor_or_module.to(self.device, non_blocking=True)
-            return there.contiguous(memory_format=layout)
+            moved = tensor_or_module.to(self.device, non_blocking=True)
+            return moved.contiguous(memory_format=layout)
         return tensor_or_module.to(self.device, memory_format=layout)
 
     def unwrap(self, module: nn.Module) -> nn.Module:
-        """The module inside what `prepare` returned."""
+        """Return the module inside the wrapper of `prepare`."""
         return self.accelerator.unwrap_model(module)
 
     def autocast(self) -> AbstractContextManager:
-        """bf16 for networks where the precision says so."""
+        """Return the context in which networks run: autocast for bf16."""
         if self.precision != "bf16":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def check_batch(self, batch_size: int, accumulate: int) -> None:
-        """A batch must split evenly into micro-batches and over processes; UsageError if not."""
+        """Raise a UsageError unless a batch divides into micro-batches and over processes."""
         if batch_size % (accumulate * self.world):
             raise UsageError(
                 f"batch_size={batch_size} does not divide into {accumulate} micro-batch(es) on "
@@ -173,11 +173,11 @@ class Run:
             )
 
     def accumulate(self, *modules: nn.Module) -> AbstractContextManager:
-        """One micro-batch; gradients sync and `step` updates at the last one of a batch."""
+        """Return the context of a micro-batch; the last one of a batch syncs and updates."""
         return self.accelerator.accumulate(*modules)
 
     def seed_dropout(self, image: int) -> None:
-        """Tie torch's own generators to (seed, image): nothing of theirs needs to be saved."""
+        """Seed torch's own generators by (seed, image), so that no state has to be saved."""
         torch.manual_seed(torch_seed(self.seed, f"dropout {self.rank}", image))
 
     def step(
@@ -185,18 +185,18 @@ class Run:
         loss: Tensor,
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
-        what: str,
+        name: str,
         clip_norm: float | None,
     ) -> Tensor | None:
-        """Backward, and at the end of a batch clip and update; returns the gradient's norm then.
+        """Run backward; at the end of a batch clip, update, and return the gradient norm.
 
-        A step whose loss or gradient is not finite is skipped and counted.
+        A step with a non-finite loss or gradient is skipped and counted under `name`.
 
         Raises:
             LdmError: the tenth such step in a row; weights and saved states are still good.
         """
         self.accelerator.backward(loss)
-        losses = self._losses.setdefault(what, [])
+        losses = self._losses.setdefault(name, [])
         losses.append(loss.detach())
         if not self.accelerator.sync_gradients:
             return None
@@ -206,59 +206,59 @@ class Run:
         finite = torch.isfinite(torch.stack([norm, *losses])).all()
         losses.clear()
         if self.any_rank(not finite.item()):
-            self._count_bad(what)
+            self._count_bad(name)
         else:
             optimizer.step()
-            self._bad_in_a_row[what] = 0
+            self._bad_in_a_row[name] = 0
         optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def _count_bad(self, what: str) -> None:
-        self.skipped[what] += 1
-        self._bad_in_a_row[what] += 1
-        if self._bad_in_a_row[what] < MAX_BAD_STEPS:
+    def _count_bad(self, name: str) -> None:
+        self.skipped[name] += 1
+        self._bad_in_a_row[name] += 1
+        if self._bad_in_a_row[name] < MAX_BAD_STEPS:
             return
         last = latest_state(self.folder / "state")
         raise LdmError(
-            f"{what}: loss or gradient not finite in {MAX_BAD_STEPS} steps in a row; stopped. "
-            f"Last good state: {last or 'none yet'}. The same command would meet it again: "
-            "start a new run with a lower lr, or run.precision=fp32"
+            f"{name}: loss or gradient not finite in {MAX_BAD_STEPS} steps in a row; stopped. "
+            f"Last good state: {last or 'none yet'}. Resuming would repeat it: start a new run "
+            "with a lower lr or run.precision=fp32"
         )
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether the flag is up on any process."""
+        """Return True if the flag is set on any process."""
         if self.world == 1:
             return flag
         flags = torch.tensor(float(flag), device=self.device)
         return bool(self.accelerator.reduce(flags, "sum") > 0)
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """The mean of a tensor over the processes, on every one of them."""
+        """Return the mean of a tensor over the processes, on all of them."""
         return self.accelerator.reduce(tensor, "mean") if self.world > 1 else tensor
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of a tensor over the processes, on every one of them."""
+        """Return the sum of a tensor over the processes, on all of them."""
         return self.accelerator.reduce(tensor, "sum") if self.world > 1 else tensor
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """The processes' tensors (b, …) one after another, on every one of them."""
+        """Concatenate the processes' tensors (b, …), on all of them."""
         return self.accelerator.gather(tensor) if self.world > 1 else tensor
 
     def from_main(self, make: Callable[[], Any]) -> Any:
-        """What `make` returns on the main process, on all; what it raises ends all together."""
+        """Call `make` on the main process and return its result, or raise its error, on all."""
         return from_main(self.accelerator, make)
 
     # -------------------------------------------------------------------------------- saving
     def save(self, tree: dict[str, Any]) -> None:
-        """Save the state to resume from (main process), whole or not at all."""
+        """Save the state to resume from (main process), atomically."""
         if self.is_main:
             tree = {**tree, "skipped": dict(self.skipped)}
             save_state(self.folder / "state", tree["images_seen"], tree, self.config.keep_states)
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> dict[str, Any] | None:
-        """The newest saved state, or None for a run that starts; the same on every process."""
-        # one process looks and all take its word: a shared disk may show them different things
+        """Load the newest saved state, the same on every process; None for a new run."""
+        # one process looks it up for all: a shared disk may show them different files
         state = self.from_main(lambda: latest_state(self.folder / "state"))
         if state is None:
             return None
@@ -276,20 +276,20 @@ class Run:
         return self.folder
 
     # ------------------------------------------------------------------------------ stopping
-    def stop_asked(self) -> bool:
-        """Whether any process got Ctrl-C or SIGTERM; all processes agree on the step."""
+    def stop_requested(self) -> bool:
+        """Return True if any process got Ctrl-C or SIGTERM; all agree on the step."""
         return self.any_rank(self._stop)
 
-    def ask_to_stop(self, number: int = signal.SIGTERM, *_: object) -> None:
-        """Finish the step, save, leave. A second Ctrl-C leaves at once; launchers repeat SIGTERM,
-        which must not end the saving that it asked for."""
+    def request_stop(self, number: int = signal.SIGTERM, *_: object) -> None:
+        """Stop after this step and save. A second Ctrl-C stops at once; a second SIGTERM, which
+        launchers send, does not interrupt the saving."""
         if self._stop and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._stop = True
 
-    # ------------------------------------------------------------------------------- talking
+    # ------------------------------------------------------------------------------ printing
     def say(self, text: str) -> None:
-        """Print a line, once for all processes."""
+        """Print a line on the main process."""
         if self.is_main:
             console.print(text, markup=False)  # a path may hold [brackets]
 
@@ -318,7 +318,7 @@ def start_run(
     accumulate: int = 1,
     folder: Path | None = None,
 ) -> Iterator[Run]:
-    """Find or make the run's folder, take its lock, listen to signals, and hand out the `Run`."""
+    """Find or create the run's folder, lock it, handle signals, and yield the `Run`."""
     accelerator = make_accelerator(config.device, accumulate)
     with ExitStack() as held:
 
@@ -329,35 +329,35 @@ def start_run(
             return chosen
 
         run = Run(from_main(accelerator, claim), config, accelerator)
-        held.enter_context(_listening(run.ask_to_stop))
+        held.enter_context(_handle_signals(run.request_stop))
         torch.manual_seed(torch_seed(config.seed, "weights", 0))
         try:
             yield run
-        except RuntimeError as error:  # a signal's handler raises it wherever the run just is
+        except RuntimeError as error:  # raised by PyTorch's handler of SIGCHLD, at any point
             if "DataLoader worker" not in str(error):
                 raise
             raise LdmError(
-                "a loader worker was killed, most often for want of memory: lower data.workers; "
-                "the same command goes on from the last saved state"
+                "a loader worker was killed, usually because it ran out of memory: lower "
+                "data.workers; the same command resumes from the last saved state"
             ) from error
 
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[nn.Module]:
-    """The module as a judge: in eval mode, its parameters without gradients, for a while."""
-    training, wanted = module.training, [p.requires_grad for p in module.parameters()]
+    """Put a module into eval mode, and its parameters out of autograd, inside the `with`."""
+    training, before = module.training, [p.requires_grad for p in module.parameters()]
     module.eval().requires_grad_(False)
     try:
         yield module
     finally:
         module.train(training)
-        for parameter, wants in zip(module.parameters(), wanted, strict=True):
-            parameter.requires_grad_(wants)
+        for parameter, required in zip(module.parameters(), before, strict=True):
+            parameter.requires_grad_(required)
 
 
 @contextmanager
-def _listening(stop: Callable[..., None]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask for a stop; only the main thread can be asked."""
+def _handle_signals(stop: Callable[..., None]) -> Iterator[None]:
+    """Call `stop` on Ctrl-C and SIGTERM; only the main thread may set handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

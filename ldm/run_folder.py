@@ -1,14 +1,12 @@
-"""The folder of a run: made, found again, locked, described.
+"""The folder of a run: create it, find it again, lock it, save and restore its state.
 
 runs/<time>-<preset>/
-  run.json         what kind of run, which preset, the command, the versions
+  run.json         kind of run, preset, command, versions
   config.yaml      the resolved configuration
   metrics.jsonl    tensorboard/   pictures/
-  state/           what the same command resumes from
-  ckpt.pt          the model to use
+  state/           saved states, one folder each, from which the same command resumes
+  ckpt.pt          the model
   result.json      written when the run is complete
-
-The state a run resumes from: a folder for each, whole or not there, the newest few kept.
 """
 
 import platform
@@ -32,8 +30,7 @@ from ldm.files import read_json, write_atomically, write_json
 
 RUNS = Path("runs")
 
-# How a run is watched, not what it computes: these may change between a stop and a resume.
-WATCHING = {
+IGNORED = {
     "log_every_steps",
     "save_every_steps",
     "validate_every_steps",
@@ -41,23 +38,36 @@ WATCHING = {
     "keep_states",
     "workers",
 }
+"""Keys that may change between a stop and a resume: they do not change what a run computes."""
+
+FORMER_PARTS = {"discriminator": "critic", "opt_discriminator": "opt_critic"}
+"""Names of parts in states saved by earlier versions."""
 
 
+# ------------------------------------------------------------------------- finding a folder
 def new_or_unfinished(kind: str, preset: str, config: Config, folder: Path | None) -> Path:
-    """The folder this command trains in: the one given, else the newest unfinished run of the same
-    preset and the very same configuration, else a new one named after the time and the preset.
+    """Return the folder to train in, with `run.json` and `config.yaml` in it.
+
+    By default this is the newest unfinished run of the same preset and configuration, else a new
+    folder in `runs/`.
 
     Raises:
-        LdmError: the folder given holds a run of another configuration (the keys that differ), or
-            files that are no run.
+        LdmError: `folder` holds another kind of run, another configuration, or other files.
     """
     if folder is None:
         for candidate in unfinished_runs(kind, preset):
             if not differences(candidate, config):
                 return candidate
         folder = _new_folder(preset)
-    elif _kind(folder) is not None:
-        _check_same(folder, kind, config)
+    elif found := _describe(folder).get("kind"):
+        if found != kind:
+            raise LdmError(f"{folder} holds a run of kind {found}, not {kind}: give another --out")
+        if changed := differences(folder, config):
+            keys = ", ".join(changed[:5]) + " …" * (len(changed) > 5)
+            raise LdmError(
+                f"{folder} was started with another configuration ({keys}): give --out another "
+                "folder, or the same settings"
+            )
         return folder
     elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise LdmError(f"{folder} is not empty and holds no run: give --out another folder")
@@ -66,14 +76,14 @@ def new_or_unfinished(kind: str, preset: str, config: Config, folder: Path | Non
 
 
 def describe_run(folder: Path, kind: str, preset: str, config: Config) -> None:
-    """Write `config.yaml` and `run.json`: what is computed, by which command and versions."""
+    """Write `config.yaml` and `run.json`."""
     text = yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True)
     write_atomically(folder / "config.yaml", lambda file: file.write(text.encode()))
     write_json(folder / "run.json", {"kind": kind, "preset": preset} | provenance())
 
 
 def provenance() -> dict[str, Any]:
-    """Who made a file: the command, the versions, the machine's kind and the moment."""
+    """Describe the origin of a file: command, time, versions and platform."""
     return {
         "command": shlex.join(["ldm", *sys.argv[1:]]),
         "created": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -85,45 +95,50 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def installed_version(package: str) -> str:
+    """Return the version of an installed package, or "unknown" for a source tree."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
 def newest_run(kind: str, needs: str = "ckpt.pt", preset: str | None = None) -> Path:
-    """The newest run of a kind, or of one preset, that holds `needs`, where no path was given.
+    """Find the newest run of a kind, or of one preset, that holds `needs`; finished ones first.
 
     Raises:
         LdmError: there is none.
     """
-    fitting = [
+    runs = [
         folder
         for folder in _all_runs(kind)
         if (folder / needs).exists() and preset in (None, preset_of(folder))
     ]
-    if fitting:
-        # one that is complete before one that was only begun
-        return ([folder for folder in fitting if is_finished(folder)] or fitting)[-1]
+    if runs:
+        return ([folder for folder in runs if is_finished(folder)] or runs)[-1]
     command = {"autoencoder": "ldm train-ae", "diffusion": "ldm train-diffusion"}[kind]
-    which, command = (kind, command) if preset is None else (preset, f"{command} {preset}")
-    raise LdmError(
-        f"no {which} run with {needs} under {RUNS}/: give its path, or `{command}` first"
-    )
+    name, command = (kind, command) if preset is None else (preset, f"{command} {preset}")
+    raise LdmError(f"no {name} run with {needs} under {RUNS}/: give its path, or `{command}` first")
 
 
 def unfinished_runs(kind: str, preset: str) -> list[Path]:
-    """Runs of a preset that can go on, the newest first."""
+    """List the unfinished runs of a preset, newest first."""
     runs = reversed(_all_runs(kind))
     return [r for r in runs if not is_finished(r) and preset_of(r) == preset]
 
 
 def preset_of(folder: Path) -> str | None:
-    """The preset that the run in a folder was begun with; None where there is no run."""
-    return _described(folder).get("preset")
+    """Return the preset of the run in a folder; None if there is no run."""
+    return _describe(folder).get("preset")
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the run in a folder has reached its last step."""
+    """Return True if the run in a folder is complete."""
     return (folder / "result.json").is_file()
 
 
 def read_config(folder: Path) -> Tree | None:
-    """A run's configuration as a tree; None where there is none, or none that can be read."""
+    """Read a run's configuration as a tree; None if it is absent or unreadable."""
     try:
         tree = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -132,50 +147,22 @@ def read_config(folder: Path) -> Tree | None:
 
 
 def differences(folder: Path, config: Config) -> list[str]:
-    """Dotted keys in which a run's configuration differs from another one, watching aside."""
+    """List the dotted keys in which a run's configuration differs, except `IGNORED`."""
     theirs = read_config(folder)
     if theirs is None:
         return ["config.yaml"]
-    with suppress(UsageError):  # a key that is newer than the run had its default then
+    with suppress(UsageError):  # keys that are newer than the run get their defaults
         theirs = to_tree(validate(type(config), theirs))
     ours, theirs = flatten(to_tree(config)), flatten(theirs)
     return sorted(
         key
         for key in ours | theirs
-        if key.rpartition(".")[2] not in WATCHING and ours.get(key) != theirs.get(key)
+        if key.rpartition(".")[2] not in IGNORED and ours.get(key) != theirs.get(key)
     )
 
 
-@contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Hold a run's folder against a second process that would train in it at the same time."""
-    try:
-        import fcntl
-    except ImportError:  # no such locks on this system: nothing to hold
-        yield
-        return
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:  # EAGAIN or EACCES: somebody holds it
-            raise LdmError(
-                f"another process is at work in {folder}: wait for it, or give --out another folder"
-            ) from error
-        except OSError:  # no such locks on this file system: nothing to hold
-            pass
-        yield
-
-
-def clear_leftovers(folder: Path) -> None:
-    """Remove what a kill left half-written in a run's folder; only while its `lock` is held."""
-    for beside in (folder / "state").glob(".writing-*"):
-        shutil.rmtree(beside, ignore_errors=True)
-    for beside in (b for at in ("", "pictures/", "ema/") for b in folder.glob(f"{at}.*.partial")):
-        beside.unlink(missing_ok=True)
-
-
 def _new_folder(preset: str) -> Path:
-    """A folder of its own for a run that begins now, even if another begins in the same second."""
+    """Create a folder that no other run has, even one started in the same second."""
     name, number = f"{datetime.now():%Y%m%d-%H%M%S}-{preset}", 1
     while True:
         folder = RUNS / (name if number == 1 else f"{name}-{number}")
@@ -190,51 +177,48 @@ def _new_folder(preset: str) -> Path:
             ) from error
 
 
-def _check_same(folder: Path, kind: str, config: Config) -> None:
-    found = _kind(folder)
-    if found != kind:
-        raise LdmError(f"{folder} holds a run of stage '{found}', not '{kind}': give another --out")
-    changed = differences(folder, config)
-    if changed:
-        raise LdmError(
-            f"{folder} was started with another configuration ({', '.join(changed[:5])}"
-            f"{' …' if len(changed) > 5 else ''}): give --out another folder, or the same settings"
-        )
-
-
 def _all_runs(kind: str) -> list[Path]:
-    """Runs of a kind, oldest first."""
-    marks = [*RUNS.glob("*/run.json"), *RUNS.glob("demo/*/run.json")]  # not deeper: many samples
-    ours = [mark for mark in marks if _kind(mark.parent) == kind]
-    return [mark.parent for mark in sorted(ours, key=lambda mark: mark.stat().st_mtime)]
+    """List the runs of a kind, oldest first; only where runs are, for samples are many files."""
+    files = [*RUNS.glob("*/run.json"), *RUNS.glob("demo/*/run.json")]
+    ours = [file for file in files if _describe(file.parent).get("kind") == kind]
+    return [file.parent for file in sorted(ours, key=lambda file: file.stat().st_mtime)]
 
 
-def _kind(folder: Path) -> str | None:
-    """The kind of the run in a folder, None where there is none of ours."""
-    return _described(folder).get("kind")
-
-
-def _described(folder: Path) -> dict[str, Any]:
+def _describe(folder: Path) -> dict[str, Any]:
     return read_json(folder / "run.json") or {}
 
 
-def installed_version(package: str) -> str:
-    """The version of an installed package, or "unknown" for a source tree."""
+# --------------------------------------------------------------------- lock and saved states
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Lock a run's folder, so that no second process trains in it at the same time."""
     try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"
+        import fcntl
+    except ImportError:  # this system has no such locks
+        yield
+        return
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:  # EAGAIN or EACCES: it is locked
+            raise LdmError(
+                f"another process is at work in {folder}: wait for it, or give --out another folder"
+            ) from error
+        except OSError:  # this file system has no locks
+            pass
+        yield
 
 
-FORMER_PARTS = {"discriminator": "critic", "opt_discriminator": "opt_critic"}
-"""Names of parts in states saved by earlier versions."""
+def clear_leftovers(folder: Path) -> None:
+    """Remove the half-written files of a killed process; only while the `lock` is held."""
+    for beside in (folder / "state").glob(".writing-*"):
+        shutil.rmtree(beside, ignore_errors=True)
+    for beside in (b for at in ("", "pictures/", "ema/") for b in folder.glob(f"{at}.*.partial")):
+        beside.unlink(missing_ok=True)
 
 
 def save_state(folder: Path, images_seen: int, tree: dict[str, Any], keep: int = 2) -> Path:
-    """Write all that resuming needs to `folder/<images_seen>/`; keep the newest `keep`.
-
-    The older ones go only after the new one is whole.
-    """
+    """Write `folder/<images_seen>/`, atomically, then delete all but the newest `keep` states."""
     final, beside = folder / str(images_seen), folder / f".writing-{images_seen}"
     shutil.rmtree(beside, ignore_errors=True)
     try:
@@ -250,40 +234,32 @@ def save_state(folder: Path, images_seen: int, tree: dict[str, Any], keep: int =
 
 
 def latest_state(folder: Path) -> Path | None:
-    """The newest complete state under a run's `state/` folder, or None."""
+    """Return the newest complete state in a run's `state/` folder, or None."""
     states = _states(folder)
     return states[-1] if states else None
 
 
 def load_state(state: Path) -> dict[str, Any]:
-    """Read what `save_state` wrote.
-
-    Raises:
-        LdmError: it cannot be read, or is damaged.
-    """
+    """Read a state written by `save_state`."""
     try:
         return read_tensors(state / "state.pt")
     except Damaged as error:
         raise Damaged(
-            f"{state} is damaged: delete that folder, and the state before it is used"
+            f"{state} is damaged: delete that folder to resume from the state before it"
         ) from error
 
 
 def restore(parts: Mapping[str, Any], tree: Mapping[str, Any]) -> None:
-    """Load into every part, by its name, what its `state_dict` gave when the tree was saved.
-
-    Raises:
-        LdmError: a part is of another shape than the one that was saved.
-    """
+    """Load the state of every part by its name; an LdmError if one does not fit."""
     for name, part in parts.items():
         try:
             part.load_state_dict(tree[name if name in tree else FORMER_PARTS.get(name, name)])
-        except torch.OutOfMemoryError:  # a RuntimeError, which says it well
+        except torch.OutOfMemoryError:  # a RuntimeError that explains itself
             raise
         except (KeyError, RuntimeError, ValueError) as error:
             raise LdmError(
-                f"the saved state of {name} does not fit: this run was begun by another version "
-                "of the code (see its run.json): go on with that one, or give --out another folder"
+                f"the saved state of {name} does not fit: this run was started by another version "
+                "of the code (see its run.json): resume with that, or give --out another folder"
             ) from error
 
 

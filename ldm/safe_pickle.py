@@ -1,10 +1,12 @@
-"""Checkpoints of other toolkits: pickles, read without running any of the code that they name.
+"""Third-party checkpoints: pickles, read without running the code that they name.
 
-A checkpoint of a training framework holds, beside its weights, objects of classes that are not here
-(callbacks, configurations, counters). Here tensors and plain containers are read as what they are,
-and everything else becomes an `Inert`: no module is imported, no function of the file's choosing is
-called. The readers are written out rather than left to `torch.load`, which, where it may unpickle
-freely, also opens TorchScript and tar archives, and which believes what a file says of its lengths.
+Beside its weights, a checkpoint of a training framework holds objects of classes that may not be
+installed: callbacks, configurations, counters. Tensors and plain containers are read; anything else
+becomes an `Inert`. No module is imported, and no function that a file names is called.
+
+`torch.load` cannot replace this. With `weights_only=True` it refuses a file that names a function
+of `os` or holds a subclass of list or dict, even with placeholders in `safe_globals`, and it cannot
+list the classes of the format before 1.6. With `weights_only=False` it also opens TorchScript.
 """
 
 import pickle
@@ -22,43 +24,42 @@ from torch import Tensor
 from ldm.checkpoint import Damaged
 from ldm.errors import LdmError
 
-# how torch.save's older format begins: its magic number, then its version
+# start of torch.save's older format: magic number, version
 LEGACY = (0x1950A86A20F9469CFC6C, 1001)
 
-# (key, dtype, number of values) → the values, 1-D
+# (key, dtype, number of values) → 1-D tensor
 Storages = Callable[[str, torch.dtype, int], Tensor]
 
 
 def read_foreign(path: Path) -> Any:
-    """The tree in a file that `torch.save` wrote, whatever it holds.
+    """Read the tree in a file that `torch.save` wrote.
 
-    The tensors of a newer (zip) file lie in a private mapping of it: they are read when they are
-    used, and those that are to outlive the file want a clone. Kinds of tensors that `DTYPES` does
-    not have are an `Inert` like all else.
+    The tensors of a zip file are views of a private memory map: clone those that must outlive the
+    file. Tensors of types that are not in `DTYPES` become an `Inert`.
 
     Raises:
-        LdmError: it is not there or may not be read.
-        Damaged: it is truncated or damaged, or no such file.
+        LdmError: the file is absent or unreadable; `Damaged` if it is damaged or no such file.
     """
     try:
         return _read_zip(path) if zipfile.is_zipfile(path) else _read_legacy(path)
     except (FileNotFoundError, PermissionError) as error:
         raise LdmError(f"could not read {path} ({error.strerror})") from error
-    except Exception as error:  # damage makes a reader raise nearly anything
+    except Exception as error:  # damaged files raise errors of nearly any type
         raise Damaged(
-            f"{path} is truncated or damaged, or no checkpoint of torch.save's: copy or write it "
-            "again"
+            f"{path} is truncated or damaged, or not written by torch.save: copy or write it again"
         ) from error
 
 
-# ------------------------------------------------------------------------------- stand-ins
+# ---------------------------------------------------------------------------- placeholders
 def _ignore(*_args: Any, **_kwargs: Any) -> None:
-    """Takes anything, does nothing."""
+    """Accept any arguments and do nothing."""
 
 
 class Inert:
-    """In the place of anything a file names: class, function or object. It can be called, filled
-    and given a state, as a pickle may ask, and nothing comes of it."""
+    """Placeholder for any class, function or object of a file.
+
+    A pickle may call it, fill it and set its state, without effect.
+    """
 
     def __new__(cls, *_args: Any, **_kwargs: Any) -> "Inert":
         return object.__new__(cls)
@@ -70,29 +71,29 @@ class Inert:
 
 
 class _Dict(dict):
-    """An OrderedDict's items, without the attributes it may carry."""
+    """The items of an OrderedDict without its attributes."""
 
     __slots__ = ()
     __setstate__ = _ignore
 
 
 class _Type(Inert):
-    """Names the type of a storage."""
+    """The type of a storage."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
 
 class _View(Inert):
-    """Makes a tensor of a storage."""
+    """Function that makes a tensor of a storage."""
 
     def __call__(self, flat: Any, offset: int, size: tuple, stride: tuple, *_: Any) -> Any:
-        # raises where it would look past the storage's end
+        # raises for a view past the storage's end
         return flat.as_strided(size, stride, offset) if isinstance(flat, Tensor) else Inert()
 
 
 class _Parameter(Inert):
-    """Leaves a tensor as it is."""
+    """Function that returns its tensor."""
 
     def __call__(self, tensor: Tensor, *_: Any) -> Tensor:
         return tensor
@@ -106,7 +107,7 @@ DTYPES = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Finds what tensors and plain containers are made of, and stand-ins for all else."""
+    """Unpickler of tensors and plain containers, with placeholders for anything else."""
 
     def __init__(self, file: IO[bytes], storages: Storages) -> None:
         super().__init__(file, encoding="latin1")
@@ -128,7 +129,7 @@ class _Unpickler(pickle.Unpickler):
         match pid:
             case ("storage", kind, str(key), _, int(count), *view) if view in ([], [None]):
                 if count < 0:
-                    raise pickle.UnpicklingError("a storage of less than nothing")
+                    raise pickle.UnpicklingError("a storage of negative length")
                 known = isinstance(kind, _Type)
                 return self.storages(key, kind.dtype, count) if known else Inert()
         raise pickle.UnpicklingError("a storage of an unknown kind")
@@ -136,14 +137,12 @@ class _Unpickler(pickle.Unpickler):
 
 # --------------------------------------------------------------------------------- formats
 def _read_zip(path: Path) -> Any:
-    """torch.save's format since 1.6: `data.pkl`, and a stored (not packed) entry per storage."""
+    """Read the format since 1.6: `data.pkl`, and an uncompressed entry per storage."""
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         (main,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
         root = main.removesuffix("data.pkl")
-        if (
-            f"{root}byteorder" in archive.namelist()
-            and archive.read(f"{root}byteorder") != b"little"
-        ):
+        order = f"{root}byteorder"
+        if order in archive.namelist() and archive.read(order) != b"little":
             raise ValueError("written on a big-endian machine")
         mapped = mmap(file.fileno(), 0, access=ACCESS_COPY)
 
@@ -153,7 +152,7 @@ def _read_zip(path: Path) -> Any:
                 entry.compress_type != zipfile.ZIP_STORED
                 or entry.file_size < count * dtype.itemsize
             ):
-                raise ValueError("a storage is packed, or shorter than it says")
+                raise ValueError("a storage is compressed, or shorter than declared")
             # the entry's own header: 30 bytes, its name, an extra field that aligns the data
             name, extra = struct.unpack_from("<HH", mapped, entry.header_offset + 26)
             start = entry.header_offset + 30 + name + extra
@@ -165,7 +164,7 @@ def _read_zip(path: Path) -> Any:
 
 
 def _read_legacy(path: Path) -> Any:
-    """torch.save's format before 1.6: five pickles, then every storage's values in a row."""
+    """Read the format before 1.6: five pickles, then the values of all storages."""
     kept: dict[str, Tensor] = {}
     left = path.stat().st_size
 
@@ -188,7 +187,7 @@ def _read_legacy(path: Path) -> Any:
             flat = kept[key]
             (count,) = struct.unpack("<q", file.read(8))
             if count != len(flat):
-                raise ValueError("a storage of another length than it says")
+                raise ValueError("a storage of another length than declared")
             if count:
                 values = bytearray(file.read(count * flat.itemsize))
                 flat.copy_(torch.frombuffer(values, dtype=flat.dtype, count=count))
@@ -196,5 +195,5 @@ def _read_legacy(path: Path) -> Any:
 
 
 def _zeros(count: int, dtype: torch.dtype) -> Tensor:
-    """A storage that cannot grow, as torch's own would where a pickle gives a tensor a state."""
+    """Create a storage that cannot be resized; a pickle may set the state of a tensor."""
     return torch.frombuffer(bytearray(max(count, 1) * dtype.itemsize), dtype=dtype)[:count]

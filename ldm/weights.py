@@ -1,4 +1,4 @@
-"""Other people's pretrained weights: found where people keep them, or fetched once, whole."""
+"""Pretrained weights: found in the usual caches, or downloaded once."""
 
 import os
 import socket
@@ -11,18 +11,14 @@ from ldm.errors import LdmError
 
 
 def cache_folder() -> Path:
-    """Where fetched weights are kept: `$LDM_CACHE`, else `~/.cache/ldm`."""
+    """Return the folder of downloaded weights: `$LDM_CACHE`, or `~/.cache/ldm`."""
     return Path(os.environ.get("LDM_CACHE") or Path.home() / ".cache" / "ldm")
 
 
 def find_or_fetch(
     name: str, url: str, hash_prefix: str, folders: Sequence[Path], instead: str
 ) -> Path:
-    """The file `name` from the first of `folders` that has it, else fetched into the first.
-
-    Raises:
-        LdmError: it is in none of the folders and cannot be fetched.
-    """
+    """Find the file `name` in one of `folders`, or download it into the first."""
     for folder in folders:
         if (folder / name).is_file():
             return folder / name
@@ -30,23 +26,20 @@ def find_or_fetch(
 
 
 def fetch(name: str, url: str, hash_prefix: str, folder: Path, instead: str) -> Path:
-    """The file `name`, fetched into a folder.
+    """Download the file `name` into a folder.
 
     It is written beside its final name, its SHA-256 checked against `hash_prefix`, and renamed: a
-    broken download leaves nothing, and processes that race all end with the whole file.
+    broken download leaves nothing, and concurrent processes all get the complete file.
 
     Args:
-        instead: what a person can do when the file cannot be had, as the end of the error line.
-
-    Raises:
-        LdmError: it cannot be fetched.
+        instead: the end of the error message: an alternative to downloading the file.
     """
     target = folder / name
     try:
         from torch.hub import download_url_to_file
 
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _patience(seconds=30):
+        with _timeout(seconds=30):
             download_url_to_file(url, str(target), hash_prefix=hash_prefix, progress=True)
     except (OSError, HTTPException, ValueError, RuntimeError) as error:
         reason = getattr(error, "reason", None) or error
@@ -58,14 +51,14 @@ def fetch(name: str, url: str, hash_prefix: str, folder: Path, instead: str) -> 
 
 
 def from_home(path: Path) -> str:
-    """A path as people write it: `~/.cache/…` below the home folder."""
+    """Shorten a path in the home folder to `~/…`."""
     home = Path.home()
     return f"~/{path.relative_to(home).as_posix()}" if path.is_relative_to(home) else str(path)
 
 
 @contextmanager
-def _patience(seconds: float) -> Iterator[None]:
-    """Give up on a server that says nothing for so long: torch's download has no limit itself."""
+def _timeout(seconds: float) -> Iterator[None]:
+    """Set a timeout for sockets inside the `with`: torch's download has none."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:

@@ -120,7 +120,7 @@ def open_cache(
         for part in missing[turn:][run.rank : run.rank + 1]:
             block = _encode(codec, Part(source, part), recipe, run, faults)
             write_atomically(_block(folder, part), lambda file, block=block: np.save(file, block))
-        if run.stop_asked():
+        if run.stop_requested():
             raise Interrupted(f"stopped while encoding into {folder}")
         done = len(source) - sum(map(len, missing[turn + run.world :]))
         run.say(f"encoded {done:,} of {len(source):,} images")

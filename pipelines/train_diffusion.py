@@ -194,7 +194,7 @@ def _train(
 
             logbook.add(gradient_norm=norm)
             state.advance()
-            stop = run.stop_asked() and not state.is_last
+            stop = run.stop_requested() and not state.is_last
             validates = state.due(every.validate_every_steps)
             if validates or state.due(every.log_every_steps):
                 extra = {"lr": lr, "skipped": run.skipped.total()}
@@ -247,7 +247,7 @@ def measure_codec(
 
     def posteriors() -> Iterator[DiagonalGaussian]:
         for batch in stream:
-            if run.stop_asked():
+            if run.stop_requested():
                 raise Interrupted(f"stopped before the first step of {run.folder}")
             yield autoencoder.encode(to_float(run.place(batch.images)))
 

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -47,6 +49,19 @@ def sdvae() -> Autoencoder:
         return build_autoencoder(
             "sdvae", conv1x1=True, encoder={"type": "sdvae", **sizes}, decoder=sizes
         ).eval()
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Let a write beyond `size` bytes of a file fail, as on a full disk."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def fill_disk_after_one_file(monkeypatch) -> None:

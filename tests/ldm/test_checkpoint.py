@@ -82,11 +82,11 @@ def test_no_file_of_ours(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "told"),
-    [({"weights": None}, "lacks a part"), ({"weights": {"w": 1}}, "no tensors"),
-     ({"config": []}, "lacks a part"), ({"format": "new"}, "has format new"),
+    [({"weights": None}, "lacks a section"), ({"weights": {"w": 1}}, "not tensors"),
+     ({"config": []}, "lacks a section"), ({"format": "new"}, "has format new"),
      ({"kind": ["autoencoder"]}, "is not a model file"), ({"kind": {}}, "is not a model file"),
-     ({"autoencoder": [1]}, "autoencoder that is none"),
-     ({"autoencoder": {"weights": {}}}, "autoencoder that is none")],
+     ({"autoencoder": [1]}, "invalid autoencoder"),
+     ({"autoencoder": {"weights": {}}}, "invalid autoencoder")],
 )  # fmt: skip
 def test_a_file_of_the_wrong_shape(tmp_path, change, told):
     save_model(tmp_path / "ckpt.pt", model())

@@ -56,7 +56,7 @@ def test_files_that_belong_together_are_all_new_or_all_old(tmp_path, monkeypatch
         raise OSError(28, "No space left on device")
 
     write(b"old")
-    with pytest.raises(LdmError, match=r"config \(No space left on device\): .* is untouched"):
+    with pytest.raises(LdmError, match=r"config \(No space left on device\): .* are intact"):
         write(b"new", full)
     assert [path.read_bytes() for path in paths] == [b"old", b"old"]
     assert sorted(tmp_path.iterdir()) == sorted(paths)

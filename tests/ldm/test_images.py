@@ -62,6 +62,6 @@ def test_a_sheet_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)
-    with pytest.raises(LdmError, match=r"sheet\.png \(No space left on device\): make room"):
+    with pytest.raises(LdmError, match=r"sheet\.png \(No space left on device\): free disk space"):
         save_grid(images, path, 1)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

@@ -20,7 +20,6 @@ from ldm.posthoc_ema import (
     list_snapshots,
     save_snapshot,
     solve_coefficients,
-    synthesize,
 )
 
 BATCH, STEPS, EVERY = 8, 1000, 25
@@ -113,7 +112,7 @@ def test_made_afterwards_is_what_tracking_would_have_given(training, std, at):
     how far two averages of neighbouring widths are from each other."""
     folder, end, half = training
     expected = (half if at else end)[std]
-    made = synthesize(list_snapshots(folder), std, at)
+    made = combine(fit_snapshots(list_snapshots(folder), std, at))
     assert made.keys() == expected.keys()
     off = (made["weight"] - expected["weight"]).norm()
     assert off <= (1e-4 if at else 1e-5) * expected["weight"].norm()
@@ -160,7 +159,7 @@ def test_half_precision_costs_what_is_said_of_it(training, tmp_path):
             for name, tensor in load_file(snapshot.path).items()
         }
         save_snapshot(tmp_path, snapshot.images_seen, snapshot.std, weights)
-    made = synthesize(list_snapshots(tmp_path), 0.07)
+    made = combine(fit_snapshots(list_snapshots(tmp_path), 0.07))
     assert made["weight"].dtype == torch.float32 and made["count"].dtype == torch.int64
     error = (made["weight"] - end[0.07]["weight"]).norm() / end[0.07]["weight"].norm()
     assert 1e-4 < error < 4e-4

@@ -55,7 +55,7 @@ def raised(ranks, error: Exception | None) -> Exception | None:
 def test_one_that_failed_says_so_while_it_waits(monkeypatch, capsys):
     monkeypatch.setattr(processes, "gather_object", lambda mine: mine)
     raised(rank(1), KeyError("a bug"))
-    assert "process 1 failed, and waits for the others" in capsys.readouterr().err
+    assert "process 1 failed and waits for the others" in capsys.readouterr().err
 
 
 LACKING, BROKEN = LdmError("no room"), KeyError("a bug")

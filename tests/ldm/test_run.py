@@ -130,18 +130,18 @@ def test_a_signal_asks_to_stop(tmp_path, number):
     config = RunConfig(device="cpu")
     handler = signal.getsignal(number)
     with start_run("autoencoder", "x", Recipe(), config, folder=tmp_path / "run") as run:
-        assert not run.stop_asked()
+        assert not run.stop_requested()
         os.kill(os.getpid(), number)
-        assert run.stop_asked()
+        assert run.stop_requested()
     assert signal.getsignal(number) is handler
 
 
 def test_a_second_ctrl_c_leaves_and_a_second_sigterm_lets_it_save(run):
     """Launchers repeat SIGTERM; only a person at the keyboard means it."""
     for _ in range(3):
-        run.ask_to_stop(signal.SIGTERM)
+        run.request_stop(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
-        run.ask_to_stop(signal.SIGINT)
+        run.request_stop(signal.SIGINT)
 
 
 def test_two_processes_do_not_train_in_one_folder(tmp_path):

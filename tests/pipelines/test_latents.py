@@ -190,7 +190,7 @@ def cached(folder, autoencoder, data, *settings, stop=False):
     at = folder.parent / f"run-{len(list(folder.parent.glob('run-*')))}"
     with start_run("diffusion", "tiny", recipe, recipe.run, 1, at) as run:
         if stop:
-            run.ask_to_stop()
+            run.request_stop()
         return open_cache(recipe, codec, sha, source, run)
 
 

@@ -219,9 +219,9 @@ def test_validation_skipped_by_a_stop_is_made_on_resume(stage, whole, tmp_path, 
     train, folder = {"one": (train_one, "again"), "two": (train_two, "ldm")}[stage]
     steps = iter(range(1, 9))
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(Run, "stop_asked", lambda run: stage == "one" and next(steps) == 2)
+        patch.setattr(Run, "stop_requested", lambda run: stage == "one" and next(steps) == 2)
         if stage == "two":  # statistics are measured first, over two batches
-            patch.setattr(Run, "stop_asked", lambda run: next(steps) == 4)
+            patch.setattr(Run, "stop_requested", lambda run: next(steps) == 4)
         train(tmp_path / folder)
     picture = {"one": "recon", "two": "samples"}[stage] + "-00000008.png"
     assert not (tmp_path / folder / "pictures" / picture).exists()

@@ -102,9 +102,7 @@ def test_settings_that_do_not_fit_stage_one_are_refused(tmp_path):
 
 def test_a_device_that_is_not_there():
     found = diagnose_autoencoder(autoencoder_recipe("run.device=cuda"), seconds=0)
-    assert errors(found) == [
-        "device 'cuda' asked for, but PyTorch sees no CUDA device here: use cpu"
-    ]
+    assert errors(found) == ["device 'cuda' requested, but PyTorch sees no CUDA device: use cpu"]
     assert found.machine.device == "cpu"
 
 
@@ -121,7 +119,7 @@ def test_without_the_device_all_else_is_told_and_no_cost_worked_out(diagnose, re
     monkeypatch.setattr(checks.shutil, "which", lambda _: None)
     found = diagnose(recipe, "tiny")
     told = errors(found)
-    assert "no CUDA device here" in told[0] and "C++ compiler" in told[-1]
+    assert "no CUDA device" in told[0] and "C++ compiler" in told[-1]
     assert found.length.images == 32 and found.length.data == 8
     assert (found.parts, found.step_gmac) == ((), {})
     assert found.memory is None and found.disk is None and found.trial is None
