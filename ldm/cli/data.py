@@ -1,7 +1,7 @@
 """`ldm data`: prepare images for training."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -32,23 +32,17 @@ def prepare(
         typer.Option(
             min=0,
             show_default="FFHQ 10,000; CelebA-HQ 5,000; else 5 %, at most 10,000",
-            help="Images for validation: the last by name, or with --labels every n-th, so that "
-            "every class is represented.",
+            help="Images for validation: the last by name, or every n-th with --labels.",
         ),
     ] = None,
     shard_size: Annotated[int, typer.Option(min=1, help="Images per shard.")] = 1000,
     workers: Annotated[
         int | None,
-        typer.Option(
-            min=0, show_default="one per CPU core", help="Worker processes; 0 uses this process."
-        ),
+        typer.Option(min=0, show_default="one per CPU core", help="Worker processes; 0: none."),
     ] = None,
     labels: Annotated[
         bool,
-        typer.Option(
-            "--labels",
-            help="Keep class labels: the top-level folder of an image, or .cls in a .tar.",
-        ),
+        typer.Option("--labels", help="Keep class labels: top-level folders, or .cls in a .tar."),
     ] = False,
 ) -> None:
     """Convert a folder, zip or tar of images into tar shards of square PNGs.
@@ -61,14 +55,9 @@ def prepare(
     ldm data prepare ffhq.zip data/ffhq256 --size 256
     """
     from ldm.data.prepare import prepare
-
-    manifest = prepare(source, destination, size, filter, held_out, shard_size, workers, labels)
-    _print_manifest(manifest, destination, size, labels)
-
-
-def _print_manifest(manifest: dict[str, Any], destination: Path, size: int, labels: bool) -> None:
     from ldm.data.shards import MANIFEST
 
+    manifest = prepare(source, destination, size, filter, held_out, shard_size, workers, labels)
     train, val = (manifest["splits"][split] for split in ("train", "val"))
     classes = f", {len(manifest['classes']):,} classes" if labels else ""
     shards = len(train["shards"]) + len(val["shards"])
@@ -77,7 +66,7 @@ def _print_manifest(manifest: dict[str, Any], destination: Path, size: int, labe
         f"{train['count']:,} for training, {val['count']:,} for validation{classes}"
     )
     if skipped := len(manifest["skipped"]):
-        many = "1 corrupt image" if skipped == 1 else f"{skipped:,} corrupt images"
-        typer.echo(f"skipped {many}, listed in the manifest")
+        plural = "s" * (skipped != 1)
+        typer.echo(f"skipped {skipped:,} corrupt image{plural}, listed in the manifest")
     typer.echo(f"manifest: {destination / MANIFEST}")
     typer.echo(f"next: ldm train-ae litevae-b data.source={destination}")

@@ -1,10 +1,4 @@
-"""Opening a data set: what `data.source` names, and which split of it.
-
-Which images a data set holds, known again by its files.
-
-By their content, where a number depends on every byte and reading all files is worth it; by their
-names and sizes, where it is asked often and a changed file that kept both may go unseen.
-"""
+"""Data sets by their configuration: opening one, and recognising its files."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ldm.config import Config
-from ldm.data.photos import open_photos
+from ldm.data.photos import PhotoSource
 from ldm.data.shards import ShardSource, open_shards, read_manifest
 from ldm.data.sources import FolderSource, Source, ZipSource
 from ldm.data.split import Split, take_split
@@ -23,83 +17,75 @@ from ldm.errors import LdmError, UsageError
 from ldm.logbook import progress_bar
 
 PHOTOS = "photos"
+HASHED_AT_ONCE = 8  # files; one at a time is limited by the processor
 
 
 class DataConfig(Config):
-    """Which images, and what is done to them before training sees them."""
+    """Images, and their preprocessing for training."""
 
     source: str = PHOTOS
-    """The word photos (built in; their right thirds are held out), or a path: a folder of images, a
-    .zip, a folder of .tar shards, one .tar, or several as a/{000..009}.tar."""
-
+    """photos (built in; their right thirds are held out), or a path: a folder of images, a .zip, a
+    folder of .tar shards, one .tar, or several as a/{000..009}.tar."""
     crop: Literal["center", "random"] = "center"
-    """center: the central square, brought down to the resolution; random: a window at native size.
+    """center: the central square, downsized to the resolution; random: a window at native size.
     The built-in photographs are always cropped at random for training."""
-
     flip: bool = False
     """Mirror each training image with probability 1/2."""
-
     labels: bool = False
-    """Read class labels: the first folder an image lies in, `.cls` in shards, or which photograph.
-    A folder that holds all images is no class: of x/cat/1.png and x/dog/2.png, cat and dog are."""
-
+    """Read class labels: the top-level folder of an image, `.cls` in shards, or the photograph.
+    Folders that hold every image are skipped: x/cat/1.png and x/dog/2.png are of cat and dog."""
     held_out: Annotated[int, Field(ge=0)] | None = None
-    """Images held out for validation, the last by name; with labels every so many-th by name, since
-    the last would be whole classes. Left out: what the manifest says, else 10,000 of FFHQ's 70,000,
-    5,000 of CelebA-HQ's 30,000, else one in twenty, up to 10,000."""
-
+    """Images held out for validation, the last by name; with labels every n-th by name, so that
+    every class is represented. Default: the manifest's number, else 10,000 of FFHQ's 70,000, 5,000
+    of CelebA-HQ's 30,000, else one in twenty, up to 10,000."""
     workers: Annotated[int, Field(ge=0)] = 4
     """Loader processes per GPU; 0 loads in the training process, as the photographs always do."""
 
 
 def open_source(config: DataConfig, split: Split, resolution: int) -> Source:
-    """The images of one split ("train", "val", or "all" of them).
+    """Open one split of a data set: "train", "val", or "all".
 
     Args:
-        resolution: side R of the images that will be cut, in pixels; it decides the tiles of the
-            built-in photographs.
+        resolution: side R of the images that will be cut, in pixels; 1 if it is not known yet. The
+            tiles of the built-in photographs depend on it.
 
     Raises:
-        LdmError: there is nothing at the path, or nothing that can be used.
-        UsageError: the split leaves nothing to train on, or does not apply; labels are asked for
-            and an image has none.
+        LdmError: the path does not exist, or holds nothing that can be used.
+        UsageError: the split leaves nothing to train on, or does not apply; or an image has no
+            label where labels are read.
     """
     if config.source == PHOTOS:
         if config.held_out is not None:
             raise UsageError(
                 "data.held_out is for folders and archives: the built-in photographs hold out "
-                "their right thirds; leave it out"
+                "their right thirds; omit it"
             )
-        return open_photos(split, resolution, config.labels)
+        return PhotoSource(split, resolution, config.labels)
     path = Path(config.source).expanduser()
     if not path.exists() and "{" not in config.source:
-        size = resolution if resolution > 1 else "256"  # 1: who asks does not know it yet
+        size = resolution if resolution > 1 else 256
         raise LdmError(
-            f"data.source: {config.source} is not there: make it with "
+            f"data.source: {config.source} does not exist: create it with "
             f"`ldm data prepare SRC {path} --size {size}`, "
-            f"or take the built-in photographs, data.source={PHOTOS}"
+            f"or use the built-in photographs, data.source={PHOTOS}"
         )
     images = open_images(path, config.labels)
     manifest = read_manifest(path) if path.is_dir() else None
     if manifest and manifest.get("size", resolution) < resolution:
         size = manifest["size"]
         raise LdmError(
-            f"{path} was prepared at {size}×{size}, and {resolution}×{resolution} is asked for: "
-            f"prepare it with --size {resolution}, or ask for a lower resolution"
+            f"{path} was prepared at {size}×{size}, smaller than the {resolution}×{resolution} "
+            f"requested: prepare it with --size {resolution}, or lower the resolution"
         )
-    by_manifest = images.held_out if isinstance(images, ShardSource) else None
-    held_out = by_manifest if config.held_out is None else config.held_out
-    # preparation has put those it holds out last, whichever they were
-    evenly = config.labels and (by_manifest is None or held_out != by_manifest)
+    prepared = manifest["splits"]["val"]["count"] if manifest else None
+    held_out = prepared if config.held_out is None else config.held_out
+    # `prepare` puts the images it holds out last
+    evenly = config.labels and (prepared is None or held_out != prepared)
     return take_split(images, split, held_out, evenly)
 
 
 def holds_out(config: DataConfig) -> bool:
-    """Whether images are held out for validation, so that `open_source` can open "val".
-
-    Raises:
-        LdmError: the manifest of prepared shards is damaged, or of a newer format.
-    """
+    """True if images are held out for validation, so that `open_source` can open "val"."""
     if config.source == PHOTOS:
         return True
     if config.held_out is not None:
@@ -109,46 +95,34 @@ def holds_out(config: DataConfig) -> bool:
 
 
 def open_images(path: Path, labels: bool = False) -> FolderSource | ZipSource | ShardSource:
-    """All images at a path that is there: a folder, a .zip, or .tar shards.
-
-    Raises:
-        LdmError: it is none of these, damaged, or empty.
-        UsageError: labels are asked for and an image has none.
-    """
-    if path.is_dir():
-        has_shards = any(path.glob("*.tar"))
-        return open_shards(path, labels) if has_shards else FolderSource(path, labels)
-    if path.suffix == ".tar":
+    """Open all images at a path: a folder, a .zip, or .tar shards."""
+    if path.is_dir() and not any(path.glob("*.tar")):
+        return FolderSource(path, labels)
+    if path.is_dir() or path.suffix == ".tar":
         return open_shards(path, labels)
     if path.suffix == ".zip":
         return ZipSource(path, labels)
-    raise LdmError(f"{path} is neither a folder of images, nor a .zip, nor a .tar of them")
+    raise LdmError(f"{path} is not a folder of images, a .zip or a .tar")
 
 
-READERS = 8  # files hashed at once: one is bound by the processor
-UTF8 = ("utf-8", "surrogateescape")  # names need not be of any encoding
+# --------------------------------------------------------------------------------- identity
+UTF8 = ("utf-8", "surrogateescape")  # file names may have any encoding
 
 
 def content_identity(source: Source, count: int) -> str:
-    """SHA-256 over the content of every file with one of a source's first images, in order, and
-    over which of their images it is.
+    """SHA-256 over the first `count` images: the bytes of their files, and their places in these.
 
-    Names of files and dates are not in it: a data set that was moved or copied is the same, one
-    with a changed byte is another. What it costs is to read all files.
-
-    Args:
-        count: how many images.
-
-    Raises:
-        LdmError: a file cannot be read, or is not there any more.
+    File names are not part of it: a copy of a data set has the same identity. Every file is read.
     """
-    files: dict[str, int] = {}  # in the order of their first image → place
+    files: dict[str, int] = {}  # in the order of their first image → number
     chosen = sha256()
-    for file, inside in _places(source, count):
-        place = files.setdefault(file, len(files))
-        chosen.update(f"{place}{inside}\0".encode(*UTF8))
-    with ThreadPoolExecutor(READERS) as pool, progress_bar("files") as bar:
-        task = bar.add_task("is it the same data?", total=len(files), speed="", note="")
+    for name, file in _with_files(source, count):
+        if file is None:
+            raise LdmError(f"{name} no longer exists: do not change the data meanwhile")
+        number = files.setdefault(file, len(files))
+        chosen.update(f"{number}{name.removeprefix(file)}\0".encode(*UTF8))
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool, progress_bar("files") as bar:
+        task = bar.add_task("hashing the data", total=len(files), speed="", note="")
         for digest in pool.map(_digest, files):
             chosen.update(digest)
             bar.update(task, advance=1)
@@ -156,11 +130,15 @@ def content_identity(source: Source, count: int) -> str:
 
 
 def listing_identity(data: str) -> str | None:
-    """SHA-256 over the names, within the data set, and the sizes in bytes of all files of a data
-    set in order; None where it cannot be read now.
+    """SHA-256 over the relative names of all images of a data set and the sizes of their files.
+
+    It is quick, and blind to a file that changed and kept its name and size.
 
     Args:
-        data: as `DataConfig.source`. The built-in photographs are never others.
+        data: as `DataConfig.source`; the built-in photographs are always themselves.
+
+    Returns:
+        None if the data set cannot be read.
     """
     if data == PHOTOS:
         return PHOTOS
@@ -169,41 +147,27 @@ def listing_identity(data: str) -> str | None:
         images = open_images(path)
     except LdmError:
         return None
-    last, size = None, -1
-    for name in map(images.name, range(len(images))):
-        # the next image may lie in the same archive
-        if last is None or not name.startswith(f"{last}/"):
-            last, size = _sized(name)
+    for name, file in _with_files(images, len(images)):
+        size = Path(file).stat().st_size if file else -1
         listing.update(f"{name.removeprefix(f'{path}/')}\0{size}\0".encode(*UTF8))
     return listing.hexdigest()
 
 
-def _places(source: Source, count: int) -> Iterator[tuple[str, str]]:
-    """Of a source's first images the file that each lies in, and where inside, "" if it is one."""
+def _with_files(source: Source, count: int) -> Iterator[tuple[str, str | None]]:
+    """Yield names of images, each with the file or archive that holds it, None if it is gone."""
     file = None
     for name in map(source.name, range(count)):
-        # the next image may lie in the same archive
+        # the next image may be in the same archive
         if file is None or not name.startswith(f"{file}/"):
-            file = _file_of(name)
-        yield file, name.removeprefix(file)
+            file = _file_of(Path(name))
+        yield name, file
 
 
-def _file_of(name: str) -> str:
-    """The file that an image of a source lies in: its own, or an archive."""
-    path = Path(name)
-    found = next((str(part) for part in (path, *path.parents) if part.is_file()), None)
-    if found is None:
-        raise LdmError(f"{name} is not there any more: is the data being changed?")
-    return found
-
-
-def _sized(name: str) -> tuple[str, int]:
-    """The file that an image lies in, and its size in bytes, −1 where it cannot be seen."""
+def _file_of(path: Path) -> str | None:
     try:
-        file = _file_of(name)
-        return file, Path(file).stat().st_size
-    except (LdmError, OSError):
-        return name, -1
+        return next((str(part) for part in (path, *path.parents) if part.is_file()), None)
+    except OSError:
+        return None
 
 
 def _digest(file: str) -> bytes:

@@ -1,7 +1,7 @@
-"""Training images and held-out images.
+"""The split of a data set into training images and images held out for validation.
 
-The last by name are held out. Labelled images come class by class, so that these would be whole
-classes: of them, every so many-th is held out instead.
+The last images by name are held out. Labelled images are sorted by class, so these would be whole
+classes: of labelled images, every n-th is held out instead.
 """
 
 from dataclasses import dataclass
@@ -19,17 +19,14 @@ Indices = range | np.ndarray
 USUAL_HELD_OUT = {70_000: 10_000, 30_000: 5_000}
 
 
-def held_out_count(count: int, asked: int | None) -> int:
-    """How many of `count` images are held out: what was asked, else the default.
+def held_out_count(count: int, requested: int | None) -> int:
+    """Number of images held out of `count`: as requested, else the default.
 
     The default is the usual split of FFHQ (70,000 images) and CelebA-HQ (30,000), else one image in
     twenty, at least 1 and at most 10,000.
-
-    Raises:
-        UsageError: none would be left to train on.
     """
     usual = USUAL_HELD_OUT.get(count, min(max(count // 20, 1), 10_000))
-    held_out = usual if asked is None else asked
+    held_out = usual if requested is None else requested
     if held_out >= count:
         raise UsageError(
             f"holding out {held_out} of {count} images leaves none to train on: "
@@ -39,7 +36,7 @@ def held_out_count(count: int, asked: int | None) -> int:
 
 
 def split_indices(count: int, held_out: int, evenly: bool) -> tuple[Indices, Indices]:
-    """The numbers, both rising, of the training images and of the `held_out` others of `count`.
+    """Ascending indices of the training images and of the held-out images among `count`.
 
     Args:
         evenly: hold out the last of each of `held_out` runs of equal length (to one image), else
@@ -53,7 +50,7 @@ def split_indices(count: int, held_out: int, evenly: bool) -> tuple[Indices, Ind
 
 @dataclass(frozen=True)
 class Part:
-    """The images `indices` of a source, as a source of its own, with the same classes."""
+    """The images `indices` of a source, as a source with the same classes."""
 
     whole: Source
     indices: Indices
@@ -76,21 +73,15 @@ class Part:
 
 
 def take_split(source: Source, split: Split, held_out: int | None, evenly: bool = False) -> Source:
-    """The training or the held-out images of a source, or the source itself for "all".
+    """Select the training images, the held-out images, or all images of a source.
 
     Args:
-        held_out: how many; None: as `held_out_count` says.
+        held_out: number of images held out; None: the default of `held_out_count`.
         evenly: as in `split_indices`.
-
-    Raises:
-        UsageError: none would be left to train on, or the held-out ones are asked for and there
-            are none.
     """
     if split == "all":
         return source
     train, val = split_indices(len(source), held_out_count(len(source), held_out), evenly)
-    if split == "train":
-        return Part(source, train)
-    if not len(val):
+    if split == "val" and not len(val):
         raise UsageError("no images are held out for validation: set data.held_out to 1 or more")
-    return Part(source, val)
+    return Part(source, train if split == "train" else val)

@@ -1,6 +1,4 @@
-"""Geometry on uint8 images (H, W, 3): what cuts an R×R training image from a whole one.
-
-Bytes of an image file → RGB uint8, whatever the file holds.
+"""Image files → RGB uint8 (H, W, 3), and the crops that make training images of them.
 
 Colour profiles are not applied. 16-bit grey is scaled to 8 bits; of 16-bit colour, Pillow itself
 keeps the high byte.
@@ -21,16 +19,15 @@ RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
 }
 NOT_RESIZED = "none"
-"""What a manifest says of the filter of images that had their size already."""
+"""Filter in the manifest of images that already had their size."""
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".npy")
+"""Suffixes of the files that are read, in upper or lower case."""
 
 
 def center_crop(image: np.ndarray, resolution: int, filter: Filter = "lanczos") -> np.ndarray:
-    """The whole central square, then down to R: (H, W, 3) → (R, R, 3).
+    """Crop the central square, then downsize it: (H, W, 3) → (R, R, 3).
 
-    In this order always: cut after resizing, the pixels would be others, and so would the FID.
-
-    Raises:
-        ValueError: a side is shorter than R; nothing is ever enlarged.
+    The order matters: resized before the crop, the pixels differ, and so does the FID.
     """
     height, width = _checked_size(image, resolution)
     side = min(height, width)
@@ -40,23 +37,19 @@ def center_crop(image: np.ndarray, resolution: int, filter: Filter = "lanczos") 
 
 
 def random_crop(image: np.ndarray, resolution: int, rng: np.random.Generator) -> np.ndarray:
-    """An R×R window at a uniformly random place, at native size: (H, W, 3) → (R, R, 3).
-
-    Raises:
-        ValueError: a side is shorter than R.
-    """
+    """Crop a window uniformly at random, without resizing: (H, W, 3) → (R, R, 3)."""
     height, width = _checked_size(image, resolution)
     top, left = rng.integers(height - resolution + 1), rng.integers(width - resolution + 1)
     return image[top : top + resolution, left : left + resolution]
 
 
 def mirror(image: np.ndarray) -> np.ndarray:
-    """Left and right exchanged: (H, W, 3) → (H, W, 3)."""
+    """Flip an image (H, W, 3) horizontally."""
     return image[:, ::-1]
 
 
 def resize(image: np.ndarray, height: int, width: int, filter: Filter = "lanczos") -> np.ndarray:
-    """Pillow's antialiased resize: (H, W, 3) → (height, width, 3)."""
+    """Resize with Pillow's antialiasing: (H, W, 3) → (height, width, 3)."""
     return np.asarray(Image.fromarray(image).resize((width, height), RESAMPLING[filter]))
 
 
@@ -67,63 +60,56 @@ def _checked_size(image: np.ndarray, resolution: int) -> tuple[int, int]:
     return height, width
 
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".npy")
-"""What is read, by the end of the name, in any case of letters."""
-
-
 class CorruptImage(Exception):
-    """An image that cannot be read; the message is the reason. It is skipped and counted."""
+    """An image that cannot be read, to be skipped and counted; the message is the reason."""
 
 
 def is_image(name: str) -> bool:
-    """Whether a relative path names an image. Hidden files and macOS's doubles are none."""
+    """True for the relative path of an image; hidden files and macOS's copies do not count."""
     path = PurePosixPath(name)
     hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
     return path.suffix.lower() in SUFFIXES and not hidden
 
 
 def decode(data: bytes, suffix: str) -> np.ndarray:
-    """One image as RGB uint8 (H, W, 3).
+    """Decode an image file to RGB uint8 (H, W, 3).
 
-    Grey is repeated, transparency composited on white, CMYK converted, the EXIF orientation
-    applied; of an animation the first frame is taken.
+    Grey is repeated, transparency composited on white, CMYK converted, and the EXIF orientation
+    applied. Of an animation the first frame is taken.
 
     Args:
         data: the whole file.
-        suffix: ".npy" for an array saved by NumPy; a picture's format is seen from its bytes.
+        suffix: ".npy" for an array of NumPy; other formats are recognised by their content.
 
     Raises:
         CorruptImage: the data is truncated, damaged, or of a kind whose range is unknown.
     """
     try:
-        return _decode_array(data) if suffix.lower() == ".npy" else _decode_picture(data)
+        return _decode_array(data) if suffix.lower() == ".npy" else _to_rgb(data)
     except CorruptImage:
         raise
-    except UnidentifiedImageError as error:  # its words name an object of Python
-        raise CorruptImage("no picture, or its beginning is damaged") from error
+    except UnidentifiedImageError as error:  # its message names a Python object
+        raise CorruptImage("not an image, or its header is damaged") from error
     except Exception as error:  # a damaged file makes Pillow's readers raise nearly anything
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise CorruptImage(reason) from error
 
 
 def _decode_array(data: bytes) -> np.ndarray:
-    """uint8 (1, 3, H, W), (3, H, W) or (H, W, 3), as CelebA-HQ is made, → (H, W, 3)."""
+    """uint8 (1, 3, H, W), (3, H, W) or (H, W, 3), as CelebA-HQ comes, → (H, W, 3)."""
     array = np.load(io.BytesIO(data), allow_pickle=False)
     pixels = array[0] if array.ndim == 4 and len(array) == 1 else array
     if pixels.ndim == 3 and pixels.shape[0] == 3 and pixels.shape[2] != 3:
         pixels = pixels.transpose(1, 2, 0)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-        raise CorruptImage(f"a {array.dtype} array of shape {array.shape} is no RGB uint8 image")
+        raise CorruptImage(f"a {array.dtype} array of shape {array.shape} is not RGB uint8")
     return np.ascontiguousarray(pixels)
 
 
-def _decode_picture(data: bytes) -> np.ndarray:
-    with Image.open(io.BytesIO(data)) as image:
-        image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
-
-
-def _to_rgb(image: Image.Image) -> np.ndarray:
+def _to_rgb(data: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(data)) as file:
+        file.load()
+        image = ImageOps.exif_transpose(file)
     if image.mode.startswith("I"):
         return _grey16_to_rgb(np.asarray(image))
     if image.mode == "F":

@@ -252,7 +252,7 @@ def test_numbers_below_one_are_refused(name):
 
 
 def test_images_smaller_than_the_resolution_are_refused(tmp_path, folder):
-    with pytest.raises(LdmError, match="is 32×32, smaller than the 64×64 asked for"):
+    with pytest.raises(LdmError, match="is 32×32, smaller than the 64×64 requested"):
         measure(save_run(tmp_path / "run"), data=str(folder), resolutions=[64], fid=False)
 
 

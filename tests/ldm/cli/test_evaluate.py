@@ -94,7 +94,7 @@ def test_what_is_for_a_pipe_stands_alone(run, tmp_path, layout):
         (["--features", "nowhere:x"], 2, "--features nowhere:x: no module 'nowhere'"),
         (["--weights", "x.pt"], 1, "no Inception weights at x.pt"),
         (["--format", "html"], 2, "'html' is not one of 'table', 'markdown', 'latex', 'json'"),
-        (["--data", "nowhere"], 1, "nowhere is not there"),
+        (["--data", "nowhere"], 1, "nowhere does not exist"),
         (["b"], 1, "no checkpoint at b"),
     ],
 )

@@ -122,7 +122,7 @@ def test_a_damaged_sample_is_told_by_its_name(samples, weights):
     path.write_bytes(b"no picture")
     with pytest.raises(LdmError) as error:
         fid(samples, weights=weights, device="cpu")
-    reason = "no picture, or its beginning is damaged"
+    reason = "not an image, or its header is damaged"
     assert str(error.value) == f"{path} is damaged ({reason}): delete {path} and sample again"
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.data import DataConfig, batches, evaluation_batches, open_source
+from ldm.data import DataConfig, batches, evaluation_batches, open_source, sheet_images
+from ldm.data.loader import FaultCount, image_index
 from ldm.errors import LdmError, UsageError
 from ldm.seeds import generator
 from tests.ldm.data.pictures import Coded, CodedClasses, class_folder, noise, png_folder
@@ -129,7 +130,7 @@ def test_faults_and_errors_of_workers_reach_the_caller_as_one_line(caplog):
         stream(Coded(20, width=15), workers=1)
     assert str(error.value) == (
         f"image {generator(3, 'order', 0).permutation(20)[0]} is 15×24, smaller than the 16×16 "
-        "asked for: lower the resolution, or remove the image"
+        "requested: lower the resolution, or remove the image"
     )
 
 
@@ -256,3 +257,68 @@ def test_leaving_early_ends_the_workers():
     while multiprocessing.active_children() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not multiprocessing.active_children()
+
+
+def test_every_epoch_visits_every_image_once_in_an_order_of_its_own():
+    epochs = [[image_index(0, 50, k) for k in range(e * 50, e * 50 + 50)] for e in range(3)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_the_order_depends_on_the_seed_and_k_alone():
+    forward = [image_index(5, 30, k) for k in range(90)]
+    backward = [image_index(5, 30, k) for k in reversed(range(90))]
+    assert forward == backward[::-1]
+    assert forward != [image_index(6, 30, k) for k in range(90)]
+
+
+def test_each_fault_is_logged_once_and_one_percent_is_tolerated(caplog):
+    faults = FaultCount(200)
+    with caplog.at_level(logging.WARNING, "ldm"):
+        faults.add({"a.png": "truncated"})
+        faults.add({"a.png": "truncated", "b.png": "empty"})
+    assert [record.getMessage() for record in caplog.records] == [
+        "skipped a corrupt image: a.png (truncated)",
+        "skipped a corrupt image: b.png (empty)",
+    ]
+    with pytest.raises(LdmError, match=r"^3 of 200 images are corrupt, more than 1%: a.png, b.png"):
+        faults.add({"c.png": "empty"})
+
+
+def test_ten_are_named_and_the_rest_counted():
+    with pytest.raises(LdmError, match=r"0\.png, .*9\.png and 3 more; repair or remove them$"):
+        FaultCount(100).add({f"{n}.png": "empty" for n in range(13)})
+
+
+def shown(source, count):
+    """Which images, by the index coded in their pixels."""
+    images = sheet_images(source, 16, count)
+    assert images.dtype == torch.uint8 and images.shape[1:] == (3, 16, 16)
+    return images[:, 0, 0, 0].tolist()
+
+
+def test_the_first_images_cut_from_the_centre():
+    assert shown(Coded(20), 4) == [0, 1, 2, 3]
+    assert shown(Coded(3), 8) == [0, 1, 2]
+    image = sheet_images(Coded(1, height=16, width=20), 16, 1)[0]
+    assert image[:, 0, 0].tolist() == [0, 0, 2] and image[:, -1, -1].tolist() == [0, 15, 17]
+
+
+def test_a_corrupt_one_is_replaced_by_the_next_good_one():
+    assert shown(Coded(20, corrupt={0, 2}), 4) == [1, 3, 4, 5]
+    assert shown(Coded(20, corrupt=range(19)), 4) == [19]
+    assert shown(Coded(3, corrupt={1}), 3) == [0, 2]
+
+
+def test_none_that_can_be_read():
+    with pytest.raises(LdmError, match=r"no image can be read, not even image 0 \(truncated\)"):
+        sheet_images(Coded(5, corrupt=range(5)), 16, 2)
+
+
+def test_one_too_small():
+    with pytest.raises(LdmError, match="image 0 is 20×24, smaller than the 32×32 requested"):
+        sheet_images(Coded(5), 32, 2)
+
+
+def test_photographs():
+    assert sheet_images(open_source(DataConfig(), "val", 64), 64, 8).shape == (8, 3, 64, 64)

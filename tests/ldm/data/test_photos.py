@@ -3,7 +3,7 @@ import pytest
 from skimage import data
 
 from ldm.data import photos
-from ldm.data.photos import PHOTOGRAPHS, PhotoSource, PhotoTiles, open_photos
+from ldm.data.photos import PHOTOGRAPHS, PhotoSource
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def decoded(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_training_has_the_left_two_thirds_of_eight_photographs():
-    source = open_photos("train", 64)
+    source = PhotoSource("train", 64)
     assert len(source) == 8
     astronaut = data.astronaut()
     np.testing.assert_array_equal(source.load(0), astronaut[:, :342])
@@ -38,18 +38,18 @@ def test_training_has_the_left_two_thirds_of_eight_photographs():
 
 
 def test_all_has_the_whole_photographs_and_of_the_stereo_pair_the_left_view():
-    source = open_photos("all", 64)
+    source = PhotoSource("all", 64)
     assert len(source) == 8
     np.testing.assert_array_equal(source.load(1), data.coffee())
     np.testing.assert_array_equal(source.load(7), data.stereo_motorcycle()[0])
 
 
 def test_training_never_sees_the_held_out_third_and_tiles_do_not_overlap(coded):
-    train, tiles = PhotoSource("train", 128), PhotoTiles(128)
+    train, tiles = PhotoSource("train", 128), PhotoSource("val", 128)
     seen = {name: decoded(train.load(i))[1].max() for i, name in enumerate(PHOTOGRAPHS)}
     claimed = {name: set() for name in PHOTOGRAPHS}
     for index in range(len(tiles)):
-        name = tiles._tiles[index][0]
+        name = tiles._regions[index][0]
         rows, columns = decoded(tiles.load(index))
         assert rows.shape == (128, 128)
         assert columns.min() > seen[name]
@@ -61,7 +61,7 @@ def test_training_never_sees_the_held_out_third_and_tiles_do_not_overlap(coded):
 
 
 def test_the_first_sixteen_tiles_show_every_photograph_twice():
-    tiles = PhotoTiles(64)
+    tiles = PhotoSource("val", 64)
     names = [tiles.name(index) for index in range(16)]
     assert len(set(names)) == 16
     assert all(sum(f"'{photograph}'" in name for name in names) == 2 for photograph in PHOTOGRAPHS)
@@ -69,7 +69,7 @@ def test_the_first_sixteen_tiles_show_every_photograph_twice():
 
 @pytest.mark.parametrize("split", ["train", "val", "all"])
 def test_what_is_smaller_than_the_resolution_is_enlarged_just_enough(split):
-    source = open_photos(split, 512)
+    source = PhotoSource(split, 512)
     shapes = [source.load(index).shape for index in range(len(source))]
     assert all(min(height, width) >= 512 for height, width, _ in shapes)
     if split == "train":
@@ -81,20 +81,20 @@ def test_what_is_smaller_than_the_resolution_is_enlarged_just_enough(split):
 
 def test_the_photographs_cannot_be_changed_by_accident():
     with pytest.raises(ValueError, match="read-only"):
-        open_photos("train", 64).load(0)[0, 0, 0] = 1
+        PhotoSource("train", 64).load(0)[0, 0, 0] = 1
 
 
 def test_the_first_tiles_show_every_photograph_and_not_its_corner_alone():
-    tiles = open_photos("val", 64)
+    tiles = PhotoSource("val", 64)
     first = [tiles.name(i) for i in range(8)]
     assert all(any(name in text for text in first) for name in PHOTOGRAPHS)
     assert sum("row 0, column 0 " in text for text in first) < 4
-    assert first == [open_photos("val", 64).name(i) for i in range(8)]
+    assert first == [PhotoSource("val", 64).name(i) for i in range(8)]
 
 
 def test_with_labels_each_photograph_is_a_class():
     for split in ("train", "val", "all"):
-        source, without = (open_photos(split, 64, labels) for labels in (True, False))
+        source, without = (PhotoSource(split, 64, labels) for labels in (True, False))
         assert source.classes == PHOTOGRAPHS and without.classes == ()
         for index in range(len(source)):
             assert f"'{PHOTOGRAPHS[source.label(index)]}'" in source.name(index)

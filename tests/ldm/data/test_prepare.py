@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 
 from ldm.data import DataConfig, evaluation_batches, open_source
-from ldm.data.prepare import prepare
+from ldm.data.prepare import prepare, run_jobs
 from ldm.errors import LdmError, UsageError
 from tests.ldm.data.pictures import encode, noise, png_folder, zip_file
 
@@ -202,27 +203,29 @@ def test_more_than_one_percent_corrupt_stops_with_the_list(tmp_path, workers):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_nothing_is_enlarged(images, tmp_path, workers):
     (images / "0007.png").write_bytes(encode(noise(0, 30, 50)))
-    with pytest.raises(LdmError, match=r"0007\.png is 50×30, smaller than the 32×32 asked for"):
+    with pytest.raises(LdmError, match=r"0007\.png is 50×30, smaller than the 32×32 requested"):
         prepare(images, tmp_path / "out", size=32, shard_size=5, workers=workers)
     assert not list((tmp_path / "out").glob(".*"))
 
 
 def test_what_makes_no_sense_is_refused(images, tmp_path):
-    with pytest.raises(LdmError, match=r"there is nothing at .*nowhere: give a folder"):
+    with pytest.raises(LdmError, match=r"nowhere does not exist: give a folder"):
         here(tmp_path / "nowhere", tmp_path / "out")
     with pytest.raises(UsageError, match="is the source: choose another folder"):
         here(images, images)
-    with pytest.raises(UsageError, match="is a file: the destination is a folder"):
+    with pytest.raises(UsageError, match="is a file: the destination must be a folder"):
         here(images, images / "0000.png")
-    with pytest.raises(UsageError, match="no filter 'nearest'; there are: lanczos, box, bicubic"):
+    with pytest.raises(UsageError, match="no filter 'nearest': choose one of lanczos, box"):
         here(images, tmp_path / "out", filter="nearest")
-    with pytest.raises(UsageError, match="size=0 and shard_size=1000 must be 1 or more"):
+    with pytest.raises(UsageError, match="size=0 and shard_size=1000 must be at least 1"):
         here(images, tmp_path / "out", size=0)
     with pytest.raises(UsageError, match="holding out 25 of 25 images leaves none"):
         here(images, tmp_path / "out", held_out=25)
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "train-00000.tar").write_bytes(b"somebody's")
-    with pytest.raises(UsageError, match=r"train-00000\.tar is in the way: choose an empty folder"):
+    with pytest.raises(
+        UsageError, match=r"train-00000\.tar was not written by .*: choose an empty"
+    ):
         here(images, tmp_path / "theirs")
     (tmp_path / "out").mkdir(exist_ok=True)
     (tmp_path / "out" / "train-00000.tar.json").write_text("{cut")
@@ -249,10 +252,10 @@ def begin(source: Path, out: Path) -> subprocess.Popen:
 
 @pytest.fixture
 def large_images(tmp_path):
-    """150 images that take a while."""
+    """60 images that take a while."""
     (tmp_path / "large").mkdir()
     data = encode(noise(0, 768, 768), compress_level=1)
-    for n in range(150):
+    for n in range(60):
         (tmp_path / "large" / f"{n:03d}.png").write_bytes(data)
     return tmp_path / "large"
 
@@ -267,13 +270,13 @@ def test_ctrl_c_leaves_finished_shards_and_no_partial_files(large_images, tmp_pa
     assert "KeyboardInterrupt" in errors
     assert "Stopped" not in errors
     finished = sorted(p.name for p in out.glob("*.tar"))
-    assert 0 < len(finished) < 30
+    assert 0 < len(finished) < 12
     assert not list(out.glob(".*"))
     assert not (out / "manifest.json").exists()
     before = {name: (out / name).stat().st_mtime_ns for name in finished}
-    prepare(large_images, out, size=64, shard_size=5, workers=2)
+    here(large_images, out, size=64, shard_size=5)
     assert {name: (out / name).stat().st_mtime_ns for name in finished} == before
-    assert len(open_source(DataConfig(source=str(out)), "all", 64)) == 150
+    assert len(open_source(DataConfig(source=str(out)), "all", 64)) == 60
 
 
 def group_members(group: int) -> list[int]:
@@ -326,3 +329,46 @@ def test_names_that_are_no_utf8_are_written_readably(tmp_path):
     assert manifest["count"] == 151 and manifest["source"] == "im\\xe9ges"
     assert [skipped["name"] for skipped in manifest["skipped"]] == ["0001\\xe9.png"]
     assert here(folder, tmp_path / "out", size=32) == manifest
+
+
+def square(job, count):
+    count()
+    if job == 7:
+        raise LdmError("seven")
+    if job == 8:
+        os._exit(9)
+    return job * job
+
+
+def dawdle(job, count):
+    """`job` seconds in small pieces."""
+    for _ in range(job * 100):
+        time.sleep(0.01)
+        count()
+    return job
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_every_job_is_done_and_its_pieces_counted(processes):
+    counted = []
+    results = sorted(run_jobs(square, [1, 2, 3], processes, counted.append))
+    assert results == [1, 4, 9]
+    assert sum(counted) == 3
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_what_a_job_raises_reaches_the_caller(processes):
+    with pytest.raises(LdmError, match=r"^seven$"):
+        list(run_jobs(square, [7], processes, print))
+
+
+def test_leaving_early_ends_a_running_job_at_its_next_piece():
+    with closing(run_jobs(dawdle, [0, 60], 1, print)) as results:
+        assert next(results) == 0
+        started = time.monotonic()
+    assert time.monotonic() - started < 20
+
+
+def test_a_killed_worker_is_one_clear_line():
+    with pytest.raises(LdmError, match=r"a worker was killed, .*fewer --workers"):
+        list(run_jobs(square, [8], 1, print))

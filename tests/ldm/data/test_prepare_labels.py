@@ -152,12 +152,12 @@ def test_without_labels_nothing_speaks_of_them(images, tmp_path):
     assert list(members(tmp_path / "out" / "val-00000.tar")) == [
         f"{n:08d}.png" for n in range(16, 20)
     ]
-    with pytest.raises(UsageError, match=r"train-00000\.tar/00000000\.png has no class, a \.cls"):
+    with pytest.raises(UsageError, match=r"train-00000\.tar/00000000\.png has no \.cls member"):
         classes_of(tmp_path / "out", "all")
 
 
 def test_a_source_without_classes_is_one_clear_line_and_nothing_is_written(tmp_path):
     folder = png_folder(tmp_path / "a", [noise(0)] * 3)
-    with pytest.raises(UsageError, match=r"^.*/a/0000\.png has no class: .*leave labels out$"):
+    with pytest.raises(UsageError, match=r"^.*/a/0000\.png has no class: .*omit labels$"):
         here(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()

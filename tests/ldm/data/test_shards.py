@@ -47,7 +47,7 @@ def test_one_shard_and_a_pattern_of_shards(folder):
     shard(folder / "c-001.tar", [7])
     shard(folder / "c-002.tar", [8])
     assert len(open_shards(folder / "c-{001..002}.tar")) == 2
-    with pytest.raises(LdmError, match=r"shard .*c-003\.tar is not there"):
+    with pytest.raises(LdmError, match=r"shard .*c-003\.tar does not exist"):
         open_shards(folder / "c-{001..003}.tar")
 
 
@@ -111,7 +111,7 @@ def test_the_counts_of_a_manifest_are_checked(folder):
 def test_a_shard_of_the_manifest_that_is_missing_is_named(folder):
     manifest = manifest_of({"a-000.tar": 3, "c-000.tar": 1})
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(LdmError, match=r"c-000\.tar is not there"):
+    with pytest.raises(LdmError, match=r"c-000\.tar does not exist"):
         open_shards(folder)
 
 
@@ -130,7 +130,7 @@ def test_manifests_that_cannot_be_used(folder):
 
 def test_a_preparation_that_was_not_finished_is_refused(folder):
     (folder / "a-000.tar.json").write_text("{}")
-    with pytest.raises(LdmError, match="is not complete: run the `ldm data prepare` that began"):
+    with pytest.raises(LdmError, match="is not complete: run the same `ldm data prepare` again"):
         open_shards(folder)
 
 
@@ -146,7 +146,7 @@ def test_a_corrupt_image_and_a_shard_that_is_gone(tmp_path):
     with TarWriter(str(path), encoder=False) as writer:
         writer.write({"__key__": "1", "png": b"broken"})
     source = open_shards(path)
-    with pytest.raises(CorruptImage, match="no picture"):
+    with pytest.raises(CorruptImage, match="not an image"):
         source.load(0)
     path.unlink()
     with pytest.raises(CorruptImage, match="No such file"):
@@ -202,8 +202,8 @@ def test_the_manifest_names_the_classes(tmp_path):
     with pytest.raises(UsageError) as error:
         open_shards(tmp_path, labels=True)
     assert str(error.value) == (
-        f"{tmp_path}/a.tar/sub/0000.png is of class 1, and manifest.json names only those below 1: "
-        "prepare the images again, or leave labels out"
+        f"{tmp_path}/a.tar/sub/0000.png has class 1, but manifest.json names only classes below "
+        "1: prepare the images again, or omit labels"
     )
 
 
@@ -212,15 +212,17 @@ def test_an_image_without_cls_is_named(tmp_path):
     with pytest.raises(UsageError) as error:
         open_shards(tmp_path, labels=True)
     assert str(error.value) == (
-        f"{tmp_path}/a.tar/sub/0001.png has no class, a .cls beside it: prepare the images with "
-        "`ldm data prepare … --labels`, or leave labels out"
+        f"{tmp_path}/a.tar/sub/0001.png has no .cls member with its class: prepare the images "
+        "with `ldm data prepare … --labels`, or omit labels"
     )
 
 
 @pytest.mark.parametrize("text", [b"", b"cat", b"-1", b"1.0", b"1_0", b"1000000", b"9" * 5000])
 def test_a_cls_that_is_no_number_is_named(tmp_path, text):
     labelled_shard(tmp_path / "a.tar", [b"1", text])
-    with pytest.raises(LdmError, match=r"^.*a\.tar/sub/0001\.cls holds b'.{0,32}', not the num.*$"):
+    with pytest.raises(
+        LdmError, match=r"^.*a\.tar/sub/0001\.cls holds b'.{0,32}', not a class .*$"
+    ):
         open_shards(tmp_path, labels=True)
     assert len(open_shards(tmp_path)) == 2
 

@@ -3,7 +3,7 @@
 import numpy as np
 from skimage.transform import downscale_local_mean
 
-from ldm.data.photos import PHOTOGRAPHS, PhotoSource, PhotoTiles
+from ldm.data.photos import PHOTOGRAPHS, PhotoSource
 
 EDGE = 32
 
@@ -16,7 +16,7 @@ def photo_features(split: str, count: int, dim: int, seed: int = 0) -> np.ndarra
     """
     draw = np.random.default_rng(seed)
     if split == "val":
-        tiles = PhotoTiles(EDGE)
+        tiles = PhotoSource("val", EDGE)
         pieces = [tiles.load(index) for index in range(count)]
     else:
         photographs = PhotoSource("train", EDGE)

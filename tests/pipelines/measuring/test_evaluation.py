@@ -207,7 +207,7 @@ def test_training_data_that_is_gone_or_too_small_is_noted(tmp_path, folder):
     gone = to_tree(DataConfig(source=str(tmp_path / "gone")))
     (job,) = plan(save_run(tmp_path / "a", {"data": gone}), data=str(folder))
     assert job.seen["held_out"] is None
-    assert "not known whether" in job.seen["note"] and "gone is not there" in job.seen["note"]
+    assert "not known whether" in job.seen["note"] and "gone does not exist" in job.seen["note"]
     small = save_images(tmp_path / "small", [np.zeros((16, 16, 3), np.uint8)] * 2)
     tree = to_tree(DataConfig(source=str(small), workers=0))
     (job,) = plan(save_run(tmp_path / "b", {"data": tree}), data=str(folder))

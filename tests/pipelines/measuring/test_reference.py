@@ -177,7 +177,7 @@ def test_content_of_archives(tmp_path, folder, kind):
 def test_data_that_changes_meanwhile_is_an_error(folder):
     reference = opened(folder)
     (folder / "004.png").unlink()
-    with pytest.raises(LdmError, match=r"004.png is not there any more"):
+    with pytest.raises(LdmError, match=r"004.png no longer exists"):
         reference.content()
 
 

@@ -194,7 +194,7 @@ def test_a_damaged_model_or_missing_data_is_said(tmp_path, report):
     damaged, moved = stage_one(tmp_path / "a"), stage_one(tmp_path / "b", "data.source=gone")
     (damaged / "ckpt.pt").write_bytes(b"PK\x03\x04 not all of it")
     text = report(damaged, moved)
-    assert "ckpt.pt is truncated or damaged" in text and "gone is not there" in text
+    assert "ckpt.pt is truncated or damaged" in text and "gone does not exist" in text
     assert load_model(moved, "autoencoder").sha256[:12] in text  # known all the same
     of_two = stage_two(tmp_path / "c")
     (of_two / "ckpt.pt").write_bytes(b"PK\x03\x04 not all of it")

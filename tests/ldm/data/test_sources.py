@@ -1,0 +1,259 @@
+import io
+import multiprocessing
+import os
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+
+from ldm.data import DataConfig, open_source
+from ldm.data.sources import FolderSource, ZipSource, folder_labels, label_of
+from ldm.data.transforms import CorruptImage
+from ldm.errors import LdmError, UsageError
+from tests.ldm.data.pictures import Coded, CodedClasses, class_folder, encode, noise, zip_file
+
+
+def test_images_are_found_however_deep_and_sorted_by_relative_path(tmp_path):
+    for number, name in enumerate(["b/2.png", "a.JPG", "b/10.png", "b/c/1.webp", "z.npy"]):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".npy":
+            np.save(path, noise(number).transpose(2, 0, 1)[None])
+        else:
+            format = {".png": "PNG", ".JPG": "JPEG", ".webp": "WEBP"}[path.suffix]
+            path.write_bytes(encode(noise(number), format))
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "._a.JPG").write_bytes(b"macOS leaves these")
+    source = FolderSource(tmp_path)
+    names = ["a.JPG", "b/10.png", "b/2.png", "b/c/1.webp", "z.npy"]
+    assert [source.name(i) for i in range(len(source))] == [f"{tmp_path}/{n}" for n in names]
+    np.testing.assert_array_equal(source.load(1), noise(2))
+    np.testing.assert_array_equal(source.load(4), noise(4))
+
+
+def test_links_to_folders_are_followed_and_loops_are_not(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "1.png").write_bytes(encode(noise(0)))
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "linked").symlink_to(tmp_path / "elsewhere")
+    (images / "loop").symlink_to(images)
+    source = FolderSource(images)
+    assert [source.name(i) for i in range(len(source))] == [f"{images}/linked/1.png"]
+
+
+def test_a_file_that_is_gone_counts_as_corrupt(tmp_path):
+    (tmp_path / "1.png").write_bytes(encode(noise(0)))
+    source = FolderSource(tmp_path)
+    (tmp_path / "1.png").unlink()
+    with pytest.raises(CorruptImage, match="No such file"):
+        source.load(0)
+
+
+def test_a_folder_without_images_says_what_is_read(tmp_path):
+    (tmp_path / "labels.csv").write_text("")
+    with pytest.raises(LdmError, match=r"holds no images: \.png \.jpg .*\.npy are read"):
+        FolderSource(tmp_path)
+
+
+@pytest.fixture
+def edm_zip(tmp_path):
+    """As EDM's dataset tool lays it out, the members out of order."""
+    array = io.BytesIO()
+    np.save(array, noise(2).transpose(2, 0, 1))
+    members = {
+        "00001/img00000001.png": encode(noise(1)),
+        "dataset.json": b'{"labels": null}',
+        "00000/img00000000.png": encode(noise(0)),
+        "__MACOSX/00000/._img00000000.png": b"",
+        "00002/img00000002.npy": array.getvalue(),
+    }
+    return zip_file(tmp_path / "images.zip", members)
+
+
+def check_pixels(source):
+    for index in (2, 0, 1):
+        np.testing.assert_array_equal(source.load(index), noise(index))
+
+
+def test_a_zip_is_read_in_the_order_of_names(edm_zip):
+    source = ZipSource(edm_zip)
+    assert len(source) == 3
+    assert source.name(0) == f"{edm_zip}/00000/img00000000.png"
+    check_pixels(source)
+
+
+def test_an_open_zip_survives_pickling_and_forking(edm_zip):
+    source = ZipSource(edm_zip)
+    check_pixels(source)
+    check_pixels(pickle.loads(pickle.dumps(source)))
+    handle = source._handle
+    child = multiprocessing.get_context("fork").Process(target=check_handle, args=(source, handle))
+    child.start()
+    check_pixels(source)
+    child.join()
+    assert child.exitcode == 0
+
+
+def check_handle(source, parents_handle):
+    check_pixels(source)
+    assert source._handle is not parents_handle
+
+
+def test_a_damaged_member_is_corrupt(edm_zip):
+    data = bytearray(edm_zip.read_bytes())
+    start = data.index(b"IDAT")
+    data[start + 20 : start + 200] = bytes(180)
+    edm_zip.write_bytes(data)
+    with pytest.raises(CorruptImage):
+        ZipSource(edm_zip).load(1)
+
+
+def test_an_encrypted_member_is_corrupt(edm_zip):
+    data = bytearray(edm_zip.read_bytes())
+    # the first bit of the flags: 6 bytes into a local header, 8 into one of the directory
+    for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        data[data.index(signature) + flags] |= 1
+    edm_zip.write_bytes(data)
+    with pytest.raises(CorruptImage, match="encrypted"):
+        ZipSource(edm_zip).load(1)
+
+
+def test_a_truncated_zip_is_one_clear_line(edm_zip):
+    edm_zip.write_bytes(edm_zip.read_bytes()[:-300])
+    with pytest.raises(LdmError, match=r"images\.zip is truncated or not a zip archive: copy it"):
+        ZipSource(edm_zip)
+
+
+def test_a_zip_without_images_says_what_is_read(tmp_path):
+    path = zip_file(tmp_path / "empty.zip", {"a.txt": b""})
+    with pytest.raises(LdmError, match=r"empty\.zip holds no images: \.png"):
+        ZipSource(path)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, 99])
+def test_damage_in_any_compression_is_corrupt(tmp_path, method):
+    """Bytes zeroed, and for 99 a method that zipfile does not know."""
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED if method == 99 else method) as archive:
+        archive.writestr("a.png", encode(noise(0)))
+    data = bytearray(path.read_bytes())
+    if method == 99:
+        # the method: 8 bytes into a local header, 10 into one of the directory
+        for signature, place in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
+            data[data.index(signature) + place] = 99
+    else:
+        data[45:400] = bytes(355)
+    path.write_bytes(data)
+    with pytest.raises(CorruptImage):
+        ZipSource(path).load(0)
+
+
+def test_a_member_that_ends_too_early_is_corrupt(edm_zip, monkeypatch):
+    def read(self, name):
+        raise EOFError
+
+    monkeypatch.setattr(zipfile.ZipFile, "read", read)
+    with pytest.raises(CorruptImage, match="EOFError"):
+        ZipSource(edm_zip).load(0)
+
+
+def classified(*names):
+    classes, labels = folder_labels(names, "data")
+    return classes, labels.tolist()
+
+
+def test_the_first_folder_is_the_class_in_the_order_of_names():
+    assert classified("dog/1.png", "Dog/1.png", "cat/1.png", "cat/a/2.png", "b/cat/1.png") == (
+        ("Dog", "b", "cat", "dog"),
+        [3, 0, 2, 2, 1],
+    )
+
+
+def test_folders_that_hold_every_image_are_no_classes():
+    assert classified("x/cat/1.png", "x/dog/a/2.png") == (("cat", "dog"), [0, 1])
+    assert classified("x/y/cat/1.png", "x/y/dog/1.png") == (("cat", "dog"), [0, 1])
+    # x and xy begin alike, and are two folders all the same
+    assert classified("xy/cat/1.png", "x/cat/1.png") == (("x", "xy"), [1, 0])
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["1.png", "2.png"],
+        ["cat/1.png", "dog/1.png", "2.png"],
+        ["x/cat/1.png", "x/2.png", "x/dog/1.png"],
+        ["cat/2.png", "cat/3.png"],
+    ],
+)
+def test_an_image_outside_every_class_is_named(names):
+    with pytest.raises(UsageError) as error:
+        folder_labels(names, "data")
+    stray = next(name for name in names if not name.endswith("/1.png") or len(names) == 2)
+    assert str(error.value) == (
+        f"data/{stray} has no class: with labels, every image must be in one of two or more "
+        "folders named after the classes; move it into one, or omit labels"
+    )
+
+
+def test_folders_by_number_are_no_classes():
+    numbered = ["00000/img00000999.png", "00001/img00001000.png"]
+    with pytest.raises(UsageError, match=r"^data has numbered folders \(00000/img0.*not classes"):
+        folder_labels(numbered, "data")
+    with pytest.raises(UsageError, match="numbered folders"):
+        folder_labels([f"ffhq/{name}" for name in numbered], "data")
+    assert folder_labels(["00000/cat.png", *numbered], "data")[0] == ("00000", "00001")
+
+
+def test_names_that_are_no_utf8_can_be_written():
+    assert classified(os.fsdecode(b"\xe9/1.png"), "z/1.png") == (("z", "\\xe9"), [1, 0])
+
+
+def test_a_source_without_label_has_none():
+    assert label_of(Coded(2), 1) == -1
+    assert label_of(CodedClasses(2), 1) == 1
+
+
+FILES = {"dog/1.png": noise(0), "cat/2.png": noise(1), "cat/deep/1.png": noise(2)}
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_folders_and_zips(tmp_path, kind):
+    if kind == "folder":
+        path, source = class_folder(tmp_path / "a", FILES), FolderSource
+    else:
+        members = {f"a/{name}": encode(image) for name, image in FILES.items()}
+        path, source = zip_file(tmp_path / "a.zip", members | {"readme.txt": b""}), ZipSource
+    images = source(path, labels=True)
+    assert images.classes == ("cat", "dog")
+    again = pickle.loads(pickle.dumps(images))
+    for index, (label, number) in enumerate([(0, 1), (0, 2), (1, 0)]):
+        assert type(images.label(index)) is int
+        assert images.label(index) == again.label(index) == label
+        np.testing.assert_array_equal(images.load(index), noise(number))
+    without = source(path)
+    assert (without.classes, without.label(0)) == ((), -1)
+    assert [without.name(i) for i in range(3)] == [images.name(i) for i in range(3)]
+
+
+def test_a_folder_without_classes_is_one_clear_line(tmp_path):
+    folder = class_folder(tmp_path / "a", {"1.png": noise(0), "2.png": noise(1)})
+    assert len(open_source(DataConfig(source=str(folder)), "all", 32)) == 2
+    with pytest.raises(UsageError, match=r"^.*/a/1\.png has no class: .* omit labels$"):
+        open_source(DataConfig(source=str(folder), labels=True), "all", 32)
+
+
+@pytest.mark.parametrize("split", ["train", "val", "all"])
+def test_every_split_knows_all_classes(tmp_path, split):
+    folder = class_folder(tmp_path / "a", {f"{c}/{n}.png": noise(n) for c in "ab" for n in (0, 1)})
+    source = open_source(DataConfig(source=str(folder), labels=True, held_out=1), split, 32)
+    assert source.classes == ("a", "b")
+    for index in range(len(source)):
+        assert source.classes[source.label(index)] == source.name(index)[-7]
+    assert open_source(DataConfig(source=str(folder)), split, 32).classes == ()
+
+
+def test_the_photographs_are_classes():
+    source = open_source(DataConfig(labels=True), "val", 64)
+    assert f"'{source.classes[source.label(3)]}'" in source.name(3)
