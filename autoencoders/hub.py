@@ -7,6 +7,7 @@ README.md           the model card
 
 import re
 from collections.abc import Mapping
+from operator import methodcaller
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
@@ -14,11 +15,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from autoencoders.sdvae.formats import pick_said
+from autoencoders.sdvae.formats import pick_settings
 from ldm.checkpoint import read_safetensors, shown
 from ldm.config import to_tree
 from ldm.errors import LdmError, UsageError
 from ldm.files import to_json, write_together
+from ldm.foreign import to_safetensors
 from ldm.run_folder import installed_version
 
 LIBRARY, MODEL_TYPE, FORMAT = "ldm", "autoencoder", 1
@@ -95,8 +97,6 @@ class HubMixin(nn.Module):
         Raises:
             LdmError: the folder cannot be written.
         """
-        from safetensors.torch import save
-
         folder = Path(folder)
         described = {
             "library_name": LIBRARY,
@@ -105,28 +105,21 @@ class HubMixin(nn.Module):
             "version": installed_version(LIBRARY),
             "config": to_tree(self.config),
         }
-        if settings := pick_said(imported):
+        if settings := pick_settings(imported):
             described["imported"] = settings
-        weights = {name: tensor.contiguous().cpu() for name, tensor in self.state_dict().items()}
-        payload = save(weights, metadata={"format": "pt"})
-        card = CARD.format(
-            library=LIBRARY, encoder=self.config.encoder.type, n_z=self.config.latent_channels,
-            f=self.downsampling, parameters=sum(p.numel() for p in self.parameters()),
-        )  # fmt: skip
-        contents = {
-            "README.md": card.encode(),
-            WEIGHTS_FILE: payload,
-            "config.json": to_json(described),
+        files = {
+            folder / WEIGHTS_FILE: to_safetensors(self.state_dict()),
+            folder / "config.json": to_json(described),
         }
-        if (folder / "README.md").exists():  # keep a card that somebody wrote
-            del contents["README.md"]
-        write_together(
-            {
-                folder / name: lambda file, content=content: file.write(content)
-                for name, content in contents.items()
-            }
-        )
-        return [folder / name for name in reversed(contents)]
+        readme = folder / "README.md"
+        if not readme.exists():  # keep a card that somebody wrote
+            card = CARD.format(
+                library=LIBRARY, encoder=self.config.encoder.type, n_z=self.config.latent_channels,
+                f=self.downsampling, parameters=sum(p.numel() for p in self.parameters()),
+            )  # fmt: skip
+            files = {readme: card.encode(), **files}
+        write_together({path: methodcaller("write", text) for path, text in files.items()})
+        return list(reversed(files))
 
     def push_to_hub(self, repo_id: str, private: bool = False, token: str | None = None) -> str:
         """Save to a repository of the Hub, created if needed, and return its address.
@@ -164,49 +157,32 @@ class HubMixin(nn.Module):
 def find_pretrained(
     name_or_path: str | Path, revision: str | None = None, subfolder: str | None = None
 ) -> Path:
-    """Find the file or folder of that name, or fetch the Hub repository of that name.
-
-    Raises:
-        UsageError: a revision was given for a path on this machine.
-        LdmError: there is neither, or the Hub could not be reached.
-    """
+    """Find the file or folder of that name, or fetch the Hub repository of that name."""
     path, subfolder = Path(name_or_path), (subfolder or "").strip("/")
     if path.exists():
         if revision:
             raise UsageError(
                 f"{path} is on this machine: only a repository of the Hub has a revision"
             )
-    else:
-        if not REPOSITORY.fullmatch(str(name_or_path)):
-            raise LdmError(
-                f"no model at {name_or_path}: it is no file or folder here, nor the name of a "
-                "repository on the Hugging Face Hub (owner/name)"
-            )
-        path = _fetch(str(name_or_path), revision, subfolder)
-        if not (path / subfolder / "config.json").is_file():
-            raise LdmError(
-                f"{name_or_path} on the Hugging Face Hub holds no {subfolder or '.'}/config.json: "
-                "name the folder that has one, in a pipeline mostly vae, as its subfolder"
-            )
-    return path / subfolder
-
-
-def is_ours(described: Any) -> bool:
-    """Return whether `save_pretrained` wrote this config.json."""
-    return isinstance(described, dict) and described.get("library_name") == LIBRARY
+        return path / subfolder
+    if not REPOSITORY.fullmatch(str(name_or_path)):
+        raise LdmError(
+            f"no model at {name_or_path}: it is no file or folder here, nor the name of a "
+            "repository on the Hugging Face Hub (owner/name)"
+        )
+    path = _fetch(str(name_or_path), revision, subfolder) / subfolder
+    if not (path / "config.json").is_file():
+        raise LdmError(
+            f"{name_or_path} on the Hugging Face Hub holds no {subfolder or '.'}/config.json: "
+            "name the folder that has one, in a pipeline mostly vae, as its subfolder"
+        )
+    return path
 
 
 def read_pretrained(
     folder: Path, described: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read a folder of `save_pretrained`: (tree of an `AutoencoderConfig`, weights).
-
-    Args:
-        described: the folder's config.json.
-
-    Raises:
-        LdmError: another kind of model, a newer format, no weights, or damaged ones.
-    """
+    """Read a folder of `save_pretrained` with this config.json: (tree of a config, weights)."""
     kind, form, tree = (described.get(key) for key in ("model_type", "format", "config"))
     if kind != MODEL_TYPE or not isinstance(tree, dict):
         raise LdmError(f"{folder}/config.json describes no autoencoder, but a model_type {kind!r}")

@@ -11,8 +11,10 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ldm.config import Config
+from ldm.config import Config, validate
+from ldm.errors import LdmError, UsageError
 
 Beta = Annotated[float, Field(gt=0, lt=1)]
 
@@ -125,3 +127,68 @@ class DiscreteDenoiser(nn.Module):
         below = above - 1
         part = (wanted - table[below]) / (table[above] - table[below])
         return below + part.clamp(0, 1)
+
+
+def find_schedule(betas: Tensor | None = None, alpha_bars: Tensor | None = None) -> DiscreteConfig:
+    """Find the schedule behind a table of noise levels (Ho et al. 2020, arXiv 2006.11239).
+
+    Args:
+        betas: β_t, floating (T,).
+        alpha_bars: ᾱ_t = Π (1 − β_s), floating (T,). At least one of the two; both must fit.
+
+    Returns:
+        Number of time steps, first and last β, and their spacing; the prediction is left at ε.
+
+    Raises:
+        LdmError: they are no such tables, or of another schedule.
+    """
+    tables = [table for table in (betas, alpha_bars) if table is not None]
+    if any(t.ndim != 1 or not t.is_floating_point() or len(t) < 2 for t in tables):
+        raise LdmError("its noise levels are not a table of at least two numbers")
+    steps = len(tables[0])
+    if betas is not None:
+        ends = betas[[0, -1]].double()
+    else:
+        # Ho et al. 2020, above Equation 4: ᾱ_t = ᾱ_{t−1} (1 − β_t), and ᾱ_0 = 1 − β_0
+        below = torch.cat([alpha_bars.new_ones(1), alpha_bars])[[0, -2]].double()
+        ends = 1 - alpha_bars[[0, -1]].double() / below
+    first, last = ends.tolist()
+    # people write a β in few digits, and a table in low precision blurs the others
+    for digits in (3, 5, 7):
+        for schedule in ("scaled_linear", "linear"):
+            tree = {
+                "timesteps": steps,
+                "beta_start": float(f"{first:.{digits}g}"),
+                "beta_end": float(f"{last:.{digits}g}"),
+                "schedule": schedule,
+            }
+            try:
+                config = validate(DiscreteConfig, tree)
+            except UsageError:  # such as a last β of 1
+                continue
+            if _fits(config, betas, alpha_bars):
+                return config
+    raise LdmError(
+        f"its {steps} noise levels, β from {first:.4g} to {last:.4g}, are evenly spaced neither in "
+        "√β (scaled_linear) nor in β (linear)"
+    )
+
+
+def _fits(config: DiscreteConfig, betas: Tensor | None, alpha_bars: Tensor | None) -> bool:
+    # σ² = (1 − ᾱ) / ᾱ (Karras et al. 2022, arXiv 2206.00364, Appendix C.3.4), so ln ᾱ = −ln(1 + σ²)
+    log_alpha_bars = -F.softplus(2 * log_sigmas(config))
+    if alpha_bars is not None and not _close(alpha_bars, log_alpha_bars.exp(), 1):
+        return False
+    # Ho et al. 2020, above Equation 4: β_t = 1 − ᾱ_t / ᾱ_{t−1}
+    expected = -torch.expm1(log_alpha_bars.diff(prepend=log_alpha_bars.new_zeros(1)))
+    return betas is None or _close(betas, expected, 0)
+
+
+def _close(table: Tensor, expected: Tensor, largest: float) -> bool:
+    """Return whether a table is the expected one up to the rounding of its dtype, of which numbers
+    up to `largest` were rounded on the way."""
+    rounding = 4 * torch.finfo(table.dtype).eps
+    if table.shape != expected.shape:
+        return False
+    near = max(1e-4, rounding)
+    return torch.allclose(table.double(), expected, rtol=near, atol=largest * rounding)

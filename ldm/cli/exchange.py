@@ -70,9 +70,10 @@ def import_model(
         from pipelines.exchange.diffusion import import_diffusion
 
         _refuse("applies to autoencoders only", subfolder=subfolder, revision=revision)
-        done = import_diffusion(source, out, resolution, head_width, heads, scale_factor, force)
-        _print_written(done.paths)
-        for line in (*done.notes, f"next: ldm sample {out}"):
+        options = (resolution, head_width, heads, scale_factor, force)
+        written, notes = import_diffusion(source, out, *options)
+        _print_written(written)
+        for line in (*notes, f"next: ldm sample {out}"):
             typer.echo(line)
         return
     from pipelines.exchange.autoencoders import import_autoencoder

@@ -1,4 +1,4 @@
-"""Models in and out: other people's as a `ckpt.pt` of ours, ours as others open them."""
+"""Autoencoders in and out: other toolkits' to a `ckpt.pt` of ours, ours to their formats."""
 
 import math
 import re
@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from autoencoders.autoencoder import assemble
 from autoencoders.hub import find_pretrained
 from autoencoders.loading import AutoencoderFile, read_autoencoder
-from autoencoders.sdvae.formats import pick_said, write_compvis, write_diffusers
+from autoencoders.sdvae.formats import pick_settings, write_compvis, write_diffusers
 from ldm.checkpoint import Kind, ModelFile, load_model, save_model
 from ldm.config import to_tree
 from ldm.errors import LdmError, UsageError
@@ -26,20 +26,23 @@ def import_autoencoder(
     revision: str | None = None,
     force: bool = False,
 ) -> list[Path]:
-    """Write a model file of ours, and its `.safetensors` twin, of any autoencoder that can be read.
+    """Convert any autoencoder that can be read to a model file of ours and its `.safetensors` twin.
 
-    It says where its weights come from, and nothing of how they were trained.
+    The file records where its weights come from, not how they were trained.
 
     Args:
-        source: what `load_autoencoder` takes, or a Hub repository.
+        source: a path for `load_autoencoder`, or a Hub repository.
         out: the `.pt` to write.
-        subfolder: where in the source the autoencoder is.
+        subfolder: folder of the autoencoder inside the source.
         revision: branch, tag or commit of a Hub repository.
-        force: write over a file that is there.
+        force: overwrite existing files.
+
+    Returns:
+        The files written.
 
     Raises:
-        UsageError: `out` is no `.pt` or is the source, or a revision of what is on this machine.
-        LdmError: the source cannot be read, or `out` is there already.
+        UsageError: `out` is no `.pt` or is the source, or a revision was given for a local path.
+        LdmError: the source cannot be read, or `out` exists.
     """
     paths = import_paths(source, out, force)
     path = find_pretrained(source, revision, subfolder)
@@ -51,10 +54,10 @@ def import_autoencoder(
         "sha256": {file.name: file_sha256(file) for file in found.files},
     }
     subfolder = (subfolder or "").strip("/")
-    asked = {"subfolder": subfolder, "revision": revision, "commit": _commit(path)}
-    origin |= {key: value for key, value in asked.items() if value}
+    requested = {"subfolder": subfolder, "revision": revision, "commit": _commit(path)}
+    origin |= {key: value for key, value in requested.items() if value}
     before = _imported(found)
-    origin |= pick_said(before)
+    origin |= pick_settings(before)
     if "source" in before:  # it was imported once already
         origin["imported"] = before
     model = ModelFile(
@@ -72,24 +75,27 @@ def export_autoencoder(
     scaling_factor: float | None = None,
     force: bool = False,
 ) -> list[Path]:
-    """Write an autoencoder in a format of others.
+    """Write an autoencoder in the format of another toolkit.
 
     Args:
         out: a folder for diffusers and hub, a `.safetensors` or `.ckpt` for compvis.
-        model: what `load_autoencoder` takes; the newest run if left out.
-        scaling_factor: 1 ÷ the standard deviation of its latents, which diffusers writes down. Left
-            out: what an imported model came with, else SD-VAE's.
-        force: write over files that are there.
+        model: a path for `load_autoencoder`. Default: the newest run.
+        scaling_factor: 1 ÷ the standard deviation of its latents, which diffusers stores. Default:
+            that of an imported model, else SD-VAE's.
+        force: overwrite existing files, but never a run or a model of ours.
+
+    Returns:
+        The files written.
 
     Raises:
-        UsageError: `out` is not of the format's kind, or is a model or the folder of a run, with
-            `force` as without, or a scaling factor is not above 0.
-        LdmError: the model cannot be read or expressed, or `out` is there already.
+        UsageError: `out` is not of the format's kind, or is a model or the folder of a run, or the
+            scaling factor is not above 0.
+        LdmError: the model cannot be read or expressed, or `out` exists.
     """
     if form not in get_args(ExportFormat):
-        raise UsageError(f"--format {form}: there are {', '.join(get_args(ExportFormat))}")
+        raise UsageError(f"--format {form}: must be one of {', '.join(get_args(ExportFormat))}")
     if scaling_factor is not None and not 0 < scaling_factor < math.inf:
-        raise UsageError(f"--scaling-factor {scaling_factor}: it must be above 0, and finite")
+        raise UsageError(f"--scaling-factor {scaling_factor}: must be above 0 and finite")
     refuse_our_own(out, is_named=model is not None)
     is_file = out.suffix in (".safetensors", ".ckpt")
     if is_file != (form == "compvis") or out.suffix == ".pt":
@@ -99,7 +105,7 @@ def export_autoencoder(
     path = model or newest_run("autoencoder")
     found = read_autoencoder(path)
     if any(out.resolve() in (file.resolve(), file.resolve().parent) for file in found.files):
-        raise UsageError(f"{out} is where the model to export is: give OUT another name")
+        raise UsageError(f"{out} is the folder of the model to export: give OUT another name")
     ae = assemble(found, path)
     if form == "hub":
         return ae.save_pretrained(out, _imported(found))
@@ -109,24 +115,19 @@ def export_autoencoder(
 
 
 def _imported(found: AutoencoderFile) -> dict[str, Any]:
-    """What a model came with when it was imported; nothing where it was trained here."""
+    """The settings that a model was imported with; empty where it was trained here."""
     imported = found.provenance.get("imported")
     return imported if isinstance(imported, dict) else {}
 
 
 def import_paths(source: str, out: Path, force: bool) -> list[Path]:
-    """The files that an import writes: `out` and its `.safetensors` twin.
-
-    Raises:
-        UsageError: `out` is no `.pt`, or one of the files is the source itself.
-        LdmError: one of them is there already, and `force` is not given.
-    """
+    """The files that an import writes, `out` and its `.safetensors` twin, if it may."""
     if out.suffix != ".pt":
         raise UsageError(f"{out}: the file to write must end in .pt, such as {out.stem}.pt")
     paths = [out, out.with_suffix(".safetensors")]
     same = next((path for path in paths if path.resolve() == Path(source).resolve()), None)
     if same:
-        raise UsageError(f"{same} is what is to be imported: give OUT.pt another name")
+        raise UsageError(f"{same} is the model to import: give OUT.pt another name")
     refuse_to_overwrite(paths, force)
     return paths
 
@@ -135,26 +136,19 @@ def refuse_our_own(out: Path, is_named: bool) -> None:
     """Refuse to export over a run's folder or a model file of ours, forced or not.
 
     Args:
-        is_named: whether the model to export was named; else `out` may be it, and OUT forgotten.
-
-    Raises:
-        UsageError: `out` is one.
+        is_named: whether the model to export was given; if not, `out` may be meant as the model.
     """
     if _is_ours(out):
         if not is_named:
             raise UsageError(f"{out} is a model, and OUT is missing: ldm export {out} OUT")
-        raise UsageError(f"{out} is a model or a run of yours: give OUT another name")
+        raise UsageError(f"{out} is a run or a model of yours: give OUT another name")
 
 
 def refuse_to_overwrite(paths: list[Path], force: bool) -> None:
-    """Refuse to write over files, unless forced.
-
-    Raises:
-        LdmError: one of them is there already.
-    """
+    """Refuse to overwrite files, unless forced."""
     there = next((path for path in paths if path.exists()), None)
     if there and not force:
-        raise LdmError(f"{there} is there already: give another name, or --force to write over it")
+        raise LdmError(f"{there} exists: give another name, or --force to overwrite it")
 
 
 def file_sha256(path: Path) -> str:
@@ -164,7 +158,7 @@ def file_sha256(path: Path) -> str:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a path is a run's folder or a model file of ours, not to be written over."""
+    """Return whether a path is a run's folder or a model file of ours."""
     if path.is_dir():
         return any((path / name).exists() for name in ("run.json", "ckpt.pt"))
     for kind in get_args(Kind):
@@ -175,6 +169,6 @@ def _is_ours(path: Path) -> bool:
 
 
 def _commit(path: Path) -> str | None:
-    """The commit that a folder of the Hub's cache (…/snapshots/<commit>) is of; None: no such."""
+    """The commit in the path of a Hub's cache folder (…/snapshots/<commit>); None: no such path."""
     found = re.search(r"/snapshots/([0-9a-f]{40})(/|$)", path.absolute().as_posix())
     return found[1] if found else None

@@ -1,16 +1,12 @@
-"""From a table of noise levels, as checkpoints of discrete time hold them, to their schedule.
+"""Latent diffusion models in and out: CompVis's and diffusers' to a `ckpt.pt` of ours, our network
+to diffusers' `UNet2DModel`.
 
-Latent diffusion models of others, read: CompVis' checkpoints and diffusers' pipelines.
-
-They are a UNet of discrete time, the noise levels it was trained with, a KL autoencoder, and what
-is done to latents between the two: z = (latents − mean) · scale ÷ std, in most by the scale alone.
-
-Latent diffusion models in and out: CompVis' and diffusers' as a `ckpt.pt` of ours, our network
-as diffusers' `UNet2DModel`.
+Such a model is a UNet of discrete time, the noise levels it was trained with, a KL autoencoder, and
+the scaling of latents between the two: z = (latents − mean) · scale ÷ std, in most by the scale
+alone.
 """
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,33 +15,17 @@ from torch import Tensor
 
 from autoencoders.autoencoder import assemble
 from autoencoders.loading import AutoencoderFile, read_autoencoder
-from autoencoders.sdvae.formats import SCALING_FACTOR, find_prefix
-from diffusion.build import build_network
-from diffusion.discrete import DiscreteConfig, DiscreteDenoiser, log_sigmas
-from diffusion.edm import EDMConfig
-from diffusion.formats import (
-    PICKLED_FILE,
-    WEIGHTS_FILE,
-    read_compvis,
-    read_diffusers,
-    write_diffusers,
-)
-from diffusion.unet import UNetConfig
-from ldm.checkpoint import (
-    ModelFile,
-    build_with,
-    is_safetensors,
-    open_safetensors,
-    refuse_overstated,
-    save_model,
-    shown,
-)
+from autoencoders.sdvae.formats import COMPVIS_FIRST, COMPVIS_PREFIXES, SCALING_FACTOR
+from diffusion.discrete import DiscreteConfig, DiscreteDenoiser, find_schedule
+from diffusion.formats import read_compvis, read_diffusers, write_diffusers
+from diffusion.unet import UNet, UNetConfig
+from ldm.checkpoint import ModelFile, build_with, refuse_overstated, save_model, shown
 from ldm.config import to_tree, validate
 from ldm.data import DataConfig
-from ldm.errors import LdmError, UsageError
-from ldm.files import read_json, write_json
+from ldm.errors import LdmError, UsageError, check_at_least
+from ldm.files import write_json
+from ldm.foreign import find_prefix, read_described, read_weights, weights_files
 from ldm.run_folder import newest_run, provenance
-from ldm.safe_pickle import read_foreign
 from pipelines.exchange.autoencoders import (
     file_sha256,
     import_paths,
@@ -55,78 +35,14 @@ from pipelines.exchange.autoencoders import (
 from pipelines.recipes import DiffusionRecipe, latent_shape
 from pipelines.sampling.model import LatentModel
 
-
-def find_schedule(betas: Tensor | None = None, alpha_bars: Tensor | None = None) -> DiscreteConfig:
-    """The schedule that a table of noise levels was made from (Ho et al. 2020, arXiv 2006.11239).
-
-    Args:
-        betas: β_t, floating (T,).
-        alpha_bars: ᾱ_t = Π (1 − β_s), floating (T,). One of the two at least, and both must fit.
-
-    Returns:
-        Number of time steps, first and last β, and their spacing; the prediction is left at ε.
-
-    Raises:
-        LdmError: they are no such tables, or of a schedule that `DiscreteConfig` cannot say.
-    """
-    tables = [table for table in (betas, alpha_bars) if table is not None]
-    if any(t.ndim != 1 or not t.is_floating_point() or len(t) < 2 for t in tables):
-        raise LdmError("its noise levels are no table of two numbers or more")
-    steps = len(tables[0])
-    if betas is not None:
-        ends = betas[[0, -1]].double()
-    else:
-        # Ho et al. 2020, above Equation 4: ᾱ_t = ᾱ_{t−1} (1 − β_t), and ᾱ_0 = 1 − β_0
-        below = torch.cat([alpha_bars.new_ones(1), alpha_bars])[[0, -2]].double()
-        ends = 1 - alpha_bars[[0, -1]].double() / below
-    first, last = ends.tolist()
-    # people write a β in few digits, and a table in low precision blurs the others
-    for digits in (3, 5, 7):
-        for schedule in ("scaled_linear", "linear"):
-            tree = {
-                "timesteps": steps,
-                "beta_start": float(f"{first:.{digits}g}"),
-                "beta_end": float(f"{last:.{digits}g}"),
-                "schedule": schedule,
-            }
-            try:
-                config = validate(DiscreteConfig, tree)
-            except UsageError:  # such as a last β of 1
-                continue
-            if _fits(config, betas, alpha_bars):
-                return config
-    raise LdmError(
-        f"its {steps} noise levels, β from {first:.4g} to {last:.4g}, are of another schedule than "
-        "those known here, evenly spaced in √β (scaled_linear) or β (linear)"
-    )
-
-
-def _fits(config: DiscreteConfig, betas: Tensor | None, alpha_bars: Tensor | None) -> bool:
-    # σ² = (1 − ᾱ) / ᾱ (Karras et al. 2022, arXiv 2206.00364, Appendix C.3.4), so ln ᾱ = −ln(1 + σ²)
-    log_alpha_bars = -torch.nn.functional.softplus(2 * log_sigmas(config))
-    if alpha_bars is not None and not _close(alpha_bars, log_alpha_bars.exp(), 1):
-        return False
-    # Ho et al. 2020, above Equation 4: β_t = 1 − ᾱ_t / ᾱ_{t−1}
-    expected = -torch.expm1(log_alpha_bars.diff(prepend=log_alpha_bars.new_zeros(1)))
-    return betas is None or _close(betas, expected, 0)
-
-
-def _close(table: Tensor, expected: Tensor, largest: float) -> bool:
-    """Whether a table is the expected one but for its dtype's rounding, of numbers of up to 1 where
-    they came from a subtraction or a product."""
-    rounding = 4 * torch.finfo(table.dtype).eps
-    if table.shape != expected.shape:
-        return False
-    near = max(1e-4, rounding)
-    return torch.allclose(table.double(), expected, rtol=near, atol=largest * rounding)
-
-
+RESOLUTION = 256
+"""Side of images in pixels unless known: that of CompVis's models."""
 HEAD_WIDTH = 32
-"""Channels of an attention head where nobody says it: those of most of CompVis' models."""
+"""Channels of an attention head unless given: those of most of CompVis's models."""
 
 FIRST_STAGE = "first_stage_model."
 SCHEDULER = "scheduler/scheduler_config.json"
-# what diffusers' schedulers mean where a config of theirs leaves it out
+# the defaults of diffusers' schedulers
 SCHEDULER_DEFAULTS = {
     "num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02,
     "prediction_type": "epsilon",
@@ -136,7 +52,7 @@ SCHEDULES = ("linear", "scaled_linear")
 
 
 class ForeignModel(NamedTuple):
-    """A latent diffusion model of others, as it was read."""
+    """A latent diffusion model of another toolkit."""
 
     format: str
     """compvis or diffusers."""
@@ -144,54 +60,53 @@ class ForeignModel(NamedTuple):
     weights: dict[str, Tensor]
     """The network's, by our names."""
     files: tuple[Path, ...]
-    """Those that hold weights."""
+    """The files that hold weights."""
     autoencoder: AutoencoderFile
     denoiser: DiscreteConfig
     scale: float
-    """What latents are multiplied by."""
+    """Factor that multiplies latents."""
     mean: list[float]
-    """Of the latents, per channel."""
+    """Mean of the latents, per channel."""
     std: list[float]
-    """What they are divided by besides, per channel."""
+    """Divisor of the latents besides the scale, per channel."""
     side: int | None = None
-    """Of the latents it was trained on, where it is said."""
+    """Side of the latents it was trained on, if known."""
     notes: tuple[str, ...] = ()
-    """What had to be assumed, a line each."""
+    """Assumptions made, a line each."""
 
 
-# ---------------------------------------------------------------------------- CompVis' files
+# ------------------------------------------------------------------------------------ CompVis
 def read_checkpoint(
     path: Path,
     head_width: int | None = None,
     heads: int | None = None,
     scale_factor: float | None = None,
 ) -> ForeignModel:
-    """A CompVis checkpoint of a whole latent diffusion model, its UNet averaged where it can be.
+    """Read a CompVis checkpoint of a whole latent diffusion model; averaged weights come first.
 
     Args:
         path: a `.ckpt`, `.pt` or `.safetensors`.
-        head_width: channels of an attention head; 32 where `heads` is left out, too.
+        head_width: channels of an attention head; 32 if `heads` is left out, too.
         heads: heads of every attention.
-        scale_factor: what its latents are multiplied by; None: what the checkpoint says.
-
-    Raises:
-        LdmError: it cannot be read, is no such model or one that ours cannot be, or does not say
-            its scale.
+        scale_factor: factor that multiplies latents; None: the checkpoint's.
     """
-    names, buffers = _read_buffers(path)
-    if any(name.startswith(f"{FIRST_STAGE}quantize.") for name in names):
-        raise _quantised(path, "as in CompVis' models of FFHQ and CelebA-HQ")
+    tensors = read_weights(path)
+    if any(name.startswith(f"{FIRST_STAGE}quantize.") for name in tensors):
+        raise _quantised(path, "as CompVis' models of FFHQ and CelebA-HQ")
     network, weights = read_compvis(path, head_width or HEAD_WIDTH, heads)
-    if find_prefix(names) != FIRST_STAGE:
+    if find_prefix(tensors, COMPVIS_PREFIXES, COMPVIS_FIRST) != FIRST_STAGE:
         raise LdmError(
             f"{path} holds a UNet without its autoencoder ({FIRST_STAGE}…): give the checkpoint of "
             "the whole model"
         )
+    wanted = ("betas", "alphas_cumprod", "scale_factor")
+    buffers = {name: tensors[name] for name in wanted if name in tensors}
+    refuse_overstated(buffers, path)
     if scale_factor is None:
         if "scale_factor" not in buffers:
             raise LdmError(
-                f"{path} does not say what its latents are multiplied by: give --scale-factor, the "
-                "scale_factor of its yaml, 1 where there is none"
+                f"{path} has no scale for its latents: give --scale-factor, the scale_factor of "
+                "its yaml, or 1 if there is none"
             )
         scale_factor = _scale(buffers["scale_factor"], path)
     denoiser, notes = DiscreteConfig(), []
@@ -201,119 +116,69 @@ def read_checkpoint(
         except LdmError as error:
             raise LdmError(f"{path} cannot be used: {error}") from error
     else:
-        notes.append("it holds no table of its noise levels: these are those of CompVis' models")
+        notes.append("it has no table of noise levels: those of CompVis' models are assumed")
     if not (head_width or heads):
         notes.append(
-            f"no checkpoint tells its attention's heads, taken to be {HEAD_WIDTH} channels wide: "
-            "see num_head_channels or num_heads in its yaml, and give --head-width or --heads"
+            f"attention heads are assumed to be {HEAD_WIDTH} channels wide: compare "
+            "num_head_channels or num_heads in its yaml, and give --head-width or --heads"
         )
-    found = read_autoencoder(path)
     n_z = network.latent_channels
     return ForeignModel(
-        "compvis", network, weights, (path,), found, denoiser, scale_factor, [0.0] * n_z,
-        [1.0] * n_z, notes=tuple(notes),
+        "compvis", network, weights, (path,), read_autoencoder(path), denoiser, scale_factor,
+        [0.0] * n_z, [1.0] * n_z, notes=tuple(notes),
     )  # fmt: skip
 
 
-def _read_buffers(path: Path) -> tuple[list[str], dict[str, Tensor]]:
-    """The names of all tensors of a checkpoint, and those that tell of noise levels and scale."""
-    wanted = ("betas", "alphas_cumprod", "scale_factor")
-    if is_safetensors(path):
-        with open_safetensors(path) as file:
-            names = list(file.keys())
-            buffers = {name: file.get_tensor(name) for name in wanted if name in names}
-        return names, buffers
-    tree: Any = read_foreign(path)
-    tree = tree.get("state_dict", tree) if isinstance(tree, dict) else {}
-    tensors = tree if isinstance(tree, dict) else {}
-    buffers = {name: tensors[name] for name in wanted if isinstance(tensors.get(name), Tensor)}
-    refuse_overstated(buffers, path)
-    return [name for name in tensors if isinstance(name, str)], buffers
-
-
-def _scale(given: Any, path: Path) -> float:
-    """A scale that a file says.
-
-    Raises:
-        LdmError: it is no number above 0.
-    """
-    try:
-        scale = float(given)
-    except (TypeError, ValueError, RuntimeError):
-        scale = math.nan
-    if not 0 < scale < math.inf:
-        said = shown(str(given.tolist() if isinstance(given, Tensor) else given))
-        raise LdmError(f"{path} multiplies its latents by {said}, no scale: give --scale-factor")
-    return scale
-
-
-def _quantised(path: Path, where: str) -> LdmError:
-    return LdmError(
-        f"{path} has a vector-quantised autoencoder, {where}: only models on a KL autoencoder are "
-        "read"
-    )
-
-
-# ------------------------------------------------------------------------- diffusers' folders
+# ---------------------------------------------------------------------------------- diffusers
 def read_folder(folder: Path, scale_factor: float | None = None) -> ForeignModel:
-    """The folder of a diffusers pipeline: `unet/`, `scheduler/`, and an `AutoencoderKL` in `vae/`
-    or, as their `LDMPipeline` calls it, `vqvae/`.
+    """Read the folder of a diffusers pipeline: `unet/`, `scheduler/`, and an `AutoencoderKL` in
+    `vae/` or, as their `LDMPipeline` calls it, `vqvae/`.
 
     Args:
-        scale_factor: what its latents are multiplied by; None: what the autoencoder says.
-
-    Raises:
-        LdmError: a part is not there, cannot be read, or is one that ours cannot be.
+        scale_factor: factor that multiplies latents; None: the autoencoder's.
     """
     unet = folder / "unet"
     vae = next((at for at in (folder / "vae", folder / "vqvae") if at.is_dir()), folder / "vae")
     for path in (unet / "config.json", vae / "config.json", folder / SCHEDULER):
         if not path.is_file():
             raise LdmError(
-                f"{path} is not there: --diffusion takes the folder of a diffusers pipeline, with "
+                f"{path} is missing: --diffusion takes the folder of a diffusers pipeline, with "
                 "unet/, vae/ and scheduler/, or a CompVis checkpoint"
             )
-    if _read_json(vae / "config.json").get("_class_name") == "VQModel":
-        raise _quantised(vae, "as diffusers' LDMPipelines mostly have")
+    if read_described(vae / "config.json").get("_class_name") == "VQModel":
+        raise _quantised(vae, "as most of diffusers' LDMPipelines")
     network, weights = read_diffusers(unet)
     denoiser = _read_scheduler(folder / SCHEDULER)
     autoencoder = read_autoencoder(vae)
-    said = autoencoder.provenance.get("imported", {})
+    settings = autoencoder.provenance.get("imported", {})
     if scale_factor is None:
-        scale_factor = _scale(said.get("scaling_factor", SCALING_FACTOR), vae / "config.json")
+        scale_factor = _scale(settings.get("scaling_factor", SCALING_FACTOR), vae / "config.json")
     n_z = network.latent_channels
-    mean = said.get("latents_mean", [said.get("shift_factor", 0.0)] * n_z)
-    std = said.get("latents_std", [1.0] * n_z)
+    mean = settings.get("latents_mean", [settings.get("shift_factor", 0.0)] * n_z)
+    std = settings.get("latents_std", [1.0] * n_z)
     if not (_are_numbers(mean, n_z) and _are_numbers(std, n_z) and min(std) > 0):
         raise LdmError(
-            f"{vae}/config.json: latents_mean, latents_std or shift_factor are no statistics of "
-            f"{n_z} channels"
+            f"{vae}/config.json: latents_mean, latents_std or shift_factor are not {n_z} numbers"
         )
-    side = _read_json(unet / "config.json").get("sample_size")
-    file = next(at for name in (WEIGHTS_FILE, PICKLED_FILE) if (at := unet / name).is_file())
+    side = read_described(unet / "config.json").get("sample_size")
     return ForeignModel(
-        "diffusers", network, weights, (file, *autoencoder.files), autoencoder, denoiser,
+        "diffusers", network, weights,
+        (*weights_files(unet, pickled=True), *autoencoder.files), autoencoder, denoiser,
         scale_factor, mean, std, side if isinstance(side, int) and side > 0 else None,
     )  # fmt: skip
 
 
 def _read_scheduler(path: Path) -> DiscreteConfig:
-    """The noise levels and the prediction of a diffusers scheduler.
-
-    Raises:
-        LdmError: they are none that our denoiser can be told.
-    """
-    described = SCHEDULER_DEFAULTS | _read_json(path)
+    """The noise levels and the prediction of a diffusers scheduler."""
+    described: dict[str, Any] = SCHEDULER_DEFAULTS | read_described(path)
     try:
-        if described["prediction_type"] not in PREDICTIONS:
-            raise _unknown(described, "prediction_type", PREDICTIONS)
+        _check_known(described, "prediction_type", tuple(PREDICTIONS))
         if described.get("rescale_betas_zero_snr"):
-            raise LdmError("rescale_betas_zero_snr is not known here")
+            raise LdmError("rescale_betas_zero_snr is not supported")
         if described.get("trained_betas"):
             config = find_schedule(torch.tensor(described["trained_betas"], dtype=torch.float64))
-        elif described.get("beta_schedule") not in SCHEDULES:
-            raise _unknown(described, "beta_schedule", SCHEDULES)
         else:
+            _check_known(described, "beta_schedule", SCHEDULES)
             tree = {key: described[key] for key in ("beta_start", "beta_end")}
             tree |= {"timesteps": described["num_train_timesteps"]}
             config = validate(DiscreteConfig, tree | {"schedule": described["beta_schedule"]})
@@ -322,16 +187,28 @@ def _read_scheduler(path: Path) -> DiscreteConfig:
     return config.model_copy(update={"prediction": PREDICTIONS[described["prediction_type"]]})
 
 
-def _unknown(described: dict[str, Any], key: str, known: Iterable[str]) -> LdmError:
-    said = f"is {described[key]!r}" if key in described else "is not said"
-    return LdmError(f"{key} {said}, only {' and '.join(known)} are known")
+def _check_known(described: dict[str, Any], key: str, known: tuple[str, ...]) -> None:
+    if described.get(key) not in known:
+        given = f"is {described[key]!r}" if key in described else "is missing"
+        raise LdmError(f"{key} {given}, only {' and '.join(known)} are supported")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    tree = read_json(path)
-    if tree is None:
-        raise LdmError(f"{path} is not a JSON object: copy or write it again")
-    return tree
+# ------------------------------------------------------------------------------------ of both
+def _scale(given: Any, path: Path) -> float:
+    try:
+        scale = float(given)
+    except (TypeError, ValueError, RuntimeError):
+        scale = math.nan
+    if not 0 < scale < math.inf:
+        value = shown(str(given.tolist() if isinstance(given, Tensor) else given))
+        raise LdmError(f"{path} scales its latents by {value}, not above 0: give --scale-factor")
+    return scale
+
+
+def _quantised(path: Path, like: str) -> LdmError:
+    return LdmError(
+        f"{path} has a vector-quantised autoencoder, {like}: only KL autoencoders are supported"
+    )
 
 
 def _are_numbers(values: Any, count: int) -> bool:
@@ -342,20 +219,7 @@ def _are_numbers(values: Any, count: int) -> bool:
     )
 
 
-RESOLUTION = 256
-"""Side of images in pixels where nobody says it: that of CompVis' models."""
-
-
-class Imported(NamedTuple):
-    """What an import did."""
-
-    paths: list[Path]
-    """The files that it wrote."""
-    notes: list[str]
-    """Lines for the person who asked: what the model is, and what had to be assumed."""
-
-
-# ------------------------------------------------------------------------------------- in
+# -------------------------------------------------------------------------------------- in
 def import_diffusion(
     source: str,
     out: Path,
@@ -364,35 +228,30 @@ def import_diffusion(
     heads: int | None = None,
     scale_factor: float | None = None,
     force: bool = False,
-) -> Imported:
-    """Write a model file of ours, and its `.safetensors` twin, of a latent diffusion model.
+) -> tuple[list[Path], list[str]]:
+    """Convert a latent diffusion model to a model file of ours and its `.safetensors` twin.
 
     Args:
         source: a CompVis checkpoint with its first stage, or the folder of a diffusers pipeline
             (`unet/`, `vae/`, `scheduler/`).
         out: the `.pt` to write.
-        resolution: side of its images, in pixels. Left out: what a folder says, else 256.
-        head_width: of a checkpoint, channels of an attention head; 32 if `heads` is left out, too.
-        heads: of a checkpoint, heads of every attention.
-        scale_factor: what its latents are multiplied by. Left out: what the source says.
-        force: write over files that are there.
+        resolution: side of its images, in pixels. Default: the folder's, else 256.
+        head_width: for a checkpoint, channels of an attention head. Default: 32, without `heads`.
+        heads: for a checkpoint, heads of every attention.
+        scale_factor: factor that multiplies its latents. Default: the source's.
+        force: overwrite existing files.
+
+    Returns:
+        The files written, and lines to print: a summary of the model, and the assumptions made.
 
     Raises:
         UsageError: `out` is no `.pt` or is the source, or an option has no meaning.
-        LdmError: the source cannot be read, has parts that we do not have, or leaves its scale
-            open; or `out` is there already.
+        LdmError: the source cannot be read, has parts that we lack, or has no scale; or `out`
+            exists.
     """
     paths = import_paths(source, out, force)
-    _check_options(resolution, head_width, heads, scale_factor)
     path = Path(source)
-    if path.is_dir():
-        if head_width or heads:
-            raise UsageError(f"{path} says its heads: leave out --head-width and --heads")
-        found = read_folder(path, scale_factor)
-    elif path.is_file():
-        found = read_checkpoint(path, head_width, heads, scale_factor)
-    else:
-        raise LdmError(f"no model at {path}: --diffusion takes a file or a folder on this machine")
+    found = _read(path, resolution, head_width, heads, scale_factor)
     ae = assemble(found.autoencoder, path)
     n_z, f = ae.config.latent_channels, ae.downsampling
     if found.network.latent_channels != n_z:
@@ -400,7 +259,7 @@ def import_diffusion(
             f"{path} does not fit together: its UNet is for latents of "
             f"{found.network.latent_channels} channels, its autoencoder's have {n_z}"
         )
-    network = build_with(lambda: build_network(found.network), found.weights, path)
+    network = build_with(lambda: UNet(found.network), found.weights, path)
     recipe = DiffusionRecipe(
         resolution=resolution or (found.side * f if found.side else RESOLUTION),
         network=found.network, denoiser=found.denoiser,
@@ -408,8 +267,8 @@ def import_diffusion(
     )  # fmt: skip
     if recipe.resolution % (f * network.factor):
         raise UsageError(
-            f"resolution {recipe.resolution}: it must be a multiple of {f * network.factor}, by "
-            "which its autoencoder and UNet divide"
+            f"resolution {recipe.resolution}: must be a multiple of {f * network.factor}, by which "
+            "its autoencoder and UNet divide"
         )
     statistics = {
         # their z = (latents − mean) · scale ÷ std is the codec's, of σ_data = 1
@@ -420,70 +279,86 @@ def import_diffusion(
     inner = ModelFile("autoencoder", to_tree(ae.config), ae.state_dict())
     root = path if path.is_dir() else path.parent
     sums = {file.relative_to(root).as_posix(): file_sha256(file) for file in found.files}
-    origin = {
+    imported = {
         "source": source, "format": found.format, "scale_factor": found.scale, "sha256": sums,
     }  # fmt: skip
-    told = provenance() | {"imported": origin, "autoencoder_sha256": inner.sha256}
+    origin = provenance() | {"imported": imported, "autoencoder_sha256": inner.sha256}
     weights = network.state_dict()
-    save_model(out, ModelFile("diffusion", to_tree(recipe), weights, statistics, told, inner))
-    latents = " × ".join(map(str, latent_shape(recipe, ae)))
-    parameters = sum(tensor.numel() for tensor in weights.values())
-    levels = found.denoiser
-    notes = [
+    save_model(out, ModelFile("diffusion", to_tree(recipe), weights, statistics, origin, inner))
+    return paths, _summary(found, recipe, latent_shape(recipe, ae))
+
+
+def _read(
+    path: Path, resolution: int | None, head_width: int | None, heads: int | None,
+    scale_factor: float | None,
+) -> ForeignModel:  # fmt: skip
+    check_at_least(1, resolution=resolution, head_width=head_width, heads=heads)
+    if head_width and heads:
+        raise UsageError("--head-width and --heads exclude each other: give one of them")
+    if scale_factor is not None and not 0 < scale_factor < math.inf:
+        raise UsageError(f"--scale-factor {scale_factor}: must be above 0 and finite")
+    if path.is_dir():
+        if head_width or heads:
+            raise UsageError(f"{path} says its heads: leave out --head-width and --heads")
+        return read_folder(path, scale_factor)
+    if path.is_file():
+        return read_checkpoint(path, head_width, heads, scale_factor)
+    raise LdmError(f"no model at {path}: --diffusion takes a file or a folder on this machine")
+
+
+def _summary(
+    found: ForeignModel, recipe: DiffusionRecipe, shape: tuple[int, int, int]
+) -> list[str]:
+    parameters = sum(tensor.numel() for tensor in found.weights.values())
+    levels, side = found.denoiser, recipe.resolution
+    return [
         f"UNet of {parameters:,} parameters, {found.network.classes or 'no'} classes; latents "
-        f"{latents}, times {found.scale:.5g}; images {recipe.resolution}×{recipe.resolution}",
+        f"{' × '.join(map(str, shape))}, times {found.scale:.5g}; images {side}×{side}",
         f"it predicts {levels.prediction}; {levels.timesteps} noise levels, β {levels.beta_start:g}"
         f" to {levels.beta_end:g} ({levels.schedule})",
         *found.notes,
     ]
-    return Imported(paths, notes)
-
-
-def _check_options(
-    resolution: int | None, head_width: int | None, heads: int | None, scale_factor: float | None
-) -> None:
-    given = {"resolution": resolution, "head-width": head_width, "heads": heads}
-    for name, value in given.items():
-        if value is not None and value < 1:
-            raise UsageError(f"--{name} {value}: it must be at least 1")
-    if head_width and heads:
-        raise UsageError("--head-width and --heads say the same: give one of them")
-    if scale_factor is not None and not 0 < scale_factor < math.inf:
-        raise UsageError(f"--scale-factor {scale_factor}: it must be above 0, and finite")
 
 
 # ------------------------------------------------------------------------------------ out
 NOTE = "ldm.json"
-"""What an exported network's folder says beside diffusers' own config."""
+"""The file beside diffusers' own that says how to use an exported network."""
 
-# D(x; σ) of a network F, in the words of the file that goes with it
-EDM_TERMS = {  # Karras et al. 2022, Table 1, column "Ours"
-    "c_skip": "sigma_data^2 / (sigma^2 + sigma_data^2)",
-    "c_out": "sigma sigma_data / sqrt(sigma^2 + sigma_data^2)",
-    "c_in": "1 / sqrt(sigma^2 + sigma_data^2)",
-    "timestep": "ln(sigma) / 4",
+DISCRETE_INPUT = {
+    "c_in": "1 / sqrt(sigma^2 + 1)",
+    "timestep": "t between 0 and timesteps - 1 of which sqrt((1 - alpha_bar_t) / alpha_bar_t) = "
+    "sigma, interpolated in ln(sigma)",
 }
-DISCRETE_TERMS = {
-    "epsilon": {"c_skip": "1", "c_out": "-sigma"},  # Karras et al. 2022, Table 1, column "VP"
+# D(x; σ) of a network F, as that file writes it
+TERMS = {
+    "edm": {  # Karras et al. 2022, Table 1, column "Ours"
+        "c_skip": "sigma_data^2 / (sigma^2 + sigma_data^2)",
+        "c_out": "sigma sigma_data / sqrt(sigma^2 + sigma_data^2)",
+        "c_in": "1 / sqrt(sigma^2 + sigma_data^2)",
+        "timestep": "ln(sigma) / 4",
+    },
+    # Karras et al. 2022, Table 1, column "VP"
+    "epsilon": {"c_skip": "1", "c_out": "-sigma", **DISCRETE_INPUT},
     "v": {  # Salimans and Ho 2022, Section 4
         "c_skip": "1 / (sigma^2 + 1)",
         "c_out": "-sigma / sqrt(sigma^2 + 1)",
+        **DISCRETE_INPUT,
     },
 }
 
 
 def export_network(out: Path, model: Path | None = None, force: bool = False) -> list[Path]:
-    """Write a stage-two network as a folder for diffusers' `UNet2DModel.from_pretrained`, and an
-    `ldm.json` beside it, which says what it expects and how its answer is to be read.
+    """Write a stage-two network as a folder for diffusers' `UNet2DModel.from_pretrained`, with an
+    `ldm.json` that describes its inputs and its answer.
 
     Args:
         out: the folder.
-        model: a `ckpt.pt`, its twin, or a run folder; the newest stage-two run if left out.
-        force: write over files that are there.
+        model: a `ckpt.pt`, its twin, or a run folder. Default: the newest stage-two run.
+        force: overwrite existing files.
 
     Raises:
-        UsageError: `out` is a file's name, or a model, or where the model is.
-        LdmError: the model cannot be read or expressed, or `out` is there already.
+        UsageError: `out` is a file's name, a model, or the folder of the model.
+        LdmError: the model cannot be read or expressed, or `out` exists.
     """
     refuse_our_own(out, is_named=model is not None)
     if out.suffix in (".pt", ".ckpt", ".safetensors"):
@@ -491,16 +366,18 @@ def export_network(out: Path, model: Path | None = None, force: bool = False) ->
     refuse_to_overwrite(sorted(out.glob("*")), force)
     path = model or newest_run("diffusion")
     if out.resolve() == path.resolve().parent:
-        raise UsageError(f"{out} is where the model to export is: give OUT another name")
+        raise UsageError(f"{out} is the folder of the model to export: give OUT another name")
     found = LatentModel.from_pretrained(path, "cpu")
-    if found.recipe.network.type != "ldm":
+    recipe, network = found.recipe, found.denoiser.network
+    assert recipe is not None  # only a model built by hand has none
+    if not isinstance(network, UNet):
         raise LdmError(
-            f"{path} has a network of type {found.recipe.network.type}, which no diffusers "
-            "UNet2DModel can express: only networks of type ldm go out"
+            f"{path} has a network of type {recipe.network.type}, which no diffusers UNet2DModel "
+            "can express: only type ldm can be exported"
         )
-    written = write_diffusers(out, found.denoiser.network, found.latent_shape[1])
+    written = write_diffusers(out, network, found.latent_shape[1])
     try:
-        write_json(out / NOTE, _describe(found))
+        write_json(out / NOTE, _describe(found, recipe))
     except LdmError:
         for file in written:  # nobody could use them without
             file.unlink()
@@ -508,21 +385,20 @@ def export_network(out: Path, model: Path | None = None, force: bool = False) ->
     return [*written, out / NOTE]
 
 
-def _describe(model: LatentModel) -> dict[str, Any]:
-    """What somebody needs to sample with the network alone."""
-    config = model.recipe.denoiser
-    codec, classes = model.codec, model.classes
+def _describe(model: LatentModel, recipe: DiffusionRecipe) -> dict[str, Any]:
+    """All that sampling with the network alone needs."""
+    config, classes = recipe.denoiser, model.classes
     return {
         "denoiser": {
             "equation": "D(x; sigma) = c_skip x + c_out F(c_in x, timestep)",
-            **_terms(config),
+            **TERMS[config.prediction if isinstance(config, DiscreteConfig) else "edm"],
             "sigma_min": model.denoiser.sigma_min,
             "sigma_max": model.denoiser.sigma_max,
             "config": to_tree(config),
         },
         "latents": {
             "equation": "x = (latents - mean) sigma_data / std + sigma noise",
-            **codec.statistics(),
+            **model.codec.statistics(),
             "shape": list(model.latent_shape),
         },
         "classes": {
@@ -531,19 +407,9 @@ def _describe(model: LatentModel) -> dict[str, Any]:
             "class_of_none": classes.count if classes.count else None,
         },
         "images": {
-            "resolution": model.recipe.resolution,
+            "resolution": recipe.resolution,
             "autoencoder_sha256": model.autoencoder_sha256,
         },
         "sha256": model.sha256,
         **provenance(),
     }
-
-
-def _terms(config: EDMConfig | DiscreteConfig) -> dict[str, str]:
-    if config.type == "edm":
-        return EDM_TERMS
-    time = (
-        "t between 0 and timesteps - 1 of which sqrt((1 - alpha_bar_t) / alpha_bar_t) = sigma, "
-        "interpolated in ln(sigma)"
-    )
-    return {**DISCRETE_TERMS[config.prediction], "c_in": "1 / sqrt(sigma^2 + 1)", "timestep": time}

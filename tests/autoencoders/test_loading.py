@@ -131,7 +131,7 @@ class Bomb:
 
 def test_a_file_that_would_run_code(tmp_path):
     torch.save({"state_dict": Bomb(), "b": Bomb()}, tmp_path / "a.ckpt")
-    assert "refused: loading it would run code" in refusal(tmp_path / "a.ckpt")
+    assert "loading it would run code" in refusal(tmp_path / "a.ckpt")
 
 
 def test_weights_of_another_architecture(tmp_path, tiny, sdvae):
@@ -157,7 +157,7 @@ def test_a_pickle_by_diffusers_names(tmp_path, sdvae):
     for prefix in ("", "vae."):
         torch.save({f"{prefix}{name}": tensor for name, tensor in theirs.items()}, path)
         said = refusal(path)
-        assert "holds weights of diffusers, without a config: diffusers' save_pretrained" in said
+        assert "holds weights of diffusers, without a config: save the model as a folder" in said
 
 
 @pytest.mark.parametrize("name", ["a.ckpt", "a.safetensors"])
@@ -165,7 +165,7 @@ def test_an_unknown_prefix(tmp_path, sdvae, name):
     weights = {f"vae.{name}": t.contiguous() for name, t in to_compvis(sdvae.state_dict()).items()}
     path = tmp_path / name
     save_file(weights, path) if path.suffix == ".safetensors" else torch.save(weights, path)
-    assert "under 'vae.', which CompVis's names have not: save its state_dict" in refusal(path)
+    assert "under the unknown prefix 'vae.': save its state_dict" in refusal(path)
 
 
 def test_a_config_itself(tmp_path, sdvae):
@@ -177,7 +177,7 @@ def test_a_pipeline_of_diffusers(tmp_path, sdvae):
     write_diffusers(tmp_path / "vae", sdvae)
     (tmp_path / "model_index.json").write_text("{}")
     said = refusal(tmp_path)
-    assert "is a whole pipeline of diffusers: give the folder of its autoencoder, mostly " in said
+    assert "is a whole diffusers pipeline: give the folder of its autoencoder, mostly " in said
     assert f"{tmp_path}/vae (or --subfolder vae)" in said
     same(load_autoencoder(tmp_path / "vae"), sdvae)
 
@@ -219,4 +219,4 @@ def test_folders_of_the_hubs_conventions(tmp_path, tiny):
     file.unlink()
     assert "holds no model.safetensors" in said()
     (tmp_path / "config.json").write_text("{")
-    assert "describes no SD-VAE" in refusal(tmp_path)
+    assert "config.json is not a JSON object" in refusal(tmp_path)

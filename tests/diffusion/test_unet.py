@@ -1,14 +1,148 @@
-"""The UNet: its size, what it is told, its gradients, what it refuses, and that it learns."""
+"""The UNet: its parts against their formulas, its size, gradients, refusals, and that it learns."""
+
+import math
 
 import pytest
 import torch
 from torch import nn
 
-from diffusion import EDM, UNet, UNetConfig, edm_loss
-from diffusion.unet import ResidualBlock
+from diffusion import EDM, EDM2Config, EDM2UNet, UNet, UNetConfig, edm_loss
+from diffusion.unet import (
+    Downsample,
+    NoiseEmbedding,
+    ResidualBlock,
+    SelfAttention,
+    Upsample,
+    group_norm,
+    sinusoids,
+)
 from ldm.config import validate
 from ldm.errors import LdmError, UsageError
 
+
+@pytest.fixture(autouse=True)
+def seed():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def scrambled(module):
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return module.double()
+
+
+def silu(x):
+    return x / (1 + torch.exp(-x))
+
+
+def normalised(x, norm):
+    """Wu and He 2018, Equation 1, group by group."""
+    grouped = x.unflatten(1, (norm.num_groups, -1))
+    mean = grouped.mean(dim=(2, 3, 4), keepdim=True)
+    variance = (grouped - mean).square().mean(dim=(2, 3, 4), keepdim=True)
+    plain = ((grouped - mean) / (variance + 1e-5).sqrt()).flatten(1, 2)
+    return plain * norm.weight.view(1, -1, 1, 1) + norm.bias.view(1, -1, 1, 1)
+
+
+def test_the_noise_level_is_embedded_as_cosines_and_sines():
+    waves = sinusoids(torch.tensor([0.5, -2.0]), 4)
+    expected = torch.tensor([[0.5, 0.005], [-2.0, -0.02]])
+    torch.testing.assert_close(waves, torch.cat([expected.cos(), expected.sin()], 1))
+
+
+@pytest.mark.parametrize(
+    "dtype, answer",
+    [(torch.bfloat16, torch.float32), (torch.int64, torch.float32), (torch.float64, torch.float64)],
+)
+def test_sinusoids_are_float32_at_least(dtype, answer):
+    assert sinusoids(torch.tensor([7]).to(dtype), 4).dtype == answer
+
+
+@pytest.mark.parametrize(
+    "width, groups", [(224, 32), (64, 32), (32, 16), (16, 8), (48, 16), (36, 4), (2, 1)]
+)
+def test_group_count(width, groups):
+    assert group_norm(width).num_groups == groups
+
+
+def test_the_embedding_is_the_sum_of_what_is_known():
+    embed = scrambled(NoiseEmbedding(4, classes=3, augment_parameters=2))
+    c_noise, labels = torch.tensor([0.5, -1.0]).double(), torch.tensor([2, -1])
+    augment = torch.randn(2, 2).double()
+    into, out = embed.linear_in, embed.linear_out
+    hidden = silu(sinusoids(c_noise, 4) @ into.weight.T + into.bias)
+    expected = hidden @ out.weight.T + out.bias + augment @ embed.augment.weight.T
+    expected[0] += embed.classes.weight[2]
+    torch.testing.assert_close(embed(c_noise, labels, augment), silu(expected))
+
+
+@pytest.mark.parametrize("resample", [None, "down", "up"])
+@pytest.mark.parametrize("scale_shift", [False, True])
+@pytest.mark.parametrize("out_width", [8, 12])
+def test_residual_block_is_its_formula(out_width, scale_shift, resample):
+    block = scrambled(ResidualBlock(8, out_width, 6, 0.0, scale_shift, resample))
+    x, embedding = torch.randn(2, 8, 4, 6).double(), torch.randn(2, 6).double()
+    before = x.clone()
+
+    def resized(x):
+        if resample == "down":  # means of 2×2
+            return x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean(dim=(3, 5))
+        return x.repeat_interleave(2, 2).repeat_interleave(2, 3) if resample == "up" else x
+
+    def conv(x, layer):
+        return torch.conv2d(x, layer.weight, layer.bias, padding=layer.kernel_size[0] // 2)
+
+    told = (embedding @ block.shift.weight.T + block.shift.bias)[:, :, None, None]
+    h = conv(resized(silu(normalised(x, block.norm1))), block.conv1)
+    if scale_shift:
+        scale, shift = told[:, :out_width], told[:, out_width:]
+        h = normalised(h, block.norm2) * (1 + scale) + shift
+    else:
+        h = normalised(h + told, block.norm2)
+    skip = resized(x) if out_width == 8 else conv(resized(x), block.skip)
+    expected = skip + conv(silu(h), block.conv2)
+    with torch.no_grad():
+        torch.testing.assert_close(block(x, embedding), expected)
+    torch.testing.assert_close(block(x, embedding), expected)
+    assert torch.equal(x, before)
+
+
+def test_sums_in_place_leave_the_gradients_right():
+    for scale_shift, resample in ((False, None), (True, "down")):
+        block = scrambled(ResidualBlock(4, 8, 3, 0.0, scale_shift, resample))
+        x, embedding = torch.randn(1, 4, 2, 2).double(), torch.randn(1, 3).double()
+        inputs = x.requires_grad_(), embedding.requires_grad_()
+        assert torch.autograd.gradcheck(block, inputs)
+
+
+@pytest.mark.parametrize("head_width", [4, 8])
+def test_attention_is_the_textbooks(head_width):
+    attention = scrambled(SelfAttention(8, head_width))
+    x = torch.randn(2, 8, 3, 2).double()
+    tokens = normalised(x, attention.norm).flatten(2).transpose(1, 2)
+    q, k, v = (tokens @ attention.qkv.weight.T + attention.qkv.bias).split(8, dim=2)
+    heads = []
+    for start in range(0, 8, head_width):
+        part = slice(start, start + head_width)
+        # Vaswani et al. 2017, Equation 1
+        scores = q[..., part] @ k[..., part].transpose(1, 2) / math.sqrt(head_width)
+        heads.append(torch.softmax(scores, dim=-1) @ v[..., part])
+    mixed = torch.cat(heads, dim=2) @ attention.proj.weight.T + attention.proj.bias
+    expected = x + mixed.transpose(1, 2).unflatten(2, (3, 2))
+    torch.testing.assert_close(attention(x), expected)
+
+
+def test_down_and_up_change_the_resolution_by_two():
+    x = torch.randn(1, 4, 6, 10)
+    assert Downsample(4)(x).shape == (1, 4, 3, 5)
+    up = Upsample(4)
+    doubled = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    torch.testing.assert_close(up(x), up.conv(doubled))
+
+
+# --------------------------------------------------------------------------------- network
 TINY = UNetConfig(channels=16, multipliers=(1, 2), blocks=1, head_width=8)
 TOLD = TINY.model_copy(update={"classes": 3, "augment_parameters": 9})
 FULL = TOLD.model_copy(update={"scale_shift": True, "resample_blocks": True, "heads": 2})
@@ -224,3 +358,28 @@ def test_learns_four_images():
         optimizer.step()
     assert before == pytest.approx(1, abs=0.1)
     assert loss(seed=1).item() < 0.45
+
+
+SIZES = {"channels": 16, "multipliers": (1, 2), "blocks": 1, "head_width": 16}
+
+
+@pytest.mark.parametrize("build", [lambda **s: UNet(UNetConfig(**SIZES, **s)),
+                                   lambda **s: EDM2UNet(EDM2Config(**SIZES, **s))])  # fmt: skip
+@pytest.mark.parametrize(
+    ("knows", "labels", "augment", "message"),
+    [
+        ({"classes": 3}, [0, 3], None, "^label 3 is none of this network's: they are 0 to 2, and"),
+        ({"classes": 3}, [-2, 0], None, "^label -2 is none"),
+        ({}, [-1, 0], None, "^label 0 was given to a network without classes: leave labels out"),
+        ({"augment_parameters": 9}, None, 8, "^augmentation parameters .2, 8. .* network of 9"),
+        ({}, None, 9, "^augmentation parameters .2, 9. .* network of 0 for 2 image"),
+        ({"classes": 3}, 1, None, "^labels are torch.int64 .*: they must be int64 .2,.$"),
+        ({"classes": 3}, [1], None, "^labels are torch.int64 .1,."),
+        ({"classes": 3}, [0.5, 1.0], None, "^labels are torch.float32"),
+    ],
+)
+def test_both_networks_refuse_what_they_do_not_know(build, knows, labels, augment, message):
+    labels = None if labels is None else torch.tensor(labels)
+    augment = None if augment is None else torch.zeros(2, augment)
+    with pytest.raises(LdmError, match=message):
+        build(**knows)(torch.zeros(2, 4, 8, 8), torch.zeros(2), labels, augment)

@@ -54,7 +54,10 @@ def test_a_folder_is_imported_over_what_is_there_by_force(capsys):
         ({"scale_factor": 1.0}, "--scale-factor needs --diffusion"),
         ({"diffusion": True, "subfolder": "vae"}, "--subfolder applies to autoencoders only"),
         ({"diffusion": True, "revision": "v2"}, "--revision applies to autoencoders only"),
-        ({"diffusion": True, "heads": 8, "head_width": 8}, "--head-width and --heads say the same"),
+        (
+            {"diffusion": True, "heads": 8, "head_width": 8},
+            "--head-width and --heads exclude each other",
+        ),
     ],
 )
 def test_options_that_do_not_go_together(options, told):

@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 
 from diffusion.discrete import DiscreteConfig
 from diffusion.unet import UNetConfig
-from tests.autoencoders.sdvae.test_compvis import KL
-from tests.diffusion.test_compvis import checkpoint
+from tests.autoencoders.sdvae.compvis_model import KL
+from tests.diffusion.compvis_unet import checkpoint
 
 SIZE = 16
 """Side of the images that such a model is for; their latents are 4 × 8 × 8."""

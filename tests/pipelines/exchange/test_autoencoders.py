@@ -123,7 +123,7 @@ SAID = {
 
 @pytest.mark.parametrize("way", [["a.pt"], ["a.pt", "b.pt"], ["a.pt", "hub", "b.pt"], ["hub"], []])
 def test_what_a_config_says_of_its_use_outlives_every_way(sdvae, way):
-    write_diffusers(Path("source"), sdvae, said=SAID)
+    write_diffusers(Path("source"), sdvae, imported=SAID)
     last = "source"
     for step in way:
         if step.endswith(".pt"):
@@ -201,11 +201,11 @@ def test_nothing_is_written_over_unless_asked(tmp_path, sdvae):
     write_diffusers(tmp_path / "vae", sdvae)
     run("import", "vae", "a.pt")
     for words in (["import", "vae", "a.pt"], ["export", "a.pt", "vae"]):
-        with pytest.raises(LdmError, match="is there already: give another name, or --force"):
+        with pytest.raises(LdmError, match="exists: give another name, or --force"):
             run(*words)
         run(*words, "--force")
     (tmp_path / "a.pt").unlink()  # the twin alone is somebody's, too
-    with pytest.raises(LdmError, match=r"a\.safetensors is there already"):
+    with pytest.raises(LdmError, match=r"a\.safetensors exists"):
         run("import", "vae", "a.pt")
 
 
@@ -250,7 +250,7 @@ def test_a_forgotten_out_is_told_and_harms_nothing(a_run, out, form, force):
 def test_a_run_is_never_written_over(sdvae, a_run, model, out, form, force):
     write_diffusers(Path("vae"), sdvae)
     before = everything()
-    with pytest.raises(UsageError, match=rf"^{out} is a model or a run of yours: give OUT"):
+    with pytest.raises(UsageError, match=rf"^{out} is a run or a model of yours: give OUT"):
         run("export", model, out, "--format", form, *force)
     assert everything() == before
 
@@ -264,7 +264,9 @@ def test_the_model_itself_is_never_written_over(sdvae, model, out, form):
     write_diffusers(Path("vae"), sdvae)
     write_compvis(Path("kl.ckpt"), sdvae)
     before = everything()
-    with pytest.raises(UsageError, match="is where the model to export is: give OUT another name"):
+    with pytest.raises(
+        UsageError, match="is the folder of the model to export: give OUT another name"
+    ):
         run("export", model, out, "--format", form, "--force")
     assert everything() == before
 
@@ -287,7 +289,7 @@ def test_the_help_names_the_ending_to_give():
         (["export", "vae", "b.pt"], UsageError, "--format diffusers writes a folder"),
         (["export", "vae", "b", "--format", "compvis"], UsageError, "writes a .safetensors or"),
         *(
-            (["export", "vae", "b", "--scaling-factor", number], UsageError, "above 0, and finite")
+            (["export", "vae", "b", "--scaling-factor", number], UsageError, "above 0 and finite")
             for number in ("0", "inf", "nan")
         ),
         (["export", "vae", "b.pt", "--format", "compvis"], UsageError, "writes a .safetensors or"),
@@ -305,5 +307,5 @@ def test_refusals(tmp_path, sdvae, words, kind, told):
 
 
 def test_an_unknown_format(tmp_path):
-    with pytest.raises(UsageError, match="there are diffusers, compvis, hub"):
+    with pytest.raises(UsageError, match="must be one of diffusers, compvis, hub"):
         export_autoencoder(tmp_path / "a", "onnx")

@@ -16,7 +16,7 @@ from pipelines import LatentDiffusionPipeline
 from pipelines.exchange.diffusion import export_network, import_diffusion
 from pipelines.sample import sample_images
 from pipelines.sampling.settings import Sampling
-from tests.diffusion.test_compvis import answer, checkpoint
+from tests.diffusion.compvis_unet import answer, checkpoint
 from tests.pipelines.exchange.foreign_models import (
     LEVELS,
     SCALE,
@@ -111,12 +111,12 @@ def test_classes_and_heads_are_the_networks():
 
 def test_what_the_file_says():
     path = write_compvis(Path("model.ckpt"))
-    done = import_diffusion("model.ckpt", Path("out.pt"), SIZE)
-    assert done.paths == [Path("out.pt"), Path("out.safetensors")]
-    assert any("latents 4 × 8 × 8, times 0.25; images 16×16" in line for line in done.notes)
-    assert any("20 noise levels, β 0.01 to 0.5 (scaled_linear)" in line for line in done.notes)
-    assert any("give --head-width or --heads" in line for line in done.notes)
-    for out in done.paths:
+    paths, notes = import_diffusion("model.ckpt", Path("out.pt"), SIZE)
+    assert paths == [Path("out.pt"), Path("out.safetensors")]
+    assert any("latents 4 × 8 × 8, times 0.25; images 16×16" in line for line in notes)
+    assert any("20 noise levels, β 0.01 to 0.5 (scaled_linear)" in line for line in notes)
+    assert any("give --head-width or --heads" in line for line in notes)
+    for out in paths:
         file = load_model(out, "diffusion")
         assert file.statistics == {
             "mean": [0.0] * 4, "std": [4.0] * 4, "sigma_data": 1.0, "classes": []
@@ -201,12 +201,12 @@ def test_statistics_of_each_channel_are_undone():
 @pytest.mark.parametrize(
     ("source", "options", "kind", "told"),
     [
-        ("model.ckpt", {"resolution": 30}, UsageError, "resolution 30: it must be a multiple of 4"),
-        ("model.ckpt", {"resolution": 0}, UsageError, "--resolution 0: it must be at least 1"),
-        ("model.ckpt", {"heads": -1}, UsageError, "--heads -1: it must be at least 1"),
-        ("model.ckpt", {"head_width": 8, "heads": 2}, UsageError, "say the same: give one of them"),
+        ("model.ckpt", {"resolution": 30}, UsageError, "resolution 30: must be a multiple of 4"),
+        ("model.ckpt", {"resolution": 0}, UsageError, "--resolution 0: must be at least 1"),
+        ("model.ckpt", {"heads": -1}, UsageError, "--heads -1: must be at least 1"),
+        ("model.ckpt", {"head_width": 8, "heads": 2}, UsageError, "exclude each other: give"),
         ("model.ckpt", {"heads": 3}, LdmError, "must divide the 128 channels at factor 2"),
-        ("model.ckpt", {"scale_factor": 0.0}, UsageError, "--scale-factor 0.0: it must be above 0"),
+        ("model.ckpt", {"scale_factor": 0.0}, UsageError, "--scale-factor 0.0: must be above 0"),
         ("model.ckpt", {"scale_factor": float("nan")}, UsageError, "--scale-factor nan"),
         ("pipeline", {"heads": 2}, UsageError, "pipeline says its heads: leave out --head-width"),
         ("nowhere", {}, LdmError, "no model at nowhere: --diffusion takes a file or a folder on"),
@@ -231,10 +231,10 @@ def test_neither_the_source_nor_anything_else_is_written_over():
     source = write_compvis(Path("model.safetensors"))
     before = source.read_bytes()
     for force in (False, True):
-        with pytest.raises(UsageError, match=r"model\.safetensors is what is to be imported"):
+        with pytest.raises(UsageError, match=r"model\.safetensors is the model to import"):
             import_diffusion("./model.safetensors", Path("model.pt"), SIZE, force=force)
     Path("out.pt").write_bytes(b"mine")
-    with pytest.raises(LdmError, match=r"out\.pt is there already"):
+    with pytest.raises(LdmError, match=r"out\.pt exists"):
         import_diffusion("model.safetensors", Path("out.pt"), SIZE)
     assert (source.read_bytes(), Path("out.pt").read_bytes()) == (before, b"mine")
     import_diffusion("model.safetensors", Path("out.pt"), SIZE, force=True)
@@ -333,10 +333,10 @@ def everything():
             LdmError,
             "edm2 has a network of type edm2, which no diffusers UNet2DMode",
         ),
-        ("one", "one", UsageError, "one is a model or a run of yours: give OUT another name"),
+        ("one", "one", UsageError, "one is a run or a model of yours: give OUT another name"),
         ("one", "unet.pt", UsageError, "unet.pt: --format unet writes a folder"),
-        ("one", "full", LdmError, "is there already: give another name, or --force"),
-        ("loose/a.pt", "loose", LdmError, "is there already"),
+        ("one", "full", LdmError, "exists: give another name, or --force"),
+        ("loose/a.pt", "loose", LdmError, "exists: give another name"),
         ("nowhere", "unet", LdmError, "no checkpoint at nowhere"),
         ("narrow", "unet", LdmError, "its widths are normalised in unequal numbers of groups"),
         (None, "unet", LdmError, "no diffusion run with ckpt.pt under runs/"),
@@ -362,7 +362,7 @@ def test_what_cannot_go_out_is_told_in_a_line_and_nothing_written(model, out, ki
 def test_where_the_model_is_nothing_is_written_even_by_force():
     make_model(Path("loose"), 0, settings=(WIDE,))
     Path("loose/ckpt.pt").rename("loose/a.pt")
-    with pytest.raises(UsageError, match="loose is where the model to export is"):
+    with pytest.raises(UsageError, match="loose is the folder of the model to export"):
         export_network(Path("loose"), Path("loose/a.pt"), force=True)
 
 

@@ -8,7 +8,7 @@ import torch
 from diffusion.discrete import DiscreteConfig
 from ldm.errors import LdmError
 from pipelines.exchange.diffusion import read_checkpoint, read_folder
-from tests.diffusion.test_compvis import checkpoint
+from tests.diffusion.compvis_unet import checkpoint
 from tests.pipelines.exchange.foreign_models import (
     LEVELS,
     SCALE,
@@ -38,7 +38,7 @@ def test_a_checkpoint_and_all_that_it_says(tmp_path, name):
     averaged = checkpoint(UNET, seed=1)["input_blocks.0.0.weight"]
     assert torch.equal(found.weights["enter.0.weight"], averaged)
     (note,) = found.notes
-    assert "taken to be 32 channels wide: see num_head_channels or num_heads" in note
+    assert "assumed to be 32 channels wide: compare num_head_channels or num_heads" in note
 
 
 def test_heads_that_are_told_need_no_note(tmp_path):
@@ -52,8 +52,7 @@ def test_without_a_table_the_noise_levels_are_compvis(tmp_path):
     state = edited({}, drop=["betas", "alphas_cumprod"])
     found = read_checkpoint(write_compvis(tmp_path / "model.ckpt", state), heads=4)
     assert found.denoiser == DiscreteConfig()
-    assert found.notes == ("it holds no table of its noise levels: these are those of CompVis' "
-                           "models",)  # fmt: skip
+    assert found.notes == ("it has no table of noise levels: those of CompVis' models are assumed",)
 
 
 def test_the_scale_that_is_given_comes_first(tmp_path):
@@ -76,17 +75,17 @@ CROSSED = {  # the tensor and its moving average
     [
         (
             {"first_stage_model.quantize.embedding.weight": torch.zeros(8, 4)}, [],
-            "has a vector-quantised autoencoder, as in CompVis' models of FFHQ and CelebA-HQ: only "
-            "models on a KL autoencoder are read",
+            "has a vector-quantised autoencoder, as CompVis' models of FFHQ and CelebA-HQ: only KL "
+            "autoencoders are supported",
         ),
         (CROSSED, [], "it has cross-attention"),
         ({}, ["model."], "holds no UNet of CompVis' latent diffusion"),
         ({}, ["first_stage_model."], "holds a UNet without its autoencoder (first_stage_model.…)"),
-        ({}, ["scale_factor"], "does not say what its latents are multiplied by: give --scale-fac"),
-        ({"scale_factor": torch.tensor(0.0)}, [], "its latents by 0.0, no scale: give --scale-fac"),
-        ({"scale_factor": torch.ones(2)}, [], "by [1.0, 1.0], no scale: give"),
+        ({}, ["scale_factor"], "has no scale for its latents: give --scale-factor"),
+        ({"scale_factor": torch.tensor(0.0)}, [], "its latents by 0.0, not above 0: give"),
+        ({"scale_factor": torch.ones(2)}, [], "by [1.0, 1.0], not above 0: give"),
         ({"betas": torch.rand(20)}, [], "model cannot be used: its 20 noise levels, β from"),
-        ({"alphas_cumprod": torch.rand(20)}, ["betas"], "are of another schedule than those known"),
+        ({"alphas_cumprod": torch.rand(20)}, ["betas"], "are evenly spaced neither in √β"),
     ],
 )  # fmt: skip
 def test_other_checkpoints_are_refused_in_a_line(tmp_path, suffix, changes, drop, told):
@@ -173,22 +172,22 @@ def test_statistics_and_sizes_that_a_folder_says(folder):
     ("file", "changes", "told"),
     [
         (SCHEDULER, {"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule is 'squaredcos_cap_v2', "
-         "only linear and scaled_linear are known"),
-        (SCHEDULER, {"beta_schedule": None}, "beta_schedule is not said, only linear and"),
+         "only linear and scaled_linear are supported"),
+        (SCHEDULER, {"beta_schedule": None}, "beta_schedule is missing, only linear and"),
         (SCHEDULER, {"prediction_type": "sample"}, "prediction_type is 'sample', only epsilon and"),
-        (SCHEDULER, {"prediction_type": ["epsilon"]}, "cannot be used: "),
-        (SCHEDULER, {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is not known here"),
-        (SCHEDULER, {"trained_betas": [0.1, 0.3, 0.2]}, "are of another schedule"),
+        (SCHEDULER, {"prediction_type": ["epsilon"]}, "type is ['epsilon'], only epsilon"),
+        (SCHEDULER, {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is not supported"),
+        (SCHEDULER, {"trained_betas": [0.1, 0.3, 0.2]}, "are evenly spaced neither"),
         (SCHEDULER, {"trained_betas": ["x"]}, "cannot be used: "),
         (SCHEDULER, {"beta_end": 0.001}, "cannot be used: 'beta_end'"),
         (SCHEDULER, {"num_train_timesteps": "many"}, "cannot be used: 'timesteps'"),
         ("vae/config.json", {"_class_name": "VQModel"}, "/vae has a vector-quantised autoencoder, "
-         "as diffusers' LDMPipelines mostly have: only models on a KL"),
-        ("vae/config.json", {"scaling_factor": 0}, "multiplies its latents by 0, no scale"),
-        ("vae/config.json", {"scaling_factor": [1]}, "multiplies its latents by [1], no scale"),
-        ("vae/config.json", {"latents_mean": [0.0]}, "are no statistics of 4 channels"),
-        ("vae/config.json", {"latents_std": [1, 1, 1, 0]}, "are no statistics of 4 channels"),
-        ("vae/config.json", {"shift_factor": "x"}, "are no statistics of 4 channels"),
+         "as most of diffusers' LDMPipelines: only KL autoencoders"),
+        ("vae/config.json", {"scaling_factor": 0}, "scales its latents by 0, not above 0"),
+        ("vae/config.json", {"scaling_factor": [1]}, "scales its latents by [1], not above 0"),
+        ("vae/config.json", {"latents_mean": [0.0]}, "are not 4 numbers"),
+        ("vae/config.json", {"latents_std": [1, 1, 1, 0]}, "are not 4 numbers"),
+        ("vae/config.json", {"shift_factor": "x"}, "are not 4 numbers"),
         ("unet/config.json", {"_class_name": "UNet2DConditionModel"}, "is not UNet2DModel"),
     ],
 )  # fmt: skip
@@ -208,7 +207,7 @@ def test_a_folder_without_a_part_is_refused(folder, file, content):
         read_folder(folder)
     said = str(caught.value)
     assert file in said and "\n" not in said
-    assert ("is not there: --diffusion takes the folder" in said) == (content is None)
+    assert ("is missing: --diffusion takes the folder" in said) == (content is None)
 
 
 def test_the_vector_quantised_one_of_their_pipelines_is_refused(folder):

@@ -1,0 +1,209 @@
+"""Model files of other toolkits, for both stages: names and shapes of their tensors, their files.
+
+A table of pairs (ours, theirs) renames tensors both ways. The tensors themselves stay the same, bit
+for bit.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldm.checkpoint import is_safetensors, read_safetensors, refuse_overstated, shown
+from ldm.errors import LdmError
+from ldm.files import read_json, to_json, write_together
+from ldm.safe_pickle import read_foreign
+
+Pairs = Sequence[tuple[str, str]]
+"""(ours, theirs): parts of dotted names, such as ("blocks", "resnets"), replaced in this order."""
+
+# diffusers' names: of a folder's files, and of its attention before 2023
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+PICKLED_FILE = "diffusion_pytorch_model.bin"
+OLD_ATTENTION: Pairs = (
+    ("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"),
+)  # fmt: skip
+STEM = WEIGHTS_FILE.removesuffix(".safetensors")
+# `.fp16` before the number of a shard or, as older versions wrote it, after it
+SHARD = re.compile(
+    rf"{STEM}(\.(?P<variant>[^.]+?))?(-(?P<number>\d{{1,9}})-of-(?P<count>\d{{1,9}}))?"
+    r"(\.(?P<old_variant>[^.]+))?\.safetensors"
+)
+
+
+# ----------------------------------------------------------------------------------- names
+def rename(name: str, pairs: Pairs) -> str:
+    """A dotted name with whole parts of it replaced: left of each pair by right."""
+    dotted = f".{name}."
+    for old, new in pairs:
+        dotted = dotted.replace(f".{old}.", f".{new}.")
+    return dotted[1:-1]
+
+
+def renamed(weights: Mapping[str, Tensor], pairs: Pairs) -> dict[str, Tensor]:
+    """Weights under other names, in the same order."""
+    return {rename(name, pairs): tensor for name, tensor in weights.items()}
+
+
+def reverse(pairs: Pairs) -> Pairs:
+    """The table of the way back."""
+    return [(theirs, ours) for ours, theirs in pairs]
+
+
+def find_prefix(names: Iterable[str], prefixes: Iterable[str], first: str) -> str | None:
+    """The prefix under which a checkpoint has the tensor `first`; None where it has none."""
+    names = set(names)
+    return next((prefix for prefix in prefixes if prefix + first in names), None)
+
+
+def pick(weights: Mapping[str, Tensor], prefix: str, parts: tuple[str, ...]) -> dict[str, Tensor]:
+    """The weights under a prefix, without it, whose names then begin with one of `parts`."""
+    return {
+        short: tensor
+        for name, tensor in weights.items()
+        if name.startswith(prefix) and (short := name.removeprefix(prefix)).startswith(parts)
+    }
+
+
+# ---------------------------------------------------------------------------------- shapes
+def fit(
+    theirs: Mapping[str, Tensor], expected: Mapping[str, Tensor], pairs: Pairs
+) -> dict[str, Tensor]:
+    """Weights under our names, in the order of `expected`; others are refused."""
+    ours = {rename(name, pairs): name for name in expected}
+    for name in [*ours, *(name for name in theirs if name not in ours)]:
+        given = tuple(theirs[name].shape) if name in theirs else "none"
+        needed = tuple(expected[ours[name]].shape) if name in ours else "none"
+        if given != needed:
+            raise LdmError(f"tensor {shown(name)} is {given} in the file, {needed} in the model")
+        if not theirs[name].is_floating_point():
+            raise LdmError(f"tensor {name} is of {theirs[name].dtype}, not floating point")
+    return {name: theirs[their_name] for their_name, name in ours.items()}
+
+
+def layer_sizes(weights: Mapping[str, Tensor], name: str, dimensions: int = 4) -> tuple[int, int]:
+    """Output and input channels of a layer, from its weight's shape."""
+    if name not in weights or weights[name].ndim != dimensions:
+        shape = tuple(weights[name].shape) if name in weights else "none"
+        raise LdmError(f"tensor {shown(name)} is {shape}, not of {dimensions} dimensions")
+    return weights[name].shape[0], weights[name].shape[1]
+
+
+def as_multiples(widths: Sequence[int], base: int) -> list[int]:
+    """The widths of a network's levels as multiples of its base width."""
+    if not widths or min(base, *widths) < 1 or any(width % base for width in widths):
+        raise LdmError(f"its widths {list(widths)} are not multiples of the first one, {base}")
+    return [width // base for width in widths]
+
+
+# ----------------------------------------------------------------------------------- files
+def read_described(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that another toolkit wrote."""
+    tree = read_json(path)
+    if tree is None:
+        raise LdmError(f"{path} is not a JSON object: copy or fetch it again")
+    return tree
+
+
+def check_described(
+    described: Mapping[str, Any],
+    class_name: str,
+    sizes: Iterable[str],
+    fixed: Mapping[str, Sequence[Any]],
+) -> None:
+    """Refuse a diffusers config.json of another class, or of another structure than ours.
+
+    Args:
+        sizes: keys that it must have.
+        fixed: values that a key may have; the first is meant where it is left out.
+    """
+    if described.get("_class_name") != class_name:
+        raise LdmError(f"its _class_name is not {class_name}")
+    for key in sizes:
+        if key not in described:
+            raise LdmError(f"it has no {key}")
+    for key, known in fixed.items():
+        if described.get(key, known[0]) not in known:
+            only = " or ".join(repr(value) for value in known)
+            raise LdmError(f"{key} is {described[key]!r}, only {only} is supported")
+
+
+def weights_files(folder: Path, pickled: bool = False) -> list[Path]:
+    """Find the weights in a diffusers folder: the plain file, else its shards, else a variant.
+
+    Args:
+        pickled: take a `.bin`, too, where there is no safetensors.
+    """
+    # by (variant, number of shards, 0 where it is whole), then by the shard's own number
+    found: dict[tuple[str, int], dict[int, Path]] = {}
+    for path in sorted(folder.glob(f"{STEM}*.safetensors")):
+        if parts := SHARD.fullmatch(path.name):
+            key = (parts["variant"] or parts["old_variant"] or "", int(parts["count"] or 0))
+            found.setdefault(key, {})[int(parts["number"] or 0)] = path
+    if not found:
+        is_pickled = (folder / PICKLED_FILE).is_file()
+        if is_pickled and pickled:
+            return [folder / PICKLED_FILE]
+        how = "save it again as safetensors"
+        if is_pickled:
+            how = f"{PICKLED_FILE} is a pickle: convert it with diffusers' save_pretrained"
+        raise LdmError(f"{folder} holds no {WEIGHTS_FILE}: {how}")
+    (_, count), paths = min(found.items())
+    missing = next((number for number in range(1, count + 1) if number not in paths), None)
+    if missing:
+        raise LdmError(
+            f"{folder} lacks shard {missing} of {count}, beside {next(iter(paths.values())).name}: "
+            "copy or fetch it again"
+        )
+    return list(paths.values())
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors`, or of a checkpoint that `torch.save` wrote, by their names.
+
+    They may lie in a mapping of the file: clone those that are to outlive it, after
+    `refuse_overstated`.
+    """
+    if is_safetensors(path):
+        return read_safetensors(path)
+    tree: Any = read_foreign(path)
+    tree = tree.get("state_dict", tree) if isinstance(tree, dict) else {}
+    return {
+        name: value
+        for name, value in (tree.items() if isinstance(tree, dict) else ())
+        if isinstance(name, str) and isinstance(value, Tensor)
+    }
+
+
+def read_all(paths: Iterable[Path]) -> dict[str, Tensor]:
+    """The tensors of several files, such as the shards of a model, none overstated."""
+    weights: dict[str, Tensor] = {}
+    for path in paths:
+        weights |= (read := read_weights(path))
+        refuse_overstated(read, path)
+    return weights
+
+
+def to_safetensors(weights: Mapping[str, Tensor]) -> bytes:
+    """The content of a `.safetensors`."""
+    from safetensors.torch import save
+
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in weights.items()}
+    return save(tensors, metadata={"format": "pt"})
+
+
+def write_folder(
+    folder: Path, described: Mapping[str, Any], weights: Mapping[str, Tensor]
+) -> list[Path]:
+    """Write a diffusers model's config.json and weights, both or none, and return the two paths."""
+    payload = to_safetensors(weights)
+    paths = [folder / "config.json", folder / WEIGHTS_FILE]
+    write_together(
+        {
+            paths[1]: lambda file: file.write(payload),
+            paths[0]: lambda file: file.write(to_json(described)),
+        }
+    )
+    return paths
