@@ -226,7 +226,8 @@ def _to_tree(model: ModelFile) -> dict[str, Any]:
 
 
 def _from_tree(tree: dict[str, Any], path: Path) -> ModelFile:
-    parts = {key: tree.get(key) for key in ("config", "weights", "statistics", "provenance")}
+    sections = ("config", "weights", "statistics", "provenance")
+    parts: dict[str, Any] = {key: tree.get(key) for key in sections}
     if not all(isinstance(part, dict) for part in parts.values()):
         raise LdmError(f"{path} lacks a section of a model file: copy or write it again")
     if not all(isinstance(tensor, Tensor) for tensor in parts["weights"].values()):

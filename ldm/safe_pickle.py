@@ -66,7 +66,7 @@ class Inert:
 
     __init__ = __setstate__ = __setitem__ = append = extend = add = _ignore
 
-    def __call__(self, *_args: Any, **_kwargs: Any) -> "Inert":
+    def __call__(self, *_args: Any, **_kwargs: Any) -> Any:
         return self
 
 
@@ -87,7 +87,8 @@ class _Type(Inert):
 class _View(Inert):
     """Function that makes a tensor of a storage."""
 
-    def __call__(self, flat: Any, offset: int, size: tuple, stride: tuple, *_: Any) -> Any:
+    def __call__(self, *args: Any, **_kwargs: Any) -> Any:
+        flat, offset, size, stride = args[:4]
         # raises for a view past the storage's end
         return flat.as_strided(size, stride, offset) if isinstance(flat, Tensor) else Inert()
 
@@ -95,8 +96,8 @@ class _View(Inert):
 class _Parameter(Inert):
     """Function that returns its tensor."""
 
-    def __call__(self, tensor: Tensor, *_: Any) -> Tensor:
-        return tensor
+    def __call__(self, *args: Any, **_kwargs: Any) -> Any:
+        return args[0]
 
 
 DTYPES = {

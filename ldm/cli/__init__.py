@@ -6,7 +6,7 @@ Commands import their pipeline inside the function, so that `ldm --help` answers
 import os
 import sys
 import warnings
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -69,7 +69,7 @@ app.command("show")(train.show)
 
 
 # Typer raises this for arguments that it cannot parse: click's class, or Typer's own copy of it.
-USAGE_ERROR = typer.BadParameter.__mro__[1]
+USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 
 
 def main() -> NoReturn:
@@ -112,7 +112,7 @@ def _destroy_process_group() -> None:
         distributed.destroy_process_group()
 
 
-def _exit_with_usage(error: Exception) -> NoReturn:
+def _exit_with_usage(error: Any) -> NoReturn:
     """Report a usage error: an unknown command or malformed arguments."""
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()

@@ -1,7 +1,7 @@
 """`ldm sample`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -68,7 +68,7 @@ def sample(
     from ldm.run_folder import newest_run
     from pipelines.sample import sample_images
 
-    given = {}
+    given: dict[str, Any] = {}
     if interval is not None:
         given["interval"] = parse_numbers("interval", interval, counts=(2,))
     if churn is not None:

@@ -1,7 +1,6 @@
-"""Numbers on images: how close a reconstruction is, and how close two sets of images are.
+"""Metrics: reconstructions against their images, and sets of images against each other.
 
-The reconstruction's distance that a network judges (LPIPS) is a loss too, and lives with the
-losses; what makes features of images, which needs weights, is in `ldm.metrics.inception`.
+Inception, which some need, is in `ldm.metrics.inception`; LPIPS in `autoencoders.losses`.
 """
 
 from ldm.metrics.features import FeatureSet

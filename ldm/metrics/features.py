@@ -1,7 +1,7 @@
-"""What is kept of a stream of features: all of their statistics, and a bounded sample of them.
+"""Features of a set of images: statistics of all of them, and a bounded sample.
 
-The Fréchet distance needs only mean and covariance. KID, precision and recall need the features
-themselves, and are computed on the sample. Memory does not grow with the number of images.
+The Fréchet distance needs the mean and covariance alone; KID, precision and recall are computed on
+the sample. Memory does not grow with the number of images.
 """
 
 import json
@@ -19,23 +19,20 @@ from ldm.metrics.fid import FeatureStatistics
 from ldm.seeds import generator
 
 FORMAT = 1
-SETTINGS = ("dim", "total", "kept", "seed")
-NUMBERS = ("format", *SETTINGS, "count")  # a file's `numbers`, in this order
 
 Array = NDArray[np.float32]
 
 
 class FeatureSet:
-    """Mean and covariance of all features of a stream, and a random sample of them.
+    """Mean and covariance of the features of a set of images, and a random sample of them.
 
-    Which images are in the sample is a function of (seed, total, kept): batches, their order and
-    the number of processes change nothing. The statistics do not depend on them either, but for
-    the last digits of float64.
+    The sample is a function of (seed, total, kept), for any batches, order and processes. So are
+    the statistics, up to rounding in float64.
 
     Args:
         dim: length of a feature vector.
-        total: how many images will come, numbered from 0.
-        kept: at most so many are in the sample; all where fewer come.
+        total: number of images, numbered from 0.
+        kept: size of the sample; at most `total`.
     """
 
     def __init__(self, dim: int, total: int, kept: int = 10_000, seed: int = 0) -> None:
@@ -49,21 +46,20 @@ class FeatureSet:
 
     @property
     def count(self) -> int:
-        """Images seen."""
+        """Number of images seen."""
         return self.statistics.count
 
     def sample(self) -> Array:
-        """The features kept so far (≤ kept, dim), in the order of their images' numbers."""
+        """Return the features kept so far (≤ kept, dim), in the order of their images' numbers."""
         rows = [self._rows[k] for k in sorted(self._rows)]
         return np.stack(rows) if rows else np.empty((0, self.dim), np.float32)
 
     def update(self, features: Tensor, ks: Tensor | Sequence[int]) -> None:
-        """Take in features (B, dim) of the images numbered `ks` (B,), each once.
+        """Add features (B, dim) of the images numbered `ks` (B,), each once.
 
         Raises:
             LdmError: the features of an image hold a NaN or an infinity.
-            ValueError: the shapes do not fit, a number is not in 0 … total − 1, or one of the
-                sample comes again.
+            ValueError: a shape, number or repetition is wrong.
         """
         values = features.detach().cpu().double().numpy()
         numbers = [int(k) for k in ks]
@@ -83,23 +79,15 @@ class FeatureSet:
                 f"({bad.sum()} of {len(numbers)} in its batch): the model that made the image, or "
                 "the extractor's weights, are broken"
             )
-        rows = {
-            k: row.astype(np.float32)
-            for k, row in zip(numbers, values, strict=True)
-            if k in self._chosen
-        }
-        if len(rows) < sum(k in self._chosen for k in numbers):
+        kept = [i for i, k in enumerate(numbers) if k in self._chosen]
+        rows = {numbers[i]: values[i].astype(np.float32) for i in kept}
+        if len(rows) < len(kept):
             raise ValueError("an image has come twice in one batch: number each once")
         self._keep(rows)
         self.statistics.update(values)
 
     def merge(self, other: "FeatureSet") -> None:
-        """Take in what another process has seen of the same images.
-
-        Raises:
-            ValueError: the other is not of the same dim, total, kept and seed, or both have seen
-                an image of the sample.
-        """
+        """Add the features that another process has seen of the same images."""
         if other._settings() != self._settings():
             raise ValueError(
                 f"cannot merge features of (dim, total, kept, seed) = {other._settings()} into "
@@ -109,18 +97,12 @@ class FeatureSet:
         self.statistics.merge(other.statistics)
 
     def save(self, path: Path, about: dict[str, Any]) -> None:
-        """Write all to a `.npz`, whole or not at all.
-
-        Mean and covariance are in it as `mu` and `sigma`, as in other toolkits' files.
+        """Write a `.npz`, atomically, with mean and covariance as `mu` and `sigma`.
 
         Args:
-            about: where the features come from, as JSON can hold it; `load` gives it back.
-
-        Raises:
-            LdmError: the file cannot be written.
-            ValueError: fewer than two images were seen.
+            about: the origin of the features, as JSON; `load` returns it.
         """
-        parts = {
+        parts: dict[str, Any] = {
             "mu": self.statistics.mean,
             "sigma": self.statistics.covariance,
             "sample": self.sample(),
@@ -132,38 +114,31 @@ class FeatureSet:
 
     @classmethod
     def load(cls, path: Path) -> tuple["FeatureSet", dict[str, Any]]:
-        """What `save` wrote: the features, and what was said about them.
-
-        Raises:
-            LdmError: the file is not there, is damaged, or is no such file.
-        """
+        """Read the features and `about` that `save` wrote; an LdmError if the file is damaged."""
         again = "delete it to have it computed again"
         try:
             with np.load(path, allow_pickle=False) as parts:
-                numbers = dict(zip(NUMBERS, parts["numbers"].tolist(), strict=True))
-                if numbers["format"] == FORMAT:
-                    return cls._from_parts(parts, numbers), json.loads(parts["about"].tobytes())
+                form, *settings, count = parts["numbers"].tolist()
+                if form == FORMAT:
+                    features = cls(*settings)
+                    features._restore(parts, count)
+                    return features, json.loads(parts["about"].tobytes())
         except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
             raise LdmError(f"could not read {path} ({error.strerror})") from error
-        except Exception as error:  # damage makes a reader raise nearly anything
+        except Exception as error:  # damaged files raise errors of nearly any type
             raise LdmError(f"{path} is damaged or no file of features: {again}") from error
-        raise LdmError(f"{path} has format {numbers['format']}, not {FORMAT}: {again}")
+        raise LdmError(f"{path} has format {form}, not {FORMAT}: {again}")
 
-    @classmethod
-    def _from_parts(cls, parts: Mapping[str, NDArray], numbers: Mapping[str, int]) -> "FeatureSet":
-        features = cls(*(numbers[name] for name in SETTINGS))
-        features.statistics = FeatureStatistics.from_moments(
-            numbers["count"], parts["mu"], parts["sigma"]
-        )
+    def _restore(self, parts: Mapping[str, NDArray], count: int) -> None:
+        self.statistics = FeatureStatistics.from_moments(count, parts["mu"], parts["sigma"])
         sample, ks = parts["sample"], parts["sample_ks"].tolist()
-        whole = features.count < features.total or len(ks) == len(features._chosen)
-        if sample.shape != (len(ks), features.dim) or not whole or not np.isfinite(sample).all():
-            raise ValueError("the sample is not as the numbers say")
-        features._keep(dict(zip(ks, sample.astype(np.float32, copy=False), strict=True)))
-        return features
+        complete = count < self.total or len(ks) == len(self._chosen)
+        if sample.shape != (len(ks), self.dim) or not complete or not np.isfinite(sample).all():
+            raise ValueError("the sample does not fit the numbers")
+        self._keep(dict(zip(ks, sample.astype(np.float32, copy=False), strict=True)))
 
-    def _settings(self) -> tuple[int, ...]:
-        return tuple(getattr(self, name) for name in SETTINGS)
+    def _settings(self) -> tuple[int, int, int, int]:
+        return self.dim, self.total, self.kept, self.seed
 
     def _keep(self, rows: Mapping[int, Array]) -> None:
         again = self._rows.keys() & rows.keys()
@@ -175,23 +150,22 @@ class FeatureSet:
 def paired_features(
     a: ArrayLike, b: ArrayLike, least: int, metric: str
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Two sets of features as float64 (N, dim), (M, dim), fit for a metric that compares them.
+    """Check two sets of features and convert them to float64 (N, dim), (M, dim).
 
     Args:
-        least: so many of each the metric needs.
-        metric: its name, for the error lines.
+        least: number of features that the metric needs of either set.
 
     Raises:
         LdmError: a set has fewer, or holds a NaN or an infinity.
-        ValueError: the features are not of the same length.
+        ValueError: the shapes do not fit.
     """
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(f"features must be (N, dim) and (M, dim), not {a.shape} and {b.shape}")
-    if min(len(a), len(b)) < least:
+    x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
+        raise ValueError(f"features must be (N, dim) and (M, dim), not {x.shape} and {y.shape}")
+    if min(len(x), len(y)) < least:
         raise LdmError(
-            f"{metric} of {len(a)} and {len(b)} images: it needs {least} or more on either side"
+            f"{metric} of {len(x)} and {len(y)} images: it needs {least} or more on either side"
         )
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise LdmError(f"{metric}: the features hold a NaN or an infinity")
-    return a, b
+    return x, y

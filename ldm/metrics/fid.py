@@ -1,4 +1,4 @@
-"""The Fréchet distance between two sets of features, and its interval by the bootstrap."""
+"""Fréchet distance between two sets of features, with a bootstrap interval."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -14,10 +14,10 @@ Array = NDArray[np.float64]
 
 
 class FeatureStatistics:
-    """Mean and covariance of a stream of feature vectors, in float64; memory does not grow with it.
+    """Mean and covariance of a stream of feature vectors, in float64.
 
-    Two sets are merged by Chan, Golub & LeVeque 1983, Equations 2.1: sums of squares about the
-    means, never of the raw values, so that a large mean costs no digits.
+    Sets are merged by Chan, Golub & LeVeque 1983, Equations 2.1, which sum squares about the means,
+    so that a large mean costs no precision.
     """
 
     def __init__(self, dim: int) -> None:
@@ -29,23 +29,23 @@ class FeatureStatistics:
     def from_moments(
         cls, count: int, mean: ArrayLike, covariance: ArrayLike
     ) -> "FeatureStatistics":
-        """Those of `count` features whose mean (dim,) and covariance (dim, dim) are known.
+        """Build the statistics of `count` features from mean (dim,) and covariance (dim, dim).
 
         Raises:
             ValueError: the shapes do not fit, a number is not finite, or `count` is below two.
         """
-        mean, covariance = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
-        if mean.ndim != 1 or covariance.shape != mean.shape * 2:
+        mu, sigma = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
+        if mu.ndim != 1 or sigma.shape != mu.shape * 2:
             raise ValueError(
-                f"mean {mean.shape} and covariance {covariance.shape} do not fit: need (dim,) and "
+                f"mean {mu.shape} and covariance {sigma.shape} do not fit: need (dim,) and "
                 "(dim, dim)"
             )
-        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
             raise ValueError("mean or covariance hold a NaN or an infinity")
         if count < 2:
             raise ValueError(f"a covariance needs two features or more, not {count}")
-        statistics = cls(len(mean))
-        statistics._add(count, mean, covariance * (count - 1))
+        statistics = cls(len(mu))
+        statistics._add(count, mu, sigma * (count - 1))
         return statistics
 
     @property
@@ -55,32 +55,20 @@ class FeatureStatistics:
 
     @property
     def mean(self) -> Array:
-        """(dim,)
-
-        Raises:
-            ValueError: no features have been seen.
-        """
+        """Mean (dim,); a ValueError without features."""
         if self.count < 1:
             raise ValueError("the mean of no features: update first")
         return self._mean.copy()
 
     @property
     def covariance(self) -> Array:
-        """(dim, dim), divided by count − 1 as in every published FID.
-
-        Raises:
-            ValueError: fewer than two features have been seen.
-        """
+        """Covariance (dim, dim), divided by count − 1 as in published FIDs."""
         if self.count < 2:
             raise ValueError(f"a covariance needs two features or more, not {self.count}")
         return self._scatter / (self.count - 1)
 
     def update(self, features: Tensor | Array) -> None:
-        """Take in features (B, dim).
-
-        Raises:
-            ValueError: they have another shape, or hold a NaN or an infinity.
-        """
+        """Add features (B, dim); a ValueError if the shape is wrong or one is not finite."""
         if isinstance(features, Tensor):
             features = features.detach().cpu().double().numpy()
         values = np.asarray(features, dtype=np.float64)
@@ -94,7 +82,7 @@ class FeatureStatistics:
             self._add(len(values), mean, deviations.T @ deviations)
 
     def merge(self, other: "FeatureStatistics") -> None:
-        """Take in what another one has seen, as if its features had come here."""
+        """Add the features of other statistics."""
         if other.dim != self.dim:
             raise ValueError(f"cannot merge features of {other.dim} into those of {self.dim}")
         if other.count:
@@ -111,35 +99,31 @@ class FeatureStatistics:
 def frechet_distance(
     mean_a: ArrayLike, cov_a: ArrayLike, mean_b: ArrayLike, cov_b: ArrayLike
 ) -> float:
-    """Squared Fréchet distance between two Gaussians (Dowson & Landau 1982); on Inception's
-    features it is the FID (Heusel et al. 2017, Equation 6).
+    """Squared Fréchet distance between two Gaussians (Dowson & Landau 1982).
 
-    Both covariances are symmetric, so that the root of their product needs no general matrix
-    root: tr (Σ_a Σ_b)^½ = tr (Σ_a^½ Σ_b Σ_a^½)^½, a sum over real eigenvalues. Rank-deficient
-    covariances (fewer images than features) are as good as any.
+    On Inception's features it is the FID (Heusel et al. 2017, Equation 6). For symmetric
+    covariances, also rank-deficient ones, tr (Σ_a Σ_b)^½ = tr (Σ_a^½ Σ_b Σ_a^½)^½ is a sum over
+    real eigenvalues and needs no general matrix root.
 
     Args:
         mean_a, mean_b: (dim,).
         cov_a, cov_b: (dim, dim), symmetric, positive semi-definite.
-
-    Raises:
-        ValueError: the shapes do not fit each other.
     """
-    mean_a, mean_b = np.asarray(mean_a, np.float64), np.asarray(mean_b, np.float64)
-    cov_a, cov_b = np.asarray(cov_a, np.float64), np.asarray(cov_b, np.float64)
-    shapes = {mean_a.shape * 2, mean_b.shape * 2, cov_a.shape, cov_b.shape}
-    if len(shapes) > 1 or mean_a.ndim != 1:
+    mu_a, mu_b = np.asarray(mean_a, np.float64), np.asarray(mean_b, np.float64)
+    sigma_a, sigma_b = np.asarray(cov_a, np.float64), np.asarray(cov_b, np.float64)
+    shapes = {mu_a.shape * 2, mu_b.shape * 2, sigma_a.shape, sigma_b.shape}
+    if len(shapes) > 1 or mu_a.ndim != 1:
         raise ValueError(
-            f"means {mean_a.shape}, {mean_b.shape} and covariances {cov_a.shape}, {cov_b.shape} "
+            f"means {mu_a.shape}, {mu_b.shape} and covariances {sigma_a.shape}, {sigma_b.shape} "
             "do not fit: need (dim,) and (dim, dim)"
         )
-    values, vectors = np.linalg.eigh(cov_a)
+    values, vectors = np.linalg.eigh(sigma_a)
     root_a = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    product = root_a @ cov_b @ root_a
+    product = root_a @ sigma_b @ root_a
     eigenvalues = np.linalg.eigvalsh((product + product.T) / 2)
     trace_root = np.sqrt(eigenvalues.clip(min=0)).sum()
     # Heusel et al. 2017, Equation 6
-    distance = np.square(mean_a - mean_b).sum() + np.trace(cov_a + cov_b) - 2 * trace_root
+    distance = np.square(mu_a - mu_b).sum() + np.trace(sigma_a + sigma_b) - 2 * trace_root
     return max(float(distance), 0.0)  # rounding may leave −1e-13 between equal sets
 
 
@@ -151,10 +135,10 @@ class FidInterval(NamedTuple):
     """Confidence interval of an FID.
 
     Attributes:
-        low, high: ends of the interval that holds 95 % of FIDs of other samples, as many.
+        low, high: ends of the 95 % interval of the FIDs of as many other samples.
         std: standard error of the FID.
-        bias: rise of the FID by resampling: roughly the cost of having too few samples.
-        draws: resampled sets.
+        bias: increase of the FID by resampling, roughly that of having few samples.
+        draws: number of resampled sets.
     """
 
     low: float
@@ -167,22 +151,14 @@ class FidInterval(NamedTuple):
 def bootstrap_fid(
     features: NDArray[np.float32], real: FeatureStatistics, fid: float, draws: int, seed: int = 0
 ) -> FidInterval:
-    """Estimate the interval of an FID by resampling the samples' features, the reference fixed.
+    """Estimate the interval of an FID by resampling the samples' features (n, dim).
 
     Efron & Tibshirani 1993, Algorithm 6.1, with the standard normal interval (Section 13.2) about
-    the measured FID. Their percentile interval does not apply: a set drawn with replacement holds
-    images several times and is poorer than the samples, so that its FID lies above theirs, by
-    `bias`; often the whole percentile interval does.
+    the measured FID. The percentile interval does not apply: a set drawn with replacement repeats
+    images and is less diverse, so that its FID is higher, by `bias`.
 
-    Each draw takes about as long as the FID itself: with Inception's features some seconds.
-
-    Args:
-        features: of the samples, (n, dim).
-        fid: as measured.
-        draws: at least two; a hundred give the standard error to within some 7 %.
-
-    Raises:
-        ValueError: fewer than two draws or samples.
+    Each draw takes as long as the FID itself, some seconds with Inception's features. A hundred
+    draws give the standard error to within 7 %.
     """
     if draws < 2 or len(features) < 2:
         raise ValueError(f"{draws} draws of {len(features)} samples: need two or more of both")
@@ -210,7 +186,7 @@ def _blocks(features: NDArray[np.float32]) -> Iterator[tuple[slice, Array]]:
 def _resample(
     features: NDArray[np.float32], centre: Array, draw: np.random.Generator
 ) -> tuple[Array, Array]:
-    """Mean (dim,) and covariance (dim, dim) of as many features, drawn with replacement."""
+    """Return mean (dim,) and covariance (dim, dim) of n features drawn with replacement."""
     count, dim = features.shape
     times = np.bincount(draw.integers(count, size=count), minlength=count)
     total, scatter = np.zeros(dim), np.zeros((dim, dim))
@@ -220,6 +196,6 @@ def _resample(
         total += (weights * deviations).sum(0)
         scatter += deviations.T @ (weights * deviations)
     shift = total / count
-    # about a centre near the mean, so that the difference costs no digits
+    # about a centre near the mean, so that the difference costs no precision
     scatter -= count * np.outer(shift, shift)
     return centre + shift, scatter / (count - 1)

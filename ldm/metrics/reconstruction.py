@@ -1,4 +1,4 @@
-"""How close a reconstruction is to its image, per image: PSNR and SSIM."""
+"""PSNR and SSIM of reconstructions, per image."""
 
 import torch
 from torch import Tensor
@@ -17,8 +17,7 @@ def psnr(images: Tensor, recon: Tensor) -> Tensor:
         images, recon: (B, 3, H, W) floats in [−1, 1].
 
     Returns:
-        (B,) float64. Infinite where the two are identical, as the definition has it: who takes a
-        mean decides what such an image counts for.
+        (B,) float64; infinite for identical images, by definition.
     """
     _assert_pair(images, recon)
     error = (images.double() - recon.double()).square().flatten(1).mean(1)  # (B,)
@@ -29,10 +28,10 @@ def psnr(images: Tensor, recon: Tensor) -> Tensor:
 def ssim(images: Tensor, recon: Tensor) -> Tensor:
     """Structural similarity (Wang et al. 2004), 1 for identical images, higher is closer.
 
-    An 11×11 Gaussian window of σ = 1.5, placed only where it lies within the image; population
-    covariance; the mean over positions and colours. It is scikit-image's `structural_similarity`
-    of the 8-bit pixels with `gaussian_weights=True, sigma=1.5, use_sample_covariance=False`, which
-    leaves out the same border. Packages that pad the border instead give other numbers.
+    The mean over positions and colours of an 11×11 Gaussian window of σ = 1.5 inside the image,
+    with population covariance. It equals scikit-image's `structural_similarity` of the 8-bit pixels
+    with `gaussian_weights=True, sigma=1.5, use_sample_covariance=False`. Packages that pad the
+    border give other numbers.
 
     Args:
         images, recon: (B, 3, H, W) floats in [−1, 1].
@@ -50,8 +49,8 @@ def ssim(images: Tensor, recon: Tensor) -> Tensor:
             f"SSIM needs images of {SSIM_WINDOW}×{SSIM_WINDOW} pixels or more, "
             f"not {height}×{width}: evaluate at a higher resolution"
         )
-    # Luminance from 0 up, as the definition has it: means about 0 would compare as unlike where
-    # images are grey. float64, for the variances are small differences of squares.
+    # Luminance starts at 0 in the definition: with means about 0, grey images would be dissimilar.
+    # float64, because the variances are small differences of squares.
     x, y = images.double() + 1, recon.double() + 1
     mean_x, mean_y = _window_mean(x), _window_mean(y)  # (B, 3, H−10, W−10)
     var_x = _window_mean(x * x) - mean_x**2
@@ -66,7 +65,7 @@ def ssim(images: Tensor, recon: Tensor) -> Tensor:
 
 
 def _window_mean(images: Tensor) -> Tensor:
-    """Gaussian-weighted mean over every window inside the image: one pass a direction."""
+    """Compute the Gaussian-weighted mean of every window inside the image, axis by axis."""
     offsets = torch.arange(SSIM_WINDOW, dtype=images.dtype, device=images.device)
     weights = torch.exp(-((offsets - SSIM_WINDOW // 2) ** 2) / (2 * SSIM_SIGMA**2))
     weights = weights / weights.sum()

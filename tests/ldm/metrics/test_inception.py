@@ -92,7 +92,7 @@ def test_another_file_that_was_found_is_not_run(alone, monkeypatch):
     with pytest.raises(LdmError, match=r"is not on this machine .* give it with --weights PATH"):
         load_inception(None, "cpu")
     with pytest.raises(LdmError, match=r"not the published file .* give it with --weights PATH"):
-        FeatureExtractor(path, "cpu", given=False)
+        FeatureExtractor(path, "cpu", trusted=False)
 
 
 def test_another_file_hides_no_published_one(alone, monkeypatch):
