@@ -29,7 +29,7 @@ from ldm.errors import LdmError
 from ldm.images import latents_as_rgb, to_float, to_uint8
 from ldm.logbook import console
 from ldm.metrics import psnr
-from ldm.run_folder import WATCHING
+from ldm.run_folder import IGNORED
 from pipelines.analysis.subjects import choose_data
 from pipelines.latent_diffusion import LatentDiffusionPipeline
 from pipelines.report import page
@@ -65,7 +65,7 @@ def settings_section(records: Sequence[Record], titles: Sequence[page.Markup], o
 
 
 def _differs(key: str, flat: Sequence[Tree]) -> bool:
-    if key.rpartition(".")[2] in WATCHING:
+    if key.rpartition(".")[2] in IGNORED:
         return False
     return any(_setting(settings, key) != _setting(flat[0], key) for settings in flat)
 
