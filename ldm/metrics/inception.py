@@ -180,14 +180,17 @@ def weight_folders() -> list[Path]:
 
 def published_weights() -> Path | None:
     """Find the published file in one of the folders; other files of its name are ignored."""
-    for path in (folder / WEIGHTS for folder in weight_folders()):
-        try:
-            with path.open("rb") as file:
-                if file_digest(file, "sha256").hexdigest() == SHA256:
-                    return path
-        except OSError:  # absent, or another user's
-            continue
-    return None
+    paths = (folder / WEIGHTS for folder in weight_folders())
+    return next((path for path in paths if digest(path) == SHA256), None)
+
+
+def digest(path: Path) -> str:
+    """Compute the SHA-256 of a file; "" if it is absent or unreadable."""
+    try:
+        with path.open("rb") as file:
+            return file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""
 
 
 def _load_network(content: bytes, path: Path, device: torch.device) -> Any:
