@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from numpy.typing import NDArray
 
 from autoencoders import Autoencoder, load_autoencoder
 from autoencoders.losses import LPIPS, load_lpips
@@ -24,18 +23,20 @@ from ldm.data.split import Split
 from ldm.device import keep_freed_memory, memory_format
 from ldm.distributed import fail_together, from_main, join_processes
 from ldm.errors import UsageError
+from ldm.files import write_json
 from ldm.logbook import console
 from ldm.metrics.inception import Extractor
 from ldm.run_folder import installed_version, newest_run, provenance
-from pipelines.measuring.checks import check_writable, read_preparation
+from pipelines.measuring.checks import check_writable
 from pipelines.measuring.evaluation import (
+    FORMAT,
     NUMBERS,
     Evaluation,
     EvaluationJob,
     default_paths,
     plan_jobs,
-    write_last,
 )
+from pipelines.measuring.reference import read_preparation
 from pipelines.measuring.statistics import (
     NEAREST,
     MeasureOptions,
@@ -82,8 +83,8 @@ def evaluate_checkpoints(
     all reconstructions; SWD compares patches of both, of 16,384 images at most. Under a distributed
     launch the processes share the images, and all return the same.
 
-    Numbers whose weights are unavailable are left out, and so is an rFID over fewer images than
-    there are features; the result gives the reasons.
+    Numbers whose weights are unavailable are left out, as is an rFID over fewer images than
+    features; the result gives the reasons.
 
     Args:
         models: stage-one files or folders, ours or others', as `load_autoencoder` takes them;
@@ -99,7 +100,7 @@ def evaluate_checkpoints(
         One evaluation of each model at each resolution, in this order.
 
     Raises:
-        UsageError: a file does not name the data or resolution that is omitted; a number is below
+        UsageError: data or resolution is omitted and a file does not name it; a number is below
             one; options exclude each other; or two results would be written to one file.
         LdmError: a file is no autoencoder, or cannot take a resolution; the data or requested
             weights cannot be read; held-out images were trained on; or numbers are not finite.
@@ -125,8 +126,15 @@ def evaluate_checkpoints(
         done.append(_measure(ae, job, path, how, metrics, device, ranks))
         missing = done[-1].about["missing"].items()
         _print_missing({name: why for name, why in missing if name not in metrics.missing}, ranks)
-        from_main(ranks, lambda: write_last(done, together=how.out is not None))
+        from_main(ranks, lambda: _write(done, together=how.out is not None))
     return done
+
+
+def _write(evaluations: Sequence[Evaluation], together: bool) -> None:
+    """Write the last evaluation to its file; or all of them, `together` in one file."""
+    trees = [each.to_tree() for each in evaluations]
+    tree = {"format": FORMAT, "evaluations": trees} if together else trees[-1]
+    write_json(evaluations[-1].path, tree)
 
 
 def load_metrics(
@@ -184,42 +192,47 @@ def _measure(
     real, fake = (gather_statistics(side, ranks) for side in (real, fake))
 
     def conclude() -> Evaluation:
-        everything = Scores()
-        corrupt: dict[str, str] = {}
+        everything, corrupt = Scores(), {}
         for share, found in shares:
             everything.merge(share)
             corrupt |= found
         stop_if_too_many(corrupt, total)
+        settings = {
+            "limit": how.limit,
+            "corrupt": len(corrupt),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "processes": world,
+            "batch_size": how.batch_size,
+        }
         means = everything.means()  # of no image at all, this says so
         distances = compare_sets(fake, real, device)
-        settings = {
-            "limit": how.limit, "corrupt": len(corrupt), "device": _device_name(device),
-            "processes": world, "batch_size": how.batch_size,
-        }  # fmt: skip
         each = everything.in_order()
-        return _conclude(job, path, means, each, distances, metrics, how.force, settings)
+        numbers, about = _conclude(job, means, distances, len(each["k"]), metrics, how.force)
+        about |= settings | provenance()
+        about["versions"] |= {name: installed_version(name) for name in PACKAGES}
+        return Evaluation(job.model, job.resolution, len(each["k"]), numbers, about, path, each)
 
     return from_main(ranks, conclude)
 
 
 def _conclude(
     job: EvaluationJob,
-    path: Path,
     means: dict[str, float],
-    each: dict[str, NDArray],
     distances: dict[str, Any],
+    count: int,
     metrics: Metrics,
     force: bool,
-    settings: dict[str, Any],
-) -> Evaluation:
-    """Leave out the numbers that mean nothing, and add all that the others depend on."""
-    count = len(each["k"])
+) -> tuple[dict[str, float | None], dict[str, Any]]:
+    """The numbers, without those that mean nothing, and what they depend on."""
     numbers: dict[str, float | None] = dict.fromkeys(NUMBERS) | means
     numbers |= {name: distances[name] for name in ("kid", "precision", "recall")}
     numbers |= {"rfid": distances["fid"], "swd": distances["swd"]["mean"]}
-    missing, doubtful = dict(metrics.missing), {}
-    extractor = metrics.extractor if count > NEAREST else None
-    if extractor is not metrics.extractor:
+    missing, doubtful, notes = dict(metrics.missing), {}, []
+    if job.seen["note"]:
+        notes.append(job.seen["note"])
+    extractor = metrics.extractor
+    if extractor is not None and count <= NEAREST:
+        extractor = None
         numbers |= dict.fromkeys(OF_FEATURES)
         missing |= dict.fromkeys(OF_FEATURES, f"{count} image(s) have too few neighbours")
     elif extractor is not None and count < extractor.dim:
@@ -229,13 +242,12 @@ def _conclude(
         else:
             numbers["rfid"] = None
             missing["rfid"] = f"{few}; --force measures it anyway"
-    notes = [job.seen["note"]] if job.seen["note"] else []
     if extractor is not None and not extractor.is_published:
         notes.append(
             f"{extractor.name} is not the published Inception: compare rFID, KID, precision "
             "and recall only with those of the same network"
         )
-    about = {
+    return numbers, {
         "model": job.about_model,
         "data": to_tree(job.data),
         "prepared": read_preparation(job.data),
@@ -248,15 +260,7 @@ def _conclude(
         "doubtful": doubtful,
         "notes": notes,
         "details": {name: distances[name] for name in ("kid_std", "swd", "swd_images")},
-        **settings,
-        **provenance(),
     }
-    about["versions"] |= {name: installed_version(name) for name in PACKAGES}
-    return Evaluation(job.model, job.resolution, count, numbers, about, path, each)
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _print(text: str, ranks: PartialState) -> None:
@@ -267,5 +271,5 @@ def _print(text: str, ranks: PartialState) -> None:
 def _print_missing(missing: dict[str, str], ranks: PartialState) -> None:
     """Print one line for each reason."""
     for why in dict.fromkeys(why for why in missing.values() if why != NO_FID):
-        names = [title for name, title in NUMBERS.items() if missing.get(name) == why]
+        names = [number.title for name, number in NUMBERS.items() if missing.get(name) == why]
         _print(f"without {', '.join(names)}: {why}", ranks)

@@ -8,31 +8,27 @@
 <model>/fid/seed0-steps18-n5000.json the result for samples straight from a model
 """
 
-import json
-from collections.abc import Iterator
 from contextlib import nullcontext, suppress
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 
 from ldm.config import validate
-from ldm.data import Batch, DataConfig
+from ldm.data import DataConfig
 from ldm.data.split import Split
 from ldm.distributed import fail_together, from_main, join_processes
 from ldm.errors import LdmError, UsageError
-from ldm.files import write_json
-from ldm.images import to_uint8
+from ldm.files import read_json, write_json
 from ldm.logbook import console
 from ldm.metrics.fid import bootstrap_fid
 from ldm.metrics.inception import Extractor
 from ldm.run_folder import provenance
 from pipelines.measuring.checks import (
-    Comparison,
-    Reference,
-    Samples,
     check_writable,
     describe_limits,
     find_copies,
@@ -40,74 +36,31 @@ from pipelines.measuring.checks import (
     join_words,
     name_data,
     resolve,
-    resolve_source,
     samples_filter,
 )
-from pipelines.measuring.reference import PUBLISHED, ImageReference, open_statistics
+from pipelines.measuring.reference import (
+    PUBLISHED,
+    ImageReference,
+    Reference,
+    open_statistics,
+    resolve_source,
+)
 from pipelines.measuring.statistics import (
     SWD_IMAGES,
     MeasureOptions,
-    PassSettings,
     SetStatistics,
     accumulate,
     compare_sets,
     describe_extractor,
     find_extractor,
-    hash_set,
+    pack_hashes,
 )
-from pipelines.sampling.model import SamplingJob
 from pipelines.sampling.sample_folder import newest_samples
-from pipelines.sampling.settings import positive_int
-from pipelines.sampling.source import SampleFolder
+from pipelines.sampling.source import ModelSamples, SampleFolder, Samples
 
 FORMAT = 2
 FID_50K = 50_000  # as many as papers take
 DEFAULT_SPLIT: Split = "all"
-
-
-class ModelSamples:
-    """Images 0 … n−1 of a seed, as `ldm sample` writes them with the same settings, in memory.
-
-    Args:
-        job: see `SamplingJob`, which takes the other arguments.
-
-    Attributes:
-        made_with: what a `samples.json` of them would say.
-        resolution: edge of the images, pixels.
-    """
-
-    def __init__(self, model: Path, n: int = FID_50K, seed: int = 0, **job: Any) -> None:
-        self._n = positive_int("--n ", n)
-        self._job = SamplingJob(model, seed, **job)
-        self.path, self.resolution = model, self._job.resolution
-        self.made_with: dict[str, Any] | None = {"n": self._n} | self._job.settings
-
-    def __len__(self) -> int:
-        return self._n
-
-    @property
-    def what(self) -> str:
-        """A description, for messages and results."""
-        return f"{self._n} images of {self.path}, seed {self._job.seed}"
-
-    @property
-    def result_path(self) -> Path:
-        """The default file of a measurement: `fid/seed0-steps18-n50000.json` beside the model."""
-        return self._job.folder / "fid" / f"{self._job.slug()}-n{self._n}.json"
-
-    def name(self, index: int) -> str:
-        """Name an image in a message."""
-        return f"image {index} of seed {self._job.seed}"
-
-    def batches(
-        self, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
-    ) -> Iterator[Batch]:
-        """Sample every image once over all processes; there are no workers."""
-        share = -(-batch_size // world)
-        for first in range(rank * share, self._n, world * share):
-            indices = range(first, min(first + share, self._n))
-            labels = torch.tensor([self._job.label(i) for i in indices])
-            yield Batch(to_uint8(self._job.sample(indices)), torch.tensor(indices), labels)
 
 
 # ------------------------------------------------------------------------------- measurement
@@ -141,7 +94,7 @@ def measure_fid(
             against all 70,000; refused for a model that was trained on all of them.
         model: a stage-two file or run folder, to sample from without writing.
         reference: statistics in place of data: `ffhq256`, `ffhq1024`, or a file.
-        sampling: the keywords of `ModelSamples`.
+        sampling: with `model`: `n`, 50,000 by default, and the keywords of `sample_images`.
         options: the fields of `MeasureOptions`. `out` defaults to a file named after the
             non-default settings, for a config to `fid.json`.
 
@@ -163,22 +116,20 @@ def measure_fid(
         if one is not None and other is not None:
             raise UsageError(f"{names} exclude each other: give one of them")
     fake = _open_samples(samples, model, sampling or {}, how)
-    against: DataConfig | str
     if isinstance(data, DataConfig):
-        against, out = data, fake.result_path
-    else:
-        against, name = (reference, reference) if reference else _choose_data(data, fake)
-        out = fid_path(fake.result_path, name, split, how)
-    return _measure(fake, against, split, how.out or out, how)
+        return _measure(fake, data, split, how.out or fake.result_path, how)
+    against, name = (reference, reference) if reference else _choose_data(data, fake)
+    out = how.out or fid_path(fake.result_path, name, split, how)
+    return _measure(fake, against, split, out, how)
 
 
 def _open_samples(
     samples: Path | None, model: Path | None, sampling: dict[str, Any], how: MeasureOptions
 ) -> Samples:
     if model is not None:
-        if how.limit is not None:
-            sampling = sampling | {"n": min(sampling.get("n", FID_50K), how.limit)}
-        return ModelSamples(model, device=str(how.device), **sampling)
+        n = sampling.get("n", FID_50K)
+        some = {"n": n if how.limit is None else min(n, how.limit)}
+        return ModelSamples(model, device=str(how.device), **(sampling | some))
     if sampling:
         raise UsageError(f"--{next(iter(sampling))} needs a model to sample from: give --model")
     return SampleFolder(samples or newest_samples(), how.limit, archives=True)
@@ -217,26 +168,36 @@ def _measure(
         with suppress(UsageError):  # of another version: then it is not known
             trained_on = _trained_on(samples)
         reference = _open_reference(against, split, samples, extractor, missing, how.limit)
-        comparison = Comparison(samples, reference, trained_on, extractor, split)
-        warnings = resolve(find_issues(comparison), how.force)
+        issues = find_issues(samples, reference, trained_on, extractor, split)
+        warnings = resolve(issues, how.force)
     if ranks.is_main_process:
         console.print(f"measuring {samples.what} against {reference.what}", markup=False)
 
-    swd_images = min(len(samples), len(reference), SWD_IMAGES) if reference.source else 0
-    workers = (reference.config or DataConfig()).workers
-    settings = PassSettings(extractor, device, ranks, how.batch_size, workers, swd_images)
+    one_pass: dict[str, Any] = {
+        "device": device,
+        "batch_size": how.batch_size,
+        "workers": (reference.config or DataConfig()).workers,
+        "swd_images": min(len(samples), len(reference), SWD_IMAGES) if reference.source else 0,
+    }
     # the reference first: its problems show before hours of sampling from a model
-    real = reference.statistics(settings)
-    fake = accumulate(samples, settings, every_feature=how.bootstrap > 0)
+    real = reference.statistics(ranks, extractor, **one_pass)
+    fake = accumulate(samples, ranks, extractor, every_feature=how.bootstrap > 0, **one_pass)
 
     def conclude() -> dict[str, Any]:
         copies = resolve(find_copies(samples, fake, real), how.force)
-        limits = resolve(describe_limits(comparison, how.features), how.force)
+        limits = resolve(describe_limits(reference, extractor, how.features is None), how.force)
         result = {
             "format": FORMAT,
             **_numbers(fake, real, device, how.bootstrap),
             "fid_missing": missing,
-            **_about(comparison, fake, real, how),
+            "mode": how.mode if how.features is None else None,
+            "resolution": samples.resolution,
+            "samples": _about_samples(samples, fake, trained_on),
+            "reference": reference.about
+            | {"split_asked": split, "count": real.count}
+            | real.origin,
+            "extractor": describe_extractor(extractor),
+            "forced": how.force,
             "warnings": [*warnings, *copies, *limits],
             **_versions(),
         }
@@ -244,12 +205,16 @@ def _measure(
         write_json(path, result)
         return result | {"written": str(path)}
 
-    result = from_main(ranks, conclude)
+    return _report(from_main(ranks, conclude), ranks)
+
+
+def _report(result: dict[str, Any], ranks: PartialState) -> dict[str, Any]:
+    """Print the warnings; fail, on all processes, where there is no FID."""
     if ranks.is_main_process:
         for warning in result["warnings"]:
             # rich would draw :four: of module:four: as a picture
             console.print(f"note: {warning}", markup=False)
-    if missing:
+    if missing := result["fid_missing"]:
         swd = f"SWD {result['swd']['mean']:.3f} (×10³)"
         raise LdmError(f"{missing}; without FID, {swd} was measured and is in {result['written']}")
     return result
@@ -284,27 +249,17 @@ def _numbers(
     return {"fid": numbers.pop("fid"), "fid_interval": interval, **numbers}
 
 
-def _about(
-    comparison: Comparison, fake: SetStatistics, real: SetStatistics, how: MeasureOptions
+def _about_samples(
+    samples: Samples, fake: SetStatistics, trained_on: DataConfig | None
 ) -> dict[str, Any]:
-    """All that the numbers depend on."""
-    samples, reference = comparison.samples, comparison.reference
     return {
-        "mode": how.mode if how.features is None else None,
-        "resolution": samples.resolution,
-        "samples": {
-            "path": str(samples.path),
-            "what": samples.what,
-            "count": fake.count,
-            "made_with": samples.made_with,
-            "filter": samples_filter(samples, comparison.trained_on),
-            "fingerprint": hash_set(fake.hashes or {}),
-        },
-        "reference": reference.about
-        | {"split_asked": comparison.split, "count": real.count}
-        | real.origin,
-        "extractor": describe_extractor(comparison.extractor),
-        "forced": how.force,
+        "path": str(samples.path),
+        "what": samples.what,
+        "count": fake.count,
+        "made_with": samples.made_with,
+        "filter": samples_filter(samples, trained_on),
+        # equal for the same images in the same order
+        "fingerprint": sha256(pack_hashes(fake.hashes or {})).hexdigest(),
     }
 
 
@@ -331,8 +286,5 @@ def fid_path(plain: Path, other: str | None, split: Split | None, how: MeasureOp
 
 def path_without_fid(path: Path) -> Path:
     """Return the file of a result without an FID: `path`, or one beside it if `path` has an FID."""
-    try:
-        has_fid = json.loads(path.read_text("utf-8"))["fid"] is not None
-    except (OSError, ValueError, TypeError, KeyError):  # none is there, or it is damaged
-        has_fid = False
+    has_fid = (read_json(path) or {}).get("fid") is not None
     return path.with_name(f"{path.stem}-swd.json") if has_fid else path

@@ -15,7 +15,7 @@ from ldm.images import to_float, to_pil
 from ldm.logbook import progress_bar
 from ldm.seeds import normal
 from pipelines.sampling.model import LatentModel
-from pipelines.sampling.settings import Churn, Options, integer, positive_int
+from pipelines.sampling.settings import Churn, Options, integer
 
 Images = Tensor | list[Image.Image]
 
@@ -63,7 +63,7 @@ class LatentDiffusionPipeline(LatentModel):
     def interpolate(self, seed_a: int, seed_b: int, count: int = 8, **options: Any) -> Images:
         """Interpolate from image 0 of one seed to image 0 of another, on the noise sphere.
 
-        A model with classes needs `labels`. Churn would make the images diverge, and is refused.
+        A model with classes needs `labels`. Churn is refused: it would make the images diverge.
 
         Args:
             count: number of images, both ends included.
@@ -100,7 +100,7 @@ class LatentDiffusionPipeline(LatentModel):
         return _in_batches(len(images), requested, change)
 
     def inpaint(self, images: Images, mask: Tensor, seed: int = 0, **options: Any) -> Images:
-        """Generate the mrequested part of images; every other pixel stays exactly as it was.
+        """Generate the masked part of images; every other pixel stays exactly as it was.
 
         Pixels under the mask are ignored. By default churn is as large as the sampler allows (none
         for dpmpp-2m): with less, the new part fits the known one less well.
@@ -127,7 +127,7 @@ class LatentDiffusionPipeline(LatentModel):
         self, options: dict[str, Any], n: int, seed: int
     ) -> tuple[Options, Callable[..., Tensor]]:
         """Validate the options, and bind them to `LatentModel.sample`."""
-        n, seed = positive_int("n=", n), integer("seed=", seed)
+        n, seed = integer("n=", n, least=1), integer("seed=", seed)
         requested = Options.read(options)
         labels = self.classes.choose(requested.labels, n, seed)
         guide = self.load_guide(requested.sampling, requested.guide, labels)
@@ -205,7 +205,7 @@ def fill_hidden(images: Tensor, mask: Tensor) -> Tensor:
     An encoder sees beyond the patch of a latent: neither a hidden pixel nor an artificial edge may
     reach it. The mean is over the known pixels of a square of 2, 4, 8 … pixels, the smallest that
     has any; grey if nothing is known. (After the pull-push of Gortler et al. 1996, which blends the
-    squares where this takes one.)
+    squares; this takes one.)
 
     Args:
         images: (B, 3, H, W) in [−1, 1].

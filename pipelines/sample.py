@@ -3,14 +3,13 @@
 See `pipelines.sampling.sample_folder` for the files.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ldm.distributed import from_main
 from ldm.errors import UsageError
@@ -25,7 +24,7 @@ from pipelines.sampling.sample_folder import (
     open_for_writing,
     write_labels,
 )
-from pipelines.sampling.settings import Label, positive_int
+from pipelines.sampling.settings import Label, integer
 from pipelines.sampling.source import SampleFolder
 
 IN_GRID = 64
@@ -62,6 +61,7 @@ def sample_images(
         files: "png": one file per image; "shards": tar shards, readable as data, with labels if
             every image has a class; "zip": one archive.
         batch_size: images at a time, per process.
+        device, precision: see `LatentDiffusionPipeline.to`.
         sampling: the fields of `Sampling`.
 
     Returns:
@@ -73,7 +73,7 @@ def sample_images(
             other settings, or is in use by another process; or a batch is not finite, of which no
             image is written.
     """
-    n, batch_size = positive_int("--n ", n), positive_int("--batch-size ", batch_size)
+    n, batch_size = integer("--n ", n, least=1), integer("--batch-size ", batch_size, least=1)
     if files not in STORES:
         raise UsageError(f"--format {files}: it must be one of {', '.join(STORES)}")
     job = SamplingJob(
@@ -85,45 +85,40 @@ def sample_images(
         # on the main process, so that its checks come before anyone writes and stop all of them
         missing = from_main(ranks, lambda: _begin(job, store, files, n, held))
         batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
-        mine = batches[ranks.process_index :: ranks.num_processes]
-        _write_batches(mine, job.sample, store, ranks.is_main_process)
+        _write_batches(job, store, batches[ranks.process_index :: ranks.num_processes])
         ranks.wait_for_everyone()
         if ranks.is_main_process:
             origin = f"samples of model {job.model.sha256[:12]}, seed {job.seed}"
             store.finish(job.resolution, origin, job.model.classes.names)
-            _draw_grid(out, store)
+            _draw_grid(store)
     return out
 
 
 def _begin(job: SamplingJob, store: PngStore, files: Files, n: int, held: ExitStack) -> list[int]:
     """Open the folder for writing; return the images that it lacks."""
-    out, classes = store.out, job.model.classes
-    announced = open_for_writing(out, job.settings | {"files": files}, n, held)
+    classes = job.model.classes
+    announced = open_for_writing(store.out, job.settings | {"files": files}, n, held)
     if classes.count:
-        write_labels(out, [job.label(i) for i in range(announced)], classes.names)
+        write_labels(store.out, [job.label(i) for i in range(announced)], classes.names)
     missing = store.missing(n)
     if len(missing) < n:
-        there = f"{n - len(missing):,} of {n:,} images are in {out} already"
+        there = f"{n - len(missing):,} of {n:,} images are in {store.out} already"
         console.print(there, markup=False)
     if missing:
         store.begin()
     return missing
 
 
-def _write_batches(
-    batches: Sequence[Sequence[int]],
-    sample: Callable[[Sequence[int]], Tensor],
-    store: PngStore,
-    is_main: bool,
-) -> None:
+def _write_batches(job: SamplingJob, store: PngStore, batches: Sequence[Sequence[int]]) -> None:
     """Sample each batch while the one before is being written."""
+    is_main = job.ranks.is_main_process
     bar = progress_bar("images")
     bar.disable = bar.disable or not is_main
     with bar, ThreadPoolExecutor(WRITERS) as pool:
         task = bar.add_task("sampling", total=sum(map(len, batches)), speed="", note="")
         writing: list[Future] = []
         for indices in batches:
-            images = sample(indices)
+            images = job.sample(indices)
             # the batch before must be written by now, so that memory does not grow with n
             _wait(writing)
             writing = [
@@ -142,10 +137,11 @@ def _wait(writing: Sequence[Future]) -> None:
         future.result()  # raises here if the disk is full
 
 
-def _draw_grid(out: Path, store: PngStore) -> None:
+def _draw_grid(store: PngStore) -> None:
     """Draw the first images that are there, even if fewer were requested now."""
     gaps = store.missing(IN_GRID)
     shown = gaps[0] if gaps else IN_GRID
-    folder = SampleFolder(out, limit=shown, least=1)
-    images = torch.stack([torch.tensor(folder.load(i)).permute(2, 0, 1) for i in range(shown)])
-    save_grid(to_float(images), out / GRID, max(1, round(shown**0.5)))
+    folder = SampleFolder(store.out, limit=shown, least=1)
+    images = torch.stack([torch.tensor(folder.load(i)) for i in range(shown)])
+    sheet = to_float(images.permute(0, 3, 1, 2))
+    save_grid(sheet, store.out / GRID, max(1, round(shown**0.5)))

@@ -25,7 +25,7 @@ from ldm.data.dataset import PHOTOS
 from ldm.data.split import Split
 from ldm.distributed import fail_together
 from ldm.errors import LdmError, UsageError
-from ldm.files import to_json, write_json
+from ldm.files import to_json
 from ldm.tables import latex_table, markdown_table, text_table
 from pipelines.measuring.checks import (
     Issue,
@@ -34,8 +34,8 @@ from pipelines.measuring.checks import (
     join_words,
     name_data,
     resolve,
-    resolve_source,
 )
+from pipelines.measuring.reference import resolve_source
 
 # ---------------------------------------------------------------------------------------- jobs
 Compared = dict[tuple[DataConfig, DataConfig, int], Overlap | LdmError]
@@ -75,21 +75,13 @@ def plan_jobs(
     """Plan to measure every model at every resolution, in this order.
 
     Data and resolution default to those of each model's training, and data that a model was trained
-    on is split as in training.
-
-    Raises:
-        UsageError: data or resolution is omitted, and a file does not name its own.
-        LdmError: a file is no autoencoder, the data cannot be read, an autoencoder cannot take a
-            resolution, or (without `force`) images to be measured as held out were trained on.
+    on is split as in training. Images to be measured as held out that were trained on are refused,
+    unless forced.
     """
     with fail_together(ranks):
         jobs = _open(models, data, split, resolutions)
     compared: Compared = {}
-    for i, job in enumerate(jobs):
-        trained_on = _trained_on(job.about_model)
-        seen = _compare(job, trained_on, limit, ranks, force, compared)
-        jobs[i] = replace(job, seen=seen)
-    return jobs
+    return [replace(job, seen=_compare(job, limit, ranks, force, compared)) for job in jobs]
 
 
 def _open(
@@ -156,12 +148,7 @@ def _check_resolution(path: Path, config: AutoencoderConfig, resolution: int) ->
 
 
 def _compare(
-    job: EvaluationJob,
-    trained_on: DataConfig | None,
-    limit: int | None,
-    ranks: PartialState,
-    force: bool,
-    compared: Compared,
+    job: EvaluationJob, limit: int | None, ranks: PartialState, force: bool, compared: Compared
 ) -> dict[str, Any]:
     """Find out whether a job's images were trained on.
 
@@ -176,25 +163,28 @@ def _compare(
         `held_out` (None where it is not known), a `note` where there is something to report, and
         the `overlap` where both sides were compared.
     """
+
+    def seen(held_out: bool | None, note: str | None = None, overlap: Any = None) -> dict[str, Any]:
+        return {"held_out": held_out, "note": note, "overlap": overlap}
+
+    trained_on = _trained_on(job.about_model)
     own = trained_on is not None and (
         resolve_source(trained_on.source) == resolve_source(job.data.source)
     )
-    if job.split == "train" or (job.split == "all" and own):
-        note = f"{job.model} was trained on these images, or some of them" if own else None
-        return {"held_out": False if own else None, "note": note, "overlap": None}
+    if own and job.split in ("train", "all"):
+        return seen(False, f"{job.model} was trained on these images, or some of them")
     against = trained_on or (job.data if job.split == "val" else None)
-    if against is None:
-        return {"held_out": None, "note": None, "overlap": None}
+    if job.split == "train" or against is None:
+        return seen(None)
     if PHOTOS in (against.source, job.data.source):
         # no file is one of the photographs, and their right thirds are never trained on
-        return {"held_out": True, "note": None, "overlap": None}
+        return seen(True)
     key = (job.data, against, job.resolution)
     if key not in compared:
         compared[key] = _overlap(job, against, limit, ranks)
     overlap = compared[key]
     if isinstance(overlap, LdmError):
-        note = f"not known whether {job.model} was trained on these images: {overlap}"
-        return {"held_out": None, "note": note, "overlap": None}
+        return seen(None, f"not known whether {job.model} was trained on these images: {overlap}")
     note = None
     if overlap.shared:
         note = (
@@ -202,8 +192,7 @@ def _compare(
             f"are also training images of {against.source}, such as {overlap.example}"
         )
         resolve([Issue(f"{note}: measure other images")], force)
-    found = overlap._asdict() | {"against": against.source}
-    return {"held_out": not overlap.shared, "note": note, "overlap": found}
+    return seen(not overlap.shared, note, overlap._asdict() | {"against": against.source})
 
 
 def _overlap(
@@ -219,11 +208,28 @@ def _overlap(
 
 # ------------------------------------------------------------------------------------- results
 FORMAT = 1
+
+
+class EvaluationNumber(NamedTuple):
+    """A number's title, and its format in the table; the arrow points to better."""
+
+    title: str
+    arrow: str
+    digits: int
+    scale: float = 1.0
+
+
 NUMBERS = {
-    "rfid": "rFID", "lpips": "LPIPS", "psnr": "PSNR", "ssim": "SSIM", "kid": "KID",
-    "precision": "precision", "recall": "recall", "swd": "SWD",
-}  # fmt: skip
-"""Names and titles of the numbers, those of the paper first, in its order."""
+    "rfid": EvaluationNumber("rFID", "↓", 2),
+    "lpips": EvaluationNumber("LPIPS", "↓", 3),
+    "psnr": EvaluationNumber("PSNR", "↑", 2),
+    "ssim": EvaluationNumber("SSIM", "↑", 3),
+    "kid": EvaluationNumber("KID", "×10³ ↓", 2, 1e3),
+    "precision": EvaluationNumber("precision", "↑", 3),
+    "recall": EvaluationNumber("recall", "↑", 3),
+    "swd": EvaluationNumber("SWD", "×10³ ↓", 2),
+}
+"""The numbers by name, those of the paper first, in its order."""
 
 
 @dataclass(frozen=True)
@@ -262,11 +268,7 @@ class Evaluation:
 
 
 def default_paths(jobs: Sequence[EvaluationJob], *settings: str) -> list[Path]:
-    """Return the default file of each evaluation of one call.
-
-    Raises:
-        UsageError: two of them would be written to one file.
-    """
+    """Return the default file of each evaluation of one call; no two may share one."""
     paths = [default_path(j.model, j.data, j.split, j.resolution, *settings) for j in jobs]
     taken: dict[Path, EvaluationJob] = {}
     for job, path in zip(jobs, paths, strict=True):
@@ -296,35 +298,8 @@ def default_path(
     return folder / "eval" / f"{join_words(*words)}.json"
 
 
-def write_last(evaluations: Sequence[Evaluation], together: bool) -> None:
-    """Write the last evaluation to its file; or all of them, `together` in one file."""
-    trees = [each.to_tree() for each in evaluations]
-    tree = {"format": FORMAT, "evaluations": trees} if together else trees[-1]
-    write_json(evaluations[-1].path, tree)
-
-
 # --------------------------------------------------------------------------------------- table
 Layout = Literal["table", "markdown", "latex", "json"]
-
-
-class MetricColumn(NamedTuple):
-    """Format of a number in the table; the arrow points to better."""
-
-    arrow: str
-    digits: int
-    scale: float = 1.0
-
-
-COLUMNS = {
-    "rfid": MetricColumn("↓", 2),
-    "lpips": MetricColumn("↓", 3),
-    "psnr": MetricColumn("↑", 2),
-    "ssim": MetricColumn("↑", 3),
-    "kid": MetricColumn("×10³ ↓", 2, 1e3),
-    "precision": MetricColumn("↑", 3),
-    "recall": MetricColumn("↑", 3),
-    "swd": MetricColumn("×10³ ↓", 2),
-}
 
 
 def format_evaluations(evaluations: Sequence[Evaluation], layout: Layout = "table") -> str:
@@ -335,9 +310,6 @@ def format_evaluations(evaluations: Sequence[Evaluation], layout: Layout = "tabl
     Args:
         layout: "table" for a terminal, "markdown", "latex" (with the package booktabs), or "json",
             which holds all that is known of each.
-
-    Raises:
-        UsageError: there is no such layout.
     """
     if layout not in get_args(Layout):
         raise UsageError(f"--format {layout}: it must be one of {', '.join(get_args(Layout))}")
@@ -360,7 +332,7 @@ def format_evaluations(evaluations: Sequence[Evaluation], layout: Layout = "tabl
 
 def _cells(rows: Sequence[Evaluation]) -> tuple[list[str], list[list[str]]]:
     """The header, and the cells of each row."""
-    shown = [name for name in COLUMNS if any(row.numbers[name] is not None for row in rows)]
+    shown = [name for name in NUMBERS if any(row.numbers[name] is not None for row in rows)]
     data = [_data(row) for row in rows]
     several = len(set(data)) > 1  # else the caption names it
     header = ["model", *(["data"] if several else []), "resolution", "images"]
@@ -375,16 +347,16 @@ def _cells(rows: Sequence[Evaluation]) -> tuple[list[str], list[list[str]]]:
         ]
         for name, which, row in zip(names, data, rows, strict=True)
     ]
-    return [*header, *(f"{NUMBERS[name]} {COLUMNS[name].arrow}" for name in shown)], body
+    return [*header, *(f"{NUMBERS[name].title} {NUMBERS[name].arrow}" for name in shown)], body
 
 
 def _cell(row: Evaluation, name: str) -> str:
     value = row.numbers[name]
     if value is None:
         return "–"
-    column = COLUMNS[name]
+    number = NUMBERS[name]
     star = "*" if name in row.about["doubtful"] else ""
-    return f"{value * column.scale:.{column.digits}f}{star}"
+    return f"{value * number.scale:.{number.digits}f}{star}"
 
 
 def _data(row: Evaluation) -> str:

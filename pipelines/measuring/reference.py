@@ -11,8 +11,9 @@ and 1024². At 256² they are of the data set's own tfrecords, downsampled from 
 
 import base64
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from hashlib import file_digest, sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -20,11 +21,14 @@ from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
+from accelerate import PartialState
 
 from ldm.config import to_tree
 from ldm.data import Batch, DataConfig, Source, batches, open_source
 from ldm.data.dataset import PHOTOS, content_identity
+from ldm.data.shards import read_manifest
 from ldm.data.split import Part, Split
+from ldm.data.transforms import NOT_RESIZED, CorruptImage
 from ldm.distributed import from_main
 from ldm.errors import LdmError, UsageError
 from ldm.logbook import console
@@ -33,22 +37,105 @@ from ldm.metrics.features import FeatureSet
 from ldm.metrics.inception import Extractor, FeatureExtractor
 from ldm.run_folder import provenance
 from ldm.weights import cache_folder, find_or_fetch
-from pipelines.measuring.checks import Reference, find_filter, read_preparation
 from pipelines.measuring.statistics import (
     SEED,
+    SWD_IMAGES,
     CentreCrops,
     Hashes,
-    PassSettings,
     SetStatistics,
     accumulate,
     draw_images,
-    in_order,
+    pack_hashes,
 )
 
-NOT_ENLARGED = "images are never enlarged for a comparison"
+
+# ------------------------------------------------------------------------ facts about a data set
+def resolve_source(source: str) -> str | Path:
+    """Return the place of a data set, whatever path names it."""
+    return source if source == PHOTOS else Path(source).expanduser().resolve()
+
+
+def read_preparation(config: DataConfig) -> dict[str, Any] | None:
+    """Return size, filter, crop and source of data made by `ldm data prepare`; None of other."""
+    path = Path(config.source).expanduser()
+    if config.source == PHOTOS or path.suffix == ".zip":
+        return None
+    if not path.exists() and "{" not in config.source:
+        return None  # the folder that it is not in may be prepared
+    manifest = read_manifest(path if path.is_dir() else path.parent)
+    return manifest and {key: manifest[key] for key in ("size", "filter", "crop", "source")}
+
+
+def find_filter(config: DataConfig, source: Source, resolution: int) -> str | None:
+    """Return the filter that the images of a data set are, or were, downsampled with to
+    `resolution`, if they were and it is known."""
+    if config.source == PHOTOS or config.crop == "random":
+        return None  # crops at native size
+    prepared = read_preparation(config)
+    steps = [prepared["filter"]] if prepared and prepared["filter"] != NOT_RESIZED else []
+    if native_size(config, source) > resolution:
+        steps.append("lanczos")  # as `center_crop` does
+    return ", then ".join(steps) or None
+
+
+def native_size(config: DataConfig, source: Source) -> int:
+    """Return the shorter side of a data set's images, pixels, by its manifest or by most images."""
+    prepared = read_preparation(config)
+    if prepared:
+        return prepared["size"]
+    sides = [side for _, side in shorter_sides(source, range(len(source)))]
+    return int(np.median(sides)) if sides else 0
+
+
+def shorter_sides(
+    source: Source, indices: Sequence[int], probes: int = 16
+) -> Iterator[tuple[int, int]]:
+    """Yield index and shorter side, pixels, of at most `probes` images, evenly spread."""
+    for place in np.linspace(0, len(indices) - 1, min(probes, len(indices))).round():
+        index = indices[int(place)]
+        with suppress(CorruptImage):
+            yield index, min(source.load(index).shape[:2])
 
 
 # ------------------------------------------------------------------------ images of a data set
+@dataclass
+class Reference:
+    """Real images to compare with, or statistics of them.
+
+    Attributes:
+        what: a description, for messages and results.
+        resolution: edge of the images, pixels.
+        filter: the filter that the images were downsampled with, where it is known.
+        about: the reference's entry in a result.
+        known: statistics of images that need not be here.
+        config, split, source: the data; None where only statistics are there.
+    """
+
+    what: str
+    resolution: int
+    count: int
+    filter: str | None
+    about: dict[str, Any]
+    known: SetStatistics | None = None
+    config: DataConfig | None = None
+    split: Split | None = None
+    source: Source | None = None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def statistics(
+        self,
+        ranks: PartialState,
+        extractor: Extractor | None,
+        swd_images: int = SWD_IMAGES,
+        **how: Any,
+    ) -> SetStatistics:
+        """Load or `accumulate` the statistics; complete on the main process only."""
+        assert self.known is not None
+        return self.known
+
+
 class ImageReference(Reference):
     """Images of one split, centre-cropped to a resolution, never mirrored.
 
@@ -72,81 +159,81 @@ class ImageReference(Reference):
         samples: int,
         limit: int | None = None,
     ) -> None:
-        self.config, self.split, self.resolution = config, split, resolution
         prepared = read_preparation(config)
         _check_prepared(config, prepared, resolution)
-        self.source = open_source(config, split, resolution)
+        source = open_source(config, split, resolution)
         centred = config.model_copy(update={"crop": "center"})
-        self.filter = find_filter(centred, self.source, resolution)
+        filtered = find_filter(centred, source, resolution)
         self.is_crops = config.source == PHOTOS and split != "val"
         if self.is_crops:
-            self._count = samples
-            self.what = f"photos, {split}: {samples} random crops, seed {SEED}"
+            count = samples
+            what = f"photos, {split}: {samples} random crops, seed {SEED}"
         else:
-            self._count = min(len(self.source), limit or len(self.source))
-            self.what = f"{config.source}, {split}: {self._count} images, centre-cropped"
-            if self.filter:
-                self.what += f", downsampled by {self.filter}"
-            if self._count < 2:
-                raise LdmError(f"{self.what}: a covariance needs two or more; give another --data")
-        self.about = {
-            "what": self.what,
+            count = min(len(source), limit or len(source))
+            what = f"{config.source}, {split}: {count} images, centre-cropped"
+            what += f", downsampled by {filtered}" if filtered else ""
+            if count < 2:
+                raise LdmError(f"{what}: a covariance needs two or more; give another --data")
+        about = {
+            "what": what,
             "split": split,
-            "count": self._count,
+            "count": count,
             "data": to_tree(config),
             "prepared": prepared,
-            "filter": self.filter,
+            "filter": filtered,
         }
-
-    def __len__(self) -> int:
-        return self._count
+        super().__init__(what, resolution, count, filtered, about, None, config, split, source)
 
     def batches(
         self, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
     ) -> Iterator[Batch]:
-        """Return this process's share of the images; more than 1 % corrupt ones are an error."""
+        """Yield this process's share of the images; more than 1 % corrupt ones are an error."""
         if not self.is_crops:
-            yield from self.part(range(self._count)).batches(batch_size, rank, world, workers)
+            yield from self.part(range(self.count)).batches(batch_size, rank, world, workers)
             return
         unmirrored = self.config.model_copy(update={"flip": False})
-        stop = -(-self._count // batch_size) * batch_size  # whole batches; the last is cut
+        stop = -(-self.count // batch_size) * batch_size  # whole batches; the last is cut
         for batch in batches(
             self.source, unmirrored, self.resolution, SEED, 0, stop, batch_size, rank, world
         ):
-            wanted = batch.k < self._count
+            wanted = batch.k < self.count
             if wanted.any():  # of the last batch a process may have none
                 yield Batch(*(part[wanted] for part in batch))
 
     def part(self, indices: range | np.ndarray) -> CentreCrops:
         """Return some of the images, numbered anew; not of random crops."""
-        return CentreCrops(Part(self.source, indices), self.resolution, self.what, self._count)
+        return CentreCrops(Part(self.source, indices), self.resolution, self.what, self.count)
 
     def content(self) -> str:
         """SHA-256 over the content of all files with these images, wherever they lie."""
-        return content_identity(self.source, self._count)
+        return content_identity(self.source, self.count)
 
-    def statistics(self, settings: PassSettings) -> SetStatistics:
+    def statistics(
+        self,
+        ranks: PartialState,
+        extractor: Extractor | None,
+        swd_images: int = SWD_IMAGES,
+        **how: Any,
+    ) -> SetStatistics:
         """Accumulate over all images, or load the features kept of an earlier pass.
 
         The numbers are the same either way, up to the last digits of float64.
         """
-        ranks = settings.ranks
-        identity = from_main(ranks, lambda: identify(self, settings.extractor))
+        identity = from_main(ranks, lambda: identify(self, extractor))
         if identity is None:
-            return accumulate(self, settings)
+            return accumulate(self, ranks, extractor, swd_images=swd_images, **how)
         path = statistics_path(identity)
         origin = {"content": identity["content"], "statistics": str(path)}
         kept = _load_kept(path, identity) if ranks.is_main_process else None
         if from_main(ranks, lambda: kept is not None):
-            drawn = draw_images(len(self), settings.swd_images)
-            patches_only = replace(settings, extractor=None, swd_images=len(drawn))
-            found = accumulate(self.part(drawn.numpy()), patches_only)
+            drawn = draw_images(len(self), swd_images).numpy()
+            found = accumulate(self.part(drawn), ranks, swd_images=len(drawn), **how)
             if kept is not None:
                 found.features, found.hashes = kept
                 found.count = found.features.count
             found.origin = origin | {"kept": True}
             return found
-        found = accumulate(self, settings)
+        found = accumulate(self, ranks, extractor, swd_images=swd_images, **how)
         if ranks.is_main_process:
             try:
                 _keep(path, identity, found, self)
@@ -162,7 +249,8 @@ class ImageReference(Reference):
 def _check_prepared(config: DataConfig, prepared: dict[str, Any] | None, resolution: int) -> None:
     size = prepared["size"] if prepared else resolution
     if size != resolution:
-        why = "resizing twice changes every number" if size > resolution else NOT_ENLARGED
+        enlarged = "images are never enlarged for a comparison"
+        why = "resizing twice changes every number" if size > resolution else enlarged
         raise LdmError(
             f"{config.source} was prepared at {size}×{size} and the samples are "
             f"{resolution}×{resolution}: {why}; prepare the data with --size {resolution}"
@@ -215,7 +303,7 @@ def _keep(
     about = {
         "identity": identity,
         "reference": reference.about,
-        "fingerprints": base64.b64encode(in_order(found.hashes).astype("<u8").tobytes()).decode(),
+        "fingerprints": base64.b64encode(pack_hashes(found.hashes)).decode(),
         **provenance(),
     }
     found.features.save(path, about)
@@ -270,39 +358,12 @@ PUBLISHED = {
 }
 
 
-@dataclass(frozen=True)
-class StatisticsReference(Reference):
-    """Statistics of images that need not be here.
-
-    Attributes:
-        features: clean-fid's are moments alone.
-        hashes: None where they are not known.
-    """
-
-    what: str
-    resolution: int
-    filter: str | None
-    about: dict[str, Any]
-    features: FeatureSet
-    hashes: Hashes | None
-
-    def __len__(self) -> int:
-        return self.features.count
-
-    def statistics(self, settings: PassSettings) -> SetStatistics:
-        return SetStatistics(self.features, None, self.hashes, count=len(self))
-
-
-def open_statistics(name: str, extractor: Extractor) -> StatisticsReference:
+def open_statistics(name: str, extractor: Extractor) -> Reference:
     """Open the statistics of a published data set, or a file of kept ones.
 
     Args:
         name: one of `PUBLISHED`, or the path of a .npz.
         extractor: the one of the samples' features.
-
-    Raises:
-        UsageError: there is neither such a name nor such a file.
-        LdmError: the file cannot be fetched, is damaged, or is of another extractor.
     """
     if name in PUBLISHED:
         return _open_published(name, extractor)
@@ -315,7 +376,7 @@ def open_statistics(name: str, extractor: Extractor) -> StatisticsReference:
     return _open_kept(path, extractor)
 
 
-def _open_kept(path: Path, extractor: Extractor) -> StatisticsReference:
+def _open_kept(path: Path, extractor: Extractor) -> Reference:
     try:
         features, hashes, about = _read_kept(path)
     except LdmError as error:
@@ -330,43 +391,45 @@ def _open_kept(path: Path, extractor: Extractor) -> StatisticsReference:
             "give the same --weights and --mode"
         )
     entry |= {"statistics": str(path), "content": identity["content"], "kept": True}
+    known = SetStatistics(features, None, hashes, count=features.count)
     side = identity["resolution"]
-    return StatisticsReference(entry["what"], side, entry["filter"], entry, features, hashes)
+    return Reference(entry["what"], side, known.count, entry["filter"], entry, known)
 
 
-def _open_published(name: str, extractor: Extractor) -> StatisticsReference:
-    known = PUBLISHED[name]
+def _open_published(name: str, extractor: Extractor) -> Reference:
     if not extractor.is_published or extractor.mode is None:
         raise LdmError(
             f"the statistics of {name} are of the published Inception, and the samples' features "
             f"of another extractor ({extractor.name}), and distances between features of two "
             "networks mean nothing: omit --features and --weights, or give --data"
         )
+    split, side, images, filtered = PUBLISHED[name]
     # the name that clean-fid gives and looks for
-    file = f"ffhq_{extractor.mode.replace('-', '_')}_{known.split}_{known.resolution}.npz"
+    file = f"ffhq_{extractor.mode.replace('-', '_')}_{split}_{side}.npz"
     instead = "compare with your own images by --data"
     path = find_or_fetch(file, f"{ADDRESS}/{file}", "", statistics_folders(), instead)
     try:
         with np.load(path, allow_pickle=False) as parts:
-            moments = FeatureStatistics.from_moments(known.images, parts["mu"], parts["sigma"])
+            moments = FeatureStatistics.from_moments(images, parts["mu"], parts["sigma"])
         with path.open("rb") as opened:
             digest = file_digest(opened, "sha256").hexdigest()
     except (OSError, KeyError, ValueError, EOFError, BadZipFile) as error:
         raise LdmError(f"{path} is damaged: delete it to have it fetched again") from error
     if moments.dim != extractor.dim:
         raise LdmError(f"{path} holds {moments.dim} features, not {extractor.dim}: delete it")
-    features = FeatureSet(extractor.dim, known.images, kept=0)
+    features = FeatureSet(extractor.dim, images, kept=0)
     features.statistics = moments
-    what = f"FFHQ at {known.resolution}² as clean-fid has it: {known.images} images"
+    what = f"FFHQ at {side}² as clean-fid has it: {images} images"
     entry = {
         "what": what,
-        "split": known.split,
-        "count": known.images,
-        "filter": known.filter,
+        "split": split,
+        "count": images,
+        "filter": filtered,
         "statistics": str(path),
         "statistics_sha256": digest,
     }
-    return StatisticsReference(what, known.resolution, known.filter, entry, features, None)
+    known = SetStatistics(features, count=images)
+    return Reference(what, side, images, filtered, entry, known)
 
 
 def statistics_folders() -> list[Path]:

@@ -93,10 +93,8 @@ def find_extractor(
 ) -> tuple[Extractor | None, str | None]:
     """Load the feature extractor on all processes, or return the reason for its absence.
 
-    Weights or features that were requested and cannot be loaded are an error.
-
-    Args:
-        resolution: edge of the images that a user's own extractor is tried on.
+    Weights or features that were requested and cannot be loaded are an error. A user's own
+    extractor is tried on images of edge `resolution`.
     """
     load = partial(
         load_extractor, options.features, options.mode, options.weights, device, resolution
@@ -152,14 +150,9 @@ def hash_images(images: Tensor, ks: Tensor) -> Hashes:
     return {k: int.from_bytes(d, "little") for k, d in zip(ks.tolist(), digests, strict=True)}
 
 
-def in_order(hashes: Hashes) -> NDArray[np.uint64]:
-    """Return the hashes (n,) in the order of the images' numbers."""
-    return np.array([hashes[k] for k in sorted(hashes)], np.uint64)
-
-
-def hash_set(hashes: Hashes) -> str:
-    """SHA-256 of a whole set: equal for the same images in the same order."""
-    return sha256(in_order(hashes).astype("<u8").tobytes()).hexdigest()
+def pack_hashes(hashes: Hashes) -> bytes:
+    """Join the hashes in the order of the images' numbers."""
+    return np.array([hashes[k] for k in sorted(hashes)], "<u8").tobytes()
 
 
 def find_shared(hashes: Hashes, others: Hashes) -> list[int]:
@@ -187,8 +180,7 @@ class ImageSet(Protocol):
 
 @dataclass(frozen=True)
 class CentreCrops:
-    """Centre crops of a source's images; `total` is the size of the set that they are part of, of
-    which 1 % may be corrupt."""
+    """Centre crops of a source's images, part of a set of `total`, of which 1 % may be corrupt."""
 
     source: Source
     resolution: int
@@ -213,9 +205,9 @@ class SetStatistics:
 
     Attributes:
         features: moments and a sample of all features; None without an extractor.
-        patches: patches of the images that `draw_images` chose; None where none were asked for.
+        patches: patches of the images that `draw_images` chose, if any.
         hashes: of all images; None where they are not known.
-        every_feature: the features of all images, batch by batch, where they were asked for.
+        every_feature: the features of all images, batch by batch, where they were requested.
         count: images taken in.
         origin: where the statistics come from, for the result.
     """
@@ -296,46 +288,39 @@ def draw_images(total: int, count: int) -> Tensor:
     return torch.from_numpy(drawn).sort().values
 
 
-@dataclass(frozen=True)
-class PassSettings:
-    """Settings of one pass over a set of images.
+def accumulate(
+    images: ImageSet,
+    ranks: PartialState,
+    extractor: Extractor | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    batch_size: int = 64,
+    workers: int = 0,
+    swd_images: int = SWD_IMAGES,
+    every_feature: bool = False,
+) -> SetStatistics:
+    """Take in every image of a set once, shared by all processes.
 
-    Attributes:
+    Args:
         extractor: None leaves the features out.
         device: where patches are cut.
         batch_size: images at a time, over all processes.
         workers: loader processes.
         swd_images: images to take patches of; 0: none.
-    """
-
-    extractor: Extractor | None
-    device: torch.device
-    ranks: PartialState
-    batch_size: int = 64
-    workers: int = 0
-    swd_images: int = SWD_IMAGES
-
-
-def accumulate(
-    images: ImageSet, settings: PassSettings, every_feature: bool = False
-) -> SetStatistics:
-    """Take in every image of a set once, shared by all processes.
 
     Returns:
         The statistics of all images on the main process, of their own share on the others.
     """
-    ranks, extractor = settings.ranks, settings.extractor
-    rank, world = ranks.process_index, ranks.num_processes
     mine = SetStatistics.empty(
-        len(images), images.resolution, extractor, settings.swd_images, True, every_feature
+        len(images), images.resolution, extractor, swd_images, True, every_feature
     )
     # starting processes for a single batch takes longer than loading it
-    workers = min(settings.workers, len(images) // settings.batch_size)
+    workers = min(workers, len(images) // batch_size)
     with fail_together(ranks):
-        stream = images.batches(settings.batch_size, rank, world, workers)
+        stream = images.batches(batch_size, ranks.process_index, ranks.num_processes, workers)
         with closing(track(stream, images.what, len(images), ranks)) as batches:
             for batch in batches:
-                mine.update(batch.images.to(settings.device), batch.k, extractor)
+                mine.update(batch.images.to(device), batch.k, extractor)
     return gather_statistics(mine, ranks)
 
 

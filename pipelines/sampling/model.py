@@ -16,7 +16,7 @@ from diffusion import guidance
 from diffusion.build import build_denoiser, build_network
 from diffusion.discrete import DiscreteDenoiser
 from diffusion.edm import EDM
-from diffusion.samplers import Denoise
+from diffusion.samplers import SAMPLERS, Denoise, make_churn
 from ldm.checkpoint import ModelFile, build_with, fingerprint, load_model
 from ldm.config import to_tree, validate
 from ldm.device import keep_freed_memory, memory_format, resolve_device, resolve_precision
@@ -33,7 +33,6 @@ from pipelines.sampling.settings import (
     integer,
     noise_levels,
     settings_slug,
-    solve,
 )
 
 PRECISIONS: dict[Any, Any] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -45,9 +44,7 @@ class LatentModel:
     Attributes:
         latent_shape: (n_z, h, w) of one image's latents.
         sha256: identity of the network's weights.
-        identity: SHA-256 over everything that decides a picture: the weights and configs of the
-            network and the autoencoder, the denoiser, the latents' statistics and the resolution.
-        classes: the classes it is conditioned on, if any.
+        identity: SHA-256 over everything that decides a picture.
         recipe: its training recipe; None for a model built by hand.
     """
 
@@ -107,10 +104,6 @@ class LatentModel:
             device: auto, cpu, cuda, cuda:1, or torch's.
             precision: fp32, bf16 (networks under autocast, their weights stay float32), auto (bf16
                 where the device supports it), or torch's dtype.
-
-        Raises:
-            LdmError: no such device.
-            UsageError: an unknown precision.
         """
         if isinstance(device, torch.dtype):
             device, precision = None, device
@@ -148,9 +141,6 @@ class LatentModel:
             skip: steps to leave out at the beginning.
             from_z: latents to start from, noised to the level of the first step that is run.
             wrap: applied to the guided denoiser.
-
-        Raises:
-            LdmError: the images are not finite.
         """
 
         def draw(purpose: str) -> Tensor:
@@ -160,11 +150,12 @@ class LatentModel:
         noise = draw("sample") if noise is None else noise.to(self.device)
         start = None if from_z is None else from_z + sigmas[skip] * noise.double()
         denoise = wrap(self._guided(sampling, labels, guide))
+        extra: dict[str, Any] = {"start": start}
+        if sampling.churn.S_churn > 0:
+            churn = sampling.churn.model_dump() | {"sigma_max": self.denoiser.sigma_max}
+            extra["churn"] = make_churn(sigmas, lambda step: draw(f"churn {step}"), **churn)
         with self._autocast():
-            z = solve(
-                sampling, denoise, noise, sigmas, lambda step: draw(f"churn {step}"), skip, start,
-                self.denoiser.sigma_max,
-            )  # fmt: skip
+            z = SAMPLERS[sampling.sampler](denoise, noise, sigmas[skip:], **extra)
             images = self.codec.decode(z).cpu()
         if not images.isfinite().all():
             raise LdmError(
@@ -188,11 +179,6 @@ class LatentModel:
 
         Args:
             labels: the requested classes; None: drawn, or a model without classes.
-
-        Raises:
-            UsageError: guidance has nothing to guide by; or the guide has other latents or
-                classes, or does not denoise every noise level at which guidance acts.
-            LdmError: the guide cannot be loaded.
         """
         if sampling.guidance is None:
             if guide is not None:
@@ -248,7 +234,6 @@ class LatentModel:
 
     @cached_property
     def autoencoder_sha256(self) -> str:
-        """Identity of stage one's weights."""
         return fingerprint(self.codec.autoencoder.state_dict())
 
     def _guided(
@@ -283,23 +268,13 @@ class LatentModel:
 class SamplingJob:
     """Images 0, 1, 2, … of one model, one seed and one set of settings, in any batches.
 
-    `ldm sample` writes them to disk; `ldm fid --model` measures them without writing.
-
-    Args:
-        path: a stage-two `ckpt.pt` or run folder.
-        labels: classes, image i has the (i mod len)-th; None: drawn uniformly for each image.
-        guide: the guiding model of autoguidance, see `LatentDiffusionPipeline`.
-        device, precision: see `LatentModel.to`.
-        sampling: the fields of `Sampling`.
+    `ldm sample` writes them to disk; `ldm fid --model` measures them without writing. For the
+    arguments see `sample_images`.
 
     Attributes:
         settings: everything that decides an image, in the form of `samples.json`.
         resolution: side of the images, pixels.
         ranks: the processes launched together; each loads the model.
-
-    Raises:
-        UsageError: a setting is invalid, has no effect, or does not fit the model.
-        LdmError: a model cannot be read.
     """
 
     def __init__(
@@ -318,7 +293,7 @@ class SamplingJob:
         self.ranks, where = join_processes(device)
         keep_freed_memory(where)
         self.model = LatentModel.from_pretrained(path, where, precision)
-        noise_levels(self.sampling, self.model.denoiser)
+        noise_levels(self.sampling, self.model.denoiser)  # refuses levels outside its range
         self._labels = None if labels is None else self.model.classes.read(labels)
         self._guide = self.model.load_guide(self.sampling, guide, self._labels)
         recipe = self.model.recipe
@@ -341,7 +316,7 @@ class SamplingJob:
         return self.model.sample(indices, self.seed, self.sampling, labels, self._guide)
 
     def label(self, i: int) -> int:
-        """The class of image i, −1 for none."""
+        """Return the class of image i, −1 for none."""
         if not self.model.classes.count:
             return -1
         if self._labels is None:
@@ -350,11 +325,11 @@ class SamplingJob:
 
     @property
     def folder(self) -> Path:
-        """The folder that the model lies in."""
+        """The folder that holds the model."""
         return self.path if self.path.is_dir() else self.path.parent
 
     def slug(self, files: str = "png") -> str:
-        """A name for these samples beside others of the same model: `seed0-steps18-guidance2`."""
+        """Name these samples beside others of the same model: `seed0-steps18-guidance2`."""
         words = [f"seed{self.seed}", settings_slug(self.sampling)]
         if self._guide:
             words.append(f"weaker{self._guide.sha256[:8]}")

@@ -53,14 +53,7 @@ def image_name(i: int) -> str:
 
 # ------------------------------------------------------------------------------ the manifest
 def read_manifest(folder: Path, advice: str) -> dict[str, Any] | None:
-    """Read a folder's `samples.json`; None if there is none.
-
-    Args:
-        advice: the end of the error message for a damaged manifest.
-
-    Raises:
-        LdmError: it cannot be read, or is damaged.
-    """
+    """Read a folder's `samples.json`, if there is one; `advice` ends the error of a damaged one."""
     path = folder / SAMPLES
     if not path.is_file():
         return None
@@ -85,10 +78,6 @@ def open_for_writing(out: Path, settings: Mapping[str, Any], n: int, held: ExitS
 
     Returns:
         The number of images that the manifest announces, at least n.
-
-    Raises:
-        LdmError: the folder holds other files, or samples of another model or other settings;
-            another process is writing to it; or it cannot be written.
     """
     try:
         visible = [p for p in out.iterdir() if not p.name.startswith(".")] if out.is_dir() else []
@@ -133,11 +122,7 @@ def write_labels(out: Path, labels: Sequence[int], names: Sequence[str]) -> None
 
 
 def newest_samples() -> Path:
-    """The sample folder under `runs/` whose manifest was written last.
-
-    Raises:
-        LdmError: there is none.
-    """
+    """Return the sample folder under `runs/` whose manifest was written last."""
     # as deep as those of a demo's run lie, and no deeper: among the images there is none
     manifests = [path for depth in range(1, 5) for path in RUNS.glob("*/" * depth + SAMPLES)]
     if not manifests:
@@ -146,8 +131,12 @@ def newest_samples() -> Path:
 
 
 # -------------------------------------------------------------------- the images, in each form
+Pngs = dict[int, Callable[[], bytes]]
+"""Images by number, each a function that reads its PNG."""
+
+
 class PngStore:
-    """Images as PNGs of their own; the other forms pack these.
+    """Images as PNGs of their own; the other forms pack these into archives.
 
     Every process writes images; one of them calls the other methods.
 
@@ -160,8 +149,9 @@ class PngStore:
         self.out, self.label = out, label
 
     def missing(self, n: int) -> list[int]:
-        """The images among 0 … n−1 that are not there yet."""
-        there = set().union(*(self._loose(folder) for folder in self._folders()))
+        """Return the images among 0 … n−1 that are not there yet."""
+        there = {i for folder in self._folders() for i in self._loose(folder)}
+        there |= {i for archive in self._archives() for i in self._members(archive)}
         return [i for i in range(n) if i not in there]
 
     def begin(self) -> None:
@@ -184,7 +174,7 @@ class PngStore:
         """
 
     def images(self) -> Source | None:
-        """The images as a source, ordered by number; None if there are none."""
+        """Return the images as a source, ordered by number; None if there are none."""
         numbered = re.compile(r"\d{5}/img\d{8}\.png")
         names = (png.relative_to(self.out).as_posix() for png in self.out.glob("*/*.png"))
         return PngSource(self.out, sorted(filter(numbered.fullmatch, names)))
@@ -196,6 +186,25 @@ class PngStore:
         """The PNGs in a folder by their numbers."""
         found = folder.glob("img" + "[0-9]" * 8 + ".png")
         return {int(path.stem[3:]): path for path in found if path.is_file()}
+
+    def _archives(self) -> list[Path]:
+        return []
+
+    def _members(self, archive: Path) -> Pngs:
+        raise NotImplementedError
+
+    def _write(self, file: IO[bytes], archive: Path, pngs: Pngs) -> None:
+        raise NotImplementedError
+
+    def _pack(self, archive: Path, folders: Sequence[Path]) -> None:
+        """Add the PNGs of some folders to an archive, then remove the folders."""
+        packed = self._members(archive) if archive.is_file() else {}
+        loose = {i: png for folder in folders for i, png in self._loose(folder).items()}
+        if loose.keys() - packed.keys():
+            pngs = {i: png.read_bytes for i, png in loose.items()} | packed
+            write_atomically(archive, lambda file: self._write(file, archive, pngs))
+        for folder in folders:
+            shutil.rmtree(folder)
 
 
 class PngSource:
@@ -222,39 +231,7 @@ class PngSource:
         return -1
 
 
-Pngs = dict[int, Callable[[], bytes]]
-"""Images by number, each a function that reads its PNG."""
-
-
-class PackedStore(PngStore):
-    """Images in archives, each packed from one or more folders of PNGs."""
-
-    def missing(self, n: int) -> list[int]:
-        packed = {i for archive in self._archives() for i in self._members(archive)}
-        return [i for i in super().missing(n) if i not in packed]
-
-    def _archives(self) -> list[Path]:
-        raise NotImplementedError
-
-    def _members(self, archive: Path) -> Pngs:
-        """The images in an archive."""
-        raise NotImplementedError
-
-    def _write(self, file: IO[bytes], archive: Path, pngs: Pngs) -> None:
-        raise NotImplementedError
-
-    def _pack(self, archive: Path, folders: Sequence[Path]) -> None:
-        """Add the PNGs of some folders to an archive, then remove the folders."""
-        packed = self._members(archive) if archive.is_file() else {}
-        loose = {i: png for folder in folders for i, png in self._loose(folder).items()}
-        if loose.keys() - packed.keys():
-            pngs = {i: png.read_bytes for i, png in loose.items()} | packed
-            write_atomically(archive, lambda file: self._write(file, archive, pngs))
-        for folder in folders:
-            shutil.rmtree(folder)
-
-
-class ShardStore(PackedStore):
+class ShardStore(PngStore):
     """A thousand images per tar, in the format of `ldm data prepare`.
 
     The class of an image is stored beside it as webdataset's `.cls`; an image without one has none.
@@ -316,7 +293,6 @@ class ShardStore(PackedStore):
         self._write_note(archive, Path(file.name), len(pngs))
 
     def _write_note(self, tar: Path, file: Path, count: int) -> dict[str, Any]:
-        """Write the sidecar of a shard of `count` images, whose bytes are in `file`."""
         with file.open("rb") as written:
             digest = file_digest(written, "sha256").hexdigest()
         note = {"name": tar.name, "count": count, "sha256": digest, "bytes": file.stat().st_size}
@@ -333,11 +309,11 @@ class ShardStore(PackedStore):
         return self._write_note(tar, tar, len(self._members(tar)))
 
 
-class ZipStore(PackedStore):
+class ZipStore(PngStore):
     """All images in one archive, laid out as by EDM's dataset tool.
 
     If every image has a class, `dataset.json` lists them in EDM's format, which cannot express an
-    image without one. (Our own training reads labels from shards, not from a zip.)
+    image without one.
     """
 
     def finish(self, size: int, source: str, classes: Sequence[str]) -> None:

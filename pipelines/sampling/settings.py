@@ -1,22 +1,16 @@
 """Sampling settings: their validation, their short name, the noise levels and the classes."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from math import inf, sqrt
 from operator import index
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import (
-    Field,
-    PlainSerializer,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, PlainSerializer, field_validator, model_validator
 from torch import Tensor
 
-from diffusion.samplers import SAMPLERS, Denoise, make_churn
 from diffusion.schedules import SCHEDULES
 from ldm.config import Config, did_you_mean, to_tree, validate
 from ldm.errors import UsageError
@@ -108,43 +102,32 @@ class Options:
         for name in given:
             if name not in known:
                 raise UsageError(f"unknown option '{name}'{did_you_mean(name, sorted(known))}")
-        mine = {name: value for name, value in given.items() if name in own}
-        rest = {name: value for name, value in given.items() if name not in own}
+        mine = {name: given[name] for name in given if name in own}
+        rest = {name: given[name] for name in given if name not in own}
         options = cls(validate(Sampling, rest), **mine)
-        options = replace(options, batch_size=positive_int("batch_size=", options.batch_size))
         if options.output not in ("tensor", "pil"):
             raise UsageError(f"output={options.output!r}: it must be 'tensor' or 'pil'")
-        return options
+        return replace(options, batch_size=integer("batch_size=", options.batch_size, least=1))
 
 
-def positive_int(name: str, value: Any) -> int:
-    """An integer of at least 1 from any integer type (Python, NumPy, torch).
+def integer(name: str, value: Any, least: int | None = None) -> int:
+    """Return `value`, of any integer type (Python, NumPy, torch), as an int.
 
     Args:
         name: prefix of the error message, such as `n=` or `--n `.
-
-    Raises:
-        UsageError: not an integer, or below 1.
+        least: the smallest value allowed.
     """
-    if integer(name, value) < 1:
-        raise UsageError(f"{name}{value}: it must be at least 1")
-    return index(value)
-
-
-def integer(name: str, value: Any) -> int:
-    """An integer from any integer type; see `positive_int`."""
     try:
-        return index(value)
+        number = index(value)
     except TypeError as error:
         raise UsageError(f"{name}{value!r}: it must be a whole number") from error
+    if least is not None and number < least:
+        raise UsageError(f"{name}{value}: it must be at least {least}")
+    return number
 
 
 def noise_levels(sampling: Sampling, denoiser: Any) -> Tensor:
-    """The schedule (steps + 1,) in float64 on the CPU, within the denoiser's range of σ.
-
-    Raises:
-        UsageError: sigma_min or sigma_max lies outside that range, or they are out of order.
-    """
+    """Return the schedule (steps + 1,) in float64, within the denoiser's range of σ."""
     low, high = denoiser.sigma_min, denoiser.sigma_max
     ends = {"sigma_min": sampling.sigma_min or low, "sigma_max": sampling.sigma_max or high}
     for name, sigma in ends.items():
@@ -154,7 +137,7 @@ def noise_levels(sampling: Sampling, denoiser: Any) -> Tensor:
 
 
 def guided_levels(sampling: Sampling, denoiser: Any) -> tuple[float, float] | None:
-    """The lowest and highest σ at which guidance acts on a denoiser; None if it never does."""
+    """Return the lowest and highest σ at which guidance acts on a denoiser, if it ever does."""
     (low, high), levels = sampling.interval, noise_levels(sampling, denoiser)[:-1]
     churn = sampling.churn
     if churn.S_churn > 0:
@@ -165,34 +148,8 @@ def guided_levels(sampling: Sampling, denoiser: Any) -> tuple[float, float] | No
     return (levels.min().item(), levels.max().item()) if len(levels) else None
 
 
-def solve(
-    sampling: Sampling,
-    denoise: Denoise,
-    noise: Tensor,
-    sigmas: Tensor,
-    draw: Callable[[int], Tensor],
-    skip: int = 0,
-    start: Tensor | None = None,
-    sigma_max: float = inf,
-) -> Tensor:
-    """Run the chosen sampler from noise (B, C, H, W) to z of the same shape.
-
-    Args:
-        sigmas: the whole schedule.
-        draw: step → fresh noise of the same shape, for churn.
-        skip: steps to leave out at the beginning.
-        start: the latents at sigmas[skip], in place of noise · sigmas[skip].
-        sigma_max: the denoiser's highest noise level; churn never exceeds it.
-    """
-    extra: dict[str, Any] = {"start": start}
-    if sampling.churn.S_churn > 0:
-        churn = sampling.churn.model_dump()
-        extra["churn"] = make_churn(sigmas, draw, **churn, sigma_max=sigma_max)
-    return SAMPLERS[sampling.sampler](denoise, noise, sigmas[skip:], **extra)
-
-
 def settings_slug(sampling: Sampling) -> str:
-    """The non-default settings as part of a file name: `steps18-euler-guidance2`."""
+    """Name the non-default settings as part of a file name: `steps18-euler-guidance2`."""
     defaults, words = to_tree(Sampling()), [f"steps{sampling.steps}"]
     for key, value in to_tree(sampling).items():
         if key == "steps" or value == defaults[key]:
@@ -219,7 +176,7 @@ class Classes:
     names: tuple[str, ...] = ()
 
     def number(self, label: Label) -> int:
-        """The number of a class; a UsageError if there is none such."""
+        """Return the number of a class."""
         if not self.count:
             raise UsageError(f"label {label!r}: this model has no classes; omit labels")
         for name in (label, label.strip()) if isinstance(label, str) else ():
@@ -236,16 +193,16 @@ class Classes:
         )
 
     def read(self, labels: Label | Iterable[Label]) -> tuple[int, ...]:
-        """The numbers of one class or several; a UsageError if there are none such."""
+        """Return the numbers of one class or several."""
         several = _as_list(labels)
         if several == []:
             raise UsageError("labels are empty: give at least one, or omit them")
         return tuple(map(self.number, [labels] if several is None else several))
 
     def choose(
-        self, labels: Label | Sequence[Label] | None, n: int, seed: int
+        self, labels: Label | Iterable[Label] | None, n: int, seed: int
     ) -> tuple[int, ...] | None:
-        """The class of each image 0 … n−1 of a seed; None for a model without classes.
+        """Return the class of each image 0 … n−1 of a seed; None for a model without classes.
 
         Args:
             labels: one for all images, one for each, or None to draw them uniformly.
@@ -259,16 +216,15 @@ class Classes:
             raise UsageError(f"{len(chosen)} labels for {n} images: give one, or one per image")
         return chosen
 
-    def draw(self, seed: int, indices: Sequence[int]) -> list[int]:
+    def draw(self, seed: int, indices: Iterable[int]) -> list[int]:
         """Draw each image's class uniformly, as a function of (seed, i) alone."""
         return [int(generator(seed, "class", i).integers(self.count)) for i in indices]
 
 
 def _as_number(label: Any) -> int | None:
-    """The integer that a label is or spells, else None."""
     if isinstance(label, str):
         return int(label) if re.fullmatch(r"\s*[+-]?[0-9]{1,9}\s*", label) else None
-    label = _plain(label)
+    label = label.tolist() if hasattr(label, "tolist") else label
     try:
         return None if isinstance(label, bool) else index(label)
     except TypeError:
@@ -277,10 +233,5 @@ def _as_number(label: Any) -> int | None:
 
 def _as_list(labels: Any) -> list | None:
     """Several labels as a list; None for a single one."""
-    labels = _plain(labels)
+    labels = labels.tolist() if hasattr(labels, "tolist") else labels
     return list(labels) if isinstance(labels, Iterable) and not isinstance(labels, str) else None
-
-
-def _plain(labels: Any) -> Any:
-    """A tensor's or array's labels as Python numbers."""
-    return labels.tolist() if hasattr(labels, "tolist") else labels

@@ -1,15 +1,18 @@
-"""Samples on disk as a data source: a folder of `ldm sample`, or anyone's images."""
+"""Samples to measure: those on disk, ours or anyone's, and those straight from a model."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ldm.data import Batch, Source, evaluation_batches
 from ldm.data.dataset import open_images
 from ldm.data.transforms import CorruptImage
 from ldm.errors import LdmError
+from ldm.images import to_uint8
+from pipelines.sampling.model import SamplingJob
 from pipelines.sampling.sample_folder import (
     GRID,
     NEIGHBOURS,
@@ -20,13 +23,14 @@ from pipelines.sampling.sample_folder import (
     PngStore,
     read_manifest,
 )
+from pipelines.sampling.settings import integer
 
 LOSSY = {".jpg", ".jpeg", ".webp"}
 ARCHIVES = {".zip", ".tar"}
 
 
 class SampleFolder:
-    """A folder of samples, ours or anyone's, as a source: square, lossless, of one size.
+    """Samples on disk as a source: square, lossless, of one size.
 
     With a `samples.json`, only its own images count: numbered PNGs, shards or a zip. Without one,
     every image in the shards, or every PNG at any depth except our own sheets.
@@ -40,11 +44,6 @@ class SampleFolder:
         path: the folder or file; for the `samples.zip` of `ldm sample`, its folder.
         made_with: the content of `samples.json`; None without one.
         resolution: side of the images, pixels.
-        classes: (), labels are not read.
-
-    Raises:
-        LdmError: no such folder, too few images, unfinished sampling, lossy compression, images
-            that are not square, nested sample folders, or a damaged archive.
     """
 
     classes: tuple[str, ...] = ()
@@ -59,7 +58,7 @@ class SampleFolder:
             raise LdmError(f"no folder of samples at {path}: make one with `ldm sample`")
         self.path = path
         self.made_with = read_manifest(path, "delete it to measure the folder without it")
-        self._images = _open(path, self.made_with) or PngSource(path, [])
+        self._images = _open(path, self.made_with)
         there = len(self._images)
         announced = (self.made_with or {}).get("n", 0)
         if there < min(announced, limit or announced):
@@ -80,7 +79,7 @@ class SampleFolder:
 
     @property
     def what(self) -> str:
-        """A description of the images."""
+        """A description, for messages and results."""
         return f"{len(self)} images of {self.path}"
 
     @property
@@ -93,11 +92,7 @@ class SampleFolder:
     def batches(
         self, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
     ) -> Iterator[Batch]:
-        """Yield every image once over all processes; `k` is its position in name order.
-
-        Raises:
-            LdmError: (while iterating) an image is damaged, or of another size than the first.
-        """
+        """Yield every image once over all processes; `k` is its position in name order."""
         return evaluation_batches(
             self, self.resolution, batch_size, rank=rank, world=world, workers=workers
         )
@@ -112,11 +107,7 @@ class SampleFolder:
         return -1
 
     def load(self, index: int) -> np.ndarray:
-        """Load an image as RGB uint8 (R, R, 3).
-
-        Raises:
-            LdmError: it is damaged, or of another size than the first.
-        """
+        """Load an image as RGB uint8 (R, R, 3), of the size of the first."""
         image = self._load(index)
         height, width = image.shape[:2]
         if (height, width) != (self.resolution, self.resolution):
@@ -137,10 +128,11 @@ class SampleFolder:
             ) from error
 
 
-def _open(path: Path, manifest: dict[str, Any] | None) -> Source | None:
-    """The images in the form in which they are stored; None if there are none yet."""
+def _open(path: Path, manifest: dict[str, Any] | None) -> Source:
+    """The images in the form in which they are stored."""
     if manifest is not None:
-        return STORES.get(manifest.get("files", "png"), PngStore)(path).images()
+        store = STORES.get(manifest.get("files", "png"), PngStore)(path)
+        return store.images() or PngSource(path, [])
     if path.suffix in ARCHIVES or any(path.glob("*.tar")):
         images = open_images(path)
         _refuse_lossy(path, map(images.name, range(len(images))))
@@ -166,3 +158,50 @@ def _refuse_lossy(path: Path, names: Iterable[str]) -> None:
             f"{path} holds compressed images ({lossy.removeprefix(f'{path}/')}): compression "
             "changes every number; write samples as PNG"
         )
+
+
+class ModelSamples:
+    """Images 0 … n−1 of a seed, as `ldm sample` writes them with the same settings, in memory.
+
+    Args:
+        job: the other arguments of `SamplingJob`.
+
+    Attributes:
+        made_with: the content of a `samples.json` of them.
+        resolution: side of the images, pixels.
+    """
+
+    def __init__(self, model: Path, n: int, seed: int = 0, **job: Any) -> None:
+        self._n = integer("--n ", n, least=1)
+        self._job = SamplingJob(model, seed, **job)
+        self.path, self.resolution = model, self._job.resolution
+        self.made_with: dict[str, Any] | None = {"n": self._n} | self._job.settings
+
+    def __len__(self) -> int:
+        return self._n
+
+    @property
+    def what(self) -> str:
+        """A description, for messages and results."""
+        return f"{self._n} images of {self.path}, seed {self._job.seed}"
+
+    @property
+    def result_path(self) -> Path:
+        """The file for a measurement: `fid/seed0-steps18-n50000.json` beside the model."""
+        return self._job.folder / "fid" / f"{self._job.slug()}-n{self._n}.json"
+
+    def name(self, index: int) -> str:
+        return f"image {index} of seed {self._job.seed}"
+
+    def batches(
+        self, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
+    ) -> Iterator[Batch]:
+        """Sample every image once over all processes; there are no workers."""
+        share = -(-batch_size // world)
+        for first in range(rank * share, self._n, world * share):
+            indices = range(first, min(first + share, self._n))
+            labels = torch.tensor([self._job.label(i) for i in indices])
+            yield Batch(to_uint8(self._job.sample(indices)), torch.tensor(indices), labels)
+
+
+Samples = SampleFolder | ModelSamples

@@ -17,17 +17,15 @@ from ldm.metrics import inception
 from pipelines.fid import measure_fid
 from pipelines.measuring import checks
 from pipelines.measuring.checks import (
-    Comparison,
     Issue,
     check_writable,
     describe_limits,
     find_compressed,
-    find_filter,
     find_overlap,
-    read_preparation,
     read_training,
     resolve,
 )
+from pipelines.measuring.reference import find_filter, read_preparation
 from tests.ldm.metrics.fake_inception import save_fake_inception
 from tests.pipelines.measuring.fid_sides import (
     SIZE,
@@ -226,13 +224,12 @@ def test_force_overrides_refusals_but_not_errors():
 def test_another_network_than_inception_limits_the_numbers():
     reference = SimpleNamespace(source="images")
 
-    def limits(extractor, features=None):
-        comparison = Comparison(None, reference, None, extractor, None)
-        return resolve(describe_limits(comparison, features), force=False)
+    def limits(extractor, is_inception=True):
+        return resolve(describe_limits(reference, extractor, is_inception), force=False)
 
     published, other = (SimpleNamespace(name="a:b", is_published=p) for p in (True, False))
     assert limits(None) == limits(published) == []
-    [note] = limits(other, "a:b")
+    [note] = limits(other, is_inception=False)
     assert "the features are of a:b" in note
     [note] = limits(other)
     assert "not the published Inception" in note

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import zipfile
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -27,7 +26,7 @@ from pipelines.measuring.reference import (
     statistics_folders,
     statistics_path,
 )
-from pipelines.measuring.statistics import PassSettings, SetStatistics, compare_sets
+from pipelines.measuring.statistics import SetStatistics, compare_sets
 from tests.ldm.metrics.fake_inception import FakeInception, save_fake_inception, save_script
 from tests.pipelines.measuring.fid_sides import (
     SIZE,
@@ -200,11 +199,13 @@ def test_most_images_decide_the_filter(tmp_path):
 
 # --------------------------------------------------------------------------- kept statistics
 @pytest.fixture
-def settings(tmp_path, monkeypatch, cache):
+def extractor(tmp_path, monkeypatch, cache):
     monkeypatch.setattr(inception.FeatureExtractor, "dim", DIM)
-    extractor = inception.load_inception(save_fake_inception(tmp_path, DIM), "cpu")
-    cpu = torch.device("cpu")
-    return PassSettings(extractor, cpu, PartialState(cpu=True), 5, 0, swd_images=6)
+    return inception.load_inception(save_fake_inception(tmp_path, DIM), "cpu")
+
+
+def statistics(reference: ImageReference, extractor) -> SetStatistics:
+    return reference.statistics(PartialState(cpu=True), extractor, swd_images=6, batch_size=5)
 
 
 @pytest.fixture
@@ -216,28 +217,20 @@ def open_split(folder, split="all") -> ImageReference:
     return ImageReference(DataConfig(source=str(folder), workers=0), split, SIZE, 10)
 
 
-def count_calls(settings: PassSettings) -> list[int]:
-    """How many images the extractor sees from here on."""
+def test_features_are_computed_once(reference, extractor, cache):
     seen: list[int] = []
-    original = settings.extractor
 
     class Spy(inception.FeatureExtractor):
         def __init__(self):
-            self.__dict__ |= original.__dict__
+            self.__dict__ |= extractor.__dict__
 
         def __call__(self, images):
             seen.append(len(images))
             return super().__call__(images)
 
-    object.__setattr__(settings, "extractor", Spy())
-    return seen
-
-
-def test_features_are_computed_once(reference, settings, cache):
-    seen = count_calls(settings)
-    first = reference.statistics(settings)
+    first = statistics(reference, Spy())
     assert sum(seen) == 12 and first.origin["kept"] is False
-    second = reference.statistics(settings)
+    second = statistics(reference, Spy())
     assert sum(seen) == 12 and second.origin["kept"] is True
     (path,) = cache.iterdir()
     assert first.origin["statistics"] == second.origin["statistics"] == str(path)
@@ -245,38 +238,38 @@ def test_features_are_computed_once(reference, settings, cache):
     assert second.count == 12
 
     images = to_nchw(pictures(9, 3))
-    ours = SetStatistics.empty(9, SIZE, settings.extractor, 6)
-    ours.update(images, torch.arange(9), settings.extractor)
-    one, other = (compare_sets(ours, theirs, settings.device) for theirs in (first, second))
+    ours = SetStatistics.empty(9, SIZE, extractor, 6)
+    ours.update(images, torch.arange(9), extractor)
+    one, other = (compare_sets(ours, theirs, "cpu") for theirs in (first, second))
     assert one["swd"] == other["swd"] and one["swd_images"] == 6
     assert (one["precision"], one["recall"]) == (other["precision"], other["recall"])
     for name in ("fid", "kid"):
         assert one[name] == pytest.approx(other[name], rel=1e-9)
 
 
-def test_whatever_changes_the_features_changes_the_key(tmp_path, reference, settings, monkeypatch):
+def test_whatever_changes_the_features_changes_the_key(tmp_path, reference, extractor, monkeypatch):
     def path(of: ImageReference):
-        return statistics_path(identify(of, settings.extractor))
+        return statistics_path(identify(of, extractor))
 
     paths = {path(reference), path(open_split(tmp_path / "data", "train"))}
     (tmp_path / "data" / "000.png").write_bytes((tmp_path / "data" / "001.png").read_bytes())
     changed = open_split(tmp_path / "data")
     paths.add(path(changed))
-    monkeypatch.setattr(settings.extractor, "mode", "legacy-tensorflow")
+    monkeypatch.setattr(extractor, "mode", "legacy-tensorflow")
     paths.add(path(changed))
-    monkeypatch.setattr(settings.extractor, "sha256", "0" * 64)
+    monkeypatch.setattr(extractor, "sha256", "0" * 64)
     paths.add(path(changed))
     monkeypatch.setattr(references, "version", lambda name: "0")
     paths.add(path(changed))
     assert len(paths) == 6
 
 
-def test_statistics_that_are_not_kept(tmp_path, reference, settings, cache):
+def test_statistics_that_are_not_kept(tmp_path, reference, extractor, cache):
     photos = ImageReference(DataConfig(), "all", SIZE, 20)
-    assert identify(photos, settings.extractor) is None
-    assert identify(ImageReference(DataConfig(), "val", SIZE, 20), settings.extractor) is None
+    assert identify(photos, extractor) is None
+    assert identify(ImageReference(DataConfig(), "val", SIZE, 20), extractor) is None
     few = open_split(write_folder(tmp_path / "few", THEIRS[:7]))
-    assert identify(few, settings.extractor) is None
+    assert identify(few, extractor) is None
     assert identify(reference, None) is None
 
     class Own:
@@ -285,15 +278,15 @@ def test_statistics_that_are_not_kept(tmp_path, reference, settings, cache):
         def __call__(self, images):
             return images.float().mean((2, 3))
 
-    found = reference.statistics(replace(settings, extractor=Own()))
+    found = statistics(reference, Own())
     assert found.origin == {} and not cache.exists()
 
 
 @pytest.mark.parametrize("damage", ["cut", "other", "prints"])
 def test_damaged_statistics_are_reported_and_computed_again(
-    reference, settings, cache, capsys, damage
+    reference, extractor, cache, capsys, damage
 ):
-    first = reference.statistics(settings)
+    first = statistics(reference, extractor)
     (path,) = cache.iterdir()
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:200])
@@ -304,27 +297,27 @@ def test_damaged_statistics_are_reported_and_computed_again(
         else:
             about["fingerprints"] = "?"
         features.save(path, about)
-    again = reference.statistics(settings)
+    again = statistics(reference, extractor)
     assert again.origin["kept"] is False and again.hashes == first.hashes
     said = capsys.readouterr().out
     assert said.startswith("note: ") and "computing the reference's statistics again" in said
-    assert reference.statistics(settings).origin["kept"] is True
+    assert statistics(reference, extractor).origin["kept"] is True
 
 
-def test_a_full_disk_does_not_stop_the_measurement(reference, settings, cache, monkeypatch, capsys):
+def test_a_full_disk_stops_no_measurement(reference, extractor, cache, monkeypatch, capsys):
     def full(_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    found = reference.statistics(settings)
+    found = statistics(reference, extractor)
     assert found.count == 12 and found.origin["statistics"] is None
     said = capsys.readouterr().out
     assert "note: the reference's statistics are not kept: could not write" in said
     assert list(cache.iterdir()) == []
 
 
-def test_kept_statistics_name_their_reference(reference, settings, cache):
-    reference.statistics(settings)
+def test_kept_statistics_name_their_reference(reference, extractor, cache):
+    statistics(reference, extractor)
     _, about = FeatureSet.load(next(cache.iterdir()))
     json.dumps(about)
     assert about["reference"]["what"] == reference.what
@@ -381,8 +374,8 @@ def write_published(folder, name: str, seed: int = 0):
 def test_published_statistics_are_found_by_name(cache, weights, published, name, mode, file):
     features = write_published(cache, file)
     found = open_statistics(name, inception.load_inception(weights, "cpu", mode))
-    assert np.allclose(found.features.statistics.mean, features.mean(0))
-    assert np.allclose(found.features.statistics.covariance, np.cov(features.T))
+    assert np.allclose(found.known.features.statistics.mean, features.mean(0))
+    assert np.allclose(found.known.features.statistics.covariance, np.cov(features.T))
     assert len(found) == PUBLISHED[name].images and found.resolution == int(name[4:].split("-")[0])
     assert len(found.about["statistics_sha256"]) == 64
     assert found.about["statistics"] == str(cache / file)
@@ -393,7 +386,7 @@ def test_clean_fids_own_folder_is_searched(tmp_path, published, monkeypatch):
     folders = [tmp_path / "none", tmp_path / "theirs"]
     monkeypatch.setattr(references, "statistics_folders", lambda: folders)
     write_published(folders[1], "ffhq_clean_trainval70k_256.npz")
-    assert open_statistics("ffhq256", published).features.dim == DIM
+    assert open_statistics("ffhq256", published).known.features.dim == DIM
 
 
 def test_published_statistics_give_fid_alone(tmp_path, cache, published, weights, monkeypatch):

@@ -14,7 +14,6 @@ from ldm.metrics import frechet_distance, sliced_wasserstein
 from pipelines.measuring import statistics
 from pipelines.measuring.statistics import (
     MeasureOptions,
-    PassSettings,
     SetStatistics,
     accumulate,
     compare_sets,
@@ -23,8 +22,8 @@ from pipelines.measuring.statistics import (
     find_shared,
     gather_statistics,
     hash_images,
-    hash_set,
     load_on_all,
+    pack_hashes,
 )
 from tests.pipelines.measuring.fid_sides import SIZE, pictures, to_nchw
 
@@ -153,7 +152,7 @@ def test_a_failing_pass_ends_its_progress_bar(monkeypatch):
     original = statistics.progress_bar
     monkeypatch.setattr(statistics, "progress_bar", bar)
     with pytest.raises(LdmError, match="one is gone"):
-        accumulate(Broken(), PassSettings(None, CPU, PartialState(cpu=True), 3))
+        accumulate(Broken(), PartialState(cpu=True), batch_size=3)
     assert not bars[0].live.is_started
 
 
@@ -182,8 +181,8 @@ def test_one_level_of_one_pixel_makes_another_image():
 
 def test_the_hash_of_a_set_depends_on_the_order_of_its_numbers_alone():
     parts = hashes(IMAGES[[7, 0, 3]], [7, 0, 3]) | hashes(IMAGES[[6, 5, 4, 2, 1]], [6, 5, 4, 2, 1])
-    assert hash_set(parts) == hash_set(hashes(IMAGES))
-    assert hash_set(hashes(IMAGES.flip(0))) != hash_set(hashes(IMAGES))
+    assert pack_hashes(parts) == pack_hashes(hashes(IMAGES))
+    assert pack_hashes(hashes(IMAGES.flip(0))) != pack_hashes(hashes(IMAGES))
 
 
 # ------------------------------------------------------------------------------------ options

@@ -18,7 +18,7 @@ from ldm.files import write_json
 from pipelines import evaluate
 from pipelines.measuring import checks, evaluation
 from pipelines.measuring.reference import ImageReference
-from pipelines.measuring.statistics import PassSettings, accumulate
+from pipelines.measuring.statistics import accumulate
 
 GOOD, ONE_SMALL = "good", "one_small"
 """Folders of images, all of 32×32, and one of 16×16 among those that the second process reads."""
@@ -63,8 +63,8 @@ def main(folder: Path) -> None:
     reference = ImageReference(data(GOOD), "all", 32, samples=9)
     if second:
         reference.batches = failing(LdmError("one is gone"))
-    settings = PassSettings(None, torch.device(where), ranks, 8, 0, 4)
-    attempt("pass", lambda: accumulate(reference, settings))
+    how = {"device": where, "batch_size": 8, "swd_images": 4}
+    attempt("pass", lambda: accumulate(reference, ranks, **how))
     attempt("overlap", lambda: note("trained_on_small"))
     opened = evaluation.open_source
     if second:
