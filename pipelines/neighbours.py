@@ -5,7 +5,6 @@
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from statistics import median
@@ -35,27 +34,11 @@ from pipelines.sampling.source import SampleFolder
 Space = Literal["latents", "pixels"]
 Embed = Callable[[Tensor], Tensor]
 """uint8 images (B, 3, R, R) → points (B, D), whose distance is the root mean square difference."""
+Crop = tuple[int, int, int, int]
+"""Index of a training image, row and column of its window (−1: its centre crop), 1 if mirrored."""
 
 SIDE = 64  # pixels are compared at this side at most: finer, a shift of one would hide a copy
 UNITS = {"latents": "standard deviations of the latents", "pixels": "levels of 255"}
-
-
-@dataclass(frozen=True)
-class TrainingCrop:
-    """A training image by its index in the source, and the corner of its window, if it is one."""
-
-    index: int
-    window: tuple[int, int] | None
-    mirrored: bool = False
-
-    def load(self, train: Source, resolution: int) -> np.ndarray:
-        """Load it again, (R, R, 3) uint8."""
-        image = train.load(self.index)
-        if self.window is None:
-            image = center_crop(image, resolution)
-        else:
-            image = _cut(image, self.window, resolution)
-        return mirror(image) if self.mirrored else image
 
 
 def find_neighbours(
@@ -83,10 +66,6 @@ def find_neighbours(
         data: as `DataConfig.source`; None: the training data of the samples' model. Crops, flips
             and the split are as in its training, as far as this data allows.
         model: of the samples, for "latents"; None: the one that they name.
-
-    Raises:
-        UsageError: a number below one, or the samples do not name their data or model.
-        LdmError: samples, data or model cannot be read; or the model is another.
     """
     for name, value in (("--count", count), ("--nearest", nearest), ("--batch-size", batch_size)):
         if value < 1:
@@ -97,16 +76,19 @@ def find_neighbours(
     embed = _embedding(space, folder, model, where)
     console.print(f"comparing {folder.path} with {config.source}", markup=False)
 
-    ours = torch.from_numpy(np.stack([folder.load(i) for i in range(len(folder))]))
-    queries = [embed(part) for part in ours.permute(0, 3, 1, 2).split(batch_size)]
+    side, ours = folder.resolution, [folder.load(i) for i in range(len(folder))]
+    images = torch.from_numpy(np.stack(ours)).permute(0, 3, 1, 2)
+    queries = [embed(part) for part in images.split(batch_size)]
     if holds_out(config):
-        val = open_source(config, "val", folder.resolution)
-        held_out = evaluation_batches(val, folder.resolution, batch_size, limit=len(folder))
+        val = open_source(config, "val", side)
+        held_out = evaluation_batches(val, side, batch_size, limit=len(folder))
         queries += [embed(batch.images) for batch in held_out]
-    stream = _training_images(train, config, folder.resolution, batch_size)
+    stream = _training_images(train, config, side, batch_size)
     distances, crops = _search(torch.cat(queries), stream, embed, config.flip, nearest, len(train))
 
-    _save_sheet(folder, train, crops)
+    rows = [[ours[i], *(_cut(train, crop, side) for crop in crops[i])] for i in range(len(folder))]
+    sheet = to_float(torch.from_numpy(np.stack([*chain(*rows)])).permute(0, 3, 1, 2))
+    save_grid(sheet, folder.path / NEIGHBOURS, columns=len(rows[0]))
     result = _describe(folder, config, train, space, distances, crops)
     write_json(folder.path / "neighbours.json", result)
     return result
@@ -118,9 +100,20 @@ def _describe(
     train: Source,
     space: Space,
     distances: Tensor,
-    crops: list[list[TrainingCrop]],
+    crops: list[list[Crop]],
 ) -> dict[str, Any]:
     """The result; rows of `distances` and `crops` are the samples, then held-out images."""
+
+    def neighbour(distance: float, crop: Crop) -> dict[str, Any]:
+        index, row, column, mirrored = crop
+        return {
+            "name": train.name(index),
+            "distance": distance,
+            "index": index,
+            "window": None if row < 0 else (row, column),
+            "mirrored": bool(mirrored),
+        }
+
     found, held_out = distances.tolist()[: len(folder)], distances[len(folder) :, 0].tolist()
     return {
         "format": 1,
@@ -134,27 +127,12 @@ def _describe(
             "held_out": median(held_out) if held_out else None,
         },
         "samples": [
-            {
-                "sample": folder.name(i),
-                "nearest": [
-                    {"name": train.name(crop.index), "distance": distance} | asdict(crop)
-                    for distance, crop in zip(row, crops[i], strict=True)
-                ],
-            }
+            {"sample": folder.name(i), "nearest": [*map(neighbour, row, crops[i])]}
             for i, row in enumerate(found)
         ],
         "held_out_nearest": held_out,
         **provenance(),
     }
-
-
-def _save_sheet(folder: SampleFolder, train: Source, crops: list[list[TrainingCrop]]) -> None:
-    rows = [
-        [folder.load(i), *(crop.load(train, folder.resolution) for crop in crops[i])]
-        for i in range(len(folder))
-    ]
-    sheet = to_float(torch.from_numpy(np.stack([*chain(*rows)])).permute(0, 3, 1, 2))
-    save_grid(sheet, folder.path / NEIGHBOURS, columns=len(rows[0]))
 
 
 # --------------------------------------------------------------------------------- the space
@@ -175,43 +153,34 @@ def _open_training_data(folder: SampleFolder, data: str | None) -> tuple[DataCon
 
 
 def _embedding(space: Space, folder: SampleFolder, path: Path | None, where: torch.device) -> Embed:
-    if space == "pixels":
-        return lambda images: _pixels(images.to(where))
-    model = _load_model(folder, path, where)
+    model = _load_model(folder, path, where) if space == "latents" else None
 
     @torch.no_grad()
-    def latents(images: Tensor) -> Tensor:
-        z = model.encode(to_float(images)).flatten(1) / model.codec.sigma_data
-        return z / z.shape[1] ** 0.5
+    def embed(images: Tensor) -> Tensor:
+        if model is not None:
+            points = model.encode(to_float(images)).flatten(1) / model.codec.sigma_data
+        else:
+            side = min(SIDE, images.shape[2])
+            small = F.interpolate(images.to(where).float(), size=(side, side), mode="area")
+            points = small.flatten(1)
+        return points / points.shape[1] ** 0.5
 
-    return latents
-
-
-def _pixels(images: Tensor) -> Tensor:
-    side = min(SIDE, images.shape[2])
-    small = F.interpolate(images.float(), size=(side, side), mode="area").flatten(1)
-    return small / small.shape[1] ** 0.5
+    return embed
 
 
 def _load_model(folder: SampleFolder, path: Path | None, where: torch.device) -> LatentModel:
     named = (folder.made_with or {}).get("model", {})
-    if path is None:
-        if "path" not in named:
-            raise UsageError(
-                f"{folder.path} does not name its model: give --model, or --space pixels"
-            )
-        path = Path(named["path"])
+    instead = "give --model, or --space pixels"
+    if path is None and "path" not in named:
+        raise UsageError(f"{folder.path} does not name its model: {instead}")
+    path = path or Path(named["path"])
     model = LatentModel.from_pretrained(path, where, "fp32")
     if not model.matches(named):
-        raise LdmError(
-            f"{path} is not the model that {folder.path} was sampled from: "
-            "give --model, or --space pixels"
-        )
+        raise LdmError(f"{path} is not the model that {folder.path} was sampled from: {instead}")
     side = folder.resolution // model.codec.autoencoder.downsampling
     if model.latent_shape[1:] != (side, side):
         raise LdmError(
-            f"{path} makes images of another size than those in {folder.path}: "
-            "give --model, or --space pixels"
+            f"{path} makes images of another size than those in {folder.path}: {instead}"
         )
     return model
 
@@ -219,34 +188,29 @@ def _load_model(folder: SampleFolder, path: Path | None, where: torch.device) ->
 # ------------------------------------------------------------------------------- the search
 def _search(
     queries: Tensor,
-    stream: Iterator[tuple[Tensor, list[TrainingCrop]]],
+    stream: Iterator[tuple[Tensor, list[Crop]]],
     embed: Embed,
     flip: bool,
     nearest: int,
     total: int,
-) -> tuple[Tensor, list[list[TrainingCrop]]]:
+) -> tuple[Tensor, list[list[Crop]]]:
     """Distances (queries, k) of the k nearest training images, rising, and these images."""
     best = torch.empty(len(queries), 0)
-    crops: list[list[TrainingCrop]] = [[] for _ in queries]
+    crops = torch.empty(len(queries), 0, 4, dtype=torch.long)
     with progress_bar("images") as bar:
         task = bar.add_task("comparing", total=total, speed="", note="")
-        for images, fresh in stream:
+        for images, here in stream:
             distances = _distances(queries, embed(images))
-            mirrored = torch.zeros_like(distances, dtype=torch.bool)
+            fresh = torch.tensor(here).expand(len(queries), -1, -1)
             if flip:  # the nearer of the two, for it is one image
                 other = _distances(queries, embed(images.flip(3)))
-                distances, mirrored = torch.minimum(distances, other), other < distances
+                fresh = torch.cat([fresh[..., :3], (other < distances)[..., None]], 2)
+                distances = torch.minimum(distances, other)
             best, order = torch.cat([best, distances], 1).sort(dim=1, stable=True)
-            best, order = best[:, :nearest], order[:, :nearest]
-            for i, (chosen, turned) in enumerate(
-                zip(order.tolist(), mirrored.tolist(), strict=True)
-            ):
-                both = crops[i] + [
-                    replace(crop, mirrored=m) for crop, m in zip(fresh, turned, strict=True)
-                ]
-                crops[i] = [both[j] for j in chosen]
-            bar.update(task, completed=fresh[-1].index + 1)
-    return best, crops
+            best, order = best[:, :nearest], order[:, :nearest, None].expand(-1, -1, 4)
+            crops = torch.cat([crops, fresh], 1).gather(1, order)
+            bar.update(task, completed=here[-1][0] + 1)
+    return best, [[(i, r, c, m) for i, r, c, m in row] for row in crops.tolist()]
 
 
 def _distances(queries: Tensor, points: Tensor) -> Tensor:
@@ -257,11 +221,11 @@ def _distances(queries: Tensor, points: Tensor) -> Tensor:
 
 def _training_images(
     train: Source, config: DataConfig, resolution: int, batch_size: int
-) -> Iterator[tuple[Tensor, list[TrainingCrop]]]:
+) -> Iterator[tuple[Tensor, list[Crop]]]:
     """Yield images uint8 (b, 3, R, R) that training may have seen."""
     if not (config.crop == "random" or isinstance(train, PhotoSource)):
         for batch in evaluation_batches(train, resolution, batch_size, workers=config.workers):
-            yield batch.images, [TrainingCrop(k, None) for k in batch.k.tolist()]
+            yield batch.images, [(k, -1, -1, 0) for k in batch.k.tolist()]
         return
     faults = FaultCount(len(train))
     for index in range(len(train)):
@@ -273,9 +237,8 @@ def _training_images(
         corners = _windows(image.shape, resolution)
         for first in range(0, len(corners), batch_size):
             some = corners[first : first + batch_size]
-            cut = np.stack([_cut(image, corner, resolution) for corner in some])
-            crops = [TrainingCrop(index, corner) for corner in some]
-            yield torch.from_numpy(cut).permute(0, 3, 1, 2), crops
+            cut = np.stack([image[r : r + resolution, c : c + resolution] for r, c in some])
+            yield torch.from_numpy(cut).permute(0, 3, 1, 2), [(index, r, c, 0) for r, c in some]
 
 
 def _windows(shape: tuple[int, ...], side: int) -> list[tuple[int, int]]:
@@ -287,6 +250,9 @@ def _windows(shape: tuple[int, ...], side: int) -> list[tuple[int, int]]:
     return [(row, column) for row in rows for column in columns]
 
 
-def _cut(image: np.ndarray, corner: tuple[int, int], side: int) -> np.ndarray:
-    row, column = corner
-    return image[row : row + side, column : column + side]
+def _cut(train: Source, crop: Crop, side: int) -> np.ndarray:
+    """Load a training image again, (R, R, 3) uint8."""
+    index, row, column, mirrored = crop
+    image = train.load(index)
+    image = center_crop(image, side) if row < 0 else image[row:, column:][:side, :side]
+    return mirror(image) if mirrored else image
