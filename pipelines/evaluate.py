@@ -144,11 +144,8 @@ def load_metrics(
     ranks: PartialState,
     lpips: LPIPS | None = None,
 ) -> Metrics:
-    """Load LPIPS and a feature extractor, as far as their weights are available.
-
-    Args:
-        resolution: edge of the images that a user's own extractor is tried on.
-        lpips: used in place of the published LPIPS.
+    """Load LPIPS, unless it is given, and a feature extractor, as far as their weights are
+    available. A user's own extractor is tried on images of edge `resolution`.
     """
     missing = {}
     if lpips is None:
@@ -177,7 +174,7 @@ def _measure(
     _print(f"measuring {job.model} on the {job.split} split of {job.data.source} at {size}", ranks)
     world, total = ranks.num_processes, min(len(job.source), how.limit or len(job.source))
     scores, faults, extractor = Scores(), FaultCount(total), metrics.extractor
-    real, fake = (SetStatistics.empty(total, job.resolution, extractor) for _ in range(2))
+    real, fake = (SetStatistics(total, job.resolution, extractor) for _ in range(2))
     stream = evaluation_batches(
         job.source, job.resolution, how.batch_size * world, how.limit, ranks.process_index, world,
         job.data.workers, faults,
@@ -192,7 +189,8 @@ def _measure(
     real, fake = (gather_statistics(side, ranks) for side in (real, fake))
 
     def conclude() -> Evaluation:
-        everything, corrupt = Scores(), {}
+        everything = Scores()
+        corrupt: dict[str, str] = {}
         for share, found in shares:
             everything.merge(share)
             corrupt |= found

@@ -39,8 +39,8 @@ from pipelines.measuring.reference import resolve_source
 
 # ---------------------------------------------------------------------------------------- jobs
 Compared = dict[tuple[DataConfig, DataConfig, int], Overlap | LdmError]
-"""Data measured, data trained on, and the resolution that both are cropped to, on which it depends
-whether two images are the same → the images they share, or why that is not known."""
+"""Data measured, data trained on, and the resolution of both → the images that they share, or why
+that is not known."""
 
 SMALLEST = 16  # pixels: LPIPS halves images four times, and SSIM's window has 11
 
@@ -129,8 +129,11 @@ def _choose_data(own: DataConfig | None, data: str | DataConfig | None) -> DataC
     if data is None or isinstance(data, DataConfig):
         return data or own
     # split as for training: another split would hold out images that were trained on
-    same = own is not None and resolve_source(own.source) == resolve_source(data)
-    return own if same else DataConfig(source=data)
+    return own if _is_same(own, data) else DataConfig(source=data)
+
+
+def _is_same(trained_on: DataConfig | None, source: str) -> bool:
+    return trained_on is not None and resolve_source(trained_on.source) == resolve_source(source)
 
 
 def _check_resolution(path: Path, config: AutoencoderConfig, resolution: int) -> None:
@@ -168,9 +171,7 @@ def _compare(
         return {"held_out": held_out, "note": note, "overlap": overlap}
 
     trained_on = _trained_on(job.about_model)
-    own = trained_on is not None and (
-        resolve_source(trained_on.source) == resolve_source(job.data.source)
-    )
+    own = _is_same(trained_on, job.data.source)
     if own and job.split in ("train", "all"):
         return seen(False, f"{job.model} was trained on these images, or some of them")
     against = trained_on or (job.data if job.split == "val" else None)
@@ -181,7 +182,13 @@ def _compare(
         return seen(True)
     key = (job.data, against, job.resolution)
     if key not in compared:
-        compared[key] = _overlap(job, against, limit, ranks)
+        try:
+            with fail_together(ranks):
+                train = open_source(against, "train", job.resolution)
+            workers = job.data.workers
+            compared[key] = find_overlap(job.source, train, job.resolution, ranks, limit, workers)
+        except LdmError as error:
+            compared[key] = error
     overlap = compared[key]
     if isinstance(overlap, LdmError):
         return seen(None, f"not known whether {job.model} was trained on these images: {overlap}")
@@ -193,17 +200,6 @@ def _compare(
         )
         resolve([Issue(f"{note}: measure other images")], force)
     return seen(not overlap.shared, note, overlap._asdict() | {"against": against.source})
-
-
-def _overlap(
-    job: EvaluationJob, against: DataConfig, limit: int | None, ranks: PartialState
-) -> Overlap | LdmError:
-    try:
-        with fail_together(ranks):
-            train = open_source(against, "train", job.resolution)
-        return find_overlap(job.source, train, job.resolution, ranks, limit, job.data.workers)
-    except LdmError as error:
-        return error
 
 
 # ------------------------------------------------------------------------------------- results
@@ -239,7 +235,6 @@ class Evaluation:
     Attributes:
         model: the file or folder it was read from.
         resolution: edge of the images, pixels.
-        count: images measured.
         numbers: each of `NUMBERS`; None where it could not be measured. PSNR is in dB; SWD is
             ×10³, as in its paper, and KID is not.
         about: all that the numbers depend on. `missing` and `doubtful` give the reason by the
@@ -284,11 +279,7 @@ def default_paths(jobs: Sequence[EvaluationJob], *settings: str) -> list[Path]:
 def default_path(
     model: Path, data: DataConfig, split: str, resolution: int, *settings: str
 ) -> Path:
-    """Return the default file of an evaluation, beside its model: `eval/photos-val-64.json`.
-
-    Args:
-        settings: further words for non-default settings.
-    """
+    """Return the default file of an evaluation, beside its model: `eval/photos-val-64.json`."""
     words = [name_data(data.source), split, str(resolution), *settings]
     # best.pt lies beside ckpt.pt, and one of another format may beside either
     which = model.stem if model.suffix == ".pt" else model.name
@@ -306,10 +297,7 @@ def format_evaluations(evaluations: Sequence[Evaluation], layout: Layout = "tabl
     """Format evaluations as a table, a row for each, those at one resolution together.
 
     Numbers that no row has are left out. A star marks a doubtful number, a dash a missing one.
-
-    Args:
-        layout: "table" for a terminal, "markdown", "latex" (with the package booktabs), or "json",
-            which holds all that is known of each.
+    LaTeX needs the package booktabs; JSON holds all that is known of each evaluation.
     """
     if layout not in get_args(Layout):
         raise UsageError(f"--format {layout}: it must be one of {', '.join(get_args(Layout))}")
@@ -336,25 +324,19 @@ def _cells(rows: Sequence[Evaluation]) -> tuple[list[str], list[list[str]]]:
     data = [_data(row) for row in rows]
     several = len(set(data)) > 1  # else the caption names it
     header = ["model", *(["data"] if several else []), "resolution", "images"]
-    names = name_models([row.model for row in rows])
-    body = [
-        [
-            name,
-            *([which] if several else []),
-            f"{row.resolution}²",
-            str(row.count),
-            *(_cell(row, number) for number in shown),
-        ]
-        for name, which, row in zip(names, data, rows, strict=True)
-    ]
-    return [*header, *(f"{NUMBERS[name].title} {NUMBERS[name].arrow}" for name in shown)], body
+    header += [f"{NUMBERS[name].title} {NUMBERS[name].arrow}" for name in shown]
+    body = []
+    for name, of, row in zip(name_models([row.model for row in rows]), data, rows, strict=True):
+        first = [name, of] if several else [name]
+        numbers = [_cell(row, number) for number in shown]
+        body.append([*first, f"{row.resolution}²", str(row.count), *numbers])
+    return header, body
 
 
 def _cell(row: Evaluation, name: str) -> str:
-    value = row.numbers[name]
+    value, number = row.numbers[name], NUMBERS[name]
     if value is None:
         return "–"
-    number = NUMBERS[name]
     star = "*" if name in row.about["doubtful"] else ""
     return f"{value * number.scale:.{number.digits}f}{star}"
 

@@ -39,7 +39,6 @@ from ldm.run_folder import provenance
 from ldm.weights import cache_folder, find_or_fetch
 from pipelines.measuring.statistics import (
     SEED,
-    SWD_IMAGES,
     CentreCrops,
     Hashes,
     SetStatistics,
@@ -125,11 +124,7 @@ class Reference:
         return self.count
 
     def statistics(
-        self,
-        ranks: PartialState,
-        extractor: Extractor | None,
-        swd_images: int = SWD_IMAGES,
-        **how: Any,
+        self, ranks: PartialState, extractor: Extractor | None, swd_images: int, **how: Any
     ) -> SetStatistics:
         """Load or `accumulate` the statistics; complete on the main process only."""
         assert self.known is not None
@@ -209,11 +204,7 @@ class ImageReference(Reference):
         return content_identity(self.source, self.count)
 
     def statistics(
-        self,
-        ranks: PartialState,
-        extractor: Extractor | None,
-        swd_images: int = SWD_IMAGES,
-        **how: Any,
+        self, ranks: PartialState, extractor: Extractor | None, swd_images: int, **how: Any
     ) -> SetStatistics:
         """Accumulate over all images, or load the features kept of an earlier pass.
 
@@ -225,24 +216,18 @@ class ImageReference(Reference):
         path = statistics_path(identity)
         origin = {"content": identity["content"], "statistics": str(path)}
         kept = _load_kept(path, identity) if ranks.is_main_process else None
-        if from_main(ranks, lambda: kept is not None):
+        is_kept = from_main(ranks, lambda: kept is not None)
+        if is_kept:
             drawn = draw_images(len(self), swd_images).numpy()
             found = accumulate(self.part(drawn), ranks, swd_images=len(drawn), **how)
             if kept is not None:
                 found.features, found.hashes = kept
                 found.count = found.features.count
-            found.origin = origin | {"kept": True}
-            return found
-        found = accumulate(self, ranks, extractor, swd_images=swd_images, **how)
-        if ranks.is_main_process:
-            try:
-                _keep(path, identity, found, self)
-            except LdmError as error:
-                console.print(
-                    f"note: the reference's statistics are not kept: {error}", markup=False
-                )
+        else:
+            found = accumulate(self, ranks, extractor, swd_images=swd_images, **how)
+            if ranks.is_main_process and not _keep(path, identity, found, self):
                 origin["statistics"] = None
-        found.origin = origin | {"kept": False}
+        found.origin = origin | {"kept": is_kept}
         return found
 
 
@@ -297,16 +282,21 @@ def statistics_path(identity: dict[str, Any]) -> Path:
 
 def _keep(
     path: Path, identity: dict[str, Any], found: SetStatistics, reference: ImageReference
-) -> None:
-    if found.features is None or found.hashes is None:
-        return
+) -> bool:
+    """Write the features and hashes to the cache, and return True, if that is possible."""
+    assert found.features is not None and found.hashes is not None
     about = {
         "identity": identity,
         "reference": reference.about,
         "fingerprints": base64.b64encode(pack_hashes(found.hashes)).decode(),
         **provenance(),
     }
-    found.features.save(path, about)
+    try:
+        found.features.save(path, about)
+    except LdmError as error:
+        console.print(f"note: the reference's statistics are not kept: {error}", markup=False)
+        return False
+    return True
 
 
 def _load_kept(path: Path, identity: dict[str, Any]) -> tuple[FeatureSet, Hashes] | None:
@@ -391,7 +381,7 @@ def _open_kept(path: Path, extractor: Extractor) -> Reference:
             "give the same --weights and --mode"
         )
     entry |= {"statistics": str(path), "content": identity["content"], "kept": True}
-    known = SetStatistics(features, None, hashes, count=features.count)
+    known = SetStatistics.of_features(features, hashes)
     side = identity["resolution"]
     return Reference(entry["what"], side, known.count, entry["filter"], entry, known)
 
@@ -428,7 +418,7 @@ def _open_published(name: str, extractor: Extractor) -> Reference:
         "statistics": str(path),
         "statistics_sha256": digest,
     }
-    known = SetStatistics(features, count=images)
+    known = SetStatistics.of_features(features, None)
     return Reference(what, side, images, filtered, entry, known)
 
 

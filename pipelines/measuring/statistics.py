@@ -7,7 +7,7 @@ distance, which needs no network), and a hash of every image (to find images tha
 
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -199,58 +199,50 @@ class CentreCrops:
         )
 
 
-@dataclass
 class SetStatistics:
     """Statistics of a set of images, taken in batch by batch, in any order and by any processes.
 
+    Args:
+        total: images that all processes together will bring, numbered 0 … total − 1.
+        extractor: None leaves the features out.
+        swd_images: images to take patches of; 0: none.
+        hashes: keep a hash of every image.
+        every_feature: keep the features of all images, batch by batch, beside their moments.
+
     Attributes:
-        features: moments and a sample of all features; None without an extractor.
-        patches: patches of the images that `draw_images` chose, if any.
-        hashes: of all images; None where they are not known.
-        every_feature: the features of all images, batch by batch, where they were requested.
         count: images taken in.
         origin: where the statistics come from, for the result.
     """
 
-    features: FeatureSet | None = None
-    patches: PatchDescriptors | None = None
-    hashes: Hashes | None = None
-    every_feature: list[NDArray[np.float32]] | None = None
-    count: int = 0
-    origin: dict[str, Any] = field(default_factory=dict)
-    _places: Tensor | None = None
-
-    @classmethod
-    def empty(
-        cls,
+    def __init__(
+        self,
         total: int,
         resolution: int,
-        extractor: Extractor | None,
+        extractor: Extractor | None = None,
         swd_images: int = SWD_IMAGES,
         hashes: bool = False,
         every_feature: bool = False,
-    ) -> "SetStatistics":
-        """Begin with nothing taken in.
-
-        Args:
-            total: images that all processes together will bring, numbered 0 … total − 1.
-            swd_images: images to take patches of; 0: none.
-        """
-        drawn, places = draw_images(total, swd_images), torch.full((total,), -1)
-        # The i-th of those drawn gives patches at the same places in every set, so that equal
+    ) -> None:
+        self.features = FeatureSet(extractor.dim, total, seed=SEED) if extractor else None
+        self.patches = PatchDescriptors(resolution, seed=SEED) if swd_images else None
+        self.hashes: Hashes | None = {} if hashes else None
+        self.every_feature: list[NDArray[np.float32]] | None = [] if every_feature else None
+        self.count, self.origin = 0, dict[str, Any]()
+        # The i-th of the images drawn gives patches at the same places in every set, so that equal
         # sets are at distance 0.
-        places[drawn] = torch.arange(len(drawn))
-        return cls(
-            FeatureSet(extractor.dim, total, seed=SEED) if extractor else None,
-            PatchDescriptors(resolution, seed=SEED) if swd_images else None,
-            {} if hashes else None,
-            [] if every_feature else None,
-            _places=places,
-        )
+        drawn, self._places = draw_images(total, swd_images), torch.full((total,), -1)
+        self._places[drawn] = torch.arange(len(drawn))
+
+    @classmethod
+    def of_features(cls, features: FeatureSet, hashes: Hashes | None) -> "SetStatistics":
+        """Wrap the features, and the hashes if they are known, of images that are not here."""
+        found = cls(0, 0, swd_images=0)
+        found.features, found.hashes, found.count = features, hashes, features.count
+        return found
 
     def update(self, images: Tensor, ks: Tensor, extractor: Extractor | None = None) -> None:
-        """Take in images (B, 3, R, R) uint8 with their numbers (B,) int64."""
-        if self.patches is not None and self._places is not None:
+        """Take in images (B, 3, R, R) uint8 with their numbers (B,)."""
+        if self.patches is not None:
             places = self._places[ks.cpu()]
             if (chosen := places >= 0).any():
                 self.patches.update(images[chosen], places[chosen])
@@ -280,10 +272,7 @@ class SetStatistics:
 
 
 def draw_images(total: int, count: int) -> Tensor:
-    """Draw the `count` of `total` images that give patches; their numbers, rising.
-
-    They are drawn at random, since a set may be sorted by class.
-    """
+    """Draw the images that give patches, at random, since a set may be sorted by class."""
     drawn = generator(SEED, "swd images", 0).permutation(total)[:count]
     return torch.from_numpy(drawn).sort().values
 
@@ -311,9 +300,7 @@ def accumulate(
     Returns:
         The statistics of all images on the main process, of their own share on the others.
     """
-    mine = SetStatistics.empty(
-        len(images), images.resolution, extractor, swd_images, True, every_feature
-    )
+    mine = SetStatistics(len(images), images.resolution, extractor, swd_images, True, every_feature)
     # starting processes for a single batch takes longer than loading it
     workers = min(workers, len(images) // batch_size)
     with fail_together(ranks):

@@ -238,7 +238,7 @@ def test_features_are_computed_once(reference, extractor, cache):
     assert second.count == 12
 
     images = to_nchw(pictures(9, 3))
-    ours = SetStatistics.empty(9, SIZE, extractor, 6)
+    ours = SetStatistics(9, SIZE, extractor, 6)
     ours.update(images, torch.arange(9), extractor)
     one, other = (compare_sets(ours, theirs, "cpu") for theirs in (first, second))
     assert one["swd"] == other["swd"] and one["swd_images"] == 6

@@ -41,7 +41,7 @@ class Thumbnails:
 
 
 def take_in(images: torch.Tensor, batches: list[list[int]], total: int | None = None, **options):
-    found = SetStatistics.empty(total or len(images), SIZE, Thumbnails(), **options)
+    found = SetStatistics(total or len(images), SIZE, Thumbnails(), **options)
     for ks in batches:
         found.update(images[ks], torch.tensor(ks), Thumbnails())
     return found
@@ -89,7 +89,7 @@ def test_patches_are_of_images_drawn_from_the_whole():
 
 def test_a_distance_without_its_statistics_is_none():
     full = take_in(OURS, [list(range(14))])
-    patches = SetStatistics.empty(20, SIZE, None)
+    patches = SetStatistics(20, SIZE, None)
     patches.update(THEIRS, torch.arange(20))
     result = compare_sets(full, patches, CPU)
     assert result["fid"] is result["kid"] is result["recall"] is None
@@ -119,16 +119,16 @@ def test_features_that_are_not_finite_are_refused():
             return super().__call__(images) * torch.tensor([1.0, float("nan"), 1]).repeat(4)
 
     with pytest.raises(LdmError, match="NaN or an infinity"):
-        SetStatistics.empty(14, SIZE, Broken()).update(OURS, torch.arange(14), Broken())
+        SetStatistics(14, SIZE, Broken()).update(OURS, torch.arange(14), Broken())
 
 
 def test_images_smaller_than_a_patch_are_refused():
     with pytest.raises(LdmError, match="7×7 pixels or more"):
-        SetStatistics.empty(3, 4, None)
+        SetStatistics(3, 4, None)
 
 
 def test_one_process_gathers_itself():
-    alone = SetStatistics(count=3)
+    alone = SetStatistics(3, SIZE)
     assert gather_statistics(alone, PartialState(cpu=True)) is alone
 
 
