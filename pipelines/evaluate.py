@@ -124,8 +124,6 @@ def evaluate_checkpoints(
             with fail_together(ranks):
                 ae = load_autoencoder(job.model, device).to(memory_format=memory_format(device))
         done.append(_measure(ae, job, path, how, metrics, device, ranks))
-        missing = done[-1].about["missing"].items()
-        _print_missing({name: why for name, why in missing if name not in metrics.missing}, ranks)
         from_main(ranks, lambda: _write(done, together=how.out is not None))
     return done
 
@@ -210,7 +208,10 @@ def _measure(
         about["versions"] |= {name: installed_version(name) for name in PACKAGES}
         return Evaluation(job.model, job.resolution, len(each["k"]), numbers, about, path, each)
 
-    return from_main(ranks, conclude)
+    found: Evaluation = from_main(ranks, conclude)
+    missing = found.about["missing"].items()
+    _print_missing({name: why for name, why in missing if name not in metrics.missing}, ranks)
+    return found
 
 
 def _conclude(

@@ -192,15 +192,24 @@ def _measure(
             "fid_missing": missing,
             "mode": how.mode if how.features is None else None,
             "resolution": samples.resolution,
-            "samples": _about_samples(samples, fake, trained_on),
+            "samples": {
+                "path": str(samples.path),
+                "what": samples.what,
+                "count": fake.count,
+                "made_with": samples.made_with,
+                "filter": samples_filter(samples, trained_on),
+                # equal for the same images in the same order
+                "fingerprint": sha256(pack_hashes(fake.hashes or {})).hexdigest(),
+            },
             "reference": reference.about
             | {"split_asked": split, "count": real.count}
             | real.origin,
             "extractor": describe_extractor(extractor),
             "forced": how.force,
             "warnings": [*warnings, *copies, *limits],
-            **_versions(),
+            **provenance(),
         }
+        result["versions"] |= {name: version(name) for name in ("clean-fid", "pillow")}
         path = out if result["fid"] is not None else path_without_fid(out)
         write_json(path, result)
         return result | {"written": str(path)}
@@ -247,26 +256,6 @@ def _numbers(
         features, statistics = np.concatenate(fake.every_feature), real.features.statistics
         interval = bootstrap_fid(features, statistics, numbers["fid"], draws)._asdict()
     return {"fid": numbers.pop("fid"), "fid_interval": interval, **numbers}
-
-
-def _about_samples(
-    samples: Samples, fake: SetStatistics, trained_on: DataConfig | None
-) -> dict[str, Any]:
-    return {
-        "path": str(samples.path),
-        "what": samples.what,
-        "count": fake.count,
-        "made_with": samples.made_with,
-        "filter": samples_filter(samples, trained_on),
-        # equal for the same images in the same order
-        "fingerprint": sha256(pack_hashes(fake.hashes or {})).hexdigest(),
-    }
-
-
-def _versions() -> dict[str, Any]:
-    found = provenance()
-    found["versions"] |= {name: version(name) for name in ("clean-fid", "pillow")}
-    return found
 
 
 def fid_path(plain: Path, other: str | None, split: Split | None, how: MeasureOptions) -> Path:

@@ -77,7 +77,7 @@ class LatentDiffusionPipeline(LatentModel):
             raise UsageError("interpolate needs labels: the model has classes")
         a, b = (normal(seed, "sample", [0], self.latent_shape) for seed in (seed_a, seed_b))
         noise = slerp(a, b, torch.linspace(0, 1, count))
-        return _in_batches(count, requested, lambda i: sample(i, noise=noise[_part(i)]))
+        return _in_batches(count, requested, lambda i: sample(i, noise=noise[i.start : i.stop]))
 
     def edit(self, images: Images, strength: float = 0.6, seed: int = 0, **options: Any) -> Images:
         """Noise images part of the way and denoise them: SDEdit.
@@ -95,7 +95,9 @@ class LatentDiffusionPipeline(LatentModel):
         skip = requested.sampling.steps - round(strength * requested.sampling.steps)
 
         def change(i: range) -> Tensor:
-            return sample(i, skip=skip, from_z=self.encode(images[_part(i)]) if skip else None)
+            return sample(
+                i, skip=skip, from_z=self.encode(images[i.start : i.stop]) if skip else None
+            )
 
         return _in_batches(len(images), requested, change)
 
@@ -115,7 +117,7 @@ class LatentDiffusionPipeline(LatentModel):
         requested, sample = self._read(options, len(images), seed)
 
         def paint(i: range) -> Tensor:
-            given, hidden = images[_part(i)], mask[_part(i)]
+            given, hidden = images[i.start : i.stop], mask[i.start : i.stop]
             known = self.encode(fill_hidden(given, hidden))
             where = latent_mask(hidden, self.latent_shape[1:]).to(self.device)
             generated = sample(i, wrap=lambda denoise: inpaint(denoise, known, where))
@@ -133,7 +135,7 @@ class LatentDiffusionPipeline(LatentModel):
         guide = self.load_guide(requested.sampling, requested.guide, labels)
 
         def sample(i: range, **how: Any) -> Tensor:
-            chosen = None if labels is None else labels[_part(i)]
+            chosen = None if labels is None else labels[i.start : i.stop]
             return self.sample(i, seed, requested.sampling, chosen, guide, **how)
 
         return requested, sample
@@ -181,10 +183,6 @@ def _in_batches(n: int, options: Options, sample: Callable[[range], Tensor]) -> 
     return list(map(to_pil, images)) if options.output == "pil" else images
 
 
-def _part(indices: range) -> slice:
-    return slice(indices.start, indices.stop)
-
-
 def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
     """Spherical interpolation from noise a to noise b, (1, C, H, W) each, at fractions t (n,).
 
@@ -200,7 +198,7 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
 
 def fill_hidden(images: Tensor, mask: Tensor) -> Tensor:
-    """Replace the hidden pixels of images by the mean of the known pixels around them.
+    """Replace the hidden pixels of images (B, 3, H, W) by the mean of the known ones around them.
 
     An encoder sees beyond the patch of a latent: neither a hidden pixel nor an artificial edge may
     reach it. The mean is over the known pixels of a square of 2, 4, 8 … pixels, the smallest that
@@ -208,7 +206,6 @@ def fill_hidden(images: Tensor, mask: Tensor) -> Tensor:
     squares; this takes one.)
 
     Args:
-        images: (B, 3, H, W) in [−1, 1].
         mask: (B, 1, H, W), 1 where hidden, 0 where known.
     """
     known = 1 - mask
@@ -227,9 +224,5 @@ def _means(sums: Tensor, counts: Tensor) -> Tensor:
 
 
 def latent_mask(mask: Tensor, sides: Sequence[int]) -> Tensor:
-    """(B, 1, H, W) of pixels → (B, 1, h, w): 1 where any pixel of a latent's patch is 1.
-
-    Args:
-        sides: (h, w), which divide (H, W).
-    """
+    """(B, 1, H, W) of pixels → (B, 1, *sides): 1 where any pixel of a latent's patch is 1."""
     return F.adaptive_max_pool2d(mask, tuple(sides))

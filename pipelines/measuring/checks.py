@@ -151,8 +151,7 @@ def samples_filter(samples: Samples, trained_on: DataConfig | None) -> str | Non
 def read_training(config: DataConfig, resolution: int) -> tuple[str | None, bool]:
     """Return the filter of a model's training images, and whether they were crops of larger ones.
 
-    Both are unknown, None and False, where the data is gone. Of the built-in photographs they are
-    not crops, for the reference is crops, too.
+    Of the built-in photographs they do not count as crops, for the reference is crops, too.
     """
     with suppress(LdmError):  # the data is gone
         source = open_source(config, "all", resolution)
@@ -163,11 +162,8 @@ def read_training(config: DataConfig, resolution: int) -> tuple[str | None, bool
 
 
 def find_compressed(source: Source, resolution: int) -> str | None:
-    """Return the name of an image that is lossy at the very size at which it is compared.
-
-    Downsampling removes the traces of compression with the details. A few of the lossy images,
-    evenly spread, stand for all.
-    """
+    """Return the name of an image that is lossy at the very size at which it is compared."""
+    # downsampling removes the traces of compression with the details
     lossy = [i for i in range(len(source)) if is_lossy(source.name(i))]
     sides = shorter_sides(source, lossy)
     return next((source.name(i) for i, side in sides if side == resolution), None)
@@ -215,15 +211,9 @@ BATCH = 64
 class Overlap(NamedTuple):
     """Images that held-out and training data share.
 
-    Two images are the same if their pixels are, once both are cropped as for measuring: a copy
-    under another name, or in another container or lossless format, is found; one that was
-    compressed again is not.
-
     Attributes:
-        shared: compared held-out images that are training images.
-        example: the name of one of them; None where there is none.
-        held_out, train: images of either side that were compared.
-        held_out_of, train_of: images of either side.
+        shared: compared held-out images that are training images; `example` is the name of one.
+        held_out, train: images of either side that were compared, `…_of` so many.
     """
 
     shared: int
@@ -242,13 +232,11 @@ def find_overlap(
     limit: int | None = None,
     workers: int = 0,
 ) -> Overlap:
-    """Compare held-out images with training images by hashes of their pixels.
+    """Compare held-out images, the first `limit`, with training images by hashes of their pixels.
 
-    The processes share the work, and all return the result.
-
-    Args:
-        resolution: edge R of the centre crops that are compared, pixels.
-        limit: only the first so many of the held-out images.
+    Both are cropped as for measuring. A copy under another name, or in another container or
+    lossless format, is found; one that was compressed again is not. The processes share the work,
+    and all return the result.
     """
     total = min(len(held_out), limit or len(held_out))
     chosen = _draw(held_out, total)

@@ -102,8 +102,6 @@ class Reference:
     """Real images to compare with, or statistics of them.
 
     Attributes:
-        what: a description, for messages and results.
-        resolution: edge of the images, pixels.
         filter: the filter that the images were downsampled with, where it is known.
         about: the reference's entry in a result.
         known: statistics of images that need not be here.
@@ -135,11 +133,7 @@ class ImageReference(Reference):
     """Images of one split, centre-cropped to a resolution, never mirrored.
 
     Of the built-in photographs, which are eight and large, they are random crops, as many as there
-    are samples (of the split val: its tiles).
-
-    Args:
-        samples: the number of samples.
-        limit: only the first so many images.
+    are samples (of the split val: its tiles). Of other data, `limit` keeps the first so many.
     """
 
     config: DataConfig
@@ -155,7 +149,14 @@ class ImageReference(Reference):
         limit: int | None = None,
     ) -> None:
         prepared = read_preparation(config)
-        _check_prepared(config, prepared, resolution)
+        size = prepared["size"] if prepared else resolution
+        if size != resolution:
+            enlarged = "images are never enlarged for a comparison"
+            why = "resizing twice changes every number" if size > resolution else enlarged
+            raise LdmError(
+                f"{config.source} was prepared at {size}×{size} and the samples are "
+                f"{resolution}×{resolution}: {why}; prepare the data with --size {resolution}"
+            )
         source = open_source(config, split, resolution)
         centred = config.model_copy(update={"crop": "center"})
         filtered = find_filter(centred, source, resolution)
@@ -200,7 +201,7 @@ class ImageReference(Reference):
         return CentreCrops(Part(self.source, indices), self.resolution, self.what, self.count)
 
     def content(self) -> str:
-        """SHA-256 over the content of all files with these images, wherever they lie."""
+        """Return the identity of the files with these images, wherever they lie."""
         return content_identity(self.source, self.count)
 
     def statistics(
@@ -231,31 +232,16 @@ class ImageReference(Reference):
         return found
 
 
-def _check_prepared(config: DataConfig, prepared: dict[str, Any] | None, resolution: int) -> None:
-    size = prepared["size"] if prepared else resolution
-    if size != resolution:
-        enlarged = "images are never enlarged for a comparison"
-        why = "resizing twice changes every number" if size > resolution else enlarged
-        raise LdmError(
-            f"{config.source} was prepared at {size}×{size} and the samples are "
-            f"{resolution}×{resolution}: {why}; prepare the data with --size {resolution}"
-        )
-
-
 # ---------------------------------------------------------------------------- kept statistics
 FORMAT = 1
 
 
 def identify(reference: ImageReference, extractor: Extractor | None) -> dict[str, Any] | None:
-    """Return all that decides a reference's features; None where they are not to be kept.
-
-    The built-in photographs are cropped quickly, into as many images as there are samples. Fewer
-    images than features take less time than their covariance takes room. A user's own extractor
-    does not tell when its weights change.
-    """
-    if extractor is None or not isinstance(extractor, FeatureExtractor):
+    """Return all that decides a reference's features; None where they are not to be kept."""
+    # a user's own extractor does not tell when its weights change
+    if not isinstance(extractor, FeatureExtractor) or reference.config.source == PHOTOS:
         return None
-    if reference.config.source == PHOTOS or len(reference) < extractor.dim:
+    if len(reference) < extractor.dim:  # their covariance takes more room than they take time
         return None
     return {
         "format": FORMAT,
@@ -275,7 +261,6 @@ def _identify_extractor(extractor: Extractor) -> dict[str, Any]:
 
 
 def statistics_path(identity: dict[str, Any]) -> Path:
-    """Return the file in the cache for the statistics of a reference."""
     key = sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return cache_folder() / "statistics" / f"{key[:32]}.npz"
 
@@ -349,12 +334,7 @@ PUBLISHED = {
 
 
 def open_statistics(name: str, extractor: Extractor) -> Reference:
-    """Open the statistics of a published data set, or a file of kept ones.
-
-    Args:
-        name: one of `PUBLISHED`, or the path of a .npz.
-        extractor: the one of the samples' features.
-    """
+    """Open `PUBLISHED` statistics by name, or kept ones by the path of their .npz."""
     if name in PUBLISHED:
         return _open_published(name, extractor)
     path = Path(name).expanduser()

@@ -93,8 +93,7 @@ def find_extractor(
 ) -> tuple[Extractor | None, str | None]:
     """Load the feature extractor on all processes, or return the reason for its absence.
 
-    Weights or features that were requested and cannot be loaded are an error. A user's own
-    extractor is tried on images of edge `resolution`.
+    Requested weights or features must load; a user's own extractor is tried at `resolution`.
     """
     load = partial(
         load_extractor, options.features, options.mode, options.weights, device, resolution
@@ -165,11 +164,8 @@ def find_shared(hashes: Hashes, others: Hashes) -> list[int]:
 class ImageSet(Protocol):
     """A set of images of one size, numbered from 0; `what` describes it to the user."""
 
-    @property
-    def what(self) -> str: ...
-
-    @property
-    def resolution(self) -> int: ...
+    what: str
+    resolution: int
 
     def __len__(self) -> int: ...
 
@@ -178,7 +174,7 @@ class ImageSet(Protocol):
     ) -> Iterator[Batch]: ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class CentreCrops:
     """Centre crops of a source's images, part of a set of `total`, of which 1 % may be corrupt."""
 
@@ -314,7 +310,7 @@ def accumulate(
 def track(
     stream: Iterable[Any], what: str, total: int, ranks: PartialState
 ) -> Generator[Any, None, None]:
-    """Yield this process's batches (with `k`), and show on the main one how far all are."""
+    """Yield this process's batches, with a progress bar of all processes on the main one."""
     bar = progress_bar("images")
     bar.disable = bar.disable or not ranks.is_main_process
     with bar:

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
 from hashlib import sha256 as new_sha256
 from pathlib import Path
 from typing import Any, Self
@@ -14,10 +13,8 @@ from torch import Tensor, nn
 from autoencoders import Autoencoder, AutoencoderConfig
 from diffusion import guidance
 from diffusion.build import build_denoiser, build_network
-from diffusion.discrete import DiscreteDenoiser
-from diffusion.edm import EDM
 from diffusion.samplers import SAMPLERS, Denoise, make_churn
-from ldm.checkpoint import ModelFile, build_with, fingerprint, load_model
+from ldm.checkpoint import ModelFile, build_with, load_model
 from ldm.config import to_tree, validate
 from ldm.device import keep_freed_memory, memory_format, resolve_device, resolve_precision
 from ldm.distributed import join_processes
@@ -45,22 +42,35 @@ class LatentModel:
         latent_shape: (n_z, h, w) of one image's latents.
         sha256: identity of the network's weights.
         identity: SHA-256 over everything that decides a picture.
-        recipe: its training recipe; None for a model built by hand.
     """
 
-    def __init__(
-        self,
-        denoiser: EDM | DiscreteDenoiser,
-        codec: Codec,
-        latent_shape: tuple[int, int, int],
-        sha256: str = "",
-        classes: Classes = Classes(),
-        recipe: DiffusionRecipe | None = None,
-        identity: str = "",
-    ) -> None:
-        self.denoiser, self.codec = denoiser.eval().requires_grad_(False), codec
-        self.latent_shape, self.sha256 = latent_shape, sha256
-        self.classes, self.recipe, self.identity = classes, recipe, identity
+    def __init__(self, file: ModelFile, path: str | Path) -> None:
+        try:
+            recipe = validate(DiffusionRecipe, file.config)
+        except UsageError as error:
+            raise LdmError(f"{path}: its config does not fit this version: {error}") from error
+        inner, named = file.autoencoder, file.provenance.get("autoencoder_sha256")
+        if inner is None or inner.sha256 != named:
+            other = "another autoencoder than it was trained on"
+            state = "no autoencoder" if inner is None else other
+            raise LdmError(f"{path} holds {state}: the file was altered, copy it again")
+        config = validate(AutoencoderConfig, inner.config)
+        autoencoder = build_with(lambda: Autoencoder(config), inner.weights, path)
+        network = build_with(lambda: build_network(recipe.network), file.weights, path)
+        self.denoiser = build_denoiser(network, recipe.denoiser).eval().requires_grad_(False)
+        self.codec = Codec.from_statistics(autoencoder, file.statistics)
+        side = recipe.resolution // autoencoder.downsampling
+        self.latent_shape = (recipe.network.latent_channels, side, side)
+        self.classes = Classes(recipe.network.classes, tuple(file.statistics.get("classes", ())))
+        self.recipe, self.sha256, self.autoencoder_sha256 = recipe, file.sha256, inner.sha256
+        parts = {
+            "network": [self.sha256, to_tree(recipe.network)],
+            "denoiser": to_tree(recipe.denoiser),
+            "autoencoder": [self.autoencoder_sha256, to_tree(config)],
+            "statistics": self.codec.statistics(),
+            "resolution": recipe.resolution,
+        }
+        self.identity = new_sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         self.device, self.precision, self._requested = torch.device("cpu"), "fp32", "auto"
 
     @classmethod
@@ -75,21 +85,7 @@ class LatentModel:
         Raises:
             LdmError: no such file, a stage-one file, damaged weights, or a missing device.
         """
-        file = load_model(path, "diffusion")
-        try:
-            recipe = validate(DiffusionRecipe, file.config)
-        except UsageError as error:
-            raise LdmError(f"{path}: its config does not fit this version: {error}") from error
-        autoencoder = _load_autoencoder(file, path)
-        network = build_with(lambda: build_network(recipe.network), file.weights, path)
-        denoiser = build_denoiser(network, recipe.denoiser)
-        codec = Codec.from_statistics(autoencoder, file.statistics)
-        side = recipe.resolution // autoencoder.downsampling
-        shape = (recipe.network.latent_channels, side, side)
-        classes = Classes(recipe.network.classes, tuple(file.statistics.get("classes", ())))
-        identity = _identify(file.sha256, recipe, file.provenance["autoencoder_sha256"], codec)
-        model = cls(denoiser, codec, shape, file.sha256, classes, recipe, identity)
-        return model.to(device, precision)
+        return cls(load_model(path, "diffusion"), path).to(device, precision)
 
     def to(
         self,
@@ -166,8 +162,11 @@ class LatentModel:
 
     def matches(self, named: Mapping[str, Any]) -> bool:
         """Compare with the model named in a `samples.json`; older files name less of it."""
-        ours = {"sha256": self.sha256, "identity": self.identity}
-        return all(named.get(key, value) == value for key, value in ours.items())
+        return all(named.get(key, value) == value for key, value in self.identifiers().items())
+
+    def identifiers(self) -> dict[str, str]:
+        """Return what names the model in a `samples.json`, beside its path."""
+        return {"sha256": self.sha256, "identity": self.identity}
 
     def load_guide(
         self,
@@ -205,7 +204,7 @@ class LatentModel:
             raise UsageError(
                 "a model without classes cannot guide itself: give a guide, or omit guidance"
             )
-        if self.recipe and self.recipe.label_dropout == 0:
+        if self.recipe.label_dropout == 0:
             raise UsageError(
                 "this model was trained with label_dropout=0 and has no unconditional branch: "
                 "give a guide, or omit guidance"
@@ -231,10 +230,6 @@ class LatentModel:
         if guide.classes.count and guide.classes != self.classes:
             return "other classes"
         return None
-
-    @cached_property
-    def autoencoder_sha256(self) -> str:
-        return fingerprint(self.codec.autoencoder.state_dict())
 
     def _guided(
         self, sampling: Sampling, labels: Sequence[int] | None, guide: "LatentModel | None"
@@ -297,13 +292,12 @@ class SamplingJob:
         self._labels = None if labels is None else self.model.classes.read(labels)
         self._guide = self.model.load_guide(self.sampling, guide, self._labels)
         recipe = self.model.recipe
-        assert recipe is not None  # every file has one
         self.resolution = recipe.resolution
         self.settings: dict[str, Any] = {
-            "model": _named(path, self.model),
+            "model": {"path": str(path), **self.model.identifiers()},
             "seed": self.seed,
             **to_tree(self.sampling),
-            "weaker": self._guide and _named(guide, self._guide),
+            "weaker": self._guide and {"path": str(guide), **self._guide.identifiers()},
             "labels": self._labels and list(self._labels),
             "precision": self.model.precision,
             "resolution": self.resolution,
@@ -342,28 +336,3 @@ class SamplingJob:
         if not self.path.is_dir() and (name := self.path.stem.removeprefix("ckpt").strip("-")):
             words.append(name)
         return "-".join(words)
-
-
-def _named(path: Path | str | None, model: LatentModel) -> dict[str, str]:
-    return {"path": str(path), "sha256": model.sha256, "identity": model.identity}
-
-
-def _identify(sha256: str, recipe: DiffusionRecipe, autoencoder_sha256: str, codec: Codec) -> str:
-    parts = {
-        "network": [sha256, to_tree(recipe.network)],
-        "denoiser": to_tree(recipe.denoiser),
-        "autoencoder": [autoencoder_sha256, to_tree(codec.autoencoder.config)],
-        "statistics": codec.statistics(),
-        "resolution": recipe.resolution,
-    }
-    return new_sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _load_autoencoder(file: ModelFile, path: str | Path) -> Autoencoder:
-    inner = file.autoencoder
-    named = file.provenance.get("autoencoder_sha256")
-    if inner is None or inner.sha256 != named:
-        state = "no autoencoder" if inner is None else "another autoencoder than it was trained on"
-        raise LdmError(f"{path} holds {state}: the file was altered, copy it again")
-    config = validate(AutoencoderConfig, inner.config)
-    return build_with(lambda: Autoencoder(config), inner.weights, path)

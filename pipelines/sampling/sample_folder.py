@@ -24,14 +24,13 @@ from hashlib import file_digest
 from pathlib import Path
 from typing import IO, Any, Literal
 
-import numpy as np
 from PIL import Image
 
 from ldm.config import to_tree
 from ldm.data import Source
 from ldm.data.shards import MANIFEST, MANIFEST_FORMAT, Member, ShardSource, index_shard, sidecar
-from ldm.data.sources import ZipSource
-from ldm.data.transforms import NOT_RESIZED, CorruptImage, decode
+from ldm.data.sources import FolderSource, ZipSource, unlabelled
+from ldm.data.transforms import NOT_RESIZED
 from ldm.errors import LdmError
 from ldm.files import read_json, write_atomically, write_json
 from ldm.run_folder import RUNS, lock, provenance
@@ -72,8 +71,7 @@ def open_for_writing(out: Path, settings: Mapping[str, Any], n: int, held: ExitS
     Files that a killed process left half-written are removed.
 
     Args:
-        settings: the manifest's content, apart from the number of images.
-        n: the number of images requested.
+        settings: the manifest's content, apart from the number of images, of which n are requested.
         held: keeps the folder's lock.
 
     Returns:
@@ -141,7 +139,6 @@ class PngStore:
     Every process writes images; one of them calls the other methods.
 
     Args:
-        out: the folder.
         label: the class of image i, −1 for none; None for a model without classes.
     """
 
@@ -170,7 +167,6 @@ class PngStore:
         Args:
             size: side of the images, pixels.
             source: description of their origin.
-            classes: names of the classes, or none.
         """
 
     def images(self) -> Source | None:
@@ -207,28 +203,12 @@ class PngStore:
             shutil.rmtree(folder)
 
 
-class PngSource:
+class PngSource(FolderSource):
     """The PNGs of a folder by their relative paths, without classes."""
-
-    classes: tuple[str, ...] = ()
 
     def __init__(self, path: Path, names: Sequence[str]) -> None:
         self.path, self._names = path, names
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def name(self, index: int) -> str:
-        return f"{self.path}/{self._names[index]}"
-
-    def load(self, index: int) -> np.ndarray:
-        try:
-            return decode((self.path / self._names[index]).read_bytes(), ".png")
-        except OSError as error:
-            raise CorruptImage(error.strerror or str(error)) from error
-
-    def label(self, index: int) -> int:
-        return -1
+        self.classes, self._labels = unlabelled(len(names))
 
 
 class ShardStore(PngStore):

@@ -43,7 +43,6 @@ class SampleFolder:
     Attributes:
         path: the folder or file; for the `samples.zip` of `ldm sample`, its folder.
         made_with: the content of `samples.json`; None without one.
-        resolution: side of the images, pixels.
     """
 
     classes: tuple[str, ...] = ()
@@ -76,11 +75,7 @@ class SampleFolder:
         if height != width:
             raise LdmError(f"{self.name(0)} is {width}×{height}: samples must be square")
         self.resolution = height
-
-    @property
-    def what(self) -> str:
-        """A description, for messages and results."""
-        return f"{len(self)} images of {self.path}"
+        self.what = f"{self._count} images of {path}"
 
     @property
     def result_path(self) -> Path:
@@ -163,12 +158,7 @@ def _refuse_lossy(path: Path, names: Iterable[str]) -> None:
 class ModelSamples:
     """Images 0 … n−1 of a seed, as `ldm sample` writes them with the same settings, in memory.
 
-    Args:
-        job: the other arguments of `SamplingJob`.
-
-    Attributes:
-        made_with: the content of a `samples.json` of them.
-        resolution: side of the images, pixels.
+    `made_with` is the content of a `samples.json` of them.
     """
 
     def __init__(self, model: Path, n: int, seed: int = 0, **job: Any) -> None:
@@ -176,18 +166,14 @@ class ModelSamples:
         self._job = SamplingJob(model, seed, **job)
         self.path, self.resolution = model, self._job.resolution
         self.made_with: dict[str, Any] | None = {"n": self._n} | self._job.settings
+        self.what = f"{self._n} images of {self.path}, seed {self._job.seed}"
 
     def __len__(self) -> int:
         return self._n
 
     @property
-    def what(self) -> str:
-        """A description, for messages and results."""
-        return f"{self._n} images of {self.path}, seed {self._job.seed}"
-
-    @property
     def result_path(self) -> Path:
-        """The file for a measurement: `fid/seed0-steps18-n50000.json` beside the model."""
+        """The file for a measurement, `fid/seed0-steps18-n50000.json` beside the model."""
         return self._job.folder / "fid" / f"{self._job.slug()}-n{self._n}.json"
 
     def name(self, index: int) -> str:
