@@ -29,7 +29,7 @@ from PIL import Image
 from ldm.config import to_tree
 from ldm.data import Source
 from ldm.data.shards import MANIFEST, MANIFEST_FORMAT, Member, ShardSource, index_shard, sidecar
-from ldm.data.sources import FolderSource, ZipSource, unlabelled
+from ldm.data.sources import FolderSource, ZipSource
 from ldm.data.transforms import NOT_RESIZED
 from ldm.errors import LdmError
 from ldm.files import read_json, write_atomically, write_json
@@ -207,8 +207,7 @@ class PngSource(FolderSource):
     """The PNGs of a folder by their relative paths, without classes."""
 
     def __init__(self, path: Path, names: Sequence[str]) -> None:
-        self.path, self._names = path, names
-        self.classes, self._labels = unlabelled(len(names))
+        self.path, self._names, self.classes = path, list(names), ()
 
 
 class ShardStore(PngStore):
