@@ -20,6 +20,7 @@ from autoencoders.loading import AutoencoderFile, read_autoencoder
 from autoencoders.posterior import DiagonalGaussian
 from autoencoders.sdvae.decoder import SDVAEDecoder, SDVAEDecoderConfig
 from autoencoders.sdvae.encoder import SDVAEEncoder, SDVAEEncoderConfig
+from autoencoders.wavelet import check_size
 from ldm.checkpoint import build_with
 from ldm.config import Config, load_preset, merge, to_tree, validate
 from ldm.errors import LdmError, UsageError
@@ -70,6 +71,15 @@ class AutoencoderConfig(Config):
                 f"{self.encoder.latent_channels}, or change encoder.levels"
             )
         return self
+
+    def check_size(self, side: int) -> None:
+        """Raise LdmError if square images are too small for the encoder's wavelet transform.
+
+        Args:
+            side: in pixels, a multiple of the encoder's downsampling.
+        """
+        if isinstance(self.encoder, LiteVAEEncoderConfig | DWTEncoderConfig):
+            check_size((side, side), self.encoder.depth, self.encoder.wavelet)
 
 
 class AutoencoderOutput(NamedTuple):

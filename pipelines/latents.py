@@ -12,6 +12,7 @@ A corrupt image is NaN throughout; the next good one replaces it, as in training
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -105,8 +106,8 @@ def open_cache(
 
     def prepare() -> list[range]:
         missing = check_cache(recipe, source, run.precision, ae_sha256)
-        for partial in folder.glob(".*.partial"):  # of a process that was killed
-            partial.unlink(missing_ok=True)
+        for leftover in folder.glob(".*.partial"):  # of a process that was killed
+            leftover.unlink(missing_ok=True)
         if not (folder / MANIFEST).is_file():
             identity = _identity(recipe, source, run.precision, ae_sha256)
             write_json(folder / MANIFEST, identity | {"source": recipe.data.source})
@@ -119,7 +120,7 @@ def open_cache(
     for turn in range(0, len(missing), run.world):  # all processes take as many turns
         for part in missing[turn:][run.rank : run.rank + 1]:
             block = _encode(codec, Part(source, part), recipe, run, faults)
-            write_atomically(_block(folder, part), lambda file, block=block: np.save(file, block))
+            write_atomically(_block(folder, part), partial(np.save, arr=block))
         if run.stop_requested():
             raise Interrupted(f"stopped while encoding into {folder}")
         done = len(source) - sum(map(len, missing[turn + run.world :]))
@@ -309,15 +310,14 @@ def latent_batches(
         of_posterior = None
         if recipe.posterior == "sample":
             of_posterior = _on(run.device, normal(run.seed, "posterior", ks, shape))
-        sigma = sample_sigma(normal(run.seed, "sigma", ks, ()), recipe.denoiser)
+        sigma = sample_sigma(normal(run.seed, "sigma", ks, ()), recipe.edm)
         noise = normal(run.seed, "noise", ks, shape)
+        shown = None
         if recipe.network.classes:
             hidden = uniform(run.seed, "label", ks, ()) < recipe.label_dropout
-            labels = labels.masked_fill(hidden, -1)
-        else:
-            labels = None
+            shown = labels.masked_fill(hidden, -1)
         z = codec.standardise(posterior, of_posterior)
-        return LatentBatch(z, _on(run.device, sigma), _on(run.device, noise), labels, parameters)
+        return LatentBatch(z, _on(run.device, sigma), _on(run.device, noise), shown, parameters)
 
     if cache is not None:
         return one_ahead(cache.batches(**shares), from_cache, run.device)

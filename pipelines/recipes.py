@@ -15,7 +15,6 @@ from pydantic import (
 from autoencoders import Autoencoder, AutoencoderConfig
 from autoencoders.discriminators import DiscriminatorConfig, UNetDiscriminatorConfig
 from autoencoders.losses import AdversarialConfig, LossConfig
-from autoencoders.wavelet import check_size
 from diffusion.augment import AUGMENT_PARAMETERS, AugmentConfig
 from diffusion.build import DenoiserConfig, NetworkConfig
 from diffusion.edm import EDMConfig
@@ -97,11 +96,10 @@ class AutoencoderRecipe(AutoencoderConfig):
                 f"phases: resolution {resolution} must be a multiple of {f}, the encoder's "
                 "downsampling"
             )
-        if self.encoder.type != "sdvae":
-            try:
-                check_size((resolution, resolution), self.encoder.depth, self.encoder.wavelet)
-            except LdmError as error:
-                raise ValueError(f"phases: {error}") from error
+        try:
+            self.check_size(resolution)
+        except LdmError as error:
+            raise ValueError(f"phases: {error}") from error
         if self.adversarial.weight:
             self.discriminator.check_resolution(resolution)
 
@@ -194,6 +192,15 @@ class DiffusionRecipe(Config):
             raise ValueError("random crops cannot be cached: omit cache")
         return self
 
+    @property
+    def edm(self) -> EDMConfig:
+        """The denoiser; a UsageError for a type that cannot be trained."""
+        if isinstance(self.denoiser, EDMConfig):
+            return self.denoiser
+        raise UsageError(
+            f"denoiser.type={self.denoiser.type} is for imported models: use denoiser.type=edm"
+        )
+
 
 def fit(recipe: DiffusionRecipe, autoencoder: Autoencoder, source: Source) -> DiffusionRecipe:
     """Fill in the network's sizes from stage one, the data and the augmentation.
@@ -201,13 +208,9 @@ def fit(recipe: DiffusionRecipe, autoencoder: Autoencoder, source: Source) -> Di
     Raises:
         UsageError: the recipe has other sizes, or a resolution that the networks do not divide.
     """
-    if recipe.denoiser.type != "edm":
-        raise UsageError(
-            f"denoiser.type={recipe.denoiser.type} is for imported models: use denoiser.type=edm"
-        )
-    n_z, classes = autoencoder.config.latent_channels, 0
-    if recipe.data.labels:
-        classes = len(source.classes)
+    denoiser = recipe.edm
+    n_z = autoencoder.config.latent_channels
+    classes = len(source.classes) if recipe.data.labels else 0
     augmented = AUGMENT_PARAMETERS if recipe.augment.probability > 0 else 0
     sizes = {"latent_channels": n_z, "classes": classes, "augment_parameters": augmented}
     defaults = type(recipe.network)()
@@ -221,7 +224,8 @@ def fit(recipe: DiffusionRecipe, autoencoder: Autoencoder, source: Source) -> Di
             f"resolution={recipe.resolution} must be a multiple of {factor}: the autoencoder "
             f"divides by {autoencoder.downsampling}, the network's multipliers by the rest"
         )
-    return recipe.model_copy(update={"network": recipe.network.model_copy(update=sizes)})
+    network = recipe.network.model_copy(update=sizes)
+    return recipe.model_copy(update={"network": network, "denoiser": denoiser})
 
 
 def latent_shape(recipe: DiffusionRecipe, autoencoder: Autoencoder) -> tuple[int, int, int]:

@@ -3,7 +3,7 @@
 Training shows these numbers and pictures while it runs; evaluation measures with the same loop.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from functools import partial
 from itertools import pairwise
@@ -48,7 +48,9 @@ class Pair(NamedTuple):
 
 
 @torch.no_grad()
-def reconstruct(ae: Autoencoder, stream: Iterable[Batch], device: torch.device) -> Iterator[Pair]:
+def reconstruct(
+    ae: Autoencoder, stream: Iterable[Batch], device: torch.device
+) -> Generator[Pair, None, None]:
     """Yield images and their reconstructions from the posterior's mode, rounded to 8 bits.
 
     Args:

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from autoencoders import AutoencoderConfig
 from autoencoders.autoencoder import assemble
 from autoencoders.loading import read_autoencoder
-from autoencoders.wavelet import check_size
 from ldm.checkpoint import fingerprint
 from ldm.config import validate
 from ldm.data import DataConfig, Source, open_source
@@ -141,13 +140,11 @@ def _check_resolution(path: Path, config: AutoencoderConfig, resolution: int) ->
     least = max(SMALLEST, encoder.downsampling)
     if resolution < least:
         raise LdmError(f"--resolution {resolution}: {path} needs {least} or more")
-    if encoder.type != "sdvae":
-        padded = resolution + -resolution % encoder.downsampling
-        try:
-            check_size((padded, padded), encoder.depth, encoder.wavelet)
-        except LdmError as error:
-            message = f"--resolution {resolution}: {path} cannot take it: {error}"
-            raise LdmError(message) from error
+    try:
+        config.check_size(resolution + -resolution % encoder.downsampling)
+    except LdmError as error:
+        message = f"--resolution {resolution}: {path} cannot take it: {error}"
+        raise LdmError(message) from error
 
 
 def _compare(
