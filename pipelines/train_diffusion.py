@@ -10,8 +10,8 @@ from torch import Tensor
 
 from autoencoders import Autoencoder, load_autoencoder
 from autoencoders.posterior import DiagonalGaussian
-from diffusion.build import build_denoiser, build_network
-from diffusion.edm import EDMLoss, Uncertainty
+from diffusion.build import build_network
+from diffusion.edm import EDM, EDMLoss, Uncertainty
 from ldm.checkpoint import ModelFile, fingerprint, save_model
 from ldm.config import to_tree
 from ldm.data import Source, batches, open_source
@@ -49,8 +49,8 @@ class DiffusionState(TrainingState):
         super().__init__(recipe.batch_size, recipe.steps)
         self.recipe, self.folder = recipe, run.folder
         self.network = run.place(build_network(recipe.network))
-        denoiser = build_denoiser(self.network, recipe.denoiser)
-        uncertainty = run.place(Uncertainty()) if recipe.denoiser.uncertainty else None
+        denoiser = EDM(self.network, recipe.edm.sigma_data)
+        uncertainty = run.place(Uncertainty()) if recipe.edm.uncertainty else None
         self.objective = EDMLoss(denoiser, uncertainty)
         self.ema = Ema(denoiser, recipe.ema_half_life_images)
         self.powers = {std: PowerEma(self.network, std) for std in recipe.ema_stds}
@@ -253,13 +253,14 @@ def measure_codec(
 
     with run.autocast(), torch.no_grad():
         mean, std = measure_latents(posteriors(), recipe.posterior == "sample", run.sum)
-    return Codec(autoencoder, mean, std, recipe.denoiser.sigma_data).to(run.device)
+    return Codec(autoencoder, mean, std, recipe.edm.sigma_data).to(run.device)
 
 
 def _validate(run: Run, state: DiffusionState, codec: Codec, logbook: Logbook) -> None:
     """Draw samples of the averaged model, and the losses by noise level so far."""
     shape = latent_shape(state.recipe, codec.autoencoder)
-    draw_samples(run, state.ema.model, codec, shape, state.images_seen, logbook)
+    classes = state.recipe.network.classes
+    draw_samples(run, state.ema.model, codec, shape, classes, state.images_seen, logbook)
     draw_losses(run)
     state.validated_at = state.images_seen
     loss = state.row.get("loss", float("nan"))

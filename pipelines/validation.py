@@ -246,6 +246,7 @@ def draw_samples(
     denoiser: nn.Module,
     codec: Codec,
     shape: tuple[int, ...],
+    classes: int,
     images_seen: int,
     logbook: Logbook,
 ) -> None:
@@ -253,7 +254,6 @@ def draw_samples(
     if not run.is_main:
         return
     noise = normal(run.seed, "sample", range(SAMPLES), shape).to(run.device)
-    classes = denoiser.network.config.classes
     labels = torch.arange(SAMPLES, device=run.device) % classes if classes else None
     with run.autocast():
         denoise = partial(denoiser, labels=labels)
