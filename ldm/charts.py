@@ -1,17 +1,19 @@
-"""The style of all figures: a sentence as title, quiet axes, one palette; PNG, or SVG for pages."""
+"""The style of all figures: a title, quiet axes, one palette; PNG, or SVG for pages."""
 
 import colorsys
 import io
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
 from ldm.files import write_atomically
@@ -28,7 +30,7 @@ SVG_FILE = re.compile(r"<metadata>.*?</metadata>|^.*?(?=<svg)| xmlns(:\w+)?=\"[^
 Points = Sequence[tuple[float, float]]
 MARKERS = ("o", "s", "^", "D", "v", "P")
 INK, DIM = "#1d2330", "#5b6472"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 10.5,
     "axes.titleweight": "bold",
@@ -50,7 +52,6 @@ STYLE = {
     "lines.linewidth": 1.8,
     "lines.markersize": 5.5,
 }
-TITLE_POINTS, UNDER_POINTS, LETTERS = 13, 9.5, 112  # letters: per line under the title
 
 
 @contextmanager
@@ -58,29 +59,25 @@ def drawing(path: Path, title: str, under: str, height: float) -> Iterator[Figur
     """Provide a figure to draw on, and write it to `path` as a PNG, atomically, at the end.
 
     Args:
-        title: the message of the figure, in a sentence.
-        under: the data and the method, wrapped below the title.
+        title: title, wrapped.
+        under: the data and the method, wrapped below the title; its first letter is capitalised.
         height: height of the drawing in inches, without the title.
     """
-    titles = textwrap.wrap(title, 78)
-    lines = [line for part in under.split("\n") for line in textwrap.wrap(part, LETTERS)]
-    # 1.45 and 1.4 lines of 72 points to the inch
-    above = (1.45 * TITLE_POINTS * len(titles) + 1.4 * UNDER_POINTS * len(lines)) / 72 + 0.2
+    under = under[0].upper() + under[1:]
+    texts: list[tuple[str, dict[str, Any]]] = [
+        *((line, {"fontsize": 13, "weight": "bold"}) for line in textwrap.wrap(title, 78)),
+        *((line, {"fontsize": 9.5, "color": DIM}) for line in textwrap.wrap(under, 112)),
+    ]
+    heights = [1.45 * style["fontsize"] / 72 for _, style in texts]  # 72 points to the inch
+    whole = height + 0.2 + sum(heights)
     with rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, height + above), layout="constrained")
+        layout = ConstrainedLayoutEngine(rect=(0, 0, 1, height / whole), w_pad=0.08, h_pad=0.08)
+        figure = Figure(figsize=(WIDTH, whole), layout=layout)
         FigureCanvasAgg(figure)
-        edges = {"w_pad": 0.08, "h_pad": 0.08}
-        figure.get_layout_engine().set(rect=(0, 0, 1, height / (height + above)), **edges)
         down = 0.1
-        for texts, points, spacing, how in (
-            (titles, TITLE_POINTS, 1.45, {"weight": "bold"}),
-            (lines, UNDER_POINTS, 1.4, {"color": DIM}),
-        ):
-            for text in texts:
-                figure.text(
-                    0.1 / WIDTH, 1 - down / (height + above), text, fontsize=points, va="top", **how
-                )
-                down += spacing * points / 72
+        for (line, style), inches in zip(texts, heights, strict=True):
+            figure.text(0.1 / WIDTH, 1 - down / whole, line, va="top", **style)
+            down += inches
         yield figure
         write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=DPI))
 
@@ -136,7 +133,7 @@ def bare(axes: Axes) -> None:
     axes.spines[:].set_visible(False)
 
 
-def name_rows(all_axes: Sequence[Axes], names: Sequence[str], height: float) -> None:
+def name_rows(all_axes: Iterable[Axes], names: Sequence[str], height: float) -> None:
     """Write the names of rows vertically to the left of their first pictures, wrapped.
 
     Args:

@@ -64,15 +64,12 @@ def mmd(
 
     ldm analyze mmd LiteVAE=runs/a VAE=runs/b --data data/ffhq256
     """
-    from pipelines.analysis.mmd import analyze_mmd
+    from pipelines.analysis.mmd import MmdSettings, analyze_mmd
+    from pipelines.analysis.subjects import open_analysis
 
-    widths = parse_numbers("sigmas", sigmas)
-    _print(
-        analyze_mmd(
-            models or (), data, n, widths, draws, resolution, device, split, latents, batch_size,
-            out,
-        )
-    )  # fmt: skip
+    settings = MmdSettings(n, parse_numbers("sigmas", sigmas), draws, latents)
+    opened = open_analysis(models or (), data, split, resolution, device, batch_size)
+    _print(analyze_mmd(*opened, settings, out))
 
 
 @app.command()
@@ -128,10 +125,10 @@ def latents(
 ) -> None:
     """Show latents and the statistics of their channels (Figures 2 and 4)."""
     from pipelines.analysis.latents import analyze_latents
+    from pipelines.analysis.subjects import open_analysis
 
-    _print(
-        analyze_latents(models or (), data, n, images, resolution, device, split, batch_size, out)
-    )
+    opened = open_analysis(models or (), data, split, resolution, device, batch_size)
+    _print(analyze_latents(*opened, n, images, out))
 
 
 @app.command()
@@ -149,8 +146,10 @@ def features(
     ldm analyze features GroupNorm=runs/a SMC=runs/b
     """
     from pipelines.analysis.features import analyze_features
+    from pipelines.analysis.subjects import open_analysis
 
-    _print(analyze_features(models or (), data, images, resolution, device, split, out))
+    opened = open_analysis(models or (), data, split, resolution, device)
+    _print(analyze_features(*opened, images, out))
 
 
 @app.command()

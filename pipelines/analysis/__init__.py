@@ -1,1 +1,1 @@
-"""What the paper says of autoencoders beyond their scores: `ldm analyze`, a module a figure."""
+"""The paper's analyses of autoencoders: one module per figure or table of `ldm analyze`."""

@@ -9,29 +9,21 @@ map is 1 everywhere.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from matplotlib.colors import LogNorm
-from torch import Tensor, nn
+from torch import Tensor
 
 from autoencoders import Autoencoder
 from ldm.charts import WIDTH, bare, drawing, name_rows, show_image
 from ldm.data import sheet_images
-from ldm.data.split import Split
-from ldm.device import memory_format, resolve_device
+from ldm.device import memory_format
 from ldm.errors import LdmError, check_at_least
 from ldm.images import to_float
-from pipelines.analysis.subjects import (
-    Analysis,
-    analysis_folder,
-    load_subjects,
-    open_images,
-    write_csv,
-)
+from pipelines.analysis.subjects import Analysis, SharedImages, Subject, analysis_folder, write_csv
 
 NORMS = {"group": "GroupNorm", "smc": "SMC"}
 TOP = 0.01  # fraction of the positions that count as the strongest
@@ -48,78 +40,44 @@ class Imbalance(NamedTuple):
 
 
 def analyze_features(
-    models: Sequence[str | Path] = (),
-    data: str | None = None,
-    count: int = 2,
-    resolution: int | None = None,
-    device: str = "auto",
-    split: Split = "val",
-    out: Path | None = None,
-) -> Analysis:
-    """Decode the posteriors' modes of a few images, and measure the decoder's feature maps.
-
-    Args:
-        models: PATH or NAME=PATH each; none: the newest run.
-        data: `photos`, a folder, a zip or shards; None: the training data.
-        count: number of images, the first of the split.
-        resolution: image size in pixels; None: the last of the training.
-        out: output folder; None: `analysis/` next to the first model.
-
-    Raises:
-        UsageError: a number is out of range, or the files do not record a missing one.
-        LdmError: a model or the data cannot be read, or a feature is not finite.
-    """
+    subjects: Sequence[Subject], images: SharedImages, count: int = 2, out: Path | None = None
+) -> Analysis | None:
+    """Decode the posteriors' modes of the first `count` images, and measure the feature maps."""
     check_at_least(1, images=count)
-    where = resolve_device(device)
-    subjects = load_subjects(models, where)
-    images = open_images(subjects, data, split, resolution)
-    pixels = sheet_images(images.source, images.resolution, count).to(where)
-    shown = to_float(pixels.contiguous(memory_format=memory_format(where)))
+    if not images.ranks.is_main_process:
+        return None
+    pixels = sheet_images(images.source, images.resolution, count).to(images.device)
+    shown = to_float(pixels.contiguous(memory_format=memory_format(images.device)))
     maps = {}
     for s in subjects:
         maps[s.name] = decoder_magnitudes(s.autoencoder, shown)
         if not all(level.isfinite().all() for level in maps[s.name]):
             raise LdmError(f"{s.path}: features of the decoder are not finite: use another model")
     norms = {s.name: s.autoencoder.config.decoder.norm for s in subjects}
-    first = "image" if len(shown) == 1 else f"{len(shown)} images"
-    what = f"the first {first} of {images.what}"
-    return _write(analysis_folder(out, subjects[0].path), shown, maps, norms, what)
+    what = f"the first {'image' if len(shown) == 1 else f'{len(shown)} images'} of {images.what}"
 
-
-def _write(
-    folder: Path,
-    images: Tensor,
-    maps: dict[str, list[Tensor]],
-    norms: dict[str, str],
-    what: str,
-) -> Analysis:
+    rows, cells = [], []
+    for name, levels in maps.items():
+        for number, level in enumerate(levels, 1):
+            size, uneven = level.shape[1:], [imbalance(m) for m in level]
+            for image, (m, measured) in enumerate(zip(level, uneven, strict=True)):
+                rms = m.square().mean().sqrt().item()
+                rows.append((name, norms[name], image, number, *size, *measured, rms))
+            peak, energy = (sum(values) / len(level) for values in zip(*uneven, strict=True))
+            shape = f"{size[0]}×{size[1]}"
+            row = (name, NORMS[norms[name]], str(number), shape, f"{peak:.2f}", f"{energy:.2%}")
+            cells.append(row)
     header = ("model", "norm", "image", "level", "height", "width", "peak_over_mean",
               "top_1_percent_energy", "rms")  # fmt: skip
-    rows = [
-        (name, norms[name], image, level, *m.shape, *imbalance(m), m.square().mean().sqrt().item())
-        for name, levels in maps.items()
-        for level, of_images in enumerate(levels, 1)
-        for image, m in enumerate(of_images)
-    ]
-    table = write_csv(folder / "features.csv", header, rows)
-    picture = folder / "features.png"
-    named = {
-        name: name if NORMS[norm].lower() in name.lower() else f"{name}\n{NORMS[norm]}"
-        for name, norm in norms.items()
-    }
-    _draw(picture, images, maps, named, what)
+    folder = analysis_folder(out, subjects[0].path)
+    files = (folder / "features.png", write_csv(folder / "features.csv", header, rows))
+    _draw(files[0], shown, maps, norms, what)
     return Analysis(
         f"feature maps of the decoder, mean over {what}",
         ("model", "norm", "level", "map", "peak / mean", "energy in top 1 %"),
-        [
-            (name, NORMS[norms[name]], str(level), f"{of_images.shape[-2]}×{of_images.shape[-1]}",
-             f"{_mean(m.peak for m in uneven):.2f}", f"{_mean(m.top_energy for m in uneven):.2%}")
-            for name, levels in maps.items()
-            for level, of_images in enumerate(levels, 1)
-            for uneven in [[imbalance(m) for m in of_images]]
-        ],
-        (picture, table),
-    )  # fmt: skip
+        cells,
+        files,
+    )
 
 
 # --------------------------------------------------------------------------------- measuring
@@ -133,14 +91,6 @@ def decoder_magnitudes(autoencoder: Autoencoder, images: Tensor) -> list[Tensor]
     Returns:
         One tensor (B, h, w) per level, the coarsest first; float32 on the CPU.
     """
-    with _recording(autoencoder.decoder.levels) as magnitudes:
-        autoencoder.decode(autoencoder.encode(images).mode())
-    return [torch.cat(parts) for _, parts in sorted(magnitudes.items())]
-
-
-@contextmanager
-def _recording(levels: nn.ModuleList) -> Iterator[dict[int, list[Tensor]]]:
-    """Record the magnitudes of the outputs of modules by index, call by call."""
     magnitudes: dict[int, list[Tensor]] = defaultdict(list)
 
     def record(index: int, features: Tensor) -> None:
@@ -149,13 +99,14 @@ def _recording(levels: nn.ModuleList) -> Iterator[dict[int, list[Tensor]]]:
 
     handles = [
         level.register_forward_hook(lambda _module, _in, out, i=i: record(i, out))
-        for i, level in enumerate(levels)
+        for i, level in enumerate(autoencoder.decoder.levels)
     ]
     try:
-        yield magnitudes
+        autoencoder.decode(autoencoder.encode(images).mode())
     finally:
         for handle in handles:
             handle.remove()
+    return [torch.cat(parts) for _, parts in sorted(magnitudes.items())]
 
 
 def imbalance(magnitudes: Tensor) -> Imbalance:
@@ -167,14 +118,9 @@ def imbalance(magnitudes: Tensor) -> Imbalance:
     return Imbalance(magnitudes.max().item() / max(mean, tiny), top.sum().item() / max(total, tiny))
 
 
-def _mean(values: Iterator[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values)
-
-
 # ---------------------------------------------------------------------------------- showing
 def _draw(
-    path: Path, images: Tensor, maps: dict[str, list[Tensor]], named: dict[str, str], what: str
+    path: Path, images: Tensor, maps: dict[str, list[Tensor]], norms: dict[str, str], what: str
 ) -> None:
     """Draw a row per image and model: the image, then the magnitudes of each level."""
     depths = {len(levels) for levels in maps.values()}
@@ -185,9 +131,9 @@ def _draw(
         for i in range(max(depths))
     ]
     under = (
-        f"{what[0].upper()}{what[1:]}. Magnitude of the features after each level, root mean "
-        "square over channels, divided by its mean; a balanced map has one colour. Below each map: "
-        "its peak over its mean, and the energy in its strongest 1 % of positions."
+        f"{what}. Magnitude of the features after each level: root mean square over channels, "
+        "divided by its mean; a balanced map has one colour. Below each map: its peak over its "
+        "mean, and the energy in its strongest 1 % of positions."
     )
     cell = (WIDTH - 1.5) / columns - 0.12
     below = 0.47 if all(len(size) == 1 for size in sizes) else 0.61
@@ -211,11 +157,15 @@ def _draw(
                     fontsize=8.5,
                 )
         grid[0, 0].set_title("image")
-        for level, size in enumerate(sizes, 1):
+        for level, common_sizes in enumerate(sizes, 1):
             last = ", the last" if depths == {level} else ""
-            common = f"\n{min(size)}" if len(size) == 1 else ""
+            common = f"\n{min(common_sizes)}" if len(common_sizes) == 1 else ""
             grid[0, level].set_title(f"level {level}{last}{common}")
-        name_rows(grid[:, 0], [named[name] for _ in images for name in maps], cell)
+        labels = [
+            name if NORMS[norm].lower() in name.lower() else f"{name}\n{NORMS[norm]}"
+            for name, norm in norms.items()
+        ]
+        name_rows(grid[:, 0], labels * len(images), cell)
         bar = figure.colorbar(shown, ax=grid, shrink=min(1, 3 / height), aspect=18, extend="both")
         bar.set_label("÷ mean of the map")
         bar.set_ticks([0.25, 0.5, 1, 2, 4, 8], labels=["¼", "½", "1", "2", "4", "8"])

@@ -22,7 +22,6 @@ from ldm.run_folder import newest_run, read_config
 from pipelines.analysis.subjects import Analysis, analysis_folder, parse_models, write_csv
 
 SMOOTH = 31  # rows in the running median, at most
-PERCENTILES = (5, 50, 95)
 MIXED = "rows of adaptive runs are means over steps, rows of constant runs are single steps"
 RATIO = r"$\|\nabla L_\mathrm{adv}\| \,/\, \|\nabla L_\mathrm{recon}\|$"
 
@@ -47,46 +46,35 @@ def analyze_gradients(runs: Sequence[str | Path] = (), out: Path | None = None) 
 
     A row of the log holds the mean of ‖∇L_recon‖ / ‖∇L_adv‖ over its steps (one step per row with a
     constant weight, all steps with an adaptive one); its inverse is shown.
-
-    Args:
-        runs: PATH or NAME=PATH of run folders; none: the newest run.
-        out: output folder; None: `analysis/` in the first run.
-
-    Raises:
-        UsageError: two runs have the same name.
-        LdmError: a folder has no log, or the log has no adversarial gradient.
     """
     paths = parse_models(runs or [newest_run("autoencoder", needs="metrics.jsonl")])
     paths = {name: p.parent if p.is_file() else p for name, p in paths.items()}
     curves = {name: read_curve(path) for name, path in paths.items()}
-    folder = analysis_folder(out, next(iter(paths.values())))
+    rows, cells = [], []
+    for name, c in curves.items():
+        steps = [None] * len(c.images) if c.steps is None else c.steps.tolist()
+        columns = (c.images, c.ratio, c.weight, c.weight * c.ratio)
+        images, *numbers = (column.tolist() for column in columns)
+        rows += [(name, c.weighting, *row) for row in zip(images, steps, *numbers, strict=True)]
+        percentiles = (f"{p:.3g}" for p in np.percentile(c.ratio, (5, 50, 95)))
+        last = (f"{spread(c.ratio):.2f}", f"{np.median(c.weight * c.ratio):.3g}")
+        cells.append((name, c.weighting, str(len(c.ratio)), *percentiles, *last))
     header = ("run", "weighting", "images_seen", "step", "ratio", "weight", "weighted_ratio")
-    rows = [
-        (name, c.weighting, int(images), None if c.steps is None else int(c.steps[i]),
-         float(c.ratio[i]), float(c.weight[i]), float(c.weight[i] * c.ratio[i]))
-        for name, c in curves.items()
-        for i, images in enumerate(c.images)
-    ]  # fmt: skip
-    table = write_csv(folder / "gradients.csv", header, rows)
-    picture = folder / "gradients.png"
-    _draw(picture, curves)
+    folder = analysis_folder(out, next(iter(paths.values())))
+    files = (folder / "gradients.png", write_csv(folder / "gradients.csv", header, rows))
+    notes = ["decades: log₁₀ of the 95 % point over the 5 % point, a measure of instability"]
+    mixed = {"constant", "adaptive"} <= {c.weighting for c in curves.values()}
+    if mixed:
+        # means vary less than single steps, and would hide the instability
+        notes.append(f"{MIXED}: compare decades of runs trained with run.log_every_steps=1")
+    _draw(files[0], curves, mixed)
     return Analysis(
         "‖∇L_adv‖ / ‖∇L_recon‖ at the decoder's last layer",
         ("run", "weight", "rows", "5 %", "median", "95 %", "decades", "median × λ_adv"),
-        [
-            (name, c.weighting, str(len(c.ratio)),
-             *(f"{p:.3g}" for p in np.percentile(c.ratio, PERCENTILES)),
-             f"{spread(c.ratio):.2f}", f"{np.median(c.weight * c.ratio):.3g}")
-            for name, c in curves.items()
-        ],
-        (picture, table),
-        (
-            "decades: log₁₀ of the 95 % point over the 5 % point, a measure of instability",
-            # means vary less than single steps, and would hide the instability
-            *([f"{MIXED}: compare decades of runs trained with run.log_every_steps=1"]
-              if _mixed(curves) else []),
-        ),
-    )  # fmt: skip
+        cells,
+        files,
+        tuple(notes),
+    )
 
 
 def read_curve(folder: Path) -> Curve:
@@ -101,17 +89,12 @@ def read_curve(folder: Path) -> Curve:
             "started yet (adversarial.start)"
         )
     config = read_config(folder) or {}
-    adversarial = config.get("adversarial") or {}
+    weighting = (config.get("adversarial") or {}).get("weighting", "?")
     images = np.array([row["images_seen"] for row in rows])
-    batch = config.get("batch_size")
+    steps = images // config["batch_size"] if config.get("batch_size") else None
     recon_over_adversarial = np.array([row["gradient_ratio"] for row in rows])
-    return Curve(
-        adversarial.get("weighting", "?"),
-        images,
-        images // batch if batch else None,
-        1 / recon_over_adversarial,
-        np.array([row.get("adversarial_weight", np.nan) for row in rows]),
-    )
+    weight = np.array([row.get("adversarial_weight", np.nan) for row in rows])
+    return Curve(weighting, images, steps, 1 / recon_over_adversarial, weight)
 
 
 def spread(ratio: np.ndarray) -> float:
@@ -128,18 +111,13 @@ def running_median(values: np.ndarray, width: int) -> np.ndarray:
     )
 
 
-def _mixed(curves: dict[str, Curve]) -> bool:
-    """Check for runs whose rows are means next to runs whose rows are single steps."""
-    return {"constant", "adaptive"} <= {c.weighting for c in curves.values()}
-
-
 # ---------------------------------------------------------------------------------- showing
-def _draw(path: Path, curves: dict[str, Curve]) -> None:
+def _draw(path: Path, curves: dict[str, Curve], mixed: bool) -> None:
     by_steps = all(c.steps is not None for c in curves.values())
     under = (
         "Norms of the gradients at the decoder's last layer. Thin: as logged; thick: running "
         "median. Above 1, the adversarial loss dominates the reconstruction loss."
-    ) + (f" Note: {MIXED}." if _mixed(curves) else "")
+    ) + (f" Note: {MIXED}." if mixed else "")
     title = "Adversarial against reconstruction gradients"
     names = [n if c.weighting in n else f"{n} ({c.weighting} weight)" for n, c in curves.items()]
     with drawing(path, title, under, 4.1 + 0.1 * len(names)) as figure:
@@ -151,11 +129,9 @@ def _draw(path: Path, curves: dict[str, Curve]) -> None:
                 y = c.ratio * c.weight if weighted else c.ratio
                 width = min(SMOOTH, len(y) // 8 * 2 + 1)
                 dot = "o" if len(y) == 1 else None  # no line goes through one point
+                smooth = running_median(y, width)
                 axes.plot(x, y, color=colour(i), linewidth=0.7, alpha=0.4)
-                axes.plot(
-                    x, running_median(y, width), color=colour(i), linewidth=2, label=names[i],
-                    marker=dot,
-                )  # fmt: skip
+                axes.plot(x, smooth, color=colour(i), linewidth=2, label=names[i], marker=dot)
             axes.axhline(1, color=DIM, linewidth=0.9, linestyle=(0, (4, 3)))
             axes.set(
                 yscale="log", title=title, xlabel="training steps" if by_steps else "images seen"

@@ -7,36 +7,29 @@ latents-spectrum.csv     power per model, channel and frequency, and that of the
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 from matplotlib.ticker import NullLocator
 from torch import Tensor
 from torch.nn import functional as F
 
-from autoencoders.posterior import DiagonalGaussian
 from ldm.charts import DIM, INK, WIDTH, colour, drawing, name_rows, show_image
 from ldm.data import sheet_images
-from ldm.data.split import Split
-from ldm.distributed import fail_together, join_processes
-from ldm.errors import LdmError, UsageError, check_at_least
+from ldm.errors import UsageError, check_at_least
 from ldm.images import latents_as_rgb, to_float
 from pipelines.analysis.subjects import (
     Analysis,
+    Cell,
+    Encoded,
     SharedImages,
     Subject,
     analysis_folder,
-    draw_images,
-    encode_share,
-    gather,
-    load_subjects,
-    open_images,
     write_csv,
 )
 
@@ -50,7 +43,48 @@ Rows = dict[str, list[Tensor]]
 """Per model: images, reconstructions, latents by channels and by PCA, each (B, 3, H, W)."""
 
 
-class LatentStatistics(NamedTuple):
+def analyze_latents(
+    subjects: Sequence[Subject],
+    images: SharedImages,
+    n: int = 256,
+    count: int = 4,
+    out: Path | None = None,
+) -> Analysis | None:
+    """Show the latents of the first `count` images, and measure those of `n`, or all if fewer."""
+    check_at_least(1, n=n, images=count)
+    for s in subjects:
+        f = s.autoencoder.downsampling
+        if images.resolution < LEAST * f:
+            raise UsageError(
+                f"--resolution {images.resolution}: too small for a spectrum of the latents of "
+                f"{s.name}, {f}×{f} pixels each: use at least {LEAST * f}"
+            )
+    found = {s.name: measure(s, images.draw(n)) for s in subjects}
+    if not images.ranks.is_main_process:
+        return None
+    folder = analysis_folder(out, subjects[0].path)
+    pictures = (folder / "latents.png", folder / "latents-statistics.png")
+    rows = {s.name: _pictures(s, found[s.name], images, count) for s in subjects}
+    draw_sheet(pictures[0], rows, images.what)
+    what = f"{max(s.count for s in found.values()):,} images of {images.what}"
+    draw_statistics(pictures[1], found, what)
+    first = next(iter(found.values()))
+    return Analysis(
+        f"latents of {what}",
+        ("model", "n_z", "mean", "std", "KL, nats/value", "|r| up to", "PCA 1-3", "slope"),
+        [(name, *_summary(statistics)) for name, statistics in found.items()],
+        (*pictures, *_write(folder, found)),
+        (
+            "mean, std, KL: lowest to highest channel; r: correlation of two channels; "
+            "PCA: variance in three components; slope α: power falls as frequency^−α "
+            f"(images: {fall(first.frequencies, first.image_spectrum):.2f})",
+        ),
+    )
+
+
+# --------------------------------------------------------------------------------- measuring
+@dataclass(frozen=True)
+class LatentStatistics:
     """Per-channel statistics of latents drawn from the posteriors; float64, on the CPU.
 
     The draws are integrated out in closed form.
@@ -96,48 +130,47 @@ class LatentStatistics(NamedTuple):
         largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
         return variances.flip(0).clamp_min(0), vectors * largest.sign()
 
-    @property
-    def slope(self) -> float:
-        """α of power ∝ frequency^−α, fitted to the mean of the channels' spectra."""
-        return fall(self.frequencies, self.spectrum.mean(0))
 
-    @property
-    def image_slope(self) -> float:
-        """α of the images, about 2 for photographs."""
-        return fall(self.frequencies, self.image_spectrum)
-
-
-def measure(
-    subject: Subject,
-    images: SharedImages,
-    batch_size: int,
-    ranks: PartialState,
-    where: torch.device,
-) -> LatentStatistics:
+def measure(subject: Subject, images: SharedImages) -> LatentStatistics:
     """Measure the latents of all images in one pass, with the same result on every process."""
-    share, counted = None, 0
-    with fail_together(ranks):
-        for _, shown, posterior in encode_share(subject, images, batch_size, ranks, where):
-            sums = _sums(posterior, shown)
-            share = sums if share is None else [a + b for a, b in zip(share, sums, strict=True)]
-            counted += len(shown)
-    shares = [(s, n) for s, n in gather(ranks, (share, counted)) if n]
-    if not shares:
-        raise LdmError(f"{images.what}: no image is readable")
-    count = sum(n for _, n in shares)
-    totals = [sum(parts) / count for parts in zip(*(s for s, _ in shares), strict=True)]
-    mean, products, variance, kl, spectrum, image_spectrum = totals
+    shares = images.gather(subject, _sum_batches)
+    count, *sums = (torch.stack(parts).sum(0) for parts in zip(*shares, strict=True))
+    mean, products, variance, kl, spectrum, image_spectrum = (total / count for total in sums)
+    side = math.ceil(images.resolution / subject.autoencoder.downsampling)  # of the latents
     return LatentStatistics(
-        count,
+        int(count.item()),
         mean,
         # E[zzᵀ] − E[z]E[z]ᵀ with z = μ + σε: the posteriors' variance counts on the diagonal alone
         products + variance.diag() - mean[:, None] * mean,
         variance.sqrt(),
         kl,
-        torch.arange(1, spectrum.shape[1] + 1, dtype=torch.float64) / _side(subject, images),
+        torch.arange(1, spectrum.shape[1] + 1, dtype=torch.float64) / side,
         spectrum,
         image_spectrum,
     )
+
+
+def _sum_batches(batches: Iterator[Encoded]) -> list[Tensor]:
+    """Return the number of images, and sums over them of means over positions; on the CPU."""
+    totals: list[Tensor] = []
+    for _, images, posterior in batches:
+        mean, variance = posterior.mean.double(), posterior.logvar.double().exp()  # (b, n_z, h, w)
+        over, places = (0, 2, 3), mean[0, 0].numel()
+        # Kingma & Welling 2014, Appendix B: ½ (μ² + σ² − 1 − ln σ²)
+        kl = 0.5 * (mean.square() + variance - 1 - posterior.logvar.double())
+        luma = (images.double() * images.new_tensor(LUMA).double().view(1, 3, 1, 1)).sum(1)
+        sums = [
+            torch.tensor(len(images)).double(),
+            mean.sum(over) / places,
+            torch.einsum("bihw,bjhw->ij", mean, mean) / places,
+            variance.sum(over) / places,
+            kl.sum(over) / places,
+            radial_power(mean).sum(0),
+            radial_power(F.adaptive_avg_pool2d(luma, tuple(mean.shape[-2:]))).sum(0),
+        ]
+        sums = [total.cpu() for total in sums]
+        totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else sums
+    return totals
 
 
 def radial_power(maps: Tensor) -> Tensor:
@@ -173,29 +206,69 @@ def fall(frequencies: Tensor, power: Tensor) -> float:
     return -((x * y).sum() / x.square().sum()).item()
 
 
-def _sums(posterior: DiagonalGaussian, images: Tensor) -> list[Tensor]:
-    """Sum over the images of a batch, after averaging over positions; on the CPU."""
-    mean, variance = posterior.mean.double(), posterior.logvar.double().exp()  # (b, n_z, h, w)
-    over, places = (0, 2, 3), mean[0, 0].numel()
-    # Kingma & Welling 2014, Appendix B: ½ (μ² + σ² − 1 − ln σ²)
-    kl = 0.5 * (mean.square() + variance - 1 - posterior.logvar.double())
-    luma = (images.double() * images.new_tensor(LUMA).double().view(1, 3, 1, 1)).sum(1)
-    sums = [
-        mean.sum(over) / places,
-        torch.einsum("bihw,bjhw->ij", mean, mean) / places,
-        variance.sum(over) / places,
-        kl.sum(over) / places,
-        radial_power(mean).sum(0),
-        radial_power(F.adaptive_avg_pool2d(luma, mean.shape[-2:])).sum(0),
+@torch.no_grad()
+def _pictures(
+    subject: Subject, statistics: LatentStatistics, images: SharedImages, count: int
+) -> list[Tensor]:
+    """Return images, reconstructions, and latents as RGB by channels and by PCA."""
+    pixels = sheet_images(images.source, images.resolution, count)
+    shown = to_float(pixels.to(images.device))
+    latents = subject.autoencoder.encode(shown).mode()  # (B, n_z, h, w)
+    recon = subject.autoencoder.decode(latents, shown.shape[-2:]).clamp(-1, 1)
+    components = project(latents.cpu(), statistics)
+    return [shown.cpu(), recon.cpu(), latents_as_rgb(latents).cpu(), latents_as_rgb(components)]
+
+
+def project(latents: Tensor, statistics: LatentStatistics) -> Tensor:
+    """Project latents (B, n_z, h, w) on their first principal components (B, min(3, n_z), h, w).
+
+    The components and the mean are those of all measured latents.
+    """
+    centred = latents.double() - statistics.mean.view(1, -1, 1, 1)
+    _, vectors = statistics.principal_components()
+    return F.conv2d(centred, vectors[:3, :, None, None]).float()
+
+
+# ------------------------------------------------------------------------------------- files
+def _write(folder: Path, found: dict[str, LatentStatistics]) -> list[Path]:
+    """Write all numbers: a row per channel, and a row per channel and frequency."""
+    widest = max(len(stats.mean) for stats in found.values())
+    header = ("model", "channel", "mean", "std", "posterior_std", "kl_nats_per_value",
+              "component_variance", *(f"correlation_{i + 1}" for i in range(widest)))  # fmt: skip
+    rows: list[tuple[Cell, ...]] = []
+    powers: list[tuple[Cell, ...]] = []
+    for name, s in found.items():
+        variances, _ = s.principal_components()
+        columns = (s.mean, s.std, s.posterior_std, s.kl, variances)
+        for channel, numbers in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+            correlations = s.correlation[channel].tolist()
+            gap = [None] * (widest - len(correlations))
+            rows.append((name, channel + 1, *numbers, *correlations, *gap))
+        frequencies = s.frequencies.tolist()
+        spectra: list[tuple[Cell, Tensor]] = [
+            *enumerate(s.spectrum, 1),
+            ("image", s.image_spectrum),
+        ]
+        for source, spectrum in spectra:
+            pairs = zip(frequencies, spectrum.tolist(), strict=True)
+            powers += [(name, source, frequency, power) for frequency, power in pairs]
+    spectrum_header = ("model", "channel", "cycles_per_latent", "power")
+    return [
+        write_csv(folder / "latents.csv", header, rows),
+        write_csv(folder / "latents-spectrum.csv", spectrum_header, powers),
     ]
-    return [total.cpu() for total in sums]
 
 
-def _side(subject: Subject, images: SharedImages) -> int:
-    """Return the number of latents along a side."""
-    return math.ceil(images.resolution / subject.autoencoder.downsampling)
+def _summary(s: LatentStatistics) -> tuple[str, ...]:
+    variances, _ = s.principal_components()
+    off = s.correlation - torch.eye(len(s.correlation))
+    ranges = (f"{values.min():.2f} … {values.max():.2f}" for values in (s.mean, s.std, s.kl))
+    share = variances[:3].sum() / variances.sum().clamp_min(1e-300)
+    slope = fall(s.frequencies, s.spectrum.mean(0))
+    return (str(len(s.mean)), *ranges, f"{off.abs().max():.2f}", f"{share:.0%}", f"{slope:.2f}")
 
 
+# ---------------------------------------------------------------------------------- showing
 def draw_sheet(path: Path, rows: Rows, what: str) -> None:
     """Draw a row per image and model; the models of one image stand together for comparison."""
     count = len(next(iter(rows.values()))[0])
@@ -206,7 +279,7 @@ def draw_sheet(path: Path, rows: Rows, what: str) -> None:
     )
     cell = (WIDTH - 0.6) / len(COLUMNS) - 0.1
     height = count * len(rows) * (cell + 0.12) + 0.55
-    title = "Do the latents look like the image?"
+    title = "Latents as pictures"
     with drawing(path, title, under, height) as figure:
         grid = figure.subplots(count * len(rows), len(COLUMNS), squeeze=False)
         for row, (image, name) in enumerate((i, n) for i in range(count) for n in rows):
@@ -220,7 +293,7 @@ def draw_sheet(path: Path, rows: Rows, what: str) -> None:
 def draw_statistics(path: Path, found: dict[str, LatentStatistics], what: str) -> None:
     """Draw four panels per model."""
     under = (
-        f"{what[0].upper()}{what[1:]}. Samples of the posteriors (spectrum: their means). Dashed: "
+        f"{what}. Samples of the posteriors (spectrum: their means). Dashed: "
         "N(0,\u00a01), the target of the KL term. Grey in the spectrum: luma of the images at the "
         "resolution of the latents, scaled to the same sum."
     )
@@ -280,10 +353,11 @@ def _draw_spectrum(axes: Axes, s: LatentStatistics, shade: str) -> None:
     for power in s.spectrum:
         axes.plot(s.frequencies, power, color=shade, linewidth=0.8, alpha=0.45)
     mean = s.spectrum.mean(0)
-    axes.plot(s.frequencies, mean, color=shade, linewidth=2.2, label=f"latents (α = {s.slope:.1f})")
+    slope, image_slope = (fall(s.frequencies, power) for power in (mean, s.image_spectrum))
+    axes.plot(s.frequencies, mean, color=shade, linewidth=2.2, label=f"latents (α = {slope:.1f})")
     # the power of the images has other units: only the shapes can be compared
     scaled = s.image_spectrum * (mean.mean() / s.image_spectrum.mean())
-    label = f"images (α = {s.image_slope:.1f})"
+    label = f"images (α = {image_slope:.1f})"
     axes.plot(s.frequencies, scaled, color=DIM, linewidth=1.5, label=label)
     axes.set(
         xscale="log", yscale="log", title=r"Spectrum: power ∝ frequency$^{\,-\alpha}$",
@@ -294,141 +368,3 @@ def _draw_spectrum(axes: Axes, s: LatentStatistics, shade: str) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(which="major")
     axes.legend(fontsize=8)
-
-
-def analyze_latents(
-    models: Sequence[str | Path] = (),
-    data: str | None = None,
-    n: int = 256,
-    count: int = 4,
-    resolution: int | None = None,
-    device: str = "auto",
-    split: Split = "val",
-    batch_size: int = 16,
-    out: Path | None = None,
-) -> Analysis | None:
-    """Show the latents of a few images, and measure those of many.
-
-    Under a distributed launch the processes share the images.
-
-    Args:
-        models: PATH or NAME=PATH each; none: the newest run.
-        data: `photos`, a folder, a zip or shards; None: the training data.
-        n: images to measure; all if there are fewer.
-        count: images to show, the first of the split.
-        resolution: image size in pixels; None: the last of the training.
-        out: output folder; None: `analysis/` next to the first model.
-
-    Returns:
-        The result; None on all processes but the main one.
-
-    Raises:
-        UsageError: a number is out of range, or the files do not record a missing one.
-        LdmError: a model or the data cannot be read, or a latent is not finite.
-    """
-    check_at_least(1, n=n, images=count, batch_size=batch_size)
-    ranks, where = join_processes(device)
-    with fail_together(ranks):
-        subjects = load_subjects(models, where)
-        whole = open_images(subjects, data, split, resolution)
-    _check_resolution(subjects, whole.resolution)
-    drawn = whole._replace(source=draw_images(whole.source, n))
-    found = {s.name: measure(s, drawn, batch_size, ranks, where) for s in subjects}
-    if not ranks.is_main_process:
-        return None
-    folder = analysis_folder(out, subjects[0].path)
-    pictures = (folder / "latents.png", folder / "latents-statistics.png")
-    draw_sheet(pictures[0], _rows(subjects, found, whole, count), whole.what)
-    measured = max(stats.count for stats in found.values())
-    what = f"{measured:,} images of {whole.what}"
-    draw_statistics(pictures[1], found, what)
-    image_slope = next(iter(found.values())).image_slope
-    return Analysis(
-        f"latents of {what}",
-        ("model", "n_z", "mean", "std", "KL, nats/value", "|r| up to", "PCA 1-3", "slope"),
-        [(name, *_summary(stats)) for name, stats in found.items()],
-        (*pictures, *_write(folder, found)),
-        (
-            "mean, std, KL: lowest to highest channel; r: correlation of two channels; "
-            "PCA: variance in three components; slope α: power falls as frequency^−α "
-            f"(images: {image_slope:.2f})",
-        ),
-    )
-
-
-def _check_resolution(subjects: Sequence[Subject], resolution: int) -> None:
-    for s in subjects:
-        f = s.autoencoder.downsampling
-        if resolution < LEAST * f:
-            raise UsageError(
-                f"--resolution {resolution}: too small for a spectrum of the latents of {s.name}, "
-                f"{f}×{f} pixels each: use at least {LEAST * f}"
-            )
-
-
-@torch.no_grad()
-def _rows(
-    subjects: Sequence[Subject],
-    found: dict[str, LatentStatistics],
-    images: SharedImages,
-    count: int,
-) -> Rows:
-    """Compute images, reconstructions and latents as RGB for each model."""
-    rows = {}
-    for s in subjects:
-        where = next(s.autoencoder.parameters()).device
-        shown = to_float(sheet_images(images.source, images.resolution, count).to(where))
-        latents = s.autoencoder.encode(shown).mode()  # (B, n_z, h, w)
-        recon = s.autoencoder.decode(latents, shown.shape[-2:]).clamp(-1, 1)
-        components = project(latents.cpu(), found[s.name])
-        rows[s.name] = [
-            shown.cpu(),
-            recon.cpu(),
-            latents_as_rgb(latents).cpu(),
-            latents_as_rgb(components),
-        ]
-    return rows
-
-
-def project(latents: Tensor, statistics: LatentStatistics) -> Tensor:
-    """Project latents (B, n_z, h, w) on their first principal components (B, min(3, n_z), h, w).
-
-    The components and the mean are those of all measured latents.
-    """
-    centred = latents.double() - statistics.mean.view(1, -1, 1, 1)
-    _, vectors = statistics.principal_components()
-    return F.conv2d(centred, vectors[:3, :, None, None]).float()
-
-
-def _write(folder: Path, found: dict[str, LatentStatistics]) -> list[Path]:
-    """Write all numbers: a row per channel, and a row per channel and frequency."""
-    widest = max(len(stats.mean) for stats in found.values())
-    header = ("model", "channel", "mean", "std", "posterior_std", "kl_nats_per_value",
-              "component_variance", *(f"correlation_{i + 1}" for i in range(widest)))  # fmt: skip
-    rows = []
-    for name, s in found.items():
-        variances, _ = s.principal_components()
-        columns = (s.mean, s.std, s.posterior_std, s.kl, variances)
-        for channel, numbers in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
-            correlations = s.correlation[channel].tolist()
-            gap = [None] * (widest - len(correlations))
-            rows.append((name, channel + 1, *numbers, *correlations, *gap))
-    spectra = [
-        (name, channel, frequency, power)
-        for name, s in found.items()
-        for channel, spectrum in [*enumerate(s.spectrum, 1), ("image", s.image_spectrum)]
-        for frequency, power in zip(s.frequencies.tolist(), spectrum.tolist(), strict=True)
-    ]
-    spectrum_header = ("model", "channel", "cycles_per_latent", "power")
-    return [
-        write_csv(folder / "latents.csv", header, rows),
-        write_csv(folder / "latents-spectrum.csv", spectrum_header, spectra),
-    ]
-
-
-def _summary(s: LatentStatistics) -> tuple[str, ...]:
-    variances, _ = s.principal_components()
-    off = s.correlation - torch.eye(len(s.correlation))
-    ranges = (f"{values.min():.2f} … {values.max():.2f}" for values in (s.mean, s.std, s.kl))
-    share = variances[:3].sum() / variances.sum().clamp_min(1e-300)
-    return (str(len(s.mean)), *ranges, f"{off.abs().max():.2f}", f"{share:.0%}", f"{s.slope:.2f}")

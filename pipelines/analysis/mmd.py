@@ -24,21 +24,19 @@ of what it leaves open:
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from numpy.typing import NDArray
 from torch import Tensor
 
 from autoencoders.posterior import DiagonalGaussian
 from ldm.charts import colour, drawing, marker
-from ldm.data import DataConfig
-from ldm.data.split import Split
-from ldm.distributed import fail_together, from_main, join_processes
+from ldm.distributed import from_main
 from ldm.errors import LdmError, UsageError, check_at_least
 from ldm.metrics.mmd import rbf_mmd
 from ldm.seeds import normal
@@ -48,12 +46,7 @@ from pipelines.analysis.subjects import (
     SharedImages,
     Subject,
     analysis_folder,
-    draw_images,
-    encode_share,
-    gather,
     image_shares,
-    load_subjects,
-    open_images,
     write_csv,
 )
 from pipelines.codec import measure_latents
@@ -69,18 +62,35 @@ SCALES = {
 Distances = dict[float, tuple[float, float]]
 
 
-class MmdSettings(NamedTuple):
-    """Settings of a measurement."""
+@dataclass(frozen=True)
+class MmdSettings:
+    """Settings of a measurement.
 
-    sigmas: tuple[float, ...]
-    draws: int
-    scale: Scale
-    n: int
-    """Images per draw."""
-    batch_size: int
+    Raises:
+        UsageError: a number is out of range, or the scale is unknown.
+    """
+
+    n: int = 1000
+    """Images, and samples of N(0, I); all images if there are fewer."""
+    sigmas: Sequence[float] = SIGMAS
+    """Widths of the RBF kernel."""
+    draws: int = 5
+    """Repetitions with other posterior noise and other samples of N(0, I)."""
+    scale: Scale = "scaled"
+    """Scale of the latents, see `SCALES`."""
+
+    def __post_init__(self) -> None:
+        check_at_least(1, draws=self.draws)
+        check_at_least(2, n=self.n)
+        if self.scale not in SCALES:
+            raise UsageError(f"--latents {self.scale}: must be one of {', '.join(SCALES)}")
+        if not self.sigmas or not all(0 < sigma < math.inf for sigma in self.sigmas):
+            widths = ", ".join(map(str, self.sigmas))
+            raise UsageError(f"--sigmas {widths}: must be above 0 and finite")
 
 
-class LatentsMMD(NamedTuple):
+@dataclass(frozen=True)
+class LatentsMMD:
     """Distances of one set of images, with standard errors over the images."""
 
     distances: Distances
@@ -94,89 +104,68 @@ class LatentsMMD(NamedTuple):
     """For each σ the pseudo-values of the groups (g,); see `image_shares`."""
 
 
+def analyze_mmd(
+    subjects: Sequence[Subject],
+    images: SharedImages,
+    settings: MmdSettings = MmdSettings(),
+    out: Path | None = None,
+) -> Analysis | None:
+    """Measure MMD² × 100 to N(0, I) of the latents of one or several models, as in Table 6.
+
+    Each draw takes other images, if there are more than `settings.n`.
+    """
+    found = {s.name: measure_draws(s, images, settings) for s in subjects}
+    if not images.ranks.is_main_process:
+        return None
+    used = min(settings.n, len(images.source))
+    what = f"{used:,} images of {images.what}"
+    dims = {
+        s.name: s.autoencoder.config.latent_channels
+        * math.ceil(images.resolution / s.autoencoder.downsampling) ** 2
+        for s in subjects
+    }
+    rows = [
+        (name, dims[name], sigma, *numbers, settings.draws, used, images.what, settings.scale)
+        for name, distances in found.items()
+        for sigma, numbers in distances.items()
+    ]
+    header = ("model", "d", "sigma", "mmd2_x100", "std", "draws", "images", "data", "latents")
+    folder = analysis_folder(out, subjects[0].path)
+    files = (folder / "mmd.png", write_csv(folder / "mmd.csv", header, rows))
+    _draw(files[0], found, dims, what, settings)
+    cells = [
+        (f"{sigma:g}", *(f"{d[sigma][0]:.2f} ± {d[sigma][1]:.2f}" for d in found.values()))
+        for sigma in dict.fromkeys(settings.sigmas)
+    ]
+    notes = tuple(_notes(dims, settings, used))
+    return Analysis(f"MMD² × 100 to N(0, I), {what}", ("σ", *found), cells, files, notes)
+
+
 def latents_mmd(
-    model: Path,
-    data: str | DataConfig | None = None,
-    n: int = 1000,
-    sigmas: Sequence[float] = SIGMAS,
-    draws: int = 5,
-    resolution: int | None = None,
-    device: str = "auto",
-    split: Split = "val",
-    scale: Scale = "scaled",
-    batch_size: int = 16,
+    subject: Subject, images: SharedImages, settings: MmdSettings = MmdSettings()
 ) -> LatentsMMD:
     """Measure MMD² × 100 between a model's latents and N(0, I), for each width of the RBF kernel.
 
     All draws take the same images, unlike in `analyze_mmd`: the standard error over images is known
     for any number of them, and two models can be compared image by image.
-
-    Under a distributed launch the processes share the images.
-
-    Args:
-        model: a stage-one file or folder, as for `load_autoencoder`.
-        data: `photos`, a folder, a zip or shards, or a `DataConfig`; None: the training data.
-        n: number of images, and of samples of N(0, I); all images if there are fewer.
-        sigmas: widths of the kernel.
-        draws: repetitions with other posterior noise and other samples of N(0, I).
-        resolution: image size in pixels; None: the last of the training.
-        scale: scale of the latents, see `SCALES`.
-
-    Raises:
-        UsageError: a number is out of range, or the file does not record a missing one.
-        LdmError: the model or the data cannot be read, or there are fewer than three images.
     """
-    settings = make_settings(sigmas, draws, scale, n, batch_size)
-    ranks, where = join_processes(device)
-    with fail_together(ranks):
-        subjects = load_subjects([model], where)
-        images = open_images(subjects, data, split, resolution)
-    drawn = images._replace(source=draw_images(images.source, n))
-    ks, posterior = _encode(subjects[0], drawn, batch_size, ranks, where)
+    ks, posterior = _encode(subject, images.draw(settings.n))
     if len(ks) < 3:
         raise LdmError(f"{images.what}: the standard error of an MMD needs three images")
-    return from_main(ranks, lambda: _with_errors(posterior, ks.tolist(), settings, where))
+    return from_main(images.ranks, lambda: _with_errors(posterior, ks, settings, images.device))
 
 
 # --------------------------------------------------------------------------------- measuring
-def make_settings(
-    sigmas: Sequence[float], draws: int, scale: Scale, n: int, batch_size: int
-) -> MmdSettings:
-    """Validate the settings of a measurement.
-
-    Raises:
-        UsageError: a number is out of range, or the scale is unknown.
-    """
-    check_at_least(1, draws=draws, batch_size=batch_size)
-    check_at_least(2, n=n)
-    if scale not in SCALES:
-        raise UsageError(f"--latents {scale}: must be one of {', '.join(SCALES)}")
-    if not sigmas or not all(0 < sigma < math.inf for sigma in sigmas):
-        raise UsageError(f"--sigmas {', '.join(map(str, sigmas))}: must be above 0 and finite")
-    widths = tuple(dict.fromkeys(map(float, sigmas)))
-    return MmdSettings(widths, draws, scale, n, batch_size)
-
-
-def measure_draws(
-    subject: Subject,
-    images: SharedImages,
-    settings: MmdSettings,
-    ranks: PartialState,
-    where: torch.device,
-) -> Distances:
+def measure_draws(subject: Subject, images: SharedImages, settings: MmdSettings) -> Distances:
     """Return mean and standard deviation over draws, the same on every process."""
-    if len(images.source) < 2:
-        raise LdmError(f"{images.what}: MMD needs at least two images")
     taken: list[dict[float, float]] = []
-    ks, posterior = None, None
     for draw in range(settings.draws):
-        if posterior is None or settings.n < len(images.source):
-            drawn = images._replace(source=draw_images(images.source, settings.n, draw))
-            ks, posterior = _encode(subject, drawn, settings.batch_size, ranks, where)
+        if draw == 0 or settings.n < len(images.source):
+            ks, posterior = _encode(subject, images.draw(settings.n, draw))
             if len(ks) < 2:
                 raise LdmError(f"{images.what}: MMD needs at least two readable images")
-        compare = partial(_compare, posterior, ks.tolist(), draw, settings, where)
-        taken.append(from_main(ranks, compare))
+        compare = partial(_compare, posterior, ks, draw, settings, images.device)
+        taken.append(from_main(images.ranks, compare))
     of = {s: [HUNDREDTHS * distances[s] for distances in taken] for s in settings.sigmas}
     return {
         s: (statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
@@ -187,8 +176,11 @@ def measure_draws(
 def _with_errors(
     posterior: DiagonalGaussian, ks: list[int], settings: MmdSettings, where: torch.device
 ) -> LatentsMMD:
-    """Return means over draws with standard errors; the jackknife leaves out an image together with
-    its noise and its Gaussian sample, so that the error covers these as well."""
+    """Return means over draws with standard errors.
+
+    The jackknife leaves out an image together with its noise and its Gaussian sample, so that the
+    error covers these as well.
+    """
 
     def measure(chosen: NDArray[np.intp]) -> NDArray:
         some = DiagonalGaussian(posterior.mean[chosen], posterior.logvar[chosen])
@@ -199,31 +191,24 @@ def _with_errors(
     means, shares = image_shares(measure, len(ks))
     errors = shares.std(0, ddof=1) / math.sqrt(len(shares))
     pairs = zip(means.tolist(), errors.tolist(), strict=True)
-    by_sigma = dict(zip(settings.sigmas, shares.T, strict=True))
     return LatentsMMD(
-        dict(zip(settings.sigmas, pairs, strict=True)), len(ks), ks[: len(shares)], by_sigma
+        dict(zip(settings.sigmas, pairs, strict=True)),
+        len(ks),
+        ks[: len(shares)],
+        dict(zip(settings.sigmas, shares.T, strict=True)),
     )
 
 
-def _encode(
-    subject: Subject,
-    images: SharedImages,
-    batch_size: int,
-    ranks: PartialState,
-    where: torch.device,
-) -> tuple[Tensor, DiagonalGaussian]:
+def _encode(subject: Subject, images: SharedImages) -> tuple[list[int], DiagonalGaussian]:
     """Encode all images: their numbers (n,) and posteriors, on the CPU, on every process."""
-    with fail_together(ranks):
-        share = [
-            (k, posterior.mean.cpu(), posterior.logvar.cpu())
-            for k, _, posterior in encode_share(subject, images, batch_size, ranks, where)
-        ]
-    parts = [part for share in gather(ranks, share) for part in share]
-    if not parts:
-        raise LdmError(f"{images.what}: no image is readable")
-    ks, mean, logvar = (torch.cat(parts) for parts in zip(*parts, strict=True))
+    shares = images.gather(
+        subject,
+        lambda batches: [(ks, p.mean.cpu(), p.logvar.cpu()) for ks, _, p in batches],
+    )
+    parts = [part for share in shares for part in share]
+    ks, mean, logvar = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     order = ks.argsort()
-    return ks[order], DiagonalGaussian(mean[order], logvar[order])
+    return ks[order].tolist(), DiagonalGaussian(mean[order], logvar[order])
 
 
 def _compare(
@@ -256,66 +241,6 @@ def _scale(posterior: DiagonalGaussian, noise: Tensor, scale: Scale) -> Tensor:
     return (latents / variance.sqrt().clamp_min(1e-12)).float()
 
 
-def analyze_mmd(
-    models: Sequence[str | Path] = (),
-    data: str | None = None,
-    n: int = 1000,
-    sigmas: Sequence[float] = SIGMAS,
-    draws: int = 5,
-    resolution: int | None = None,
-    device: str = "auto",
-    split: Split = "val",
-    scale: Scale = "scaled",
-    batch_size: int = 16,
-    out: Path | None = None,
-) -> Analysis | None:
-    """Measure MMD² × 100 to N(0, I) of the latents of one or several models, as in Table 6.
-
-    Args:
-        models: PATH or NAME=PATH each; none: the newest run.
-        n: images per draw, and samples of N(0, I); all images if there are fewer.
-        out: output folder; None: `analysis/` next to the first model.
-        data, sigmas, resolution, scale: as for `latents_mmd`.
-
-    Returns:
-        The result; None on all processes but the main one.
-
-    Raises:
-        UsageError: a number is out of range, or the files do not record a missing one.
-        LdmError: a model or the data cannot be read, or there are fewer than two images.
-    """
-    settings = make_settings(sigmas, draws, scale, n, batch_size)
-    ranks, where = join_processes(device)
-    with fail_together(ranks):
-        subjects = load_subjects(models, where)
-        images = open_images(subjects, data, split, resolution)
-    found = {s.name: measure_draws(s, images, settings, ranks, where) for s in subjects}
-    if not ranks.is_main_process:
-        return None
-    used = min(n, len(images.source))
-    what = f"{used:,} images of {images.what}"
-    dims = {
-        s.name: s.autoencoder.config.latent_channels
-        * math.ceil(images.resolution / s.autoencoder.downsampling) ** 2
-        for s in subjects
-    }
-    folder = analysis_folder(out, subjects[0].path)
-    rows = [
-        (name, dims[name], sigma, *numbers, draws, used, images.what, scale)
-        for name, distances in found.items()
-        for sigma, numbers in distances.items()
-    ]
-    header = ("model", "d", "sigma", "mmd2_x100", "std", "draws", "images", "data", "latents")
-    files = (folder / "mmd.png", write_csv(folder / "mmd.csv", header, rows))
-    _draw(files[0], found, dims, what, settings)
-    cells = [
-        (f"{sigma:g}", *(f"{d[sigma][0]:.2f} ± {d[sigma][1]:.2f}" for d in found.values()))
-        for sigma in settings.sigmas
-    ]
-    notes = tuple(_notes(dims, settings, used))
-    return Analysis(f"MMD² × 100 to N(0, I), {what}", ("σ", *found), cells, files, notes)
-
-
 # ---------------------------------------------------------------------------------- showing
 def _notes(dims: dict[str, int], settings: MmdSettings, used: int) -> list[str]:
     notes = []
@@ -340,11 +265,11 @@ def _draw(
 ) -> None:
     many = f"{settings.draws} draw{'s' if settings.draws > 1 else ''}"
     under = (
-        f"{what[0].upper()}{what[1:]}; latents {SCALES[settings.scale]}. Maximum mean discrepancy "
-        "with an RBF kernel of width σ; lower is closer to the noise that diffusion starts from. "
+        f"{what}; latents {SCALES[settings.scale]}. Maximum mean discrepancy with an RBF kernel of "
+        "width σ; lower is closer to the noise that diffusion starts from. "
         f"Mean\u00a0±\u00a0standard deviation of {many}."
     )
-    with drawing(path, "How far are the latents from Gaussian noise?", under, 3.9) as figure:
+    with drawing(path, "Distance of the latents from Gaussian noise", under, 3.9) as figure:
         axes = figure.subplots()
         for i, (name, distances) in enumerate(found.items()):
             widths = sorted(distances)  # a line goes from point to point

@@ -10,6 +10,7 @@ cropped instead: a larger size shows more of a photograph, not more detail.
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from autoencoders.loading import read_autoencoder
@@ -55,26 +56,14 @@ def analyze_scale(
 ) -> Analysis | None:
     """Evaluate one or several models over resolutions, as in Figures 5 and 8.
 
-    Args:
-        models: PATH or NAME=PATH each; none: the newest run.
-        data: `photos`, a folder, a zip or shards; None: the training data.
-        resolutions: image sizes in pixels; None: those of `RESOLUTIONS` up to the smallest image.
-        fid, weights, limit, batch_size, force: as for `evaluate_checkpoints`.
-        out: output folder; None: `analysis/` next to the first model.
-
-    Returns:
-        The result; None on all processes but the main one.
-
-    Raises:
-        UsageError: a number is out of range, or the files do not record the data or disagree.
-        LdmError: as for `evaluate_checkpoints`; or an image is smaller than all resolutions.
+    The options are those of `open_analysis` and `evaluate_checkpoints`. By default, `resolutions`
+    are those of `RESOLUTIONS` that no image is smaller than.
     """
     check_at_least(1, limit=limit)
     ranks, _ = join_processes(device)
     paths = parse_models(models)
-    recipes = {
-        name: read_autoencoder(path).provenance.get("recipe") or {} for name, path in paths.items()
-    }
+    files = {name: read_autoencoder(path) for name, path in paths.items()}
+    recipes = {name: file.provenance.get("recipe") or {} for name, file in files.items()}
     config = choose_data(recipes, data)
     if resolutions is None:
         resolutions = from_main(ranks, lambda: _fitting(config, split, limit))
@@ -87,38 +76,24 @@ def analyze_scale(
     if not ranks.is_main_process:
         return None
     # by path: a file with two names is measured once
-    measurements = {(each.model, each.resolution): each for each in found}
-    by_model = {name: [measurements[p, side] for side in sides] for name, p in paths.items()}
-    return _write(folder, by_model, config, split)
-
-
-def _write(
-    folder: Path, by_model: dict[str, list[Evaluation]], config: DataConfig, split: Split
-) -> Analysis:
-    found = [each for evaluations in by_model.values() for each in evaluations]
+    by_path = {(each.model, each.resolution): each for each in found}
+    named = [(name, by_path[path, side]) for name, path in paths.items() for side in sides]
     measured = [n for n in PANELS if any(each.numbers[n] is not None for each in found)]
-    rows = [
-        (name, each.resolution, each.count, *(each.numbers[n] for n in PANELS),
-         f"{config.source}, {split}")
-        for name, evaluations in by_model.items()
-        for each in evaluations
-    ]  # fmt: skip
     header = ("model", "resolution", "images", *PANELS, "data")
+    rows = [
+        (name, e.resolution, e.count, *map(e.numbers.get, PANELS), f"{config.source}, {split}")
+        for name, e in named
+    ]
     table = write_csv(folder / "scale.csv", header, rows)
-    picture = folder / "scale.png"
-    counts = sorted({each.count for each in found})
-    many = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+    low, high = (pick(each.count for each in found) for pick in (min, max))
+    many = f"{low:,}" if low == high else f"{low:,} to {high:,}"
     what = f"{many} images of the {split} split of {config.source}"
-    _draw(picture, by_model, measured, what)
+    _draw(folder / "scale.png", named, measured, what)
     return Analysis(
         f"reconstructions over resolutions, {what}",
         ("model", "side", *(PANELS[number][0] for number in measured)),
-        [
-            (name, f"{each.resolution}²", *(_cell(each.numbers[number]) for number in measured))
-            for name, evaluations in by_model.items()
-            for each in evaluations
-        ],
-        (picture, table, folder / "scale.json"),
+        [(name, f"{e.resolution}²", *(_cell(e.numbers[n]) for n in measured)) for name, e in named],
+        (folder / "scale.png", table, folder / "scale.json"),
         tuple(_notes(found, config)),
     )
 
@@ -129,10 +104,7 @@ def _fitting(config: DataConfig, split: Split, limit: int | None) -> list[int]:
         return list(RESOLUTIONS)
     path = Path(config.source).expanduser()
     manifest = read_manifest(path) if path.is_dir() else None
-    if manifest and "size" in manifest:
-        smallest = manifest["size"]
-    else:
-        smallest = _smallest_side(open_source(config, split, 1), limit)
+    smallest = (manifest or {}).get("size") or _smallest_side(open_source(config, split, 1), limit)
     fitting = [side for side in RESOLUTIONS if side <= smallest]
     if not fitting:
         raise LdmError(
@@ -146,10 +118,8 @@ def _smallest_side(source: Source, limit: int | None) -> int:
     """Return the shortest side of the images in pixels, at most the largest resolution."""
     smallest = RESOLUTIONS[-1]
     for index in range(min(len(source), limit or len(source))):
-        try:
+        with suppress(CorruptImage):  # skipped and reported by the evaluation
             smallest = min(smallest, *source.load(index).shape[:2])
-        except CorruptImage:  # skipped and reported by the evaluation
-            continue
         if smallest < RESOLUTIONS[0]:
             break
     return smallest
@@ -174,27 +144,25 @@ def _cell(value: float | None) -> str:
 
 
 def _draw(
-    path: Path, by_model: dict[str, list[Evaluation]], measured: Sequence[str], what: str
+    path: Path, named: Sequence[tuple[str, Evaluation]], measured: Sequence[str], what: str
 ) -> None:
     """Draw a panel per metric, two in a row."""
-    under = f"{what[0].upper()}{what[1:]}, reconstructed from the posteriors' modes."
+    under = f"{what}, reconstructed from the posteriors' modes."
     columns, rows = min(len(measured), 2), math.ceil(len(measured) / 2)
     title = "Reconstruction quality over resolutions"
+    sides = sorted({each.resolution for _, each in named})
     with drawing(path, title, under, 3.0 * rows + 0.3) as figure:
         panels = figure.subplots(rows, columns, squeeze=False).flatten()
         for axes in panels[len(measured) :]:
             axes.set_visible(False)
         for axes, number in zip(panels, measured, strict=False):
             name, better = PANELS[number]
-            for i, (model, evaluations) in enumerate(by_model.items()):
-                points = [
-                    (e.resolution, e.numbers[number]) for e in evaluations
-                    if e.numbers[number] is not None
-                ]  # fmt: skip
-                axes.plot(
-                    *zip(*points, strict=True), color=colour(i), marker=marker(i), label=model
-                )
-            sides = sorted({e.resolution for each in by_model.values() for e in each})
+            for i, model in enumerate(dict.fromkeys(model for model, _ in named)):
+                found = [each for label, each in named if label == model]
+                points = [(e.resolution, e.numbers[number]) for e in found]
+                points = [point for point in points if point[1] is not None]
+                style = {"color": colour(i), "marker": marker(i), "label": model}
+                axes.plot(*zip(*points, strict=True), **style)
             axes.set_xscale("log", base=2)
             axes.set_xticks(sides, [str(side) for side in sides])
             axes.minorticks_off()

@@ -95,14 +95,16 @@ def draw_figure(name: str, plan: Plan, weights: Path | None = None, force: bool 
         found = analyze_gradients(runs, folder) if is_main() else None
     elif figure.drawn_by == "latents":
         from pipelines.analysis.latents import analyze_latents
+        from pipelines.analysis.subjects import open_analysis
 
-        side = first.resolution
-        found = analyze_latents(given, resolution=side, device=device, out=folder)
+        opened = open_analysis(given, resolution=first.resolution, device=device)
+        found = analyze_latents(*opened, out=folder)
     elif figure.drawn_by == "features":
         from pipelines.analysis.features import analyze_features
+        from pipelines.analysis.subjects import open_analysis
 
-        side = first.resolution
-        found = analyze_features(given, resolution=side, device=device, out=folder)
+        opened = open_analysis(given, resolution=first.resolution, device=device)
+        found = analyze_features(*opened, out=folder)
     else:
         from pipelines.analysis.scale import analyze_scale
 

@@ -153,15 +153,15 @@ def _were_seen(seen: Mapping[str, Any]) -> bool:
 
 
 def _latents(job: Job, model: Model, tools: Tools) -> Measured:
-    from pipelines.analysis.mmd import latents_mmd
+    from pipelines.analysis.mmd import MmdSettings, latents_mmd
+    from pipelines.analysis.subjects import open_analysis
 
     how, device = tools.how, job.training.recipe.run.device
     ranks, _ = join_processes(device)
     # it refuses images that were trained on
     [planned] = plan_jobs([model.path], job.data, "val", [job.resolution], None, ranks, tools.force)
-    found = latents_mmd(
-        model.path, job.data, how.latents, SIGMAS, how.draws, job.resolution, device
-    )
+    opened = open_analysis([model.path], job.data, "val", job.resolution, device)
+    found = latents_mmd(opened[0][0], opened[1], MmdSettings(how.latents, SIGMAS, how.draws))
     autoencoder = load_autoencoder(model.path)
     side = job.resolution // autoencoder.downsampling
     values = autoencoder.config.latent_channels * side**2

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torch import nn
 
 from autoencoders import build_autoencoder
@@ -12,7 +13,7 @@ from autoencoders.posterior import DiagonalGaussian
 from ldm.checkpoint import ModelFile, save_model
 from ldm.config import to_tree
 from ldm.data import DataConfig
-from pipelines.analysis.subjects import SharedImages, Subject
+from pipelines.analysis.subjects import SharedImages, Subject, open_analysis
 
 SMALL = {
     "encoder": {
@@ -24,16 +25,21 @@ SMALL = {
 
 
 def save(
-    folder: Path, seed: int = 0, norm: str = "smc", resolution: int = 32, data: str = "photos",
+    folder: Path,
+    seed: int = 0,
+    norm: str = "smc",
+    resolution: int = 32,
+    data: str | DataConfig = "photos",
     told: bool = True,
-) -> Path:  # fmt: skip
+) -> Path:
     """Write a small autoencoder of random weights as a run's `ckpt.pt`; its folder."""
     decoder = SMALL["decoder"] | {"norm": norm}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         ae = build_autoencoder("tiny", encoder=SMALL["encoder"], decoder=decoder)
+    config = data if isinstance(data, DataConfig) else DataConfig(source=data, workers=0)
     recipe = {
-        "data": to_tree(DataConfig(source=data, workers=0)),
+        "data": to_tree(config),
         "phases": [{"resolution": resolution, "steps": 1}],
     }
     origin = {"recipe": recipe} if told else {}
@@ -81,5 +87,11 @@ def known(posterior, n_z: int, downsampling: int = 4) -> Subject:
     return Subject("known", Path("known.pt"), Known(posterior, n_z, downsampling), {})
 
 
-def pixels(count: int, side: int = 16) -> SharedImages:
-    return SharedImages(Pixels(count, side), side, f"{count} of noise", 0)
+def pixels(count: int, side: int = 16, batch_size: int = 64) -> SharedImages:
+    source, ranks = Pixels(count, side), PartialState(cpu=True)
+    what = f"{count} images of noise"
+    return SharedImages(source, side, what, 0, batch_size, ranks, torch.device("cpu"))
+
+
+def opened(*models, **how) -> tuple[list[Subject], SharedImages]:
+    return open_analysis(models, device="cpu", **how)

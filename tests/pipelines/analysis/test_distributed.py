@@ -5,8 +5,8 @@ import csv
 import pytest
 
 from pipelines.analysis.latents import analyze_latents
-from pipelines.analysis.mmd import analyze_mmd
-from tests.pipelines.analysis.subjects import save
+from pipelines.analysis.mmd import MmdSettings, analyze_mmd
+from tests.pipelines.analysis.subjects import opened, save
 from tests.small import ldm
 
 
@@ -16,11 +16,11 @@ from tests.small import ldm
     [
         (
             ["mmd", "--n", 10, "--draws", 2, "--sigmas", "8"], "mmd.csv",
-            lambda model: analyze_mmd([model], n=10, draws=2, sigmas=(8,), device="cpu"),
+            lambda model: analyze_mmd(*opened(model), MmdSettings(n=10, draws=2, sigmas=(8,))),
         ),
         (
             ["latents", "--n", 9, "--images", 1], "latents.csv",
-            lambda model: analyze_latents([model], n=9, count=1, device="cpu"),
+            lambda model: analyze_latents(*opened(model), n=9, count=1),
         ),
     ],
 )  # fmt: skip

@@ -12,7 +12,7 @@ from ldm.charts import drawing
 from ldm.errors import LdmError, UsageError
 from pipelines.analysis import features as job
 from pipelines.analysis.features import analyze_features, decoder_magnitudes, imbalance
-from tests.pipelines.analysis.subjects import save
+from tests.pipelines.analysis.subjects import opened, save
 
 
 def test_a_flat_map_is_balanced():
@@ -60,7 +60,7 @@ def test_each_image_has_its_own_map_however_many_go_through_at_once(tmp_path, mo
 # ---------------------------------------------------------------------------------- the job
 def test_groupnorm_beside_smc(tmp_path):
     group, smc = save(tmp_path / "a", norm="group"), save(tmp_path / "b")
-    found = analyze_features([f"G={group}", f"S={smc}"], count=2, device="cpu")
+    found = analyze_features(*opened(f"G={group}", f"S={smc}"), count=2)
     picture, table = found.files
     assert picture == group / "analysis" / "features.png" and picture.stat().st_size > 10_000
     assert [row[:3] for row in found.rows] == [
@@ -91,7 +91,7 @@ def test_headings_say_what_is_true_of_all_below_them(tmp_path, monkeypatch):
     coarse, fine = [[torch.ones(1, side, side) for side in sides] for sides in ((2, 4, 8), (4, 8))]
     images = torch.zeros(1, 3, 8, 8)
     for maps in ({"a": coarse}, {"a": coarse, "b": fine}):
-        job._draw(tmp_path / "x.png", images, maps, {name: name for name in maps}, "one image")
+        job._draw(tmp_path / "x.png", images, maps, dict.fromkeys(maps, "smc"), "one image")
     alone, together = (
         [axes.get_title(loc="left") for axes in figure.axes if axes.get_title(loc="left")]
         for figure in figures
@@ -105,8 +105,8 @@ def test_headings_say_what_is_true_of_all_below_them(tmp_path, monkeypatch):
 def test_what_cannot_be_is_told(tmp_path, monkeypatch):
     folder = save(tmp_path)
     with pytest.raises(UsageError, match="--images 0: must be at least 1"):
-        analyze_features([folder], count=0)
+        analyze_features(*opened(folder), count=0)
     monkeypatch.setattr(job, "decoder_magnitudes", lambda *_: [torch.full((1, 2, 2), torch.nan)])
     with pytest.raises(LdmError, match="features of the decoder are not finite"):
-        analyze_features([folder], device="cpu")
+        analyze_features(*opened(folder))
     assert not (folder / "analysis").exists()

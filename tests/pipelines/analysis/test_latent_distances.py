@@ -1,30 +1,28 @@
 """Distances of known latents against closed forms, what draws depend on, and their errors."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from accelerate import PartialState
 
 from autoencoders.posterior import DiagonalGaussian
 from ldm.data import DataConfig
 from ldm.errors import LdmError, UsageError
 from pipelines.analysis import mmd as latent_distances
 from pipelines.analysis.mmd import MmdSettings, latents_mmd, measure_draws
-from pipelines.analysis.subjects import SharedImages
 from tests.ldm.data.pictures import noise, png_folder
-from tests.pipelines.analysis.subjects import Pixels, known, pixels, save
+from tests.pipelines.analysis.subjects import known, opened, pixels, save
 
 CPU = torch.device("cpu")
 SIGMAS = (2.0, 4.0, 8.0)
 
 
 def measure(posterior, n_z=2, count=300, n=300, scale="raw", draws=4, batch_size=64, side=8):
-    plan = MmdSettings(SIGMAS, draws, scale, n, batch_size)
-    subject = known(posterior, n_z)
-    return measure_draws(subject, pixels(count, side), plan, PartialState(cpu=True), CPU)
+    settings = MmdSettings(n, SIGMAS, draws, scale)
+    return measure_draws(known(posterior, n_z), pixels(count, side, batch_size), settings)
 
 
 def constant(mean, std, n_z=2):
@@ -128,7 +126,7 @@ def test_plus_minus_is_the_standard_deviation_of_draws(monkeypatch):
 
 # ------------------------------------------------------------------- the error over images
 SET = 38  # images, as a small data set holds out
-DRAWN = MmdSettings((8.0, 16.0), 2, "scaled", SET, 16)
+DRAWN = MmdSettings(SET, (8.0, 16.0), 2)
 
 
 def styled(count, generator):
@@ -145,7 +143,7 @@ def shifted(count, generator):
 @pytest.mark.parametrize(("population", "least", "most"), [(styled, 0.8, 1.6), (shifted, 0.8, 1.2)])
 def test_the_error_is_the_spread_over_other_images(population, least, most):
     """Or more where latents are nearly normal, and hardly anything but pairs of them decides."""
-    generator, plan = torch.Generator().manual_seed(0), DRAWN._replace(draws=1)
+    generator, plan = torch.Generator().manual_seed(0), replace(DRAWN, draws=1)
 
     def others(number):
         mean = population(SET, generator)
@@ -195,12 +193,13 @@ def _leave_out(posterior, ks, sigma):
 def test_the_split_that_is_asked_for(tmp_path):
     data = png_folder(tmp_path / "data", [noise(i, 32, 32) for i in range(12)])
     model = save(tmp_path / "run")  # of other data
-    asked = {"n": 100, "sigmas": (8,), "draws": 1, "device": "cpu", "resolution": 32}
-    split = DataConfig(source=str(data), held_out=5, workers=0)
-    assert latents_mmd(model, split, **asked).count == 5
-    assert latents_mmd(model, split, **asked | {"n": 4}).count == 4
+    config = DataConfig(source=str(data), held_out=5, workers=0)
+    (subject,), images = opened(model, data=config, resolution=32)
+    settings = MmdSettings(100, (8,), 1)
+    assert latents_mmd(subject, images, settings).count == 5
+    assert latents_mmd(subject, images, replace(settings, n=4)).count == 4
     with pytest.raises(LdmError, match="the standard error of an MMD needs three images"):
-        latents_mmd(model, split, **asked | {"n": 2})
+        latents_mmd(subject, images, replace(settings, n=2))
 
 
 @pytest.mark.parametrize(
@@ -208,7 +207,6 @@ def test_the_split_that_is_asked_for(tmp_path):
     [
         ({"n": 1}, "--n 1: must be at least 2"),
         ({"draws": 0}, "--draws 0: must be at least 1"),
-        ({"batch_size": 0}, "--batch-size 0"),
         ({"sigmas": (25, 0)}, "--sigmas 25, 0: must be above 0"),
         ({"sigmas": ()}, "must be above 0"),
         ({"scale": "other"}, "--latents other: must be one of scaled, standardised, raw"),
@@ -216,11 +214,9 @@ def test_the_split_that_is_asked_for(tmp_path):
 )
 def test_numbers_out_of_range(asked, told):
     with pytest.raises(UsageError, match=told):
-        latents_mmd("nowhere.pt", **asked)
+        MmdSettings(**asked)
 
 
 def test_one_image_is_too_few():
-    plan = MmdSettings(SIGMAS, 1, "raw", 5, 4)
-    images = SharedImages(Pixels(1), 16, "one image", 0)
-    with pytest.raises(LdmError, match="one image: MMD needs at least two images"):
-        measure_draws(known(constant(0, 1), 2), images, plan, PartialState(cpu=True), CPU)
+    with pytest.raises(LdmError, match="1 images of noise: MMD needs at least two readable images"):
+        measure_draws(known(constant(0, 1), 2), pixels(1), MmdSettings(5, SIGMAS, 1, "raw"))

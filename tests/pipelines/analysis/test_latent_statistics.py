@@ -5,13 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from accelerate import PartialState
 
 from autoencoders.posterior import DiagonalGaussian
 from pipelines.analysis.latents import fall, measure, radial_power
 from tests.pipelines.analysis.subjects import Pixels, known, pixels
 
-CPU = torch.device("cpu")
 SIDE = 32  # of the images; latents are 8×8
 
 
@@ -23,9 +21,7 @@ def posterior(images):
 
 
 def statistics(count=7, batch_size=3):
-    return measure(
-        known(posterior, 3), pixels(count, SIDE), batch_size, PartialState(cpu=True), CPU
-    )
+    return measure(known(posterior, 3), pixels(count, SIDE, batch_size))
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +56,8 @@ def test_kl_sums_to_the_posteriors_own(everything):
 
 
 def test_nothing_depends_on_the_batch_size():
-    for a, b in zip(statistics(batch_size=1), statistics(batch_size=7), strict=True):
+    one, seven = (vars(statistics(batch_size=size)).values() for size in (1, 7))
+    for a, b in zip(one, seven, strict=True):
         torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=1e-6, atol=1e-9)
 
 
@@ -137,7 +134,7 @@ def test_a_channel_that_does_not_vary_is_correlated_with_none():
         mean = images[:, :2, ::4, ::4] * torch.tensor([1.0, 0.0]).view(1, 2, 1, 1)
         return mean, torch.full_like(mean, -30.0)
 
-    s = measure(known(dead, 2), pixels(3, SIDE), 2, PartialState(cpu=True), CPU)
+    s = measure(known(dead, 2), pixels(3, SIDE, 2))
     assert s.correlation.isfinite().all() and s.correlation[0, 1].abs() < 1e-3
 
 
@@ -147,7 +144,7 @@ def test_a_channel_that_does_not_vary_has_no_deviation_however_far_it_is():
         mean = mean + torch.tensor([0.0, 123.4]).view(1, 2, 1, 1)
         return mean, torch.full_like(mean, -30.0)
 
-    s = measure(known(far, 2), pixels(3, SIDE), 2, PartialState(cpu=True), CPU)
+    s = measure(known(far, 2), pixels(3, SIDE, 2))
     assert s.std[1].item() == pytest.approx(0, abs=1e-4)
     assert torch.equal(s.correlation.diagonal(), torch.ones(2))
     assert s.correlation[0, 1].abs() < 1e-3

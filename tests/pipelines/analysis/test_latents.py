@@ -11,7 +11,7 @@ from ldm.errors import UsageError
 from ldm.images import to_float
 from pipelines.analysis import latents as job
 from pipelines.analysis.latents import analyze_latents, project
-from tests.pipelines.analysis.subjects import save
+from tests.pipelines.analysis.subjects import opened, save
 
 
 def read(path):
@@ -23,7 +23,7 @@ def test_two_models_side_by_side(tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr(job, "draw_sheet", lambda path, rows, what: drawn.update(rows))
     a, b = save(tmp_path / "a"), save(tmp_path / "b", seed=1)
-    found = analyze_latents([a, b], n=6, count=2, device="cpu", out=tmp_path / "out")
+    found = analyze_latents(*opened(a, b), n=6, count=2, out=tmp_path / "out")
     _, statistics, table, spectrum = found.files
     assert statistics.stat().st_size > 10_000
     for images, recon, channels, pca in drawn.values():
@@ -37,7 +37,7 @@ def test_two_models_side_by_side(tmp_path, monkeypatch):
     assert {r["cycles_per_latent"] for r in spectra} == {"0.25", "0.5"}
     # from the very images that are in no doubt: fewer than asked for are drawn at random
     ae = load_autoencoder(b)
-    everything = analyze_latents([b], n=10**6, count=1, device="cpu", resolution=64)
+    everything = analyze_latents(*opened(b, resolution=64), n=10**6, count=1)
     batches = evaluation_batches(open_source(DataConfig(), "val", 64), 64, 64)
     with torch.no_grad():
         means = torch.cat([ae.encode(to_float(batch.images)).mean for batch in batches])
@@ -47,7 +47,7 @@ def test_two_models_side_by_side(tmp_path, monkeypatch):
 
 
 def test_a_picture_is_drawn(tmp_path):
-    found = analyze_latents([save(tmp_path)], n=3, count=2, device="cpu")
+    found = analyze_latents(*opened(save(tmp_path)), n=3, count=2)
     sheet = found.files[0]
     assert sheet == tmp_path / "analysis" / "latents.png" and sheet.stat().st_size > 10_000
     assert found.rows[0][:2] == (found.rows[0][0], "4") and len(found.header) == len(found.rows[0])
@@ -70,15 +70,15 @@ def test_principal_components_do_not_correlate(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("asked", "told"),
+    ("resolution", "how", "message"),
     [
-        ({"n": 0}, "--n 0: must be at least 1"),
-        ({"count": 0}, "--images 0: must be at least 1"),
-        ({"resolution": 16}, "--resolution 16: .* 8×8 pixels each: use at least 32"),
+        (32, {"n": 0}, "--n 0: must be at least 1"),
+        (32, {"count": 0}, "--images 0: must be at least 1"),
+        (16, {}, "--resolution 16: .* 8×8 pixels each: use at least 32"),
     ],
 )
-def test_what_cannot_be_is_told(tmp_path, asked, told):
+def test_invalid_options_are_refused_before_anything_is_written(tmp_path, resolution, how, message):
     folder = save(tmp_path)
-    with pytest.raises(UsageError, match=told):
-        analyze_latents([folder], device="cpu", **asked)
+    with pytest.raises(UsageError, match=message):
+        analyze_latents(*opened(folder, resolution=resolution), **how)
     assert not (folder / "analysis").exists()

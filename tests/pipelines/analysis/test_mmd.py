@@ -5,15 +5,14 @@ import csv
 from PIL import Image, ImageChops
 
 from pipelines.analysis import mmd
-from pipelines.analysis.mmd import SIGMAS, MmdSettings, analyze_mmd, latents_mmd
-from tests.pipelines.analysis.subjects import save
+from pipelines.analysis.mmd import MmdSettings, analyze_mmd, latents_mmd
+from tests.pipelines.analysis.subjects import opened, save
 
 
 def test_table_6_of_two_models(tmp_path):
     a, b = save(tmp_path / "a"), save(tmp_path / "b", seed=1)
     words = [f"LiteVAE={a}", f"VAE={b}"]
-    how = {"n": 12, "sigmas": (4, 8), "draws": 2, "device": "cpu"}
-    found = analyze_mmd(words, **how)
+    found = analyze_mmd(*opened(*words), MmdSettings(n=12, sigmas=(4, 8), draws=2))
     picture, table = found.files
     assert picture == a / "analysis" / "mmd.png" and picture.stat().st_size > 10_000
     assert found.header == ("σ", "LiteVAE", "VAE") and [row[0] for row in found.rows] == ["4", "8"]
@@ -28,30 +27,31 @@ def test_table_6_of_two_models(tmp_path):
 
 
 def test_one_draw_is_what_table_6_is_reproduced_by(tmp_path):
-    how = {"n": 8, "sigmas": (8,), "draws": 1, "device": "cpu"}
-    found = analyze_mmd([f"a={save(tmp_path)}"], **how)
-    mean, _ = latents_mmd(tmp_path, **how).distances[8.0]
+    settings = MmdSettings(n=8, sigmas=(8,), draws=1)
+    (subject,), images = opened(f"a={save(tmp_path)}")
+    found = analyze_mmd([subject], images, settings)
+    mean, _ = latents_mmd(subject, images, settings).distances[8.0]
     assert found.rows == [("8", f"{mean:.2f} ± 0.00")]
 
 
 def test_notes_tell_what_does_not_compare(tmp_path):
     folder = save(tmp_path)
-    (note,) = analyze_mmd([folder], n=4, draws=1, device="cpu").notes
+    (note,) = analyze_mmd(*opened(folder), MmdSettings(n=4, draws=1)).notes
     assert "√64 = 8" in note
-    notes = analyze_mmd([folder], n=10**6, sigmas=(8,), draws=1, resolution=256, device="cpu").notes
+    settings = MmdSettings(n=10**6, sigmas=(8,), draws=1)
+    notes = analyze_mmd(*opened(folder, resolution=256), settings).notes
     assert "there are only" in notes[0]
 
 
 def test_the_note_on_the_shift_names_those_it_is_true_of():
-    plan = MmdSettings(SIGMAS, 1, "raw", 4, 4)
-    *_, note = mmd._notes({"small": 64, "paper's": 4096}, plan, 4)
+    *_, note = mmd._notes({"small": 64, "paper's": 4096}, MmdSettings(n=4), 4)
     assert "√64 = 8" in note and "√4,096" not in note
 
 
 def test_lines_go_from_width_to_width_in_whatever_order_they_are_asked(tmp_path):
     folder = save(tmp_path)
     rising, mixed = (
-        analyze_mmd([folder], n=4, sigmas=sigmas, draws=2, device="cpu", out=tmp_path / str(i))
+        analyze_mmd(*opened(folder), MmdSettings(4, sigmas, 2), out=tmp_path / str(i))
         for i, sigmas in enumerate([(4, 8, 16), (16, 4, 8)])
     )
     assert [row[0] for row in mixed.rows] == ["16", "4", "8"]

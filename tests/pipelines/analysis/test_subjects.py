@@ -2,20 +2,11 @@
 
 import pytest
 import torch
-from accelerate import PartialState
 
 from ldm.data import DataConfig, open_source
 from ldm.errors import LdmError, UsageError
-from pipelines.analysis.subjects import (
-    draw_images,
-    encode_share,
-    load_subjects,
-    open_images,
-    parse_models,
-)
-from tests.pipelines.analysis.subjects import Pixels, known, pixels, save
-
-CPU = torch.device("cpu")
+from pipelines.analysis.subjects import parse_models
+from tests.pipelines.analysis.subjects import Pixels, known, opened, pixels, save
 
 
 # -------------------------------------------------------------------------------- the models
@@ -39,9 +30,9 @@ def test_a_path_with_an_equals_sign_is_a_path(tmp_path):
 
 
 def test_one_name_for_two_models_is_refused():
-    with pytest.raises(UsageError, match="two models are called 'a'"):
+    with pytest.raises(UsageError, match="the name 'a' is used twice: name each path"):
         parse_models(["a=x.pt", "a=y.pt"])
-    with pytest.raises(UsageError, match="two models are called"):
+    with pytest.raises(UsageError, match="is used twice"):
         parse_models(["x.pt", "x.pt"])
     with pytest.raises(UsageError, match="nor of the form NAME=PATH"):
         parse_models(["a="])
@@ -57,38 +48,33 @@ def test_nothing_is_the_newest_run(tmp_path, monkeypatch):
 
 
 def test_loaded_models_are_frozen(tmp_path):
-    (subject,) = load_subjects([f"a={save(tmp_path)}"], CPU)
+    (subject,), _ = opened(f"a={save(tmp_path)}")
     assert subject.name == "a" and not subject.autoencoder.training
     assert not any(p.requires_grad for p in subject.autoencoder.parameters())
     assert subject.recipe["phases"][-1]["resolution"] == 32
 
 
 # -------------------------------------------------------------------------------- the images
-def opened(*folders, **asked):
-    subjects = load_subjects(folders, CPU)
-    return open_images(subjects, *(asked.get(k) for k in ("data", "split", "resolution")))
-
-
 def test_what_is_left_out_is_what_the_model_was_trained_on(tmp_path):
-    images = opened(save(tmp_path, resolution=64), split="val")
+    _, images = opened(save(tmp_path, resolution=64))
     assert images.resolution == 64 and images.what == "the val split of photos, 64×64"
     assert len(images.source) == len(open_source(DataConfig(), "val", 64))
-    assert opened(tmp_path, split="val", resolution=32).resolution == 32
+    assert opened(tmp_path, resolution=32)[1].resolution == 32
 
 
 def test_models_that_disagree_must_be_told(tmp_path):
     a, b = save(tmp_path / "a", resolution=32), save(tmp_path / "b", resolution=64)
     with pytest.raises(UsageError, match=r"different resolution \(a 32, b 64\): use --resolution"):
-        opened(a, b, split="val")
+        opened(a, b)
     c = save(tmp_path / "c", data="elsewhere", resolution=32)
     with pytest.raises(UsageError, match=r"different data .*: use --data"):
-        opened(a, c, split="val")
-    assert opened(a, b, split="val", resolution=32).resolution == 32
+        opened(a, c)
+    assert opened(a, b, resolution=32)[1].resolution == 32
     # one that says nothing follows the other
     other = save(tmp_path / "d", told=False)
-    assert opened(other, a, split="val").resolution == 32
+    assert opened(other, a)[1].resolution == 32
     with pytest.raises(UsageError, match="does not record the data of its training: use --data"):
-        opened(other, split="val")
+        opened(other)
 
 
 def test_data_that_was_trained_on_is_split_as_then(tmp_path):
@@ -96,37 +82,36 @@ def test_data_that_was_trained_on_is_split_as_then(tmp_path):
 
     for i in range(8):
         Image.fromarray(Pixels(8, 32).load(i)).save(tmp_path / f"{i}.png")
-    folder = save(tmp_path / "run", data=str(tmp_path))
-    (subject,) = load_subjects([folder], CPU)
-    subject.recipe["data"]["held_out"] = 3
-    assert len(open_images([subject], str(tmp_path), "val", 32).source) == 3
-    subject.recipe["data"]["source"] = "elsewhere"
-    assert len(open_images([subject], str(tmp_path), "val", 32).source) == 1
+    config = DataConfig(source=str(tmp_path), held_out=3, workers=0)
+    for data, held_out in ((config, 3), ("elsewhere", 1)):
+        folder = save(tmp_path / "run", data=data)
+        assert len(opened(folder, data=str(tmp_path))[1].source) == held_out
 
 
 def test_what_cannot_be_is_told(tmp_path):
     folder = save(tmp_path)
+    with pytest.raises(UsageError, match="--batch-size 0: must be at least 1"):
+        opened(folder, batch_size=0)
     with pytest.raises(UsageError, match=r"--resolution 4: .* encodes 8×8 pixels into one latent"):
-        opened(folder, split="val", resolution=4)
+        opened(folder, resolution=4)
 
 
 def test_images_are_drawn_once_and_for_all():
-    source = Pixels(50)
+    images = pixels(50)
 
     def names(draw):
-        drawn = draw_images(source, 20, draw)
+        drawn = images.draw(20, draw).source
         return [drawn.name(i) for i in range(len(drawn))]
 
     assert names(0) == names(0) and len(set(names(0))) == 20
     assert set(names(0)) != set(names(1)) and set(names(0)) != {f"noise {i}" for i in range(20)}
-    assert draw_images(source, 50) is source
+    assert images.draw(50) is images
 
 
 # ------------------------------------------------------------------------------- the encoding
 def test_every_image_is_encoded_once():
-    ranks = PartialState(cpu=True)
     subject = known(lambda images: (images[:, :1, ::4, ::4], images[:, :1, ::4, ::4]), 1)
-    found = list(encode_share(subject, pixels(5), 2, ranks, CPU))
+    found = list(pixels(5, batch_size=2).encode(subject))
     assert torch.cat([k for k, _, _ in found]).tolist() == [0, 1, 2, 3, 4]
     for _, images, posterior in found:
         assert torch.equal(posterior.mean, images[:, :1, ::4, ::4])
@@ -135,4 +120,4 @@ def test_every_image_is_encoded_once():
 def test_latents_that_are_not_finite_are_told():
     broken = known(lambda images: (images[:, :1] / 0, images[:, :1]), 1)
     with pytest.raises(LdmError, match=r"known\.pt: latents are not finite"):
-        list(encode_share(broken, pixels(2), 2, PartialState(cpu=True), CPU))
+        list(pixels(2).encode(broken))
