@@ -1,1 +1,1 @@
-"""`ldm report`: one page over one run or several side by side."""
+"""`ldm report`: one HTML page about one or several runs."""

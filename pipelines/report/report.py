@@ -1,22 +1,34 @@
-"""The page about runs: settings, curves, pictures and numbers, one stage after the other."""
+"""Write the report: pictures made by the runs' models, then their numbers, settings and curves."""
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from autoencoders.autoencoder import assemble
+from autoencoders.loading import AutoencoderFile, read_autoencoder
+from ldm.checkpoint import fingerprint
+from ldm.data import DataConfig, open_source, sheet_images
 from ldm.device import resolve_device
-from ldm.errors import UsageError, check_at_least
+from ldm.errors import LdmError, UsageError, check_at_least
+from ldm.images import latents_as_rgb, to_float, to_uint8
+from ldm.logbook import console
+from ldm.metrics import psnr
 from ldm.run_folder import provenance
+from pipelines.analysis.subjects import choose_data
+from pipelines.latent_diffusion import LatentDiffusionPipeline
 from pipelines.report import page
 from pipelines.report.records import STAGES, Record, read_records
-from pipelines.report.sections import (
-    Looks,
-    curves_section,
-    numbers_section,
-    reconstructions_section,
-    samples_section,
-    settings_section,
-)
+from pipelines.report.sections import curves_section, numbers_section, settings_section
+
+P = ParamSpec("P")
+T = TypeVar("T")
+MODELS = {"autoencoder": "autoencoder", "diffusion": "diffusion model"}
 
 
 def write_report(
@@ -31,12 +43,12 @@ def write_report(
 ) -> Path:
     """Write one self-contained HTML page about training runs, which are only read.
 
-    The page reports what a run lacks: a model, metrics, its data.
+    The page reports missing files, models and data instead of failing.
 
     Args:
         runs: PATH or NAME=PATH of run folders of either stage, or of folders of runs.
         images: number of held-out images to reconstruct, and of samples.
-        seed, steps: of the samples.
+        seed, steps: seed and sampler steps of the samples.
         data: `photos`, a folder, a zip or shards to reconstruct, instead of each run's own data.
         resolution: size of the reconstructed images in pixels; None: the highest of the runs.
 
@@ -53,60 +65,212 @@ def write_report(
     if out.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--out {out}: must be an .html file, such as {out.with_suffix('.html')}")
     records = read_records(runs)
-    looks = Looks(images, seed, steps, data, resolution, resolve_device(device))
-    colours = {record.label: page.colour(i) for i, record in enumerate(records)}
-    titles = {label: page.chip(colour, label) for label, colour in colours.items()}
-
-    sections = []
-    mixed = len({record.kind for record in records}) > 1
+    where = resolve_device(device)
+    sections, counts = [], []
     for kind, stage in STAGES.items():
         own = [record for record in records if record.kind == kind]
         if not own:
             continue
-        of = f", {stage}" if mixed else ""
-        look = reconstructions_section if kind == "autoencoder" else samples_section
-        sections += [
-            look(own, titles, looks, of),
-            numbers_section(own, titles, of),
-            settings_section(own, [titles[record.label] for record in own], of),
-            curves_section(own, colours, of),  # last, for it is long
-        ]
-    # last, when the models have been read and all notes are there
-    overview = "".join(_card(record, titles[record.label]) for record in records)
-    title = records[0].label if len(records) == 1 else f"{len(records)} runs side by side"
-    return page.write_page(out, title, _lead(records), [overview, *sections, _imprint()])
-
-
-def _imprint() -> str:
+        counts.append(f"{len(own)} {MODELS[kind]}{'s' * (len(own) > 1)} ({stage})")
+        suffix = f", {stage}" if len(own) < len(records) else ""
+        if kind == "autoencoder":
+            sections.append(_reconstructions_section(own, images, data, resolution, where, suffix))
+        else:
+            sections.append(_samples_section(own, images, seed, steps, where, suffix))
+        # the curves take most room
+        sections += [f(own, suffix) for f in (numbers_section, settings_section, curves_section)]
+    cards = "".join(map(_card, records))  # after the sections, which read the models and add notes
     made = provenance()
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
-    return page.section(
+    imprint = page.section(
         "This page", f"Written {made['created']} by {versions}, {made['platform']}.",
         page.commands([made["command"]]),
     )  # fmt: skip
+    title = records[0].label if len(records) == 1 else f"{len(records)} runs side by side"
+    return page.write_page(out, title, f"{', '.join(counts)}.", [cards, *sections, imprint])
 
 
-def _lead(records: Sequence[Record]) -> str:
-    counted = {stage: sum(r.kind == kind for r in records) for kind, stage in STAGES.items()}
-    told = [f"{n} of {stage}" for stage, n in counted.items() if n]
-    return f"Training runs: {', '.join(told)}." if len(records) > 1 else "A training run."
-
-
-def _card(record: Record, title: page.Markup) -> str:
-    """Return the card of a run: its state, its command, and what it lacks."""
-    told = record.described
+def _card(record: Record) -> str:
+    """Return the card of a run: its state, its command, and its notes."""
+    described = record.described
     state = "finished" if record.result is not None else "not finished"
     facts = [
         STAGES[record.kind],
-        f"preset {told.get('preset', 'unknown')}",
+        f"preset {described.get('preset', 'unknown')}",
         f"{state}, {record.images_seen:,} images seen",
-        f"begun {str(told.get('created', 'unknown'))[:16].replace('T', ' ')}",
+        f"started {str(described.get('created', 'unknown'))[:16].replace('T', ' ')}",
     ]
     if record.sha256:
-        facts.append(f"model {record.sha256[:12]}")
-    notes = "".join(page.note(text) for text in record.notes)
-    command = escape(str(told.get("command", "")))
+        facts.append(f"weights {record.sha256[:12]}")
+    command = escape(str(described.get("command", "")))
     return (
-        f'<div class="card"><b>{title}</b><p class="dim">{escape(" · ".join(facts))}</p>'
-        f"<p><code>{command}</code></p>{notes}</div>"
+        f'<div class="card"><b>{record.title}</b><p class="dim">{escape(" · ".join(facts))}</p>'
+        f"<p><code>{command}</code></p>{''.join(map(page.note, record.notes))}</div>"
     )
+
+
+# --------------------------------------------------------------------------- reconstructions
+def _reconstructions_section(
+    records: Sequence[Record],
+    count: int,
+    data: str | None,
+    resolution: int | None,
+    device: torch.device,
+    suffix: str,
+) -> str:
+    """Return held-out images and their reconstructions, a group for each data set."""
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        config = _choose_data(record, data)
+        key = config.model_dump_json(exclude={"crop", "flip", "workers"}) if config else ""
+        groups[key].append(record)
+    parts = []
+    for group in groups.values():
+        side = resolution or max(record.resolution for record in group)
+        parts.append(_reconstructions(group, _choose_data(group[0], data), side, count, device))
+    own = all(_choose_data(record, data) == _choose_data(record, None) for record in records)
+    text = (
+        f"The first held-out images{', which training never saw,' if own else ''} and their "
+        "reconstructions: the mean of each posterior, decoded. Scroll sideways for more images."
+    )
+    if not own:
+        text += (
+            " Some runs were trained on other data, which may include these images: `ldm eval-ae` "
+            "checks this, this page does not."
+        )
+    return page.section(f"Reconstructions{suffix}", text, *parts)
+
+
+def _reconstructions(
+    records: Sequence[Record],
+    config: DataConfig | None,
+    resolution: int,
+    count: int,
+    device: torch.device,
+) -> str:
+    originals, why = _attempt(_held_out, config, resolution, count)
+    if config is None or originals is None:
+        for record in records:
+            _attempt(_read, record)  # for the hash of the model
+        why = f"The held-out images could not be read ({why})"
+        return "".join(_training_picture(record, "recon", why) for record in records)
+    what = f"{config.source}, {len(originals)} held-out images at {resolution}²"
+    rows: list[tuple[str, Tensor]] = [(f"originals: {what}", originals)]
+    latents: list[tuple[str, Tensor]] = []
+    missing = []
+    for record in records:
+        made, why = _attempt(_reconstruct, record, originals, device)
+        if made is None:
+            why = f"The model could not be used ({why})"
+            missing.append(_training_picture(record, "recon", why))
+            continue
+        recon, shown = made
+        each = psnr(originals, recon)
+        caption = f"PSNR {each.mean().item():.2f} dB"
+        caption += f" ({' · '.join(f'{value:.1f}' for value in each.tolist())})"
+        if record.resolution != resolution:
+            caption += f"; trained at up to {record.resolution}²"
+        rows.append((page.Markup(f"{record.title}: {caption}"), recon))
+        latents.append((record.title, shown))
+    if not latents:
+        return "".join(missing)
+    folded = page.folded("latents, the first three channels as RGB", page.strips(latents))
+    return "".join([page.strips(rows), folded, *missing])
+
+
+def _choose_data(record: Record, requested: str | None) -> DataConfig | None:
+    """Return the requested data, split as in the run's training, or by default its own data."""
+    recipe = record.config if isinstance(record.config.get("data"), dict) else {}
+    try:
+        return choose_data({record.label: recipe}, requested)
+    except LdmError:  # the settings are missing, or of another version
+        return None if requested is None else DataConfig(source=requested)
+
+
+def _held_out(config: DataConfig | None, resolution: int, count: int) -> Tensor:
+    """Return the first held-out images (n, 3, R, R) in [−1, 1]."""
+    if config is None or not resolution:
+        lacking = "data" if config is None else "resolution"
+        raise LdmError(f"config.yaml does not record the {lacking}: use --{lacking}")
+    return to_float(sheet_images(open_source(config, "val", resolution), resolution, count))
+
+
+@torch.no_grad()
+def _reconstruct(record: Record, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return 8-bit reconstructions of images in [−1, 1], and latents as RGB of the same size."""
+    autoencoder = assemble(_read(record), record.folder).to(device).eval()
+    latents = autoencoder.encode(images.to(device)).mode()
+    recon = autoencoder.decode(latents, images.shape[-2:])
+    shown = F.interpolate(latents_as_rgb(latents), images.shape[-2:])
+    return to_float(to_uint8(recon)).cpu(), shown.cpu()
+
+
+def _read(record: Record) -> AutoencoderFile:
+    """Read a run's ckpt.pt, and set the record's hash."""
+    file = read_autoencoder(_checkpoint(record))
+    record.sha256 = fingerprint(file.weights)
+    return file
+
+
+# ----------------------------------------------------------------------------------- samples
+def _samples_section(
+    records: Sequence[Record], count: int, seed: int, steps: int, device: torch.device, suffix: str
+) -> str:
+    """Return samples of the same seed from every diffusion model."""
+    rows: list[tuple[str, Tensor]] = []
+    missing = []
+    for record in records:
+        made, why = _attempt(_sample, record, count, seed, steps, device)
+        if made is None:
+            why = f"The model could not be used ({why})"
+            missing.append(_training_picture(record, "samples", why))
+        else:
+            seen = f"{record.images_seen:,} images seen"
+            rows.append((page.Markup(f"{record.title}: {seen}"), made))
+    text = (
+        f"Images 0 to {count - 1} of seed {seed}, {steps} steps, in float32. Models with latents "
+        "of one shape start from the same noise. Scroll sideways for more images."
+    )
+    return page.section(f"Samples{suffix}", text, page.strips(rows) if rows else "", *missing)
+
+
+def _sample(record: Record, count: int, seed: int, steps: int, device: torch.device) -> Tensor:
+    folder = _checkpoint(record).parent
+    pipe = LatentDiffusionPipeline.from_pretrained(folder, device, "fp32")
+    record.sha256 = pipe.sha256
+    console.print(f"sampling {count} images of {record.label}", markup=False)
+    images = pipe(n=count, seed=seed, steps=steps)
+    assert isinstance(images, Tensor)  # no other output was requested
+    return images
+
+
+# ---------------------------------------------------------------------------- missing models
+def _checkpoint(record: Record) -> Path:
+    path = record.folder / "ckpt.pt"
+    if not path.is_file():
+        raise LdmError("there is no ckpt.pt")
+    return path
+
+
+def _attempt(make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T | None, str]:
+    """Return the result, or None and the error message."""
+    try:
+        return make(*args, **kwargs), ""
+    except LdmError as error:
+        return None, str(error)
+
+
+def _training_picture(record: Record, prefix: str, why: str) -> str:
+    """Return the newest picture from training, and print and show why there is no better one."""
+    console.print(f"note: {record.label}: {why}", markup=False)
+    head = f"<p><b>{record.title}</b></p>"
+    path = record.newest_picture(prefix)
+    if path is None:
+        return head + page.note(f"{why}, and there is no picture from training.")
+    try:
+        drawn = page.png(path, path.name)
+    except OSError:
+        return head + page.note(f"{why}, and the newest picture from training cannot be read.")
+    seen = path.stem.rpartition("-")[2]
+    at = f", at {int(seen):,} images seen" if seen.isdigit() else ""
+    return head + page.note(f"{why}. This is the newest picture from training{at}.") + drawn

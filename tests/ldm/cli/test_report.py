@@ -31,11 +31,11 @@ def test_what_could_not_be_made_is_said_at_once(command, tmp_path, capsys):
     run = stage_one(tmp_path / "a")
     done = command("a", "--images", 1, "--data", "nowhere", "--device", "cpu")
     said = done.output + capsys.readouterr().out
-    assert "note: a: Its held-out images could not be read (" in said
+    assert "note: a: The held-out images could not be read (" in said
     assert done.exit_code == 0 and "done: open report.html" in said
     (run / "ckpt.pt").unlink()
     said = command("a", "--images", 1, "--device", "cpu").output + capsys.readouterr().out
-    assert "note: a: Its model could not be used (there is no ckpt.pt)" in said
+    assert "note: a: The model could not be used (there is no ckpt.pt)" in said
 
 
 def test_what_is_no_run_or_no_page_is_said(command, tmp_path):

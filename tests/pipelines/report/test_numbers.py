@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from ldm.files import write_json
-from pipelines.report import page
 from pipelines.report.records import Record, read_records
 from pipelines.report.sections import numbers_section
 from tests.pipelines.report.run_folders import stage_one, stage_two
@@ -17,8 +16,7 @@ OURS = {"name": "wf:feats", "sha256": "f00d", "is_published": False}
 
 
 def told_of(*records: Record) -> str:
-    titles = {each.label: page.Markup(each.label) for each in records}
-    text = numbers_section(records, titles, "")
+    text = numbers_section(records)
     return text.replace("<wbr>", "").replace("\N{NO-BREAK SPACE}", " ")
 
 
@@ -50,7 +48,7 @@ def test_every_measurement_is_a_row_with_where_it_comes_from(tmp_path):
     text = told_of(found)
     rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", text)]
     assert re.findall(r"<th>(.*?)</th>", text) == [
-        "measured",
+        "measurement",
         "rFID",
         "KID ×10³",
         "PSNR, dB",
@@ -86,7 +84,7 @@ def test_samples_measured_in_a_runs_folder_are_found(tmp_path):
     (found,) = read_records([run])
     text = told_of(found)
     assert re.findall(r"<th>(.*?)</th>", text) == [
-        "measured",
+        "measurement",
         "FID",
         "KID ×10³",
         "SWD ×10³",
@@ -97,7 +95,7 @@ def test_samples_measured_in_a_runs_folder_are_found(tmp_path):
     assert f"{what}</span></td>{cells}" in text
     assert "samples seed0-steps18-n50000</span></td><td>11.000</td>" in text
     assert text.count(f'<p class="note">{doubt}<br><span class="dim">a: {what}</span></p>') == 1
-    assert text.count(why) == 1 and "<td>as missing.recall</td>" in text
+    assert text.count(why) == 1 and "<td>same as missing.recall</td>" in text
     assert "seed1-steps18/fid.json is damaged" in found.notes[0]
 
 
@@ -130,7 +128,7 @@ def test_evaluations_of_the_same_that_agree_are_one_row(tmp_path):
         ["runs/b, some/images, val, 38 images at 64²", "", "12.50", ""],
     ]
     # all that was measured is there to unfold, in one place
-    assert text.count("<summary>where they come from</summary><details>") == 1
+    assert text.count("<summary>sources</summary><details>") == 1
     assert text.count("<details>") == 1 + 1 + len(rows_of(text))
     for name in ("1-no-fid", "2-feats", "3", "all"):
         assert text.count(f"<td>{folder / name}.json</td>") == 1

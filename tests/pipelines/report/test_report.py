@@ -75,7 +75,7 @@ def part(text: str, title: str) -> str:
 def test_two_runs_stand_side_by_side(tmp_path, report):
     a, b = stage_one(tmp_path / "a", "lr=0.5"), stage_one(tmp_path / "b", "lr=0.25", seed=1)
     text = report(a, b)
-    assert "2 runs side by side" in text and "Training runs: 2 of stage one." in text
+    assert "2 runs side by side" in text and "2 autoencoders (stage one)." in text
     differing = part(text, "Settings").partition("<details>")[0]
     assert re.findall(r"<td>([^<]*)</td>", differing) == ["lr", "0.5", "0.25"]
     assert "<td>batch_size</td><td>4</td><td>4</td>" in part(text, "Settings")
@@ -115,9 +115,9 @@ def test_data_that_is_named_is_split_as_each_runs_training_split_it(tmp_path, re
     for asked in (None, str(folder), "data"):
         text = part(report(run, data=asked), "Reconstructions")
         assert (np.stack(pictures(text)[:2]) == np.stack(crops(24)[-3:-1])).all()
-        assert "held-out images, which training never saw, and" in text
+        assert "held-out images, which training never saw, and their" in text
     text = part(report(run, data=str(other)), "Reconstructions")
-    assert "never saw" not in text and "whether one has seen these images" in text
+    assert "never saw" not in text and "which may include these images" in text
     of_both = part(report(run, stage_one(tmp_path / "b"), data=str(folder)), "Reconstructions")
     assert "never saw" not in of_both and of_both.count("held-out images at 32²") == 2
 
@@ -126,9 +126,9 @@ def test_runs_that_ended_at_several_resolutions_are_shown_at_the_highest(tmp_pat
     larger = "phases=[{resolution: 32, steps: 4}, {resolution: 64, steps: 4}]"
     runs = stage_one(tmp_path / "a"), stage_one(tmp_path / "b", larger)
     text = part(report(*runs), "Reconstructions")
-    assert pictures(text)[0].shape == (64, 64, 3) and text.count("it was trained up to 32²") == 1
+    assert pictures(text)[0].shape == (64, 64, 3) and text.count("trained at up to 32²") == 1
     text = part(report(*runs, resolution=32), "Reconstructions")
-    assert pictures(text)[0].shape == (32, 32, 3) and text.count("it was trained up to 64²") == 1
+    assert pictures(text)[0].shape == (32, 32, 3) and text.count("trained at up to 64²") == 1
 
 
 def test_samples_are_those_of_the_seed(tmp_path, report):
@@ -149,7 +149,7 @@ def test_stages_do_not_mix_on_a_page_of_both(tmp_path, report):
     stage_two(tmp_path / "demo" / "diffusion")
     (tmp_path / "demo" / "other").mkdir()
     text = report(tmp_path / "demo")
-    assert "Training runs: 1 of stage one, 1 of stage two." in text
+    assert "1 autoencoder (stage one), 1 diffusion model (stage two)." in text
     titles = re.findall(r"<h2>(.*?)</h2>", text)
     assert titles == [
         "Reconstructions, stage one", "Numbers, stage one", "Settings, stage one",
@@ -166,13 +166,11 @@ def test_what_a_run_lacks_is_said_and_the_others_are_shown(tmp_path, report):
         (bare / name).unlink()
     drawn = stage_one(tmp_path / "drawn", model=False)
     text = report(whole, bare, drawn)
-    assert "metrics.jsonl is not there or empty" in text and "not finished, 0 images seen" in text
-    assert "config.yaml is not there or damaged" in text
+    assert "metrics.jsonl is missing or empty" in text and "not finished, 0 images seen" in text
+    assert "config.yaml is missing or damaged" in text
     shown = part(text, "Reconstructions")
-    assert "its config.yaml does not say which they are: give --data" in shown
-    assert "could not be used (there is no ckpt.pt); this is the newest picture that the run" in (
-        shown
-    )
+    assert "config.yaml does not record the data: use --data" in shown
+    assert "could not be used (there is no ckpt.pt). This is the newest picture" in shown
     assert shown.count("at 32 images seen.") == 2
     # the whole one's originals, reconstructions and latents, and both others' own pictures
     assert len(pictures(shown)) == 2 * 3 + 2
@@ -186,7 +184,7 @@ def test_a_run_without_anything_is_a_page_all_the_same(tmp_path, report):
         for file in (run / "pictures").iterdir():
             file.unlink()
         text = report(run)
-        assert "and it has drawn no picture yet" in text
+        assert "and there is no picture from training" in text
         assert "Nothing has been measured yet" in text
 
 
@@ -206,8 +204,8 @@ def test_a_damaged_model_or_missing_data_is_said(tmp_path, report):
     ("what", "error", "told"),
     [
         ("nothing", LdmError, "no folder at"),
-        ("empty", LdmError, "holds no run of ours"),
-        ("a/ckpt.pt", LdmError, "is a file: give the folder of its run"),
+        ("empty", LdmError, "contains no run"),
+        ("a/ckpt.pt", LdmError, "is a file: pass the run folder"),
     ],
 )
 def test_what_is_no_run_is_one_line(tmp_path, report, what, error, told):

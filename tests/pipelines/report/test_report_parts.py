@@ -2,6 +2,7 @@
 
 import re
 from math import nan
+from pathlib import Path
 
 import pytest
 
@@ -14,11 +15,7 @@ from tests.pipelines.report.run_folders import stage_one, stage_two, write_rows
 
 
 def record(label: str = "a", config: dict | None = None, rows: list | None = None) -> Record:
-    return Record(None, "autoencoder", label, {}, config or {}, rows or [], None)
-
-
-def titles(*records: Record) -> dict[str, page.Markup]:
-    return {each.label: page.Markup(each.label) for each in records}
+    return Record(Path(), "autoencoder", label, {}, config or {}, rows or [], None)
 
 
 # ---------------------------------------------------------------------------------- records
@@ -37,11 +34,11 @@ def test_runs_are_called_what_a_person_calls_them(tmp_path):
     assert [r.label for r in read_records([f"all={tmp_path / 'x'}"])] == ["all/run"]
     odd = stage_one(tmp_path / "lr=1" / "run")
     assert [r.label for r in read_records([odd])] == ["run"], "a path may have a = in it"
-    with pytest.raises(UsageError, match="two runs are called 'SMC': say NAME=PATH"):
+    with pytest.raises(UsageError, match="the name 'SMC' is used twice"):
         read_records([f"SMC={a}", f"SMC={b}"])
     with pytest.raises(UsageError, match="is given as 'SMC' and as 'B': give it once"):
         read_records([f"SMC={a}", f"B={a}"])
-    with pytest.raises(LdmError, match=r"no folder at .*/lr=2/run: give that of a run"):
+    with pytest.raises(LdmError, match=r"no folder at .*/lr=2/run: pass a run folder"):
         read_records([tmp_path / "lr=2" / "run"])
 
 
@@ -73,7 +70,7 @@ def test_settings_are_compared_leaf_by_leaf():
     b = {"lr": 1.0, "run": {"seed": 1, "log_every_steps": 2}, "encoder": {"type": "y"}}
     assert flatten(a)["run.seed"] == 0
     records = record("a", a), record("b", b)
-    text = settings_section(records, [page.Markup(r.label) for r in records], "")
+    text = settings_section(records)
     text = text.replace("<wbr>", "")
     differing, _, everything = text.partition("<details>")
     cells = re.findall(r"<td>(.*?)</td>", differing)
@@ -85,10 +82,9 @@ def test_settings_are_compared_leaf_by_leaf():
 
 def test_equal_settings_and_single_runs_have_no_table_of_differences():
     records = record("a", {"lr": 1}), record("b", {"lr": 1})
-    marks = [page.Markup(r.label) for r in records]
-    assert "have the same settings" in settings_section(records, marks, "")
-    assert "<table" not in settings_section(records[:1], marks[:1], "").partition("<details>")[0]
-    assert settings_section([record()], marks[:1], "") == ""
+    assert "have the same settings" in settings_section(records)
+    assert "<table" not in settings_section(records[:1]).partition("<details>")[0]
+    assert settings_section([record()]) == ""
 
 
 # ----------------------------------------------------------------------------------- curves
@@ -99,7 +95,7 @@ def test_long_curves_are_averaged_and_short_ones_are_not(monkeypatch):
     long, short = record("long", rows=rows), record("short", rows=rows[:POINTS])
     drawn = {}
     monkeypatch.setattr(page, "lines_svg", lambda lines, *_: drawn.update(lines) or "<svg></svg>")
-    text = curves_section([long, short], {"long": "red", "short": "blue"}, "")
+    text = curves_section([long, short])
     assert f"averaged to {POINTS} points" in text
     assert len(drawn["long"]) == len(drawn["short"]) == POINTS
     assert {y for _, y in drawn["long"]} == {0.5}  # the mean of ten
@@ -120,7 +116,7 @@ def test_a_logarithm_is_taken_where_it_shows_more(monkeypatch, name, values, tit
     rows = [{"images_seen": n, name: value} for n, value in enumerate(values)]
     scales = []
     monkeypatch.setattr(page, "lines_svg", lambda *asked: scales.append(asked[-1]) or "<svg></svg>")
-    assert title in curves_section([record(rows=rows)], {"a": "red"}, "")
+    assert title in curves_section([record(rows=rows)])
     assert scales == [log]
 
 
@@ -131,29 +127,28 @@ def test_a_curve_says_where_runs_are_validated_at_several_resolutions():
         record(label, {"phases": [{"resolution": side, "steps": 1} for side in each]}, rows)
         for label, each in sides.items()
     ]
-    colours = dict.fromkeys(sides, "red")
-    text = curves_section(runs, colours, "")
-    told = "Not to be compared between resolutions. Validated at 128²: b; at 64²: a, c."
+    text = curves_section(runs)
+    told = "Not comparable between resolutions. Validated at 128²: b; at 64²: a, c."
     assert (
         text.count(told) == 1
         and told in re.search("<h3>PSNR.*?</p></div>", text, re.DOTALL).group()
     )
-    assert "Validated" not in curves_section([runs[0], runs[2]], colours, "")
+    assert "Validated" not in curves_section([runs[0], runs[2]])
     unknown = record("d", rows=rows)
-    text = curves_section([runs[0], unknown], colours | {"d": "red"}, "")
-    assert "Validated at 64²: a; at a resolution not known: d." in text
+    text = curves_section([runs[0], unknown])
+    assert "Validated at 64²: a; at an unknown resolution: d." in text
 
 
 def test_the_gradient_ratio_says_which_is_over_which():
     rows = [{"images_seen": n, "gradient_ratio": 0.25} for n in (8, 16)]
-    text = curves_section([record(rows=rows)], {"a": "red"}, "")
+    text = curves_section([record(rows=rows)])
     assert "<h3>gradient ratio, ‖∇rec‖ ÷ ‖∇adv‖</h3>" in text and "a 0.25<" not in text
     assert "without its ½. `ldm analyze gradients` draws the inverse.</p>" in text
 
 
 def test_there_are_no_curves_without_values():
     rows = [{"images_seen": 1, "val_count": 3}, {"images_seen": 2, "loss": nan}]
-    assert curves_section([record(rows=rows)], {"a": "red"}, "") == ""
+    assert curves_section([record(rows=rows)]) == ""
 
 
 def test_rows_that_are_damaged_do_not_stop_a_report(tmp_path):
@@ -161,4 +156,4 @@ def test_rows_that_are_damaged_do_not_stop_a_report(tmp_path):
     write_rows(run, [{"images_seen": 1, "l1": None}])
     (found,) = read_records([run])
     assert found.rows == [{"images_seen": 1}]
-    assert curves_section([found], {"a": "red"}, "") == ""
+    assert curves_section([found]) == ""
