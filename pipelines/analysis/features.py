@@ -23,7 +23,14 @@ from ldm.data import sheet_images
 from ldm.device import memory_format
 from ldm.errors import LdmError, check_at_least
 from ldm.images import to_float
-from pipelines.analysis.subjects import Analysis, SharedImages, Subject, analysis_folder, write_csv
+from pipelines.analysis.subjects import (
+    Analysis,
+    Cell,
+    SharedImages,
+    Subject,
+    analysis_folder,
+    write_csv,
+)
 
 NORMS = {"group": "GroupNorm", "smc": "SMC"}
 TOP = 0.01  # fraction of the positions that count as the strongest
@@ -56,7 +63,8 @@ def analyze_features(
     norms = {s.name: s.autoencoder.config.decoder.norm for s in subjects}
     what = f"the first {'image' if len(shown) == 1 else f'{len(shown)} images'} of {images.what}"
 
-    rows, cells = [], []
+    rows: list[tuple[Cell, ...]] = []
+    cells: list[tuple[str, ...]] = []
     for name, levels in maps.items():
         for number, level in enumerate(levels, 1):
             size, uneven = level.shape[1:], [imbalance(m) for m in level]

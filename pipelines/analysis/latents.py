@@ -166,7 +166,7 @@ def _sum_batches(batches: Iterator[Encoded]) -> list[Tensor]:
             variance.sum(over) / places,
             kl.sum(over) / places,
             radial_power(mean).sum(0),
-            radial_power(F.adaptive_avg_pool2d(luma, tuple(mean.shape[-2:]))).sum(0),
+            radial_power(F.adaptive_avg_pool2d(luma, (mean.shape[2], mean.shape[3]))).sum(0),
         ]
         sums = [total.cpu() for total in sums]
         totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else sums

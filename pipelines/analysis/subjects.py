@@ -112,7 +112,9 @@ class SharedImages:
                 )
             yield batch.k, shown, posterior
 
-    def gather(self, subject: Subject, reduce: Callable[[Iterator[Encoded]], list[T]]) -> list[T]:
+    def gather(
+        self, subject: Subject, reduce: Callable[[Iterator[Encoded]], list[T]]
+    ) -> list[list[T]]:
         """Reduce each process's share to a list, and return those that are not empty, on all.
 
         Raises:

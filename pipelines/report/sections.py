@@ -86,10 +86,10 @@ def _setting(settings: Tree, key: str) -> str:
 # ------------------------------------------------------------------------------------ curves
 def curves_section(records: Sequence[Record], suffix: str = "") -> str:
     """Return a chart over images seen for every metric, held-out metrics first."""
-    names = dict.fromkeys(name for r in records for row in r.rows for name in row)
-    names = [name for name in names if name not in ("images_seen", "val_count", *PROGRESS)]
-    names = sorted(names, key=lambda name: not name.startswith("val"))
-    drawn = [_chart(name, records) for name in names]
+    found = dict.fromkeys(name for r in records for row in r.rows for name in row)
+    names = [name for name in found if name not in ("images_seen", "val_count", *PROGRESS)]
+    held_out_first = sorted(names, key=lambda name: not name.startswith("val"))
+    drawn = [_chart(name, records) for name in held_out_first]
     if not any(drawn):
         return ""
     progress = page.charts(*(_chart(name, records) for name in PROGRESS))
