@@ -25,11 +25,6 @@ def synthesize_ema(run: Path, std: float, at: int | None = None, out: Path | Non
 
     Returns:
         The `.pt`; its `.safetensors` twin is beside it.
-
-    Raises:
-        UsageError: no average has that width, or `out` does not end in `.pt`.
-        LdmError: no such run, no snapshots, none at `at`; snapshots that cannot express the
-            average, are damaged or of another network; or `out` exists.
     """
     out = _target(run, std, at, out)
     if not run.is_dir():

@@ -61,7 +61,6 @@ def sample_images(
         files: "png": one file per image; "shards": tar shards, readable as data, with labels if
             every image has a class; "zip": one archive.
         batch_size: images at a time, per process.
-        device, precision: see `LatentDiffusionPipeline.to`.
         sampling: the fields of `Sampling`.
 
     Returns:
@@ -70,8 +69,7 @@ def sample_images(
     Raises:
         UsageError: a setting is invalid, has no effect, or does not fit the model.
         LdmError: a model cannot be read; `out` cannot be written, holds images of another model or
-            other settings, or is in use by another process; or a batch is not finite, of which no
-            image is written.
+            other settings, or is in use by another process; or a batch is not finite.
     """
     n, batch_size = integer("--n ", n, least=1), integer("--batch-size ", batch_size, least=1)
     if files not in STORES:

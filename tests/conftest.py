@@ -1,6 +1,61 @@
-"""Tests side by side (`pytest -n 2`) have a core each: more threads would get in the way."""
+"""Fixtures of several folders: small models, and a machine on which nothing can be fetched.
+
+Tests side by side (`pytest -n 2`) have a core each: more threads would get in the way.
+"""
 
 import os
+from pathlib import Path
+
+import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; commands inherit it
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """The folder of kept statistics, empty, into which none can be fetched."""
+    from pipelines.measuring import reference
+
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(reference, "ADDRESS", "file:///nowhere")
+    return tmp_path / "cache" / "statistics"
+
+
+@pytest.fixture
+def weights(tmp_path, monkeypatch) -> Path:
+    """A file of Inception's interface, with fewer features: matrix roots of 2048 take seconds."""
+    from ldm.metrics import inception
+    from tests.ldm.metrics.fake_inception import save_fake_inception
+    from tests.pipelines.measuring.fid_sides import DIM
+
+    monkeypatch.setattr(inception.FeatureExtractor, "dim", DIM)
+    return save_fake_inception(tmp_path, DIM)
+
+
+@pytest.fixture
+def no_lpips(monkeypatch) -> None:
+    """Without VGG's weights."""
+    from ldm.errors import LdmError
+    from pipelines import evaluate
+
+    def missing(device, instead):
+        raise LdmError("vgg16 is not on this machine")
+
+    monkeypatch.setattr(evaluate, "load_lpips", missing)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """The folder of an untrained stage-two model."""
+    from tests.pipelines.untrained import make_model
+
+    return make_model(tmp_path_factory.mktemp("model"), 0)
+
+
+@pytest.fixture(scope="module")
+def conditional(tmp_path_factory) -> Path:
+    """The folder of an untrained stage-two model with classes."""
+    from tests.pipelines.untrained import CLASSES, make_model
+
+    return make_model(tmp_path_factory.mktemp("classes"), 0, CLASSES)

@@ -50,7 +50,8 @@ class EvaluationJob:
 
     Attributes:
         about_model: the model's entry in the result: path, hash, format, training.
-        seen: whether the model was trained on these images, see `_compare`.
+        seen: `held_out` (None: not known whether the model was trained on these images), a `note`
+            for the user, and the `overlap` where both sides were compared.
     """
 
     model: Path
@@ -158,10 +159,6 @@ def _compare(
 
     Args:
         compared: results for earlier jobs on the same data at the same resolution; added to.
-
-    Returns:
-        `held_out` (None where it is not known), a `note` where there is something to report, and
-        the `overlap` where both sides were compared.
     """
 
     def seen(held_out: bool | None, note: str | None = None, overlap: Any = None) -> dict[str, Any]:

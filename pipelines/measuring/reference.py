@@ -256,7 +256,7 @@ def identify(reference: ImageReference, extractor: Extractor | None) -> dict[str
 
 
 def _identify_extractor(extractor: Extractor) -> dict[str, Any]:
-    """What two extractors must share for their features to be compared."""
+    """The properties that must be equal for the features of two extractors to be compared."""
     return {"sha256": extractor.sha256, "mode": extractor.mode, "dim": extractor.dim}
 
 

@@ -51,7 +51,6 @@ class MeasureOptions:
         mode: Inception's resizing: clean-fid's, or that of the first FIDs.
         features: `module:function` of a user's own extractor; None: Inception.
         weights: `inception-2015-12-05.pt`; None: searched for, else fetched.
-        batch_size: images at a time.
         limit: only the first so many images of either side.
         bootstrap: resamplings for the interval about FID; 0: no interval.
         force: measure in spite of refusals, and store them with the result.
@@ -105,10 +104,7 @@ def find_extractor(
 
 
 def load_on_all(load: Callable[[], T], ranks: PartialState) -> tuple[T | None, str | None]:
-    """Call `load` on every process; where it fails on one, return None and the reason on all.
-
-    The main process tries first, so that a download happens once.
-    """
+    """Call `load` on every process; where it fails on one, return None and the reason on all."""
     loaded: list[T] = []
 
     def attempt() -> str | None:
@@ -120,7 +116,7 @@ def load_on_all(load: Callable[[], T], ranks: PartialState) -> tuple[T | None, s
             return str(error)
         return None
 
-    why = from_main(ranks, attempt)
+    why = from_main(ranks, attempt)  # first, so that a download happens once
     with fail_together(ranks):
         if why is None and not loaded:
             why = attempt()  # on another machine the file may be missing
@@ -150,7 +146,7 @@ def hash_images(images: Tensor, ks: Tensor) -> Hashes:
 
 
 def pack_hashes(hashes: Hashes) -> bytes:
-    """Join the hashes in the order of the images' numbers."""
+    """Join hashes in the order of the images' numbers."""
     return np.array([hashes[k] for k in sorted(hashes)], "<u8").tobytes()
 
 
@@ -339,10 +335,9 @@ def compare_sets(fake: SetStatistics, real: SetStatistics, device: torch.device)
 
     Returns:
         `fid` (Heusel et al. 2017), `kid` and `kid_std` (Bińkowski et al. 2018), `precision` and
-        `recall` (Kynkäänniemi et al. 2019), all None where a side has fewer than two features, and
-        all but `fid` where it has fewer than four of them, or their statistics alone; `swd` by
-        level and `mean` (Karras et al. 2018, ×10³), None where a side has no patches; and
-        `swd_images`, the images of each side that it is over.
+        `recall` (Kynkäänniemi et al. 2019), `swd` by level and `mean` (Karras et al. 2018, ×10³),
+        and `swd_images`, the images of each side that it is over; None without enough features or
+        patches.
     """
     result: dict[str, Any] = dict.fromkeys(("fid", "kid", "kid_std", "precision", "recall"))
     result |= {"swd": None, "swd_images": 0}

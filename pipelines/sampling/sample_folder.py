@@ -71,7 +71,7 @@ def open_for_writing(out: Path, settings: Mapping[str, Any], n: int, held: ExitS
     Files that a killed process left half-written are removed.
 
     Args:
-        settings: the manifest's content, apart from the number of images, of which n are requested.
+        settings: the manifest's content, apart from the number of images.
         held: keeps the folder's lock.
 
     Returns:
@@ -162,12 +162,7 @@ class PngStore:
         """Pack what is complete while sampling continues."""
 
     def finish(self, size: int, source: str, classes: Sequence[str]) -> None:
-        """Pack and describe the whole set, once all images are written.
-
-        Args:
-            size: side of the images, pixels.
-            source: description of their origin.
-        """
+        """Pack and describe the whole set of images of a size, once all are written."""
 
     def images(self) -> Source | None:
         """Return the images as a source, ordered by number; None if there are none."""

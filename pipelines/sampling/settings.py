@@ -202,10 +202,9 @@ class Classes:
     def choose(
         self, labels: Label | Iterable[Label] | None, n: int, seed: int
     ) -> tuple[int, ...] | None:
-        """Return the class of each image 0 … n−1 of a seed; None for a model without classes.
+        """Return the class of each image 0 … n−1 of a seed, if the model has classes.
 
-        Args:
-            labels: one for all images, one for each, or None to draw them uniformly.
+        `labels` is one for all images, one for each, or None to draw them uniformly.
         """
         if labels is None:
             return tuple(self.draw(seed, range(n))) if self.count else None

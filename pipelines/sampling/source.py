@@ -36,7 +36,7 @@ class SampleFolder:
     every image in the shards, or every PNG at any depth except our own sheets.
 
     Args:
-        limit: only the first `limit` images, by name.
+        limit: only the first so many, by name.
         least: the number of images required; a covariance needs two.
         archives: also accept a .zip, a .tar, or several tars as a/{000..009}.tar.
 
@@ -173,7 +173,6 @@ class ModelSamples:
 
     @property
     def result_path(self) -> Path:
-        """The file for a measurement, `fid/seed0-steps18-n50000.json` beside the model."""
         return self._job.folder / "fid" / f"{self._job.slug()}-n{self._n}.json"
 
     def name(self, index: int) -> str:

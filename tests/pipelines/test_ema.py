@@ -1,5 +1,7 @@
 """A run's model averaged afterwards: which weights it gets, and what all else stays."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -44,9 +46,15 @@ def make_run(folder, tracked_std: float = 0.07):
     return folder, tracked.model.state_dict()
 
 
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("once") / "run")
+
+
 @pytest.fixture
-def run(tmp_path):
-    return make_run(tmp_path / "run")
+def run(made_once, tmp_path):
+    folder, tracked = made_once
+    return shutil.copytree(folder, tmp_path / "run"), tracked
 
 
 def test_the_weights_are_the_tracked_averages_and_all_else_is_the_models(run, capsys):

@@ -35,13 +35,7 @@ from tests.pipelines.measuring.reconstructed import (
 from tests.pipelines.measuring.two_processes import GOOD, ONE_SMALL
 from tests.small import ROOT
 
-
-@pytest.fixture(autouse=True)
-def no_lpips(monkeypatch):
-    def missing(device, instead):
-        raise LdmError("vgg16 is not on this machine")
-
-    monkeypatch.setattr(evaluate, "load_lpips", missing)
+pytestmark = pytest.mark.usefixtures("no_lpips")
 
 
 @pytest.fixture

@@ -34,11 +34,6 @@ def save(folder, images, name=lambda i: f"{i:03d}.png"):
         Image.fromarray(image).save(path)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("model"), 0)
-
-
 @pytest.fixture
 def data(tmp_path):
     """15 images, the last 3 held out; no image at 4."""

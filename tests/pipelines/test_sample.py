@@ -18,18 +18,8 @@ from ldm.errors import LdmError, UsageError
 from pipelines.sample import sample_images
 from pipelines.sampling.sample_folder import image_name
 from pipelines.sampling.source import SampleFolder
-from tests.pipelines.untrained import CLASSES, make_model, pipeline
+from tests.pipelines.untrained import CLASSES, pipeline
 from tests.small import ROOT, ldm
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("model"), 0)
-
-
-@pytest.fixture(scope="module")
-def conditional(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("classes"), 0, CLASSES)
 
 
 def draw(model, out, n=6, **settings):

@@ -6,8 +6,6 @@ import sys
 import pytest
 
 from ldm.cli import main
-from ldm.errors import LdmError
-from pipelines import evaluate
 from pipelines.evaluate import evaluate_checkpoints
 from tests.pipelines.measuring.reconstructed import DIM, FEATURES, crops, save_images, save_run
 from tests.small import ldm
@@ -16,12 +14,7 @@ from tests.small import ldm
 NO_WEIGHTS = {"TORCH_HOME": "nowhere", "https_proxy": "http://127.0.0.1:9"}
 
 
-@pytest.fixture(autouse=True)
-def no_lpips(monkeypatch):
-    def missing(device, instead):
-        raise LdmError("vgg16 is not on this machine")
-
-    monkeypatch.setattr(evaluate, "load_lpips", missing)
+pytestmark = pytest.mark.usefixtures("no_lpips")
 
 
 @pytest.fixture

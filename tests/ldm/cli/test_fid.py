@@ -9,25 +9,10 @@ import typer
 
 from ldm.cli.measure import eval_ae, fid
 from ldm.errors import LdmError, UsageError
-from ldm.metrics import inception
-from pipelines.measuring import reference as references
-from tests.ldm.metrics.fake_inception import save_fake_inception
 from tests.pipelines.measuring.fid_sides import pictures, write_folder, write_samples
 from tests.pipelines.untrained import make_model
 
-DIM = 8
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(references, "ADDRESS", "file:///nowhere")
-
-
-@pytest.fixture
-def weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(inception.FeatureExtractor, "dim", DIM)
-    return save_fake_inception(tmp_path, DIM)
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pipelines.sampling.sample_folder import image_name
 from tests.ldm.metrics.fake_inception import Layers
 
 SIZE = 24
-DIM = 32
+DIM = 8
 
 
 def pictures(count: int, seed: int, blur: float = 1.0) -> np.ndarray:

@@ -13,7 +13,6 @@ from ldm.data import DataConfig, open_source
 from ldm.data.prepare import prepare
 from ldm.data.sources import FolderSource
 from ldm.errors import LdmError
-from ldm.metrics import inception
 from pipelines.fid import measure_fid
 from pipelines.measuring import checks
 from pipelines.measuring.checks import (
@@ -26,7 +25,6 @@ from pipelines.measuring.checks import (
     resolve,
 )
 from pipelines.measuring.reference import find_filter, read_preparation
-from tests.ldm.metrics.fake_inception import save_fake_inception
 from tests.pipelines.measuring.fid_sides import (
     SIZE,
     enlarged,
@@ -36,24 +34,10 @@ from tests.pipelines.measuring.fid_sides import (
 )
 from tests.pipelines.measuring.reconstructed import crops, save_images
 
-DIM = 8
 OURS, THEIRS = pictures(10, 0), pictures(12, 1, 1.3)
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(inception.FeatureExtractor, "dim", DIM)
-    return save_fake_inception(tmp_path, DIM)
-
-
-@pytest.fixture
-def samples(tmp_path):
-    return write_samples(tmp_path / "samples", OURS, tmp_path / "data")
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture

@@ -24,16 +24,6 @@ def four_a_thousand(monkeypatch):
     monkeypatch.setattr(sample_folder, "THOUSAND", 4)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("model"), 0)
-
-
-@pytest.fixture(scope="module")
-def conditional(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("classes"), 0, CLASSES)
-
-
 def draw(model, out, n=2, **settings):
     settings = {"steps": 1, "batch_size": 4, "precision": "fp32", "device": "cpu"} | settings
     return sample_images(model, n, out, **settings)
