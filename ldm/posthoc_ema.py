@@ -8,7 +8,7 @@ sum of the snapshots' profiles gives its average as the same sum of their weight
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,34 +185,22 @@ def combine(fit: Fit) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
     types: dict[str, torch.dtype] = {}
     for snapshot, coefficient in terms:
-        names = set()
-        for name, tensor in _read(snapshot.path):
-            names.add(name)
-            if snapshot.path == newest:
-                floating = tensor.is_floating_point()
-                types[name] = tensor.dtype
-                sums[name] = torch.zeros_like(tensor, dtype=torch.float64) if floating else tensor
-            elif name not in sums or tensor.shape != sums[name].shape:
-                raise LdmError(_unlike(snapshot.path, newest, name))
-            if types[name].is_floating_point:
-                sums[name].add_(tensor.double(), alpha=coefficient)
-        if missing := sorted(sums.keys() - names):
-            raise LdmError(_unlike(snapshot.path, newest, missing[0]))
+        with open_safetensors(snapshot.path, "delete it to use the others") as file:
+            names = [*file.keys()]
+            for name in [*names, *(sums.keys() - names)]:
+                tensor = file.get_tensor(name) if name in names else None
+                if tensor is not None and snapshot.path == newest:
+                    floating = tensor.is_floating_point()
+                    types[name] = tensor.dtype
+                    sums[name] = tensor.double().zero_() if floating else tensor
+                if tensor is None or name not in sums or tensor.shape != sums[name].shape:
+                    raise LdmError(
+                        f"{snapshot.path} and {newest.name} are of different networks: tensor "
+                        f"{shown(name)} differs; delete the one of another run"
+                    )
+                if types[name].is_floating_point:
+                    sums[name].add_(tensor.double(), alpha=coefficient)
     for name, dtype in types.items():
         if dtype.is_floating_point:  # one by one, to free the float64 sums early
             sums[name] = sums[name].to(torch.promote_types(dtype, torch.float32))
     return sums
-
-
-def _read(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the names and tensors of a snapshot, one at a time."""
-    with open_safetensors(path, "delete it to use the others") as file:
-        for name in file.keys():  # noqa: SIM118
-            yield name, file.get_tensor(name)
-
-
-def _unlike(path: Path, newest: Path, name: str) -> str:
-    return (
-        f"{path} and {newest.name} are of different networks: tensor {shown(name)} differs; "
-        "delete the one of another run"
-    )

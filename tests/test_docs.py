@@ -196,8 +196,8 @@ def split_command(words: list[str]) -> tuple[str, list[str]]:
 
 def tiny(text: str) -> list[str]:
     """The words of a command of the docs, without `ldm`, at a size for tests."""
-    for said, run in SMALLER.items():
-        text = re.sub(rf"(?<!\S){re.escape(said)}(?!\S)", run, text)
+    for printed, run in SMALLER.items():
+        text = re.sub(rf"(?<!\S){re.escape(printed)}(?!\S)", run, text)
     words = shlex.split(text)[1:]
     name, rest = split_command(words)
     return words + (TINY[name](rest) if name in TINY else [])
@@ -317,7 +317,7 @@ def test_a_command_that_is_not_run_parses(command):
     parse(words[1:])
 
 
-def test_no_exception_is_left_of_a_command_that_is_gone():
+def test_every_exception_matches_a_command():
     for pattern in PARSE_ONLY | NOT_OURS:
         assert any(re.fullmatch(pattern, command.text) for command in ALL), pattern
 

@@ -1,4 +1,4 @@
-"""Files that version 0.1 wrote load, resume and count; see `tests/older_files/README.md`."""
+"""Files of version 0.1 load, resume and count; see `tests/older_files/README.md`."""
 
 import json
 import re
@@ -55,9 +55,9 @@ def ldm(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["ldm", *map(str, words)])
         with pytest.raises(SystemExit) as left:
             main()
-        said = capsys.readouterr()
-        assert not left.value.code, said
-        return said.out
+        printed = capsys.readouterr()
+        assert not left.value.code, printed
+        return printed.out
 
     return call
 
@@ -114,7 +114,7 @@ def assert_alike(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> 
         ("stage_two/cached", "expected/cached.jsonl"),
     ],
 )
-def test_a_stopped_run_resumes_and_ends_as_one_that_never_stopped(ldm, run, twin):
+def test_a_stopped_run_resumes_and_ends_like_an_unbroken_one(ldm, run, twin):
     before = Path(run, "metrics.jsonl").read_text("utf-8")
     cache = {path: path.stat().st_mtime_ns for path in Path("cache").iterdir()}
     ldm(*command_of(run))
@@ -154,7 +154,7 @@ def test_stage_one_loads_from_each_of_its_files():
 
 
 @pytest.mark.parametrize("name", ["nafnet-vit-smc", "shared-wavelet", "sdvae", "dwt"])
-def test_a_model_of_every_part_reconstructs_as_it_did(name):
+def test_models_of_all_parts_reconstruct_as_before(name):
     ramp = torch.linspace(-1, 1, 32 * 32 * 3).sin().view(1, 32, 32, 3).permute(0, 3, 1, 2)
     with torch.no_grad():
         autoencoder = load_autoencoder(f"models/{name}.safetensors")
@@ -166,7 +166,7 @@ def test_a_model_of_every_part_reconstructs_as_it_did(name):
 
 # -------------------------------------------------------------------------------------- samples
 @pytest.mark.parametrize("file", ["", "ckpt.pt", "ckpt.safetensors"])
-def test_stage_two_samples_what_it_did(file):
+def test_stage_two_samples_as_before(file):
     pipe = LatentDiffusionPipeline.from_pretrained(Path("stage_two/finished", file))
     images = pipe.to("cpu", torch.float32)(n=6, seed=0, steps=4)
     images = ((images.clamp(-1, 1) + 1) * 127.5).round().int().permute(0, 2, 3, 1).numpy()
@@ -180,7 +180,7 @@ def test_a_folder_of_samples_is_completed(ldm):
     assert_alike(pictures("samples/png"), zipped_pictures())
 
 
-def test_a_zip_of_samples_grows_where_it_lies(ldm):
+def test_a_zip_of_samples_grows_in_place(ldm):
     before = zipped_pictures()
     ldm(*command_of(ZIP), "--n", 8)
     after = zipped_pictures()
@@ -196,7 +196,7 @@ def test_shards_of_labelled_samples_grow(ldm):
     assert now["classes"] == labels["classes"] and now["labels"][:6] == labels["labels"]
 
 
-def test_an_average_of_another_width_is_made_of_kept_snapshots(ldm):
+def test_another_ema_width_from_snapshots(ldm):
     ldm("ema", "stage_two/finished", "--std", 0.07, "--out", "wider.pt")
     pipe = LatentDiffusionPipeline.from_pretrained("wider.pt")
     assert pipe(n=1, seed=0, steps=2).isfinite().all()
@@ -229,7 +229,7 @@ def page(ldm):
     return write
 
 
-def test_a_report_shows_older_runs_and_what_was_measured_of_them(page):
+def test_a_report_shows_older_runs_and_their_results(page):
     both = page("stage_one/finished", "stage_two/finished")
     [evaluation] = Path("stage_one/finished/eval").iterdir()
     shown = [float(number) for number in re.findall(r"\d+\.\d{2,}", both)]
@@ -247,14 +247,14 @@ def test_a_report_shows_older_runs_and_what_was_measured_of_them(page):
     assert charts(alone) - charts(without) == 2, "the discriminator's loss and gradient norm"
 
 
-def test_a_curve_goes_on_where_its_key_has_a_new_name(ldm, page):
+def test_a_curve_continues_under_its_new_key(ldm, page):
     ldm(*command_of("stage_one/stopped"))
     assert charts(page("stage_one/stopped")) == charts(page("stage_one/finished"))
 
 
 def test_gradients_are_read_from_an_older_log(ldm):
-    said = ldm("analyze", "gradients", "stage_one/finished", "--out", "analysis")
-    assert "finished" in said and any(Path("analysis").glob("*.csv"))
+    printed = ldm("analyze", "gradients", "stage_one/finished", "--out", "analysis")
+    assert "finished" in printed and any(Path("analysis").glob("*.csv"))
 
 
 # -------------------------------------------------------------------------------- tables and rows
@@ -273,7 +273,7 @@ def test_rows_measured_by_given_checkpoints_are_not_redone(ldm):
     assert not list(Path("reproduce/smoke/t04").rglob("run.json"))
 
 
-def test_a_finished_row_counts_and_one_that_was_begun_is_resumed(ldm):
+def test_finished_rows_are_reused_and_started_ones_resumed(ldm):
     done = Path("reproduce/smoke/t17/with/row.json")
     begun = Path("reproduce/smoke/t01/ffhq128-litevae/autoencoder")
     before, rows = done.read_bytes(), (begun / "metrics.jsonl").read_text("utf-8")
@@ -289,6 +289,6 @@ def test_a_finished_row_counts_and_one_that_was_begun_is_resumed(ldm):
 
 
 def test_the_list_of_tables_knows_older_rows(ldm):
-    said = ldm("reproduce", "--list")
-    [row] = re.findall(r"^ +with +(smoke \S+)", said.partition("T17")[2], re.MULTILINE)[:1]
+    printed = ldm("reproduce", "--list")
+    [row] = re.findall(r"^ +with +(smoke \S+)", printed.partition("T17")[2], re.MULTILINE)[:1]
     assert row == "smoke done"

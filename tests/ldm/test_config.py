@@ -78,7 +78,7 @@ def test_another_type_replaces_the_section_in_any_order():
     assert merge(tree, {"shape": {"type": "square"}}) == {"shape": {"type": "square"}}
 
 
-def test_the_tree_handed_in_is_left_alone():
+def test_resolve_does_not_change_its_argument():
     tree = {"shape": {"type": "round", "radius": 3}}
     resolve(Thing, tree, ["shape.radius=5"])
     assert tree == {"shape": {"type": "round", "radius": 3}}
@@ -107,12 +107,12 @@ def test_several_problems_are_still_one_line():
     assert refused("shape.radius=wide", "lr=low").endswith("(and 1 more)")
 
 
-def test_what_is_no_override_is_told():
+def test_malformed_overrides_are_refused():
     assert "key=value" in refused("name")
     assert "not YAML" in refused("name=[")
 
 
-def test_a_value_is_no_section():
+def test_a_key_below_a_value_is_refused():
     with pytest.raises(UsageError, match="is a value, not a section"):
         resolve(Thing, {"stages": [1]}, ["stages.0.steps.more=1"])
 
@@ -123,12 +123,12 @@ def test_overrides_are_yaml():
 
 
 @pytest.mark.parametrize("word", ["2024", "no", "1e5", "0123", "2024-01-02", "null", "[a]", "a: b"])
-def test_a_word_is_taken_as_it_was_typed(word):
+def test_strings_are_not_parsed_as_yaml(word):
     assert resolve(Thing, {}, [f"name={word}"]).name == word
     assert resolve(Thing, {}, ["stages=[{steps: 1}]", f"name= {word} "]).name == word
 
 
-def test_only_what_wants_a_word_is_one():
+def test_only_string_fields_become_strings():
     text = refused("stages.0.steps=[3]", "name=2024")
     assert "'stages.0.steps'" in text and text.endswith("(got [3])")
     assert resolve(Thing, {}, ["name=2024", "limit=null"]).limit is None
@@ -173,7 +173,7 @@ def test_a_preset_lies_over_its_base():
 
 
 @pytest.mark.parametrize("kind", ["ae", "diffusion"])
-def test_every_preset_resolves_and_says_what_it_is(kind):
+def test_every_preset_resolves_and_has_a_summary(kind):
     from pipelines.recipes import AutoencoderRecipe, DiffusionRecipe
 
     recipe = {"ae": AutoencoderRecipe, "diffusion": DiffusionRecipe}[kind]
@@ -182,7 +182,7 @@ def test_every_preset_resolves_and_says_what_it_is(kind):
         assert len(preset_summary(kind, name)) > 20, name
 
 
-def test_every_setting_says_what_it_is():
+def test_every_setting_has_a_docstring():
     from pipelines.recipes import AutoencoderRecipe, DiffusionRecipe
 
     for kind, recipe in (("ae", AutoencoderRecipe), ("diffusion", DiffusionRecipe)):
@@ -192,7 +192,7 @@ def test_every_setting_says_what_it_is():
     assert "phases.steps" in set(key_paths(AutoencoderRecipe))
 
 
-def test_describe_lists_what_there_is_to_choose_from():
+def test_describe_lists_choices():
     from pipelines.recipes import AutoencoderRecipe
 
     config = resolve(AutoencoderRecipe, load_preset("ae", "litevae-b"))
@@ -203,9 +203,9 @@ def test_describe_lists_what_there_is_to_choose_from():
     assert docs["weighting"].endswith("[constant | adaptive]")
 
 
-def test_a_long_list_of_what_there_is_is_cut():
-    said = did_you_mean("zzz", [f"name{i:03d}" for i in range(100)])
-    assert said.startswith("; there are: name000, ") and said.endswith(", and 88 more")
+def test_a_long_list_of_names_is_cut():
+    printed = did_you_mean("zzz", [f"name{i:03d}" for i in range(100)])
+    assert printed.startswith("; there are: name000, ") and printed.endswith(", and 88 more")
 
 
 def test_flatten_names_every_value_by_its_dotted_key():

@@ -10,7 +10,7 @@ from ldm.device import keep_freed_memory, resolve_device, resolve_precision
 from ldm.errors import LdmError
 
 
-def test_a_gpu_where_there_is_none(monkeypatch):
+def test_a_missing_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(LdmError, match="sees no CUDA device: use cpu"):
         resolve_device("cuda")
@@ -18,12 +18,12 @@ def test_a_gpu_where_there_is_none(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["gpu", "mps", "cuda:x"])
-def test_a_device_that_means_nothing(name):
+def test_an_unknown_device_is_refused(name):
     with pytest.raises(LdmError, match=f"device '{name}'"):
         resolve_device(name)
 
 
-def test_precision_as_asked():
+def test_requested_precision_is_kept():
     assert resolve_precision("fp32", torch.device("cpu")) == "fp32"
     assert resolve_precision("auto", torch.device("cpu")) in ("fp32", "bf16")
 
@@ -56,12 +56,12 @@ def test_freed_memory_is_kept_for_the_next_tensor():
     assert kept < returned / 4
 
 
-def test_a_gpus_process_is_left_alone(monkeypatch):
+def test_memory_is_not_kept_for_a_gpu(monkeypatch):
     monkeypatch.setattr("ctypes.CDLL", lambda name: pytest.fail("no need of it"))
     keep_freed_memory(torch.device("cuda"))
 
 
-def test_a_system_without_that_library_is_left_alone(monkeypatch):
+def test_memory_is_not_kept_without_glibc(monkeypatch):
     def missing(name):
         raise OSError(name)
 

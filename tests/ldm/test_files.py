@@ -4,7 +4,7 @@ from ldm.errors import LdmError
 from ldm.files import read_json, write_atomically, write_json, write_together
 
 
-def test_write_atomically_keeps_what_stood_there_when_the_writer_fails(tmp_path):
+def test_write_atomically_keeps_the_previous_file_on_failure(tmp_path):
     path = tmp_path / "file"
     write_atomically(path, lambda file: file.write(b"first"))
 
@@ -41,7 +41,7 @@ def test_only_a_failed_write_is_called_one(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_files_that_belong_together_are_all_new_or_all_old(tmp_path, monkeypatch):
+def test_write_together_replaces_all_or_none(tmp_path, monkeypatch):
     paths = [tmp_path / name for name in ("weights", "config")]
 
     def write(what, last=None):

@@ -68,7 +68,7 @@ def test_a_skipped_step_leaves_the_row_finite_and_json(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == line + "\n"
 
 
-def test_tensorboard_is_spared_what_is_not_finite(tmp_path):
+def test_tensorboard_gets_finite_values_only(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     book = Logbook(tmp_path)
@@ -80,7 +80,7 @@ def test_tensorboard_is_spared_what_is_not_finite(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["[1]\n", '{"x": 1}\n', "7\n", "\xff\n"])
-def test_lines_that_are_no_rows_are_passed_over(tmp_path, content):
+def test_invalid_lines_are_ignored(tmp_path, content):
     path = tmp_path / "metrics.jsonl"
     path.write_text(content + '{"images_seen": 4}\n', "latin-1")
     cut_rows(path, 4)

@@ -1,5 +1,4 @@
-"""Averages made afterwards: of profiles against numeric integration, of weights against averages
-tracked during the training."""
+"""Post-hoc EMA against numeric integration and averages tracked in training."""
 
 from dataclasses import replace
 
@@ -98,7 +97,7 @@ def test_solution_is_the_best_sum_on_a_grid_and_the_residual_is_its_distance():
     assert 0.01 < residual < TOLERANCE
 
 
-def test_profiles_that_are_nearly_alike_do_no_harm():
+def test_nearly_equal_profiles_are_stable():
     gammas = [gamma_of_std(std) for std in (0.05, 0.05 + 1e-13, 0.1, 0.1 + 1e-13)]
     x, residual = solve_coefficients(gammas, [100] * 4, gamma_of_std(0.05), 100)
     assert residual < 1e-6 and np.abs(x).sum() == pytest.approx(1, abs=1e-4)
@@ -107,7 +106,7 @@ def test_profiles_that_are_nearly_alike_do_no_harm():
 # --------------------------------------------------------------------------------- weights
 @pytest.mark.parametrize("std", WANTED)
 @pytest.mark.parametrize("at", [None, STEPS * BATCH // 2])
-def test_made_afterwards_is_what_tracking_would_have_given(training, std, at):
+def test_synthesis_equals_tracking(training, std, at):
     """To 1e-5 of the weights (1e-4 at half time, of half the snapshots), and always to a part of
     how far two averages of neighbouring widths are from each other."""
     folder, end, half = training
@@ -123,14 +122,14 @@ def test_made_afterwards_is_what_tracking_would_have_given(training, std, at):
     assert made["weight"].dtype == torch.float32
 
 
-def test_a_width_that_was_kept_is_that_snapshot(training):
+def test_the_width_of_a_snapshot_gives_that_snapshot(training):
     folder, end, _ = training
     fit = fit_snapshots(list_snapshots(folder), 0.05)
     assert fit.residual < 1e-6
     torch.testing.assert_close(combine(fit)["weight"], end[0.05]["weight"], rtol=1e-6, atol=1e-7)
 
 
-def test_the_residual_says_how_much_of_the_noise_is_off(training):
+def test_the_residual_is_the_relative_error_of_noise(training):
     """Weights that are noise around a mean: the error is the residual's share of what is left."""
     snapshots = [s for s in list_snapshots(training[0]) if s.images_seen % 2000 == 0]
     fit = fit_snapshots(snapshots, 0.07)
@@ -151,7 +150,7 @@ def test_the_residual_says_how_much_of_the_noise_is_off(training):
     assert 0.005 < fit.residual < TOLERANCE
 
 
-def test_half_precision_costs_what_is_said_of_it(training, tmp_path):
+def test_half_precision_has_the_documented_error(training, tmp_path):
     folder, end, _ = training
     for snapshot in list_snapshots(folder):
         weights = {
@@ -166,7 +165,7 @@ def test_half_precision_costs_what_is_said_of_it(training, tmp_path):
 
 
 # ---------------------------------------------------------------------------------- refusals
-def test_what_the_snapshots_cannot_express_is_refused(training):
+def test_a_fit_beyond_tolerance_is_refused(training):
     snapshots = list_snapshots(training[0])
     with pytest.raises(LdmError, match=r"std 0\.01 at 8000 images .* \d+%, 5% is allowed"):
         fit_snapshots(snapshots, 0.01)
@@ -229,7 +228,7 @@ def pair(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
         (lambda path: path.write_bytes(path.read_bytes()[:-3]), "truncated or damaged"),
         (lambda path: path.write_bytes(b""), "truncated or damaged"),
@@ -239,10 +238,10 @@ def pair(tmp_path):
         (lambda path: save_file({"x\n": torch.zeros(4)}, path), r"tensor 'x\\n' differs"),
     ],
 )
-def test_damage_is_one_line_that_names_the_file(pair, damage, told):
+def test_damage_is_one_line_that_names_the_file(pair, damage, message):
     damage(pair[1].path)
     fit = fit_snapshots(pair, 0.055)
-    with pytest.raises(LdmError, match=told) as caught:
+    with pytest.raises(LdmError, match=message) as caught:
         combine(fit)
     assert str(pair[1].path) in str(caught.value) and "\n" not in str(caught.value)
 

@@ -43,7 +43,7 @@ def test_clipping_bounds_the_update(run):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_bad_step_is_skipped_and_counted(run, bad):
+def test_a_non_finite_step_is_skipped_and_counted(run, bad):
     change, _ = one_step(run, factor=bad)
     assert change.abs().max() == 0 and run.skipped["it"] == 1
 
@@ -57,7 +57,7 @@ def test_an_infinite_loss_with_finite_gradients_is_skipped(run):
     assert torch.equal(module.weight, before) and run.skipped.total() == 1
 
 
-def test_a_good_step_resets_the_row_and_the_tenth_bad_one_stops(run):
+def test_ten_bad_steps_in_a_row_stop_the_run(run):
     for _ in range(MAX_BAD_STEPS - 1):
         one_step(run, float("nan"))
     one_step(run)
@@ -88,7 +88,7 @@ def test_accumulated_micro_batches_make_one_update(tmp_path):
     assert torch.allclose(apart.weight, expected, atol=1e-6)
 
 
-def test_an_infinite_loss_in_any_micro_batch_spoils_the_step(tmp_path):
+def test_an_infinite_loss_in_any_micro_batch_skips_the_step(tmp_path):
     run = Run(tmp_path, RunConfig(device="cpu"), make_accelerator("cpu", accumulate=2))
     module = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
@@ -99,7 +99,7 @@ def test_an_infinite_loss_in_any_micro_batch_spoils_the_step(tmp_path):
     assert torch.equal(module.weight, before) and run.skipped["it"] == 1
 
 
-def test_what_is_said_may_hold_brackets(run, capsys):
+def test_say_prints_brackets(run, capsys):
     run.say("runs/[abl]/[/x]")
     assert "runs/[abl]/[/x]" in capsys.readouterr().out
 
@@ -114,7 +114,7 @@ def test_save_and_resume(run):
     assert again.skipped["it"] == 3
 
 
-def test_frozen_takes_gradients_from_the_weights_alone():
+def test_frozen_disables_gradients_of_weights_only():
     judge = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.9))
     judge[0].bias.requires_grad_(False)
     x = torch.ones(1, 2, requires_grad=True)
@@ -126,7 +126,7 @@ def test_frozen_takes_gradients_from_the_weights_alone():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_asks_to_stop(tmp_path, number):
+def test_a_signal_requests_a_stop(tmp_path, number):
     config = RunConfig(device="cpu")
     handler = signal.getsignal(number)
     with start_run("autoencoder", "x", Recipe(), config, folder=tmp_path / "run") as run:
@@ -136,7 +136,7 @@ def test_a_signal_asks_to_stop(tmp_path, number):
     assert signal.getsignal(number) is handler
 
 
-def test_a_second_ctrl_c_leaves_and_a_second_sigterm_lets_it_save(run):
+def test_a_second_ctrl_c_stops_at_once_and_a_second_sigterm_does_not(run):
     """Launchers repeat SIGTERM; only a person at the keyboard means it."""
     for _ in range(3):
         run.request_stop(signal.SIGTERM)
@@ -163,7 +163,7 @@ def test_a_killed_loader_worker_is_one_line(tmp_path):
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
 
 
-def test_dropout_is_tied_to_the_image(run):
+def test_dropout_depends_on_the_image_number(run):
     draws = []
     for image in (5, 6, 5):
         run.seed_dropout(image)

@@ -1,12 +1,17 @@
+"""Run folders: finding, locking, saving and restoring."""
+
 import errno
 import fcntl
 import json
+import pickle
 import shlex
 from datetime import datetime
 
 import pytest
+import torch
 import yaml
 
+from ldm.checkpoint import ModelFile, save_model
 from ldm.config import Config
 from ldm.errors import LdmError
 from ldm.run import RunConfig
@@ -14,11 +19,16 @@ from ldm.run_folder import (
     clear_leftovers,
     differences,
     is_finished,
+    latest_state,
+    load_state,
     lock,
     new_or_unfinished,
     newest_run,
     provenance,
+    restore,
+    save_state,
 )
+from tests.small import file_size_limit
 
 
 class Recipe(Config):
@@ -48,7 +58,7 @@ def test_the_same_command_finds_the_unfinished_run():
     assert new_or_unfinished("autoencoder", "tiny", watched, None) == first
 
 
-def test_another_setting_another_stage_or_a_finished_run_begins_anew(tmp_path):
+def test_a_new_run_for_other_settings_another_stage_or_a_finished_run(tmp_path):
     first = new_or_unfinished("autoencoder", "tiny", Recipe(), tmp_path / "runs" / "first")
     assert new_or_unfinished("autoencoder", "tiny", Recipe(lr=1e-4), None) != first
     assert new_or_unfinished("diffusion", "tiny", Recipe(), None) != first
@@ -77,7 +87,7 @@ def test_the_newest_run_that_fits(tmp_path):
     assert newest_run("autoencoder").name == "b"
 
 
-def test_runs_begun_in_the_same_second_have_folders_of_their_own(monkeypatch):
+def test_runs_started_in_the_same_second_get_different_folders(monkeypatch):
     class Clock(datetime):
         @classmethod
         def now(cls, tz=None):
@@ -98,7 +108,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
         new_or_unfinished("autoencoder", "tiny", Recipe(), None)
 
 
-def test_somebodys_folder_is_not_written_in(tmp_path):
+def test_a_folder_of_other_files_is_refused(tmp_path):
     folder = tmp_path / "thesis"
     folder.mkdir()
     (folder / ".DS_Store").touch()
@@ -115,7 +125,7 @@ FOREIGN = [b"[]", b"null", b"{", '{"kind": "é"}'.encode("latin-1")]
 
 
 @pytest.mark.parametrize("content", FOREIGN)
-def test_a_foreign_run_json_is_passed_over(tmp_path, content):
+def test_an_invalid_run_json_is_ignored(tmp_path, content):
     foreign = tmp_path / "runs" / "x"
     foreign.mkdir(parents=True)
     (foreign / "run.json").write_bytes(content)
@@ -130,14 +140,14 @@ def test_a_foreign_run_json_is_passed_over(tmp_path, content):
 @pytest.mark.parametrize(
     "content", [b"[1]", b"", b"{", "a: é".encode("latin-1"), b"1-2: 2024-99-99"]
 )
-def test_a_damaged_config_yaml_is_another_configuration(content):
+def test_a_damaged_config_yaml_differs(content):
     first = new_or_unfinished("autoencoder", "tiny", Recipe(), None)
     (first / "config.yaml").write_bytes(content)
     assert differences(first, Recipe()) == ["config.yaml"]
     assert new_or_unfinished("autoencoder", "tiny", Recipe(), None) != first
 
 
-def test_how_many_images_are_validated_is_watching(tmp_path):
+def test_validate_images_may_change_on_resume(tmp_path):
     class Watched(Config):
         validate_images: int = 8
         """Images."""
@@ -146,7 +156,7 @@ def test_how_many_images_are_validated_is_watching(tmp_path):
     assert differences(folder, Watched(validate_images=9)) == []
 
 
-def test_runs_are_found_where_they_are_and_not_among_samples(tmp_path):
+def test_runs_are_not_searched_among_samples(tmp_path):
     for place in ("a/samples/seed0", "demo/autoencoder"):
         folder = tmp_path / "runs" / place
         new_or_unfinished("autoencoder", "x", Recipe(), folder)
@@ -172,7 +182,7 @@ def test_a_locked_folder_is_refused(tmp_path):
     ("number", "held"),
     [(errno.EAGAIN, True), (errno.EACCES, True), (errno.ENOLCK, False), (errno.ENOTSUP, False)],
 )
-def test_a_file_system_without_locks_goes_on_without_one(tmp_path, monkeypatch, number, held):
+def test_a_file_system_without_locks_is_tolerated(tmp_path, monkeypatch, number, held):
     def flock(*_):
         raise OSError(number, "no")
 
@@ -185,7 +195,7 @@ def test_a_file_system_without_locks_goes_on_without_one(tmp_path, monkeypatch, 
             pass
 
 
-def test_what_a_kill_left_is_removed_and_nothing_else(tmp_path):
+def test_clear_leftovers_removes_partial_files_only(tmp_path):
     kept = ["state/8/state.pt", "pictures/a.png", "ckpt.pt", "samples/.x.partial", "a.partial"]
     left = ["state/.writing-16/state.pt", ".ckpt.pt.7.partial", "pictures/.b.png.7.partial"]
     for name in kept + left:
@@ -199,7 +209,98 @@ def test_what_a_kill_left_is_removed_and_nothing_else(tmp_path):
     clear_leftovers(tmp_path / "none")
 
 
-def test_the_command_can_be_pasted_back(monkeypatch):
+def test_the_recorded_command_is_quoted(monkeypatch):
     words = ["train-ae", "tiny", "phases=[{resolution: 64, steps: 9}]"]
     monkeypatch.setattr("sys.argv", ["/somewhere/ldm", *words])
     assert shlex.split(provenance()["command"]) == ["ldm", *words]
+
+
+# ------------------------------------------------------------------------------------ saved states
+def test_the_newest_states_are_kept(tmp_path):
+    assert latest_state(tmp_path) is None
+    for seen in (8, 64, 128):
+        save_state(tmp_path, seen, {"seen": seen, "t": torch.ones(2)}, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["128", "64"]
+    assert load_state(latest_state(tmp_path))["seen"] == 128
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [{"other": torch.zeros(1)}, {"weight": torch.zeros(1, 3), "bias": torch.zeros(1)}, None],
+)
+def test_a_state_of_another_version_is_refused(saved):
+    tree = {} if saved is None else {"discriminator": saved}
+    with pytest.raises(
+        LdmError, match=r"the saved state of discriminator does not fit: .* --out another"
+    ):
+        restore({"discriminator": torch.nn.Linear(2, 1)}, tree)
+
+
+def test_out_of_memory_is_not_reported_as_another_version():
+    class Full:
+        def load_state_dict(self, state):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        restore({"optimizer": Full()}, {"optimizer": {}})
+
+
+def test_a_state_is_restored_part_by_part():
+    saved, fresh = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    restore({"discriminator": fresh}, {"discriminator": saved.state_dict(), "seen": 8})
+    assert torch.equal(fresh.weight, saved.weight)
+
+
+def test_restore_reads_the_former_names_of_parts():
+    saved, fresh = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    restore({"discriminator": fresh}, {"critic": saved.state_dict()})
+    assert torch.equal(fresh.weight, saved.weight)
+
+
+def test_a_partial_state_is_ignored(tmp_path):
+    save_state(tmp_path, 8, {"seen": 8})
+    (tmp_path / ".writing-16").mkdir()
+    (tmp_path / "16").mkdir()
+    assert latest_state(tmp_path).name == "8"
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", pickle.dumps(print)])
+def test_a_damaged_state_names_the_remedy(tmp_path, content):
+    save_state(tmp_path, 8, {"seen": 8})
+    save_state(tmp_path, 16, {"seen": 16})
+    (tmp_path / "16" / "state.pt").write_bytes(content)
+    with pytest.raises(LdmError) as caught:
+        load_state(latest_state(tmp_path))
+    assert str(caught.value) == (
+        f"{tmp_path}/16 is damaged: delete that folder to resume from the state before it"
+    )
+
+
+def test_a_full_disk_leaves_the_last_good_files(tmp_path):
+    save_state(tmp_path / "state", 8, {"seen": 8})
+    save_model(tmp_path / "ckpt.pt", ModelFile("autoencoder", {}, {"a": torch.ones(1)}))
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    big = torch.randn(100_000)
+    for write in (
+        lambda: save_state(tmp_path / "state", 16, {"big": big}),
+        lambda: save_model(tmp_path / "ckpt.pt", ModelFile("autoencoder", {}, {"w": big})),
+    ):
+        with (
+            pytest.raises(LdmError, match=r"\(File too large\): free disk space"),
+            file_size_limit(65536),
+        ):
+            write()
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+    assert load_state(latest_state(tmp_path / "state")) == {"seen": 8}
+    left = {p.name for p in tmp_path.rglob("*")}
+    assert left == {"state", "8", "state.pt", "ckpt.pt", "ckpt.safetensors"}
+
+
+def test_an_unreadable_file_is_not_reported_as_damaged(tmp_path, monkeypatch):
+    def load(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    save_state(tmp_path, 8, {})
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(LdmError, match=r"could not read .*state\.pt \(Permission denied\)$"):
+        load_state(tmp_path / "8")

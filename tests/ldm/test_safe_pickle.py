@@ -1,4 +1,4 @@
-"""Other people's pickles: tensors come out bit for bit, and nothing in them is ever run."""
+"""Third-party pickles: tensors are read bit for bit, and no code is run."""
 
 import io
 import os
@@ -129,7 +129,7 @@ def bombs(mark):
 @FORMATS
 @pytest.mark.parametrize("name", bombs(Path()))
 @pytest.mark.parametrize("wrap", [lambda b: b, lambda b: [{"a": (b,)}], lambda b: OrderedDict(b=b)])
-def test_bombs_do_not_go_off(tmp_path, zipped, name, wrap):
+def test_named_functions_are_not_called(tmp_path, zipped, name, wrap):
     mark = tmp_path / "mark"
     tree = {"w": torch.ones(2), "bomb": wrap(bombs(mark)[name])}
     read = read_foreign(write(tmp_path / "a.ckpt", tree, zipped))
@@ -163,7 +163,7 @@ def test_bombs_do_not_go_off(tmp_path, zipped, name, wrap):
         b"\x80\x02\x82\x01.",  # EXT1: a code of the extension registry
     ],
 )
-def test_opcodes_that_call_find_nothing_to_call(tmp_path, monkeypatch, opcodes):
+def test_calling_opcodes_call_placeholders(tmp_path, monkeypatch, opcodes):
     """Hand-written pickles, opened as a zip: either refused in one line, or inert."""
     mark = tmp_path / "mark"
     path = tmp_path / "a.ckpt"
@@ -184,7 +184,7 @@ def test_opcodes_that_call_find_nothing_to_call(tmp_path, monkeypatch, opcodes):
     assert torch.equal(good["w"], torch.arange(4.0))
 
 
-def test_a_storage_of_less_than_nothing_is_refused(tmp_path):
+def test_a_storage_of_negative_length_is_refused(tmp_path):
     """It would be the rest of the file: `frombuffer` takes a negative count for that."""
     with zipfile.ZipFile(tmp_path / "a.ckpt", "w") as archive:
         archive.writestr("a/data.pkl", b"(S'storage'\nctorch\nFloatStorage\nS'0'\nS'cpu'\nI-1\ntQ.")
@@ -218,7 +218,7 @@ def test_torchscript_is_not_opened(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------- damage
 @FORMATS
 @pytest.mark.parametrize("kept", [0.0, 0.3, 0.9, 0.99])
-def test_truncated_files_are_told_in_one_line(tmp_path, zipped, kept):
+def test_truncated_files_are_one_line(tmp_path, zipped, kept):
     path = write(tmp_path / "a.ckpt", {"w": torch.ones(500), "c": Callback()}, zipped)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
     with pytest.raises(Damaged) as caught:
@@ -326,7 +326,7 @@ def test_a_plain_pickle_is_no_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["os.system", "eval", "open"])
-def test_the_bombs_are_real(tmp_path, name):
+def test_named_functions_are_called_by_pickle(tmp_path, name):
     mark = tmp_path / "mark"
     path = write(tmp_path / "a.ckpt", {"bomb": bombs(mark)[name]})
     torch.load(path, weights_only=False)

@@ -14,8 +14,8 @@ def test_calls_take_turns_and_the_first_round_does_not_count(monkeypatch):
 
 
 def test_the_machine_is_described_in_words():
-    told = describe_machine(CPU, "float32")
-    assert told["device"] == name_device(CPU) and told["precision"] == "float32"
+    message = describe_machine(CPU, "float32")
+    assert message["device"] == name_device(CPU) and message["precision"] == "float32"
     threads = torch.get_num_threads()
-    assert told["device"].endswith(", 1 thread" if threads == 1 else f", {threads} threads")
-    assert told["torch"] == torch.__version__
+    assert message["device"].endswith(", 1 thread" if threads == 1 else f", {threads} threads")
+    assert message["torch"] == torch.__version__

@@ -1,4 +1,4 @@
-"""Weights are found where they lie, or fetched once and whole; a failure leaves nothing."""
+"""Weights are found, or fetched once and completely; a failure leaves nothing."""
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
@@ -79,7 +79,7 @@ def test_fetched_once_into_the_first_folder(tmp_path, published):
     assert find_or_fetch("w.pt", NOWHERE, HASH, folders, "") == path
 
 
-def test_processes_that_race_all_get_the_whole_file(tmp_path, published):
+def test_concurrent_downloads_all_get_the_complete_file(tmp_path, published):
     def fetch(_: int) -> bytes:
         return find_or_fetch("w.pt", published, HASH, [tmp_path / "a"], "").read_bytes()
 
@@ -113,7 +113,7 @@ def test_the_cache_cannot_be_written(tmp_path, published):
     assert "could not be fetched" in failure(published, [tmp_path / "a"])
 
 
-def test_paths_are_told_from_the_home_folder(monkeypatch, tmp_path):
+def test_from_home_shortens_paths(monkeypatch, tmp_path):
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "me")
     assert from_home(tmp_path / "me" / ".cache" / "w.pt") == "~/.cache/w.pt"
     assert from_home(tmp_path / "meadow" / "w.pt") == str(tmp_path / "meadow" / "w.pt")

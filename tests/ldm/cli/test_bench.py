@@ -1,4 +1,4 @@
-"""`ldm bench`: what it prints, and the words it takes."""
+"""`ldm bench`: output and arguments."""
 
 import json
 import re
@@ -21,13 +21,13 @@ def command(monkeypatch, tmp_path):
     return lambda *words: CliRunner().invoke(app, [*map(str, words)])
 
 
-def test_it_prints_ours_beside_theirs_and_writes_both_files(command, tmp_path, capsys):
+def test_bench_prints_our_costs_beside_the_papers_and_writes_both_files(command, tmp_path, capsys):
     small = ("--resolution", 32, "--batch", 2, "--repeats", 1, "--device", "cpu")
     done = command("litevae-s", "dwt", *small, "--out", "new")
     assert done.exit_code == 0, done.output
-    said = done.output + capsys.readouterr().out
-    assert "1.04" in said and "384" in said and "note" in said and "RTX 6000" in said
-    assert "batch size 2 at 32²" in said and "wrote new/bench.md" in said
+    printed = done.output + capsys.readouterr().out
+    assert "1.04" in printed and "384" in printed and "note" in printed and "RTX 6000" in printed
+    assert "batch size 2 at 32²" in printed and "wrote new/bench.md" in printed
     tree = json.loads((tmp_path / "new" / "bench.json").read_text("utf-8"))
     assert [row["name"] for row in tree["encoders"]] == ["litevae-s", "dwt"]
 

@@ -1,4 +1,4 @@
-"""`ldm eval-ae`: which words become what, what is printed, and what is said of wrong ones."""
+"""`ldm eval-ae`: options, output and errors."""
 
 import json
 import sys
@@ -52,7 +52,7 @@ def test_several_checkpoints_and_resolutions_give_a_table(run, tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["json", "latex", "markdown"])
-def test_what_is_for_a_pipe_stands_alone(run, tmp_path, layout):
+def test_other_formats_print_nothing_else(run, tmp_path, layout):
     save_run(tmp_path / "a")
     folder = save_images(tmp_path / "data", crops(DIM))
     code, out, err = run(
@@ -72,7 +72,7 @@ def test_what_is_for_a_pipe_stands_alone(run, tmp_path, layout):
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "told"),
+    ("words", "code", "message"),
     [
         (
             ["--resolution", "12a"],
@@ -91,13 +91,13 @@ def test_what_is_for_a_pipe_stands_alone(run, tmp_path, layout):
         (["b"], 1, "no checkpoint at b"),
     ],
 )
-def test_what_cannot_be_is_one_line(run, tmp_path, words, code, told):
+def test_errors_are_one_line(run, tmp_path, words, code, message):
     save_run(tmp_path / "a")
     given = {"--data": "photos", "--resolution": "16"}
     rest = [word for pair in given.items() if pair[0] not in words for word in pair]
     left_with, _, err = run("a", *words, *rest)
     assert left_with == code, err
-    assert told in err and err.startswith("error: ") and err.count("\n") == 1
+    assert message in err and err.startswith("error: ") and err.count("\n") == 1
     assert not list(tmp_path.glob("a/eval/*"))
 
 

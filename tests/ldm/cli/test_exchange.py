@@ -1,4 +1,4 @@
-"""`ldm import --diffusion` and `ldm export --format unet`: what is said, and which options go."""
+"""Import and export of diffusion models on the command line: output and invalid options."""
 
 import re
 from pathlib import Path
@@ -19,34 +19,34 @@ def here(tmp_path, monkeypatch):
 def test_a_checkpoint_is_imported_sampled_and_its_network_exported(capsys):
     write_compvis(Path("model.ckpt"))
     import_model("model.ckpt", Path("out.pt"), diffusion=True, resolution=SIZE)
-    said = capsys.readouterr().out
-    assert re.search(r"^wrote out\.pt \(\d+\.\d MiB\)$", said, re.MULTILINE)
-    assert re.search(r"^UNet of [\d,]+ parameters, no classes; latents 4 × 8 × 8", said, re.M)
-    assert "it predicts epsilon; 20 noise levels, β 0.01 to 0.5 (scaled_linear)\n" in said
-    assert "give --head-width or --heads\n" in said
-    assert said.endswith("next: ldm sample out.pt\n")
+    printed = capsys.readouterr().out
+    assert re.search(r"^wrote out\.pt \(\d+\.\d MiB\)$", printed, re.MULTILINE)
+    assert re.search(r"^UNet of [\d,]+ parameters, no classes; latents 4 × 8 × 8", printed, re.M)
+    assert "it predicts epsilon; 20 noise levels, β 0.01 to 0.5 (scaled_linear)\n" in printed
+    assert "give --head-width or --heads\n" in printed
+    assert printed.endswith("next: ldm sample out.pt\n")
 
     sample(Path("out.pt"), n=2, steps=2, out=Path("images"), device="cpu")
     assert len(list(Path("images").rglob("*.png"))) == 3  # and the grid
     capsys.readouterr()
 
     export_model([Path("out.pt"), Path("unet")], "unet")
-    said = capsys.readouterr().out
-    assert re.search(r"^wrote unet/ldm\.json \(\d+\.\d KiB\)$", said, re.MULTILINE)
-    assert "unet/ldm.json documents the timestep input, the prediction type" in said
-    assert said.endswith("next: diffusers.UNet2DModel.from_pretrained('unet')\n")
+    printed = capsys.readouterr().out
+    assert re.search(r"^wrote unet/ldm\.json \(\d+\.\d KiB\)$", printed, re.MULTILINE)
+    assert "unet/ldm.json documents the timestep input, the prediction type" in printed
+    assert printed.endswith("next: diffusers.UNet2DModel.from_pretrained('unet')\n")
 
 
 def test_a_folder_is_imported_over_what_is_there_by_force(capsys):
     write_diffusers(Path("pipeline"))
     Path("out.pt").write_bytes(b"")
     import_model("pipeline", Path("out.pt"), diffusion=True, force=True)
-    said = capsys.readouterr().out
-    assert f"images {SIZE}×{SIZE}" in said and "--heads" not in said
+    printed = capsys.readouterr().out
+    assert f"images {SIZE}×{SIZE}" in printed and "--heads" not in printed
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"resolution": 32}, "--resolution needs --diffusion"),
         ({"head_width": 32}, "--head-width needs --diffusion"),
@@ -60,11 +60,11 @@ def test_a_folder_is_imported_over_what_is_there_by_force(capsys):
         ),
     ],
 )
-def test_options_that_do_not_go_together(options, told):
+def test_options_that_do_not_go_together(options, message):
     write_compvis(Path("model.ckpt"))
     with pytest.raises(UsageError) as caught:
         import_model("model.ckpt", Path("out.pt"), **options)
-    assert told in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
     assert [path.name for path in Path().iterdir()] == ["model.ckpt"]
 
 

@@ -1,4 +1,4 @@
-"""`ldm fid`: which words reach the job, and what a person reads."""
+"""`ldm fid`: options and output."""
 
 import inspect
 import json
@@ -29,8 +29,8 @@ def read(text: str) -> dict[str, str]:
 
 def test_each_number_and_what_it_is_of(samples, weights, capsys):
     fid(samples, weights=weights, bootstrap=4, device="cpu")
-    told, written = capsys.readouterr().out, json.loads((samples / "fid.json").read_text())
-    rows, interval = read(told), written["fid_interval"]
+    printed, written = capsys.readouterr().out, json.loads((samples / "fid.json").read_text())
+    rows, interval = read(printed), written["fid_interval"]
     assert rows["FID"] == (
         f"{written['fid']:.3f}  (95 %: {interval['low']:.3f} to {interval['high']:.3f}, "
         "4 bootstrap draws)  all 10 samples, all 12 images"
@@ -70,7 +70,7 @@ def test_the_words_reach_the_job(samples, monkeypatch):
     assert given["force"] is True and given["sampling"] == {} and given["model"] is None
 
 
-def test_what_excludes_each_other(samples):
+def test_exclusive_options(samples):
     with pytest.raises(UsageError, match="--seed needs a model to sample from: give --model"):
         fid(samples, seed=3, device="cpu")
     with pytest.raises(UsageError, match="--data and --reference exclude each other"):
@@ -89,15 +89,15 @@ def test_where_statistics_are_kept(samples, tmp_path, weights, capsys):
     kept = read(capsys.readouterr().out)["statistics"]
     assert Path(kept).is_file() and Path(kept).parent == tmp_path / "cache" / "statistics"
     fid(samples, reference=kept, weights=weights, device="cpu")
-    told = capsys.readouterr().out
-    assert "note: no SWD: it compares patches" in told and "SWD ×10³" not in told
-    assert read(told)["statistics"] == kept
+    printed = capsys.readouterr().out
+    assert "note: no SWD: it compares patches" in printed and "SWD ×10³" not in printed
+    assert read(printed)["statistics"] == kept
     fid(samples, split="val", weights=weights, device="cpu", force=True)  # too few to be kept
     assert "statistics" not in read(capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("command", [fid, eval_ae])
-def test_what_features_must_be(command):
+def test_invalid_features_are_refused(command):
     (info,) = inspect.signature(command).parameters["features"].annotation.__metadata__
     assert "function(device) returns a callable that maps uint8 images (B, 3, H, W)" in info.help
 

@@ -1,4 +1,4 @@
-"""The command line as a person meets it: what it prints, and with which code it leaves."""
+"""The command line: output and exit codes."""
 
 import re
 import sys
@@ -27,8 +27,8 @@ def run(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["ldm", *map(str, words)])
         with pytest.raises(SystemExit) as left:
             main()
-        said = capsys.readouterr()
-        return left.value.code or 0, said.out, said.err
+        printed = capsys.readouterr()
+        return left.value.code or 0, printed.out, printed.err
 
     return call
 
@@ -63,14 +63,14 @@ def test_help_names_every_command_and_is_quick(tmp_path):
     assert min(took) < 3  # half a second alone; a machine under test is not
 
 
-def test_presets_are_listed_with_what_they_are(run):
+def test_presets_are_listed_with_summaries(run):
     code, out, _ = run("presets")
     assert code == 0
     for name in ("litevae-b", "sdvae", "ffhq256", "tiny"):
         assert re.search(rf"^ *{name} +\S+", out, re.MULTILINE), name
 
 
-def test_show_prints_the_resolved_settings_with_their_meaning(run):
+def test_show_prints_resolved_settings_with_docs(run):
     code, out, _ = run("show", "litevae-b", "batch_size=32")
     assert code == 0
     assert re.search(r"^batch_size: 32 +# Images per step", out, re.MULTILINE)
@@ -80,7 +80,7 @@ def test_show_prints_the_resolved_settings_with_their_meaning(run):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["train-ae", "litevea-b"], "no preset 'litevea-b'; did you mean 'litevae-b'?"),
         (["show", "ffhq265"], "did you mean 'ffhq256'?"),
@@ -101,17 +101,17 @@ def test_show_prints_the_resolved_settings_with_their_meaning(run):
         (["trainae", "tiny"], "No such command 'trainae'"),
     ],
 )
-def test_usage_that_cannot_be_is_one_line_and_code_2(failed, tmp_path, words, told):
-    assert told in failed(*words, code=2)
+def test_usage_errors_are_one_line_and_code_2(failed, tmp_path, words, message):
+    assert message in failed(*words, code=2)
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_world_that_is_not_as_needed_is_one_line_and_code_1(failed, tmp_path):
+def test_failures_are_one_line_and_code_1(failed, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "truncated.pt").write_bytes(b"PK\x03\x04 not all of it")
     torch.save({"format": FORMAT + 1, "kind": "diffusion"}, tmp_path / "newer.pt")
     torch.save({"format": 1, "kind": "autoencoder"}, tmp_path / "other.pt")
-    for words, told in (
+    for words, message in (
         (["train-ae", "tiny", "data.source=nowhere"], "nowhere"),
         (["train-ae", "tiny", "data.source=empty"], "empty"),
         (["train-ae", "tiny", "run.device=cuda:77"], "PyTorch sees"),
@@ -123,10 +123,10 @@ def test_a_world_that_is_not_as_needed_is_one_line_and_code_1(failed, tmp_path):
         (["sample", "newer.pt"], "upgrade ldm"),
         (["sample", "other.pt"], "is a stage-one autoencoder"),
     ):
-        assert told in failed(*words, code=1)
+        assert message in failed(*words, code=1)
 
 
-def test_litevae_b_without_data_says_both_ways_out(failed, tmp_path):
+def test_missing_data_names_both_remedies(failed, tmp_path):
     text = failed("train-ae", "litevae-b", code=1)
     assert "ldm data prepare" in text and "data.source=photos" in text
     assert not (tmp_path / "runs").exists()
@@ -146,7 +146,7 @@ def test_debug_leaves_the_traceback_to_python(failed, monkeypatch):
         main()
 
 
-def test_what_nobody_foresaw_is_one_line_too(failed, monkeypatch):
+def test_unexpected_errors_are_one_line(failed, monkeypatch):
     import ldm.config
 
     def surprise(kind):
@@ -157,9 +157,9 @@ def test_what_nobody_foresaw_is_one_line_too(failed, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_four_everyday_commands_with_paths_left_out(tmp_path):
+def test_everyday_commands_find_their_inputs(tmp_path):
     """train-ae, train-diffusion, sample, fid, eval-ae: each takes the newest of the one before."""
-    said = ""
+    printed = ""
     for words in (
         ["train-ae", "tiny", *AUTOENCODER],
         ["train-diffusion", "tiny", *DIFFUSION],
@@ -168,9 +168,9 @@ def test_the_four_everyday_commands_with_paths_left_out(tmp_path):
     ):
         done = ldm(*words, cwd=tmp_path, TORCH_HOME=str(tmp_path))
         assert done.returncode == 0, done.stderr
-        said += done.stdout
-    assert "next: ldm train-diffusion --ae runs/" in said
-    assert re.search(r"^model +resolution +images +(LPIPS ↓ +)?PSNR ↑", said, re.MULTILINE)
+        printed += done.stdout
+    assert "next: ldm train-diffusion --ae runs/" in printed
+    assert re.search(r"^model +resolution +images +(LPIPS ↓ +)?PSNR ↑", printed, re.MULTILINE)
     fid = ldm("fid", "--force", cwd=tmp_path, LDM_CACHE=str(tmp_path), TMPDIR=str(tmp_path))
     if fid.returncode:  # no network: the line says what to do, and SWD is there all the same
         assert "inception-2015-12-05.pt" in fid.stderr and "--weights" in fid.stderr

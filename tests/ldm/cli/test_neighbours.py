@@ -1,4 +1,4 @@
-"""`ldm neighbours`: the numbers it prints, and the words it takes."""
+"""`ldm neighbours`: output and arguments."""
 
 import json
 
@@ -32,10 +32,10 @@ def folder(tmp_path, monkeypatch):
 def test_it_measures_the_newest_samples(folder, command):
     done = command("--count", 1, "--nearest", 2)
     assert done.exit_code == 0, done.output
-    told = json.loads((folder / "neighbours.json").read_text())
-    assert told["space"] == "latents" and len(told["samples"]) == 1
-    assert len(told["samples"][0]["nearest"]) == 2
-    ours, theirs = told["median_nearest"]["samples"], told["median_nearest"]["held_out"]
+    result = json.loads((folder / "neighbours.json").read_text())
+    assert result["space"] == "latents" and len(result["samples"]) == 1
+    assert len(result["samples"][0]["nearest"]) == 2
+    ours, theirs = result["median_nearest"]["samples"], result["median_nearest"]["held_out"]
     assert (
         "median distance to the nearest training image, standard deviations of the latents: "
         f"samples {ours:.3f}, held-out images {theirs:.3f}" in done.output

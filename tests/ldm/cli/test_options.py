@@ -25,7 +25,7 @@ def test_a_stage_takes_its_own(name, stage, found):
 
 
 @pytest.mark.parametrize(
-    ("name", "stage", "told"),
+    ("name", "stage", "message"),
     [
         ("litevae-x", STAGE_ONE, "did you mean 'litevae-"),
         ("t10-patchgn", STAGE_ONE, "did you mean 't10-patchgan'"),
@@ -34,10 +34,10 @@ def test_a_stage_takes_its_own(name, stage, found):
         ("diffusion/litevae-b", STAGE_TWO, "no preset 'diffusion/litevae-b'"),
     ],
 )
-def test_names_that_mean_nothing_here(name, stage, told):
+def test_invalid_presets(name, stage, message):
     with pytest.raises(UsageError) as caught:
         find_preset(name, stage)
-    assert told in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", list_presets("recipes"))

@@ -1,4 +1,4 @@
-"""`ldm sample`: which words become which settings, and what is said of those that cannot be."""
+"""`ldm sample`: options become settings; invalid ones are refused."""
 
 import json
 
@@ -21,28 +21,28 @@ def test_words_become_settings(model, tmp_path, capsys):
         guide=guide, labels="dog, 0", churn="4,0.1,50,1.01", files="zip", out=tmp_path / "out",
         device="cpu", precision="fp32",
     )  # fmt: skip
-    told = json.loads((tmp_path / "out" / "samples.json").read_text())
+    manifest = json.loads((tmp_path / "out" / "samples.json").read_text())
     expected = {
         "n": 2, "seed": 0, "steps": 2, "sampler": "euler", "schedule": "cosine", "guidance": 1.5,
         "interval": [0.2, "inf"], "labels": [1, 0], "files": "zip", "sigma_max": None,
         "churn": {"S_churn": 4, "S_min": 0.1, "S_max": 50, "S_noise": 1.01},
     }  # fmt: skip
-    assert {key: told[key] for key in expected} == expected
-    assert told["weaker"]["path"] == str(guide)
-    said = capsys.readouterr().out
-    assert f"done: 2 images in {tmp_path / 'out'}" in said
-    assert f"next: ldm fid {tmp_path / 'out'}" in said
+    assert {key: manifest[key] for key in expected} == expected
+    assert manifest["weaker"]["path"] == str(guide)
+    printed = capsys.readouterr().out
+    assert f"done: 2 images in {tmp_path / 'out'}" in printed
+    assert f"next: ldm fid {tmp_path / 'out'}" in printed
 
 
 def test_churn_alone_is_its_amount(model, tmp_path):
     sample(model, n=1, steps=1, churn="4", out=tmp_path / "out", device="cpu")
-    told = json.loads((tmp_path / "out" / "samples.json").read_text())
-    assert told["churn"] == {"S_churn": 4, "S_min": 0, "S_max": "inf", "S_noise": 1}
-    assert told["labels"] is None and (tmp_path / "out" / "00000").is_dir()
+    manifest = json.loads((tmp_path / "out" / "samples.json").read_text())
+    assert manifest["churn"] == {"S_churn": 4, "S_min": 0, "S_max": "inf", "S_noise": 1}
+    assert manifest["labels"] is None and (tmp_path / "out" / "00000").is_dir()
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         ({"interval": "3"}, "--interval 3: expected 2 number(s) separated by commas"),
         ({"interval": "low,high"}, "--interval low,high: expected 2"),
@@ -59,8 +59,8 @@ def test_churn_alone_is_its_amount(model, tmp_path):
         ({"steps": 0}, "'steps': input should be greater than 0"),
     ],
 )
-def test_words_that_cannot_be(model, tmp_path, given, told):
+def test_invalid_arguments(model, tmp_path, given, message):
     with pytest.raises(UsageError) as error:
         sample(model, out=tmp_path / "out", device="cpu", **given)
-    assert told in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()

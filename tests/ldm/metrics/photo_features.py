@@ -1,4 +1,4 @@
-"""Features of real images without weights: what metrics on features are tested on."""
+"""Features of photographs without weights, to test metrics on."""
 
 import numpy as np
 from skimage.transform import downscale_local_mean

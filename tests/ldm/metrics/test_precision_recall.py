@@ -43,13 +43,13 @@ def test_blocks_do_not_matter(monkeypatch):
     assert precision_recall(real, made) == whole
 
 
-def test_equal_sets_are_whole_and_far_ones_nothing():
+def test_equal_sets_score_one_and_distant_sets_zero():
     real = photo_features("train", 30, 12)
     assert precision_recall(real, real) == (1, 1)
     assert precision_recall(real, real + 100) == (0, 0)
 
 
-def test_a_collapsed_model_is_precise_and_covers_nothing():
+def test_a_collapsed_model_has_precision_without_recall():
     draw = np.random.default_rng(0)
     real = draw.standard_normal((200, 4))
     made = real[0] + 1e-3 * draw.standard_normal((200, 4))
@@ -58,7 +58,7 @@ def test_a_collapsed_model_is_precise_and_covers_nothing():
     assert found.recall <= 1 / 200
 
 
-def test_images_that_both_sets_hold_are_inside():
+def test_shared_images_are_inside():
     """Five copies of an image: their balls have radius 0, and hold the copy in the other set."""
     draw = np.random.default_rng(0)
     image, far = draw.standard_normal((1, 64)) + 50, draw.standard_normal((10, 64)) * 100

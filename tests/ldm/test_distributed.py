@@ -1,4 +1,4 @@
-"""Meeting, and one process that speaks for all; several are launched by the tests of commands."""
+"""Helpers for several processes, in one; tests of commands launch several."""
 
 from types import SimpleNamespace
 
@@ -22,7 +22,7 @@ def test_a_device_that_is_not_there():
 
 
 @pytest.mark.parametrize("made", [7, None])
-def test_the_other_hears_what_the_main_process_made(monkeypatch, made):
+def test_from_main_sends_the_result_to_all(monkeypatch, made):
     """Two processes in turn: what the first one sends is what the second one receives."""
     sent = []
 
@@ -52,7 +52,7 @@ def raised(ranks, error: Exception | None) -> Exception | None:
     return None
 
 
-def test_one_that_failed_says_so_while_it_waits(monkeypatch, capsys):
+def test_a_failed_process_prints_its_error_while_it_waits(monkeypatch, capsys):
     monkeypatch.setattr(processes, "gather_object", lambda mine: mine)
     raised(rank(1), KeyError("a bug"))
     assert "process 1 failed and waits for the others" in capsys.readouterr().err
@@ -72,12 +72,12 @@ LACKING, BROKEN = LdmError("no room"), KeyError("a bug")
         ((LACKING, BROKEN), ("process 1 failed: KeyError: 'a bug'", BROKEN)),
     ],
 )
-def test_where_one_process_fails_all_do(monkeypatch, theirs, out):
-    told = []
-    monkeypatch.setattr(processes, "gather_object", lambda mine: told.extend(mine) or mine)
+def test_if_one_process_fails_all_do(monkeypatch, theirs, out):
+    errors = []
+    monkeypatch.setattr(processes, "gather_object", lambda mine: errors.extend(mine) or mine)
     for number, error in enumerate(theirs):
         raised(rank(number), error)
-    monkeypatch.setattr(processes, "gather_object", lambda mine: list(told))
+    monkeypatch.setattr(processes, "gather_object", lambda mine: list(errors))
     for number, (error, expected) in enumerate(zip(theirs, out, strict=True)):
         found = raised(rank(number), error)
         if isinstance(expected, str):
@@ -86,17 +86,19 @@ def test_where_one_process_fails_all_do(monkeypatch, theirs, out):
             assert found is expected
 
 
-def test_what_the_main_process_raises_is_raised_by_all(monkeypatch):
-    """Whatever it is: the others would wait in vain for what it makes."""
-    told = []
-    monkeypatch.setattr(processes, "gather_object", lambda mine: told.extend(mine) or list(told))
+def test_from_main_raises_the_error_on_all(monkeypatch):
+    """Of any type; the others would otherwise wait for the result."""
+    errors = []
+    monkeypatch.setattr(
+        processes, "gather_object", lambda mine: errors.extend(mine) or list(errors)
+    )
     with pytest.raises(ZeroDivisionError):
         from_main(rank(0), lambda: 1 / 0)
     with pytest.raises(RuntimeError, match="process 0 failed: ZeroDivisionError: division by zero"):
         from_main(rank(1), lambda: pytest.fail("the main process alone"))
 
 
-def test_one_process_alone_raises_its_own():
+def test_a_single_process_raises_its_own_error():
     ranks, _ = join_processes("cpu")
     assert raised(ranks, LACKING) is LACKING and raised(ranks, BROKEN) is BROKEN
 

@@ -1,4 +1,4 @@
-"""`ldm ema` on a made-up run, up to images drawn with what it wrote."""
+"""`ldm ema`, up to sampling from the averaged model."""
 
 import pytest
 import typer

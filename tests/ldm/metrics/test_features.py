@@ -1,4 +1,4 @@
-"""Features kept of a stream: which, in what memory, whatever the batches and the processes."""
+"""Feature sets: statistics and sample, independent of batches and processes."""
 
 import pickle
 import tracemalloc
@@ -159,8 +159,8 @@ def test_a_file_gives_all_back(tmp_path):
     path = tmp_path / "deep" / "features.npz"
     some, about = filled(range(50), 16), {"data": "photos", "extractor": "größe", "n": [1, 2]}
     some.save(path, about)
-    again, said = FeatureSet.load(path)
-    assert said == about
+    again, loaded = FeatureSet.load(path)
+    assert loaded == about
     assert_same(again, some)
     assert (again.dim, again.total, again.kept, again.seed) == (DIM, 50, 12, 0)
     with np.load(path) as parts:  # as other toolkits read it
