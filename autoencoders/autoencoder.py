@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, cast
 
 import torch
 from pydantic import Field, PositiveInt, ValidationInfo, field_validator, model_validator
@@ -111,8 +112,9 @@ class Autoencoder(HubMixin):
         self.decoder = SDVAEDecoder(config.decoder, n_z)
         self.quant_conv = nn.Conv2d(2 * n_z, 2 * n_z, 1) if config.conv1x1 else nn.Identity()
         self.post_quant_conv = nn.Conv2d(n_z, n_z, 1) if config.conv1x1 else nn.Identity()
-        self.register_state_dict_post_hook(_to_file_keys)
-        self.register_load_state_dict_pre_hook(_from_file_keys)
+        names = {key: name for name, key in FILE_KEYS.items()}
+        self.register_state_dict_post_hook(partial(_rename_layers, FILE_KEYS))
+        self.register_load_state_dict_pre_hook(partial(_rename_layers, names))
 
     def encode(self, images: Tensor) -> DiagonalGaussian:
         """Images (B, 3, H, W) in [−1, 1] → posterior over latents (B, n_z, ⌈H/f⌉, ⌈W/f⌉).
@@ -179,9 +181,7 @@ class Autoencoder(HubMixin):
 
         The copy is frozen and cannot be saved: save this one.
         """
-        fused = fuse(self)
-        assert isinstance(fused, Autoencoder)
-        return fused
+        return cast(Autoencoder, fuse(self))
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Autoencoder":
@@ -235,15 +235,9 @@ def assemble(file: AutoencoderFile, path: str | Path) -> Autoencoder:
     return build_with(lambda: Autoencoder(config), file.weights, path)
 
 
-def _to_file_keys(module: nn.Module, tensors: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    _rename_layers(tensors, prefix, FILE_KEYS)
-
-
-def _from_file_keys(module: nn.Module, tensors: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    _rename_layers(tensors, prefix, {key: name for name, key in FILE_KEYS.items()})
-
-
-def _rename_layers(tensors: dict[str, Tensor], prefix: str, names: dict[str, str]) -> None:
+def _rename_layers(
+    names: dict[str, str], module: nn.Module, tensors: dict[str, Tensor], prefix: str, *_: Any
+) -> None:
     for (old, new), tensor in product(names.items(), ("weight", "bias")):
         if f"{prefix}{old}.{tensor}" in tensors:
             tensors[f"{prefix}{new}.{tensor}"] = tensors.pop(f"{prefix}{old}.{tensor}")

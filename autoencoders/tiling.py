@@ -8,7 +8,6 @@ neighbour. Sizes are in pixels throughout, for latents too: a tile has tile/f of
 import math
 from collections.abc import Callable, Sequence
 from itertools import product
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,11 +42,9 @@ def encode_tiled(
         posterior = ae.encode(tiles)
         return torch.cat([posterior.mean, posterior.logvar], dim=1)
 
-    tiling = _Tiling(f, tile, overlap, batch)
-    channels = 2 * ae.config.latent_channels
-    return DiagonalGaussian.from_moments(
-        tiling.run(moments, images, _device(ae), channels, in_scale=f, out_scale=1)
-    )
+    height, width = (side // f for side in images.shape[-2:])
+    shape = (len(images), 2 * ae.config.latent_channels, height, width)
+    return DiagonalGaussian.from_moments(_blend(ae, moments, images, shape, tile, overlap, batch))
 
 
 @torch.no_grad()
@@ -70,9 +67,9 @@ def decode_tiled(
     Raises:
         UsageError: tile, overlap or batch is out of range.
     """
-    f = ae.downsampling
-    tiling = _Tiling(f, tile, overlap, batch)
-    recon = tiling.run(ae.decode, latents, _device(ae), channels=3, in_scale=1, out_scale=f)
+    height, width = (side * ae.downsampling for side in latents.shape[-2:])
+    shape = (len(latents), 3, height, width)
+    recon = _blend(ae, ae.decode, latents, shape, tile, overlap, batch)
     return recon if size is None else recon[..., : size[0], : size[1]]
 
 
@@ -87,92 +84,72 @@ def reconstruct_tiled(
     return decode_tiled(ae, latents, images.shape[-2:], tile, overlap, batch)
 
 
-class _Span(NamedTuple):
-    """Extent of a tile along one side."""
-
-    source: slice
-    """In the network's input."""
-    output: slice
-    """In its output."""
-    weight: Tensor
-    """Weights of the blend (n,); those of all tiles add up to 1 everywhere."""
-
-
-class _Tiling:
-    """Cuts inputs into tiles and blends the network's outputs."""
-
-    def __init__(self, f: int, tile: int, overlap: int, batch: int) -> None:
-        if tile < f or tile % f or overlap % f:
-            raise UsageError(
-                f"tile={tile}, overlap={overlap}: both must be multiples of {f}, the "
-                "autoencoder's downsampling"
-            )
-        if not 0 <= overlap < tile:
-            raise UsageError(f"overlap={overlap}, tile={tile}: overlap must be 0 to {tile - f}")
-        if batch < 1:
-            raise UsageError(f"batch={batch}: must be at least 1")
-        # in latents, the coarser grid, so that every cut falls on whole values in both
-        self.tile, self.overlap, self.batch = tile // f, overlap // f, batch
-
-    def run(
-        self,
-        network: Callable[[Tensor], Tensor],
-        source: Tensor,
-        device: torch.device,
-        channels: int,
-        in_scale: int,
-        out_scale: int,
-    ) -> Tensor:
-        """Apply the network to source (B, C, H, W) by tiles: (B, channels, H', W'), float32.
-
-        Args:
-            in_scale: values of the source per latent, along each side.
-            out_scale: values of the output per latent, along each side.
-        """
-        height, width = (side // in_scale for side in source.shape[-2:])
-        shape = len(source), channels, height * out_scale, width * out_scale
-        whole = torch.zeros(shape, device=source.device)
-        rows, columns = (
-            [
-                _Span(_scaled(start, end, in_scale), _scaled(start, end, out_scale), w.to(whole))
-                for start, end, w in self.spans(side, out_scale)
-            ]
-            for side in (height, width)
+def _blend(
+    ae: Autoencoder,
+    network: Callable[[Tensor], Tensor],
+    source: Tensor,
+    shape: Sequence[int],
+    tile: int,
+    overlap: int,
+    batch: int,
+) -> Tensor:
+    """Apply the network to source (B, C, H, W) by tiles: an output of a shape, float32."""
+    f, device = ae.downsampling, next(ae.parameters()).device
+    if tile < f or tile % f or overlap % f:
+        raise UsageError(
+            f"tile={tile}, overlap={overlap}: both must be multiples of {f}, the autoencoder's "
+            "downsampling"
         )
-        tiles = list(product(range(len(source)), rows, columns))
-        for first in range(0, len(tiles), self.batch):
-            some = tiles[first : first + self.batch]
-            inputs = torch.stack(
-                [source[i, :, row.source, column.source] for i, row, column in some]
-            )
-            outputs = network(inputs.to(device)).to(whole)
-            for output, (i, row, column) in zip(outputs, some, strict=True):
-                part = whole[i, :, row.output, column.output]
-                part += row.weight[:, None] * column.weight * output
-        return whole
+    if not 0 <= overlap < tile:
+        raise UsageError(f"overlap={overlap}, tile={tile}: overlap must be 0 to {tile - f}")
+    if batch < 1:
+        raise UsageError(f"batch={batch}: must be at least 1")
+    # tiles are cut in latents, the coarser grid, so that every cut falls on whole values in both
+    whole = torch.zeros(tuple(shape), device=source.device)
+    sides = [min(pair) for pair in zip(source.shape[-2:], shape[-2:], strict=True)]
+    in_scale, out_scale = source.shape[-1] // sides[1], shape[-1] // sides[1]
+    rows, columns = (cut(side, tile // f, overlap // f, out_scale) for side in sides)
+    tiles = list(product(range(len(source)), rows, columns))
+    for first in range(0, len(tiles), batch):
+        some = tiles[first : first + batch]
+        inputs = [_part(source[i], row, column, in_scale) for i, row, column in some]
+        outputs = network(torch.stack(inputs).to(device)).to(whole)
+        for output, (i, row, column) in zip(outputs, some, strict=True):
+            weight = row[2].to(whole)[:, None] * column[2].to(whole)
+            part = _part(whole[i], row, column, out_scale)
+            part += weight * output
+    return whole
 
-    def spans(self, side: int, out_scale: int) -> list[tuple[int, int, Tensor]]:
-        """Start and end of each tile along a side, in latents, and its weights, in outputs.
 
-        As few tiles as keep the overlap, spread evenly from border to border.
-        """
-        tile, overlap = min(self.tile, side), self.overlap
-        gaps = math.ceil((side - tile) / (self.tile - overlap))
-        starts = [i * (side - tile) // max(gaps, 1) for i in range(gaps + 1)]
-        ramp = _raised_cosine(overlap * out_scale)
-        weights = torch.zeros(len(starts), side * out_scale)
-        for weight, start in zip(weights, starts, strict=True):
-            own = weight[start * out_scale : (start + tile) * out_scale]
-            own.fill_(1)
-            if start > 0:
-                own[: len(ramp)] *= ramp
-            if start + tile < side:
-                own[len(own) - len(ramp) :] *= ramp.flip(0)
-        weights /= weights.sum(dim=0)
-        return [
-            (start, start + tile, weight[start * out_scale : (start + tile) * out_scale])
-            for start, weight in zip(starts, weights, strict=True)
-        ]
+Span = tuple[int, int, Tensor]  # of a tile along one side: start, end, weights
+
+
+def cut(side: int, tile: int, overlap: int, out_scale: int) -> list[Span]:
+    """Cut a side into tiles: the start and end of each, and its weights, which add up to 1.
+
+    As few tiles as keep the overlap, spread evenly from border to border.
+
+    Args:
+        side, tile, overlap: in latents, as the starts and ends.
+        out_scale: weights per latent, as many as the output has values.
+    """
+    gaps = math.ceil(max(side - tile, 0) / (tile - overlap))
+    tile = min(tile, side)
+    starts = [i * (side - tile) // max(gaps, 1) for i in range(gaps + 1)]
+    ramp = _raised_cosine(overlap * out_scale)
+    weights = torch.zeros(len(starts), side * out_scale)
+    for weight, start in zip(weights, starts, strict=True):
+        own = weight[start * out_scale : (start + tile) * out_scale]
+        own.fill_(1)
+        if start > 0:
+            own[: len(ramp)] *= ramp
+        if start + tile < side:
+            own[len(own) - len(ramp) :] *= ramp.flip(0)
+    weights /= weights.sum(dim=0)
+    return [
+        (start, start + tile, weight[start * out_scale : (start + tile) * out_scale])
+        for start, weight in zip(starts, weights, strict=True)
+    ]
 
 
 def _raised_cosine(length: int) -> Tensor:
@@ -180,9 +157,6 @@ def _raised_cosine(length: int) -> Tensor:
     return torch.sin((torch.arange(length) + 0.5) * (math.pi / 2 / max(length, 1))).square()
 
 
-def _scaled(start: int, end: int, factor: int) -> slice:
-    return slice(start * factor, end * factor)
-
-
-def _device(ae: Autoencoder) -> torch.device:
-    return next(ae.parameters()).device
+def _part(x: Tensor, row: Span, column: Span, scale: int) -> Tensor:
+    rows, columns = (slice(start * scale, end * scale) for start, end, _ in (row, column))
+    return x[:, rows, columns]

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autoencoders import Autoencoder
 from autoencoders.discriminators import build_discriminator, split
@@ -44,7 +44,7 @@ from pipelines.recipes import AutoencoderRecipe
 from pipelines.validation import validate_autoencoder
 
 PerceptualLosses = Mapping[str, LPIPS | ESRGANPerceptual]
-"""PerceptualLosses losses by the name of their term, `lpips` and `esrgan`."""
+"""Perceptual losses by the name of their term, `lpips` and `esrgan`."""
 
 NONE: PerceptualLosses = MappingProxyType({})
 
@@ -65,8 +65,8 @@ class AutoencoderState(TrainingState):
     def __init__(self, recipe: AutoencoderRecipe, run: Run, perceptual: PerceptualLosses) -> None:
         super().__init__(recipe.batch_size, recipe.total_steps)
         self.recipe, self.folder = recipe, run.folder
-        self.autoencoder = run.place(Autoencoder(recipe.model))
-        self.discriminator = run.place(build_discriminator(recipe.discriminator))
+        self.autoencoder: nn.Module = run.place(Autoencoder(recipe.model))
+        self.discriminator: nn.Module = run.place(build_discriminator(recipe.discriminator))
         self.objective = Objective(recipe.loss, recipe.adversarial, dict(perceptual))
         self.ema = Ema(self.autoencoder, recipe.ema_half_life_images)
         self.averages = [self.ema]
@@ -92,10 +92,10 @@ class AutoencoderState(TrainingState):
         # after the average was copied from it: these change a module, not its weights
         if self.recipe.checkpointing:
             checkpoint_blocks(self.autoencoder)
-        decoder = self.autoencoder.decoder
-        # not its last layer, where gradients are taken; see `gradient_ratio`
-        run.compile(self.autoencoder.encoder, decoder.middle, *decoder.levels, self.discriminator)
-        self.autoencoder = run.prepare(self.autoencoder)
+        ae = cast(Autoencoder, self.autoencoder)
+        # not the decoder's last layer, where gradients are taken; see `gradient_ratio`
+        run.compile(ae.encoder, ae.decoder.middle, *ae.decoder.levels, self.discriminator)
+        self.autoencoder = run.prepare(ae)
         self.discriminator = run.prepare(self.discriminator)
 
     def set_learning_rate(self) -> float:
@@ -107,11 +107,9 @@ class AutoencoderState(TrainingState):
         return lr
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of every part by its name, the counts, and the validations' numbers."""
         return super().state_dict() | {"held_out": self.held_out, "best": self.best}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Continue from a saved state."""
         super().load_state_dict(saved)
         self.held_out, self.best = saved.get("held_out", {}), saved.get("best", {})
         if "best" not in saved and (self.folder / "best.pt").is_file():  # of an earlier version
@@ -132,8 +130,8 @@ class Draws(NamedTuple):
 def draw(run: Run, recipe: AutoencoderRecipe, ks: Sequence[int], resolution: int) -> Draws:
     """Draw the random numbers of images `ks` of the run."""
     side = resolution // recipe.encoder.downsampling
-    shape = (recipe.latent_channels, side, side)
-    noise = normal(run.seed, "posterior", ks, shape).to(run.device, non_blocking=True)
+    noise = normal(run.seed, "posterior", ks, (recipe.latent_channels, side, side))
+    noise = noise.to(run.device, non_blocking=True)
     if not recipe.adversarial.cutmix:
         return Draws(noise, None)
     return Draws(noise, uniform(run.seed, "cutmix", ks, (3,)).to(run.device, non_blocking=True))
@@ -188,7 +186,7 @@ def _update_generator(
         with frozen(run.unwrap(state.discriminator)) as discriminator, run.autocast():
             terms["adversarial"] = objective.generator_loss(discriminator(out.recon))
         if log_gradients or adversarial.weighting == "adaptive":
-            last = run.unwrap(state.autoencoder).decoder.conv_out.weight
+            last = cast(Autoencoder, run.unwrap(state.autoencoder)).decoder.conv_out.weight
             recon_loss = objective.recon_total(terms)
             ratio = gradient_ratio(recon_loss, terms["adversarial"], last, run.mean)
             logs["gradient_ratio"] = ratio
@@ -209,7 +207,7 @@ def _update_discriminator(
     pictures = [images, recon]
     if draws.cutmix is not None:
         mask = cutmix_masks(draws.cutmix, *images.shape[-2:])  # (b, 1, H, W)
-        pictures.append(torch.where(mask, *pictures))
+        pictures.append(torch.where(mask, images, recon))
     # one forward for all of them: the power iteration in it runs once
     with run.autocast():
         logits = state.discriminator(torch.cat(pictures))
@@ -246,7 +244,11 @@ def train_autoencoder(
             steps in a row not finite, or a full disk.
         Interrupted: asked to stop; the state is saved, and the same call resumes.
     """
-    sources, held_out = _open_sources(recipe)
+    # the largest first: its message about missing data then suits every phase
+    resolutions = sorted({phase.resolution for phase in recipe.phases}, reverse=True)
+    sources = {side: open_source(recipe.data, "train", side) for side in resolutions}
+    last = recipe.phases[-1].resolution
+    held_out = open_source(recipe.data, "val", last) if holds_out(recipe.data) else None
     perceptual = load_perceptual(recipe, perceptual)
     lpips = _validation_lpips(recipe, perceptual)
 
@@ -309,16 +311,6 @@ def _train(
                 raise Interrupted(f"stopped after step {state.step}, saved in {run.folder}")
 
 
-def _open_sources(recipe: AutoencoderRecipe) -> tuple[dict[int, Source], Source | None]:
-    """The training images of each phase by its resolution, and the held-out images if any."""
-    # the largest first: its message about missing data then suits every phase
-    resolutions = sorted({phase.resolution for phase in recipe.phases}, reverse=True)
-    sources = {side: open_source(recipe.data, "train", side) for side in resolutions}
-    if not holds_out(recipe.data):
-        return sources, None
-    return sources, open_source(recipe.data, "val", recipe.phases[-1].resolution)
-
-
 def _stream(
     recipe: AutoencoderRecipe, sources: Mapping[int, Source], run: Run, images_seen: int
 ) -> Iterator[tuple[int, Batch]]:
@@ -350,7 +342,7 @@ def load_perceptual(recipe: AutoencoderRecipe, given: PerceptualLosses = NONE) -
 def _validation_lpips(recipe: AutoencoderRecipe, perceptual: PerceptualLosses) -> LPIPS | None:
     """LPIPS as papers report it (VGG-16): required if best.pt depends on it, else optional."""
     if "lpips" in perceptual and recipe.loss.lpips_network == "vgg":
-        return perceptual["lpips"]
+        return cast(LPIPS, perceptual["lpips"])
     if recipe.best_by == "lpips":
         return load_lpips(instead="choose best_by=psnr")
     return find_lpips()
@@ -369,8 +361,8 @@ def _validate(
         return
     recipe, by = state.recipe, state.recipe.best_by
     numbers = validate_autoencoder(
-        run, state.ema.model, held_out, recipe.phases[-1].resolution, recipe.validate_images,
-        state.images_seen, logbook, lpips,
+        run, cast(Autoencoder, state.ema.model), held_out, recipe.phases[-1].resolution,
+        recipe.validate_images, state.images_seen, logbook, lpips,
     )  # fmt: skip
     state.held_out, sign = numbers, -1 if by == "lpips" else 1
     is_best = by in numbers and (not state.best or sign * numbers[by] > sign * state.best[by])
@@ -393,7 +385,7 @@ def _export(run: Run, state: AutoencoderState, name: str, **more: Any) -> None:
 
 
 def _opening(run: Run, state: AutoencoderState) -> str:
-    recipe, ae = state.recipe, run.unwrap(state.autoencoder)
+    recipe, ae = state.recipe, cast(Autoencoder, run.unwrap(state.autoencoder))
     phases = ", then ".join(f"{p.steps:,} steps at {p.resolution}²" for p in recipe.phases)
     each = recipe.batch_size // (recipe.accumulate * run.world)
     networks = (ae.encoder, ae.decoder, state.discriminator)

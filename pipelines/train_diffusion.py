@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autoencoders import Autoencoder, load_autoencoder
 from autoencoders.posterior import DiagonalGaussian
@@ -51,7 +51,7 @@ class DiffusionState(TrainingState):
         self.network = run.place(build_network(recipe.network))
         denoiser = EDM(self.network, recipe.edm.sigma_data)
         uncertainty = run.place(Uncertainty()) if recipe.edm.uncertainty else None
-        self.objective = EDMLoss(denoiser, uncertainty)
+        self.objective: nn.Module = EDMLoss(denoiser, uncertainty)
         self.ema = Ema(denoiser, recipe.ema_half_life_images)
         self.powers = {std: PowerEma(self.network, std) for std in recipe.ema_stds}
         self.averages = [self.ema, *self.powers.values()]
@@ -86,11 +86,9 @@ class DiffusionState(TrainingState):
             save_snapshot(self.folder / "ema", self.images_seen, std, power.model.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of every part by its name, the counts, and the last row of metrics."""
         return super().state_dict() | {"row": self.row}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Continue from a saved state."""
         super().load_state_dict(saved)
         self.row = saved.get("row", {})
         if "row" not in saved:  # of an earlier version
@@ -148,7 +146,13 @@ def train_diffusion(
         state = DiffusionState(recipe, run)
         autoencoder = run.place(autoencoder)
         if saved := run.resume():
-            codec = _restore_codec(run, recipe, autoencoder, saved, ae_sha256)
+            if saved["autoencoder_sha256"] != ae_sha256:
+                raise LdmError(
+                    f"{recipe.autoencoder} has other weights than the autoencoder that "
+                    f"{run.folder} was started with: pass that one to --ae, or another folder to "
+                    "--out"
+                )
+            codec = Codec.from_statistics(autoencoder, saved["statistics"]).to(run.device)
             state.load_state_dict(saved)
         else:
             codec = measure_codec(autoencoder, recipe, source, run)
@@ -210,31 +214,12 @@ def _train(
                 raise Interrupted(f"stopped after step {state.step}, saved in {run.folder}")
 
 
-def _restore_codec(
-    run: Run,
-    recipe: DiffusionRecipe,
-    autoencoder: Autoencoder,
-    saved: Mapping[str, Any],
-    ae_sha256: str,
-) -> Codec:
-    if saved["autoencoder_sha256"] != ae_sha256:
-        raise LdmError(
-            f"{recipe.autoencoder} has other weights than the autoencoder that {run.folder} was "
-            "started with: pass that one to --ae, or another folder to --out"
-        )
-    return Codec.from_statistics(autoencoder, saved["statistics"]).to(run.device)
-
-
 def measure_codec(
     autoencoder: Autoencoder, recipe: DiffusionRecipe, source: Source, run: Run
 ) -> Codec:
     """Measure the latents' statistics over the first images of the run's own stream.
 
     Images are not augmented; latents are drawn or means, as in training.
-
-    Raises:
-        LdmError: the latents are not finite, or a channel does not vary.
-        Interrupted: asked to stop.
     """
     micro_batch = recipe.batch_size // recipe.accumulate  # over all processes
     wanted = len(source) if recipe.statistics_images is None else recipe.statistics_images
@@ -275,7 +260,7 @@ def _export(run: Run, state: DiffusionState, codec: Codec, source: Source) -> No
         origin = {"images_seen": state.images_seen, "autoencoder_sha256": inner.sha256}
         classes = list(source.classes) if recipe.data.labels else []
         statistics = codec.statistics() | {"classes": classes}
-        weights, config = state.ema.model.network.state_dict(), to_tree(recipe)
+        weights, config = cast(EDM, state.ema.model).network.state_dict(), to_tree(recipe)
         model = ModelFile("diffusion", config, weights, statistics, provenance() | origin, inner)
         save_model(run.folder / "ckpt.pt", model)
     run.accelerator.wait_for_everyone()

@@ -85,15 +85,22 @@ class UNetDiscriminator(nn.Module):
         return UNetLogits(self.pixels(F.relu(x)).float(), image_logits.float())
 
 
-class UNetDownBlock(nn.Module):
-    """Pre-activation residual block that halves the resolution by averages at its end."""
+class UNetBlock(nn.Module):
+    """Layers of a residual block, without the change of resolution."""
 
-    def __init__(self, in_width: int, out_width: int, first: bool) -> None:
+    def __init__(self, in_width: int, out_width: int) -> None:
         super().__init__()
-        self.first = first
         self.conv1 = spectral_norm(_conv(in_width, out_width, 3))
         self.conv2 = spectral_norm(_conv(out_width, out_width, 3))
         self.skip = spectral_norm(_conv(in_width, out_width, 1))
+
+
+class UNetDownBlock(UNetBlock):
+    """Pre-activation residual block that halves the resolution by averages at its end."""
+
+    def __init__(self, in_width: int, out_width: int, first: bool) -> None:
+        super().__init__(in_width, out_width)
+        self.first = first
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, H, W) → (B, out, H/2, W/2)."""
@@ -103,14 +110,8 @@ class UNetDownBlock(nn.Module):
         return F.avg_pool2d(h, 2) + self.skip(F.avg_pool2d(x, 2))
 
 
-class UNetUpBlock(nn.Module):
+class UNetUpBlock(UNetBlock):
     """Pre-activation residual block that doubles the resolution by nearest neighbours."""
-
-    def __init__(self, in_width: int, out_width: int) -> None:
-        super().__init__()
-        self.conv1 = spectral_norm(_conv(in_width, out_width, 3))
-        self.conv2 = spectral_norm(_conv(out_width, out_width, 3))
-        self.skip = spectral_norm(_conv(in_width, out_width, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, h, w) → (B, out, 2h, 2w)."""

@@ -62,13 +62,7 @@ class DWTEncoder(nn.Module):
         for level in range(depth - 1, depth - kept, -1):
             _, *edges = transform[level - 1]  # 3 × (B, 3, H/2^l, W/2^l)
             side = 2 ** (depth - level)
-            latents.append(
-                rearrange(
-                    torch.cat(edges, dim=1) / 2**level,
-                    "b c (h i) (w j) -> b (c i j) h w",
-                    i=side,
-                    j=side,
-                )
-            )
+            bands = torch.cat(edges, dim=1) / 2**level
+            latents.append(rearrange(bands, "b c (h i) (w j) -> b (c i j) h w", i=side, j=side))
         mean = torch.cat(latents, dim=1)  # (B, n_z, H/f, W/f)
         return torch.cat([mean, torch.full_like(mean, LOGVAR)], dim=1)

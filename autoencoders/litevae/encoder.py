@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoencoders.litevae.nets import (
-    FEATURE_NETS,
     AggregatorConfig,
     ExtractorConfig,
     FeatureUNetConfig,
+    build_net,
 )
 from autoencoders.wavelet import WaveletName, dwt_cascade
 from ldm.config import Config
@@ -67,20 +67,13 @@ class LiteVAEEncoder(nn.Module):
     def __init__(self, config: LiteVAEEncoderConfig, latent_channels: int) -> None:
         super().__init__()
         self.config = config
-        extractor, aggregator = (
-            FEATURE_NETS[net.type] for net in (config.extractor, config.aggregator)
-        )
-        levels = len(config.levels_read)
+        levels, width = len(config.levels_read), SUB_BAND_CHANNELS
         self.extractors = nn.ModuleList(
-            extractor(config.extractor, SUB_BAND_CHANNELS, SUB_BAND_CHANNELS)
-            for _ in range(1 if config.shared else levels)
+            build_net(config.extractor, width, width) for _ in range(1 if config.shared else levels)
         )
-        self.aggregator = aggregator(
-            config.aggregator, levels * SUB_BAND_CHANNELS, 2 * latent_channels
-        )
+        self.aggregator = build_net(config.aggregator, levels * width, 2 * latent_channels)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) → moments (B, 2·n_z, H/f, W/f)."""
         depth, features = self.config.depth, []
         transform = dwt_cascade(images, depth, self.config.wavelet)
         for i, level in enumerate(self.config.levels_read):

@@ -1,8 +1,9 @@
 """Networks that read wavelet sub-bands: LiteVAE's UNet, NAFNet and ViT (Sadat et al. 2024, App. D).
 
-Each is built of (config, in_width, out_width) and keeps the resolution of its input.
+Each keeps the resolution of its input.
 """
 
+from itertools import pairwise
 from typing import Annotated, Literal
 
 import torch
@@ -42,18 +43,12 @@ class FeatureUNet(nn.Module):
         super().__init__()
         widths = [config.channels * m for m in config.multipliers for _ in range(config.blocks)]
         self.conv_in = nn.Conv2d(in_width, config.channels, 3, padding=1)
-        width, inward = config.channels, []
-        for out in widths:
-            inward.append(ResidualBlock(width, out))
-            width = out
-        self.inward = nn.ModuleList(inward)
-        self.middle = nn.Sequential(ResidualBlock(width, width), ResidualBlock(width, width))
-        outward = []
-        for out in reversed(widths):
-            outward.append(ResidualBlock(width + out, out))  # + the width of its counterpart
-            width = out
-        self.outward = nn.ModuleList(outward)
-        self.conv_out = nn.Conv2d(width, out_width, 3, padding=1)
+        down, up = pairwise([config.channels, *widths]), pairwise([widths[-1], *reversed(widths)])
+        self.inward = nn.ModuleList(ResidualBlock(width, out) for width, out in down)
+        self.middle = nn.Sequential(*(ResidualBlock(widths[-1], widths[-1]) for _ in range(2)))
+        # a block after the middle reads the features of its counterpart, of width `out`, too
+        self.outward = nn.ModuleList(ResidualBlock(width + out, out) for width, out in up)
+        self.conv_out = nn.Conv2d(widths[0], out_width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, H, W) → (B, out, H, W)."""
@@ -243,12 +238,8 @@ class TransformerBlock(Block):
     def transform(self, tokens: Tensor) -> Tensor:
         """(B, tokens, width) → the same shape."""
         # Dosovitskiy et al. 2021, Equations 2 and 3
-        query, key, value = rearrange(
-            self.query_key_value(self.norm1(tokens)),
-            "b n (three heads c) -> three b heads n c",
-            three=3,
-            heads=self.heads,
-        )
+        projected = self.query_key_value(self.norm1(tokens)).unflatten(-1, (3, self.heads, -1))
+        query, key, value = rearrange(projected, "b n three heads c -> three b heads n c")
         attended = F.scaled_dot_product_attention(query, key, value)
         tokens = tokens + self.mix(rearrange(attended, "b heads n c -> b n (heads c)"))
         return tokens + self.mlp(self.norm2(tokens))
@@ -260,3 +251,10 @@ ExtractorConfig = Annotated[FeatureUNetConfig | NAFNetConfig, Field(discriminato
 """Networks that read the sub-bands of a level (Table 18)."""
 AggregatorConfig = Annotated[FeatureUNetConfig | ViTConfig, Field(discriminator="type")]
 """Networks that join the levels (Table 20)."""
+
+
+def build_net(
+    config: FeatureUNetConfig | NAFNetConfig | ViTConfig, in_width: int, out_width: int
+) -> nn.Module:
+    """Build the network that a config describes: (B, in, H, W) → (B, out, H, W)."""
+    return FEATURE_NETS[config.type](config, in_width, out_width)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from autoencoders.discriminators.layers import Logits
@@ -75,7 +75,7 @@ MAX_WEIGHT = 1e4
 def gradient_ratio(
     recon_loss: Tensor,
     adversarial_loss: Tensor,
-    weight: nn.Parameter,
+    weight: Tensor,
     reduce: Callable[[Tensor], Tensor] = lambda gradient: gradient,
     delta: float = 1e-4,
 ) -> Tensor:
@@ -89,11 +89,10 @@ def gradient_ratio(
         weight: of the decoder's last layer, which all of both gradients pass through.
         reduce: averages a gradient over processes.
     """
-    norms = (
+    recon_norm, adversarial_norm = (
         reduce(torch.autograd.grad(loss, weight, retain_graph=True)[0].float()).norm()
         for loss in (recon_loss, adversarial_loss)
     )
-    recon_norm, adversarial_norm = norms
     # Sadat et al. 2024, Equation 2, without its factor ½
     return (recon_norm / (adversarial_norm + delta)).detach()
 

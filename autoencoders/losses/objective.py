@@ -9,7 +9,6 @@ from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
 from autoencoders.autoencoder import AutoencoderOutput
-from autoencoders.discriminators.layers import Logits
 from autoencoders.losses.adversarial import ADVERSARIAL, ldl
 from autoencoders.losses.perceptual import LPIPSNetwork
 from autoencoders.losses.reconstruction import gaussian, kl, l1, l2, wavelet
@@ -75,6 +74,10 @@ class Objective:
         perceptual: (recon, images) → scalar by the name of its term, for each of a weight above 0:
             "lpips": `load_lpips()`, "esrgan": `load_esrgan()`.
 
+    Attributes:
+        generator_loss: (logits of fake images) → the generator's adversarial term, unweighted.
+        discriminator_loss: (logits of real images, of fake ones) → the discriminator's loss.
+
     Raises:
         ValueError: a perceptual loss of a weight above 0 is missing.
     """
@@ -92,7 +95,7 @@ class Objective:
                     f"or loss.{name}=0"
                 )
         self.loss, self.adversarial, self.perceptual = loss, adversarial, perceptual
-        self._generator_loss, self._discriminator_loss = ADVERSARIAL[adversarial.loss]
+        self.generator_loss, self.discriminator_loss = ADVERSARIAL[adversarial.loss]
 
     @property
     def needs_averaged(self) -> bool:
@@ -123,14 +126,6 @@ class Objective:
         weights = self.loss.weights
         with torch.autocast(recon.device.type, enabled=False):
             return {name: term() for name, term in terms.items() if weights[name]}
-
-    def generator_loss(self, fake: Logits) -> Tensor:
-        """Adversarial term of the generator, unweighted, from the logits of its images."""
-        return self._generator_loss(fake)
-
-    def discriminator_loss(self, real: Logits, fake: Logits) -> Tensor:
-        """Loss of the discriminator, from its logits of real and of reconstructed images."""
-        return self._discriminator_loss(real, fake)
 
     def ramp(self, progress: float) -> float:
         """Factor of the adversarial weight at a fraction of all generator steps.

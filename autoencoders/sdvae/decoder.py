@@ -8,13 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoencoders.cpu import chain, channels_last
-from autoencoders.layers import (
-    Norm,
-    ResidualBlock,
-    Upsample,
-    group_norm,
-    middle,
-)
+from autoencoders.layers import Norm, ResidualBlock, Upsample, group_norm, middle
 from autoencoders.wavelet import haar_idwt
 from ldm.config import Config
 
@@ -71,7 +65,6 @@ class SDVAEDecoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 4 * 3 if self.wavelet else 3, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Latents (B, n_z, h, w) → images (B, 3, f·h, f·w)."""
         x = self.middle(self.conv_in(channels_last(latents)))
         for level in self.levels:
             x = level(x)

@@ -47,7 +47,6 @@ class SDVAEEncoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * latent_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) → moments (B, 2·n_z, H/f, W/f)."""
         x = self.conv_in(channels_last(images))
         for level in self.levels:
             x = level(x)

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from autoencoders import Autoencoder, DiagonalGaussian, build_autoencoder
-from autoencoders.tiling import _Tiling, decode_tiled, encode_tiled, reconstruct_tiled
+from autoencoders.tiling import cut, decode_tiled, encode_tiled, reconstruct_tiled
 from ldm.errors import LdmError, UsageError
 
 LEVEL = 1 / 255  # a step of uint8, of a range of 1
@@ -60,7 +60,7 @@ def test_images_smaller_than_a_latent_are_refused_as_by_encode():
 @pytest.mark.parametrize(("tile", "overlap"), [(32, 0), (32, 8), (32, 16), (32, 24), (64, 32)])
 @pytest.mark.parametrize("side", [3, 8, 9, 21, 40])
 def test_weights_add_up_to_one_and_tiles_reach_both_borders(side, tile, overlap):
-    spans = _Tiling(8, tile, overlap, 1).spans(side, out_scale=8)
+    spans = cut(side, tile // 8, overlap // 8, out_scale=8)
     total = torch.zeros(8 * side)
     for start, end, weight in spans:
         assert end - start == min(side, tile // 8)
