@@ -1,17 +1,30 @@
-"""Reconstructions and their means over a data set, on autoencoders whose output is known."""
+"""Scores of autoencoders whose output is known, and losses by noise level."""
 
+import math
 from contextlib import closing
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageColor
 from skimage import data
 
 from autoencoders import build_autoencoder
+from diffusion import EDMConfig, sample_sigma
+from ldm.charts import colour
 from ldm.data import Batch, DataConfig, evaluation_batches, open_source
 from ldm.errors import LdmError
 from ldm.images import to_float
-from pipelines.validation import Pair, Scores, evaluate_autoencoder, reconstruct
+from pipelines.validation import (
+    EDGES,
+    Pair,
+    Scores,
+    band_losses,
+    band_names,
+    draw_bands,
+    evaluate_autoencoder,
+    reconstruct,
+)
 from tests.pipelines.measuring.reconstructed import (
     Adding,
     by_scikit_image,
@@ -170,3 +183,35 @@ def test_an_empty_share_changes_nothing():
     assert whole.means() == {"psnr": 100.0, "ssim": pytest.approx(1.0)}
     with pytest.raises(LdmError, match="no image to evaluate"):
         Scores().means()
+
+
+# ------------------------------------------------------------------------ losses by noise level
+def test_each_loss_counts_in_the_band_of_its_noise_level():
+    sigma = torch.tensor([0.05, 0.1, 0.2, 2.99, 3.0, 80.0])
+    means = band_losses(torch.tensor([1.0, 2, 4, 8, 16, 32]), sigma)
+    found = [mean.item() for mean in means.values()]
+    assert found[0] == 1 and found[1] == 3 and found[3] == 8 and found[4] == 24
+    assert math.isnan(found[2])
+    assert list(means) == list(band_names().values())
+
+
+def test_bands_hold_the_documented_shares_of_noise_levels():
+    draws = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
+    counts = torch.histogram(
+        sample_sigma(draws, EDMConfig()), torch.tensor([*EDGES[:-1], 1e9])
+    ).hist
+    shares = (100 * counts / len(draws)).round().tolist()
+    assert shares == [18, 32, 34, 13, 3]
+
+
+def test_band_losses_are_drawn_in_their_colours(tmp_path):
+    names = list(band_names().values())
+    rows = [{"images_seen": k, names[0]: 1 / k, names[3]: 2 / k} for k in range(1, 9)]
+    draw_bands(rows, tmp_path / "bands.png")
+    with Image.open(tmp_path / "bands.png") as picture:
+        # two curves in the colours of their bands, and none of the others
+        found = {pixel for _, pixel in picture.convert("RGB").getcolors(1 << 20)}
+    drawn = [ImageColor.getrgb(colour(index)) in found for index in range(len(names))]
+    assert drawn == [True, False, False, True, False]
+    draw_bands([], tmp_path / "none.png")
+    assert (tmp_path / "none.png").is_file()
