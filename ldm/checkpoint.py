@@ -187,7 +187,10 @@ def read_tensors(path: Path) -> Any:
     """Call `torch.load` with `weights_only=True` and verify checksums; errors become LdmErrors."""
     try:
         tree = torch.load(path, map_location="cpu", weights_only=True)
-        changed = _first_changed(path)
+        changed = None
+        if is_zipfile(path):  # PyTorch's old format has no checksums
+            with ZipFile(path) as archive:
+                changed = archive.testzip()  # torch.load does not verify them
     except (FileNotFoundError, PermissionError) as error:
         raise LdmError(f"could not read {path} ({error.strerror})") from error
     except UnpicklingError as error:
@@ -202,14 +205,6 @@ def read_tensors(path: Path) -> Any:
             f"{path} is damaged: the checksum of {shown(changed)} is wrong: copy or write it again"
         )
     return tree
-
-
-def _first_changed(path: Path) -> str | None:
-    """Find an entry with a wrong checksum, which `torch.load` does not verify."""
-    if not is_zipfile(path):  # PyTorch's old format keeps no checksums
-        return None
-    with ZipFile(path) as archive:
-        return archive.testzip()
 
 
 def _to_tree(model: ModelFile) -> dict[str, Any]:

@@ -94,9 +94,9 @@ def resolve(
     # A `type` replaces its whole section, so it is set before the section's other keys.
     for path, value in sorted(edits, key=lambda edit: edit[0][-1] != "type"):
         _set(tree, path, value)
-    words = _string_keys(config_class, tree)
+    strings = _string_keys(config_class, tree)
     for text, (path, _) in zip(overrides, edits, strict=True):
-        if ".".join(path) in words:
+        if ".".join(path) in strings:
             _set(tree, path, text.partition("=")[2].strip())
     return validate(config_class, tree)
 

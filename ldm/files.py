@@ -30,21 +30,21 @@ def write_together(files: Mapping[Path, Callable[[IO[bytes]], Any]]) -> None:
     The last file describes the others. It is removed while they are replaced, so that a crash
     leaves an obviously incomplete set rather than a stale description.
     """
-    besides = {path: path.with_name(f".{path.name}.{os.getpid()}.partial") for path in files}
+    partials = {path: path.with_name(f".{path.name}.{os.getpid()}.partial") for path in files}
     *others, last = files
     try:
         for path, write in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_dir():  # the rename would fail, after the work
                 raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
-            with besides[path].open("wb") as file:
+            with partials[path].open("wb") as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
         if others:
             last.unlink(missing_ok=True)
-        for path, beside in besides.items():
-            beside.replace(path)
+        for path, partial in partials.items():
+            partial.replace(path)
     except (OSError, RuntimeError) as error:
         # torch.save replaces the OSError of a failed write by a RuntimeError
         failure = error.__context__ if isinstance(error, RuntimeError) else error
@@ -55,9 +55,9 @@ def write_together(files: Mapping[Path, Callable[[IO[bytes]], Any]]) -> None:
             "another folder; earlier files are intact"
         ) from error
     finally:
-        for beside in besides.values():
+        for partial in partials.values():
             with suppress(OSError):  # the error above is the one to report
-                beside.unlink()
+                partial.unlink()
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

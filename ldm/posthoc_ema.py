@@ -187,7 +187,7 @@ def combine(fit: Fit) -> dict[str, Tensor]:
     for snapshot, coefficient in terms:
         with open_safetensors(snapshot.path, "delete it to use the others") as file:
             names = [*file.keys()]
-            for name in [*names, *(sums.keys() - names)]:
+            for name in [*names, *sorted(sums.keys() - names)]:
                 tensor = file.get_tensor(name) if name in names else None
                 if tensor is not None and snapshot.path == newest:
                     floating = tensor.is_floating_point()

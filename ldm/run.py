@@ -229,8 +229,7 @@ class Run:
         """Return True if the flag is set on any process."""
         if self.world == 1:
             return flag
-        flags = torch.tensor(float(flag), device=self.device)
-        return bool(self.accelerator.reduce(flags, "sum") > 0)
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
 
     def mean(self, tensor: Tensor) -> Tensor:
         """Return the mean of a tensor over the processes, on all of them."""
@@ -329,7 +328,9 @@ def start_run(
             return chosen
 
         run = Run(from_main(accelerator, claim), config, accelerator)
-        held.enter_context(_handle_signals(run.request_stop))
+        if threading.current_thread() is threading.main_thread():  # others may set no handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                held.callback(signal.signal, number, signal.signal(number, run.request_stop))
         torch.manual_seed(torch_seed(config.seed, "weights", 0))
         try:
             yield run
@@ -353,18 +354,3 @@ def frozen(module: nn.Module) -> Iterator[nn.Module]:
         module.train(training)
         for parameter, required in zip(module.parameters(), before, strict=True):
             parameter.requires_grad_(required)
-
-
-@contextmanager
-def _handle_signals(stop: Callable[..., None]) -> Iterator[None]:
-    """Call `stop` on Ctrl-C and SIGTERM; only the main thread may set handlers."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, stop) for number in signals]
-    try:
-        yield
-    finally:
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)

@@ -90,26 +90,19 @@ def main() -> NoReturn:
         _exit_with_usage(error)
     except Interrupted as error:
         _exit(f"{error}; run the same command to resume", INTERRUPTED)
-    except LdmError as error:
-        if debug:
-            raise
-        _exit_with_error(str(error), error.exit_code)
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, LdmError):
+            _exit_with_error(str(error), error.exit_code)
         text = str(error).strip().partition("\n")[0]
         _exit_with_error(f"{type(error).__name__}: {text} (unexpected: --debug shows where)", 1)
     if code == INTERRUPTED:
         _exit("interrupted", code)
-    _destroy_process_group()
-    sys.exit(code or 0)
-
-
-def _destroy_process_group() -> None:
-    """Destroy the process group; its threads would otherwise abort the process at exit."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
+        distributed.destroy_process_group()  # its threads would abort the process at exit
+    sys.exit(code or 0)
 
 
 def _exit_with_usage(error: Any) -> NoReturn:
@@ -117,11 +110,11 @@ def _exit_with_usage(error: Any) -> NoReturn:
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()
         sys.exit(2)
-    where = error.ctx.command_path if error.ctx else "ldm"
+    command = error.ctx.command_path if error.ctx else "ldm"
     text = error.format_message().rstrip(".").replace("Value error, ", "")
     if text.startswith("No such option"):
         text += "; settings are given as key=value"
-    _exit_with_error(f"{text}; see `{where} --help`", 2)
+    _exit_with_error(f"{text}; see `{command} --help`", 2)
 
 
 def _exit_with_error(text: str, code: int) -> NoReturn:

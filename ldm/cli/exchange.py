@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from ldm.errors import UsageError
+
 Force = Annotated[bool, typer.Option("--force", help="Overwrite existing files.")]
 HeadWidth = Annotated[
     int | None,
@@ -118,8 +120,6 @@ def export_model(
 
     ldm export runs/y/ckpt.pt my-unet --format unet
     """
-    from ldm.errors import UsageError
-
     if len(paths) > 2:
         raise UsageError(f"expected [MODEL] OUT, got {len(paths)} paths")
     *model, out = paths
@@ -145,13 +145,7 @@ def export_model(
 
 
 def _refuse(why: str, **options: object) -> None:
-    """Refuse options that do not apply.
-
-    Raises:
-        UsageError: one of them was given.
-    """
-    from ldm.errors import UsageError
-
+    """Refuse options that do not apply and were given."""
     for name, value in options.items():
         if value is not None:
             raise UsageError(f"--{name.replace('_', '-')} {why}")

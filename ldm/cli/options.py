@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ldm.errors import UsageError
+
 # ------------------------------------------------------------------------------- option types
 Data = Annotated[
     str | None,
@@ -70,13 +72,7 @@ RunFolder = Annotated[
 def parse_numbers(
     option: str, text: str, kind: type = float, counts: Sequence[int] = ()
 ) -> list[Any]:
-    """Parse numbers separated by commas; `counts` are the numbers of them that are allowed.
-
-    Raises:
-        UsageError: something else was given.
-    """
-    from ldm.errors import UsageError
-
+    """Parse numbers separated by commas; `counts` are the numbers of them that are allowed."""
     try:
         numbers = [kind(word) for word in text.split(",")]
     except ValueError:
@@ -89,13 +85,7 @@ def parse_numbers(
 
 
 def add_autoencoder(settings: list[str], autoencoder: object | None) -> None:
-    """Append `--ae` to the settings, under the key that it stands for.
-
-    Raises:
-        UsageError: the settings name an autoencoder as well.
-    """
-    from ldm.errors import UsageError
-
+    """Append `--ae` to the settings, under the key that it stands for."""
     if autoencoder is None:
         return
     if any(word.partition("=")[0].strip() == "autoencoder" for word in settings):
@@ -126,13 +116,8 @@ COMMAND = {"ae": "train-ae", "recipes": "train-ae", "diffusion": "train-diffusio
 
 
 def find_presets(name: str) -> list[tuple[str, str]]:
-    """Return every (kind, name) that a preset's name can mean: `tiny`, or `diffusion/tiny`.
-
-    Raises:
-        UsageError: there is none; the message gives the nearest name.
-    """
+    """Return every (kind, name) that a preset's name can mean: `tiny`, or `diffusion/tiny`."""
     from ldm.config import did_you_mean, list_presets
-    from ldm.errors import UsageError
 
     kind, _, bare = name.rpartition("/")
     found = [(k, bare) for k in KINDS if kind in ("", k) and bare in list_presets(k)]
@@ -143,14 +128,7 @@ def find_presets(name: str) -> list[tuple[str, str]]:
 
 
 def find_preset(name: str, kinds: tuple[str, ...]) -> tuple[str, str]:
-    """Return the (kind, name) that a preset's name means in one stage.
-
-    Raises:
-        UsageError: there is none; the message gives the nearest name, or the command of the other
-            stage.
-    """
-    from ldm.errors import UsageError
-
+    """Return the (kind, name) that a preset's name means in one stage."""
     found = find_presets(name)
     fitting = [(kind, bare) for kind, bare in found if kind in kinds]
     if not fitting:

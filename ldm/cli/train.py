@@ -18,6 +18,7 @@ from ldm.cli.options import (
     resolve_recipe,
     say,
 )
+from ldm.errors import UsageError
 
 
 def train_ae(
@@ -146,7 +147,6 @@ def show(
     ldm show litevae-b batch_size=32
     """
     from ldm.config import describe, published
-    from ldm.errors import UsageError
     from ldm.logbook import console
 
     found = find_presets(preset)

@@ -11,13 +11,10 @@ SSIM_K1, SSIM_K2 = 0.01, 0.03
 
 
 def psnr(images: Tensor, recon: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB, higher is closer.
+    """Peak signal-to-noise ratio (B,) in dB, float64; infinite for identical images.
 
     Args:
         images, recon: (B, 3, H, W) floats in [−1, 1].
-
-    Returns:
-        (B,) float64; infinite for identical images, by definition.
     """
     _assert_pair(images, recon)
     error = (images.double() - recon.double()).square().flatten(1).mean(1)  # (B,)
@@ -26,7 +23,7 @@ def psnr(images: Tensor, recon: Tensor) -> Tensor:
 
 
 def ssim(images: Tensor, recon: Tensor) -> Tensor:
-    """Structural similarity (Wang et al. 2004), 1 for identical images, higher is closer.
+    """Structural similarity (B,) (Wang et al. 2004), float64; 1 for identical images.
 
     The mean over positions and colours of an 11×11 Gaussian window of σ = 1.5 inside the image,
     with population covariance. It equals scikit-image's `structural_similarity` of the 8-bit pixels
@@ -34,13 +31,7 @@ def ssim(images: Tensor, recon: Tensor) -> Tensor:
     border give other numbers.
 
     Args:
-        images, recon: (B, 3, H, W) floats in [−1, 1].
-
-    Returns:
-        (B,) float64.
-
-    Raises:
-        LdmError: the images are smaller than the window.
+        images, recon: (B, 3, H, W) floats in [−1, 1], at least as large as the window.
     """
     _assert_pair(images, recon)
     if min(images.shape[-2:]) < SSIM_WINDOW:
