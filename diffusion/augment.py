@@ -1,8 +1,8 @@
-"""Augmentation that does not leak into the samples: Karras et al. 2022 (arXiv 2206.00364), F.2.
+"""Non-leaking augmentation: Karras et al. 2022 (arXiv 2206.00364), Appendix F.2.
 
-Flips, scaling, rotation, stretching and translation of the pixels, drawn for each image. The nine
-numbers drawn are given to the network besides the noise level: it learns the data under every
-augmentation, and samples given nine zeros are of the data as they are.
+Random flips, scaling, rotation, stretching and translation of each image. The network also reads
+the nine numbers that describe them: it learns the data under every augmentation, and with nine
+zeros it samples the data without any.
 """
 
 import math
@@ -22,18 +22,18 @@ from ldm.errors import LdmError
 AUGMENT_PARAMETERS = 9
 """Numbers that describe an augmentation: the columns of `draw_augmentation`."""
 
-# Table 6's constants A_scale = 2^0.2, A_aniso = 2^0.2 and A_trans = 1/8. They are the units of the
-# columns, and stay fixed, so that the columns alone say what was done to an image.
+# Table 6's constants A_scale = 2^0.2, A_aniso = 2^0.2 and A_trans = 1/8: the fixed units of the
+# columns, so that the columns alone determine an augmentation.
 SCALE_OCTAVES = 0.2
 ANISOTROPY_OCTAVES = 0.2
 TRANSLATION_SIDES = 0.125
 
 # The middle of eight equidistant samples by the polynomial through them, from the inner pair out.
-# With the samples themselves it is the low-pass of the wavelet sym4 convolved with its mirror
-# image: the paper's kind of filter, made symmetric, so that it shifts nothing.
+# Together with the samples it is the low-pass of the wavelet sym4 convolved with its mirror image:
+# the paper's kind of filter, made symmetric, so that it does not shift the image.
 MIDPOINT = tuple(weight / 2048 for weight in (1225, -245, 49, -5))
 
-# Pixels resampled at once: what a core's cache holds; a gigabyte or so of a GPU's memory.
+# Pixels resampled at once: a core's cache; about a gigabyte of a GPU's memory.
 PIXELS_CPU = 2**14
 PIXELS_GPU = 2**22
 
@@ -41,18 +41,18 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class AugmentConfig(Config):
-    """Geometric augmentation of the images, known to the network; the paper's strengths.
+    """Geometric augmentation of the images, an input of the network, at the paper's strengths.
 
     The paper enables each transform but the mirror image with 12 % (CIFAR-10) or 15 % (FFHQ,
-    AFHQv2). It takes the place of a flip in the data, which would leak.
+    AFHQv2). It replaces a flip in the data, which would leak.
     """
 
     probability: Fraction = 0.0
-    """Probability of each transform, on its own, for an image (A_prob; 0.15 on FFHQ); 0: none."""
+    """Independent probability of each transform for an image (A_prob; 0.15 on FFHQ); 0: none."""
     x_flip: Fraction = 0.5
-    """Probability of a mirror image; does not depend on `probability`, unless that is 0."""
+    """Probability of a mirror image, independent of `probability` unless that is 0."""
     y_flip: Fraction = 0.5
-    """Share of the images chosen for it that are turned upside down; 0: none."""
+    """Probability of an upside-down image where this transform is enabled; 0: none."""
     scale: Fraction = SCALE_OCTAVES
     """Standard deviation of log2 of the zoom, in octaves; 0: no scaling."""
     rotation: Fraction = 1.0
@@ -66,9 +66,9 @@ class AugmentConfig(Config):
 def draw_augmentation(
     seed: int, ks: Iterable[int], config: AugmentConfig, purpose: str = "augment"
 ) -> Tensor:
-    """The augmentations (len(ks), 9) of images ks: float32, row i a function of (seed, ks[i]).
+    """Draw augmentations (len(ks), 9) of images ks: float32, row i a function of (seed, ks[i]).
 
-    The columns, and what they are where they are not 0 (Table 6, "Conditioning"):
+    The columns, and their values where a transform is enabled (Table 6, "Conditioning"):
 
     | 0 | x-flip | 1: mirrored |
     | 1 | y-flip | 1: upside down |
@@ -78,11 +78,11 @@ def draw_augmentation(
     | 7, 8 | translation | shift to the right / (W/8), shift downwards / (H/8) |
 
     At the default strengths a₂ and a₅ … a₇ are standard normal where enabled. The x-flip is always
-    enabled, which is a mirror image every second time. All is 0 where `probability` is 0.
+    enabled, which mirrors every second image. All columns are 0 if `probability` is 0.
 
-    In the paper (a₅ cos a₄, a₅ sin a₄) stands for a stretch along its own direction or, where
-    a₅ < 0, across it. Here it is always along: both vectors and transforms are distributed as
-    there, and the one says the other.
+    In the paper (a₅ cos a₄, a₅ sin a₄) means a stretch along its own direction or, if a₅ < 0,
+    across it. Here it is always along: vectors and transforms have the paper's distributions, and
+    a vector determines its transform.
     """
     ks = list(ks)
     if config.probability == 0:
@@ -108,15 +108,15 @@ def draw_augmentation(
 
 
 def augmentation_matrix(parameters: Tensor, height: int, width: int) -> Tensor:
-    """Where an augmentation moves the pixels: (B, 9) → homogeneous matrices (B, 3, 3) in float64.
+    """The transforms of augmentations (B, 9): homogeneous matrices (B, 3, 3) in float64.
 
-    They map the original's (x, y, 1), in pixels to the right of the image's centre and below it,
-    to the augmented image's.
+    They map (x, y, 1) of the original, in pixels to the right of the image's centre and below it,
+    to the augmented image.
     """
     flip_x, flip_y, scale, cos, sin, along, across, right, down = parameters.double().unbind(1)
     turn, axis = torch.atan2(sin, 1 + cos), torch.atan2(across, along)
     stretch = 2 ** (ANISOTROPY_OCTAVES * torch.hypot(along, across))
-    # Table 6, from top to bottom: each is applied to what those above it have made
+    # Table 6, from top to bottom: each is applied to the result of those above it
     matrix = _scale(1 - 2 * flip_x, 1 - 2 * flip_y)
     zoom = 2 ** (SCALE_OCTAVES * scale)
     matrix = _scale(zoom, zoom) @ matrix
@@ -128,17 +128,13 @@ def augmentation_matrix(parameters: Tensor, height: int, width: int) -> Tensor:
 
 
 def augment(images: Tensor, parameters: Tensor) -> Tensor:
-    """Images (B, C, H, W) in [−1, 1] under the augmentations (B, 9) of `draw_augmentation`.
+    """Apply the augmentations (B, 9) of `draw_augmentation` to images (B, C, H, W) in [−1, 1].
 
-    Each result is a function of its own image and row. Rows of zeros and flips copy the pixels;
-    the others are resampled, and clamped to [−1, 1] as that overshoots at edges. What lies outside
-    an image is its reflection, as often as needed. Dtype and memory layout are kept, the
-    arithmetic is in float32 at least: it has no product of matrices that autocast or TF32 would
-    lower. Where nothing changes it is the same tensor. Parameters may stay on the CPU, which
-    spares a GPU the wait for them.
-
-    Raises:
-        LdmError: not one row an image, or an image to be resampled has a side under 4 pixels.
+    Each result depends only on its own image and row. Zeros and flips copy pixels; all else
+    resamples, and clamps the overshoot at edges to [−1, 1]. Pixels outside an image are its
+    reflections. Dtype and memory layout are kept; the arithmetic is at least float32, without a
+    matrix product that autocast or TF32 would lower. Without a change the result is the same
+    tensor. Keep the parameters on the CPU: a GPU then does not wait for them.
     """
     if parameters.shape != (len(images), AUGMENT_PARAMETERS):
         raise LdmError(
@@ -165,7 +161,7 @@ def augment(images: Tensor, parameters: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------ resampling
 def _resample(images: Tensor, matrix: Tensor) -> Tensor:
-    """Draw each image (B, C, H, W) where its matrix (B, 3, 3) moves it, on twice the resolution."""
+    """Transform each image (B, C, H, W) by its matrix (B, 3, 3), at twice the resolution."""
     height, width = images.shape[-2:]
     if min(height, width) < len(MIDPOINT):
         raise LdmError(
@@ -174,7 +170,7 @@ def _resample(images: Tensor, matrix: Tensor) -> Tensor:
         )
     dtype = torch.promote_types(images.dtype, torch.float32)
     taps = _low_pass()
-    # for every point of the fine grid, with a margin for the low-pass: where it came from
+    # the origin of every point of the fine grid, which has a margin for the low-pass
     inverse = torch.linalg.inv(matrix).to(images.device, dtype).unsqueeze(-1).unsqueeze(-1)
     y = _fine_positions(height, len(taps) - 1, inverse).view(-1, 1)
     x = _fine_positions(width, len(taps) - 1, inverse)
@@ -218,10 +214,10 @@ def _halve(x: Tensor, taps: list[float]) -> Tensor:
 
 
 def _low_pass() -> list[float]:
-    """Half of a symmetric filter, from its middle, with which `_halve` undoes `_double` exactly.
+    """Half of a symmetric filter, from its middle, with which `_halve` inverts `_double` exactly.
 
-    With p the low-pass of `_double`, of sum 1, it is 3p − 2 p∗p. At every frequency p and its
-    alias sum to 1, so that p (3p − 2p²) and its alias do too: what comes back is the image.
+    It is 3p − 2 p∗p, with p the low-pass of `_double`, of sum 1. At every frequency p and its alias
+    sum to 1, and so do p (3p − 2p²) and its alias: `_halve` returns the image.
     """
     half = [0.0] * (2 * len(MIDPOINT))
     half[0], half[1::2] = 0.5, [weight / 2 for weight in MIDPOINT]

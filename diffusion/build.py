@@ -17,14 +17,14 @@ NETWORKS = {"ldm": UNet, "edm2": EDM2UNet}
 
 
 def build_network(config: UNetConfig | EDM2Config) -> nn.Module:
-    """The network of a config, untrained."""
+    """Build the untrained network of a config."""
     return NETWORKS[config.type](config)
 
 
 def build_denoiser(
     network: nn.Module, config: EDMConfig | DiscreteConfig
 ) -> EDM | DiscreteDenoiser:
-    """D(x; σ) around a network."""
+    """Build D(x; σ) around a network."""
     if config.type == "edm":
         return EDM(network, config.sigma_data)
     return DiscreteDenoiser(network, config)

@@ -1,8 +1,8 @@
 """Networks of discrete time (DDPM, iDDPM, latent diffusion) as a denoiser D(x; σ).
 
-Such a network was trained on T noise levels x_t = √ᾱ_t x₀ + √(1−ᾱ_t) ε and told the whole number t
-(Ho et al. 2020, arXiv 2006.11239). Divided by √ᾱ_t that is x₀ plus noise of standard deviation
-σ_t = √((1−ᾱ_t) / ᾱ_t), and every sampler of noise levels can use it (Karras et al. 2022,
+Such a network was trained on T noise levels x_t = √ᾱ_t x₀ + √(1−ᾱ_t) ε, with the integer t as its
+input (Ho et al. 2020, arXiv 2006.11239). Divided by √ᾱ_t, x_t is x₀ plus noise of standard
+deviation σ_t = √((1−ᾱ_t) / ᾱ_t), so every sampler over σ can use the network (Karras et al. 2022,
 arXiv 2206.00364, Appendix C.3).
 """
 
@@ -20,11 +20,11 @@ Beta = Annotated[float, Field(gt=0, lt=1)]
 
 
 class DiscreteConfig(Config):
-    """The noise levels and the target a network was trained with; the defaults are those of
+    """The noise levels and the target that a network was trained with; the defaults are those of
     Rombach et al. 2022's unconditional models: `linear_start`, `linear_end`, ε."""
 
     type: Literal["discrete"] = "discrete"
-    """Which denoiser this is."""
+    """Type of the denoiser."""
     timesteps: Annotated[int, Field(ge=2)] = 1000
     """Noise levels in training, T."""
     beta_start: Beta = 0.0015
@@ -32,10 +32,10 @@ class DiscreteConfig(Config):
     beta_end: Beta = 0.0195
     """β of the last time step, above the first."""
     schedule: Literal["scaled_linear", "linear"] = "scaled_linear"
-    """What is evenly spaced: √β (scaled_linear, which CompVis' code calls linear), or β (linear, as
-    in DDPM; CompVis' sqrt_linear)."""
+    """Even spacing of √β (scaled_linear, which CompVis' code calls linear) or of β (linear, as in
+    DDPM; CompVis' sqrt_linear)."""
     prediction: Literal["epsilon", "v"] = "epsilon"
-    """What the network answers: the noise ε, or v = √ᾱ ε − √(1−ᾱ) x₀ (Salimans and Ho 2022)."""
+    """The network's output: the noise ε, or v = √ᾱ ε − √(1−ᾱ) x₀ (Salimans and Ho 2022)."""
 
     @field_validator("beta_end")
     @classmethod
@@ -48,32 +48,31 @@ class DiscreteConfig(Config):
 
 def log_sigmas(config: DiscreteConfig) -> Tensor:
     """ln σ_t for t = 0 … T−1, rising: float64 (T,), on the CPU."""
-    ends, double = (config.beta_start, config.beta_end), torch.float64
+    start, end, steps = config.beta_start, config.beta_end, config.timesteps
     if config.schedule == "linear":
-        betas = torch.linspace(*ends, config.timesteps, dtype=double)
+        betas = torch.linspace(start, end, steps, dtype=torch.float64)
     else:
-        betas = torch.linspace(*(end**0.5 for end in ends), config.timesteps, dtype=double) ** 2
-    # Ho et al. 2020, above Equation 4: ᾱ_t = Π (1 − β_s), of which logarithms neither vanish
+        betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
+    # Ho et al. 2020, above Equation 4: ᾱ_t = Π (1 − β_s); its logarithm does not underflow
     log_alpha_bar = torch.log1p(-betas).cumsum(0)
     # Karras et al. 2022, Appendix C.3.4: σ_t² = (1 − ᾱ_t) / ᾱ_t
     return (torch.log(-torch.expm1(log_alpha_bar)) - log_alpha_bar) / 2
 
 
 class DiscreteDenoiser(nn.Module):
-    """D(x; σ) built around a network F of discrete time, and of data of standard deviation 1.
+    """D(x; σ) built around a network F of discrete time, for data of standard deviation 1.
 
-    Between two of its noise levels the network is told the time step that lies as far between
-    theirs as ln σ does between the levels; beyond the first and the last, those. The network runs
-    in its parameters' dtype, or under autocast; all else in x's dtype, which counts as float32
-    where it is lower.
+    The network's time step is interpolated in ln σ between its noise levels, and clamped to the
+    first and the last. The network runs in its parameters' dtype, or under autocast; all else in
+    x's dtype, at least float32.
 
     Args:
-        network: (x (B, C, H, W), t (B,)) → (B, C, H, W), with `labels` and `augment` too where they
+        network: (x (B, C, H, W), t (B,)) → (B, C, H, W); also takes `labels` and `augment` if they
             are given.
 
     Attributes:
-        sigma_min, sigma_max: the first and the last noise level it was trained on.
-        sigma_data: standard deviation of the data it was trained on: 1.
+        sigma_min, sigma_max: the first and the last noise level in training.
+        sigma_data: standard deviation of the training data: 1.
     """
 
     sigma_data = 1.0
@@ -82,7 +81,7 @@ class DiscreteDenoiser(nn.Module):
         super().__init__()
         self.network = network
         self.config = config or DiscreteConfig()
-        self.log_sigmas = log_sigmas(self.config)  # no buffer: it stays float64 whatever else is
+        self.log_sigmas = log_sigmas(self.config)  # no buffer: `to` would change its dtype
         self.sigma_min, self.sigma_max = self.log_sigmas[[0, -1]].exp().tolist()
 
     def forward(
@@ -92,35 +91,28 @@ class DiscreteDenoiser(nn.Module):
         labels: Tensor | None = None,
         augment: Tensor | None = None,
     ) -> Tensor:
-        """The denoised latents (B, C, H, W) of noisy ones.
-
-        Args:
-            x: noisy latents x₀ + σ ε (B, C, H, W).
-            sigma: their noise levels σ > 0, (B,) or ().
-            labels: classes (B,), −1 for none; None for none at all.
-            augment: the parameters (B, A) of the augmentation; None for the images as they are.
-        """
+        """Denoise latents x₀ + σ ε; see `EDM.forward` for the arguments."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         inner = next(self.network.parameters(), x).dtype
         sigma = torch.as_tensor(sigma, dtype=dtype, device=x.device).expand(len(x))
         time = self.time_of(sigma).to(torch.promote_types(inner, torch.float32))
         sigma = sigma.view(-1, 1, 1, 1)
-        # √ᾱ: what the noisy image was multiplied by before the network saw it
+        # √ᾱ, the scale of the network's input in training
         c_in = 1 / (sigma**2 + 1).sqrt()
         if self.config.prediction == "epsilon":
             # Karras et al. 2022, Table 1, columns "VP" and "iDDPM": x₀ = x − σ ε
-            c_skip, c_out = 1, -sigma
+            c_skip, c_out = torch.ones_like(sigma), -sigma
         else:
             # Salimans and Ho 2022, Section 4: x₀ = √ᾱ x_t − √(1−ᾱ) v, and x_t = √ᾱ x
             c_skip, c_out = c_in**2, -sigma * c_in
-        told = {"labels": labels, "augment": augment}
-        told = {key: value for key, value in told.items() if value is not None}
-        output = self.network((c_in * x).to(inner), time, **told)
+        given = {"labels": labels, "augment": augment}
+        condition = {key: value for key, value in given.items() if value is not None}
+        output = self.network((c_in * x).to(inner), time, **condition)
         # Karras et al. 2022, Equation 7
         return c_skip * x + c_out * output
 
     def time_of(self, sigma: Tensor) -> Tensor:
-        """Time steps t in [0, T−1] of noise levels (B,), between two by ln σ: float64 (B,)."""
+        """Time steps t in [0, T−1] of noise levels (B,), interpolated in ln σ: float64 (B,)."""
         table = self.log_sigmas.to(sigma.device)
         wanted = sigma.double().log()
         above = torch.searchsorted(table, wanted).clamp(1, len(table) - 1)
@@ -135,12 +127,6 @@ def find_schedule(betas: Tensor | None = None, alpha_bars: Tensor | None = None)
     Args:
         betas: β_t, floating (T,).
         alpha_bars: ᾱ_t = Π (1 − β_s), floating (T,). At least one of the two; both must fit.
-
-    Returns:
-        Number of time steps, first and last β, and their spacing; the prediction is left at ε.
-
-    Raises:
-        LdmError: they are no such tables, or of another schedule.
     """
     tables = [table for table in (betas, alpha_bars) if table is not None]
     if any(t.ndim != 1 or not t.is_floating_point() or len(t) < 2 for t in tables):
@@ -149,6 +135,7 @@ def find_schedule(betas: Tensor | None = None, alpha_bars: Tensor | None = None)
     if betas is not None:
         ends = betas[[0, -1]].double()
     else:
+        assert alpha_bars is not None
         # Ho et al. 2020, above Equation 4: ᾱ_t = ᾱ_{t−1} (1 − β_t), and ᾱ_0 = 1 − β_0
         below = torch.cat([alpha_bars.new_ones(1), alpha_bars])[[0, -2]].double()
         ends = 1 - alpha_bars[[0, -1]].double() / below

@@ -1,10 +1,9 @@
-"""How large a loss is to be expected at a noise level, learned: Karras et al. 2024 (EDM2).
+"""EDM: preconditioning, noise levels and loss of Karras et al. 2022 (arXiv 2206.00364).
 
-Noise levels are tasks of one multi-task problem, weighted as by Kendall et al. 2018 (arXiv
-1705.07115), made continuous in Appendix B.2 of arXiv 2312.02696. Dividing by the loss that is to
-be expected lets every noise level pull alike at the network, throughout training.
-
-EDM: preconditioning, noise levels and loss of Karras et al. 2022 (arXiv 2206.00364).
+EDM2's uncertainty is here, too (Karras et al. 2024): noise levels are tasks of one multi-task
+problem, weighted as by Kendall et al. 2018 (arXiv 1705.07115), made continuous in Appendix B.2 of
+arXiv 2312.02696. Dividing by the expected loss lets every noise level contribute alike to the
+gradient, throughout training.
 """
 
 from typing import Literal
@@ -18,10 +17,10 @@ from ldm.config import Config
 
 
 class Uncertainty(nn.Module):
-    """u(σ), the logarithm of the loss to be expected at σ; needed in training only.
+    """u(σ), the logarithm of the expected loss at σ; needed in training only.
 
     One fully-connected layer on Fourier features, trained beside the network by the loss that it
-    weighs (`weigh`).
+    weights (`weigh`).
     """
 
     def __init__(self, features: int = 128) -> None:
@@ -39,7 +38,7 @@ class Uncertainty(nn.Module):
 
 
 def weigh(loss: Tensor, u: Tensor) -> Tensor:
-    """A loss weighted by its uncertainty u, elementwise; least where e^u is the mean loss."""
+    """Weight a loss by its uncertainty u, elementwise: minimal where e^u is the mean loss."""
     # Eq. 21: λ L / e^u + u, where λ L is the loss; by Eq. 25, e^u = λ L at the minimum
     return loss / u.exp() + u
 
@@ -48,7 +47,7 @@ class EDMConfig(Config):
     """The standard deviation of the data, and the noise levels seen in training."""
 
     type: Literal["edm"] = "edm"
-    """Which denoiser this is."""
+    """Type of the denoiser."""
     sigma_data: PositiveFloat = 0.5
     """Standard deviation of the standardised latents."""
     noise_mean: float = -1.2
@@ -56,7 +55,7 @@ class EDMConfig(Config):
     noise_std: PositiveFloat = 1.2
     """Standard deviation of ln σ in training (the paper's P_std)."""
     uncertainty: bool = False
-    """Weight noise levels by a learned uncertainty of their loss (EDM2), too."""
+    """Weight noise levels also by a learned uncertainty of their loss (EDM2)."""
 
 
 def preconditioning(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -73,16 +72,16 @@ def preconditioning(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, T
 class EDM(nn.Module):
     """The denoiser D(x; σ) built around a network F of unit-variance input and output.
 
-    The network runs in its parameters' dtype, or under autocast; all else, and the noise level that
-    the network is told, in x's dtype or its own, which count as float32 where they are lower.
+    The network runs in its parameters' dtype, or under autocast; all else in x's dtype, and the
+    network's c_noise in its own, both at least float32.
 
     Args:
-        network: (x (B, C, H, W), c_noise (B,)) → (B, C, H, W), with `labels` and `augment` too
-            where they are given.
+        network: (x (B, C, H, W), c_noise (B,)) → (B, C, H, W); also takes `labels` and `augment`
+            if they are given.
     """
 
     sigma_min, sigma_max = 0.002, 80.0
-    """Noise levels between which sampling runs (Table 1)."""
+    """The range of noise levels for sampling (Table 1)."""
 
     def __init__(self, network: nn.Module, sigma_data: float = 0.5):
         super().__init__()
@@ -96,49 +95,48 @@ class EDM(nn.Module):
         labels: Tensor | None = None,
         augment: Tensor | None = None,
     ) -> Tensor:
-        """The denoised latents (B, C, H, W) of noisy ones.
+        """Denoise latents: (B, C, H, W) → (B, C, H, W).
 
         Args:
             x: noisy latents (B, C, H, W).
             sigma: their noise levels σ > 0, (B,) or ().
-            labels: classes (B,), −1 for none; None for none at all.
-            augment: the parameters (B, A) of the augmentation; None for the images as they are.
+            labels: classes (B,), −1 for none; None: none in the whole batch.
+            augment: the parameters (B, A) of the augmentation; None: no augmentation.
         """
         dtype = torch.promote_types(x.dtype, torch.float32)
         inner = next(self.network.parameters(), x).dtype
         sigma = torch.as_tensor(sigma, dtype=dtype, device=x.device).expand(len(x))
         sigma = sigma.view(-1, 1, 1, 1)  # (B, 1, 1, 1), and so are the four
         c_skip, c_out, c_in, c_noise = preconditioning(sigma, self.sigma_data)
-        told = {"labels": labels, "augment": augment}
-        told = {key: value for key, value in told.items() if value is not None}
+        given = {"labels": labels, "augment": augment}
+        condition = {key: value for key, value in given.items() if value is not None}
         c_noise = c_noise.flatten().to(torch.promote_types(inner, torch.float32))  # (B,)
-        output = self.network((c_in * x).to(inner), c_noise, **told)
+        output = self.network((c_in * x).to(inner), c_noise, **condition)
         # Eq. 7
         return c_skip * x + c_out * output
 
 
 def sample_sigma(normal_draws: Tensor, config: EDMConfig) -> Tensor:
-    """Noise levels σ (B,) of a training batch from standard normal draws (B,), one an image."""
+    """Turn standard normal draws (B,) into the noise levels σ (B,) of a training batch."""
     # Table 1, "Noise distribution": ln σ ~ N(P_mean, P_std²)
     return (config.noise_mean + config.noise_std * normal_draws).exp()
 
 
 def edm_loss(
-    denoiser: nn.Module,
+    denoiser: EDM,
     z: Tensor,
     sigma: Tensor,
     noise: Tensor,
     labels: Tensor | None = None,
     augment: Tensor | None = None,
 ) -> Tensor:
-    """λ(σ) ‖D(z + σn; σ) − z‖², the mean over a latent's values: one loss an image, (B,).
+    """λ(σ) ‖D(z + σn; σ) − z‖² per image, the mean over its latent's values: (B,).
 
     Args:
-        denoiser: an `EDM`.
         z: standardised latents (B, C, H, W).
         sigma: noise levels (B,), as from `sample_sigma`.
         noise: standard normal n, of z's shape.
-        labels, augment: what else the denoiser is told.
+        labels, augment: conditions of the denoiser.
     """
     sigma_data = denoiser.sigma_data
     denoised = denoiser(z + sigma.view(-1, 1, 1, 1) * noise, sigma, labels, augment)
@@ -149,12 +147,7 @@ def edm_loss(
 
 
 class EDMLoss(nn.Module):
-    """What is trained, as one module for DDP to wrap: a denoiser, and its uncertainty if any.
-
-    Args:
-        denoiser: an `EDM`.
-        uncertainty: u(σ), the logarithm of the loss to be expected at σ; None for none.
-    """
+    """A denoiser and its uncertainty, if any, as one module for DDP to wrap."""
 
     def __init__(self, denoiser: EDM, uncertainty: Uncertainty | None = None) -> None:
         super().__init__()
@@ -168,7 +161,7 @@ class EDMLoss(nn.Module):
         labels: Tensor | None = None,
         augment: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Of every image, (B,) each: what is minimised, and `edm_loss` to be looked at."""
+        """The loss to minimise, and `edm_loss` to log; per image, (B,) each."""
         loss = edm_loss(self.denoiser, z, sigma, noise, labels, augment)
         if self.uncertainty is None:
             return loss, loss.detach()

@@ -1,11 +1,10 @@
-"""Layers that keep the magnitude of what passes through them: Karras et al. 2024, EDM2.
+"""The network of EDM2 and its layers: Karras et al. 2024.
 
 Paper: "Analyzing and Improving the Training Dynamics of Diffusion Models" (arXiv 2312.02696, the
-equations numbered as in its Appendix B). The magnitude of a tensor is the root of the mean of its
-squares (Eq. 68). Where the inputs of a layer have magnitude 1 and are uncorrelated, so has its
-output: activations neither grow nor fade with depth, and no bias or group norm is needed.
-
-The network of EDM2 (Karras et al. 2024, arXiv 2312.02696), its config G: Figure 22.
+equations numbered as in its Appendix B; the network is config G, Figure 22). The magnitude of a
+tensor is the root of the mean of its squares (Eq. 68). The layers preserve it: where their inputs
+have magnitude 1 and are uncorrelated, so have their outputs. Activations neither grow nor fade with
+depth, and no bias or group norm is needed.
 """
 
 import math
@@ -25,9 +24,8 @@ from pydantic import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffusion.unet import check_condition
+from diffusion.unet import UNetBase, attending
 from ldm.config import Config
-from ldm.errors import LdmError
 
 EPSILON = 1e-4
 """Keeps a norm from being 0 where it divides (Appendix B.3 and B.4)."""
@@ -48,22 +46,22 @@ def pixel_norm(x: Tensor, dim: int = 1) -> Tensor:
 
 
 def mp_silu(x: Tensor) -> Tensor:
-    """SiLU of any shape; of a standard normal x, it has magnitude 1."""
+    """SiLU, scaled so that the result has magnitude 1 for a standard normal x."""
     # Eq. 81
     return F.silu(x) / SILU_MAGNITUDE
 
 
 def mp_sum(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """Blend of two tensors of one shape: a at t = 0, b at t = 1, both alike at t = 0.5."""
+    """Blend two tensors of one shape: a at t = 0, b at t = 1, equal parts at t = 0.5."""
     # Eq. 88: ((1 − t) a + t b) / √((1 − t)² + t²)
     magnitude = math.hypot(1 - t, t)
     return torch.add(a * ((1 - t) / magnitude), b, alpha=t / magnitude)
 
 
 def mp_cat(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """Concatenation along dim 1 of (B, N_a, …) and (B, N_b, …): (B, N_a + N_b, …).
+    """Concatenate (B, N_a, …) and (B, N_b, …) along dim 1: (B, N_a + N_b, …).
 
-    At t = 0.5 both contribute alike to what is computed from it, however wide each of them is.
+    At t = 0.5 both contribute equally to the next layer, whatever their widths.
     """
     n_a, n_b = a.shape[1], b.shape[1]
     # Eq. 103: C ((1 − t)/√N_a · a ⊕ t/√N_b · b), C = √((N_a + N_b) / ((1 − t)² + t²))
@@ -72,11 +70,13 @@ def mp_cat(a: Tensor, b: Tensor, t: float) -> Tensor:
 
 
 class MPFourier(nn.Module):
-    """Features of a number, (B,) → (B, width) in float32 at least, of magnitude 1 on average.
+    """Fourier features of a number, (B,) → (B, width), at least float32, of mean magnitude 1.
 
-    The frequencies and phases are drawn from torch's generator and stay: they are buffers, and
-    travel with the weights.
+    The random frequencies and phases are buffers: drawn once, and saved with the weights.
     """
+
+    frequencies: Tensor
+    phases: Tensor
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -92,13 +92,13 @@ class MPFourier(nn.Module):
 
 
 class MPLayer(nn.Module):
-    """A weight (out, …) of which each of the `out` filters is used at norm 1. There is no bias.
+    """A weight (out, …) whose `out` filters are used at norm 1, without a bias.
 
-    A filter is held at the norm √N, N its fan-in, so that its values have magnitude 1 in every
-    layer and one learning rate is the same relative change everywhere. `normalize_` puts it back
-    there and must be called after every step of the optimiser. That it is normalised when used,
-    too, makes its gradient orthogonal to it (Eq. 59), as Adam's variances need it, and lets an
-    average of weights be used as it is.
+    A filter is stored at the norm √N, N its fan-in: its values then have magnitude 1 in every
+    layer, and one learning rate is the same relative change everywhere. `normalize_` restores this
+    norm; call it after every step of the optimiser. Normalisation at use makes the gradient
+    orthogonal to the filter (Eq. 59), which Adam's variances need, and keeps averaged weights
+    valid.
     """
 
     def __init__(self, *shape: int) -> None:
@@ -107,7 +107,7 @@ class MPLayer(nn.Module):
         self.normalize_()
 
     def filters(self, gain: Tensor | float = 1.0) -> Tensor:
-        """The weight as it is used: filters of norm `gain`, in the weight's dtype."""
+        """The weight at use: filters of norm `gain`, in the weight's dtype."""
         # Eq. 46: w / ‖w‖
         return (self.weight * (gain / self._norm())).to(self.weight.dtype)
 
@@ -118,9 +118,9 @@ class MPLayer(nn.Module):
         self.weight.copy_(self.weight * (math.sqrt(self.weight[0].numel()) / self._norm()))
 
     def _norm(self) -> Tensor:
-        """Norm of every filter, (out, 1, …), in float32 at least.
+        """Norm of every filter, (out, 1, …), at least float32, and at least ε.
 
-        It is ε at least. The paper adds ε (Eq. 47), and Eq. 59 then holds nearly, not exactly.
+        The paper adds ε instead (Eq. 47); Eq. 59 then holds only approximately.
         """
         dims = tuple(range(1, self.weight.ndim))
         wide = torch.promote_types(self.weight.dtype, torch.float32)
@@ -131,8 +131,8 @@ class MPLayer(nn.Module):
 class MPLinear(MPLayer):
     """(B, in_width) → (B, out_width), in the weight's dtype even under autocast.
 
-    It stands where little is computed and much hangs on it: in the embedding, in the scales of
-    the blocks and in the uncertainty, which the paper leaves in full precision (Appendix D.2).
+    It serves the embedding, the scales of the blocks and the uncertainty, which are cheap and which
+    the paper leaves in full precision (Appendix D.2).
     """
 
     def __init__(self, in_width: int, out_width: int) -> None:
@@ -144,18 +144,13 @@ class MPLinear(MPLayer):
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager:
-    """Autocast off, on devices that know it: "meta" does not."""
+    """Disable autocast on devices that support it ("meta" does not)."""
     known = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 class MPConv2d(MPLayer):
-    """Convolution that keeps the size: (B, in_width, H, W) → (B, out_width, H, W).
-
-    Args:
-        in_width, out_width: channels.
-        kernel: its side in pixels, odd.
-    """
+    """Convolution of an odd kernel that keeps H and W: (B, in, H, W) → (B, out, H, W)."""
 
     def __init__(self, in_width: int, out_width: int, kernel: int) -> None:
         super().__init__(out_width, in_width, kernel, kernel)
@@ -165,7 +160,7 @@ class MPConv2d(MPLayer):
 
 
 def normalize_weights(module: nn.Module) -> None:
-    """Forced weight normalisation of every such layer in a module, in place (Eq. 66)."""
+    """Forced weight normalisation of every `MPLayer` in a module, in place (Eq. 66)."""
     for layer in module.modules():
         if isinstance(layer, MPLayer):
             layer.normalize_()
@@ -178,13 +173,13 @@ class EDM2Config(Config):
     """The defaults are EDM2-S: 280.2 M parameters with the 1000 classes of ImageNet."""
 
     type: Literal["edm2"] = "edm2"
-    """Which network this is."""
+    """Type of the network."""
     latent_channels: PositiveInt = 4
     """Channels of the latents, in and out; taken from stage one."""
     classes: NonNegativeInt = 0
-    """Classes that a label may name, 0: unconditional; taken from the data."""
+    """Number of classes, 0: unconditional; taken from the data."""
     augment_parameters: NonNegativeInt = 0
-    """Parameters of the augmentation that the network is told; taken from the recipe."""
+    """Number of values that describe an augmentation, 0: none; taken from the recipe."""
     channels: PositiveInt = 192
     """Width at full resolution, in channels: 128 XS, 192 S, 256 M, 320 L, 384 XL, 448 XXL."""
     multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 3, 4)
@@ -192,8 +187,8 @@ class EDM2Config(Config):
     blocks: PositiveInt = 3
     """Blocks a level on the way down; one more on the way up."""
     attention_factors: tuple[PositiveInt, ...] = (4, 8)
-    """Downsampling factors at which blocks have attention, the middle always has it; the default
-    is the paper's 16×16 and 8×8 for latents of 64×64: for 32×32 (2, 4) attends at the same."""
+    """Downsampling factors at which blocks have attention; the middle always has it. The default
+    gives the paper's 16×16 and 8×8 for latents of 64×64; for 32×32 use (2, 4)."""
     head_width: PositiveInt = 64
     """Channels of an attention head; divides every width that has attention."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -214,21 +209,19 @@ class EDM2Config(Config):
     def _divides(cls, head_width: int, info: ValidationInfo) -> int:
         known = info.data
         if {"channels", "multipliers", "attention_factors"} <= known.keys():
-            last = len(known["multipliers"]) - 1
-            for level, multiplier in enumerate(known["multipliers"]):
-                width = known["channels"] * multiplier
-                attends = level == last or 2**level in known["attention_factors"]
-                if attends and width % head_width:
-                    raise ValueError(f"must divide the {width} channels at factor {2**level}")
+            sizes = known["channels"], known["multipliers"], known["attention_factors"]
+            for factor, width in attending(*sizes):
+                if width % head_width:
+                    raise ValueError(f"must divide the {width} channels at factor {factor}")
         return head_width
 
 
 class Embedding(nn.Module):
     """Noise level, class and augmentation as the vector (B, 4·channels) that every block reads.
 
-    An image without a label adds zeros to the sum of the two; a network without classes has no
-    sum, as the unconditional ones of the paper. The augmentation is not the paper's: its layer has
-    no bias and is added as it is, so that zeros, an image left alone, change nothing.
+    An image without a label adds zeros to the sum of noise level and class; a network without
+    classes has no sum, as the unconditional ones of the paper. The augmentation is not the paper's:
+    its layer has no bias, so that zeros (no augmentation) change nothing.
     """
 
     def __init__(self, config: EDM2Config) -> None:
@@ -241,8 +234,6 @@ class Embedding(nn.Module):
         self.augmentation = MPLinear(augmented, width) if augmented else None
 
     def forward(self, c_noise: Tensor, labels: Tensor | None, augment: Tensor | None) -> Tensor:
-        known = self.config.classes, self.config.augment_parameters
-        check_condition(len(c_noise), labels, augment, *known)
         embedding = self.noise(self.fourier(c_noise))
         if self.label is not None:
             if labels is None:
@@ -260,7 +251,7 @@ class Embedding(nn.Module):
 
 
 class Residual(nn.Module):
-    """Two 3×3 convolutions, the embedding scaling what is between: (B, in, H, W) → (B, out, …)."""
+    """Two 3×3 convolutions, scaled by the embedding in between: (B, in, H, W) → (B, out, H, W)."""
 
     def __init__(self, in_width: int, out_width: int, config: EDM2Config) -> None:
         super().__init__()
@@ -272,14 +263,14 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         x = self.conv1(mp_silu(x))
-        # Eq. 104: a learned gain, 0 at first, so that the embedding begins without effect
+        # Eq. 104: a learned gain, initially 0, so that the embedding starts without effect
         scale = 1 + self.scale(embedding, self.gain)  # (B, out)
         x = mp_silu(x * scale[:, :, None, None].to(x.dtype))
         return self.conv2(self.dropout(x))
 
 
 class CosineAttention(nn.Module):
-    """Multi-head attention between all positions, by angles alone: (B, width, H, W) → the same."""
+    """Multi-head cosine attention between all positions: (B, width, H, W) → (B, width, H, W)."""
 
     def __init__(self, width: int, head_width: int) -> None:
         super().__init__()
@@ -291,21 +282,21 @@ class CosineAttention(nn.Module):
         qkv = rearrange(
             self.qkv(x), "b (qkv heads d) h w -> qkv b heads (h w) d", qkv=3, d=self.head_width
         )
-        # Eq. 32 to 34: of norm √d each, so that ⟨q, k⟩/√d is √d cos φ
+        # Eq. 32 to 34: each of norm √d, so that ⟨q, k⟩/√d is √d cos φ
         query, key, value = pixel_norm(qkv, dim=-1)
         mixed = F.scaled_dot_product_attention(query, key, value)
         return self.proj(rearrange(mixed, "b heads (h w) d -> b (heads d) h w", h=x.shape[2]))
 
 
-class Block(nn.Module):
+class EDM2Block(nn.Module):
     """A residual branch, then attention where there is any: (B, in, H, W) → (B, out, H', W').
 
     Args:
-        in_width, out_width: channels; where they differ, a 1×1 convolution leads over.
+        in_width, out_width: channels; a 1×1 convolution maps between them if they differ.
         config: the network's.
-        encodes: whether it is a block of the encoder, which normalises what it reads.
-        attends: whether it has attention.
-        scale: factor of both sides, before all else: 2 doubles them, 0.5 halves them.
+        encodes: a block of the encoder, which normalises its input.
+        attends: add attention.
+        scale: factor of both sides, applied first: 2 doubles them, 0.5 halves them.
     """
 
     def __init__(
@@ -324,7 +315,7 @@ class Block(nn.Module):
         elif self.scale == 2:
             x = F.interpolate(x, scale_factor=2, mode="nearest")
         main = self.fit(x)
-        if self.encodes:  # its residual branch reads what the 1×1 convolution made
+        if self.encodes:  # its residual branch follows the 1×1 convolution
             x = main = pixel_norm(main)
         x = mp_sum(main, self.residual(x, embedding), self.config.residual_balance)
         if self.attention is not None:
@@ -332,93 +323,38 @@ class Block(nn.Module):
         return x.clamp(-self.config.clip, self.config.clip)
 
 
-class EDM2UNet(nn.Module):
-    """F(x; c_noise), the network inside `EDM`; untrained, it answers 0.
+class EDM2UNet(UNetBase):
+    """The network of EDM2; untrained, it answers 0.
 
-    The order of the levels, blocks and skips is that of `UNet`, but a level is entered and left
-    by a block. Every activation has about magnitude 1 where x has, as c_in(σ) makes it. Call
-    `normalize_weights` after every step of the optimiser.
+    Blocks change the resolution. Every activation has about magnitude 1 where x has, as c_in(σ)
+    makes it. Call `normalize_weights` after every step of the optimiser.
     """
 
+    config: EDM2Config
+
     def __init__(self, config: EDM2Config) -> None:
-        super().__init__()
-        self.config = config
-        widths = [config.channels * multiplier for multiplier in config.multipliers]
-        attends = [2**level in config.attention_factors for level in range(len(widths))]
-        self.factor = 2 ** (len(widths) - 1)
-        self.embed = Embedding(config)
-
-        width, skip_widths = config.channels, []
+        embed = Embedding(config)
         # one channel more: a constant 1, in place of every bias (Appendix B.3)
-        self.enter = nn.ModuleList([MPConv2d(config.latent_channels + 1, width, 3)])
-        self.encoder = nn.ModuleList()
-        for level, out_width in enumerate(widths):
-            if level > 0:
-                self.enter.append(Block(width, width, config, encodes=True, scale=0.5))
-            into = [width] + [out_width] * (config.blocks - 1)
-            self.encoder.append(
-                nn.ModuleList(Block(i, out_width, config, True, attends[level]) for i in into)
-            )
-            skip_widths += [width] + [out_width] * config.blocks
-            width = out_width
-
-        self.middle_in = Block(width, width, config, encodes=False, attends=True)
-        self.middle_out = Block(width, width, config, encodes=False)
-
-        self.leave, self.decoder = nn.ModuleList(), nn.ModuleList()
-        for level, out_width in reversed(list(enumerate(widths))):
-            blocks = nn.ModuleList()
-            for _ in range(config.blocks + 1):
-                into = width + skip_widths.pop()
-                blocks.append(Block(into, out_width, config, False, attends[level]))
-                width = out_width
-            self.decoder.append(blocks)
-            if level > 0:
-                self.leave.append(Block(width, width, config, encodes=False, scale=2))
+        super().__init__(config, embed, MPConv2d(config.latent_channels + 1, config.channels, 3))
+        width = config.channels * config.multipliers[0]
         self.out = MPConv2d(width, config.latent_channels, 3)
         self.gain = nn.Parameter(torch.zeros(()))
 
-    def forward(
-        self,
-        x: Tensor,
-        c_noise: Tensor,
-        labels: Tensor | None = None,
-        augment: Tensor | None = None,
-    ) -> Tensor:
-        """F(x; c_noise) of latents, of their shape.
+    def make_block(
+        self, in_width: int, out_width: int, attends: bool, encodes: bool = False
+    ) -> EDM2Block:
+        return EDM2Block(in_width, out_width, self.config, encodes, attends)
 
-        Args:
-            x: latents (B, n_z, H, W), of magnitude 1.
-            c_noise: scaled noise levels (B,).
-            labels: classes (B,) of type int64, −1 for none; None for none at all.
-            augment: parameters (B, augment_parameters) of the augmentation; None is all zeros.
+    def make_resample(self, width: int, way: Literal["down", "up"]) -> EDM2Block:
+        down = way == "down"
+        return EDM2Block(width, width, self.config, encodes=down, scale=0.5 if down else 2)
 
-        Raises:
-            LdmError: H or W cannot be halved once for each level but the last, a label the
-                network does not know, or parameters it does not take.
-        """
-        height, width = x.shape[2:]
-        if height % self.factor or width % self.factor:
-            raise LdmError(
-                f"latents of {height}×{width} do not fit this UNet: "
-                f"both sides must be multiples of {self.factor}"
-            )
-        embedding = self.embed(c_noise, labels, augment)  # (B, 4·channels)
+    def concat(self, x: Tensor, skip: Tensor) -> Tensor:
+        return mp_cat(x, skip, self.config.concat_balance)
+
+    def run_levels(self, x: Tensor, embedding: Tensor) -> Tensor:
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-        skips = []
-        for level, blocks in enumerate(self.encoder):
-            x = self.enter[level](x, embedding) if level > 0 else self.enter[0](x)
-            skips.append(x)
-            for block in blocks:
-                x = block(x, embedding)
-                skips.append(x)
-        x = self.middle_out(self.middle_in(x, embedding), embedding)
-        for level, blocks in enumerate(self.decoder):
-            if level > 0:
-                x = self.leave[level - 1](x, embedding)
-            for block in blocks:
-                x = block(mp_cat(x, skips.pop(), self.config.concat_balance), embedding)
-        return self.out(x, self.gain)
+        return self.out(super().run_levels(x, embedding), self.gain)
 
     def normalize_weights(self) -> None:
         """Forced weight normalisation, in place; call it after every step of the optimiser."""

@@ -1,7 +1,7 @@
-"""Samplers are functions: each follows dx/dσ = (x − D(x; σ)) / σ down a schedule of noise levels.
+"""Samplers: functions that solve dx/dσ = (x − D(x; σ)) / σ along a schedule of noise levels.
 
-That is the probability-flow ODE in the terms of Karras et al. 2022 (arXiv 2206.00364), Eq. 1 with
-σ(t) = t. What comes out at σ = 0 is a sample of the data that the denoiser D knows.
+This is the probability-flow ODE of Karras et al. 2022 (arXiv 2206.00364), Eq. 1 with σ(t) = t. At
+σ = 0, x is a sample of the denoiser's data.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,8 @@ Churn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(x, σ) → (x̂, σ̂): the same images at a noise level σ̂ ≥ σ."""
 
 Callback = Callable[[int, Tensor, Tensor], None]
-"""(step, x, denoised), called after each step 0 … N − 1: the state x at sigmas[step + 1], and what
-the denoiser made of the state that the step set out from; both (B, C, H, W), not to be written."""
+"""(step, x, denoised), called after each step 0 … N − 1: the state x at sigmas[step + 1], and the
+denoised state at the start of the step; both (B, C, H, W), read-only."""
 
 
 def no_churn(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,20 +37,20 @@ def make_churn(
     S_noise: float = 1.0,
     sigma_max: float = inf,
 ) -> Churn:
-    """Fresh noise before every step whose σ lies in [S_min, S_max].
+    """Make a `Churn` that adds fresh noise before every step whose σ lies in [S_min, S_max].
 
     Args:
-        sigmas: the whole schedule, (N + 1,), also where sampling starts in the midst of it.
-        draw: step i in 0 … N − 1 → standard normal noise of x's shape, so that a sample's noise
-            can be a function of its own seed and the step.
-        S_churn: how much noise, over all N steps; 0 adds none.
-        S_noise: standard deviation of the fresh noise, a little above 1 against lost detail.
-        sigma_max: the highest noise level that the denoiser knows; σ̂ goes no higher. (Algorithm
-            2 has no such limit, for its denoisers take any σ; one of discrete time does not.)
+        sigmas: the whole schedule, (N + 1,), also if sampling starts in the middle of it.
+        draw: step i in 0 … N − 1 → standard normal noise of x's shape; a function of the sample's
+            seed and the step.
+        S_churn: amount of noise over all N steps; 0 adds none.
+        S_noise: standard deviation of the fresh noise; slightly above 1 counters loss of detail.
+        sigma_max: upper limit of σ̂, the highest noise level of the denoiser. (Algorithm 2 has no
+            such limit: its denoisers take any σ, one of discrete time does not.)
 
     Raises:
         UsageError: S_churn is below 0, S_min above S_max, S_noise not finite or below 0, or one of
-            them no number.
+            them NaN.
     """
     if not (S_churn >= 0 and S_min <= S_max and S_noise >= 0 and isfinite(S_noise)):
         raise UsageError(
@@ -88,10 +88,10 @@ def sample_heun(
         denoise: the denoiser; called twice a step, once in the last.
         noise: standard normal (B, C, H, W).
         sigmas: noise levels (N + 1,) in float64, falling, the last one 0; best left on the CPU.
-        churn: what raises the noise before a step.
-        start: x at sigmas[0], in place of noise · sigmas[0]: an image plus noise to change the
-            image (SDEdit, Meng et al. 2021, arXiv 2108.01073). Of noise's shape.
-        callback: is shown every step.
+        churn: adds noise before a step.
+        start: x at sigmas[0] instead of noise · sigmas[0], of noise's shape: an image plus noise
+            edits the image (SDEdit, Meng et al. 2021, arXiv 2108.01073).
+        callback: called after every step.
 
     Returns:
         Samples (B, C, H, W) in float64.
@@ -124,7 +124,7 @@ def sample_euler(
     start: Tensor | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Euler sampler: Algorithm 2 without lines 9-11, of first order; DDIM where nothing is churned.
+    """Euler sampler: Algorithm 2 without lines 9-11, of first order; DDIM without churn.
 
     Song et al. 2020 (arXiv 2010.02502), Eq. 13, is this step: their x / √α is this x. Arguments,
     result and errors are those of `sample_heun`; the denoiser is called once a step.
@@ -133,7 +133,7 @@ def sample_euler(
     for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         x, sigma_hat = churn(x, sigma)
         denoised = denoise(x, sigma_hat).to(x)
-        # lines 7-8, as a way towards D: at σ_next = 0 exactly D
+        # lines 7-8, as an interpolation towards D: exactly D at σ_next = 0
         x = denoised + sigma_next / sigma_hat * (x - denoised)
         if callback:
             callback(step, x, denoised)
@@ -149,13 +149,14 @@ def sample_dpmpp_2m(
 ) -> Tensor:
     """DPM-Solver++(2M), Lu et al. 2022 (arXiv 2211.01095), Algorithm 2: of second order.
 
-    The denoiser is called once a step, and what it said in the step before is used again: second
-    order at Euler's price. It takes no churn, for noise between two steps would part what they
-    share. The first step, and the last where it ends in σ = 0, are of first order. Arguments,
-    result and errors are those of `sample_heun`.
+    The denoiser is called once a step, and its answer in the step before is used again: second
+    order at Euler's cost. It takes no churn: the answer in the step before would not hold for x
+    with fresh noise. The first step, and the last if it ends in σ = 0, are of first order.
+    Arguments, result and errors are those of `sample_heun`.
     """
     x = _first(noise, sigmas, start)  # (B, C, H, W)
-    before, h_before = None, None
+    before: Tensor | None = None
+    h_before = sigmas.new_zeros(())
     for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma).to(x)
         h = (sigma / sigma_next).log()  # of λ = −ln σ, as α = 1; infinite where σ_next = 0

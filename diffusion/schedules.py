@@ -1,7 +1,7 @@
-"""Noise schedules are tensors: the noise levels σ that a sampler visits, falling to 0.
+"""Noise schedules: tensors of the noise levels σ that a sampler visits, decreasing to 0.
 
-A schedule divides the way from σ_max to σ_min evenly in some time t, and says which σ belongs to
-which t. The last step, from σ_min to 0, is added to all of them alike.
+A schedule is a function σ(t), sampled evenly in t between σ_max and σ_min; all end with a step from
+σ_min to 0.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor
 from ldm.errors import UsageError
 
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
-"""Karras et al. 2022 (arXiv 2206.00364), Table 1: the ends of the way, for σ_data = 0.5."""
+"""Karras et al. 2022 (arXiv 2206.00364), Table 1: the range of σ, for σ_data = 0.5."""
 
 BETA_D, BETA_MIN = 19.9, 0.1
 """Karras et al. 2022, Table 1, column "VP": rise and start of DDPM's linear β."""
@@ -25,17 +25,17 @@ def karras_sigmas(
     """Noise levels evenly spaced in σ^(1/ρ), Karras et al. 2022, Eq. 5.
 
     Args:
-        steps: how many steps a sampler takes, at least 1; a single one goes from sigma_max to 0.
+        steps: number of steps of the sampler, at least 1; a single one goes from sigma_max to 0.
         sigma_min: the last noise level above 0.
         sigma_max: the first noise level.
-        rho: above 0; 1 spaces σ evenly, more shortens the steps near sigma_min.
+        rho: above 0; 1 spaces σ evenly, a larger value shortens the steps near sigma_min.
 
     Returns:
         float64 (steps + 1,), strictly falling from sigma_max to sigma_min and then 0, on the CPU.
 
     Raises:
         UsageError: fewer than one step, not 0 < sigma_min < sigma_max < ∞, rho not above 0, or so
-            many steps that neighbouring levels are no longer different numbers in float64.
+            many steps that neighbouring levels are equal in float64.
     """
     if not rho > 0:
         raise UsageError(f"the schedule's rho must be above 0, not {rho}: the paper takes 7")
@@ -99,13 +99,13 @@ def _evenly(
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     first, last = time(torch.tensor([sigma_max, sigma_min], dtype=torch.float64))
     sigmas = level(first + ramp * (last - first))
-    # the ends as they were given: a denoiser may know no σ even one rounding outside them
+    # exactly the given ends: a denoiser may refuse a σ one rounding outside them
     sigmas[-1] = sigma_min
     sigmas[0] = sigma_max
     sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
     if not (sigmas.diff() < 0).all():
         raise UsageError(
-            f"{steps} steps from {sigma_max} to {sigma_min} are too many for float64 to tell "
-            "neighbouring noise levels apart: lower steps or widen the range"
+            f"{steps} steps from {sigma_max} to {sigma_min} are too many to tell neighbouring "
+            "noise levels apart in float64: lower steps or widen the range"
         )
     return sigmas

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from diffusion.edm import EDM, edm_loss
-from diffusion.edm2 import Block, CosineAttention, EDM2Config, EDM2UNet, MPLayer
+from diffusion.edm2 import CosineAttention, EDM2Block, EDM2Config, EDM2UNet, MPLayer
 from ldm.config import validate
 from ldm.errors import LdmError, UsageError
 
@@ -123,7 +123,7 @@ def test_cosine_attention_follows_its_formula():
 def test_blocks_follow_figure_22(encodes, widths, scale):
     torch.manual_seed(1)
     config = EDM2Config(channels=4, multipliers=(3,), head_width=6, attention_balance=0.4, clip=2.0)
-    block = Block(*widths, config, encodes, attends=True, scale=scale).double()
+    block = EDM2Block(*widths, config, encodes, attends=True, scale=scale).double()
     nn.init.constant_(block.residual.gain, 0.8)
     x, embedding = normal(2, widths[0], 4, 6).double(), normal(2, 16, seed=1).double()
 
@@ -155,13 +155,15 @@ def test_activations_have_magnitude_one_through_all_depths():
     config = EDM2Config(channels=32, classes=10, head_width=32)
     network, seen = build(config, scramble=True), {}
     for name, module in network.named_modules():
-        if isinstance(module, Block) or name in ("embed", "enter.0"):
+        if isinstance(module, EDM2Block) or name in ("embed", "enter.0"):
 
             def look(module, args, out, name=name):
                 seen[name] = out.square().mean().sqrt().item()
 
             module.register_forward_hook(look)
-    for gain in (block.residual.gain for block in network.modules() if isinstance(block, Block)):
+    for gain in (
+        block.residual.gain for block in network.modules() if isinstance(block, EDM2Block)
+    ):
         nn.init.zeros_(gain)  # as they start
     with torch.no_grad():
         out = network(normal(4, 4, 32, 32), torch.tensor([-1.0, 0, 0.5, 1]), torch.arange(4))

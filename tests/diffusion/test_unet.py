@@ -8,11 +8,11 @@ from torch import nn
 
 from diffusion import EDM, EDM2Config, EDM2UNet, UNet, UNetConfig, edm_loss
 from diffusion.unet import (
-    Downsample,
     NoiseEmbedding,
-    ResidualBlock,
-    SelfAttention,
-    Upsample,
+    UNetAttention,
+    UNetDownsample,
+    UNetResidual,
+    UNetUpsample,
     group_norm,
     sinusoids,
 )
@@ -82,7 +82,7 @@ def test_the_embedding_is_the_sum_of_what_is_known():
 @pytest.mark.parametrize("scale_shift", [False, True])
 @pytest.mark.parametrize("out_width", [8, 12])
 def test_residual_block_is_its_formula(out_width, scale_shift, resample):
-    block = scrambled(ResidualBlock(8, out_width, 6, 0.0, scale_shift, resample))
+    block = scrambled(UNetResidual(8, out_width, 6, 0.0, scale_shift, resample))
     x, embedding = torch.randn(2, 8, 4, 6).double(), torch.randn(2, 6).double()
     before = x.clone()
 
@@ -111,7 +111,7 @@ def test_residual_block_is_its_formula(out_width, scale_shift, resample):
 
 def test_sums_in_place_leave_the_gradients_right():
     for scale_shift, resample in ((False, None), (True, "down")):
-        block = scrambled(ResidualBlock(4, 8, 3, 0.0, scale_shift, resample))
+        block = scrambled(UNetResidual(4, 8, 3, 0.0, scale_shift, resample))
         x, embedding = torch.randn(1, 4, 2, 2).double(), torch.randn(1, 3).double()
         inputs = x.requires_grad_(), embedding.requires_grad_()
         assert torch.autograd.gradcheck(block, inputs)
@@ -119,7 +119,7 @@ def test_sums_in_place_leave_the_gradients_right():
 
 @pytest.mark.parametrize("head_width", [4, 8])
 def test_attention_is_the_textbooks(head_width):
-    attention = scrambled(SelfAttention(8, head_width))
+    attention = scrambled(UNetAttention(8, head_width))
     x = torch.randn(2, 8, 3, 2).double()
     tokens = normalised(x, attention.norm).flatten(2).transpose(1, 2)
     q, k, v = (tokens @ attention.qkv.weight.T + attention.qkv.bias).split(8, dim=2)
@@ -136,8 +136,8 @@ def test_attention_is_the_textbooks(head_width):
 
 def test_down_and_up_change_the_resolution_by_two():
     x = torch.randn(1, 4, 6, 10)
-    assert Downsample(4)(x).shape == (1, 4, 3, 5)
-    up = Upsample(4)
+    assert UNetDownsample(4)(x).shape == (1, 4, 3, 5)
+    up = UNetUpsample(4)
     doubled = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
     torch.testing.assert_close(up(x), up.conv(doubled))
 
@@ -300,8 +300,8 @@ def test_heads_are_counted_or_of_one_width(heads, expected):
 
 def test_blocks_that_resample_stand_between_the_levels():
     network = build(FULL)
-    assert [type(layer) for layer in network.enter] == [nn.Conv2d, ResidualBlock]
-    assert [type(layer) for layer in network.leave] == [ResidualBlock, nn.Sequential]
+    assert [type(layer) for layer in network.enter] == [nn.Conv2d, UNetResidual]
+    assert [type(layer) for layer in network.leave] == [UNetResidual, nn.Sequential]
     assert [network.enter[1].resample, network.leave[0].resample] == ["down", "up"]
     assert network.middle_in.residual.resample is None
 
@@ -368,11 +368,16 @@ SIZES = {"channels": 16, "multipliers": (1, 2), "blocks": 1, "head_width": 16}
 @pytest.mark.parametrize(
     ("knows", "labels", "augment", "message"),
     [
-        ({"classes": 3}, [0, 3], None, "^label 3 is none of this network's: they are 0 to 2, and"),
-        ({"classes": 3}, [-2, 0], None, "^label -2 is none"),
+        ({"classes": 3}, [0, 3], None, "^label 3 is not one of this network's classes: use 0"),
+        ({"classes": 3}, [-2, 0], None, "^label -2 is not one"),
         ({}, [-1, 0], None, "^label 0 was given to a network without classes: leave labels out"),
-        ({"augment_parameters": 9}, None, 8, "^augmentation parameters .2, 8. .* network of 9"),
-        ({}, None, 9, "^augmentation parameters .2, 9. .* network of 0 for 2 image"),
+        (
+            {"augment_parameters": 9},
+            None,
+            8,
+            "^augmentation parameters are .2, 8.: .* takes .2, 9",
+        ),
+        ({}, None, 9, "^augmentation parameters are .2, 9.: .* takes .2, 0"),
         ({"classes": 3}, 1, None, "^labels are torch.int64 .*: they must be int64 .2,.$"),
         ({"classes": 3}, [1], None, "^labels are torch.int64 .1,."),
         ({"classes": 3}, [0.5, 1.0], None, "^labels are torch.float32"),
