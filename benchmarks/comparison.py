@@ -108,6 +108,7 @@ def judge(targets: Sequence[Target], rows: Sequence[Row]) -> list[Verdict]:
     for target in targets:
         own, other = (found[target.group, name] for name in (target.name, target.reference))
         if target.of_memory:
+            assert own.peak_mib is not None and other.peak_mib is not None
             measured = own.peak_mib / other.peak_mib
             aim, reached = f"≤ {target.bound} of the memory", measured <= target.bound
         else:

@@ -42,7 +42,7 @@ def main() -> None:
     latents = encode_tiled(ae, image, tile=given.tile).mode()
     rows.append(("encode", time.perf_counter() - start, peak_gib()))
     start = time.perf_counter()
-    recon = decode_tiled(ae, latents, image.shape[-2:], tile=given.tile)
+    recon = decode_tiled(ae, latents, (given.side, given.side), tile=given.tile)
     rows.append(("decode", time.perf_counter() - start, peak_gib()))
     assert recon.shape == image.shape and recon.isfinite().all()
 

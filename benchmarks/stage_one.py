@@ -67,7 +67,7 @@ GPU_TARGETS = (
 
 
 # ------------------------------------------------------------------------------------- models
-def peer(widths: tuple[int, ...]) -> AutoencoderKL:
+def peer(widths: tuple[int, ...]) -> Any:
     """Build diffusers' AutoencoderKL with SD-VAE's config, in eval mode."""
     torch.manual_seed(0)
     return AutoencoderKL(
@@ -93,7 +93,7 @@ def twin(widths: tuple[int, ...]) -> Autoencoder:
     return ae
 
 
-def placed(model: nn.Module, setting: Setting) -> nn.Module:
+def placed(model: Any, setting: Setting) -> Any:
     """Move a model to the device, in its usual layout; on a GPU, compile both networks."""
     model.to(setting.device, memory_format=memory_format(setting.device))
     if setting.on_gpu:
@@ -157,7 +157,7 @@ def measure_encoders(setting: Setting, arguments: list[str]) -> list[Row]:
     """Time and measure the encoders: images to posteriors."""
     names = (*OURS, PEER)
     peaks = {name: peak_in_fresh_process(name, arguments) for name in names}
-    models = {name: ours(name, setting.widths) for name in OURS}
+    models: dict[str, Any] = {name: ours(name, setting.widths) for name in OURS}
     models |= {"sdvae": twin(setting.widths), PEER: peer(setting.widths)}
     images = images_for(setting, setting.resolution)
     with inference(setting):

@@ -78,7 +78,7 @@ class Peer(nn.Module):
     def __init__(self, network: UNet) -> None:
         super().__init__()
         config = diffusers_config(network.config)
-        self.unet = UNet2DModel(**{k: v for k, v in config.items() if not k.startswith("_")})
+        self.unet: Any = UNet2DModel(**{k: v for k, v in config.items() if not k.startswith("_")})
         self.unet.load_state_dict(to_diffusers(network.state_dict(), network.config))
 
     def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def ours(setting: Setting) -> UNet:
     return network
 
 
-def placed(module: nn.Module, setting: Setting) -> nn.Module:
+def placed(module: Any, setting: Setting) -> Any:
     """Move a module to the device, in its usual layout; compile it on a GPU."""
     module.to(setting.device, memory_format=memory_format(setting.device))
     if setting.on_gpu:
@@ -115,7 +115,7 @@ def codec(name: str, setting: Setting) -> Codec:
 def peer_encoder(setting: Setting) -> Callable[[Tensor, Tensor], Tensor]:
     """Build diffusers' SD-VAE; images and posterior noise to latents, as our `Codec.encode`."""
     torch.manual_seed(0)
-    model = AutoencoderKL(
+    model: Any = AutoencoderKL(
         block_out_channels=(128, 256, 512, 512),
         down_block_types=["DownEncoderBlock2D"] * 4,
         up_block_types=["UpDecoderBlock2D"] * 4,
@@ -199,7 +199,10 @@ def measure_training(setting: Setting) -> list[Row]:
     network = ours(setting)
     theirs = Peer(network)
     step, their_step = training_step(network, setting), training_step(theirs, setting)
-    encoders = {LITEVAE: codec("litevae-b", setting).encode, SDVAE: codec("sdvae", setting).encode}
+    encoders: dict[str, Callable[..., Tensor]] = {
+        LITEVAE: codec("litevae-b", setting).encode,
+        SDVAE: codec("sdvae", setting).encode,
+    }
     encoders[PEER] = peer_encoder(setting)
     images = pixels(setting)
     cached = [(torch.randn(latent_shape(setting)) * 0.5,) for _ in images]
@@ -211,7 +214,7 @@ def measure_training(setting: Setting) -> list[Row]:
     def from_cache(step: Callable[[Tensor], None]) -> None:
         train(step, ((z.to(setting.device),) for (z,) in cached))
 
-    calls = {
+    calls: dict[str, Callable[[], Any]] = {
         LITEVAE: partial(on_the_fly, LITEVAE, step, True),
         SDVAE: partial(on_the_fly, SDVAE, step, True),
         CACHED: partial(from_cache, step),

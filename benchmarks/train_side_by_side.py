@@ -124,7 +124,7 @@ def make(run: Run, name: str, recipe: AutoencoderRecipe, losses: PerceptualLosse
         "decoder": lambda: SDVAEDecoder(recipe.decoder, recipe.latent_channels),
         "critic": lambda: build_discriminator(recipe.discriminator),  # the name seeds its weights
     }
-    nets = {}
+    nets: dict[str, Any] = {}
     for what, building in build.items():
         torch.manual_seed(torch_seed(recipe.run.seed, f"weights of the {what}", 0))
         nets[what] = building()
@@ -200,7 +200,7 @@ def write_results(folder: Path, run: Run, contenders: list[Contender], held_out:
     """Write the numbers, the table, the curves and the pictures."""
     machine = describe_machine(run.device, run.precision)
     first = contenders[0]
-    result = {"machine": machine, "recipe": to_tree(first.recipe)}
+    result: dict[str, Any] = {"machine": machine, "recipe": to_tree(first.recipe)}
     result["models"] = [
         {
             "name": c.name,

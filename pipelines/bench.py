@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autoencoders import Autoencoder, build_autoencoder
@@ -217,7 +217,7 @@ def _place(
     if device.type != "cuda":
         return autoencoder, None
     before = torch.cuda.memory_allocated(device)
-    autoencoder.to(device, memory_format=memory_format(device))
+    autoencoder.to(device).to(memory_format=memory_format(device))
     images = _images(batch, resolution, device)
     autoencoder.encode(images)  # libraries allocate their workspaces before the count
     synchronise(device)
@@ -228,7 +228,7 @@ def _place(
 
 def _without_decoder(name: str) -> Autoencoder:
     autoencoder = build_autoencoder(name).eval()
-    autoencoder.decoder = nn.Identity()  # free its memory
+    del autoencoder.decoder  # free its memory
     return autoencoder
 
 

@@ -68,7 +68,7 @@ def reproduce(
 def _list(out: Path) -> None:
     """List every table with the state of its rows at each scale."""
     from pipelines.reproduce.plan import SCALES
-    from pipelines.reproduce.rows import row_states
+    from pipelines.reproduce.runner import row_states
     from pipelines.reproduce.tables import all_tables
 
     tables = all_tables()

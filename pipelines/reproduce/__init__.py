@@ -1,5 +1,12 @@
-"""Every table of the paper as a command: train, measure, print ours beside theirs, and judge.
+"""The paper's tables and figures as commands (Sadat et al. 2024, arXiv 2405.14477).
 
-Sadat et al. 2024 (arXiv 2405.14477). `tables` says what the paper prints and claims, `scales` how
-a row's recipe is made smaller, `plan` what there is to train, and `job` does it.
+A small build cache: each row of a table is a target, built unless its record is up to date.
+
+tables    the paper's tables: rows, columns, numbers, claims
+plan      what a table needs at a scale: recipes, and the folders of their runs
+rows      build one row: get its model, and measure it
+runner    the cache and the loop: target → up to date? → build → judge → print
+claims    whether a claim holds here
+output    a result as text, Markdown and JSON
+figures   the paper's figures, drawn from trained rows
 """

@@ -1,4 +1,4 @@
-"""The paper's figures that are measured or drawn from trained rows, by `pipelines.analysis`.
+"""The paper's figures that show measurements or trained rows, drawn by `pipelines.analysis`.
 
 <out>/<scale>/<figure>/    the pictures and their numbers
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from ldm.errors import UsageError
-from pipelines.reproduce.plan import Job, Plan
+from pipelines.reproduce.plan import BuildPlan, Target
 from pipelines.reproduce.rows import Model, check_images, is_main, make_model
 from pipelines.reproduce.tables import all_tables
 
@@ -23,12 +23,12 @@ class Figure:
 
     title: str
     rows: dict[str, str]
-    """What it shows: names, and the rows whose models they are."""
+    """Its labels, and the presets of the rows whose models they are."""
     drawn_by: Literal["latents", "features", "scale", "gradients", "samples"]
 
 
-# Of which data and latent width the paper's are it does not say; these are Table 1's ImageNet-256,
-# n_z 4, and the ablations'.
+# The paper does not say on which data and latent width its figures are; these rows are Table 1's
+# ImageNet-256, n_z 4, and the ablations'.
 BOTH = {"VAE": "t01-imagenet256-nz4-vae", "LiteVAE": "t01-imagenet256-nz4-litevae"}
 NORMS = {"GroupNorm": "t04-group", "SMC": "t04-smc"}
 WEIGHTS = {"constant": "t08-constant", "adaptive": "t08-adaptive"}
@@ -47,87 +47,84 @@ FIGURES = {
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure, drawn."""
+    """A drawn figure."""
 
     name: str
     figure: Figure
     files: tuple[Path, ...]
     lines: tuple[str, ...] = ()
-    """Its numbers, and what to know of them."""
+    """Its numbers and notes."""
 
     def summary(self) -> list[str]:
-        """What was drawn, as lines."""
+        """Return the lines to print."""
         return [f"# {self.name.upper()}: {self.figure.title}", "", *self.lines]
 
 
 def find_figure(word: str) -> str | None:
-    """The name of the figure that a word means (f5, F5, figure 5); None if it means none."""
+    """Find the figure that a word names (f5, F5, figure 5); None if it names none."""
     match = re.fullmatch(r"f(?:ig(?:ure)?[ .-]*)?0*(\d)", word.strip().lower())
     name = f"f{match[1]}" if match else ""
     return name if name in FIGURES else None
 
 
-def draw_figure(name: str, plan: Plan, weights: Path | None = None, force: bool = False) -> Drawing:
-    """Train what a figure shows, as far as it is not, and draw it.
-
-    Raises:
-        UsageError: the scale is too small for it.
-        LdmError: as training and the analysis; or a run learnt from other images than its data
-            holds now.
-        Interrupted: asked to stop while training.
-    """
-    figure, how = FIGURES[name], plan.scale.measuring
-    if figure.drawn_by == "scale" and not how.published:
-        raise UsageError(f"{name} measures LPIPS: give --scale small, or paper")
-    jobs = {label: _find_job(plan, preset) for label, preset in figure.rows.items()}
-    for job in jobs.values():  # before hours of training the first of them
-        check_images(job)
-    models = {label: make_model(job, stand_in=not how.published) for label, job in jobs.items()}
-    first = next(iter(jobs.values()))
-    folder, device = plan.folder(name), first.training.recipe.run.device
+def draw_figure(name: str, plan: BuildPlan) -> Drawing:
+    """Train the rows that a figure shows, as far as they are not, and draw it."""
+    figure, published = FIGURES[name], plan.scale.protocol.published
+    if figure.drawn_by == "scale" and not published:
+        raise UsageError(f"{name} measures LPIPS: use --scale small or paper")
+    targets = {label: _find_target(plan, preset) for label, preset in figure.rows.items()}
+    for target in targets.values():  # before hours of training the first of them
+        check_images(target)
+    models = {
+        label: make_model(target, substitutes=not published) for label, target in targets.items()
+    }
+    first = next(iter(targets.values()))
     if figure.drawn_by == "samples":
         return _draw_samples(name, first, models, plan)
+    return _analyze(name, first, models, plan)
+
+
+def _find_target(plan: BuildPlan, preset: str) -> Target:
+    [table] = [table for table in all_tables() if preset.startswith(f"{table.name}-")]
+    return next(target for target in plan.targets(table) if target.row.preset == preset)
+
+
+def _analyze(name: str, target: Target, models: dict[str, Model], plan: BuildPlan) -> Drawing:
+    figure, folder, device = FIGURES[name], plan.folder(name), target.device
     given = [f"{label}={model.path}" for label, model in models.items()]
     if figure.drawn_by == "gradients":
         from pipelines.analysis.gradients import analyze_gradients
 
         runs = [f"{label}={model.path.parent}" for label, model in models.items()]
         found = analyze_gradients(runs, folder) if is_main() else None
-    elif figure.drawn_by == "latents":
+    elif figure.drawn_by != "scale":
+        from pipelines.analysis.features import analyze_features
         from pipelines.analysis.latents import analyze_latents
         from pipelines.analysis.subjects import open_analysis
 
-        opened = open_analysis(given, resolution=first.resolution, device=device)
-        found = analyze_latents(*opened, out=folder)
-    elif figure.drawn_by == "features":
-        from pipelines.analysis.features import analyze_features
-        from pipelines.analysis.subjects import open_analysis
-
-        opened = open_analysis(given, resolution=first.resolution, device=device)
-        found = analyze_features(*opened, out=folder)
+        analyze = analyze_latents if figure.drawn_by == "latents" else analyze_features
+        opened = open_analysis(given, resolution=target.resolution, device=device)
+        found = analyze(*opened, out=folder)
     else:
         from pipelines.analysis.scale import analyze_scale
 
-        found = analyze_scale(given, weights=weights, device=device, force=force, out=folder)
-    if found is None:  # another process tells it
+        found = analyze_scale(
+            given, weights=plan.weights, device=device, force=plan.force, out=folder
+        )
+    if found is None:  # the main process reports it
         return Drawing(name, figure, ())
     lines = (found.title, *(" · ".join(row) for row in (found.header, *found.rows)), *found.notes)
     return Drawing(name, figure, found.files, lines)
 
 
-def _find_job(plan: Plan, preset: str) -> Job:
-    [table] = [table for table in all_tables() if preset.startswith(f"{table.name}-")]
-    return next(job for job in plan.jobs(table) if job.row.preset == preset)
-
-
-def _draw_samples(name: str, job: Job, models: dict[str, Model], plan: Plan) -> Drawing:
+def _draw_samples(name: str, target: Target, models: dict[str, Model], plan: BuildPlan) -> Drawing:
     from pipelines.sample import sample_images
     from pipelines.sampling.sample_folder import GRID
 
-    how, device = plan.scale.measuring, job.training.recipe.run.device
+    protocol, folder = plan.scale.protocol, plan.folder(name)
     [model] = models.values()
-    count = min(IMAGES, how.samples)
-    seed = int(name == "f9")  # more of them: other ones
-    folder = plan.folder(name)
-    sample_images(model.path, count, folder, seed, steps=how.sampler_steps, device=device)
+    count = min(IMAGES, protocol.samples)
+    seed = int(name == "f9")  # F9 shows other samples than F6
+    steps = protocol.sampler_steps
+    sample_images(model.path, count, folder, seed, steps=steps, device=target.device)
     return Drawing(name, FIGURES[name], (folder / GRID,), (f"{count} samples, seed {seed}",))

@@ -1,18 +1,16 @@
-"""Three sizes at which a table is run, and how a row's recipe is brought to each.
+"""The plan for a table at a scale: for each row its recipes, and the folders of their runs.
 
-A scale makes every row of every table smaller by the same few rules, so that what a row switches
-stays switched: widths are divided and never set (all but the decoder's, which no row switches),
-lengths and sides too, and what a row says of norms, losses, levels or parts is not touched.
+A scale shrinks every recipe by the same rules, so that two rows keep their difference: widths are
+divided and never set (except the decoder's, which no row varies), and so are lengths and image
+sizes; norms, losses, levels and parts stay as they are.
 
-What a table takes at a scale: for each row its recipes, and where they are trained.
-
-Rows that resolve to the very same recipe, of one table or of several, share one training: that of
-the first of them in the paper's order.
+Rows that resolve to the same recipe, of one table or of several, share one training: that of the
+first of them in the paper's order.
 
 <out>/<scale>/<table>/<row>/
-  row.json        what was measured, once it is done
-  autoencoder/    the run of stage one, where this row is the first of its recipe
-  diffusion/      the run of stage two, likewise, and samples/ of it
+  row.json        the record of the row, once it is finished
+  autoencoder/    the run of stage one, if this row is the first with its recipe
+  diffusion/      likewise the run of stage two; its samples in samples/
 <out>/<scale>/ae/<preset>/    a stage one that belongs to no row
 """
 
@@ -23,7 +21,7 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import combinations
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from ldm.config import (
     Config,
@@ -42,58 +40,64 @@ from ldm.errors import LdmError, UsageError
 from pipelines.recipes import AutoencoderRecipe, DiffusionRecipe
 from pipelines.reproduce.tables import Row, Table, find_row, trained_rows
 
-RecipeT = TypeVar("RecipeT", AutoencoderRecipe, DiffusionRecipe)
+Recipe = AutoencoderRecipe | DiffusionRecipe
+RecipeT = TypeVar("RecipeT", bound=Recipe)
+
+DECISIVE = ("run.seed", "run.precision")
+"""Keys of a run that its numbers depend on; its others are about display and safety."""
+DATA_SETS = ("ffhq", "imagenet", "celebahq", "deepfashion")
+"""The paper's data sets: the first letters of the folders in its recipes."""
 
 
 @dataclass(frozen=True)
-class Measuring:
-    """How what was trained is measured."""
+class Protocol:
+    """The settings of a scale's measurements."""
 
     images: int | None = None
-    """Held-out images reconstructed at most; None: all."""
+    """Held-out images to reconstruct at most; None: all."""
     published: bool = True
-    """Whether published networks (Inception, VGG) are asked for. Else others stand in for them, so
-    that the code runs, and the columns that need them stay empty."""
+    """Whether to use the published networks (Inception, VGG). Else smoke-test substitutes take
+    their place, so that the code runs, and the columns that need them stay empty."""
     samples: int = 50_000
-    """Images sampled for a FID."""
+    """Samples for FID."""
     sampler_steps: int = 18
-    """Steps of the sampler, Heun's."""
+    """Steps of Heun's sampler."""
     latents: int = 1000
-    """Images whose latents a draw of MMD takes."""
+    """Images whose latents MMD takes."""
     draws: int = 5
-    """Draws of MMD."""
+    """Repetitions of MMD."""
     encoder_side: int = 256
-    """Side of the images whose encoding is timed, in pixels."""
+    """Image size in pixels for the cost of encoders."""
     encoder_batch: int = 32
-    """Images in the batch whose memory is told."""
+    """Batch size for the memory of encoders."""
     encoder_repeats: int | None = None
-    """Turns that are timed; None: as `ldm bench`."""
+    """Timed runs of encoders; None: the default of `ldm bench`."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """A size at which tables are run."""
+    """A size at which tables are built."""
 
     name: str
     summary: str
-    """What it is for."""
+    """Its purpose."""
     widths: int = 1
     """Divides the widths of all networks."""
     decoder: int | None = None
-    """Width of the decoder; None: its own."""
+    """Width of the decoder; None: the recipe's."""
     halvings: int = 0
-    """How often the sides of the images are halved."""
+    """Number of times that image sizes are halved."""
     steps: float = 1.0
-    """Share of the steps."""
+    """Multiplies the steps."""
     batch: int = 1
-    """Divides the batch."""
+    """Divides the batch size."""
     rate: float = 1.0
     """Multiplies the learning rate."""
     also: Mapping[str, Any] = field(default_factory=dict)
-    """Laid over what these rules make of every recipe, where it has such keys."""
-    measuring: Measuring = Measuring()
+    """Merged over every scaled recipe that has such keys."""
+    protocol: Protocol = Protocol()
     judges: bool = True
-    """Whether anything is learned that the paper's claims could be judged by."""
+    """Whether the training is long enough for the paper's claims."""
 
     @property
     def is_paper(self) -> bool:
@@ -101,8 +105,8 @@ class Scale:
         return self.widths == 1 and self.steps == 1.0
 
 
-# A short training needs a larger learning rate, and these to stand it: those of the preset
-# litevae-b-quarter, whose rate is five times the paper's.
+# A short training needs a larger learning rate, and these settings to be stable at it: those of
+# the preset litevae-b-quarter, whose rate is five times the paper's.
 BRISK = {"betas": [0.9, 0.99], "warmup_images": 800, "clip_norm": 1.0}
 
 SCALES = {
@@ -110,8 +114,8 @@ SCALES = {
     for scale in (
         Scale(
             "smoke",
-            "a minute a table on a CPU: proves that the machinery runs, and no more",
-            # 12, as 40 below: GroupNorm makes groups of three
+            "a test run of about a minute a table on a CPU; its numbers mean nothing",
+            # 12, as 40 below: GroupNorm has groups of three
             widths=8, decoder=12, halvings=2, steps=1 / 12_500, batch=4, rate=5.0,
             also=BRISK | {
                 "warmup_images": 0,
@@ -121,7 +125,7 @@ SCALES = {
                 "statistics_images": 32,
                 "run": {"log_every_steps": 4},
             },
-            measuring=Measuring(
+            protocol=Protocol(
                 images=32, published=False, samples=16, sampler_steps=4, latents=32, draws=2,
                 encoder_side=64, encoder_batch=2, encoder_repeats=1,
             ),
@@ -129,48 +133,41 @@ SCALES = {
         ),
         Scale(
             "small",
-            "meant for an hour a table on a GPU, a night on a CPU, on a folder of photographs",
-            # 40 is not quite a quarter of 128, but of 32 channels GroupNorm would normalise each
-            # alone, and hide how bright a picture is as a whole; of 40 it makes groups of five
-            # (the paper's have four and more).
+            "about an hour a table on a GPU or a night on a CPU, on a folder of photographs",
+            # 40, not 32, a quarter of 128: of 32 channels GroupNorm would normalise each alone, and
+            # lose the overall brightness; of 40 it has groups of five (the paper's: four or more)
             widths=4, decoder=40, halvings=1, steps=1 / 50, batch=2, rate=5.0,
             also=BRISK | {
-                # a fifth of so few steps leaves nothing yet that is worth judging
+                # after a fifth of so few steps, reconstructions are too poor for a discriminator
                 "adversarial": {"start": 0.5, "ramp": 0.1},
                 "run": {"validate_every_steps": 1000, "save_every_steps": 500},
             },
-            measuring=Measuring(samples=2048, latents=1000),
+            protocol=Protocol(samples=2048, latents=1000),
         ),
-        Scale("paper", "the full recipe, on the paper's data"),
+        Scale("paper", "the full recipes, on the paper's data"),
     )
 }  # fmt: skip
 
 
 def find_scale(name: str) -> Scale:
-    """A scale by its name.
-
-    Raises:
-        UsageError: there is none.
-    """
+    """Find a scale by its name."""
     if name not in SCALES:
         raise UsageError(f"--scale {name}: it must be one of {', '.join(SCALES)}")
     return SCALES[name]
 
 
 def scale_recipe(
-    published: RecipeT, scale: Scale, settings: Sequence[str] = (), source: str | None = None
-) -> RecipeT:
-    """A row's recipe at a scale.
+    published: Recipe, scale: Scale, settings: Sequence[str] = (), source: str | None = None
+) -> Recipe:
+    """Bring a row's recipe to a scale.
 
     Args:
-        published: the paper's.
-        settings: `key=value` over all that; those that the recipe has no such key for are left out.
-        source: the data in place of the recipe's.
-
-    Raises:
-        UsageError: a setting has a bad value, or does not fit.
+        published: the paper's recipe.
+        settings: `key=value`, applied last; keys that the recipe does not have are left out.
+        source: data in place of the recipe's.
     """
-    config_class, tree = type(published), to_tree(published)
+    config_class: type[Recipe] = type(published)
+    tree = to_tree(published)
     if not scale.is_paper:
         tree = merge(_shrink(tree, scale), _known(scale.also, tree))
         if decoder := tree.get("decoder"):
@@ -182,21 +179,16 @@ def scale_recipe(
 
 
 def check_settings(settings: Sequence[str]) -> None:
-    """Refuse settings that no recipe knows, and those that a row or an option decides.
-
-    Raises:
-        UsageError: there is one.
-    """
+    """Refuse settings that no recipe has, and those that a row or an option decides."""
     known = _keys(AutoencoderRecipe) | _keys(DiffusionRecipe)
     for text in settings:
         key = setting_key(text)
         if key == "data.source":
-            raise UsageError("data.source is given as --data")
+            raise UsageError("data.source is set by --data")
         if key == "autoencoder":
-            raise UsageError("autoencoder is given as --take ROW=PATH")
+            raise UsageError("autoencoder is set by --take ROW=PATH")
         if key not in known:
-            # resolved against a recipe for its own words of what was meant
-            resolve(AutoencoderRecipe, {}, [text])
+            resolve(AutoencoderRecipe, {}, [text])  # raises with the nearest key
 
 
 @cache
@@ -205,11 +197,7 @@ def _keys(config_class: type[Config]) -> frozenset[str]:
 
 
 def setting_key(text: str) -> str:
-    """The dotted key of `key=value`, without the numbers that index lists.
-
-    Raises:
-        UsageError: it is not of that form.
-    """
+    """Return the dotted key of `key=value`, without list indices."""
     path, _ = parse_override(text)
     return ".".join(part for part in path if not part.isdigit())
 
@@ -223,24 +211,7 @@ def _side(value: int, scale: Scale) -> int:
     return value >> scale.halvings
 
 
-def _steps(value: int, scale: Scale) -> int:
-    return max(1, round(value * scale.steps))
-
-
-def _batch(value: int, scale: Scale) -> int:
-    return max(1, value // scale.batch)
-
-
-def _rate(value: float, scale: Scale) -> float:
-    return value * scale.rate
-
-
-def _images(value: float, scale: Scale) -> float:
-    """Of what is counted in images over a training: the same share of it."""
-    return value * scale.steps / scale.batch
-
-
-# By the last part of a key, wherever it stands
+# By the last part of a key, wherever it occurs
 RULES: dict[str, Callable[[Any, Scale], Any]] = {
     "channels": _width,  # of encoders, extractors, discriminators, the diffusion network
     "max_channels": _width,
@@ -248,26 +219,27 @@ RULES: dict[str, Callable[[Any, Scale], Any]] = {
     "head_width": _width,  # of the diffusion network: as many heads as before
     "resolution": _side,  # of phases, of stage two, of StyleGAN's discriminator
     "grid": _side,  # of a ViT's positions
-    "steps": _steps,
-    "batch_size": _batch,
-    "lr": _rate,
-    "ema_half_life_images": _images,
+    "steps": lambda value, scale: max(1, round(value * scale.steps)),
+    "batch_size": lambda value, scale: max(1, value // scale.batch),
+    "lr": lambda value, scale: value * scale.rate,
+    # counted in images: the same share of the training
+    "ema_half_life_images": lambda value, scale: value * scale.steps / scale.batch,
 }
 
 
 def _shrink(tree: Tree, scale: Scale) -> Tree:
-    """A recipe's tree by the rules above, and a discriminator that looks at smaller images."""
+    """Apply the rules, and fit the discriminator to smaller images."""
     small = _by_rules(tree, scale)
-    if judge := small.get("discriminator"):
-        # what belongs to a side: halvings, so that as much of an image is seen at once
-        if judge["type"] == "unet":
-            kept = max(1, len(judge["multipliers"]) - scale.halvings)
-            judge["multipliers"] = judge["multipliers"][:kept]
-        elif judge["type"] == "patchgan":
-            judge["layers"] = max(1, judge["layers"] - scale.halvings)
-        elif judge["channels"] is None:  # StyleGAN's own, 32768 / resolution
+    if discriminator := small.get("discriminator"):
+        # fewer halvings, so that its view covers the same part of an image
+        if discriminator["type"] == "unet":
+            kept = max(1, len(discriminator["multipliers"]) - scale.halvings)
+            discriminator["multipliers"] = discriminator["multipliers"][:kept]
+        elif discriminator["type"] == "patchgan":
+            discriminator["layers"] = max(1, discriminator["layers"] - scale.halvings)
+        elif discriminator["channels"] is None:  # StyleGAN's default, 32768 / resolution
             full = 2**15 // tree["discriminator"]["resolution"]
-            judge["channels"] = _width(full, scale)
+            discriminator["channels"] = _width(full, scale)
     return small
 
 
@@ -285,7 +257,7 @@ def _by_rules(node: Any, scale: Scale) -> Any:
 
 
 def _known(over: Mapping[str, Any], tree: Tree) -> Tree:
-    """The part of a tree whose keys another tree has: stage two has no loss.lpips."""
+    """Keep the keys that a tree has: stage two has no loss.lpips."""
     return {
         key: _known(value, tree[key]) if isinstance(value, Mapping) else value
         for key, value in over.items()
@@ -293,69 +265,55 @@ def _known(over: Mapping[str, Any], tree: Tree) -> Tree:
     }
 
 
-def evaluation_side(recipe: AutoencoderRecipe, asked: int | None, scale: Scale) -> int:
-    """Side of the images a row is measured on, in pixels.
-
-    Args:
-        asked: what the paper measured on, where that is not what the training ends at.
-    """
-    return recipe.phases[-1].resolution if asked is None else asked >> scale.halvings
-
-
-Recipe = AutoencoderRecipe | DiffusionRecipe
-
-DECISIVE = ("run.seed", "run.precision")
-"""Keys of how a run is carried out that its numbers depend on; the others say how it is watched."""
-
-DATA_SETS = ("ffhq", "imagenet", "celebahq", "deepfashion")
-"""The paper's, as the folders that its recipes name begin."""
-
-
+# -------------------------------------------------------------------------------- the targets
 @dataclass(frozen=True)
-class Training:
-    """A run that is needed."""
+class Training(Generic[RecipeT]):
+    """A training run that a row needs."""
 
     preset: str
-    """The name it is trained under."""
-    recipe: Recipe
-    """Of stage two, the autoencoder is still the name of a preset."""
+    recipe: RecipeT
+    """In stage two, `autoencoder` is still the name of a preset."""
     folder: Path
 
 
 @dataclass(frozen=True)
-class Job:
-    """A row to be trained and measured."""
+class Target:
+    """A row to build: to train and to measure."""
 
     row: Row
     folder: Path
     resolution: int
-    """Side of the images it is measured on, in pixels."""
-    stage_one: Training
-    stage_two: Training | None = None
+    """Image size of the measurement in pixels."""
+    stage_one: Training[AutoencoderRecipe]
+    stage_two: Training[DiffusionRecipe] | None = None
     taken: Path | None = None
-    """A checkpoint that is measured in its place."""
+    """A checkpoint to measure instead of training."""
 
     @property
-    def training(self) -> Training:
-        """Of the stage that is measured."""
+    def training(self) -> Training[Any]:
+        """The run of the measured stage."""
         return self.stage_two or self.stage_one
 
     @property
     def data(self) -> DataConfig:
-        """What the row is trained on and measured with."""
+        """The data of training and measurement."""
         return self.training.recipe.data
 
+    @property
+    def device(self) -> str:
+        """The device of training and measurement."""
+        return self.training.recipe.run.device
 
-class Plan:
-    """How tables are run: the scale, the data, and what was given by hand.
+
+class BuildPlan:
+    """The conditions under which tables are built, and their targets.
 
     Args:
-        data: PATH for all data sets, or NAME=PATH for one of the paper's, see `DATA_SETS`.
-        settings: `key=value` over every recipe that knows the key.
-        out: the folder of all.
-
-    Raises:
-        UsageError: a setting that no recipe knows, or two paths for one data set.
+        data: PATH for all data sets, or NAME=PATH for one of `DATA_SETS`.
+        settings: `key=value` over every recipe that has the key.
+        out: the folder of all tables.
+        weights: Inception's weights; None: from the usual places, or downloaded.
+        force: measure images that were trained on, too, and note it.
     """
 
     def __init__(
@@ -364,54 +322,55 @@ class Plan:
         data: Sequence[str] = (),
         settings: Sequence[str] = (),
         out: Path = Path("reproduce"),
+        weights: Path | None = None,
+        force: bool = False,
     ) -> None:
         check_settings(settings)
         self.scale, self.settings, self.out = scale, tuple(settings), out
+        self.weights, self.force = weights, force
         self._data = parse_data(data)
 
-    def folder(self, table: str) -> Path:
-        """Where a table's rows and its result lie."""
-        return self.out / self.scale.name / table
+    def folder(self, name: str) -> Path:
+        """Return the folder of a table or figure."""
+        return self.out / self.scale.name / name
 
-    def jobs(self, table: Table, take: Sequence[str] = ()) -> list[Job]:
-        """What a table's rows take.
+    def targets(self, table: Table, take: Sequence[str] = ()) -> list[Target]:
+        """Return the targets of a table's rows.
 
         Args:
-            take: ROW=PATH: a checkpoint that is measured in place of training.
-
-        Raises:
-            UsageError: no such row, a setting that does not fit, or settings that make two rows
-                the same.
-            LdmError: nothing is at a checkpoint's path.
+            take: ROW=PATH, a checkpoint to measure instead of training.
         """
-        given = parse_take(table, take)
-        jobs = [self._job(row, given.get(row.name)) for row in table.rows]
-        for one, other in combinations(jobs, 2):
+        taken = parse_take(table, take)
+        targets = [self._target(row, taken.get(row.name)) for row in table.rows]
+        for one, other in combinations(targets, 2):
             if one.training.folder == other.training.folder and not _differ_in_data(one, other):
                 raise UsageError(
                     f"these settings make rows '{one.row.name}' and '{other.row.name}' of "
-                    f"{table.number} the same: leave out what the table varies"
+                    f"{table.number} the same: omit the keys that the table varies"
                 )
-        return jobs
+        return targets
 
     def recipe_of(self, row: Row) -> Recipe:
-        """A row's recipe at this scale."""
+        """Return a row's recipe at this scale."""
         return self._resolve(row.kind, row.preset)
 
-    # ------------------------------------------------------------------------------- parts
-    def _job(self, row: Row, taken: Path | None) -> Job:
+    def _target(self, row: Row, taken: Path | None) -> Target:
         recipe, folder = self.recipe_of(row), self.folder(row.table) / row.name
-        placed = self._placed(row.preset, recipe, folder)
         if isinstance(recipe, AutoencoderRecipe):
-            side = evaluation_side(recipe, row.resolution, self.scale)
-            return Job(row, folder, side, placed, None, taken)
+            side = recipe.phases[-1].resolution
+            if row.resolution is not None:
+                side = _side(row.resolution, self.scale)
+            stage_one = self._training(row.preset, recipe, folder)
+            return Target(row, folder, side, stage_one, None, taken)
         name = recipe.autoencoder
         first = self._resolve(kind_of_stage_one(name), name)
-        stage_one = self._placed(name, first, self.folder("ae") / name)
-        return Job(row, folder, recipe.resolution, stage_one, placed, taken)
+        assert isinstance(first, AutoencoderRecipe)
+        stage_one = self._training(name, first, self.folder("ae") / name)
+        stage_two = self._training(row.preset, recipe, folder)
+        return Target(row, folder, recipe.resolution, stage_one, stage_two, taken)
 
-    def _placed(self, preset: str, recipe: Recipe, folder: Path) -> Training:
-        """The recipe where it is trained: with the first row of the very same."""
+    def _training(self, preset: str, recipe: RecipeT, folder: Path) -> Training[RecipeT]:
+        """The recipe's run, with the first row of the same recipe."""
         first = self._first_rows.get(_identity(recipe))
         if first is not None:
             preset, folder = first.preset, self.folder(first.table) / first.name
@@ -432,7 +391,7 @@ class Plan:
         return scale_recipe(published, self.scale, self.settings, source)
 
     def _source(self, of_recipe: str) -> str | None:
-        """The data in place of a recipe's, None for its own."""
+        """The data in place of a recipe's; None: the recipe's own."""
         for name, path in self._data.items():
             if name and Path(of_recipe).name.startswith(name):
                 return path
@@ -441,22 +400,20 @@ class Plan:
 
 @cache
 def published_recipe(kind: str, preset: str) -> Recipe:
-    """A recipe as the paper's."""
-    config_class = DiffusionRecipe if kind == "diffusion" else AutoencoderRecipe
-    return resolve(config_class, load_preset(kind, preset))
+    """Return the paper's recipe."""
+    tree = load_preset(kind, preset)
+    if kind == "diffusion":
+        return resolve(DiffusionRecipe, tree)
+    return resolve(AutoencoderRecipe, tree)
 
 
 def kind_of_stage_one(preset: str) -> str:
-    """The folder of a preset that a recipe of stage two names."""
+    """Return the folder of a preset that a stage-two recipe names."""
     return "recipes" if preset in list_presets("recipes") else "ae"
 
 
 def parse_data(words: Sequence[str]) -> dict[str, str]:
-    """Paths by the name of the data set; the one for all under the empty name.
-
-    Raises:
-        UsageError: one is given twice, or is none of the paper's.
-    """
+    """Parse --data: paths by the name of the data set; that for all under the empty name."""
     paths: dict[str, str] = {}
     for word in words:
         name, equals, path = word.partition("=")
@@ -472,23 +429,18 @@ def parse_data(words: Sequence[str]) -> dict[str, str]:
 
 
 def parse_take(table: Table, words: Sequence[str]) -> dict[str, Path]:
-    """Checkpoints by the name of their row.
-
-    Raises:
-        UsageError: a word is not of the form ROW=PATH, or a row is unknown or given twice.
-        LdmError: nothing is at a path.
-    """
+    """Parse --take: checkpoints by the name of their row."""
     taken: dict[str, Path] = {}
     for word in words:
         name, equals, path = word.partition("=")
         if not equals or not path:
-            raise UsageError(f"--take {word}: it is of the form ROW=PATH")
+            raise UsageError(f"--take {word}: must have the form ROW=PATH")
         row = find_row(table, name)
         if row.name in taken:
             raise UsageError(f"--take gives row '{row.name}' twice: give one checkpoint")
         taken[row.name] = Path(path).expanduser()
         if not taken[row.name].exists():
-            raise LdmError(f"--take {word}: nothing is at {path}")
+            raise LdmError(f"--take {word}: {path} does not exist")
     return taken
 
 
@@ -496,8 +448,8 @@ def _identity(recipe: Recipe) -> str:
     return json.dumps(to_tree(recipe), sort_keys=True)
 
 
-def _differ_in_data(one: Job, other: Job) -> bool:
-    """Whether two rows differ in nothing but their data, of which there may be but one here."""
+def _differ_in_data(one: Target, other: Target) -> bool:
+    """Whether the paper's rows differ in their data alone, which may be the same here."""
     rows = (one.row, other.row)
     trees = [to_tree(published_recipe(row.kind, row.preset)) | {"data": None} for row in rows]
     return trees[0] == trees[1]

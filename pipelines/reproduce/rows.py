@@ -1,29 +1,17 @@
-"""What is kept of a finished row, and how far the rows of a table are.
+"""Build one row of a table: get its model, and measure it.
 
-<row>/row.json     the numbers, what was asked, what was trained or taken, the network of features,
-                   whether --force made a difference, the machine, versions, command, time
-<row>/images.npz   what every image has in them: by these two rows are compared
-
-What stands in for published networks where a smoke test does without them.
-
-Random weights where a loss or LPIPS looks for a VGG; a few mean colours in place of Inception's
-features. Nothing is fetched, and no number that they give is shown: they mean nothing.
-
-A row's model: trained, gone on with, found finished, or taken as it was given.
+The model is trained, resumed, reused from a finished run, or the checkpoint passed to --take.
 """
 
-import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -36,191 +24,388 @@ from autoencoders.loading import read_autoencoder
 from autoencoders.losses import LPIPS, find_lpips, load_esrgan
 from autoencoders.losses.perceptual import CONV5_4, ESRGANPerceptual, backbone_file, has_backbone
 from ldm.checkpoint import fingerprint, load_model
-from ldm.config import to_tree
-from ldm.data.dataset import listing_identity
+from ldm.data.dataset import PHOTOS, listing_identity
+from ldm.device import resolve_device
+from ldm.distributed import join_processes
 from ldm.errors import LdmError
-from ldm.files import read_json, to_json, write_json, write_together
-from ldm.metrics.inception import SHA256, digest, published_weights
+from ldm.files import read_json, write_json
+from ldm.metrics.inception import FeatureExtractor
 from ldm.run_folder import is_finished
+from ldm.timing import name_device
+from pipelines.bench import bench_encoders
+from pipelines.doctor.costs import count_parameters
+from pipelines.evaluate import evaluate_checkpoints
+from pipelines.measuring.evaluation import plan_jobs
 from pipelines.recipes import AutoencoderRecipe, DiffusionRecipe
-from pipelines.reproduce.plan import DECISIVE, SCALES, Job, Measuring, Training
-from pipelines.reproduce.tables import Row
+from pipelines.reproduce.plan import BuildPlan, Protocol, Target, Training
+from pipelines.reproduce.tables import SIGMAS, Number, Table
 from pipelines.train_autoencoder import train_autoencoder
 from pipelines.train_diffusion import train_diffusion
 
-FORMAT = 3
+NOTES = ".training.json"  # a run folder may hold it before the run does
+ESRGAN_BACKBONE = "VGG-19"
 OF_FEATURES = ("rfid", "fid")
-"""Numbers that are of Inception, or of what was given in its place."""
-RECORD, EACH = "row.json", "images.npz"
-State = Literal["done", "begun", "–"]
+"""The numbers that need Inception, or a network in its place."""
+ENOUGH = FeatureExtractor.dim
+"""Images of an FID that counts: of fewer than features the covariance is singular."""
+PAPER_LATENT = 4 * 32 * 32
+"""Values in an image's latent in Table 6."""
+NOT_PUBLISHED = "this scale uses a substitute for the published network, to test that the code runs"
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """The record in a JSON file; {} if none can be read."""
-    return read_json(path) or {}
+# --------------------------------------------------------------------------------- the model
+@dataclass(frozen=True)
+class Model:
+    """The model that is measured in a row."""
+
+    path: Path
+    sha256: str
+    """Identity of its weights."""
+    stage: Literal["autoencoder", "diffusion"]
+    taken: bool = False
+    """Whether it was passed to --take, not trained here."""
+    stage_one: "Model | None" = None
+    """The autoencoder below a stage two that was trained here."""
+    seconds: float | None = None
+    """Training time over all starts; None if it was passed to --take."""
+
+    def to_tree(self) -> dict[str, Any]:
+        """Return plain values."""
+        below = self.stage_one and self.stage_one.to_tree()
+        plain = {"path": str(self.path), "sha256": self.sha256, "taken": self.taken}
+        return plain | {"seconds": self.seconds, "stage_one": below}
 
 
-def write_record(
-    job: Job, record: dict[str, Any], each: Mapping[str, NDArray] = MappingProxyType({})
-) -> None:
-    """Keep a finished row.
-
-    Args:
-        each: the numbers of every image by itself.
-    """
-    if is_main():
-        whole = to_json({"format": FORMAT, "state": "done", "each": sorted(each), **record})
-        files = {job.folder / EACH: lambda file: np.savez(file, **each)} if each else {}
-        write_together(files | {job.folder / RECORD: lambda file: file.write(whole)})
-
-
-def read_each(folder: Path) -> dict[str, NDArray]:
-    """The numbers of every image of a row; {} where there are none."""
+def load_taken(target: Target) -> Model | None:
+    """Read the checkpoint that was passed for a row, if any."""
+    path = target.taken
+    if path is None:
+        return None
     try:
-        with np.load(folder / EACH, allow_pickle=False) as file:
-            each = dict(file)
-    except (OSError, EOFError, ValueError, BadZipFile):
-        return {}
-    whole = "k" in each and len({values.shape for values in each.values()}) == 1
-    return each if whole else {}
+        found = Model(path, load_model(path, "diffusion").sha256, "diffusion", taken=True)
+    except LdmError:  # an autoencoder, ours or another project's, or an unreadable file
+        weights = read_autoencoder(path).weights
+        return Model(path, fingerprint(weights), "autoencoder", taken=True)
+    if target.stage_two is None:
+        raise LdmError(
+            f"{path} is a stage-two diffusion model: give row '{target.row.name}' an autoencoder"
+        )
+    return found
 
 
-def is_main() -> bool:
-    """Whether this is the process that writes and speaks, of however many were launched."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def row_states(out: Path, row: Row) -> dict[str, State]:
-    """How far a row is, by scale."""
-    return {scale: _state(out / scale / row.table / row.name) for scale in SCALES}
-
-
-def _state(folder: Path) -> State:
-    if read_record(folder / RECORD).get("state") == "done":
-        return "done"
-    return "begun" if folder.is_dir() else "–"
-
-
-# ------------------------------------------------------------------------------- what was asked
-def asked_of(job: Job, measuring: Measuring) -> dict[str, Any]:
-    """All settings that decide a row's numbers, as plain values."""
-    stages = {"recipe": _decisive(job.training)}
-    if job.stage_two is not None:
-        stages["stage_one"] = _decisive(job.stage_one)
-    data = to_tree(job.data)
-    data.pop("workers")
-    measured = {
-        "resolution": job.resolution,
-        "data": data,
-        **asdict(measuring),
-    }
-    # as JSON has it: what is compared was read from there
-    return json.loads(json.dumps({"trained": stages, "measured": measured}))
-
-
-def listings_of(job: Job) -> dict[str, str | None]:
-    """Which images a row's data sets hold, those of its stage one with them."""
-    sources = (training.recipe.data.source for training in (job.stage_one, job.training))
-    return {source: listing_of(source) for source in sources}
-
-
-def finished(
-    job: Job,
-    asked: dict[str, Any],
-    taken_sha256: str | None,
-    weights: Path | None,
-    force: bool = False,
-) -> dict[str, Any] | None:
-    """The record of a row that need not be done again.
-
-    A row that was measured with a checkpoint given to it stays so until another one is given. One
-    whose columns are empty for want of weights is measured again when they are there, and one whose
-    numbers are of another Inception than is meant now, too, so that no table mixes two. The version
-    of ldm is told, and decides nothing.
+def make_model(target: Target, taken: Model | None = None, substitutes: bool = False) -> Model:
+    """Return a row's model, after the training that is left.
 
     Args:
-        taken_sha256: of the checkpoint that is given now.
-        weights: Inception's, where they are given now.
-        force: whether doubts are overridden now.
+        taken: a checkpoint instead of training. For a row of stage two it may be an autoencoder,
+            on which the diffusion model is then trained.
+        substitutes: use random weights if those of ESRGAN's loss are missing.
     """
-    record = read_record(job.folder / RECORD)
-    if record.get("format") != FORMAT or record.get("state") != "done":
-        return None
-    then = record["asked"]
-    theirs = (record["taken"] or {}).get("sha256")
-    if then["measured"] != asked["measured"] or taken_sha256 not in (None, theirs):
-        return None
-    if theirs is None and then["trained"] != asked["trained"]:
-        return None
-    before = then.get("listings", {})
-    if not all(same_listing(before.get(k), now) for k, now in asked.get("listings", {}).items()):
-        return None
-    if not read_each(job.folder).keys() >= set(record["each"]):  # lost: it is measured again
-        return None
-    if not _same_network(record, weights) or record.get("force") not in (None, force):
-        return None
-    still = lacking(record["lacked"], weights)
-    return record if still == record["lacked"] else None
+    check_images(target, taken)
+    model = taken
+    for training in trainings_of(target, taken):
+        model = _train(training, model, substitutes)
+    assert model is not None
+    return model
 
 
-def taken_before(job: Job) -> tuple[Path, str] | None:
-    """The checkpoint that a row was last measured with, where one had been given for it, and the
-    SHA-256 of its weights then."""
-    taken = read_record(job.folder / RECORD).get("taken")
-    return (Path(taken["path"]), taken["sha256"]) if taken else None
+def trainings_of(target: Target, taken: Model | None = None) -> tuple[Training[Any], ...]:
+    """Return the runs that a row's model needs, in order."""
+    if taken is None:
+        stages = (target.stage_one, target.stage_two)
+        return tuple(training for training in stages if training is not None)
+    if taken.stage == "diffusion" or target.stage_two is None:
+        return ()
+    # in a folder of its own: other rows with this recipe have another stage one
+    return (replace(target.stage_two, folder=target.folder / "diffusion"),)
 
 
-def _same_network(record: Mapping[str, Any], weights: Path | None) -> bool:
-    """Whether the numbers of features, if there are any, are of the network that is meant now."""
-    if all(record["numbers"].get(name) is None for name in OF_FEATURES):
-        return True
-    if weights is None and published_weights() is None:
-        return True  # nothing could take their place
-    # where none is given, none but the published one is taken
-    now = SHA256 if weights is None else digest(weights)
-    return (record.get("extractor") or {}).get("sha256") == now
+def missing_weights(recipe: AutoencoderRecipe) -> str | None:
+    """Return why ESRGAN's loss has no published weights, after trying to fetch them.
+
+    One row has that loss: it is left out. Without those of LPIPS nothing can be trained.
+    """
+    if not recipe.loss.esrgan:
+        return None
+    try:
+        backbone_file(ESRGAN_BACKBONE, "go without this row, as here")
+    except LdmError as error:
+        return str(error)
+    return None
+
+
+def _train(training: Training[Any], stage_one: Model | None, substitutes: bool) -> Model:
+    folder, recipe, preset = training.folder, training.recipe, training.preset
+    stage: Literal["autoencoder", "diffusion"] = "autoencoder"
+    with _noting(training):
+        if isinstance(recipe, DiffusionRecipe):
+            assert stage_one is not None
+            recipe = recipe.model_copy(update={"autoencoder": str(stage_one.path)})
+            stage = "diffusion"
+            train_diffusion(recipe, preset, folder)
+        else:
+            substitute = substitutes and recipe.loss.esrgan
+            perceptual = {"esrgan": smoke_esrgan()} if substitute else {}
+            train_autoencoder(recipe, preset, folder, perceptual)
+    path = folder / "ckpt.pt"
+    if not path.is_file():
+        raise LdmError(
+            f"{folder} is finished, but its ckpt.pt is missing: restore it, or remove the folder "
+            "to train again"
+        )
+    trained = load_model(path, stage)
+    if stage_one is not None:
+        now = fingerprint(load_autoencoder(stage_one.path).state_dict())
+        if trained.provenance.get("autoencoder_sha256") != now:
+            raise LdmError(
+                f"{folder} was trained on other weights than those in {stage_one.path}: remove "
+                "that folder, or choose another --out"
+            )
+    return Model(path, trained.sha256, stage, False, stage_one, _notes(folder).get("seconds"))
+
+
+def check_images(target: Target, taken: Model | None = None) -> None:
+    """Refuse to resume or reuse a row's runs if their data has changed since they began."""
+    for training in trainings_of(target, taken):
+        folder, source = training.folder, training.recipe.data.source
+        if not same_listing(_notes(folder).get("listing"), listing_of(source)):
+            raise LdmError(
+                f"{folder} was trained on other images than those now in {source}: remove that "
+                "folder, or choose another --out"
+            )
 
 
 @cache
 def listing_of(data: str) -> str | None:
-    """Which images a data set holds, asked once; None where it is not here now."""
+    """Return the identity of a data set's list of images, read once; None if it is missing."""
     return listing_identity(data)
 
 
-def same_listing(then: str | None, now: str | None) -> bool:
-    """Whether a data set holds what it held, as far as either is known."""
-    return None in (then, now) or then == now
+def same_listing(before: str | None, now: str | None) -> bool:
+    """Whether two listings are equal, or one is unknown."""
+    return None in (before, now) or before == now
 
 
-def lacking(numbers: Iterable[str], weights: Path | None) -> list[str]:
-    """Those of some numbers whose weights are not on this machine.
+@contextmanager
+def _noting(training: Training[Any]) -> Iterator[None]:
+    """Note a run's images before it starts, and afterwards its time over all starts."""
+    folder, start = training.folder, time.monotonic()
+    if is_finished(folder):
+        yield
+        return
+    notes = _notes(folder)
+    listing = notes.get("listing") or listing_of(training.recipe.data.source)
 
-    Args:
-        weights: Inception's, where they are given.
-    """
-    return [name for name in numbers if not _is_there(name, weights)]
+    def write() -> None:
+        seconds = notes.get("seconds", 0.0) + time.monotonic() - start
+        if is_main():
+            write_json(folder / NOTES, {"seconds": round(seconds, 2), "listing": listing})
 
-
-def _decisive(training: Training) -> dict[str, Any]:
-    """A recipe without what only says how a run is watched."""
-    tree = to_tree(training.recipe)
-    tree["run"] = {k: value for k, value in tree["run"].items() if f"run.{k}" in DECISIVE}
-    tree["data"].pop("workers")
-    tree.pop("validate_images", None)
-    return tree
-
-
-def _is_there(number: str, weights: Path | None) -> bool:
-    """Whether the weights that a number needs, if it needs any, are on this machine."""
-    if number == "lpips":
-        return has_backbone("VGG-16")
-    if number in OF_FEATURES:
-        return weights is not None or published_weights() is not None
-    return True
+    write()
+    try:
+        yield
+    finally:
+        write()
 
 
+def _notes(folder: Path) -> dict[str, Any]:
+    return read_json(folder / NOTES) or {}
+
+
+def is_main() -> bool:
+    """Whether this process writes and prints, among those launched together."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+# --------------------------------------------------------------------------- the measurements
+@dataclass
+class Measured:
+    """The numbers of a row."""
+
+    numbers: dict[str, Number | None]
+    """By column; None if one could not be measured."""
+    missing: dict[str, str] = field(default_factory=dict)
+    """Why a number is missing, or does not count for the claims."""
+    notes: list[str] = field(default_factory=list)
+    """Differences from the paper's measurement."""
+    count: int | None = None
+    """Images measured."""
+    each: dict[str, NDArray] = field(default_factory=dict)
+    """By column the numbers of every image, and the images' indices as `k`."""
+    extractor: dict[str, Any] | None = None
+    """The network of the features, if any number needs them."""
+    force: bool | None = None
+    """--force, if it mattered: images were trained on, or too few for rFID; else None."""
+    counted: tuple[str, ...] = ()
+    """Columns that were counted, and have no error, besides those that never have."""
+
+
+def measure(table: Table, target: Target, model: Model, plan: BuildPlan) -> Measured:
+    """Measure one row."""
+    kinds = {"reconstruction": _reconstruction, "mmd": _latents, "generation": _samples}
+    found = kinds[table.config.measure](target, model, plan)
+    wanted = {"params", "aggregator_params"} & set(table.config.columns)
+    if wanted:
+        encoder = load_autoencoder(model.path).encoder
+        parts = {"params": encoder, "aggregator_params": getattr(encoder, "aggregator", None)}
+        for name in wanted:
+            part = parts[name]
+            found.numbers[name] = None if part is None else count_parameters(part) / 1e6
+    found.numbers = {name: found.numbers.get(name) for name in table.columns}
+    found.missing = {name: why for name, why in found.missing.items() if name in table.columns}
+    if all(found.numbers.get(name) is None for name in OF_FEATURES):
+        found.extractor = None
+    if not plan.scale.protocol.published and target.stage_one.recipe.loss.esrgan:
+        found.notes.append("ESRGAN's loss used a VGG-19 of random weights.")
+    return found
+
+
+def measure_costs(table: Table, device: str, protocol: Protocol) -> dict[str, Measured]:
+    """Measure all rows of Table 3, timed alternately."""
+    names = [row.name for row in table.rows]  # they are presets
+    side, batch = protocol.encoder_side, protocol.encoder_batch
+    costs = bench_encoders(names, side, batch, device, protocol.encoder_repeats).costs
+    where = resolve_device(device)
+    notes = [f"Measured on {name_device(where)}, {batch} images of {side}²."]
+    counted = where.type != "cuda"
+    if counted:
+        notes.append(
+            "Memory: counted, as the bytes alive between two operations; the speed is of a few "
+            "images at a time, as suits a CPU."
+        )
+    found = {}
+    for cost in costs:
+        numbers: dict[str, Number | None] = {
+            "params": cost.parameters / 1e6,
+            "memory": cost.peak_mib * 2**20 / 1e6,
+            "images_per_second": cost.images_per_second,
+            "gmac": cost.gmac,
+        }
+        memory = ("memory",) if counted else ()
+        found[cost.name] = Measured(numbers, notes=notes, counted=memory)
+    return found
+
+
+def _reconstruction(target: Target, model: Model, plan: BuildPlan) -> Measured:
+    protocol = plan.scale.protocol
+    published = protocol.published
+    [found] = evaluate_checkpoints(
+        [model.path], target.data, "val", [target.resolution], limit=protocol.images,
+        device=target.device, weights=plan.weights, features=None if published else FEATURES,
+        out=target.folder / "evaluation.json", force=plan.force,
+        lpips=None if published else smoke_lpips(),
+    )  # fmt: skip
+    about = found.about
+    numbers: dict[str, Number | None] = dict(found.numbers)
+    missing = about["missing"] | about["doubtful"]
+    notes = [
+        f"Measured over {found.count:,} held-out images of {target.data.source} at "
+        f"{target.resolution}².",
+    ]
+    if published:
+        notes += about["notes"]
+    else:
+        missing |= dict.fromkeys(("rfid", "lpips"), NOT_PUBLISHED)
+        numbers |= dict.fromkeys(("rfid", "lpips"))
+    each = {k: v for k, v in found.each.items() if k == "k" or numbers.get(k) is not None}
+    extractor = about["extractor"]
+    few = published and extractor is not None and found.count < extractor["dim"]
+    forced = plan.force if few or about["seen"]["held_out"] is False else None
+    notes += _note_similar(target)
+    return Measured(numbers, missing, notes, found.count, each, extractor, forced)
+
+
+def _note_similar(target: Target) -> list[str]:
+    similar = "The held-out crops are of eight photographs, and similar: a ± is underestimated."
+    return [similar] if target.data.source == PHOTOS else []
+
+
+def _latents(target: Target, model: Model, plan: BuildPlan) -> Measured:
+    from pipelines.analysis.mmd import MmdSettings, latents_mmd
+    from pipelines.analysis.subjects import open_analysis
+
+    protocol, data, side = plan.scale.protocol, target.data, target.resolution
+    ranks, _ = join_processes(target.device)
+    # it refuses images that were trained on
+    [planned] = plan_jobs([model.path], data, "val", [side], None, ranks, plan.force)
+    [subject], images = open_analysis([model.path], data, "val", side, target.device)
+    found = latents_mmd(subject, images, MmdSettings(protocol.latents, SIGMAS, protocol.draws))
+    autoencoder = load_autoencoder(model.path)
+    values = autoencoder.config.latent_channels * (side // autoencoder.downsampling) ** 2
+    few = f" (all; {protocol.latents:,} requested)" if found.count < protocol.latents else ""
+    notes = [
+        f"Latents of {found.count:,} held-out images of {data.source} at {side}²{few}, divided by "
+        f"their standard deviation; MMD² × 100, over {protocol.draws} draws of noise for the same "
+        "images. The ± is the standard error over images, by the jackknife.",
+        *([planned.seen["note"]] if planned.seen["note"] else []),
+        *_note_similar(target),
+    ]
+    if values != PAPER_LATENT:
+        notes.append(
+            f"Latents of {values:,} values; the kernels' widths suit the paper's {PAPER_LATENT:,}, "
+            "whose square root is 64."
+        )
+    numbers: dict[str, Number | None] = {
+        f"mmd_{sigma:g}": found.distances[sigma] for sigma in SIGMAS
+    }
+    each = {"k": np.array(found.ks)}
+    each |= {f"mmd_{sigma:g}": shares for sigma, shares in found.shares.items()}
+    forced = plan.force if planned.seen["held_out"] is False else None
+    return Measured(numbers, {}, notes, found.count, each, force=forced)
+
+
+def _samples(target: Target, model: Model, plan: BuildPlan) -> Measured:
+    from pipelines.sample import sample_images
+
+    protocol = plan.scale.protocol
+    folder = target.folder / f"samples-{model.sha256[:8]}"
+    if not model.taken and not (model.stage_one and model.stage_one.taken):
+        folder = target.training.folder.parent / "samples"  # shared by rows with this recipe
+    steps = protocol.sampler_steps
+    folder = sample_images(model.path, protocol.samples, folder, steps=steps, device=target.device)
+    found = _compare(folder, target, plan)
+    reference = found["reference"]
+    numbers: dict[str, Number | None] = {"fid": None, "swd": (found.get("swd") or {}).get("mean")}
+    missing = {}
+    notes = [
+        f"{protocol.samples:,} samples, {steps} steps of Heun's sampler, against "
+        f"{reference['what']}."
+    ]
+    if not protocol.published:
+        return Measured(numbers, {"fid": NOT_PUBLISHED}, notes, protocol.samples)
+    numbers["fid"] = found["fid"]
+    few = min(protocol.samples, reference["count"])
+    if found["fid"] is None:
+        missing["fid"] = found["fid_missing"] or "not measured"
+    elif few < ENOUGH:
+        missing["fid"] = f"over {few:,} images: below {ENOUGH:,} the covariance is singular"
+    notes += found["warnings"]
+    return Measured(numbers, missing, notes, protocol.samples, extractor=found["extractor"])
+
+
+def _compare(folder: Path, target: Target, plan: BuildPlan) -> dict[str, Any]:
+    """Run `measure_fid`; without Inception's weights, return its other numbers."""
+    from pipelines.fid import measure_fid
+
+    features = None if plan.scale.protocol.published else FEATURES
+    written = folder / "fid.json"
+    written.unlink(missing_ok=True)
+    try:
+        return measure_fid(
+            folder, target.data, "train", weights=plan.weights, device=target.device, force=True,
+            features=features,
+        )  # fmt: skip
+    except LdmError:
+        found = read_json(written)
+        if not found:  # another problem
+            raise
+        return found
+
+
+# --------------------------------------------------------------------- smoke-test substitutes
+# Of the published networks: nothing is fetched, and none of their numbers is shown.
 FEATURES = f"{__name__}:mean_colours"
-"""As `load_extractor` takes it."""
+"""In place of Inception, as `load_extractor` takes it."""
 
 
 def smoke_lpips() -> LPIPS:
@@ -259,191 +444,5 @@ def _randomise(network: nn.Module) -> None:
 
 
 def mean_colours() -> Callable[[Tensor], Tensor]:
-    """Features (B, 12) of images (B, 3, H, W) uint8: the mean colours of their quarters."""
+    """Return an extractor: images (B, 3, H, W) uint8 to the mean colours of quarters (B, 12)."""
     return lambda images: F.adaptive_avg_pool2d(images.float(), 2).flatten(1)
-
-
-NOTES = ".training.json"  # a run folder may hold it before the run does
-ESRGAN_BACKBONE = "VGG-19"
-
-
-@dataclass(frozen=True)
-class Model:
-    """What is measured in a row."""
-
-    path: Path
-    """The file."""
-    sha256: str
-    """Identity of its weights."""
-    taken: bool = False
-    """Whether it was given, and not trained here."""
-    stage_one: "Model | None" = None
-    """Of a stage-two model, what it stands on, where that is not inside a file that was given."""
-    seconds: float | None = None
-    """Spent on its training, over all starts; None where it was given."""
-
-    def to_tree(self) -> dict[str, Any]:
-        """Plain values."""
-        under = self.stage_one and self.stage_one.to_tree()
-        plain = {"path": str(self.path), "sha256": self.sha256, "taken": self.taken}
-        return plain | {"seconds": self.seconds, "stage_one": under}
-
-
-@dataclass(frozen=True)
-class Taken:
-    """A checkpoint that was given for a row."""
-
-    path: Path
-    stage: Literal["autoencoder", "diffusion"]
-    sha256: str
-    """Identity of its weights."""
-
-
-def find_taken(job: Job) -> Taken | None:
-    """The checkpoint given for a row, if one was.
-
-    Raises:
-        LdmError: it cannot be read, or is of a stage that the row has no use for.
-    """
-    if job.taken is None:
-        return None
-    try:
-        found = Taken(job.taken, "diffusion", load_model(job.taken, "diffusion").sha256)
-    except LdmError:  # an autoencoder, ours or others', or nothing that can be read
-        weights = read_autoencoder(job.taken).weights
-        return Taken(job.taken, "autoencoder", fingerprint(weights))
-    if job.stage_two is None:
-        raise LdmError(
-            f"{job.taken} is a stage-two diffusion model; row '{job.row.name}' takes an autoencoder"
-        )
-    return found
-
-
-def make_model(job: Job, taken: Taken | None = None, stand_in: bool = False) -> Model:
-    """The model of a row, trained as far as it is not.
-
-    Args:
-        taken: a checkpoint in place of training; of a row of stage two an autoencoder does, too,
-            and is what the diffusion model is then trained on.
-        stand_in: whether random weights do where ESRGAN's loss has no published ones.
-
-    Raises:
-        LdmError: as `check_images`, `train_autoencoder` and `train_diffusion`.
-        Interrupted: asked to stop; the same call goes on.
-    """
-    check_images(job, taken)
-    model = None if taken is None else Model(taken.path, taken.sha256, taken=True)
-    for training in trainings_of(job, taken):
-        model = _train(training, model, stand_in)
-    assert model is not None
-    return model
-
-
-def trainings_of(job: Job, taken: Taken | None = None) -> tuple[Training, ...]:
-    """The runs that a row's model takes, in their order: none of what is given."""
-    if taken is None:
-        return (job.stage_one,) if job.stage_two is None else (job.stage_one, job.stage_two)
-    if taken.stage == "diffusion" or job.stage_two is None:
-        return ()
-    # another first stage than the one that equal rows stand on
-    return (replace(job.stage_two, folder=job.folder / "diffusion"),)
-
-
-def check_weights(recipe: AutoencoderRecipe) -> str | None:
-    """Why a recipe cannot be trained for want of published weights; fetched where they can be.
-
-    Only of ESRGAN's loss, which one row in all has; without LPIPS's there is nothing to train.
-    """
-    if not recipe.loss.esrgan:
-        return None
-    try:
-        backbone_file(ESRGAN_BACKBONE, "go without this row, as here")
-    except LdmError as error:
-        return str(error)
-    return None
-
-
-def _train(training: Training, stage_one: Model | None, stand_in: bool) -> Model:
-    folder, recipe = training.folder, training.recipe
-    if isinstance(recipe, AutoencoderRecipe):
-        perceptual = {"esrgan": smoke_esrgan()} if stand_in and recipe.loss.esrgan else {}
-        with _noting(training):
-            train_autoencoder(recipe, training.preset, folder, perceptual)
-    else:
-        recipe = _standing_on(recipe, stage_one)
-        with _noting(training):
-            train_diffusion(recipe, training.preset, folder)
-    kind = "diffusion" if isinstance(recipe, DiffusionRecipe) else "autoencoder"
-    path = folder / "ckpt.pt"
-    if not path.is_file():
-        raise LdmError(
-            f"{folder} is finished, but its ckpt.pt is gone: put it back, or remove that folder to "
-            "have it trained again"
-        )
-    if stage_one is not None:
-        _check_stands_on(path, stage_one)
-    seconds = _noted(folder).get("seconds")
-    return Model(path, load_model(path, kind).sha256, False, stage_one, seconds)
-
-
-def _standing_on(recipe: DiffusionRecipe, stage_one: Model | None) -> DiffusionRecipe:
-    assert stage_one is not None
-    return recipe.model_copy(update={"autoencoder": str(stage_one.path)})
-
-
-def _check_stands_on(path: Path, stage_one: Model) -> None:
-    """Whether a finished stage two was trained on what its stage one is now.
-
-    Raises:
-        LdmError: on other weights.
-    """
-    now = fingerprint(load_autoencoder(stage_one.path).state_dict())
-    if load_model(path, "diffusion").provenance.get("autoencoder_sha256") != now:
-        raise LdmError(
-            f"{path.parent} was trained on another autoencoder than {stage_one.path} is now (other "
-            "weights): remove that folder, or give --out another one"
-        )
-
-
-def check_images(job: Job, taken: Taken | None = None) -> None:
-    """Whether those of a row's runs that were begun learnt from the images that their data holds
-    now.
-
-    Raises:
-        LdmError: one did from others.
-    """
-    for training in trainings_of(job, taken):
-        folder, source = training.folder, training.recipe.data.source
-        if not same_listing(_noted(folder).get("listing"), listing_of(source)):
-            raise LdmError(
-                f"{folder} was trained on other images than {source} holds now: remove that "
-                "folder, or give --out another one"
-            )
-
-
-@contextmanager
-def _noting(training: Training) -> Iterator[None]:
-    """Note the images that a run learns from before it begins, for it may end in any way, and
-    afterwards the time it took, added to that of earlier starts."""
-    folder, began = training.folder, time.monotonic()
-    if is_finished(folder):
-        yield
-        return
-    noted = _noted(folder)
-    listing = noted.get("listing") or listing_of(training.recipe.data.source)
-
-    def note() -> None:
-        seconds = noted.get("seconds", 0.0) + time.monotonic() - began
-        if is_main():
-            write_json(folder / NOTES, {"seconds": round(seconds, 2), "listing": listing})
-
-    note()
-    try:
-        yield
-    finally:
-        note()
-
-
-def _noted(folder: Path) -> dict[str, Any]:
-    """What was noted of a run."""
-    return read_record(folder / NOTES)

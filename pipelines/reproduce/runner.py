@@ -1,46 +1,66 @@
-"""`ldm reproduce`: train what is missing, measure, print ours beside the paper's, and judge.
+"""`ldm reproduce`, a build cache: target → up to date? → build → measure → judge → print.
 
-<out>/<scale>/<table>/table.md     the table, the claims, what differs from the paper, how it was
-                                   made
-<out>/<scale>/<table>/table.json   the same as numbers, with the recipes of all rows
+<out>/<scale>/<table>/<row>/row.json     the record: numbers, settings, model, machine, versions,
+                                         command, time
+<out>/<scale>/<table>/<row>/images.npz   the numbers of every image, to compare rows by
+<out>/<scale>/<table>/table.md, .json    the result, see `output`
 """
 
+import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
+from zipfile import BadZipFile
 
+import numpy as np
 from accelerate import PartialState
+from numpy.typing import NDArray
 
+from autoencoders.losses.perceptual import has_backbone
+from ldm.config import to_tree
 from ldm.data import open_source
 from ldm.device import resolve_device
 from ldm.distributed import from_main, join_processes
 from ldm.errors import LdmError, UsageError
+from ldm.files import read_json, to_json, write_together
 from ldm.logbook import console
+from ldm.metrics.inception import SHA256, digest, published_weights
 from ldm.run_folder import provenance
 from ldm.timing import name_device
 from pipelines.reproduce.figures import Drawing, draw_figure, find_figure
-from pipelines.reproduce.measures import Measured, Tools, measure, measure_costs
 from pipelines.reproduce.output import Result, write_result
-from pipelines.reproduce.plan import Job, Plan, find_scale, setting_key
-from pipelines.reproduce.rows import (
-    RECORD,
-    Taken,
-    asked_of,
-    check_images,
-    check_weights,
-    find_taken,
-    finished,
-    is_main,
-    lacking,
-    listing_of,
-    listings_of,
-    make_model,
-    taken_before,
-    write_record,
+from pipelines.reproduce.plan import (
+    DECISIVE,
+    SCALES,
+    BuildPlan,
+    Protocol,
+    Target,
+    Training,
+    find_scale,
+    setting_key,
 )
-from pipelines.reproduce.tables import Table, find_tables
+from pipelines.reproduce.rows import (
+    OF_FEATURES,
+    Measured,
+    Model,
+    check_images,
+    is_main,
+    listing_of,
+    load_taken,
+    make_model,
+    measure,
+    measure_costs,
+    missing_weights,
+    same_listing,
+)
+from pipelines.reproduce.tables import Row, Table, find_tables
+
+FORMAT = 3
+RECORD, EACH = "row.json", "images.npz"
+State = Literal["done", "begun", "–"]
+Record = dict[str, Any]
 
 
 def reproduce(
@@ -53,222 +73,313 @@ def reproduce(
     weights: Path | None = None,
     force: bool = False,
 ) -> list[Result | Drawing]:
-    """Run the tables that a word means, all but what is finished of them; or draw a figure.
+    """Build the tables or the figure that a word names.
 
-    Stopped at any moment, the same call goes on: finished rows are not redone, a row that was
-    begun goes on from its last saved state.
+    After an interruption the same call resumes: finished rows are reused, and a row in training
+    continues from its last saved state.
 
     Args:
-        word: t9; t2 is both halves of Table 2; f5 is Figure 5.
+        word: t9; t2 names both halves of Table 2; f5 is Figure 5.
         scale: smoke, small or paper.
         data: PATH, or NAME=PATH for one of the paper's data sets; none: the built-in photographs,
-            or at scale paper those of the recipes.
-        take: ROW=PATH: a checkpoint to measure in place of training.
+            or at scale paper the recipes' data.
+        take: ROW=PATH, a checkpoint to measure instead of training.
         settings: `key=value` over the recipes of all rows.
-        out: the folder of all.
-        weights: Inception's, where they do not lie as usual.
-        force: measure images as held out that were trained on, and note it.
+        out: the folder of all tables.
+        weights: Inception's weights; None: from the usual places, or downloaded.
+        force: measure images that were trained on, too, and note it.
 
     Returns:
-        A result for each table, written to its folder, too; or what was drawn.
+        A result for each table, also written to its folder; or the drawn figure.
 
     Raises:
-        UsageError: no such table, scale, row or setting, or settings that undo what a table varies;
+        UsageError: an unknown table, scale, row or setting; settings that undo what a table varies;
             or `out` is a file.
-        LdmError: as training and measuring; rows that are done stay so.
-        Interrupted: asked to stop while training.
+        LdmError: training or measuring failed; finished rows are kept.
+        Interrupted: a request to stop during training; the same call resumes.
     """
     if out.is_file():
-        raise UsageError(f"--out {out}: it is a file, give a folder")
-    listing_of.cache_clear()  # a notebook may have changed them since
-    if figure := find_figure(word):
+        raise UsageError(f"--out {out}: is a file, give a folder")
+    listing_of.cache_clear()  # data sets may have changed since an earlier call
+    figure = find_figure(word)
+    tables = [] if figure else find_tables(word)
+    plan = BuildPlan(find_scale(scale), data, settings, out, weights, force)
+    if figure:
         if take:
-            raise UsageError(f"--take is for tables: {figure} is drawn of others by `ldm analyze`")
-        return [draw_figure(figure, Plan(find_scale(scale), data, settings, out), weights, force)]
-    tables = find_tables(word)
-    plan = Plan(find_scale(scale), data, settings, out)
+            raise UsageError(f"--take is for tables: draw {figure} of checkpoints by `ldm analyze`")
+        return [draw_figure(figure, plan)]
     if take and len(tables) > 1:
         numbers = " or ".join(table.number.lower() for table in tables)
-        raise LdmError(f"--take is for one table: say {numbers}")
-    jobs = {table.name: plan.jobs(table, take) for table in tables}
-    tools = Tools(plan.scale.measuring, weights, force)
-    return [_run(table, jobs[table.name], plan, tools) for table in tables]
+        raise LdmError(f"--take is for one table: give {numbers}")
+    targets = {table.name: plan.targets(table, take) for table in tables}
+    return [_build_table(table, targets[table.name], plan) for table in tables]
 
 
-def _run(table: Table, jobs: Sequence[Job], plan: Plan, tools: Tools) -> Result:
-    began = time.monotonic()
+def row_states(out: Path, row: Row) -> dict[str, State]:
+    """Return the state of a row, by scale."""
+    states: dict[str, State] = {}
+    for scale in SCALES:
+        folder = out / scale / row.table / row.name
+        done = (read_json(folder / RECORD) or {}).get("state") == "done"
+        states[scale] = "done" if done else "begun" if folder.is_dir() else "–"
+    return states
+
+
+def _build_table(table: Table, targets: Sequence[Target], plan: BuildPlan) -> Result:
+    start = time.monotonic()
     if table.config.measure == "encoder":
-        records = _costs(table, jobs, plan, tools)
+        records = _build_costs(table, targets, plan)
     else:
-        ranks, _ = join_processes(jobs[0].training.recipe.run.device)
-        # once for all processes, which would wait for each other if they did not do the same
-        tasks: list[_Task] = from_main(ranks, lambda: _plan(jobs, tools))
-        jobs = [task.job for task in tasks]
+        ranks, _ = join_processes(targets[0].device)
+        # decided once for all processes: each would wait for the others in another step
+        rows: list[_Status] = from_main(ranks, lambda: _check_rows(targets, plan))
+        targets = [row.target for row in rows]
         records = {}
-        for number, task in enumerate(tasks, start=1):
-            label = " · ".join(task.job.row.label)
-            done = ", done already" if task.done else ""
-            _say(f"{table.number}, row {number} of {len(tasks)}: {label}{done}")
-            records[task.job.row.name] = task.done or _do(table, task, tools, ranks)
-    result = Result(table, plan, jobs, records, round(time.monotonic() - began, 1))
+        for number, row in enumerate(rows, start=1):
+            label = " · ".join(row.target.row.label)
+            done = ", done already" if row.record else ""
+            _say(f"{table.number}, row {number} of {len(rows)}: {label}{done}")
+            name = row.target.row.name
+            records[name] = row.record or _build_row(table, row, plan, ranks)
+    each = {target.row.name: _read_each(target.folder) for target in targets}
+    seconds = round(time.monotonic() - start, 1)
+    result = Result(table, plan, targets, records, each, seconds)
     if is_main():
         write_result(result)
     return result
 
 
+# -------------------------------------------------------------------------------- up to date?
 @dataclass(frozen=True)
-class _Task:
-    """A row, and how far it is."""
+class _Status:
+    """A target, and its record if that is up to date."""
 
-    job: Job
-    asked: dict[str, Any]
-    """All that decides its numbers."""
-    taken: Taken | None
-    done: dict[str, Any] | None
-    """Its record, where it is finished."""
-
-    @classmethod
-    def of(cls, job: Job, tools: Tools) -> "_Task":
-        asked, taken = asked_of(job, tools.how), find_taken(job)
-        asked["listings"] = listings_of(job)
-        done = finished(job, asked, taken and taken.sha256, tools.weights, tools.force)
-        if taken is None and (before := taken_before(job)):
-            path, sha256 = before
-            job = replace(job, taken=path)
-            if done is None:  # measured again, rather than trained
-                taken = _taken_again(job, sha256)
-        return cls(job, asked, taken, done)
+    target: Target
+    request: dict[str, Any]
+    """The settings that its numbers depend on."""
+    taken: Model | None
+    record: Record | None
 
 
-def _taken_again(job: Job, sha256: str) -> Taken:
-    """The checkpoint that a row was measured with before.
+def _check_rows(targets: Sequence[Target], plan: BuildPlan) -> list[_Status]:
+    """Find the rows to build, and raise now what would fail after hours of training."""
+    rows = [_check_row(target, plan) for target in targets]
+    to_build = [row for row in rows if row.record is None]
+    needed = {(row.target.data.source, row.target.resolution): row.target.data for row in to_build}
+    for (_, resolution), data in needed.items():
+        open_source(data, "train", resolution)
+    for row in to_build:
+        check_images(row.target, row.taken)
+    return rows
 
-    Raises:
-        LdmError: it is not there any more, or another one is.
-    """
-    assert job.taken is not None
-    now = find_taken(job) if job.taken.exists() else None
+
+def _check_row(target: Target, plan: BuildPlan) -> _Status:
+    request, taken = request_of(target, plan.scale.protocol), load_taken(target)
+    request["listings"] = {
+        source: listing_of(source)
+        for source in (run.recipe.data.source for run in (target.stage_one, target.training))
+    }
+    record = up_to_date(target, request, taken, plan)
+    before = (read_json(target.folder / RECORD) or {}).get("taken")
+    if taken is None and before:
+        target = replace(target, taken=Path(before["path"]))
+        if record is None:  # measure it again, rather than train
+            taken = _take_again(target, before["sha256"])
+    return _Status(target, request, taken, record)
+
+
+def _take_again(target: Target, sha256: str) -> Model:
+    """Read the checkpoint that a row was measured with before."""
+    assert target.taken is not None
+    now = load_taken(target) if target.taken.exists() else None
     if now is not None and now.sha256 == sha256:
         return now
-    what = "not there" if now is None else "another model now"
+    change = "is missing" if now is None else "is another model now"
     raise LdmError(
-        f"row '{job.row.name}' was measured with {job.taken}, which is {what}: give --take "
-        f"{job.row.name}=PATH, or remove {job.folder / RECORD} to have the row trained"
+        f"row '{target.row.name}' was measured with {target.taken}, which {change}: give --take "
+        f"{target.row.name}=PATH, or remove {target.folder / RECORD} to train the row"
     )
 
 
-def _plan(jobs: Sequence[Job], tools: Tools) -> list[_Task]:
-    """What is to be done; all that can be refused is, before anything is trained."""
-    tasks = [_Task.of(job, tools) for job in jobs]
-    _check_data(tasks)
-    return tasks
+def request_of(target: Target, protocol: Protocol) -> dict[str, Any]:
+    """Return the settings that a row's numbers depend on, as plain values."""
+    stages = {"recipe": _decisive(target.training)}
+    if target.stage_two is not None:
+        stages["stage_one"] = _decisive(target.stage_one)
+    data = to_tree(target.data)
+    data.pop("workers")
+    measured = {"resolution": target.resolution, "data": data, **asdict(protocol)}
+    # as JSON, to compare with what was read from JSON
+    return json.loads(json.dumps({"trained": stages, "measured": measured}))
 
 
-def _check_data(tasks: Sequence[_Task]) -> None:
-    """Open all data that is needed, rather than miss it when a row's turn comes; and see that what
-    was begun is gone on with on the same."""
-    needed = {
-        (t.job.data.source, t.job.resolution): t.job.data for t in tasks if t.done is None
-    }  # fmt: skip
-    for (_, resolution), data in needed.items():
-        open_source(data, "train", resolution)
-    for task in tasks:
-        if task.done is None:
-            check_images(task.job, task.taken)
+def _decisive(training: Training[Any]) -> dict[str, Any]:
+    """A recipe's keys that numbers depend on."""
+    tree = to_tree(training.recipe)
+    tree["run"] = {k: value for k, value in tree["run"].items() if f"run.{k}" in DECISIVE}
+    tree["data"].pop("workers")
+    tree.pop("validate_images", None)
+    return tree
 
 
-def _do(table: Table, task: _Task, tools: Tools, ranks: PartialState) -> Mapping[str, Any]:
-    """Train and measure a row; its record, which is kept."""
-    job, taken = task.job, task.taken
-    stand_in, lacks = not tools.how.published, None
-    if not (stand_in or taken):
-        lacks = from_main(ranks, lambda: check_weights(job.stage_one.recipe))
-    if lacks is not None:
-        _say(f"  left out: {lacks}")
-        return _left_out(task.asked, table, lacks)
-    job.folder.mkdir(parents=True, exist_ok=True)
-    if job.training.folder.parent != job.folder and taken is None:
-        _say(f"  the very recipe of {job.training.preset}: trained in {job.training.folder}")
-    model = make_model(job, taken, stand_in)
-    began = time.monotonic()
-    measured = measure(table, job, model, tools)
-    if stand_in and job.stage_one.recipe.loss.esrgan:
-        measured.notes.append("ESRGAN's loss looked through a VGG-19 of random weights.")
-    record = {
-        **_described(task.asked, measured),
-        "lacked": [] if stand_in else lacking(measured.missing, tools.weights),
-        "model": model.to_tree(),
-        "taken": taken and {"path": str(taken.path), "sha256": taken.sha256},
-        "trained_in": None if model.taken else str(job.training.folder),
-        "seconds": {"training": model.seconds, "measuring": round(time.monotonic() - began, 2)},
-        **_made_by(job),
-    }
-    write_record(job, record, measured.each)
+def up_to_date(
+    target: Target, request: dict[str, Any], taken: Model | None, plan: BuildPlan
+) -> Record | None:
+    """Return the record of a row that need not be built again.
+
+    A row that was measured with a --take checkpoint stays so until another one is given. A row is
+    measured again if weights that it lacked are there now, or if its numbers are of another
+    Inception than now, so that no table mixes two. Versions are recorded, and decide nothing.
+
+    Args:
+        request: `request_of` the target, and the listings of its data.
+        taken: the checkpoint given now.
+    """
+    record = read_json(target.folder / RECORD) or {}
+    if record.get("format") != FORMAT or record.get("state") != "done":
+        return None
+    then, before = record["asked"], record["taken"]
+    listings = then.get("listings", {})
+    current = (
+        then["measured"] == request["measured"]
+        and (before is not None or then["trained"] == request["trained"])
+        and (taken is None or taken.sha256 == (before or {}).get("sha256"))
+        and all(same_listing(listings.get(k), v) for k, v in request.get("listings", {}).items())
+        and _read_each(target.folder).keys() >= set(record["each"])
+        and _is_same_network(record, plan.weights)
+        and record.get("force") in (None, plan.force)
+        and _lacking(record["lacked"], plan.weights) == record["lacked"]
+    )
+    return record if current else None
+
+
+def _is_same_network(record: Record, weights: Path | None) -> bool:
+    """Whether numbers of features, if there are any, are of the Inception that would be used."""
+    if all(record["numbers"].get(name) is None for name in OF_FEATURES):
+        return True
+    if weights is None and published_weights() is None:
+        return True  # no network here could measure them again
+    now = SHA256 if weights is None else digest(weights)
+    return (record.get("extractor") or {}).get("sha256") == now
+
+
+def _lacking(numbers: Iterable[str], weights: Path | None) -> list[str]:
+    """The numbers whose weights are not on this machine."""
+
+    def is_there(number: str) -> bool:
+        if number == "lpips":
+            return has_backbone("VGG-16")
+        if number in OF_FEATURES:
+            return weights is not None or published_weights() is not None
+        return True
+
+    return [number for number in numbers if not is_there(number)]
+
+
+# -------------------------------------------------------------------------------------- build
+def _build_row(table: Table, row: _Status, plan: BuildPlan, ranks: PartialState) -> Record:
+    """Train and measure a row; write and return its record."""
+    target, taken = row.target, row.taken
+    substitutes = not plan.scale.protocol.published
+    if not (substitutes or taken):
+        why = from_main(ranks, lambda: missing_weights(target.stage_one.recipe))
+        if why is not None:  # not written: tried again next time
+            _say(f"  left out: {why}")
+            columns = table.config.columns
+            empty = Measured(dict.fromkeys(columns), dict.fromkeys(columns, why))
+            return _record(empty, row.request)
+    target.folder.mkdir(parents=True, exist_ok=True)
+    if target.training.folder.parent != target.folder and taken is None:
+        training = target.training
+        _say(f"  same recipe as {training.preset}: uses the training in {training.folder}")
+    model = make_model(target, taken, substitutes)
+    start = time.monotonic()
+    measured = measure(table, target, model, plan)
+    record = _record(
+        measured, row.request, model.seconds, round(time.monotonic() - start, 2),
+        lacked=[] if substitutes else _lacking(measured.missing, plan.weights),
+        model=model.to_tree(),
+        taken=taken and {"path": str(taken.path), "sha256": taken.sha256},
+        trained_in=None if model.taken else str(target.training.folder),
+        **_origin(target.device),
+    )  # fmt: skip
+    _write_record(target, record, measured.each)
     return record
 
 
-def _costs(
-    table: Table, jobs: Sequence[Job], plan: Plan, tools: Tools
-) -> dict[str, Mapping[str, Any]]:
-    """Records of encoders, which are measured together or not at all."""
-    if any(job.taken for job in jobs):
+def _build_costs(table: Table, targets: Sequence[Target], plan: BuildPlan) -> dict[str, Record]:
+    """Measure the encoders of Table 3: all of them, or none."""
+    if any(target.taken for target in targets):
         raise LdmError(f"{table.number} measures encoders of presets: it takes no checkpoints")
     if others := [s for s in plan.settings if setting_key(s) != "run.device"]:
         raise UsageError(
-            f"{table.number} measures encoders of presets: leave out {', '.join(others)}; "
-            "of settings it takes run.device alone"
+            f"{table.number} measures encoders of presets: omit {', '.join(others)}; the only "
+            "setting is run.device"
         )
-    machine = name_device(resolve_device(jobs[0].training.recipe.run.device))
-    asked = {job.row.name: asked_of(job, plan.scale.measuring) for job in jobs}
-    found = {j.row.name: finished(j, asked[j.row.name], None, tools.weights) for j in jobs}
-    # what encoding costs is of the machine: on another one it is measured again
-    if all(record and record["machine"] == machine for record in found.values()):
+    device, protocol = targets[0].device, plan.scale.protocol
+    request = {target.row.name: request_of(target, protocol) for target in targets}
+    found = {t.row.name: up_to_date(t, request[t.row.name], None, plan) for t in targets}
+    records = {name: record for name, record in found.items() if record is not None}
+    machine = name_device(resolve_device(device))  # costs are of the machine
+    if len(records) == len(targets) and all(r["machine"] == machine for r in records.values()):
         _say("  done already")
-        return found
+        return records
     if not is_main():
         return {}
-    began = time.monotonic()
-    costs = measure_costs(table, jobs[0].training.recipe.run.device, plan.scale.measuring)
-    seconds = {"training": None, "measuring": round(time.monotonic() - began, 2)}
-    records = {}
-    for job in jobs:
-        measured = costs[job.row.name]
-        records[job.row.name] = {
-            **_described(asked[job.row.name], measured),
-            "lacked": [], "model": None, "taken": None, "trained_in": None,
-            "seconds": seconds, **_made_by(job),
-        }  # fmt: skip
-        write_record(job, records[job.row.name])
+    start = time.monotonic()
+    costs = measure_costs(table, device, protocol)
+    seconds = round(time.monotonic() - start, 2)
+    for target in targets:
+        name = target.row.name
+        records[name] = _record(costs[name], request[name], None, seconds, **_origin(device))
+        _write_record(target, records[name], {})
     return records
 
 
-def _described(asked: dict[str, Any], measured: Measured) -> dict[str, Any]:
+def _record(
+    measured: Measured,
+    request: dict[str, Any],
+    training: float | None = None,
+    measuring: float | None = None,
+    **about: Any,
+) -> Record:
+    """Compose a record: numbers, settings, seconds of training and measuring, and origin."""
+    numbers = {name: value for name, value in vars(measured).items() if name != "each"}
     return {
-        "numbers": measured.numbers,
-        "missing": measured.missing,
-        "notes": measured.notes,
-        "count": measured.count,
-        "extractor": measured.extractor,
-        "force": measured.force,
-        "counted": measured.counted,
-        "asked": asked,
+        **numbers,
+        "asked": request,
+        **{"lacked": [], "model": None, "taken": None, "trained_in": None},
+        "seconds": {"training": training, "measuring": measuring},
+        **about,
     }
 
 
-def _made_by(job: Job) -> dict[str, Any]:
-    device = resolve_device(job.training.recipe.run.device)
-    return {"machine": name_device(device), **provenance()}
+def _origin(device: str) -> dict[str, Any]:
+    return {"machine": name_device(resolve_device(device)), **provenance()}
 
 
-def _left_out(asked: dict[str, Any], table: Table, why: str) -> dict[str, Any]:
-    """What stands for a row that could not be trained; it is not kept, and tried again."""
-    columns = table.config.columns
-    empty = Measured(dict.fromkeys(columns), dict.fromkeys(columns, why))
-    return {
-        **_described(asked, empty),
-        "model": None, "taken": None, "trained_in": None,
-        "seconds": {"training": None, "measuring": None},
-    }  # fmt: skip
+def _write_record(target: Target, record: Record, each: Mapping[str, NDArray]) -> None:
+    """Write the record of a finished row, and the numbers of every image."""
+    if not is_main():
+        return
+
+    def write_each(file: IO[bytes]) -> None:
+        np.savez(file, **dict(each))  # type: ignore[arg-type]
+
+    whole = to_json({"format": FORMAT, "state": "done", "each": sorted(each), **record})
+    files = {target.folder / EACH: write_each} if each else {}
+    write_together(files | {target.folder / RECORD: lambda file: file.write(whole)})
+
+
+def _read_each(folder: Path) -> dict[str, NDArray]:
+    """The numbers of every image of a row; {} if there are none."""
+    try:
+        with np.load(folder / EACH, allow_pickle=False) as file:
+            each = dict(file)
+    except (OSError, EOFError, ValueError, BadZipFile):
+        return {}
+    whole = "k" in each and len({values.shape for values in each.values()}) == 1
+    return each if whole else {}
 
 
 def _say(text: str) -> None:

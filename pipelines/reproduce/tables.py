@@ -1,7 +1,4 @@
-"""The columns of the paper's tables, which end of each is the better one, and what is alike.
-
-The paper's tables: their rows, their columns, and what the paper says they show.
-"""
+"""The paper's tables: their rows, their columns, and the claims that the paper makes."""
 
 import re
 from collections.abc import Iterator
@@ -16,23 +13,23 @@ from ldm.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Column:
-    """A number that a table has of every row."""
+class TableColumn:
+    """A number that a table has for every row."""
 
     title: str
-    """Its name and unit."""
+    """Name and unit."""
     digits: int
-    """After the point, of ours."""
+    """Decimals of our numbers."""
     better: Literal["lower", "higher"] | None = None
-    """Which end is the better one; None: it is no matter of quality."""
+    """The better end; None: not a matter of quality."""
     share: float = 0.0
-    """The yardstick of what is alike, as a share of the row compared with."""
+    """Largest similar difference, as a share of the row compared with."""
     width: float = 0.0
-    """The same in the number's own unit."""
+    """Largest similar difference in the number's unit, added to `share`."""
     printed: int | None = None
-    """Digits after the point of the paper's; None: as many as there are."""
+    """Decimals of the paper's numbers; None: as many as there are."""
     of_each_image: bool = False
-    """Whether every image has its own share in it, by which two rows are compared."""
+    """Whether it is a mean over images, so that two rows can be compared image by image."""
     counted: bool = False
     """Whether it is counted, and has no error."""
 
@@ -41,37 +38,44 @@ class Column:
         """↓, ↑ or nothing."""
         return {"lower": " ↓", "higher": " ↑", None: ""}[self.better]
 
-    def gain(self, ours: float, other: float) -> float:
-        """By how much a number is better than another one, in its unit."""
+    def gain(self, ours: Any, other: Any) -> Any:
+        """Return by how much numbers (floats or arrays) are better than others, in their unit."""
         return other - ours if self.better == "lower" else ours - other
 
-    def yardstick(self, other: float) -> float:
-        """How far from another number a number still is alike."""
+    def yardstick(self, other: Any) -> Any:
+        """Return the largest difference from a number (float or array) that counts as similar."""
         return self.share * abs(other) + self.width + 1e-9  # 0.88 − 0.86 is a hair above 0.02
 
 
-# The yardsticks are the widest differences for the worse that the paper itself calls similar,
-# comparable or equally good, rounded up: FID 4.3 % (Table 11, DeepFashion), LPIPS 11.1 % and PSNR
-# 0.37 dB (Table 10, PatchGAN), SSIM 0.02 (Table 16).
+# Similar: the widest differences for the worse that the paper itself calls similar, comparable or
+# equally good, rounded up: FID 4.3 % (Table 11, DeepFashion), LPIPS 11.1 % and PSNR 0.37 dB
+# (Table 10, PatchGAN), SSIM 0.02 (Table 16).
 COLUMNS = {
-    "params": Column("Params (M)", 2, counted=True),
-    "aggregator_params": Column("Params (M)", 2, "lower", counted=True),
-    "rfid": Column("rFID", 2, "lower", share=0.05, printed=2),
-    "lpips": Column("LPIPS", 3, "lower", share=0.12, printed=3, of_each_image=True),
-    "psnr": Column("PSNR", 2, "higher", width=0.4, printed=2, of_each_image=True),
-    "ssim": Column("SSIM", 3, "higher", width=0.02, printed=2, of_each_image=True),
-    "fid": Column("FID", 2, "lower", share=0.05, printed=2),
-    "swd": Column("SWD ×10³", 1, "lower"),
-    "gmac": Column("GMAC", 2, "lower", counted=True),
-    "memory": Column("Memory (MB)", 0, "lower", share=0.05),
-    "images_per_second": Column("Throughput (img/s)", 1, "higher", share=0.05),
-    **{f"mmd_{sigma}": Column(str(sigma), 3, "lower", share=0.05, printed=2, of_each_image=True)
-       for sigma in (25, 50, 100, 250, 500)},
-}  # fmt: skip
+    "params": TableColumn("Params (M)", 2, counted=True),
+    "aggregator_params": TableColumn("Params (M)", 2, "lower", counted=True),
+    "rfid": TableColumn("rFID", 2, "lower", share=0.05, printed=2),
+    "lpips": TableColumn("LPIPS", 3, "lower", share=0.12, printed=3, of_each_image=True),
+    "psnr": TableColumn("PSNR", 2, "higher", width=0.4, printed=2, of_each_image=True),
+    "ssim": TableColumn("SSIM", 3, "higher", width=0.02, printed=2, of_each_image=True),
+    "fid": TableColumn("FID", 2, "lower", share=0.05, printed=2),
+    "swd": TableColumn("SWD ×10³", 1, "lower"),
+    "gmac": TableColumn("GMAC", 2, "lower", counted=True),
+    "memory": TableColumn("Memory (MB)", 0, "lower", share=0.05),
+    "images_per_second": TableColumn("Throughput (img/s)", 1, "higher", share=0.05),
+    **{
+        f"mmd_{sigma}": TableColumn(
+            str(sigma), 3, "lower", share=0.05, printed=2, of_each_image=True
+        )
+        for sigma in (25, 50, 100, 250, 500)
+    },
+}
 
 SIGMAS = (25.0, 50.0, 100.0, 250.0, 500.0)
-"""Widths of the kernels of Table 6."""
-
+"""Kernel widths of Table 6."""
+BESIDE = {
+    "reconstruction": ("psnr", "swd"), "generation": ("swd",), "mmd": (), "encoder": ("gmac",)
+}  # fmt: skip
+"""Our columns beside the paper's, by the table's measure."""
 
 Measure = Literal["reconstruction", "encoder", "mmd", "generation"]
 Number = float | tuple[float, float]  # or a mean with its ±
@@ -79,43 +83,42 @@ Relation = Literal["better", "no_worse", "similar"]
 
 
 class Claim(Config):
-    """What the paper says two rows of a table show."""
+    """A claim of the paper: how one row of a table compares with another."""
 
     says: str
     """The claim, in words."""
     row: str
-    """The row that it is made of."""
+    """The row that it is about."""
     relation: Relation
-    """better: by however little. no_worse: at most by the column's yardstick. similar: within the
-    yardstick both ways. Each by more than other images might well turn, where that is known: in
-    PSNR, SSIM, LPIPS and MMD. The error of rFID, FID, throughput and memory is not, and the verdict
-    says so."""
+    """better: by any difference. no_worse: by at most the column's yardstick. similar: within the
+    yardstick both ways. In PSNR, SSIM, LPIPS and MMD the difference must be larger than its error
+    over images; the error of rFID, FID, throughput and memory is unknown, and reported as such."""
     than: str
-    """The row it is compared with."""
+    """The row that it is compared with."""
     columns: tuple[str, ...] = ()
-    """The columns it is said of; none: all that have a better end."""
+    """The columns that it is about; none: all with a better end."""
 
 
 class TableConfig(Config):
-    """A table as `configs/tables/` has it."""
+    """A table as written in `configs/tables/`."""
 
     title: str
-    """What it is of."""
+    """Its subject."""
     measure: Measure = "reconstruction"
-    """What its rows are measured by."""
+    """The kind of its measurements."""
     header: tuple[str, ...]
-    """Names of the parts of a row's label, which is split at its commas."""
+    """Titles of the parts of a row's label, which is split at its commas."""
     rows: tuple[str, ...]
-    """Names of its rows, in the paper's order: those of their recipes without the table's."""
+    """Row names in the paper's order: the recipe's name without the table's."""
     columns: tuple[str, ...]
-    """Its numbers, as `COLUMNS` names them."""
+    """The paper's columns, as named in `COLUMNS`."""
     transposed: bool = False
     """Whether the paper prints the rows as columns."""
     claims: tuple[Claim, ...]
-    """What the paper says of it."""
+    """The paper's claims about it."""
 
     @model_validator(mode="after")
-    def _speaks_of_what_is_there(self) -> "TableConfig":
+    def _check_names(self) -> "TableConfig":
         for name in self.columns:
             if name not in COLUMNS:
                 raise ValueError(f"columns: no '{name}'{did_you_mean(name, list(COLUMNS))}")
@@ -131,24 +134,24 @@ class TableConfig(Config):
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table: one recipe, and what the paper reports of it."""
+    """A row of a table: one recipe, and the paper's numbers."""
 
     table: str
-    """The table's name, t09."""
+    """The table's name, such as t09."""
     name: str
-    """Its own, gaussian."""
+    """Its own name, such as gaussian."""
     kind: str
-    """The folder of its recipe: `recipes`, or `diffusion`."""
+    """The folder of its recipe: `recipes` or `diffusion`."""
     label: tuple[str, ...]
-    """As the paper prints it, a part for each of the table's header."""
+    """Its label in the paper, one part for each of the table's header."""
     paper: dict[str, Number]
     """The paper's numbers, by column."""
     resolution: int | None
-    """Side of the images it is measured on, where that is not what its training ends at."""
+    """Image size of the measurement in pixels; None: that at which its training ends."""
 
     @property
     def preset(self) -> str:
-        """Name of its recipe, t09-gaussian."""
+        """The name of its recipe, such as t09-gaussian."""
         return f"{self.table}-{self.name}"
 
 
@@ -157,50 +160,48 @@ class Table:
     """A table of the paper."""
 
     name: str
-    """t09, or t02a."""
+    """Such as t09 or t02a."""
     config: TableConfig
     rows: tuple[Row, ...]
 
     @property
     def number(self) -> str:
-        """T9, or T2a."""
+        """Such as T9 or T2a."""
         return f"T{self.name[1:].lstrip('0')}"
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The paper's columns, then ours."""
+        theirs = self.config.columns
+        return (*theirs, *(name for name in BESIDE[self.config.measure] if name not in theirs))
+
     def claimed(self, claim: Claim) -> tuple[str, ...]:
-        """The columns that a claim is about."""
+        """Return the columns that a claim is about."""
         return claim.columns or tuple(c for c in self.config.columns if COLUMNS[c].better)
 
 
 @cache
 def all_tables() -> tuple[Table, ...]:
-    """Every table, in the paper's order."""
+    """Return every table, in the paper's order."""
     return tuple(_read(name) for name in list_presets("tables"))
 
 
 def find_tables(word: str) -> list[Table]:
-    """The tables that a word means: t9, T09 or 9; t2 is both halves of Table 2.
-
-    Raises:
-        UsageError: there is none; the nearest, and all there are.
-    """
+    """Find the tables that a word names: t9, T09 or 9; t2 names both halves of Table 2."""
     match = re.fullmatch(r"(?:table[ -]?|t)?0*(\d+)([a-z]?)", word.strip().lower())
     wanted = f"T{match[1]}{match[2]}" if match else ""
     found = [t for t in all_tables() if wanted in (t.number, t.number.rstrip("ab"))]
     if not found:
         numbers = [table.number for table in all_tables()]
         near = did_you_mean(wanted or word, numbers)
-        hint = near.rstrip("?") if near.startswith("; did") else ""
-        what = f"no table '{word}'{hint}" if word.strip() else "which table"
-        raise UsageError(f"{what}; there are: {', '.join(numbers)}, and figures F2 to F9")
+        hint = near if near.startswith("; did") else ":"
+        what = f"no table '{word}'{hint}" if word.strip() else "which table?"
+        raise UsageError(f"{what} choose from {', '.join(numbers)}, or a figure, F2 to F9")
     return found
 
 
 def find_row(table: Table, word: str) -> Row:
-    """The row of a table that a word means: gaussian, t09-gaussian or t09/gaussian.
-
-    Raises:
-        UsageError: there is none; those there are.
-    """
+    """Find the row of a table that a word names: gaussian, t09-gaussian or t09/gaussian."""
     name = word.removeprefix(f"{table.name}-").removeprefix(f"{table.name}/")
     for row in table.rows:
         if row.name == name:
@@ -210,7 +211,7 @@ def find_row(table: Table, word: str) -> Row:
 
 
 def trained_rows() -> Iterator[Row]:
-    """All rows that something is trained for, in the paper's order."""
+    """Iterate over all rows that need training, in the paper's order."""
     for table in all_tables():
         if table.config.measure != "encoder":
             yield from table.rows

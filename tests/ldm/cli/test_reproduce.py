@@ -10,7 +10,7 @@ from ldm.cli.reproduce import reproduce
 from ldm.errors import UsageError
 from ldm.files import write_json
 from pipelines.reproduce import runner as jobs
-from pipelines.reproduce.rows import FORMAT
+from pipelines.reproduce.runner import FORMAT
 
 
 @pytest.fixture
@@ -75,14 +75,14 @@ def test_the_list_has_every_table_and_how_far_its_rows_are(run, tmp_path):
     assert smc.split() == ["smc", "smoke", "begun", "small", "done", "paper", "–"]
     [group] = [line for line in lines if line.split()[:1] == ["group"]]
     assert group.split()[2::2] == ["–", "–", "–"]
-    assert any("small: meant for an hour a table on a GPU" in line for line in lines)
+    assert any("small: about an hour a table on a GPU" in line for line in lines)
 
 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["t23"], "no table 't23'; did you mean 'T3'; there are: T1, T2a"),
-        ([], "which table; there are: T1, T2a"),
+        (["t23"], "no table 't23'; did you mean 'T3'? choose from T1, T2a"),
+        ([], "which table? choose from T1, T2a"),
         (["lr=3"], "which table"),
         (["t4", "smc"], "'smc' is not of the form key=value"),
         (["--list", "t4"], "omit the other arguments"),

@@ -1,4 +1,4 @@
-"""Training and measuring that take no time, and remember what they were asked."""
+"""A faked trainer and a faked evaluation, which take no time and record their calls."""
 
 from hashlib import sha256
 from pathlib import Path
@@ -16,8 +16,7 @@ from ldm.files import write_json
 from ldm.metrics.inception import SHA256
 from ldm.run_folder import is_finished, new_or_unfinished, provenance
 from pipelines.measuring.evaluation import NUMBERS
-from pipelines.reproduce import measures
-from pipelines.reproduce import rows as training
+from pipelines.reproduce import rows
 
 
 class Faked:
@@ -84,6 +83,6 @@ def faked(tmp_path, monkeypatch) -> Faked:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(training, "train_autoencoder", made.train)
-    monkeypatch.setattr(measures, "evaluate_checkpoints", made.evaluate)
+    monkeypatch.setattr(rows, "train_autoencoder", made.train)
+    monkeypatch.setattr(rows, "evaluate_checkpoints", made.evaluate)
     return made

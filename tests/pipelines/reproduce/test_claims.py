@@ -1,4 +1,4 @@
-"""When a claim holds, when it does not, and when nobody can say."""
+"""Claims hold, do not hold, or cannot be judged."""
 
 import numpy as np
 import pytest
@@ -19,8 +19,8 @@ def table(relation: str, columns: tuple[str, ...] = ("rfid", "psnr")) -> Table:
 
 def verdict(relation: str, column: str, a, b) -> str:
     numbers = {"a": {column: a}, "b": {column: b}}
-    [judgement] = judge(table(relation, (column,)), numbers, {}, each=equal_images(numbers))
-    return judgement.verdict
+    [claim] = judge(table(relation, (column,)), numbers, {}, each=equal_images(numbers))
+    return claim.verdict
 
 
 @pytest.mark.parametrize(
@@ -48,68 +48,68 @@ def test_relations(relation, column, a, b, holds):
 
 @pytest.mark.parametrize("relation", ["better", "no_worse", "similar"])
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_not_judged(relation, number):
+def test_infinite_numbers_are_not_judged(relation, number):
     assert verdict(relation, "psnr", number, 29.0) == "cannot be judged"
 
 
-def test_parameters_are_no_matter_of_quality():
+def test_parameters_are_not_claimed():
     assert table("better").claimed(table("better").config.claims[0]) == ("rfid", "psnr")
 
 
 def test_no_column_stands_in_for_another():
     numbers = {"a": {"psnr": 30.0, "rfid": None}, "b": {"psnr": 29.0, "rfid": 1.0}}
     why = {"a": {"rfid": "no weights"}}
-    [judgement] = judge(table("better"), numbers, why, each=equal_images(numbers))
-    assert judgement.verdict == "cannot be judged"
-    assert [f.verdict for f in judgement.findings] == ["cannot be judged", "holds"]
-    assert judgement.findings[0].why == "no weights" and judgement.findings[0].here is None
+    [claim] = judge(table("better"), numbers, why, each=equal_images(numbers))
+    assert claim.verdict == "cannot be judged"
+    assert [f.verdict for f in claim.findings] == ["cannot be judged", "holds"]
+    assert claim.findings[0].why == "no weights" and claim.findings[0].here is None
     # but one column that speaks against it is enough
     numbers["a"]["psnr"] = 28.0
-    [judgement] = judge(table("better"), numbers, why, each=equal_images(numbers))
-    assert judgement.verdict == "does not hold"
+    [claim] = judge(table("better"), numbers, why, each=equal_images(numbers))
+    assert claim.verdict == "does not hold"
 
 
-def test_a_number_that_is_in_doubt_is_shown_and_not_judged_by():
+def test_a_doubtful_number_is_shown_and_not_judged():
     numbers = {"a": {"rfid": 1.0, "psnr": 30.0}, "b": {"rfid": 2.0, "psnr": 29.0}}
-    [judgement] = judge(table("better"), numbers, {"b": {"rfid": "of 38 images"}})
-    finding = judgement.findings[0]
+    [claim] = judge(table("better"), numbers, {"b": {"rfid": "of 38 images"}})
+    finding = claim.findings[0]
     assert (finding.verdict, finding.here, finding.why) == (
         "cannot be judged", (1.0, 2.0), "of 38 images",
     )  # fmt: skip
 
 
-def test_a_row_that_was_not_done():
-    [judgement] = judge(table("better"), {"b": {"rfid": 1.0, "psnr": 2.0}}, {})
-    assert {f.why for f in judgement.findings} == {"not measured"}
+def test_missing_rows_are_not_judged():
+    [claim] = judge(table("better"), {"b": {"rfid": 1.0, "psnr": 2.0}}, {})
+    assert {f.why for f in claim.findings} == {"not measured"}
 
 
-def test_a_scale_that_is_too_short_judges_nothing():
+def test_a_short_scale_judges_nothing():
     numbers = {"a": {"rfid": 1.0, "psnr": 30.0}, "b": {"rfid": 2.0, "psnr": 29.0}}
-    [judgement] = judge(table("better"), numbers, {}, "too short")
-    assert judgement.verdict == "cannot be judged"
-    assert all(f.why == "too short" and f.here for f in judgement.findings)
+    [claim] = judge(table("better"), numbers, {}, "too short")
+    assert claim.verdict == "cannot be judged"
+    assert all(f.why == "too short" and f.here for f in claim.findings)
 
 
 @pytest.mark.parametrize("relation", ["better", "no_worse", "similar"])
-def test_an_error_that_is_not_known_is_said_to_be(relation):
+def test_an_unknown_error_is_noted(relation):
     """rFID, FID, throughput and memory are measured once, over all images together."""
     columns = ("rfid", "fid", "memory", "images_per_second", "gmac", "psnr")
     numbers = {"a": dict.fromkeys(columns, 50.001), "b": dict.fromkeys(columns, 50.001)}
     numbers["a"] |= {"rfid": 50.0, "images_per_second": 50.002, "gmac": 50.0, "psnr": 50.002}
     each = equal_images(numbers)
-    [judgement] = judge(table(relation, columns), numbers, {}, each=each)
-    told = {finding.column: finding.why for finding in judgement.findings}
+    [claim] = judge(table(relation, columns), numbers, {}, each=each)
+    told = {finding.column: finding.why for finding in claim.findings}
     unknown = dict.fromkeys(("rfid", "fid", "memory", "images_per_second"), UNKNOWN)
     assert told == unknown | {"gmac": "", "psnr": ""}
-    verdicts = {finding.column: finding.verdict for finding in judgement.findings}
+    verdicts = {finding.column: finding.verdict for finding in claim.findings}
     assert verdicts["rfid"] == "holds"
     assert verdicts["memory"] == ("does not hold" if relation == "better" else "holds")
     # counted on paper
-    [judgement] = judge(table(relation, columns), numbers, {}, "", each, {"memory"})
-    assert {f.column for f in judgement.findings if f.why} == set(unknown) - {"memory"}
+    [claim] = judge(table(relation, columns), numbers, {}, "", each, {"memory"})
+    assert {f.column for f in claim.findings if f.why} == set(unknown) - {"memory"}
 
 
-def test_mmd_is_judged_by_the_shares_of_images():
+def test_mmd_is_judged_by_the_images_shares():
     """Means that are far apart beside their own errors, and near beside that of the difference."""
     shares = RNG.normal(0, 0.3, (2, 40))
     shares -= shares.mean(1, keepdims=True)
@@ -118,15 +118,15 @@ def test_mmd_is_judged_by_the_shares_of_images():
         for row, value, share in zip("ab", (1.0, 1.1), shares, strict=True)
     }
     numbers = {row: {"mmd_25": (of["mmd_25"].mean(), 0.04)} for row, of in each.items()}
-    [judgement] = judge(table("better", ("mmd_25",)), numbers, {}, each=each)
-    [finding] = judgement.findings
+    [claim] = judge(table("better", ("mmd_25",)), numbers, {}, each=each)
+    [finding] = claim.findings
     expected = stats.sem(each["a"]["mmd_25"] - each["b"]["mmd_25"])
     assert finding.error == pytest.approx(expected) and 0.05 < expected < 0.1
     assert finding.why == "within two standard errors"
     # over other images, however many they were
     del each["b"]
-    [judgement] = judge(table("better", ("mmd_25",)), numbers, {}, each=each)
-    assert judgement.findings[0].why == "not measured over the same images"
+    [claim] = judge(table("better", ("mmd_25",)), numbers, {}, each=each)
+    assert claim.findings[0].why == "not measured over the same images"
 
 
 # ---------------------------------------------------------------------- by how much images decide
@@ -143,8 +143,8 @@ def of_images(gain: float, noise: float = 0.1) -> dict[str, dict]:
 
 def judged(relation: str, each):
     numbers = {row: {"psnr": float(of["psnr"].mean())} for row, of in each.items()}
-    [judgement] = judge(table(relation, ("psnr",)), numbers, {}, "", each)
-    return judgement.findings[0]
+    [claim] = judge(table(relation, ("psnr",)), numbers, {}, "", each)
+    return claim.findings[0]
 
 
 def test_the_standard_error_is_of_the_differences():
@@ -165,13 +165,13 @@ def test_the_standard_error_is_of_the_differences():
         ("similar", 0.39, "cannot be judged"),
     ],
 )  # fmt: skip
-def test_what_other_images_might_turn_is_not_judged(relation, gain, verdict):
+def test_claims_within_two_standard_errors_are_not_judged(relation, gain, verdict):
     finding = judged(relation, of_images(gain))
     assert finding.verdict == verdict
     assert (finding.why == "within two standard errors") == (verdict == "cannot be judged")
 
 
-def test_rows_of_other_images_are_not_compared():
+def test_rows_of_different_images_are_not_compared():
     each = of_images(9.0)
     each["a"]["k"] = np.arange(1, 41)
     finding = judged("better", each)
@@ -180,7 +180,7 @@ def test_rows_of_other_images_are_not_compared():
     assert judged("better", each).verdict == "cannot be judged"
 
 
-def test_few_images_decide_nothing():
+def test_fewer_than_thirty_images_decide_nothing():
     for count, why in ((29, "over fewer than 30 images"), (30, "")):
         each = {
             row: {name: values[:count] for name, values in of.items()}
@@ -191,7 +191,7 @@ def test_few_images_decide_nothing():
 
 @pytest.mark.parametrize("relation", ["no_worse", "similar"])
 @pytest.mark.parametrize("kind", ["a part", "a share"])
-def test_a_claim_on_its_edge_is_rarely_called_a_finding(relation, kind):
+def test_a_claim_on_the_edge_is_rarely_judged(relation, kind):
     """LPIPS is alike within 12 % of each image's own, however our loss comes about."""
     hard = np.abs(RNG.normal(0.3, 0.1, (200, 64)))
     noise = RNG.normal(0, 0.02, hard.shape)
@@ -203,6 +203,6 @@ def test_a_claim_on_its_edge_is_rarely_called_a_finding(relation, kind):
             "b": {"k": np.arange(64), "lpips": other},
         }
         numbers = {row: {"lpips": float(of["lpips"].mean())} for row, of in each.items()}
-        [judgement] = judge(table(relation, ("lpips",)), numbers, {}, each=each)
-        found += judgement.verdict != "cannot be judged"
+        [claim] = judge(table(relation, ("lpips",)), numbers, {}, each=each)
+        found += claim.verdict != "cannot be judged"
     assert 0 < found < 24, "one in twenty of 200, and what chance adds"

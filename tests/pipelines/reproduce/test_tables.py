@@ -13,7 +13,7 @@ from tests.pipelines.reproduce.images import equal_images
 TABLES = all_tables()
 
 
-def test_all_twenty_two_tables_are_there_in_order():
+def test_tables_are_all_22_in_order():
     numbers = [int(re.match(r"T(\d+)", table.number)[1]) for table in TABLES]
     assert sorted(set(numbers)) == list(range(1, 23)) and numbers == sorted(numbers)
 
@@ -41,20 +41,20 @@ def test_rows_have_the_papers_numbers_in_every_column(table):
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.number)
 def test_every_claim_holds_in_the_papers_own_numbers(table):
     paper = {row.name: row.paper for row in table.rows}
-    judgements = judge(table, paper, {}, each=equal_images(paper))
-    assert judgements
-    for judgement in judgements:
-        assert judgement.verdict == "holds", (judgement.claim.says, judgement.findings)
+    claims = judge(table, paper, {}, each=equal_images(paper))
+    assert claims
+    for claim in claims:
+        assert claim.verdict == "holds", (claim.claim.says, claim.findings)
 
 
-def test_a_claim_that_the_paper_does_not_make_fails_the_test_above():
+def test_a_reversed_claim_does_not_hold_in_the_papers_numbers():
     [table] = find_tables("t10")
     claim = table.config.claims[0].model_copy(update={"row": "patchgan", "than": "unet"})
     config = table.config.model_copy(update={"claims": (claim,)})
     wrong = type(table)(table.name, config, table.rows)
     paper = {row.name: row.paper for row in table.rows}
-    [judgement] = judge(wrong, paper, {}, each=equal_images(paper))
-    assert judgement.verdict == "does not hold"
+    [judged] = judge(wrong, paper, {}, each=equal_images(paper))
+    assert judged.verdict == "does not hold"
 
 
 @pytest.mark.parametrize(
@@ -64,12 +64,12 @@ def test_a_claim_that_the_paper_does_not_make_fails_the_test_above():
         ("t2", ["T2a", "T2b"]), ("T22", ["T22"]),
     ],
 )  # fmt: skip
-def test_words_that_mean_a_table(word, found):
+def test_tables_are_found_by_word(word, found):
     assert [table.number for table in find_tables(word)] == found
 
 
 @pytest.mark.parametrize("word", ["t23", "t0", "figure5", "", "t2c", "t1-t4"])
-def test_a_table_that_is_not_there_is_answered_with_those_that_are(word):
+def test_an_unknown_table_lists_all(word):
     with pytest.raises(UsageError) as caught:
         find_tables(word)
     told = str(caught.value)
@@ -77,7 +77,7 @@ def test_a_table_that_is_not_there_is_answered_with_those_that_are(word):
     assert all(f" {table.number}" in told for table in TABLES)
 
 
-def test_rows_by_any_of_their_names():
+def test_rows_are_found_by_any_name():
     [table] = find_tables("t9")
     for word in ("gaussian", "t09-gaussian", "t09/gaussian"):
         assert find_row(table, word).preset == "t09-gaussian"
@@ -97,14 +97,14 @@ def test_rows_by_any_of_their_names():
         ),
     ],
 )  # fmt: skip
-def test_tables_that_cannot_be(change, told):
+def test_bad_tables_are_refused(change, told):
     good = {"title": "", "header": ["x"], "rows": ["a", "b"], "columns": ["rfid"], "claims": []}
     validate(TableConfig, good)
     with pytest.raises(UsageError, match=told):
         validate(TableConfig, good | change)
 
 
-def test_yardsticks_are_the_widest_that_the_paper_calls_alike():
+def test_yardsticks_are_the_widest_that_the_paper_calls_similar():
     """Table 11 (DeepFashion), Table 10 (PatchGAN), Table 16: no wider, and not by much."""
     widest = {"rfid": (1.71, 1.64), "lpips": (0.070, 0.063), "psnr": (29.24, 29.61),
               "ssim": (0.86, 0.88)}  # fmt: skip

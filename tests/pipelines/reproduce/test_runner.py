@@ -1,8 +1,9 @@
-"""A table from beginning to end, with a faked trainer: what is done, and what is not done twice."""
+"""A table from beginning to end, with a faked trainer: what is built, and what is up to date."""
 
 import json
 import pickle
 import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +11,12 @@ import pytest
 
 from ldm.errors import Interrupted, LdmError, UsageError
 from ldm.metrics.inception import SHA256
-from pipelines.reproduce import rows as records
-from pipelines.reproduce import rows as training
-from pipelines.reproduce import runner as job
-from pipelines.reproduce.measures import Measured
-from pipelines.reproduce.rows import row_states
-from pipelines.reproduce.runner import reproduce
+from pipelines.reproduce import rows, runner
+from pipelines.reproduce.rows import Measured
+from pipelines.reproduce.runner import reproduce, row_states
 from pipelines.reproduce.tables import find_tables
 from tests.ldm.data.pictures import encode, noise, png_folder
 
-pytestmark = pytest.mark.usefixtures("faked")
 ROOT = Path("reproduce/smoke")
 
 
@@ -49,51 +46,51 @@ def test_a_table_is_trained_measured_and_written(faked):
 
 def test_rows_are_compared_image_by_image(faked):
     [result] = reproduce("t9", "small")
-    [finding] = [f for f in result.judgements[0].findings if f.column == "psnr"]
+    [finding] = [f for f in result.claims[0].findings if f.column == "psnr"]
     assert finding.error == 0 and finding.verdict == "holds", "every image is better by as much"
     page = (Path("reproduce/small/t09") / "table.md").read_text("utf-8")
     assert "PSNR: 22.00 against 21.00 (+1.00 ± 0.00), the paper's" in page
 
 
-def test_a_finished_run_that_lost_its_model_says_what_to_do(faked):
+def test_a_finished_run_without_its_model_is_an_error(faked):
     run()
     (ROOT / "t09" / "gaussian" / "row.json").unlink()
     (ROOT / "t09" / "gaussian" / "autoencoder" / "ckpt.pt").unlink()
-    with pytest.raises(LdmError, match=r"autoencoder is finished, but its ckpt\.pt is gone"):
+    with pytest.raises(LdmError, match=r"autoencoder is finished, but its ckpt\.pt is missing"):
         run()
 
 
-def test_an_out_that_is_a_file_is_refused_before_the_work(faked):
+def test_out_must_not_be_a_file(faked):
     Path("notes.txt").touch()
-    with pytest.raises(UsageError, match=r"--out notes\.txt: it is a file"):
+    with pytest.raises(UsageError, match=r"--out notes\.txt: is a file"):
         run(out=Path("notes.txt"))
     assert not faked.trained
 
 
 @pytest.mark.parametrize("lose", [Path.unlink, lambda path: path.write_bytes(b"damaged")])
-def test_a_row_that_lost_its_images_numbers_is_measured_again(faked, lose):
+def test_a_row_without_its_images_numbers_is_measured_again(faked, lose):
     reproduce("t9", "small")
     lose(Path("reproduce/small/t09/gaussian/images.npz"))
     [again] = reproduce("t9", "small")
-    assert again.judgements[0].findings[0].error == 0
+    assert again.claims[0].findings[0].error == 0
     assert len(faked.measured) == 4
 
 
-def test_what_is_finished_is_not_redone(faked):
+def test_finished_rows_are_reused(faked):
     first = run()
     again = run()
     assert len(faked.trained) == 3 and len(faked.measured) == 3
     assert again.numbers == first.numbers
 
 
-def test_rows_of_other_tables_find_the_training_there(faked):
+def test_tables_share_trainings(faked):
     run("t9")
     run("t15")
     assert faked.trained[3:] == ["reproduce/smoke/t15/with/autoencoder"]
     assert len(faked.measured) == 5  # each row is measured by its own
 
 
-def test_a_row_that_was_stopped_goes_on(faked):
+def test_an_interrupted_row_resumes(faked):
     faked.stops = 1
     with pytest.raises(Interrupted):
         run()
@@ -117,13 +114,13 @@ def test_another_recipe_in_the_same_folder_is_refused(faked):
     assert len(faked.trained) == 6
 
 
-def test_other_images_under_the_same_path_are_not_taken_for_those_measured(faked, tmp_path):
+def test_changed_data_is_refused(faked, tmp_path):
     data = png_folder(tmp_path / "data", [noise(n, 64, 64) for n in range(24)])
     run(data=[str(data)])
     run(data=[str(data)])
     assert len(faked.measured) == 3
     (data / "0000.png").write_bytes(encode(noise(99, 64, 64)[:, :48]))
-    with pytest.raises(LdmError, match=r"autoencoder was trained on other images than .*/data hol"):
+    with pytest.raises(LdmError, match=r"trained on other images than those now in .*/data:"):
         run(data=[str(data)])
     assert len(faked.trained) == 3, "refused before anything is trained"
     run(data=[str(data)], out=Path("elsewhere"))
@@ -134,14 +131,14 @@ def test_other_images_under_the_same_path_are_not_taken_for_those_measured(faked
     assert len(faked.trained) == 9 and len(faked.measured) == 9
 
 
-def test_a_score_of_exactly_nothing_is_a_score(faked):
+def test_a_score_of_zero_is_kept(faked):
     faked.scores = {"ssim": 0.0}
     reproduce("t4", "small")
     with np.load("reproduce/small/t04/smc/images.npz") as each:
         assert set(each) == {"k", "psnr", "ssim"} and not each["ssim"].any()
 
 
-def test_the_images_of_a_run_that_was_killed_are_known(faked, tmp_path, monkeypatch):
+def test_changed_data_of_a_killed_run_is_refused(faked, tmp_path, monkeypatch):
     data = png_folder(tmp_path / "data", [noise(n, 64, 64) for n in range(24)])
 
     def killed(recipe, preset, folder, perceptual):
@@ -151,33 +148,33 @@ def test_the_images_of_a_run_that_was_killed_are_known(faked, tmp_path, monkeypa
 
     noted = []
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "train_autoencoder", killed)
+        patch.setattr(rows, "train_autoencoder", killed)
         run(data=[str(data)])
     assert len(noted[0]["listing"]) == 64
     (data / "0000.png").unlink()
-    with pytest.raises(LdmError, match="was trained on other images than"):
+    with pytest.raises(LdmError, match="was trained on other images than those now in"):
         run(data=[str(data)])
 
 
-def test_data_that_is_gone_undoes_no_finished_row(faked, tmp_path):
+def test_finished_rows_need_no_data(faked, tmp_path):
     data = png_folder(tmp_path / "data", [noise(n, 64, 64) for n in range(24)])
     first = run(data=[str(data)])
     data.rename(tmp_path / "moved")
     assert run(data=[str(data)]).numbers == first.numbers and len(faked.measured) == 3
 
 
-def test_how_a_run_is_watched_changes_no_number(faked):
+def test_display_settings_rebuild_nothing(faked):
     run()
     run(settings=["run.log_every_steps=1", "data.workers=2"])
     assert len(faked.measured) == 3
 
 
-def test_numbers_that_lacked_weights_are_measured_when_those_are_there(faked, monkeypatch):
+def test_lacking_numbers_are_measured_once_weights_are_there(faked, monkeypatch):
     [result] = reproduce("t4", "small")
     assert result.numbers["smc"]["rfid"] is None and len(faked.measured) == 2
     reproduce("t4", "small")
     assert len(faked.measured) == 2
-    monkeypatch.setattr(records, "has_backbone", lambda network: network == "VGG-16")
+    monkeypatch.setattr(runner, "has_backbone", lambda network: network == "VGG-16")
     faked.lacks = ("rfid",)
     [result] = reproduce("t4", "small")
     assert len(faked.measured) == 4 and len(faked.trained) == 2
@@ -192,7 +189,7 @@ def test_numbers_that_lacked_weights_are_measured_when_those_are_there(faked, mo
 def test_no_table_mixes_two_networks(faked, monkeypatch):
     """rFIDs of the published Inception and of another file do not compare."""
     faked.lacks = ()
-    monkeypatch.setattr(records, "published_weights", lambda: Path("inception.pt"))
+    monkeypatch.setattr(runner, "published_weights", lambda: Path("inception.pt"))
     other = Path("other.pt")
     other.write_bytes(b"other")
     reproduce("t4", "small")
@@ -208,7 +205,7 @@ def test_no_table_mixes_two_networks(faked, monkeypatch):
     assert {record["extractor"]["sha256"] for record in result.records.values()} == {SHA256}
     # which network it would be is of no matter where no number is of one
     faked.lacks = ("rfid",)
-    monkeypatch.setattr(records, "published_weights", lambda: None)
+    monkeypatch.setattr(runner, "published_weights", lambda: None)
     reproduce("t9", "small")
     reproduce("t9", "small", weights=other)
     assert len(faked.measured) == 8 + 3 + 3  # lacked for want of weights, and these are there
@@ -217,17 +214,17 @@ def test_no_table_mixes_two_networks(faked, monkeypatch):
     assert len(faked.measured) == 8 + 3 + 3
 
 
-def test_what_no_network_could_measure_again_is_kept(faked, monkeypatch):
+def test_an_rfid_is_kept_while_no_network_could_replace_it(faked, monkeypatch):
     faked.lacks = ()
     other = Path("other.pt")
     other.write_bytes(b"other")
     reproduce("t4", "small", weights=other)
-    monkeypatch.setattr(records, "published_weights", lambda: None)
+    monkeypatch.setattr(runner, "published_weights", lambda: None)
     [result] = reproduce("t4", "small")
     assert len(faked.measured) == 2 and result.numbers["smc"]["rfid"]
 
 
-def test_a_checkpoint_that_is_another_now_is_not_measured_again(faked):
+def test_a_taken_checkpoint_that_changed_is_refused(faked):
     run()
     given = Path("given")
     (ROOT / "t04/group/autoencoder").rename(given)
@@ -238,7 +235,7 @@ def test_a_checkpoint_that_is_another_now_is_not_measured_again(faked):
         run("t4")
 
 
-def test_what_was_forced_is_measured_again_without(faked):
+def test_forced_measurements_are_repeated_without_force(faked):
     faked.seen = True
     reproduce("t4", "small", force=True)
     reproduce("t4", "small", force=True)
@@ -253,7 +250,7 @@ def test_what_was_forced_is_measured_again_without(faked):
     assert len(faked.measured) == 5
 
 
-def test_force_gives_an_rfid_of_few_images(faked):
+def test_force_matters_for_an_rfid_of_few_images(faked):
     """That it would is no reason where it was not asked."""
     faked.features, faked.lacks = 2048, ("rfid", "lpips")
     Path("inception.pt").touch()
@@ -262,7 +259,7 @@ def test_force_gives_an_rfid_of_few_images(faked):
         assert len(faked.measured) == measured
 
 
-def test_rows_of_an_older_format_are_measured_anew_and_not_trained(faked):
+def test_rows_of_an_older_format_are_measured_again_and_not_trained(faked):
     run("t9")
     given = ROOT / "t09" / "gaussian" / "autoencoder" / "ckpt.pt"
     run("t4", take=[f"smc={given}"], out=Path("other"))
@@ -273,15 +270,15 @@ def test_rows_of_an_older_format_are_measured_anew_and_not_trained(faked):
     run("t9")
     result = run("t4", out=Path("other"))
     assert len(faked.trained) == trained and len(faked.measured) == measured + 5
-    assert result.records["smc"]["taken"]["path"] == str(given), "as it was told before"
+    assert result.records["smc"]["taken"]["path"] == str(given), "as given before"
     path = Path("other/smoke/t04/smc/row.json")
     path.write_text(path.read_text("utf-8").replace('"format": 3', '"format": 2'), "utf-8")
     given.rename("elsewhere.pt")
-    with pytest.raises(LdmError, match=r"row 'smc' was measured with .*, which is not there: give"):
+    with pytest.raises(LdmError, match=r"row 'smc' was measured with .*, which is missing: give"):
         run("t4", out=Path("other"))
 
 
-def test_rows_say_what_they_were_made_by(faked, monkeypatch):
+def test_provenance_is_that_of_the_rows(faked, monkeypatch):
     """Not what made the page, which may be long after."""
     run()
     path = ROOT / "t09" / "gaussian" / "row.json"
@@ -290,9 +287,9 @@ def test_rows_say_what_they_were_made_by(faked, monkeypatch):
     record["versions"]["ldm"] = "0.0.1"
     path.write_text(json.dumps(record), "utf-8")
     run()
-    assert len(faked.measured) == 3, "a difference of version alone is said, not redone"
+    assert len(faked.measured) == 3, "a difference of version alone rebuilds nothing"
     page = (ROOT / "t09" / "table.md").read_text("utf-8")
-    made = page.split("## How it was made")[1].splitlines()
+    made = page.split("## Provenance")[1].splitlines()
     assert "- command of gaussian: ldm reproduce t1" in made
     assert any(line.startswith("- command of baseline, wavelet: ") for line in made)
     assert any(line.startswith("- versions of gaussian: ") and "ldm 0.0.1" in line for line in made)
@@ -301,7 +298,7 @@ def test_rows_say_what_they_were_made_by(faked, monkeypatch):
     assert row.endswith("| 2020-01-01T00:00:00+00:00 |")
 
 
-def test_what_is_done_is_decided_by_the_main_process(faked, tmp_path, monkeypatch):
+def test_the_main_process_decides_what_to_build(faked, tmp_path, monkeypatch):
     """As another one, on whose machine there are other weights, sees it."""
     answers = []
 
@@ -322,22 +319,22 @@ def test_what_is_done_is_decided_by_the_main_process(faked, tmp_path, monkeypatc
     shutil.copytree("reproduce", "here/other/reproduce")
     for row in ("esrgan", "lpips"):
         shutil.rmtree(f"here/reproduce/small/t14/{row}", ignore_errors=True)
-    monkeypatch.setattr(training, "backbone_file", lambda network, instead: Path())
-    monkeypatch.setattr(job, "from_main", main)
+    monkeypatch.setattr(rows, "backbone_file", lambda network, instead: Path())
+    monkeypatch.setattr(runner, "from_main", main)
     monkeypatch.chdir("here")
     before = len(faked.measured)
     reproduce("t14", "small", settings=settings)
     done = len(faked.measured) - before
     assert done and len(answers) >= 2
     monkeypatch.chdir("other")
-    monkeypatch.setattr(training, "backbone_file", missing)
-    monkeypatch.setattr(job, "from_main", other)
+    monkeypatch.setattr(rows, "backbone_file", missing)
+    monkeypatch.setattr(runner, "from_main", other)
     [result] = reproduce("t14", "small", settings=settings)
     assert len(faked.measured) - before == 2 * done and not answers
     assert result.numbers["esrgan"]["psnr"] is not None
 
 
-def test_what_more_weights_would_not_give_is_not_measured_again(faked, monkeypatch):
+def test_missing_numbers_that_weights_would_not_give_are_kept(faked, monkeypatch):
     """An rFID of few images is missing though Inception is there."""
     Path("inception.pt").touch()
     faked.lacks = ("rfid",)
@@ -346,20 +343,20 @@ def test_what_more_weights_would_not_give_is_not_measured_again(faked, monkeypat
     assert len(faked.measured) == 2
 
 
-def test_an_rfid_that_is_missing_leaves_its_claim_open(faked):
+def test_a_missing_rfid_leaves_its_claim_open(faked):
     [result] = reproduce("t4", "small")
-    [judgement] = result.judgements
-    by_column = {finding.column: finding for finding in judgement.findings}
+    [claim] = result.claims
+    by_column = {finding.column: finding for finding in claim.findings}
     assert by_column["rfid"].verdict == "cannot be judged"
     assert by_column["rfid"].why == "no weights"
     assert by_column["psnr"].verdict == "holds"
-    assert judgement.verdict == "cannot be judged"
+    assert claim.verdict == "cannot be judged"
     text = "\n".join(result.summary())
     assert "- rFID, LPIPS: no weights" in text and "| SWD" in text.replace("  ", " ")
 
 
 # ---------------------------------------------------------------------------------- given
-def test_a_checkpoint_is_taken_in_place_of_training(faked):
+def test_a_checkpoint_replaces_training(faked):
     run("t9")
     given = ROOT / "t09" / "gaussian" / "autoencoder" / "ckpt.pt"
     result = run("t4", take=[f"smc={given}"], out=Path("other"))
@@ -378,19 +375,20 @@ def test_a_checkpoint_is_taken_in_place_of_training(faked):
     assert len(faked.measured) == count + 1 and result.records["smc"]["taken"]["path"] == str(other)
 
 
-def test_checkpoints_that_cannot_be_taken(faked):
+def test_bad_checkpoints_are_refused(faked):
     Path("bad.pt").write_bytes(b"PK\x03\x04 not all of it")
     with pytest.raises(LdmError, match=r"bad\.pt"):
         run("t4", take=["smc=bad.pt"])
     with pytest.raises(UsageError, match="no row 'x'"):
         run("t4", take=["x=bad.pt"])
-    with pytest.raises(LdmError, match="for one table: say t2a or t2b"):
+    with pytest.raises(LdmError, match="for one table: give t2a or t2b"):
         reproduce("t2", "smoke", take=["vae=bad.pt"])
     with pytest.raises(LdmError, match="T3 measures encoders of presets"):
         run("t3", take=["sdvae=bad.pt"])
     assert not faked.trained
 
 
+@pytest.mark.usefixtures("faked")
 def test_encoders_are_measured_again_on_another_machine(monkeypatch):
     measured = []
 
@@ -399,45 +397,45 @@ def test_encoders_are_measured_again_on_another_machine(monkeypatch):
         numbers = {"params": 1.0, "memory": 2.0, "images_per_second": 3.0, "gmac": 4.0}
         return {row.name: Measured(numbers) for row in table.rows}
 
-    monkeypatch.setattr(job, "measure_costs", measure)
+    monkeypatch.setattr(runner, "measure_costs", measure)
     run("t3", settings=["run.device=cpu"])
     run("t3", settings=["run.device=cpu"])
     assert measured == ["cpu"]
-    monkeypatch.setattr(job, "name_device", lambda device: "another machine")
+    monkeypatch.setattr(runner, "name_device", lambda device: "another machine")
     run("t3", settings=["run.device=cpu"])
     assert measured == ["cpu", "cpu"]
-    with pytest.raises(UsageError, match="leave out lr=1e-3"):
+    with pytest.raises(UsageError, match="omit lr=1e-3"):
         run("t3", settings=["lr=1e-3"])
 
 
-def test_a_row_whose_loss_lacks_its_weights_is_left_out(faked, monkeypatch):
+def test_a_row_without_its_losses_weights_is_left_out(faked, monkeypatch):
     def missing(network, instead):
         raise LdmError(f"{network} is not on this machine: {instead}")
 
-    monkeypatch.setattr(training, "backbone_file", missing)
+    monkeypatch.setattr(rows, "backbone_file", missing)
     [result] = reproduce("t14", "small", settings=["loss.lpips=0"])
     assert faked.trained == ["reproduce/small/t04/group/autoencoder"]
     assert result.numbers["esrgan"]["psnr"] is None
-    assert all(j.verdict == "cannot be judged" for j in result.judgements)
+    assert all(claim.verdict == "cannot be judged" for claim in result.claims)
     assert "VGG-19 is not on this machine" in "\n".join(result.summary())
     [table] = find_tables("t14")
     assert row_states(Path("reproduce"), table.rows[1])["small"] == "–"
     # tried again when they are there
-    monkeypatch.setattr(training, "backbone_file", lambda network, instead: Path())
+    monkeypatch.setattr(rows, "backbone_file", lambda network, instead: Path())
     [result] = reproduce("t14", "small", settings=["loss.lpips=0"])
     assert result.numbers["esrgan"]["psnr"] is not None
 
 
-def test_two_halves_of_a_table(faked):
+def test_both_halves_of_a_table_are_built(faked):
     results = reproduce("t2", "smoke")
     assert [result.table.number for result in results] == ["T2a", "T2b"]
     sizes = [results[0].numbers[row]["params"] for row in ("s", "b", "m", "l")]
     assert sizes == sorted(sizes) and sizes[0] > 0
 
 
-def test_words_that_cannot_be_are_refused_before_anything_is_written(faked):
+def test_bad_words_are_refused_before_anything_is_written(faked):
     for how, told in (
-        ({"word": "t99"}, "there are: T1"),
+        ({"word": "t99"}, "choose from T1"),
         ({"word": "t4", "settings": ["lr=fast"]}, "lr"),
         ({"word": "t9", "settings": ["loss.gaussian=0"]}, "the same"),
         ({"word": "t4", "data": ["cifar=x"]}, "data sets"),
@@ -447,3 +445,50 @@ def test_words_that_cannot_be_are_refused_before_anything_is_written(faked):
     with pytest.raises(UsageError, match="--scale huge"):
         reproduce("t4", "huge")
     assert not Path("reproduce").exists()
+
+
+# ------------------------------------------------------------------------------ for real
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """An empty folder, no published weights, and no network."""
+
+    def refuse(*_, **__):
+        raise AssertionError("the network is asked")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("offline")
+def test_table_4_is_built_for_real():
+    shorter = ["phases.0.steps=6"]
+    [result] = reproduce("t4", "smoke", settings=shorter)
+    smc, group = result.numbers["smc"], result.numbers["group"]
+    assert 5 < smc["psnr"] < 25 and smc["psnr"] != group["psnr"] and smc["swd"] > 0
+    assert smc["rfid"] is smc["lpips"] is None  # what stood in is not shown
+    folder = Path("reproduce/smoke/t04")
+    evaluated = json.loads((folder / "smc" / "evaluation.json").read_text("utf-8"))
+    assert evaluated["evaluations"][0]["numbers"]["rfid"] > 0  # but it ran
+    written = (folder / "smc" / "autoencoder" / "ckpt.pt").stat().st_mtime_ns
+    text = (folder / "table.md").read_text("utf-8")
+    [again] = reproduce("t4", "smoke", settings=shorter)
+    assert again.numbers == result.numbers
+    assert (folder / "smc" / "autoencoder" / "ckpt.pt").stat().st_mtime_ns == written
+    for part in ("29.32", f"{smc['psnr']:.2f}", "cannot be judged", "6 steps at 32²"):
+        assert part in text, part
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("offline")
+def test_table_6_is_built_for_real():
+    [result] = reproduce("t6", "smoke", settings=["phases.0.steps=2"])
+    for row in ("vae", "litevae"):
+        assert len(result.numbers[row]) == 5
+        assert all(spread >= 0 for _, spread in result.numbers[row].values())
+        assert result.numbers[row]["mmd_25"][0] > 0
+    tree = json.loads(Path("reproduce/smoke/t06/table.json").read_text("utf-8"))
+    assert tree["rows"][0]["here"]["trained_in"] == "reproduce/smoke/t01/ffhq256-vae/autoencoder"
+    assert tree["settings"] == ["phases.0.steps=2"]
