@@ -108,11 +108,6 @@ def chip(colour: str, name: str) -> Markup:
     return Markup(f'<span class="chip" style="background:{colour}"></span>{escape(name)}')
 
 
-def under(name: Markup, text: str) -> Markup:
-    """Return a name with a description below, for a cell."""
-    return Markup(f'{name}<br><span class="dim">{escape(text)}</span>')
-
-
 def tiles(numbers: Mapping[str, str]) -> str:
     """Return the most important numbers in large type: {name: value}."""
     cells = (
@@ -122,10 +117,46 @@ def tiles(numbers: Mapping[str, str]) -> str:
     return f'<div class="tiles">{"".join(cells)}</div>'
 
 
+def commands(lines: Sequence[str]) -> str:
+    """Return a block of commands to copy."""
+    return f"<pre>{escape(chr(10).join(lines))}</pre>"
+
+
+# ------------------------------------------------------------------------------------ tables
+def table(rows: Sequence[tuple[str, str]]) -> str:
+    """Return a table of two columns: a dotted key, which may be broken after its dots, and text."""
+    cells = (f"<tr><td>{breakable(a)}</td><td>{escape(b)}</td></tr>" for a, b in rows)
+    return f'<div class="scroll"><table>{"".join(cells)}</table></div>'
+
+
+def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table with a header; its first column stays in view when it scrolls sideways."""
+    head = "".join(f"<th>{_cell(text)}</th>" for text in header)
+    body = "".join(f"<tr>{''.join(f'<td>{_cell(text)}</td>' for text in row)}</tr>" for row in rows)
+    return (
+        f'<div class="scroll"><table class="columns"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def under(name: Markup, text: str) -> Markup:
+    """Return a name with a description below, for a cell."""
+    return Markup(f'{name}<br><span class="dim">{escape(text)}</span>')
+
+
+def breakable(key: str) -> Markup:
+    """Return a dotted key that may be broken after each dot."""
+    return Markup(escape(key).replace(".", ".<wbr>"))
+
+
+def _cell(text: str) -> str:
+    return text if isinstance(text, Markup) else escape(text)
+
+
 # ---------------------------------------------------------------------------------- charts
 def charts(*drawn: str) -> str:
-    """Return charts side by side."""
-    return f'<div class="charts">{"".join(drawn)}</div>'
+    """Return charts side by side; "" if all are empty."""
+    return f'<div class="charts">{"".join(drawn)}</div>' if any(drawn) else ""
 
 
 def chart(
@@ -143,12 +174,12 @@ def chart(
         colours: colour of each line; by default `colour` of its index.
         note: caveat, below the chart.
     """
-    shown = {
-        name: [(x, y) for x, y in points if math.isfinite(y) and (y > 0 or not log)]
-        for name, points in series.items()
-    }
     colours = colours or {name: colour(i) for i, name in enumerate(series)}
-    shown = {name: points for name, points in shown.items() if points}
+    shown = {
+        name: kept
+        for name, points in series.items()
+        if (kept := [(x, y) for x, y in points if math.isfinite(y) and (y > 0 or not log)])
+    }
     if not shown:
         return ""
     legend = "".join(
@@ -166,15 +197,13 @@ def chart(
 # -------------------------------------------------------------------------------- pictures
 def picture(images: Tensor, columns: int, caption: str, zoom: int = 2) -> str:
     """Embed float images (N, 3, H, W) in [−1, 1] as one PNG, enlarged `zoom` times."""
-    text, sheet = escape(caption), grid(images, columns)
-    image = _embed(_encode(sheet), text, sheet.shape[-1] * zoom)
-    return f"<figure>{image}<figcaption>{text}</figcaption></figure>"
+    sheet = grid(images, columns)
+    return _figure(_embed(_encode(sheet), caption, sheet.shape[-1] * zoom), caption)
 
 
 def png(path: Path, caption: str) -> str:
     """Embed a picture file; OSError if it cannot be read."""
-    image = _embed(path.read_bytes(), escape(caption))
-    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
+    return _figure(_embed(path.read_bytes(), caption), caption)
 
 
 def strips(rows: Sequence[tuple[str, Tensor]]) -> str:
@@ -194,6 +223,10 @@ def strips(rows: Sequence[tuple[str, Tensor]]) -> str:
     return f'<div class="strips">{"".join(figures)}</div>'
 
 
+def _figure(image: str, caption: str) -> str:
+    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
 def _encode(image: Tensor) -> bytes:
     """Encode a float image (3, H, W) in [−1, 1] as PNG."""
     file = io.BytesIO()
@@ -204,35 +237,4 @@ def _encode(image: Tensor) -> bytes:
 def _embed(data: bytes, alt: str, width: int | None = None) -> str:
     wide = f' width="{width}"' if width else ""
     text = base64.b64encode(data).decode()
-    return f'<img src="data:image/png;base64,{text}"{wide} alt="{alt}">'
-
-
-# ------------------------------------------------------------------------- tables, commands
-def table(rows: Sequence[tuple[str, str]]) -> str:
-    """Return a table of two columns: name and value."""
-    cells = (f"<tr><td>{breakable(a)}</td><td>{escape(b)}</td></tr>" for a, b in rows)
-    return f'<div class="scroll"><table>{"".join(cells)}</table></div>'
-
-
-def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table with a header; its first column stays in view when it scrolls sideways."""
-    head = "".join(f"<th>{_cell(text)}</th>" for text in header)
-    body = "".join(f"<tr>{''.join(f'<td>{_cell(text)}</td>' for text in row)}</tr>" for row in rows)
-    return (
-        f'<div class="scroll"><table class="columns"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
-
-
-def breakable(key: str) -> Markup:
-    """Return a dotted key that may be broken after each dot."""
-    return Markup(escape(key).replace(".", ".<wbr>"))
-
-
-def _cell(text: str) -> str:
-    return text if isinstance(text, Markup) else escape(text)
-
-
-def commands(lines: Sequence[str]) -> str:
-    """Return a block of commands to copy."""
-    return f"<pre>{escape(chr(10).join(lines))}</pre>"
+    return f'<img src="data:image/png;base64,{text}"{wide} alt="{escape(alt)}">'

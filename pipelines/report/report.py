@@ -1,10 +1,10 @@
 """Write the report: pictures made by the runs' models, then their numbers, settings and curves."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from html import escape
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,8 +26,6 @@ from pipelines.report import page
 from pipelines.report.records import STAGES, Record, read_records
 from pipelines.report.sections import curves_section, numbers_section, settings_section
 
-P = ParamSpec("P")
-T = TypeVar("T")
 MODELS = {"autoencoder": "autoencoder", "diffusion": "diffusion model"}
 
 
@@ -120,15 +118,14 @@ def _reconstructions_section(
 ) -> str:
     """Return held-out images and their reconstructions, a group for each data set."""
     groups: dict[str, list[Record]] = defaultdict(list)
+    configs: dict[str, DataConfig | None] = {}
+    own = True
     for record in records:
         config = _choose_data(record, data)
+        own = own and config == _choose_data(record, None)
         key = config.model_dump_json(exclude={"crop", "flip", "workers"}) if config else ""
         groups[key].append(record)
-    parts = []
-    for group in groups.values():
-        side = resolution or max(record.resolution for record in group)
-        parts.append(_reconstructions(group, _choose_data(group[0], data), side, count, device))
-    own = all(_choose_data(record, data) == _choose_data(record, None) for record in records)
+        configs.setdefault(key, config)
     text = (
         f"The first held-out images{', which training never saw,' if own else ''} and their "
         "reconstructions: the mean of each posterior, decoded. Scroll sideways for more images."
@@ -138,43 +135,41 @@ def _reconstructions_section(
             " Some runs were trained on other data, which may include these images: `ldm eval-ae` "
             "checks this, this page does not."
         )
+    parts = []
+    for key, group in groups.items():
+        side = resolution or max(record.resolution for record in group)
+        try:
+            row = _held_out(configs[key], side, count)
+        except LdmError as error:
+            why = f"The held-out images could not be read ({error})"
+            for record in group:
+                with suppress(LdmError):
+                    _read(record)  # for the hash of the model
+                parts.append(_training_picture(record, "recon", why))
+            continue
+        parts.append(_reconstructions(group, row, device))
     return page.section(f"Reconstructions{suffix}", text, *parts)
 
 
 def _reconstructions(
-    records: Sequence[Record],
-    config: DataConfig | None,
-    resolution: int,
-    count: int,
-    device: torch.device,
+    records: Sequence[Record], row: tuple[str, Tensor], device: torch.device
 ) -> str:
-    originals, why = _attempt(_held_out, config, resolution, count)
-    if config is None or originals is None:
-        for record in records:
-            _attempt(_read, record)  # for the hash of the model
-        why = f"The held-out images could not be read ({why})"
-        return "".join(_training_picture(record, "recon", why) for record in records)
-    what = f"{config.source}, {len(originals)} held-out images at {resolution}²"
-    rows: list[tuple[str, Tensor]] = [(f"originals: {what}", originals)]
+    originals, rows = row[1], [row]
     latents: list[tuple[str, Tensor]] = []
-    missing = []
+    missing: list[str] = []
     for record in records:
-        made, why = _attempt(_reconstruct, record, originals, device)
-        if made is None:
-            why = f"The model could not be used ({why})"
-            missing.append(_training_picture(record, "recon", why))
-            continue
-        recon, shown = made
-        each = psnr(originals, recon)
-        caption = f"PSNR {each.mean().item():.2f} dB"
-        caption += f" ({' · '.join(f'{value:.1f}' for value in each.tolist())})"
-        if record.resolution != resolution:
-            caption += f"; trained at up to {record.resolution}²"
-        rows.append((page.Markup(f"{record.title}: {caption}"), recon))
-        latents.append((record.title, shown))
+        with _falling_back(record, "recon", missing):
+            recon, shown = _reconstruct(record, originals, device)
+            each = psnr(originals, recon)
+            caption = f"{record.title}: PSNR {each.mean().item():.2f} dB"
+            caption += f" ({' · '.join(f'{value:.1f}' for value in each.tolist())})"
+            if record.resolution != originals.shape[-1]:
+                caption += f"; trained at up to {record.resolution}²"
+            rows.append((page.Markup(caption), recon))
+            latents.append((record.title, shown))
     if not latents:
         return "".join(missing)
-    folded = page.folded("latents, the first three channels as RGB", page.strips(latents))
+    folded = page.folded("Latents: the first three channels as RGB", page.strips(latents))
     return "".join([page.strips(rows), folded, *missing])
 
 
@@ -187,12 +182,15 @@ def _choose_data(record: Record, requested: str | None) -> DataConfig | None:
         return None if requested is None else DataConfig(source=requested)
 
 
-def _held_out(config: DataConfig | None, resolution: int, count: int) -> Tensor:
-    """Return the first held-out images (n, 3, R, R) in [−1, 1]."""
+def _held_out(config: DataConfig | None, resolution: int, count: int) -> tuple[str, Tensor]:
+    """Return the first held-out images (n, 3, R, R) in [−1, 1], after their caption."""
     if config is None or not resolution:
         lacking = "data" if config is None else "resolution"
         raise LdmError(f"config.yaml does not record the {lacking}: use --{lacking}")
-    return to_float(sheet_images(open_source(config, "val", resolution), resolution, count))
+    source = open_source(config, "val", resolution)
+    images = to_float(sheet_images(source, resolution, count))
+    caption = f"Originals: {config.source}, {len(images)} held-out images at {resolution}²"
+    return caption, images
 
 
 @torch.no_grad()
@@ -218,30 +216,22 @@ def _samples_section(
 ) -> str:
     """Return samples of the same seed from every diffusion model."""
     rows: list[tuple[str, Tensor]] = []
-    missing = []
+    missing: list[str] = []
     for record in records:
-        made, why = _attempt(_sample, record, count, seed, steps, device)
-        if made is None:
-            why = f"The model could not be used ({why})"
-            missing.append(_training_picture(record, "samples", why))
-        else:
-            seen = f"{record.images_seen:,} images seen"
-            rows.append((page.Markup(f"{record.title}: {seen}"), made))
+        with _falling_back(record, "samples", missing):
+            folder = _checkpoint(record).parent
+            pipe = LatentDiffusionPipeline.from_pretrained(folder, device, "fp32")
+            record.sha256 = pipe.sha256
+            console.print(f"sampling {count} images of {record.label}", markup=False)
+            images = pipe(n=count, seed=seed, steps=steps)
+            assert isinstance(images, Tensor)  # no other output was requested
+            caption = f"{record.title}: {record.images_seen:,} images seen"
+            rows.append((page.Markup(caption), images))
     text = (
         f"Images 0 to {count - 1} of seed {seed}, {steps} steps, in float32. Models with latents "
         "of one shape start from the same noise. Scroll sideways for more images."
     )
     return page.section(f"Samples{suffix}", text, page.strips(rows) if rows else "", *missing)
-
-
-def _sample(record: Record, count: int, seed: int, steps: int, device: torch.device) -> Tensor:
-    folder = _checkpoint(record).parent
-    pipe = LatentDiffusionPipeline.from_pretrained(folder, device, "fp32")
-    record.sha256 = pipe.sha256
-    console.print(f"sampling {count} images of {record.label}", markup=False)
-    images = pipe(n=count, seed=seed, steps=steps)
-    assert isinstance(images, Tensor)  # no other output was requested
-    return images
 
 
 # ---------------------------------------------------------------------------- missing models
@@ -252,12 +242,14 @@ def _checkpoint(record: Record) -> Path:
     return path
 
 
-def _attempt(make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T | None, str]:
-    """Return the result, or None and the error message."""
+@contextmanager
+def _falling_back(record: Record, prefix: str, missing: list[str]) -> Iterator[None]:
+    """Add a picture from training to `missing` if the model cannot be used."""
     try:
-        return make(*args, **kwargs), ""
+        yield
     except LdmError as error:
-        return None, str(error)
+        why = f"The model could not be used ({error})"
+        missing.append(_training_picture(record, prefix, why))
 
 
 def _training_picture(record: Record, prefix: str, why: str) -> str:

@@ -66,7 +66,7 @@ def settings_section(records: Sequence[Record], suffix: str = "") -> str:
         text = "Settings that differ between the runs, apart from those for logging and saving."
     else:
         text = "All runs have the same settings."
-    everything = page.folded(f"all {len(keys)} settings", table(keys))
+    everything = page.folded(f"All {len(keys)} settings", table(keys))
     return page.section(
         f"Settings{suffix}", text, table(differing) if differing else "", everything
     )
@@ -96,7 +96,7 @@ def curves_section(records: Sequence[Record], suffix: str = "") -> str:
     text = "Metrics over images seen, from metrics.jsonl. Legends show the last values."
     if any(len(record.rows) > POINTS for record in records):
         text += f" Longer curves are averaged to {POINTS} points."
-    folded = page.folded("speed, learning rate, skipped steps", progress)
+    folded = page.folded("Speed, learning rate, skipped steps", progress)
     return page.section(f"Curves{suffix}", text, page.charts(*drawn), folded if progress else "")
 
 
@@ -163,7 +163,7 @@ def numbers_section(records: Sequence[Record], suffix: str = "") -> str:
         if each.sources
     ]
     return page.section(
-        f"Numbers{suffix}", text, table, *_caveats(found), page.folded("sources", *sources)
+        f"Numbers{suffix}", text, table, *_caveats(found), page.folded("Sources", *sources)
     )
 
 

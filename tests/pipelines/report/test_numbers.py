@@ -128,7 +128,7 @@ def test_evaluations_of_the_same_that_agree_are_one_row(tmp_path):
         ["runs/b, some/images, val, 38 images at 64²", "", "12.50", ""],
     ]
     # all that was measured is there to unfold, in one place
-    assert text.count("<summary>sources</summary><details>") == 1
+    assert text.count("<summary>Sources</summary><details>") == 1
     assert text.count("<details>") == 1 + 1 + len(rows_of(text))
     for name in ("1-no-fid", "2-feats", "3", "all"):
         assert text.count(f"<td>{folder / name}.json</td>") == 1

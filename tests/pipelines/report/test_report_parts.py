@@ -77,7 +77,7 @@ def test_settings_are_compared_leaf_by_leaf():
     # how often a run is logged makes no other run of it
     assert cells == ["run.seed", "0", "1", "encoder.type", "x", "y", "encoder.n", "1", "–"]
     assert "<td>run.log_every_steps</td><td>1</td><td>2</td>" in everything
-    assert "all 5 settings" in everything
+    assert "All 5 settings" in everything
 
 
 def test_equal_settings_and_single_runs_have_no_table_of_differences():
