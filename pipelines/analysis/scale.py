@@ -92,7 +92,11 @@ def analyze_scale(
     return Analysis(
         f"reconstructions over resolutions, {what}",
         ("model", "side", *(PANELS[number][0] for number in measured)),
-        [(name, f"{e.resolution}²", *(_cell(e.numbers[n]) for n in measured)) for name, e in named],
+        [
+            (name, f"{e.resolution}²", *("–" if v is None else f"{v:.4g}" for v in values))
+            for name, e in named
+            for values in [[e.numbers[n] for n in measured]]
+        ],
         (folder / "scale.png", table, folder / "scale.json"),
         tuple(_notes(found, config)),
     )
@@ -137,10 +141,6 @@ def _notes(found: Sequence[Evaluation], config: DataConfig) -> list[str]:
         notes += [why for name, why in each.about["doubtful"].items() if name in PANELS]
         notes += each.about["notes"]
     return list(dict.fromkeys(notes))
-
-
-def _cell(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
 
 
 def _draw(

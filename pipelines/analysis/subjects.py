@@ -146,12 +146,17 @@ def open_analysis(
     check_at_least(1, batch_size=batch_size)
     ranks, where = join_processes(device)
     with fail_together(ranks):
-        subjects = load_subjects(models, where)
+        subjects = []
+        for name, path in parse_models(models).items():
+            file = read_autoencoder(path)
+            autoencoder = assemble(file, path).to(where).eval().requires_grad_(False)
+            recipe = file.provenance.get("recipe") or {}
+            subjects.append(Subject(name, path, autoencoder, recipe))
         recipes = {s.name: s.recipe for s in subjects}
         config = choose_data(recipes, data)
         if resolution is None:
-            phases = {name: recipe.get("phases") for name, recipe in recipes.items()}
-            ended = {name: p[-1]["resolution"] for name, p in phases.items() if p}
+            phases = {s.name: s.recipe["phases"] for s in subjects if s.recipe.get("phases")}
+            ended = {name: each[-1]["resolution"] for name, each in phases.items()}
             resolution = ended[_agreed(recipes, ended, "resolution")]
         coarsest = max(subjects, key=lambda s: s.autoencoder.downsampling)
         f = coarsest.autoencoder.downsampling
@@ -164,23 +169,11 @@ def open_analysis(
         if not len(source):
             raise LdmError(f"{config.source} has no images in its {split} split: use other --data")
     what = f"the {split} split of {config.source}, {resolution}×{resolution}"
-    return subjects, SharedImages(
-        source, resolution, what, config.workers, batch_size, ranks, where
-    )  # fmt: skip
+    images = SharedImages(source, resolution, what, config.workers, batch_size, ranks, where)
+    return subjects, images
 
 
 # -------------------------------------------------------------------------------- the models
-def load_subjects(models: Sequence[str | Path], device: torch.device) -> list[Subject]:
-    """Load the autoencoders of PATH or NAME=PATH arguments; see `parse_models`."""
-    subjects = []
-    for name, path in parse_models(models).items():
-        file = read_autoencoder(path)
-        recipe = file.provenance.get("recipe") or {}
-        autoencoder = assemble(file, path).to(device).eval().requires_grad_(False)
-        subjects.append(Subject(name, path, autoencoder, recipe))
-    return subjects
-
-
 def parse_models(words: Sequence[str | Path]) -> dict[str, Path]:
     """Map names to paths from PATH or NAME=PATH arguments; none stands for the newest run."""
     given = [split_name(word) for word in words or [newest_run("autoencoder")]]
