@@ -30,8 +30,7 @@ RESOLUTION, BATCH = 256, 32
 CPU_BATCH = 2  # a CPU encodes a few images at a time whatever the batch: more would say no more
 REPEATS = {"cpu": 3, "cuda": 20}
 MIB = 2**20
-PAPERS = "paper's"
-"""The first word of the title of each of the paper's columns."""
+PAPERS = "paper's"  # begins the title of each of the paper's columns
 SOURCE = (
     f"Sadat et al. 2024, Table 3: one Quadro RTX 6000, batch size {BATCH}; the image size is not "
     f"given, {RESOLUTION}² fits the VAE's GMAC of Section 1"
@@ -119,21 +118,13 @@ def bench_encoders(
     memory.
 
     Args:
-        names: presets of stage one.
+        names: presets of stage one; each is measured once.
         resolution: side R of the images, in pixels.
         batch: batch size for the memory.
         repeats: timed runs of each encoder; by default 20 on a GPU and 3 on a CPU.
         timed: batch size for the speed; by default `batch` on a GPU and 2 on a CPU.
         precision: bf16 is autocast, as in training.
         out: folder for `bench.json` and `bench.md`.
-
-    Returns:
-        The costs, in the order of `names`, each name once; and the conditions.
-
-    Raises:
-        UsageError: an unknown preset, a number below one, or a resolution that an encoder's
-            downsampling does not divide.
-        LdmError: the device is missing or out of memory, or `out` cannot be written.
     """
     where = resolve_device(device)
     names = list(dict.fromkeys(names))
@@ -172,7 +163,7 @@ def _measure(
     repeats: int,
     device: torch.device,
 ) -> list[EncoderCost]:
-    """Complete counted costs with what only the device knows."""
+    """Complete counted costs by measurements on the device."""
     try:
         placed = {cost.name: _place(cost.name, resolution, batch, device) for cost in counted}
         images = _images(timed, resolution, device)
@@ -182,13 +173,13 @@ def _measure(
         raise LdmError(
             f"{batch} images of {resolution}² do not fit into the memory of {device}: lower --batch"
         ) from error
-    costs = []
-    for cost in counted:
-        _, peak = placed[cost.name]
-        peak = cost.peak_mib if peak is None else peak
-        speed = timed / seconds[cost.name]
-        costs.append(cost._replace(peak_mib=peak, images_per_second=speed))
-    return costs
+    return [
+        cost._replace(
+            peak_mib=placed[cost.name][1] or cost.peak_mib,
+            images_per_second=timed / seconds[cost.name],
+        )
+        for cost in counted
+    ]
 
 
 def _count(name: str, resolution: int, batch: int) -> EncoderCost:
@@ -256,7 +247,7 @@ class Bench:
 
     def as_markdown(self) -> str:
         """Format facts and tables as a page."""
-        lines = ["# What encoding costs", ""]
+        lines = ["# Cost of encoding", ""]
         lines += [f"- {name}: {value}" for name, value in self.facts.items() if name != "versions"]
         versions = ", ".join(f"{name} {v}" for name, v in self.facts.get("versions", {}).items())
         lines += [f"- versions: {versions}", f"- paper: {SOURCE}"]

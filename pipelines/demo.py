@@ -1,17 +1,19 @@
-"""`ldm demo`: both stages on the photographs inside scikit-image, and a page of what they made."""
+"""`ldm demo`: train both stages on scikit-image's photographs, and show the results on a page."""
 
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from autoencoders import load_autoencoder
 from ldm.config import load_preset, resolve
-from ldm.data import Batch, Source, batches, open_source
+from ldm.data import Source, batches, open_source
 from ldm.files import write_json
 from ldm.images import save_grid, to_uint8
 from ldm.logbook import console, read_rows
@@ -27,8 +29,6 @@ from pipelines.validation import evaluate_autoencoder, reconstruction_sheet
 SAMPLES = 16
 SWD_IMAGES = 256
 
-T = TypeVar("T")
-
 
 def run_demo(
     out: Path,
@@ -38,10 +38,10 @@ def run_demo(
 ) -> Path:
     """Train `tiny` of both stages in `out`, sample, measure, and write `out/report.html`.
 
-    Stopped and started again it goes on; finished stages are not trained again.
+    The same call resumes an interrupted demo; finished stages are not trained again.
 
     Args:
-        fresh: throw away what `out` holds of an earlier demo first.
+        fresh: remove an earlier demo from `out` first.
         stage_one, stage_two: `key=value` settings over the two presets.
     """
     if fresh:
@@ -49,26 +49,25 @@ def run_demo(
             shutil.rmtree(out / name, ignore_errors=True)
     began = time.monotonic()
     first = resolve(AutoencoderRecipe, load_preset("ae", "tiny"), stage_one)
-    ae_folder = _timed(
-        "1/3 autoencoder", lambda: train_autoencoder(first, "tiny", out / "autoencoder")
-    )
-    carried = f"autoencoder={json.dumps(str(ae_folder / 'ckpt.pt'))}"
-    second = resolve(DiffusionRecipe, load_preset("diffusion", "tiny"), [*stage_two, carried])
-    ldm_folder = _timed(
-        "2/3 diffusion model", lambda: train_diffusion(second, "tiny", out / "diffusion")
-    )
-    path = _timed("3/3 samples and numbers", lambda: _report(out, ae_folder, ldm_folder, second))
+    with _timed("1/3 autoencoder"):
+        ae_folder = train_autoencoder(first, "tiny", out / "autoencoder")
+    trained = f"autoencoder={json.dumps(str(ae_folder / 'ckpt.pt'))}"
+    second = resolve(DiffusionRecipe, load_preset("diffusion", "tiny"), [*stage_two, trained])
+    with _timed("2/3 diffusion model"):
+        ldm_folder = train_diffusion(second, "tiny", out / "diffusion")
+    with _timed("3/3 samples and numbers"):
+        path = _report(out, ae_folder, ldm_folder, second)
     minutes = (time.monotonic() - began) / 60
     console.print(f"the demo took {minutes:.1f} minutes")
     return path
 
 
-def _timed(what: str, job: Callable[[], T]) -> T:
-    console.print(f"[bold]{what}[/bold]")
+@contextmanager
+def _timed(name: str) -> Iterator[None]:
+    console.print(f"[bold]{name}[/bold]")
     began = time.monotonic()
-    made = job()
-    console.print(f"{what}: {time.monotonic() - began:.0f} s\n")
-    return made
+    yield
+    console.print(f"{name}: {time.monotonic() - began:.0f} s\n")
 
 
 @torch.no_grad()
@@ -80,16 +79,15 @@ def _report(out: Path, ae_folder: Path, ldm_folder: Path, recipe: DiffusionRecip
 
     pipe = LatentDiffusionPipeline.from_pretrained(ldm_folder, "cpu")
     drawn = pipe(n=SWD_IMAGES, seed=0)
+    assert isinstance(drawn, Tensor)
     sheet, columns = reconstruction_sheet(autoencoder, held_out, resolution, 8)
     save_grid(sheet, out / "reconstructions.png", columns)
     save_grid(drawn[:SAMPLES], out / "samples.png", 8)
     train = open_source(recipe.data, "train", resolution)
-    # two sets of other crops of what was trained on: a reference, and the floor to compare with
-    fresh = [
-        torch.cat([batch.images for batch in _crops(train, recipe, seed)]) for seed in (1001, 1002)
-    ]
-    swd = sliced_wasserstein(to_uint8(drawn), fresh[0])["mean"]
-    floor = sliced_wasserstein(fresh[1], fresh[0])["mean"]
+    # two sets of other crops of the training images: the reference, and one to show its floor
+    crops, others = (_crops(train, recipe, seed) for seed in (1001, 1002))
+    swd = sliced_wasserstein(to_uint8(drawn), crops)["mean"]
+    floor = sliced_wasserstein(others, crops)["mean"]
 
     numbers = {
         "psnr": quality["psnr"], "ssim": quality["ssim"], "held_out_crops": quality["count"],
@@ -102,51 +100,62 @@ def _report(out: Path, ae_folder: Path, ldm_folder: Path, recipe: DiffusionRecip
         "From photographs to samples",
         "A LiteVAE and a latent diffusion model, trained on this machine on the photographs inside "
         f"scikit-image, at {resolution}² pixels.",
-        [
-            page.tiles({
-                "PSNR, held-out crops": f"{quality['psnr']:.2f} dB",
-                "SSIM, held-out crops": f"{quality['ssim']:.3f}",
-                "SWD ×10³, samples": f"{swd:.1f}",
-                "SWD ×10³, real crops": f"{floor:.1f}",
-            }),
-            page.section(
-                "Reconstructions",
-                "Crops of the right third of each photograph, which training never saw. First row "
-                "the original, second what the decoder makes of its latent, third the latent's "
-                "first three channels as colours.",
-                page.picture(sheet, columns, "original · reconstruction · latent"),
-            ),
-            page.section(
-                "Samples",
-                "New images: noise turned into latents by the diffusion model in 18 steps, and "
-                "into pixels by the decoder. A few minutes teach it colours and textures; faces "
-                "and rockets take a GPU and a real data set.",
-                page.picture(drawn[:SAMPLES], 8, f"images 0 to {SAMPLES - 1} of seed 0"),
-            ),
-            page.section(
-                "Training",
-                "Over images seen. The discriminator joins in at a fifth of the way; PSNR is that "
-                "of averaged weights.",
-                _curves(ae_folder, ldm_folder),
-            ),
-            page.section("Numbers", "What was measured, and on what.", _table(numbers)),
-            page.section(
-                "Commands",
-                "The same, step by step; every setting is key=value (`ldm show ae/tiny`).",
-                page.commands([
-                    "ldm train-ae tiny",
-                    "ldm train-diffusion tiny",
-                    f"ldm sample --n {SAMPLES}",
-                    "ldm eval-ae",
-                    "ldm fid --force",
-                ]),
-            ),
-        ],
-    )  # fmt: skip
+        _sections(
+            numbers,
+            page.picture(sheet, columns, "original · reconstruction · latent"),
+            page.picture(drawn[:SAMPLES], 8, f"images 0 to {SAMPLES - 1} of seed 0"),
+            _curves(ae_folder, ldm_folder),
+        ),
+    )
 
 
-def _crops(source: Source, recipe: DiffusionRecipe, seed: int) -> list[Batch]:
-    return list(batches(source, recipe.data, recipe.resolution, seed, 0, SWD_IMAGES, 32))
+def _sections(
+    numbers: dict[str, Any], reconstructions: str, samples: str, curves: str
+) -> list[str]:
+    return [
+        page.tiles({
+            "PSNR, held-out crops": f"{numbers['psnr']:.2f} dB",
+            "SSIM, held-out crops": f"{numbers['ssim']:.3f}",
+            "SWD ×10³, samples": f"{numbers['swd']:.1f}",
+            "SWD ×10³, real crops": f"{numbers['swd_floor']:.1f}",
+        }),
+        page.section(
+            "Reconstructions",
+            "Crops of the right third of each photograph, which training never saw. Rows: the "
+            "original, its reconstruction, and the latent's first three channels as colours.",
+            reconstructions,
+        ),
+        page.section(
+            "Samples",
+            "The diffusion model turns noise into latents in 18 steps, and the decoder turns "
+            "these into images. A few minutes of training give colours and textures; objects "
+            "take a GPU and a real data set.",
+            samples,
+        ),
+        page.section(
+            "Training",
+            "Over images seen. The discriminator starts after a fifth of the training; PSNR is "
+            "that of the averaged weights.",
+            curves,
+        ),
+        page.section("Numbers", "The measurements and their conditions.", _table(numbers)),
+        page.section(
+            "Commands",
+            "The same, step by step; every setting is key=value (`ldm show ae/tiny`).",
+            page.commands([
+                "ldm train-ae tiny",
+                "ldm train-diffusion tiny",
+                f"ldm sample --n {SAMPLES}",
+                "ldm eval-ae",
+                "ldm fid --force",
+            ]),
+        ),
+    ]  # fmt: skip
+
+
+def _crops(source: Source, recipe: DiffusionRecipe, seed: int) -> Tensor:
+    loaded = batches(source, recipe.data, recipe.resolution, seed, 0, SWD_IMAGES, 32)
+    return torch.cat([batch.images for batch in loaded])
 
 
 def _curves(ae_folder: Path, ldm_folder: Path) -> str:
