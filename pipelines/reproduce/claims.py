@@ -1,4 +1,4 @@
-"""Whether the paper's claims about two rows hold here, column by column.
+"""Judge the paper's claims: compare two rows of a table, column by column.
 
 Two rows are compared image by image: an image is about as hard for one autoencoder as for the
 other, so that the differences spread far less than the numbers of either.
@@ -27,8 +27,8 @@ Pairs = tuple[NDArray, NDArray]
 
 
 @dataclass(frozen=True)
-class Finding:
-    """A claim in one column."""
+class Comparison:
+    """Two rows in one column."""
 
     column: str
     verdict: Verdict
@@ -42,15 +42,15 @@ class Finding:
 
 @dataclass(frozen=True)
 class JudgedClaim:
-    """A claim, with its finding in each column."""
+    """A claim, and the comparison that decides it in each column."""
 
     claim: Claim
-    findings: tuple[Finding, ...]
+    comparisons: tuple[Comparison, ...]
 
     @property
     def verdict(self) -> Verdict:
         """Does not hold: in at least one column. Holds: in all of them."""
-        verdicts = {finding.verdict for finding in self.findings}
+        verdicts = {comparison.verdict for comparison in self.comparisons}
         if "does not hold" in verdicts:
             return "does not hold"
         return "holds" if verdicts == {"holds"} else "cannot be judged"
@@ -69,7 +69,7 @@ def judge(
     No column stands in for another: a claim about rFID cannot be judged without rFID, whatever the
     other columns show. In columns that are means over images, a claim that another choice of images
     might reverse is not judged either. In the others the error is unknown, unless they are counts:
-    any difference decides, and the finding carries a caveat.
+    any difference decides, and the comparison carries a caveat.
 
     Args:
         numbers: our numbers, by row and column.
@@ -78,44 +78,34 @@ def judge(
         each: the numbers of every image, by row.
         counted: columns without an error here, besides those that never have one.
     """
-    judged = []
-    for claim in table.config.claims:
+
+    def compare(claim: Claim, column: str) -> Comparison:
         rows = (claim.row, claim.than)
-        findings = []
-        for column in table.claimed(claim):
-            ours, other = (numbers.get(row, {}).get(column) for row in rows)
-            here = None if ours is None or other is None else (mean(ours), mean(other))
-            reasons = [missing.get(row, {}).get(column) for row in rows]
-            why = not_judged or next((reason for reason in reasons if reason), "")
-            pairs = pair_images(each.get(claim.row, {}), each.get(claim.than, {}), column)
-            findings.append(_find(claim.relation, column, here, why, pairs, column in counted))
-        judged.append(JudgedClaim(claim, tuple(findings)))
-    return tuple(judged)
+        ours, other = (numbers.get(row, {}).get(column) for row in rows)
+        here = None if ours is None or other is None else (mean(ours), mean(other))
+        reasons = [missing.get(row, {}).get(column) for row in rows]
+        pairs = pair_images(each.get(claim.row, {}), each.get(claim.than, {}), column)
+        error = None if pairs is None else standard_error(pairs[0] - pairs[1])
+        why = not_judged or next((reason for reason in reasons if reason), "")
+        why = why or _why_undecided(claim.relation, COLUMNS[column], here, pairs)
+        if here is None or why:
+            return Comparison(column, "cannot be judged", here, error, why)
+        kind = COLUMNS[column]
+        holds = _holds(claim.relation, kind.gain(*here), kind.yardstick(here[1]))
+        is_known = kind.of_each_image or kind.counted or column in counted
+        verdict: Verdict = "holds" if holds else "does not hold"
+        return Comparison(column, verdict, here, error, "" if is_known else UNKNOWN)
+
+    return tuple(
+        JudgedClaim(claim, tuple(compare(claim, column) for column in table.claimed(claim)))
+        for claim in table.config.claims
+    )
 
 
-def _find(
-    relation: Relation,
-    column: str,
-    here: tuple[float, float] | None,
-    why: str,
-    pairs: Pairs | None,
-    counted: bool,
-) -> Finding:
-    kind = COLUMNS[column]
-    error = None if pairs is None else standard_error(pairs[0] - pairs[1])
-    if not why:
-        why = _why_undecided(relation, kind, here, pairs)
-    if here is None or why:
-        return Finding(column, "cannot be judged", here, error, why)
-    gain, yardstick = kind.gain(*here), kind.yardstick(here[1])
-    holds = {
-        "better": gain > 0,
-        "no_worse": gain >= -yardstick,
-        "similar": abs(gain) <= yardstick,
-    }[relation]
-    is_known = kind.of_each_image or kind.counted or counted
-    verdict: Verdict = "holds" if holds else "does not hold"
-    return Finding(column, verdict, here, error, "" if is_known else UNKNOWN)
+def _holds(relation: Relation, gain: float, yardstick: float) -> bool:
+    if relation == "better":
+        return gain > 0
+    return gain >= -yardstick and (relation == "no_worse" or gain <= yardstick)
 
 
 def _why_undecided(
@@ -168,7 +158,7 @@ def margins(relation: Relation, kind: TableColumn, pairs: Pairs) -> NDArray:
 
 
 def is_uncertain(margins: NDArray) -> bool:
-    """Whether a mean is within two of its standard errors of 0."""
+    """Return true if a mean is within two of its standard errors of 0."""
     error = standard_error(margins)
     return error is not None and error > 0 and bool(abs(margins.mean()) <= 2 * error)
 

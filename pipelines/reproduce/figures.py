@@ -10,7 +10,7 @@ from typing import Literal
 
 from ldm.errors import UsageError
 from pipelines.reproduce.plan import BuildPlan, Target
-from pipelines.reproduce.rows import Model, check_images, is_main, make_model
+from pipelines.reproduce.rows import Checkpoint, check_images, is_main, make_model
 from pipelines.reproduce.tables import all_tables
 
 IMAGES = 64
@@ -80,7 +80,8 @@ def draw_figure(name: str, plan: BuildPlan) -> Drawing:
     }
     first = next(iter(targets.values()))
     if figure.drawn_by == "samples":
-        return _draw_samples(name, first, models, plan)
+        [model] = models.values()
+        return _draw_samples(name, first, model.path, plan)
     return _analyze(name, first, models, plan)
 
 
@@ -89,7 +90,7 @@ def _find_target(plan: BuildPlan, preset: str) -> Target:
     return next(target for target in plan.targets(table) if target.row.preset == preset)
 
 
-def _analyze(name: str, target: Target, models: dict[str, Model], plan: BuildPlan) -> Drawing:
+def _analyze(name: str, target: Target, models: dict[str, Checkpoint], plan: BuildPlan) -> Drawing:
     figure, folder, device = FIGURES[name], plan.folder(name), target.device
     given = [f"{label}={model.path}" for label, model in models.items()]
     if figure.drawn_by == "gradients":
@@ -117,14 +118,13 @@ def _analyze(name: str, target: Target, models: dict[str, Model], plan: BuildPla
     return Drawing(name, figure, found.files, lines)
 
 
-def _draw_samples(name: str, target: Target, models: dict[str, Model], plan: BuildPlan) -> Drawing:
+def _draw_samples(name: str, target: Target, model: Path, plan: BuildPlan) -> Drawing:
     from pipelines.sample import sample_images
     from pipelines.sampling.sample_folder import GRID
 
     protocol, folder = plan.scale.protocol, plan.folder(name)
-    [model] = models.values()
     count = min(IMAGES, protocol.samples)
     seed = int(name == "f9")  # F9 shows other samples than F6
     steps = protocol.sampler_steps
-    sample_images(model.path, count, folder, seed, steps=steps, device=target.device)
+    sample_images(model, count, folder, seed, steps=steps, device=target.device)
     return Drawing(name, FIGURES[name], (folder / GRID,), (f"{count} samples, seed {seed}",))

@@ -5,7 +5,7 @@
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import floor, log10
@@ -18,7 +18,7 @@ from ldm.data.dataset import PHOTOS
 from ldm.files import to_json, write_together
 from ldm.run_folder import provenance
 from ldm.tables import markdown_table
-from pipelines.reproduce.claims import Each, Finding, JudgedClaim, judge
+from pipelines.reproduce.claims import Comparison, Each, JudgedClaim, judge
 from pipelines.reproduce.plan import (
     DECISIVE,
     BuildPlan,
@@ -34,6 +34,7 @@ FORMAT = 1
 MARKDOWN, JSON = "table.md", "table.json"
 PAPER = "Sadat et al. 2024 (arXiv 2405.14477)"
 NOTHING = "–"
+ARROWS = {"lower": " ↓", "higher": " ↑", None: ""}
 LONG = 60
 """Characters of a reason that is still printed beside a claim."""
 
@@ -56,7 +57,7 @@ class Result:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files of `write_result`."""
+        """The page, and its values."""
         folder = self.plan.folder(self.table.name)
         return folder / MARKDOWN, folder / JSON
 
@@ -91,7 +92,7 @@ class Result:
         return lines
 
     def as_markdown(self) -> str:
-        """Format the whole result as a page."""
+        """Format the result as a page."""
         scale = self.plan.scale
         lines = [*self.summary(), "", "## Differences from the paper", ""]
         lines += [f"- {line}" for line in self.deviations]
@@ -118,13 +119,13 @@ class Result:
             ],
             "claims": [
                 {**judged.claim.model_dump(mode="json"), "verdict": judged.verdict}
-                | {"findings": [asdict(finding) for finding in judged.findings]}
+                | {"findings": [asdict(comparison) for comparison in judged.comparisons]}
                 for judged in self.claims
             ],
             "deviations": self.deviations,
             "settings": list(self.plan.settings),
             "seconds": self.seconds,
-            "machine": ", ".join(self._rows_by(lambda record: record["machine"])),
+            "machine": ", ".join(self._rows_by("machine")),
             "data": self._data(),
             **provenance(),
         }
@@ -144,13 +145,8 @@ class Result:
 
     def _provenance(self) -> Iterator[str]:
         """Command, machine and versions of the measurements, once where rows agree; and of this."""
-        ways: dict[str, Callable[[Mapping[str, Any]], str]] = {
-            "command": lambda record: record["command"],
-            "machine": lambda record: record["machine"],
-            "versions": lambda record: ", ".join(f"{k} {v}" for k, v in record["versions"].items()),
-        }
-        for what, way in ways.items():
-            found = self._rows_by(way)
+        for what in ("command", "machine", "versions"):
+            found = self._rows_by(what)
             for value, rows in found.items():
                 which = f" of {', '.join(rows)}" if len(found) > 1 else ""
                 yield f"{what}{which}: {value}"
@@ -163,12 +159,13 @@ class Result:
     def _data(self) -> str:
         return ", ".join(dict.fromkeys(target.data.source for target in self.targets))
 
-    def _rows_by(self, way: Callable[[Mapping[str, Any]], str]) -> dict[str, list[str]]:
-        """The measured rows, by a value of their records."""
+    def _rows_by(self, key: str) -> dict[str, list[str]]:
+        """The measured rows, by what their records say of the origin."""
         rows = defaultdict(list)
         for name, record in self.records.items():
-            if "machine" in record:
-                rows[way(record)].append(name)
+            if value := record.get(key):
+                by_name = isinstance(value, dict)
+                rows[", ".join(map(" ".join, value.items())) if by_name else value].append(name)
         return dict(rows)
 
     def _provenance_of(self, row: str) -> tuple[str, ...]:
@@ -207,7 +204,7 @@ def table_lines(table: Table, numbers: Numbers) -> list[str]:
             rows.append(cells)
         return markdown_table(header, rows)
     for column in table.columns:
-        title = f"{COLUMNS[column].title}{COLUMNS[column].arrow}"
+        title = f"{COLUMNS[column].title}{ARROWS[COLUMNS[column].better]}"
         header += [f"{title} paper", "here"] if column in config.columns else [f"{title} here"]
     for row in table.rows:
         cells = list(row.label)
@@ -247,17 +244,17 @@ def claim_lines(claims: Sequence[JudgedClaim], table: Table) -> list[str]:
     """Format claims: a line for each, and below it one for each of its columns."""
     lines = []
     for judged in claims:
-        reasons = {finding.why for finding in judged.findings}
+        reasons = {comparison.why for comparison in judged.comparisons}
         same = reasons.pop() if len(reasons) == 1 else ""
-        alike = len({finding.verdict for finding in judged.findings}) == 1
+        alike = len({comparison.verdict for comparison in judged.comparisons}) == 1
         because = f" ({_short(same)})" if same else ""
         lines.append(f"- **{judged.verdict}**{because}: {judged.claim.says}")
-        for finding in judged.findings:
-            line = f"  - {_compare(judged.claim, finding, table)}"
-            if len(judged.findings) > 1 and not (same and alike):
-                line += f": {finding.verdict}"
-            if finding.why and not same:
-                line += f" ({_short(finding.why)})"
+        for comparison in judged.comparisons:
+            line = f"  - {_show_both(judged.claim, comparison, table)}"
+            if len(judged.comparisons) > 1 and not (same and alike):
+                line += f": {comparison.verdict}"
+            if comparison.why and not same:
+                line += f" ({_short(comparison.why)})"
             lines.append(line)
     return lines
 
@@ -266,18 +263,18 @@ def _short(why: str) -> str:
     return why if len(why) <= LONG else "see below"
 
 
-def _compare(claim: Claim, finding: Finding, table: Table) -> str:
+def _show_both(claim: Claim, comparison: Comparison, table: Table) -> str:
     """Two rows in one column: ours, and the paper's."""
-    papers = {row.name: row.paper[finding.column] for row in table.rows}
-    theirs = (show_paper(finding.column, papers[name]) for name in (claim.row, claim.than))
+    column, here, error = comparison.column, comparison.here, comparison.error
+    papers = {row.name: row.paper[column] for row in table.rows}
+    theirs = (show_paper(column, papers[name]) for name in (claim.row, claim.than))
     text = f"the paper's {' against '.join(theirs)}"
-    if finding.here is not None:
-        ours = " against ".join(show(finding.column, value) for value in finding.here)
-        if finding.error is not None:
-            difference = finding.here[0] - finding.here[1]
-            ours += f" ({_show_difference(finding.column, difference, finding.error)})"
+    if here is not None:
+        ours = " against ".join(show(column, value) for value in here)
+        if error is not None:
+            ours += f" ({_show_difference(column, here[0] - here[1], error)})"
         text = f"{ours}, {text}"
-    title = COLUMNS[finding.column].title
+    title = COLUMNS[column].title
     if table.config.transposed:
         title = f"{table.config.header[0]} = {title}"
     return f"{title}: {text}"
@@ -346,9 +343,7 @@ def deviations(
 ) -> list[str]:
     """Return a line for every difference from the paper's conditions.
 
-    Args:
-        settings: the user's `key=value`.
-        records: of the finished rows.
+    `settings` are the user's, `records` those of the finished rows.
     """
     lines = []
     if table.config.measure == "encoder":
@@ -399,7 +394,10 @@ def _compare_recipes(targets: Sequence[Target]) -> Iterator[str]:
                     found[stage, key][" instead of ".join(values)] = None
     for (stage, key), ways in found.items():
         name = f"{stage}{KNOWN.get(key, key)}"
-        yield f"{name[0].upper()}{name[1:]}: {'; '.join(ways)}{_remark(key, ways)}."
+        line = f"{name[0].upper()}{name[1:]}: {'; '.join(ways)}"
+        if key == "loss.lpips" and any(way.startswith("0 ") for way in ways):
+            line += " (no VGG-16 is needed; ℓ1 and the row's other terms remain)"
+        yield f"{line}."
 
 
 def _recipes(target: Target) -> Iterator[tuple[str, Recipe, Recipe]]:
@@ -413,7 +411,7 @@ def _recipes(target: Target) -> Iterator[tuple[str, Recipe, Recipe]]:
 
 
 def is_reported(key: str) -> bool:
-    """Whether a difference in a dotted key is reported."""
+    """Return true if a difference in a dotted key is reported."""
     return key in DECISIVE or not key.startswith(UNREPORTED)
 
 
@@ -424,12 +422,6 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     if isinstance(discriminator, StyleGANConfig):  # resolve its default, null
         settings["discriminator.channels"] = discriminator.widths[0]
     return settings
-
-
-def _remark(key: str, ways: Iterable[str]) -> str:
-    if key == "loss.lpips" and any(way.startswith("0 ") for way in ways):
-        return " (no VGG-16 is needed; ℓ1 and the row's other terms remain)"
-    return ""
 
 
 def _words(key: str, value: Any) -> str:

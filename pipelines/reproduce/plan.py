@@ -38,7 +38,7 @@ from ldm.data import DataConfig
 from ldm.data.dataset import PHOTOS
 from ldm.errors import LdmError, UsageError
 from pipelines.recipes import AutoencoderRecipe, DiffusionRecipe
-from pipelines.reproduce.tables import Row, Table, find_row, trained_rows
+from pipelines.reproduce.tables import Row, Table, all_tables, find_row
 
 Recipe = AutoencoderRecipe | DiffusionRecipe
 RecipeT = TypeVar("RecipeT", bound=Recipe)
@@ -56,8 +56,8 @@ class Protocol:
     images: int | None = None
     """Held-out images to reconstruct at most; None: all."""
     published: bool = True
-    """Whether to use the published networks (Inception, VGG). Else smoke-test substitutes take
-    their place, so that the code runs, and the columns that need them stay empty."""
+    """Use the published networks (Inception, VGG). If false, smoke-test substitutes take their
+    place, so that the code runs, and the columns that need them stay empty."""
     samples: int = 50_000
     """Samples for FID."""
     sampler_steps: int = 18
@@ -97,11 +97,11 @@ class Scale:
     """Merged over every scaled recipe that has such keys."""
     protocol: Protocol = Protocol()
     judges: bool = True
-    """Whether the training is long enough for the paper's claims."""
+    """The training is long enough for the paper's claims."""
 
     @property
     def is_paper(self) -> bool:
-        """Whether recipes stay as they are."""
+        """True if recipes stay as they are."""
         return self.widths == 1 and self.steps == 1.0
 
 
@@ -159,12 +159,9 @@ def find_scale(name: str) -> Scale:
 def scale_recipe(
     published: Recipe, scale: Scale, settings: Sequence[str] = (), source: str | None = None
 ) -> Recipe:
-    """Bring a row's recipe to a scale.
+    """Bring a recipe of the paper to a scale, with `source` in place of its data if given.
 
-    Args:
-        published: the paper's recipe.
-        settings: `key=value`, applied last; keys that the recipe does not have are left out.
-        source: data in place of the recipe's.
+    `settings`, each `key=value`, are applied last; keys that the recipe lacks are left out.
     """
     config_class: type[Recipe] = type(published)
     tree = to_tree(published)
@@ -306,15 +303,7 @@ class Target:
 
 
 class BuildPlan:
-    """The conditions under which tables are built, and their targets.
-
-    Args:
-        data: PATH for all data sets, or NAME=PATH for one of `DATA_SETS`.
-        settings: `key=value` over every recipe that has the key.
-        out: the folder of all tables.
-        weights: Inception's weights; None: from the usual places, or downloaded.
-        force: measure images that were trained on, too, and note it.
-    """
+    """The conditions under which tables are built, as of `reproduce`, and their targets."""
 
     def __init__(
         self,
@@ -335,11 +324,7 @@ class BuildPlan:
         return self.out / self.scale.name / name
 
     def targets(self, table: Table, take: Sequence[str] = ()) -> list[Target]:
-        """Return the targets of a table's rows.
-
-        Args:
-            take: ROW=PATH, a checkpoint to measure instead of training.
-        """
+        """Return the targets of a table's rows; `take` is as of `reproduce`."""
         taken = parse_take(table, take)
         targets = [self._target(row, taken.get(row.name)) for row in table.rows]
         for one, other in combinations(targets, 2):
@@ -380,7 +365,8 @@ class BuildPlan:
     @cached_property
     def _first_rows(self) -> dict[str, Row]:
         first: dict[str, Row] = {}
-        for row in trained_rows():
+        trained = (table for table in all_tables() if table.config.measure != "encoder")
+        for row in (row for table in trained for row in table.rows):
             with suppress(UsageError):  # a row of another table, which the settings do not fit
                 first.setdefault(_identity(self.recipe_of(row)), row)
         return first
@@ -401,10 +387,8 @@ class BuildPlan:
 @cache
 def published_recipe(kind: str, preset: str) -> Recipe:
     """Return the paper's recipe."""
-    tree = load_preset(kind, preset)
-    if kind == "diffusion":
-        return resolve(DiffusionRecipe, tree)
-    return resolve(AutoencoderRecipe, tree)
+    config_class: type[Recipe] = DiffusionRecipe if kind == "diffusion" else AutoencoderRecipe
+    return resolve(config_class, load_preset(kind, preset))
 
 
 def kind_of_stage_one(preset: str) -> str:
@@ -449,7 +433,7 @@ def _identity(recipe: Recipe) -> str:
 
 
 def _differ_in_data(one: Target, other: Target) -> bool:
-    """Whether the paper's rows differ in their data alone, which may be the same here."""
+    """Return true if the paper's rows differ in their data alone, which may be the same here."""
     rows = (one.row, other.row)
     trees = [to_tree(published_recipe(row.kind, row.preset)) | {"data": None} for row in rows]
     return trees[0] == trees[1]

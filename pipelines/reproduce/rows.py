@@ -55,7 +55,7 @@ NOT_PUBLISHED = "this scale uses a substitute for the published network, to test
 
 # --------------------------------------------------------------------------------- the model
 @dataclass(frozen=True)
-class Model:
+class Checkpoint:
     """The model that is measured in a row."""
 
     path: Path
@@ -63,29 +63,29 @@ class Model:
     """Identity of its weights."""
     stage: Literal["autoencoder", "diffusion"]
     taken: bool = False
-    """Whether it was passed to --take, not trained here."""
-    stage_one: "Model | None" = None
+    """It was passed to --take, not trained here."""
+    stage_one: "Checkpoint | None" = None
     """The autoencoder below a stage two that was trained here."""
     seconds: float | None = None
     """Training time over all starts; None if it was passed to --take."""
 
     def to_tree(self) -> dict[str, Any]:
-        """Return plain values."""
+        """Return the plain values of a record."""
         below = self.stage_one and self.stage_one.to_tree()
         plain = {"path": str(self.path), "sha256": self.sha256, "taken": self.taken}
         return plain | {"seconds": self.seconds, "stage_one": below}
 
 
-def load_taken(target: Target) -> Model | None:
+def load_taken(target: Target) -> Checkpoint | None:
     """Read the checkpoint that was passed for a row, if any."""
     path = target.taken
     if path is None:
         return None
     try:
-        found = Model(path, load_model(path, "diffusion").sha256, "diffusion", taken=True)
+        found = Checkpoint(path, load_model(path, "diffusion").sha256, "diffusion", taken=True)
     except LdmError:  # an autoencoder, ours or another project's, or an unreadable file
         weights = read_autoencoder(path).weights
-        return Model(path, fingerprint(weights), "autoencoder", taken=True)
+        return Checkpoint(path, fingerprint(weights), "autoencoder", taken=True)
     if target.stage_two is None:
         raise LdmError(
             f"{path} is a stage-two diffusion model: give row '{target.row.name}' an autoencoder"
@@ -93,13 +93,14 @@ def load_taken(target: Target) -> Model | None:
     return found
 
 
-def make_model(target: Target, taken: Model | None = None, substitutes: bool = False) -> Model:
+def make_model(
+    target: Target, taken: Checkpoint | None = None, substitutes: bool = False
+) -> Checkpoint:
     """Return a row's model, after the training that is left.
 
-    Args:
-        taken: a checkpoint instead of training. For a row of stage two it may be an autoencoder,
-            on which the diffusion model is then trained.
-        substitutes: use random weights if those of ESRGAN's loss are missing.
+    A checkpoint that was passed for it replaces the training. For a row of stage two it may be an
+    autoencoder, on which the diffusion model is then trained. With `substitutes`, random weights
+    take the place of those of ESRGAN's loss if they are missing.
     """
     check_images(target, taken)
     model = taken
@@ -109,7 +110,7 @@ def make_model(target: Target, taken: Model | None = None, substitutes: bool = F
     return model
 
 
-def trainings_of(target: Target, taken: Model | None = None) -> tuple[Training[Any], ...]:
+def trainings_of(target: Target, taken: Checkpoint | None = None) -> tuple[Training[Any], ...]:
     """Return the runs that a row's model needs, in order."""
     if taken is None:
         stages = (target.stage_one, target.stage_two)
@@ -121,10 +122,7 @@ def trainings_of(target: Target, taken: Model | None = None) -> tuple[Training[A
 
 
 def missing_weights(recipe: AutoencoderRecipe) -> str | None:
-    """Return why ESRGAN's loss has no published weights, after trying to fetch them.
-
-    One row has that loss: it is left out. Without those of LPIPS nothing can be trained.
-    """
+    """Return why ESRGAN's loss, of one row, has no weights, after trying to fetch them."""
     if not recipe.loss.esrgan:
         return None
     try:
@@ -134,7 +132,7 @@ def missing_weights(recipe: AutoencoderRecipe) -> str | None:
     return None
 
 
-def _train(training: Training[Any], stage_one: Model | None, substitutes: bool) -> Model:
+def _train(training: Training[Any], stage_one: Checkpoint | None, substitutes: bool) -> Checkpoint:
     folder, recipe, preset = training.folder, training.recipe, training.preset
     stage: Literal["autoencoder", "diffusion"] = "autoencoder"
     with _noting(training):
@@ -161,10 +159,10 @@ def _train(training: Training[Any], stage_one: Model | None, substitutes: bool) 
                 f"{folder} was trained on other weights than those in {stage_one.path}: remove "
                 "that folder, or choose another --out"
             )
-    return Model(path, trained.sha256, stage, False, stage_one, _notes(folder).get("seconds"))
+    return Checkpoint(path, trained.sha256, stage, False, stage_one, _notes(folder).get("seconds"))
 
 
-def check_images(target: Target, taken: Model | None = None) -> None:
+def check_images(target: Target, taken: Checkpoint | None = None) -> None:
     """Refuse to resume or reuse a row's runs if their data has changed since they began."""
     for training in trainings_of(target, taken):
         folder, source = training.folder, training.recipe.data.source
@@ -182,7 +180,7 @@ def listing_of(data: str) -> str | None:
 
 
 def same_listing(before: str | None, now: str | None) -> bool:
-    """Whether two listings are equal, or one is unknown."""
+    """Return true if two listings are equal, or one is unknown."""
     return None in (before, now) or before == now
 
 
@@ -213,19 +211,19 @@ def _notes(folder: Path) -> dict[str, Any]:
 
 
 def is_main() -> bool:
-    """Whether this process writes and prints, among those launched together."""
+    """Return true in the process that writes and prints, among those launched together."""
     return os.environ.get("RANK", "0") == "0"
 
 
 # --------------------------------------------------------------------------- the measurements
 @dataclass
-class Measured:
-    """The numbers of a row."""
+class RowNumbers:
+    """The numbers measured in a row, and the fields of its record that describe them."""
 
     numbers: dict[str, Number | None]
     """By column; None if one could not be measured."""
     missing: dict[str, str] = field(default_factory=dict)
-    """Why a number is missing, or does not count for the claims."""
+    """The reason why a number is missing, or does not count for the claims."""
     notes: list[str] = field(default_factory=list)
     """Differences from the paper's measurement."""
     count: int | None = None
@@ -240,7 +238,7 @@ class Measured:
     """Columns that were counted, and have no error, besides those that never have."""
 
 
-def measure(table: Table, target: Target, model: Model, plan: BuildPlan) -> Measured:
+def measure(table: Table, target: Target, model: Checkpoint, plan: BuildPlan) -> RowNumbers:
     """Measure one row."""
     kinds = {"reconstruction": _reconstruction, "mmd": _latents, "generation": _samples}
     found = kinds[table.config.measure](target, model, plan)
@@ -260,7 +258,7 @@ def measure(table: Table, target: Target, model: Model, plan: BuildPlan) -> Meas
     return found
 
 
-def measure_costs(table: Table, device: str, protocol: Protocol) -> dict[str, Measured]:
+def measure_costs(table: Table, device: str, protocol: Protocol) -> dict[str, RowNumbers]:
     """Measure all rows of Table 3, timed alternately."""
     names = [row.name for row in table.rows]  # they are presets
     side, batch = protocol.encoder_side, protocol.encoder_batch
@@ -282,11 +280,11 @@ def measure_costs(table: Table, device: str, protocol: Protocol) -> dict[str, Me
             "gmac": cost.gmac,
         }
         memory = ("memory",) if counted else ()
-        found[cost.name] = Measured(numbers, notes=notes, counted=memory)
+        found[cost.name] = RowNumbers(numbers, notes=notes, counted=memory)
     return found
 
 
-def _reconstruction(target: Target, model: Model, plan: BuildPlan) -> Measured:
+def _reconstruction(target: Target, model: Checkpoint, plan: BuildPlan) -> RowNumbers:
     protocol = plan.scale.protocol
     published = protocol.published
     [found] = evaluate_checkpoints(
@@ -312,7 +310,7 @@ def _reconstruction(target: Target, model: Model, plan: BuildPlan) -> Measured:
     few = published and extractor is not None and found.count < extractor["dim"]
     forced = plan.force if few or about["seen"]["held_out"] is False else None
     notes += _note_similar(target)
-    return Measured(numbers, missing, notes, found.count, each, extractor, forced)
+    return RowNumbers(numbers, missing, notes, found.count, each, extractor, forced)
 
 
 def _note_similar(target: Target) -> list[str]:
@@ -320,7 +318,7 @@ def _note_similar(target: Target) -> list[str]:
     return [similar] if target.data.source == PHOTOS else []
 
 
-def _latents(target: Target, model: Model, plan: BuildPlan) -> Measured:
+def _latents(target: Target, model: Checkpoint, plan: BuildPlan) -> RowNumbers:
     from pipelines.analysis.mmd import MmdSettings, latents_mmd
     from pipelines.analysis.subjects import open_analysis
 
@@ -345,16 +343,13 @@ def _latents(target: Target, model: Model, plan: BuildPlan) -> Measured:
             f"Latents of {values:,} values; the kernels' widths suit the paper's {PAPER_LATENT:,}, "
             "whose square root is 64."
         )
-    numbers: dict[str, Number | None] = {
-        f"mmd_{sigma:g}": found.distances[sigma] for sigma in SIGMAS
-    }
-    each = {"k": np.array(found.ks)}
-    each |= {f"mmd_{sigma:g}": shares for sigma, shares in found.shares.items()}
+    numbers: dict[str, Number | None] = {f"mmd_{s:g}": found.distances[s] for s in SIGMAS}
+    each = {"k": np.array(found.ks)} | {f"mmd_{s:g}": v for s, v in found.shares.items()}
     forced = plan.force if planned.seen["held_out"] is False else None
-    return Measured(numbers, {}, notes, found.count, each, force=forced)
+    return RowNumbers(numbers, {}, notes, found.count, each, force=forced)
 
 
-def _samples(target: Target, model: Model, plan: BuildPlan) -> Measured:
+def _samples(target: Target, model: Checkpoint, plan: BuildPlan) -> RowNumbers:
     from pipelines.sample import sample_images
 
     protocol = plan.scale.protocol
@@ -372,7 +367,7 @@ def _samples(target: Target, model: Model, plan: BuildPlan) -> Measured:
         f"{reference['what']}."
     ]
     if not protocol.published:
-        return Measured(numbers, {"fid": NOT_PUBLISHED}, notes, protocol.samples)
+        return RowNumbers(numbers, {"fid": NOT_PUBLISHED}, notes, protocol.samples)
     numbers["fid"] = found["fid"]
     few = min(protocol.samples, reference["count"])
     if found["fid"] is None:
@@ -380,7 +375,7 @@ def _samples(target: Target, model: Model, plan: BuildPlan) -> Measured:
     elif few < ENOUGH:
         missing["fid"] = f"over {few:,} images: below {ENOUGH:,} the covariance is singular"
     notes += found["warnings"]
-    return Measured(numbers, missing, notes, protocol.samples, extractor=found["extractor"])
+    return RowNumbers(numbers, missing, notes, protocol.samples, extractor=found["extractor"])
 
 
 def _compare(folder: Path, target: Target, plan: BuildPlan) -> dict[str, Any]:

@@ -43,8 +43,8 @@ from pipelines.reproduce.plan import (
 )
 from pipelines.reproduce.rows import (
     OF_FEATURES,
-    Measured,
-    Model,
+    Checkpoint,
+    RowNumbers,
     check_images,
     is_main,
     listing_of,
@@ -157,7 +157,7 @@ class _Status:
     target: Target
     request: dict[str, Any]
     """The settings that its numbers depend on."""
-    taken: Model | None
+    taken: Checkpoint | None
     record: Record | None
 
 
@@ -188,7 +188,7 @@ def _check_row(target: Target, plan: BuildPlan) -> _Status:
     return _Status(target, request, taken, record)
 
 
-def _take_again(target: Target, sha256: str) -> Model:
+def _take_again(target: Target, sha256: str) -> Checkpoint:
     """Read the checkpoint that a row was measured with before."""
     assert target.taken is not None
     now = load_taken(target) if target.taken.exists() else None
@@ -223,17 +223,13 @@ def _decisive(training: Training[Any]) -> dict[str, Any]:
 
 
 def up_to_date(
-    target: Target, request: dict[str, Any], taken: Model | None, plan: BuildPlan
+    target: Target, request: dict[str, Any], taken: Checkpoint | None, plan: BuildPlan
 ) -> Record | None:
     """Return the record of a row that need not be built again.
 
     A row that was measured with a --take checkpoint stays so until another one is given. A row is
     measured again if weights that it lacked are there now, or if its numbers are of another
     Inception than now, so that no table mixes two. Versions are recorded, and decide nothing.
-
-    Args:
-        request: `request_of` the target, and the listings of its data.
-        taken: the checkpoint given now.
     """
     record = read_json(target.folder / RECORD) or {}
     if record.get("format") != FORMAT or record.get("state") != "done":
@@ -254,7 +250,7 @@ def up_to_date(
 
 
 def _is_same_network(record: Record, weights: Path | None) -> bool:
-    """Whether numbers of features, if there are any, are of the Inception that would be used."""
+    """Return true unless the record has numbers of features that another Inception computed."""
     if all(record["numbers"].get(name) is None for name in OF_FEATURES):
         return True
     if weights is None and published_weights() is None:
@@ -269,9 +265,7 @@ def _lacking(numbers: Iterable[str], weights: Path | None) -> list[str]:
     def is_there(number: str) -> bool:
         if number == "lpips":
             return has_backbone("VGG-16")
-        if number in OF_FEATURES:
-            return weights is not None or published_weights() is not None
-        return True
+        return number not in OF_FEATURES or weights is not None or published_weights() is not None
 
     return [number for number in numbers if not is_there(number)]
 
@@ -286,7 +280,7 @@ def _build_row(table: Table, row: _Status, plan: BuildPlan, ranks: PartialState)
         if why is not None:  # not written: tried again next time
             _say(f"  left out: {why}")
             columns = table.config.columns
-            empty = Measured(dict.fromkeys(columns), dict.fromkeys(columns, why))
+            empty = RowNumbers(dict.fromkeys(columns), dict.fromkeys(columns, why))
             return _record(empty, row.request)
     target.folder.mkdir(parents=True, exist_ok=True)
     if target.training.folder.parent != target.folder and taken is None:
@@ -337,7 +331,7 @@ def _build_costs(table: Table, targets: Sequence[Target], plan: BuildPlan) -> di
 
 
 def _record(
-    measured: Measured,
+    measured: RowNumbers,
     request: dict[str, Any],
     training: float | None = None,
     measuring: float | None = None,

@@ -1,7 +1,6 @@
 """The paper's tables: their rows, their columns, and the claims that the paper makes."""
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -29,14 +28,9 @@ class TableColumn:
     printed: int | None = None
     """Decimals of the paper's numbers; None: as many as there are."""
     of_each_image: bool = False
-    """Whether it is a mean over images, so that two rows can be compared image by image."""
+    """It is a mean over images, so that two rows can be compared image by image."""
     counted: bool = False
-    """Whether it is counted, and has no error."""
-
-    @property
-    def arrow(self) -> str:
-        """↓, ↑ or nothing."""
-        return {"lower": " ↓", "higher": " ↑", None: ""}[self.better]
+    """It is counted, and has no error."""
 
     def gain(self, ours: Any, other: Any) -> Any:
         """Return by how much numbers (floats or arrays) are better than others, in their unit."""
@@ -113,7 +107,7 @@ class TableConfig(Config):
     columns: tuple[str, ...]
     """The paper's columns, as named in `COLUMNS`."""
     transposed: bool = False
-    """Whether the paper prints the rows as columns."""
+    """The paper prints the rows as columns."""
     claims: tuple[Claim, ...]
     """The paper's claims about it."""
 
@@ -208,13 +202,6 @@ def find_row(table: Table, word: str) -> Row:
             return row
     known = [row.name for row in table.rows]
     raise UsageError(f"{table.number} has no row '{word}'; its rows are: {', '.join(known)}")
-
-
-def trained_rows() -> Iterator[Row]:
-    """Iterate over all rows that need training, in the paper's order."""
-    for table in all_tables():
-        if table.config.measure != "encoder":
-            yield from table.rows
 
 
 def _read(name: str) -> Table:

@@ -85,4 +85,5 @@ def faked(tmp_path, monkeypatch) -> Faked:
     monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(rows, "train_autoencoder", made.train)
     monkeypatch.setattr(rows, "evaluate_checkpoints", made.evaluate)
+    monkeypatch.setattr(rows, "smoke_lpips", lambda: None)  # a VGG-16 takes seconds to build
     return made

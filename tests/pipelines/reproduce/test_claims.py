@@ -61,8 +61,8 @@ def test_no_column_stands_in_for_another():
     why = {"a": {"rfid": "no weights"}}
     [claim] = judge(table("better"), numbers, why, each=equal_images(numbers))
     assert claim.verdict == "cannot be judged"
-    assert [f.verdict for f in claim.findings] == ["cannot be judged", "holds"]
-    assert claim.findings[0].why == "no weights" and claim.findings[0].here is None
+    assert [f.verdict for f in claim.comparisons] == ["cannot be judged", "holds"]
+    assert claim.comparisons[0].why == "no weights" and claim.comparisons[0].here is None
     # but one column that speaks against it is enough
     numbers["a"]["psnr"] = 28.0
     [claim] = judge(table("better"), numbers, why, each=equal_images(numbers))
@@ -72,22 +72,22 @@ def test_no_column_stands_in_for_another():
 def test_a_doubtful_number_is_shown_and_not_judged():
     numbers = {"a": {"rfid": 1.0, "psnr": 30.0}, "b": {"rfid": 2.0, "psnr": 29.0}}
     [claim] = judge(table("better"), numbers, {"b": {"rfid": "of 38 images"}})
-    finding = claim.findings[0]
-    assert (finding.verdict, finding.here, finding.why) == (
+    comparison = claim.comparisons[0]
+    assert (comparison.verdict, comparison.here, comparison.why) == (
         "cannot be judged", (1.0, 2.0), "of 38 images",
     )  # fmt: skip
 
 
 def test_missing_rows_are_not_judged():
     [claim] = judge(table("better"), {"b": {"rfid": 1.0, "psnr": 2.0}}, {})
-    assert {f.why for f in claim.findings} == {"not measured"}
+    assert {f.why for f in claim.comparisons} == {"not measured"}
 
 
 def test_a_short_scale_judges_nothing():
     numbers = {"a": {"rfid": 1.0, "psnr": 30.0}, "b": {"rfid": 2.0, "psnr": 29.0}}
     [claim] = judge(table("better"), numbers, {}, "too short")
     assert claim.verdict == "cannot be judged"
-    assert all(f.why == "too short" and f.here for f in claim.findings)
+    assert all(f.why == "too short" and f.here for f in claim.comparisons)
 
 
 @pytest.mark.parametrize("relation", ["better", "no_worse", "similar"])
@@ -98,15 +98,15 @@ def test_an_unknown_error_is_noted(relation):
     numbers["a"] |= {"rfid": 50.0, "images_per_second": 50.002, "gmac": 50.0, "psnr": 50.002}
     each = equal_images(numbers)
     [claim] = judge(table(relation, columns), numbers, {}, each=each)
-    told = {finding.column: finding.why for finding in claim.findings}
+    told = {comparison.column: comparison.why for comparison in claim.comparisons}
     unknown = dict.fromkeys(("rfid", "fid", "memory", "images_per_second"), UNKNOWN)
     assert told == unknown | {"gmac": "", "psnr": ""}
-    verdicts = {finding.column: finding.verdict for finding in claim.findings}
+    verdicts = {comparison.column: comparison.verdict for comparison in claim.comparisons}
     assert verdicts["rfid"] == "holds"
     assert verdicts["memory"] == ("does not hold" if relation == "better" else "holds")
     # counted on paper
     [claim] = judge(table(relation, columns), numbers, {}, "", each, {"memory"})
-    assert {f.column for f in claim.findings if f.why} == set(unknown) - {"memory"}
+    assert {f.column for f in claim.comparisons if f.why} == set(unknown) - {"memory"}
 
 
 def test_mmd_is_judged_by_the_images_shares():
@@ -119,14 +119,14 @@ def test_mmd_is_judged_by_the_images_shares():
     }
     numbers = {row: {"mmd_25": (of["mmd_25"].mean(), 0.04)} for row, of in each.items()}
     [claim] = judge(table("better", ("mmd_25",)), numbers, {}, each=each)
-    [finding] = claim.findings
+    [comparison] = claim.comparisons
     expected = stats.sem(each["a"]["mmd_25"] - each["b"]["mmd_25"])
-    assert finding.error == pytest.approx(expected) and 0.05 < expected < 0.1
-    assert finding.why == "within two standard errors"
+    assert comparison.error == pytest.approx(expected) and 0.05 < expected < 0.1
+    assert comparison.why == "within two standard errors"
     # over other images, however many they were
     del each["b"]
     [claim] = judge(table("better", ("mmd_25",)), numbers, {}, each=each)
-    assert claim.findings[0].why == "not measured over the same images"
+    assert claim.comparisons[0].why == "not measured over the same images"
 
 
 # ---------------------------------------------------------------------- by how much images decide
@@ -144,7 +144,7 @@ def of_images(gain: float, noise: float = 0.1) -> dict[str, dict]:
 def judged(relation: str, each):
     numbers = {row: {"psnr": float(of["psnr"].mean())} for row, of in each.items()}
     [claim] = judge(table(relation, ("psnr",)), numbers, {}, "", each)
-    return claim.findings[0]
+    return claim.comparisons[0]
 
 
 def test_the_standard_error_is_of_the_differences():
@@ -166,16 +166,16 @@ def test_the_standard_error_is_of_the_differences():
     ],
 )  # fmt: skip
 def test_claims_within_two_standard_errors_are_not_judged(relation, gain, verdict):
-    finding = judged(relation, of_images(gain))
-    assert finding.verdict == verdict
-    assert (finding.why == "within two standard errors") == (verdict == "cannot be judged")
+    comparison = judged(relation, of_images(gain))
+    assert comparison.verdict == verdict
+    assert (comparison.why == "within two standard errors") == (verdict == "cannot be judged")
 
 
 def test_rows_of_different_images_are_not_compared():
     each = of_images(9.0)
     each["a"]["k"] = np.arange(1, 41)
-    finding = judged("better", each)
-    assert (finding.error, finding.why) == (None, "not measured over the same images")
+    comparison = judged("better", each)
+    assert (comparison.error, comparison.why) == (None, "not measured over the same images")
     each["a"] = {name: values[:35] for name, values in each["a"].items()}
     assert judged("better", each).verdict == "cannot be judged"
 

@@ -14,7 +14,7 @@ from pipelines.reproduce import rows
 from pipelines.reproduce.plan import BuildPlan, find_scale
 from pipelines.reproduce.rows import (
     FEATURES,
-    Model,
+    Checkpoint,
     check_images,
     listing_of,
     make_model,
@@ -27,8 +27,8 @@ from pipelines.reproduce.tables import find_tables
 from tests.ldm.data.pictures import noise, png_folder
 from tests.pipelines.analysis.subjects import save
 
-AUTOENCODER = Model(Path("ae.pt"), "0" * 64, "autoencoder", taken=True)
-DIFFUSION = Model(Path("diffusion.pt"), "0" * 64, "diffusion", taken=True)
+AUTOENCODER = Checkpoint(Path("ae.pt"), "0" * 64, "autoencoder", taken=True)
+DIFFUSION = Checkpoint(Path("diffusion.pt"), "0" * 64, "diffusion", taken=True)
 [TABLE_6] = find_tables("t6")
 
 
@@ -75,7 +75,7 @@ def test_changed_data_is_refused_before_training(word, taken, data, tmp_path, mo
 # ------------------------------------------------------------------------ the measurements
 def latents(data, model, tmp_path, *settings, force=False):
     plan = BuildPlan(find_scale("smoke"), [str(data)], settings, tmp_path / "out", force=force)
-    taken = Model(model / "ckpt.pt", "0" * 64, "autoencoder", taken=True)
+    taken = Checkpoint(model / "ckpt.pt", "0" * 64, "autoencoder", taken=True)
     return measure(TABLE_6, plan.targets(TABLE_6)[0], taken, plan)
 
 

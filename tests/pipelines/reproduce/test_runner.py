@@ -12,7 +12,7 @@ import pytest
 from ldm.errors import Interrupted, LdmError, UsageError
 from ldm.metrics.inception import SHA256
 from pipelines.reproduce import rows, runner
-from pipelines.reproduce.rows import Measured
+from pipelines.reproduce.rows import RowNumbers
 from pipelines.reproduce.runner import reproduce, row_states
 from pipelines.reproduce.tables import find_tables
 from tests.ldm.data.pictures import encode, noise, png_folder
@@ -46,8 +46,10 @@ def test_a_table_is_trained_measured_and_written(faked):
 
 def test_rows_are_compared_image_by_image(faked):
     [result] = reproduce("t9", "small")
-    [finding] = [f for f in result.claims[0].findings if f.column == "psnr"]
-    assert finding.error == 0 and finding.verdict == "holds", "every image is better by as much"
+    [comparison] = [f for f in result.claims[0].comparisons if f.column == "psnr"]
+    assert comparison.error == 0 and comparison.verdict == "holds", (
+        "every image is better by as much"
+    )
     page = (Path("reproduce/small/t09") / "table.md").read_text("utf-8")
     assert "PSNR: 22.00 against 21.00 (+1.00 ± 0.00), the paper's" in page
 
@@ -72,7 +74,7 @@ def test_a_row_without_its_images_numbers_is_measured_again(faked, lose):
     reproduce("t9", "small")
     lose(Path("reproduce/small/t09/gaussian/images.npz"))
     [again] = reproduce("t9", "small")
-    assert again.claims[0].findings[0].error == 0
+    assert again.claims[0].comparisons[0].error == 0
     assert len(faked.measured) == 4
 
 
@@ -346,7 +348,7 @@ def test_missing_numbers_that_weights_would_not_give_are_kept(faked, monkeypatch
 def test_a_missing_rfid_leaves_its_claim_open(faked):
     [result] = reproduce("t4", "small")
     [claim] = result.claims
-    by_column = {finding.column: finding for finding in claim.findings}
+    by_column = {comparison.column: comparison for comparison in claim.comparisons}
     assert by_column["rfid"].verdict == "cannot be judged"
     assert by_column["rfid"].why == "no weights"
     assert by_column["psnr"].verdict == "holds"
@@ -395,7 +397,7 @@ def test_encoders_are_measured_again_on_another_machine(monkeypatch):
     def measure(table, device, how):
         measured.append(device)
         numbers = {"params": 1.0, "memory": 2.0, "images_per_second": 3.0, "gmac": 4.0}
-        return {row.name: Measured(numbers) for row in table.rows}
+        return {row.name: RowNumbers(numbers) for row in table.rows}
 
     monkeypatch.setattr(runner, "measure_costs", measure)
     run("t3", settings=["run.device=cpu"])

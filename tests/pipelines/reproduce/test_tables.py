@@ -44,7 +44,7 @@ def test_every_claim_holds_in_the_papers_own_numbers(table):
     claims = judge(table, paper, {}, each=equal_images(paper))
     assert claims
     for claim in claims:
-        assert claim.verdict == "holds", (claim.claim.says, claim.findings)
+        assert claim.verdict == "holds", (claim.claim.says, claim.comparisons)
 
 
 def test_a_reversed_claim_does_not_hold_in_the_papers_numbers():
