@@ -1,11 +1,37 @@
-"""Figures of one style: SVG lines that are well-formed, readable and placed by their values."""
+"""Figures of one style: PNGs with a title, and SVG lines placed by their values."""
 
 import re
 import xml.etree.ElementTree as ET
+from itertools import pairwise
 
 import pytest
+import torch
+from PIL import Image
 
-from ldm.charts import colour, lines_svg
+from ldm.charts import DPI, WIDTH, colour, drawing, lines_svg, show_image
+
+
+def test_the_title_is_above_the_drawing(tmp_path):
+    path = tmp_path / "x.png"
+    with drawing(path, "A title", "and what is under it, " * 12, height=2) as figure:
+        axes = figure.subplots()
+        show_image(axes, torch.tensor([1.0, -1, -1]).view(3, 1, 1).expand(3, 4, 4))
+        words = [text.get_window_extent() for text in figure.texts]
+    with Image.open(path) as picture:
+        assert picture.width == WIDTH * DPI
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 22)}
+    assert (255, 0, 0) in colours
+    lowest = min(box.y0 for box in words)
+    assert len(words) > 2 and axes.get_window_extent().y1 < lowest
+    for above, below in pairwise(words):
+        assert above.y0 >= below.y1 - 1  # lines do not lie over one another
+    assert max(box.x1 for box in words) < figure.bbox.width
+
+
+def test_a_drawing_that_fails_leaves_no_file(tmp_path):
+    with pytest.raises(ZeroDivisionError), drawing(tmp_path / "x.png", "t", "u", 1):
+        1 / 0  # noqa: B018
+    assert not list(tmp_path.iterdir())
 
 
 def line(svg: str, shade: str) -> list[tuple[float, float]]:

@@ -1,4 +1,4 @@
-"""`ldm analyze`: what it prints, where it writes, and the words it takes."""
+"""`ldm analyze`: output, files and arguments."""
 
 import json
 
@@ -44,7 +44,7 @@ def test_help_names_every_analysis(command):
         (["features", "--images", 1], ["features"], "SMC"),
     ],
 )
-def test_a_model_by_its_path(command, tmp_path, words, files, told):
+def test_a_model_given_by_its_path(command, tmp_path, words, files, told):
     folder = save(tmp_path / "a-model")
     done, printed = command(*words, f"mine={folder}", "--device", "cpu", "--out", tmp_path / "out")
     assert told in printed and "mine" in printed
@@ -55,7 +55,7 @@ def test_a_model_by_its_path(command, tmp_path, words, files, told):
     assert (tmp_path / "out" / f"{files[0]}.csv").is_file()
 
 
-def test_the_newest_run_and_its_folder(command, tmp_path, monkeypatch):
+def test_the_default_is_the_newest_run(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = write_run(tmp_path / "runs" / "20250101-000000-tiny", [0.1, 0.2, 10.0])
     (run / "run.json").write_text(json.dumps({"kind": "autoencoder", "preset": "tiny"}))
@@ -64,7 +64,7 @@ def test_the_newest_run_and_its_folder(command, tmp_path, monkeypatch):
     assert (run / "analysis" / "gradients.png").is_file()
 
 
-def test_a_table_is_never_cut(command, tmp_path, monkeypatch):
+def test_tables_are_never_truncated(command, tmp_path, monkeypatch):
     monkeypatch.setattr(console, "_width", 40)
     run = write_run(tmp_path / "[run]", [0.1, 0.2])
     _, printed = command("gradients", f"a-long-name-for-so-narrow-a-terminal={run}")
@@ -82,6 +82,6 @@ def test_a_table_is_never_cut(command, tmp_path, monkeypatch):
         (["scale", "--resolutions", "32.5"], "--resolutions 32.5: expected whole number"),
     ],
 )
-def test_words_that_are_no_numbers(command, words, told):
+def test_malformed_numbers_are_refused(command, words, told):
     with pytest.raises(UsageError, match=told):
         command(*words)

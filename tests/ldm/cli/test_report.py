@@ -1,4 +1,4 @@
-"""`ldm report`: the page it writes, and the words it takes."""
+"""`ldm report`: the page, its notes and arguments."""
 
 import pytest
 import typer
@@ -17,7 +17,7 @@ def command(monkeypatch, tmp_path):
     return lambda *words: CliRunner().invoke(app, [*map(str, words)])
 
 
-def test_it_writes_a_page_here_or_elsewhere(command, tmp_path):
+def test_the_page_is_written_to_out(command, tmp_path):
     stage_one(tmp_path / "a"), stage_one(tmp_path / "b")
     done = command("a", "b", "--images", 1, "--resolution", 32, "--device", "cpu")
     assert done.exit_code == 0, done.output
@@ -27,7 +27,7 @@ def test_it_writes_a_page_here_or_elsewhere(command, tmp_path):
     assert done.exit_code == 0 and (tmp_path / "new" / "a.html").is_file()
 
 
-def test_what_could_not_be_made_is_said_at_once(command, tmp_path, capsys):
+def test_fallbacks_are_printed(command, tmp_path, capsys):
     run = stage_one(tmp_path / "a")
     done = command("a", "--images", 1, "--data", "nowhere", "--device", "cpu")
     said = done.output + capsys.readouterr().out
@@ -38,7 +38,7 @@ def test_what_could_not_be_made_is_said_at_once(command, tmp_path, capsys):
     assert "note: a: The model could not be used (there is no ckpt.pt)" in said
 
 
-def test_what_is_no_run_or_no_page_is_said(command, tmp_path):
+def test_invalid_arguments_are_refused(command, tmp_path):
     assert command().exit_code == 2
     assert isinstance(command("nowhere").exception, LdmError)
     stage_one(tmp_path / "a")

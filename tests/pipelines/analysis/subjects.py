@@ -68,7 +68,7 @@ class Pixels:
 
 
 class Known(nn.Module):
-    """An "encoder" whose posteriors depend on the image as its caller says.
+    """An "encoder" whose posteriors are a given function of the images.
 
     Args:
         posterior: images (b, 3, H, W) → mean and log-variance (b, n_z, h, w).

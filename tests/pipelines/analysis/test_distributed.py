@@ -1,4 +1,4 @@
-"""Two processes see every image once, and say together what one says."""
+"""Two launched processes share the images, and give the numbers of one."""
 
 import csv
 
@@ -24,7 +24,7 @@ from tests.small import ldm
         ),
     ],
 )  # fmt: skip
-def test_two_processes_are_one(tmp_path, words, table, alone):
+def test_two_processes_give_the_numbers_of_one(tmp_path, words, table, alone):
     model, out = save(tmp_path / "model"), tmp_path / "out"
     asked = ["analyze", *words, model, "--device", "cpu", "--batch-size", 2, "--out", out]
     done = ldm(*asked, cwd=tmp_path, processes=2)

@@ -20,7 +20,7 @@ def test_a_flat_map_is_balanced():
     assert flat.peak == pytest.approx(1) and flat.top_energy == pytest.approx(0.01)
 
 
-def test_one_place_that_stands_out():
+def test_imbalance_of_a_single_spike():
     spike = torch.ones(20, 30)
     spike[3, 4] = 11.0
     found = imbalance(spike)
@@ -29,7 +29,7 @@ def test_one_place_that_stands_out():
     assert found.top_energy == pytest.approx((121 + 5) / (121 + 599))
 
 
-def test_small_and_empty_maps():
+def test_imbalance_of_tiny_and_zero_maps():
     assert imbalance(torch.tensor([[1.0, 3.0]])) == (pytest.approx(1.5), pytest.approx(0.9))
     assert imbalance(torch.zeros(4, 4)) == (0, 0)
 
@@ -48,7 +48,7 @@ def test_magnitudes_are_those_of_the_levels(tmp_path, norm):
     assert not any(level._forward_hooks for level in ae.decoder.levels)
 
 
-def test_each_image_has_its_own_map_however_many_go_through_at_once(tmp_path, monkeypatch):
+def test_maps_do_not_depend_on_the_decoder_batch(tmp_path, monkeypatch):
     ae = load_autoencoder(save(tmp_path))
     images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     together = decoder_magnitudes(ae, images)
@@ -58,7 +58,7 @@ def test_each_image_has_its_own_map_however_many_go_through_at_once(tmp_path, mo
 
 
 # ---------------------------------------------------------------------------------- the job
-def test_groupnorm_beside_smc(tmp_path):
+def test_table_and_csv_agree_for_two_models(tmp_path):
     group, smc = save(tmp_path / "a", norm="group"), save(tmp_path / "b")
     found = analyze_features(*opened(f"G={group}", f"S={smc}"), count=2)
     picture, table = found.files
@@ -78,7 +78,7 @@ def test_groupnorm_beside_smc(tmp_path):
         assert float(shown[4]) == pytest.approx(mean, abs=0.006)
 
 
-def test_headings_say_what_is_true_of_all_below_them(tmp_path, monkeypatch):
+def test_headings_show_only_sizes_common_to_all_models(tmp_path, monkeypatch):
     figures = []
 
     @contextmanager
@@ -102,7 +102,7 @@ def test_headings_say_what_is_true_of_all_below_them(tmp_path, monkeypatch):
     assert below == ["2×2", "4×4", "peak 1.0×", "4×4", "8×8"]
 
 
-def test_what_cannot_be_is_told(tmp_path, monkeypatch):
+def test_invalid_counts_and_non_finite_features_are_refused(tmp_path, monkeypatch):
     folder = save(tmp_path)
     with pytest.raises(UsageError, match="--images 0: must be at least 1"):
         analyze_features(*opened(folder), count=0)

@@ -39,23 +39,23 @@ def test_a_curve_is_adversarial_over_reconstruction(tmp_path):
 
 
 def test_rows_without_a_gradient_are_left_out(tmp_path):
-    """A ratio of 0 is of a reconstruction without gradient: its inverse is no number."""
+    """A reconstruction loss without gradient has ratio 0, whose inverse is not finite."""
     assert len(read_curve(write_run(tmp_path, [0.5, 0.0, None, 1.0])).ratio) == 2
 
 
-def test_the_spread_counts_powers_of_ten():
+def test_spread_is_in_decades():
     assert spread(np.logspace(-1, 3, 101)) == pytest.approx(0.9 * 4)
     assert spread(np.full(5, 3.0)) == 0
 
 
-def test_running_median():
+def test_running_median_matches_scipy():
     values = np.random.default_rng(0).normal(size=40)
     found = running_median(values, 7)
     np.testing.assert_allclose(found[3:-3], median_filter(values, 7)[3:-3])
     assert found[0] == np.median(values[:4]) and running_median(values, 1).tolist() == list(values)
 
 
-def test_two_runs_over_one_another(tmp_path):
+def test_two_runs_are_drawn_and_tabulated(tmp_path):
     a = write_run(tmp_path / "a", [1.0] * 20)
     b = write_run(tmp_path / "b", list(np.logspace(-3, 3, 20)), "adaptive")
     (b / "ckpt.pt").touch()  # a run may be told by its model
@@ -73,7 +73,7 @@ def test_two_runs_over_one_another(tmp_path):
     assert float(rows[20]["weighted_ratio"]) == pytest.approx(100, rel=1e-6)
 
 
-def test_means_beside_single_steps_are_told(tmp_path):
+def test_a_note_warns_of_mixing_means_and_single_steps(tmp_path):
     constant = write_run(tmp_path / "a", [1.0, 2.0])
     adaptive = write_run(tmp_path / "b", [1.0, 2.0], "adaptive")
     told = analyze_gradients([constant, adaptive]).notes[-1]
@@ -82,7 +82,7 @@ def test_means_beside_single_steps_are_told(tmp_path):
         assert "run.log_every_steps" not in " ".join(analyze_gradients([alone]).notes)
 
 
-def test_a_single_row_is_seen(tmp_path):
+def test_a_single_row_is_visible(tmp_path):
     picture = analyze_gradients([write_run(tmp_path, [0.5])]).files[0]
     with Image.open(picture) as drawn:
         panels = drawn.convert("RGB").crop((0, 0, drawn.width, int(0.85 * drawn.height)))
@@ -96,7 +96,7 @@ def test_a_run_without_a_config_counts_images(tmp_path):
     assert analyze_gradients([tmp_path]).files[0].is_file()
 
 
-def test_a_run_that_says_nothing(tmp_path):
+def test_runs_without_adversarial_gradients_are_refused(tmp_path):
     with pytest.raises(LdmError, match=r"metrics\.jsonl does not exist: pass the folder"):
         analyze_gradients([tmp_path])
     write_run(tmp_path, [])
@@ -107,7 +107,7 @@ def test_a_run_that_says_nothing(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("weighting", ["constant", "adaptive"])
-def test_a_real_run_logs_what_is_read(tmp_path, weighting):
+def test_a_trained_run_can_be_read(tmp_path, weighting):
     recipe = autoencoder_recipe(f"adversarial.weighting={weighting}", "adversarial.weight=0.5")
     folder = train_autoencoder(recipe, "tiny", tmp_path / "run")
     curve = read_curve(folder)

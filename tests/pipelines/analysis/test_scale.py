@@ -1,4 +1,4 @@
-"""Figures 5 and 8: which resolutions, and the numbers at each."""
+"""Figures 5 and 8: default resolutions, and the numbers at each."""
 
 import csv
 
@@ -30,26 +30,26 @@ def folder(tmp_path):
 
 
 # ---------------------------------------------------------------------------------- which
-def test_resolutions_that_no_image_is_smaller_than(folder):
+def test_default_resolutions_fit_the_smallest_image(folder):
     config = DataConfig(source=str(folder), workers=0)
     assert _fitting(config, "all", None) == [32, 64]
     assert _fitting(config, "all", 3) == [32, 64, 128]  # the small one is the fourth
     assert _fitting(DataConfig(), "val", None) == list(RESOLUTIONS)
 
 
-def test_prepared_data_say_their_size(folder, tmp_path):
+def test_prepared_data_know_their_size(folder, tmp_path):
     prepare(folder, tmp_path / "shards", 64, held_out=1, workers=0)
     assert _fitting(DataConfig(source=str(tmp_path / "shards")), "val", None) == [32, 64]
 
 
-def test_images_that_are_all_too_small(tmp_path):
+def test_images_below_all_resolutions_are_refused(tmp_path):
     Image.new("RGB", (40, 20)).save(tmp_path / "small.png")
     with pytest.raises(LdmError, match="smallest image has 20 pixels, below 32"):
         _fitting(DataConfig(source=str(tmp_path)), "all", None)
 
 
 # ---------------------------------------------------------------------------------- numbers
-def test_every_model_at_every_resolution(folder, tmp_path):
+def test_numbers_match_evaluate_autoencoder(folder, tmp_path):
     a, b = save(tmp_path / "a", norm="group"), save(tmp_path / "b", seed=1)
     found = analyze_scale(
         [f"GroupNorm={a}", f"SMC={b}"], str(folder), split="all", fid=False, device="cpu",
@@ -73,7 +73,7 @@ def test_every_model_at_every_resolution(folder, tmp_path):
         assert float(row["ssim"]) == pytest.approx(expected["ssim"], abs=1e-4)
 
 
-def test_one_file_under_two_names(tmp_path):
+def test_a_file_with_two_names_is_measured_once(tmp_path):
     a, b = save(tmp_path / "a"), save(tmp_path / "b", seed=1, norm="group")
     how = {"resolutions": [32, 64], "limit": 2, "fid": False, "device": "cpu"}
     rows = analyze_scale([f"A={a}", f"again={a}", f"B={b}"], **how).rows
@@ -84,12 +84,12 @@ def test_one_file_under_two_names(tmp_path):
     assert [row[1:] for row in rows[4:]] == [row[1:] for row in analyze_scale([b], **how).rows]
 
 
-def test_the_photographs_come_with_a_warning(tmp_path):
+def test_photographs_come_with_a_warning(tmp_path):
     found = analyze_scale([save(tmp_path)], resolutions=[64, 32], limit=2, fid=False, device="cpu")
     assert [row[1] for row in found.rows] == ["32²", "64²"]
     assert "cropped, not resized" in found.notes[0]
 
 
-def test_a_limit_below_one(tmp_path):
+def test_a_limit_below_one_is_refused(tmp_path):
     with pytest.raises(UsageError, match="--limit 0: must be at least 1"):
         analyze_scale([save(tmp_path)], limit=0)

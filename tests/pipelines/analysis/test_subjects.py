@@ -1,22 +1,34 @@
-"""Which models and which images are meant."""
+"""Models and images of an analysis, the jackknife, and the files."""
 
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ldm.data import DataConfig, open_source
 from ldm.errors import LdmError, UsageError
-from pipelines.analysis.subjects import parse_models
+from pipelines.analysis.subjects import (
+    GROUPS,
+    analysis_folder,
+    image_shares,
+    parse_models,
+    write_csv,
+)
 from tests.pipelines.analysis.subjects import Pixels, known, opened, pixels, save
 
 
 # -------------------------------------------------------------------------------- the models
-def test_models_are_called_what_they_are_told_or_as_their_runs(tmp_path):
+def test_models_are_named_after_their_runs_by_default(tmp_path):
     words = ["VAE=a.pt", "runs/20250131-120000-litevae-b", "runs/x/ckpt.pt", "runs/x/best.pt"]
     assert list(parse_models(words)) == ["VAE", "litevae-b", "x", "x/best"]
     assert str(parse_models(words)["VAE"]) == "a.pt"
 
 
-def test_two_runs_of_a_preset_keep_their_times():
+def test_timestamps_are_kept_if_names_clash():
     first, second = "runs/20250131-120000-tiny", "runs/20250201-120000-tiny"
     assert list(parse_models([first, second])) == ["20250131-120000-tiny", "20250201-120000-tiny"]
     # and where folders are called alike, whole paths
@@ -29,7 +41,7 @@ def test_a_path_with_an_equals_sign_is_a_path(tmp_path):
     assert list(parse_models([str(folder)]).values()) == [folder]
 
 
-def test_one_name_for_two_models_is_refused():
+def test_a_name_used_twice_is_refused():
     with pytest.raises(UsageError, match="the name 'a' is used twice: name each path"):
         parse_models(["a=x.pt", "a=y.pt"])
     with pytest.raises(UsageError, match="is used twice"):
@@ -38,7 +50,7 @@ def test_one_name_for_two_models_is_refused():
         parse_models(["a="])
 
 
-def test_nothing_is_the_newest_run(tmp_path, monkeypatch):
+def test_the_default_is_the_newest_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(LdmError, match="`ldm train-ae` first"):
         parse_models([])
@@ -55,14 +67,14 @@ def test_loaded_models_are_frozen(tmp_path):
 
 
 # -------------------------------------------------------------------------------- the images
-def test_what_is_left_out_is_what_the_model_was_trained_on(tmp_path):
+def test_data_and_resolution_default_to_the_training(tmp_path):
     _, images = opened(save(tmp_path, resolution=64))
     assert images.resolution == 64 and images.what == "the val split of photos, 64×64"
     assert len(images.source) == len(open_source(DataConfig(), "val", 64))
     assert opened(tmp_path, resolution=32)[1].resolution == 32
 
 
-def test_models_that_disagree_must_be_told(tmp_path):
+def test_models_with_different_training_need_options(tmp_path):
     a, b = save(tmp_path / "a", resolution=32), save(tmp_path / "b", resolution=64)
     with pytest.raises(UsageError, match=r"different resolution \(a 32, b 64\): use --resolution"):
         opened(a, b)
@@ -77,8 +89,7 @@ def test_models_that_disagree_must_be_told(tmp_path):
         opened(other)
 
 
-def test_data_that_was_trained_on_is_split_as_then(tmp_path):
-    from PIL import Image
+def test_training_data_keeps_its_split(tmp_path):
 
     for i in range(8):
         Image.fromarray(Pixels(8, 32).load(i)).save(tmp_path / f"{i}.png")
@@ -88,7 +99,7 @@ def test_data_that_was_trained_on_is_split_as_then(tmp_path):
         assert len(opened(folder, data=str(tmp_path))[1].source) == held_out
 
 
-def test_what_cannot_be_is_told(tmp_path):
+def test_small_resolutions_and_batches_are_refused(tmp_path):
     folder = save(tmp_path)
     with pytest.raises(UsageError, match="--batch-size 0: must be at least 1"):
         opened(folder, batch_size=0)
@@ -96,7 +107,7 @@ def test_what_cannot_be_is_told(tmp_path):
         opened(folder, resolution=4)
 
 
-def test_images_are_drawn_once_and_for_all():
+def test_drawn_images_depend_only_on_the_draw():
     images = pixels(50)
 
     def names(draw):
@@ -117,7 +128,62 @@ def test_every_image_is_encoded_once():
         assert torch.equal(posterior.mean, images[:, :1, ::4, ::4])
 
 
-def test_latents_that_are_not_finite_are_told():
+def test_non_finite_latents_are_refused():
     broken = known(lambda images: (images[:, :1] / 0, images[:, :1]), 1)
     with pytest.raises(LdmError, match=r"known\.pt: latents are not finite"):
         list(pixels(2).encode(broken))
+
+
+# ------------------------------------------------------------------------- standard errors
+RNG = np.random.default_rng(0)
+
+
+def test_shares_of_a_mean_are_the_values():
+    values = RNG.normal(size=(GROUPS, 2))
+    whole, shares = image_shares(lambda chosen: values[chosen].mean(0), len(values))
+    np.testing.assert_allclose(whole, values.mean(0))
+    np.testing.assert_allclose(shares, values)
+
+
+def test_many_images_are_left_out_in_groups():
+    """The groups may differ in size."""
+    asked, errors = [], []
+    for _ in range(30):
+        values = RNG.normal(size=(3 * GROUPS + 20, 1))
+        _, shares = image_shares(
+            lambda chosen, of=values: asked.append(chosen) or of[chosen].mean(0), len(values)
+        )
+        errors.append(shares.std(ddof=1) / math.sqrt(len(shares)))
+    assert len(asked) == 30 * (GROUPS + 1) and list(asked[1][:3]) == [1, 2, 3]
+    left_out = [set(asked[0]) - set(some) for some in asked[1 : GROUPS + 1]]
+    assert set().union(*left_out) == set(asked[0]) and sum(map(len, left_out)) == len(values)
+    assert np.mean(errors) == pytest.approx(1 / math.sqrt(len(values)), rel=0.1)
+
+
+def test_jackknife_error_of_a_variance():
+    """The variance of n values of N(0, 1) has variance 2/(n − 1)."""
+    errors = []
+    for _ in range(200):
+        values = RNG.normal(size=(40, 1))
+        _, shares = image_shares(lambda chosen, of=values: of[chosen].var(0, ddof=1), 40)
+        errors.append(shares.var(ddof=1) / len(shares))
+    assert np.mean(errors) == pytest.approx(2 / 39, rel=0.15)
+
+
+# ------------------------------------------------------------------------------------- files
+def test_the_default_folder_is_next_to_the_model(tmp_path):
+    file = tmp_path / "ckpt.pt"
+    file.touch()
+    assert analysis_folder(None, file) == analysis_folder(None, tmp_path) == tmp_path / "analysis"
+    assert analysis_folder(Path("elsewhere"), file) == Path("elsewhere")
+
+
+def test_csv_round_trip(tmp_path):
+    rows = [("a, b", 1, 1 / 3, None), ('"c"', 2, 1e-12, -2.5)]
+    path = write_csv(tmp_path / "deep" / "x.csv", ("name", "k", "x", "y"), rows)
+    with path.open(encoding="utf-8", newline="") as file:
+        header, first, second = csv.reader(file)
+    assert header == ["name", "k", "x", "y"]
+    assert first[:2] == ["a, b", "1"] and first[3] == ""
+    assert float(first[2]) == pytest.approx(1 / 3, rel=1e-8)
+    assert second[0] == '"c"' and float(second[2]) == pytest.approx(1e-12, rel=1e-8)

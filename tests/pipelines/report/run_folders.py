@@ -1,4 +1,4 @@
-"""Folders of runs that nobody trained: what is tested is what is read of them."""
+"""Run folders with untrained models, as inputs of the report."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def stage_one(folder: Path, *settings: str, seed: int = 0, model: bool = True) -
 
 
 def stage_two(folder: Path, *settings: str, seed: int = 0, model: bool = True) -> Path:
-    """The same of stage two, at 32²."""
+    """A finished stage-two run at 32²."""
     describe_run(folder, "diffusion", "tiny", diffusion_recipe("none", *settings))
     if model:
         make_model(folder, seed)

@@ -15,7 +15,7 @@ def decoded(html: str) -> list[np.ndarray]:
     return [np.array(Image.open(io.BytesIO(base64.b64decode(data)))) for data in found]
 
 
-def test_the_page_is_one_file_that_escapes_what_it_is_told(tmp_path):
+def test_the_page_is_one_file_with_escaped_text(tmp_path):
     picture = page.picture(torch.zeros(4, 3, 8, 8), 2, "a <b> & c")
     path = page.write_page(
         tmp_path / "p.html", "<title>", "lead",
@@ -35,14 +35,14 @@ def test_markup_is_not_escaped_again():
     assert f"<th>{chip}</th>" in table and "a &amp; b" in table
 
 
-def test_a_note_says_below_what_it_is_of():
+def test_a_note_has_its_subject_below():
     assert page.note("a & b", "c < d") == (
         '<p class="note">a &amp; b<br><span class="dim">c &lt; d</span></p>'
     )
     assert page.note("a") == '<p class="note">a</p>'
 
 
-def test_lines_between_rows_go_along_with_the_column_that_stays():
+def test_row_borders_scroll_with_the_sticky_column():
     """Collapsed borders belong to no cell, and stay behind; the next cell paints over one below."""
     (cells,) = re.findall(r"td, th \{(.*?)\}", page.STYLE, re.DOTALL)
     assert "position: sticky" in page.STYLE and "border-collapse: separate" in page.STYLE
@@ -58,7 +58,7 @@ def test_strips_keep_pixels_and_one_width():
     assert 'width="256"' in page.strips([("large", torch.zeros(1, 3, 256, 256))])
 
 
-def test_a_picture_that_is_there_is_embedded_as_it_is(tmp_path):
+def test_a_png_file_is_embedded_unchanged(tmp_path):
     Image.new("RGB", (4, 2), (1, 2, 3)).save(tmp_path / "x.png")
     html = page.png(tmp_path / "x.png", "x & y")
     assert (tmp_path / "x.png").read_bytes() == base64.b64decode(

@@ -1,4 +1,4 @@
-"""The page as a reader meets it: what is on it, and that it is true."""
+"""The whole page: its pictures, numbers, notes and errors."""
 
 import base64
 import io
@@ -24,7 +24,7 @@ VOID = {"meta", "img", "br", "wbr"}
 
 
 class Checked(HTMLParser):
-    """Every tag is closed in its turn, and nothing is fetched or run."""
+    """Check that tags are balanced, and that nothing is fetched or run."""
 
     def __init__(self, text):
         super().__init__()
@@ -72,7 +72,7 @@ def part(text: str, title: str) -> str:
     return found
 
 
-def test_two_runs_stand_side_by_side(tmp_path, report):
+def test_two_runs_side_by_side(tmp_path, report):
     a, b = stage_one(tmp_path / "a", "lr=0.5"), stage_one(tmp_path / "b", "lr=0.25", seed=1)
     text = report(a, b)
     assert "2 runs side by side" in text and "2 autoencoders (stage one)." in text
@@ -91,7 +91,7 @@ def test_two_runs_stand_side_by_side(tmp_path, report):
         assert load_model(run, "autoencoder").sha256[:12] in text.partition("<section>")[0]
 
 
-def test_reconstructions_are_of_the_same_held_out_images_and_measured_right(tmp_path, report):
+def test_reconstructions_and_their_psnr(tmp_path, report):
     text = part(
         report(stage_one(tmp_path / "a"), stage_one(tmp_path / "b", seed=1)), "Reconstructions"
     )
@@ -106,8 +106,8 @@ def test_reconstructions_are_of_the_same_held_out_images_and_measured_right(tmp_
         assert [float(value) for value in numbers[1:]] == pytest.approx(each, abs=0.051)
 
 
-def test_data_that_is_named_is_split_as_each_runs_training_split_it(tmp_path, report):
-    """Of its own folder, else it would be shown what it was trained on as if it were not."""
+def test_requested_data_keeps_the_split_of_each_training(tmp_path, report):
+    """Another split would show training images as held-out ones."""
     folder, other = (save_images(tmp_path / name, crops(24)[::step]) for name, step in
                      (("data", 1), ("other", -1)))  # fmt: skip
     settings = (f"data.source={folder}", "data.held_out=3")
@@ -122,7 +122,7 @@ def test_data_that_is_named_is_split_as_each_runs_training_split_it(tmp_path, re
     assert "never saw" not in of_both and of_both.count("held-out images at 32²") == 2
 
 
-def test_runs_that_ended_at_several_resolutions_are_shown_at_the_highest(tmp_path, report):
+def test_runs_are_shown_at_their_highest_resolution(tmp_path, report):
     larger = "phases=[{resolution: 32, steps: 4}, {resolution: 64, steps: 4}]"
     runs = stage_one(tmp_path / "a"), stage_one(tmp_path / "b", larger)
     text = part(report(*runs), "Reconstructions")
@@ -131,7 +131,7 @@ def test_runs_that_ended_at_several_resolutions_are_shown_at_the_highest(tmp_pat
     assert pictures(text)[0].shape == (32, 32, 3) and text.count("trained at up to 64²") == 1
 
 
-def test_samples_are_those_of_the_seed(tmp_path, report):
+def test_samples_match_the_pipeline(tmp_path, report):
     a, b = stage_two(tmp_path / "a"), stage_two(tmp_path / "b", seed=1)
     text = report(a, b, seed=3, images=3)
     shown = pictures(part(text, "Samples"))
@@ -143,7 +143,7 @@ def test_samples_are_those_of_the_seed(tmp_path, report):
     assert load_model(a, "diffusion").sha256 in text
 
 
-def test_stages_do_not_mix_on_a_page_of_both(tmp_path, report):
+def test_stages_have_separate_sections(tmp_path, report):
     """As in the folder of a demo, which is no run itself."""
     stage_one(tmp_path / "demo" / "autoencoder")
     stage_two(tmp_path / "demo" / "diffusion")
@@ -159,7 +159,7 @@ def test_stages_do_not_mix_on_a_page_of_both(tmp_path, report):
     assert "ℓ1" not in part(text, "Curves, stage two")
 
 
-def test_what_a_run_lacks_is_said_and_the_others_are_shown(tmp_path, report):
+def test_missing_files_become_notes(tmp_path, report):
     whole = stage_one(tmp_path / "whole")
     bare = stage_one(tmp_path / "bare", model=False)
     for name in ("metrics.jsonl", "result.json", "config.yaml"):
@@ -176,7 +176,7 @@ def test_what_a_run_lacks_is_said_and_the_others_are_shown(tmp_path, report):
     assert len(pictures(shown)) == 2 * 3 + 2
 
 
-def test_a_run_without_anything_is_a_page_all_the_same(tmp_path, report):
+def test_an_empty_run_still_gives_a_page(tmp_path, report):
     for make in (stage_one, stage_two):
         run = make(tmp_path / make.__name__, model=False)
         for name in ("metrics.jsonl", "result.json"):
@@ -188,7 +188,7 @@ def test_a_run_without_anything_is_a_page_all_the_same(tmp_path, report):
         assert "Nothing has been measured yet" in text
 
 
-def test_a_damaged_model_or_missing_data_is_said(tmp_path, report):
+def test_damaged_models_and_missing_data_become_notes(tmp_path, report):
     damaged, moved = stage_one(tmp_path / "a"), stage_one(tmp_path / "b", "data.source=gone")
     (damaged / "ckpt.pt").write_bytes(b"PK\x03\x04 not all of it")
     text = report(damaged, moved)
@@ -208,7 +208,7 @@ def test_a_damaged_model_or_missing_data_is_said(tmp_path, report):
         ("a/ckpt.pt", LdmError, "is a file: pass the run folder"),
     ],
 )
-def test_what_is_no_run_is_one_line(tmp_path, report, what, error, told):
+def test_paths_without_a_run_are_refused(tmp_path, report, what, error, told):
     stage_one(tmp_path / "a")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "run.json").write_text('{"kind": "another"}', "utf-8")
@@ -218,7 +218,7 @@ def test_what_is_no_run_is_one_line(tmp_path, report, what, error, told):
     assert not (tmp_path / "page.html").exists()
 
 
-def test_what_cannot_be_asked_for_is_one_line(tmp_path):
+def test_invalid_options_are_refused(tmp_path):
     run = stage_one(tmp_path / "a")
     for how, told in (
         ({"images": 0}, "--images 0"),

@@ -1,16 +1,120 @@
-"""What a report says of the measurements in a run's folder."""
+"""Settings, curves and measurements as a report shows them."""
 
 import json
 import re
+from math import nan
 from pathlib import Path
 
 import pytest
 
+from ldm.config import flatten
 from ldm.files import write_json
+from pipelines.report import page
 from pipelines.report.records import Record, read_records
-from pipelines.report.sections import numbers_section
-from tests.pipelines.report.run_folders import stage_one, stage_two
+from pipelines.report.sections import POINTS, curves_section, numbers_section, settings_section
+from tests.pipelines.report.run_folders import stage_one, stage_two, write_rows
 
+
+def record(label: str = "a", config: dict | None = None, rows: list | None = None) -> Record:
+    return Record(Path(), "autoencoder", label, {}, config or {}, rows or [], None)
+
+
+# --------------------------------------------------------------------------------- settings
+def test_settings_are_compared_key_by_key():
+    a = {"lr": 1.0, "run": {"seed": 0, "log_every_steps": 1}, "encoder": {"type": "x", "n": 1}}
+    b = {"lr": 1.0, "run": {"seed": 1, "log_every_steps": 2}, "encoder": {"type": "y"}}
+    assert flatten(a)["run.seed"] == 0
+    records = record("a", a), record("b", b)
+    text = settings_section(records)
+    text = text.replace("<wbr>", "")
+    differing, _, everything = text.partition("<details>")
+    cells = re.findall(r"<td>(.*?)</td>", differing)
+    # how often a run is logged makes no other run of it
+    assert cells == ["run.seed", "0", "1", "encoder.type", "x", "y", "encoder.n", "1", "–"]
+    assert "<td>run.log_every_steps</td><td>1</td><td>2</td>" in everything
+    assert "All 5 settings" in everything
+
+
+def test_equal_settings_and_single_runs_have_no_table_of_differences():
+    records = record("a", {"lr": 1}), record("b", {"lr": 1})
+    assert "have the same settings" in settings_section(records)
+    assert "<table" not in settings_section(records[:1]).partition("<details>")[0]
+    assert settings_section([record()]) == ""
+
+
+# ----------------------------------------------------------------------------------- curves
+
+
+def test_only_long_curves_are_averaged(monkeypatch):
+    rows = [{"images_seen": n, "loss": float(n % 2)} for n in range(1, 10 * POINTS + 1)]
+    long, short = record("long", rows=rows), record("short", rows=rows[:POINTS])
+    drawn = {}
+    monkeypatch.setattr(page, "lines_svg", lambda lines, *_: drawn.update(lines) or "<svg></svg>")
+    text = curves_section([long, short])
+    assert f"averaged to {POINTS} points" in text
+    assert len(drawn["long"]) == len(drawn["short"]) == POINTS
+    assert {y for _, y in drawn["long"]} == {0.5}  # the mean of ten
+    assert {y for _, y in drawn["short"]} == {0.0, 1.0}
+    assert drawn["long"][-1][0] == 10 * POINTS
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "title", "log"),
+    [
+        ("l1", (1.0, 0.01), "ℓ1", True),
+        ("l1", (1.0, 0.5), "ℓ1", False),
+        ("adversarial", (1.0, -0.01), "adversarial", False),
+        ("val_psnr", (1.0, 30.0), "PSNR, held-out, dB", False),
+    ],
+)
+def test_log_scale_for_positive_values_over_a_decade(monkeypatch, name, values, title, log):
+    rows = [{"images_seen": n, name: value} for n, value in enumerate(values)]
+    scales = []
+    monkeypatch.setattr(page, "lines_svg", lambda *asked: scales.append(asked[-1]) or "<svg></svg>")
+    assert title in curves_section([record(rows=rows)])
+    assert scales == [log]
+
+
+def test_a_note_warns_of_different_validation_resolutions():
+    rows = [{"images_seen": 8, "val_psnr": 20.0, "l1": 0.5, "resolution": 64}]
+    sides = {"a": [64], "b": [64, 128], "c": [32, 64]}
+    runs = [
+        record(label, {"phases": [{"resolution": side, "steps": 1} for side in each]}, rows)
+        for label, each in sides.items()
+    ]
+    text = curves_section(runs)
+    told = "Not comparable between resolutions. Validated at 128²: b; at 64²: a, c."
+    assert (
+        text.count(told) == 1
+        and told in re.search("<h3>PSNR.*?</p></div>", text, re.DOTALL).group()
+    )
+    assert "Validated" not in curves_section([runs[0], runs[2]])
+    unknown = record("d", rows=rows)
+    text = curves_section([runs[0], unknown])
+    assert "Validated at 64²: a; at an unknown resolution: d." in text
+
+
+def test_the_gradient_ratio_is_explained():
+    rows = [{"images_seen": n, "gradient_ratio": 0.25} for n in (8, 16)]
+    text = curves_section([record(rows=rows)])
+    assert "<h3>gradient ratio, ‖∇rec‖ ÷ ‖∇adv‖</h3>" in text and "a 0.25<" not in text
+    assert "without its ½. `ldm analyze gradients` draws the inverse.</p>" in text
+
+
+def test_no_curves_without_values():
+    rows = [{"images_seen": 1, "val_count": 3}, {"images_seen": 2, "loss": nan}]
+    assert curves_section([record(rows=rows)]) == ""
+
+
+def test_damaged_rows_are_skipped(tmp_path):
+    run = stage_one(tmp_path / "a")
+    write_rows(run, [{"images_seen": 1, "l1": None}])
+    (found,) = read_records([run])
+    assert found.rows == [{"images_seen": 1}]
+    assert curves_section([found]) == ""
+
+
+# ----------------------------------------------------------------------------------- numbers
 DATA = {"source": "some/images", "crop": "random", "held_out": 3, "workers": 2}
 OURS = {"name": "wf:feats", "sha256": "f00d", "is_published": False}
 
@@ -28,13 +132,13 @@ def rows_of(text: str) -> list[list[str]]:
 
 
 def evaluate(path: Path, **other) -> None:
-    """Write what `ldm eval-ae` writes, as far as it matters."""
+    """Write the relevant part of a result of `ldm eval-ae`."""
     told = {"path": f"runs/{path.parent.parent.name}/ckpt.pt", "sha256": "beef"}
     tree = {"resolution": 64, "count": 38, "split": "val", "data": DATA, "model": told}
     write_json(path, tree | {"numbers": {"psnr": 12.5}, "extractor": None, "notes": []} | other)
 
 
-def test_every_measurement_is_a_row_with_where_it_comes_from(tmp_path):
+def test_every_measurement_is_a_row_with_sources(tmp_path):
     run = stage_one(tmp_path / "a")
     alone = {"resolution": 64, "count": 5000, "numbers": {"rfid": 0.5, "kid": 0.002},
              "details": {"kid_std": 0.001, "swd_images": 0},
@@ -99,7 +203,7 @@ def test_samples_measured_in_a_runs_folder_are_found(tmp_path):
     assert "seed1-steps18/fid.json is damaged" in found.notes[0]
 
 
-def test_evaluations_of_the_same_that_agree_are_one_row(tmp_path):
+def test_agreeing_evaluations_share_a_row(tmp_path):
     run = stage_one(tmp_path / "a")
     (run / "result.json").unlink()
     folder, of_ours = run / "eval", {"psnr": 12.5, "rfid": 3.0}
@@ -134,7 +238,7 @@ def test_evaluations_of_the_same_that_agree_are_one_row(tmp_path):
         assert text.count(f"<td>{folder / name}.json</td>") == 1
 
 
-def test_what_is_said_of_several_rows_is_said_once_and_names_them(tmp_path):
+def test_a_caveat_is_shown_once_with_its_rows(tmp_path):
     for name in "ab":
         run = stage_one(tmp_path / name)
         seen = f"runs/{name}/ckpt.pt was trained on these images"
@@ -148,7 +252,7 @@ def test_what_is_said_of_several_rows_is_said_once_and_names_them(tmp_path):
     ]
 
 
-def test_every_result_beside_samples_is_found_and_told_apart_by_what_is_inside(tmp_path):
+def test_results_of_samples_are_found_and_distinguished(tmp_path):
     run = stage_two(tmp_path / "a")
     (run / "result.json").unlink()
     ours = {"what": "8 images", "count": 8, "fingerprint": "f1"}
@@ -185,7 +289,7 @@ def test_every_result_beside_samples_is_found_and_told_apart_by_what_is_inside(t
         (float("inf"), "inf ± 0.250"),
     ],
 )
-def test_long_numbers_are_told_by_their_power_of_ten(tmp_path, value, told):
+def test_long_numbers_are_powers_of_ten(tmp_path, value, told):
     run = stage_two(tmp_path / "a")
     (run / "result.json").unlink()
     (run / "samples" / "s").mkdir(parents=True)
