@@ -22,23 +22,28 @@ from pipelines.train_autoencoder import (
 )
 from tests.small import ROOT, autoencoder_recipe
 
+SHORT = "phases=[{resolution: 32, steps: 4}]"
+
 
 def test_checkpointing_trains_to_the_same_bits(tmp_path):
     plain, sparing = (
-        train_autoencoder(autoencoder_recipe(f"checkpointing={flag}"), "tiny", tmp_path / flag)
+        train_autoencoder(
+            autoencoder_recipe(SHORT, f"checkpointing={flag}"), "tiny", tmp_path / flag
+        )
         for flag in ("false", "true")
     )
     a, b = (load_model(folder, "autoencoder") for folder in (plain, sparing))
     assert a.sha256 == b.sha256
 
 
+@pytest.mark.slow
 def test_compiled_training_gives_the_same_weights(tmp_path, monkeypatch):
     """Compiled by the backend that needs no C++ compiler."""
     compile = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda net: compile(net, backend="aot_eager"))
     plain, compiled = (
         train_autoencoder(
-            autoencoder_recipe(f"run.compile={flag}", "phases=[{resolution: 32, steps: 4}]"),
+            autoencoder_recipe(f"run.compile={flag}", "phases=[{resolution: 32, steps: 2}]"),
             "tiny",
             tmp_path / flag,
         )
@@ -113,8 +118,8 @@ def test_loss_falls(tmp_path):
 
 
 def test_accumulation_sees_the_same_images(tmp_path):
-    whole = train_autoencoder(autoencoder_recipe(), "tiny", tmp_path / "whole")
-    parts = train_autoencoder(autoencoder_recipe("accumulate=2"), "tiny", tmp_path / "parts")
+    whole = train_autoencoder(autoencoder_recipe(SHORT), "tiny", tmp_path / "whole")
+    parts = train_autoencoder(autoencoder_recipe(SHORT, "accumulate=2"), "tiny", tmp_path / "parts")
     a, b = (read_rows(f / "metrics.jsonl")[0]["l1"] for f in (whole, parts))
     assert a == pytest.approx(b, rel=1e-3)
 
@@ -122,22 +127,22 @@ def test_accumulation_sees_the_same_images(tmp_path):
 def test_failed_last_export_is_repeated_on_resume(tmp_path, monkeypatch):
     import pipelines.train_autoencoder as job
 
-    whole = train_autoencoder(autoencoder_recipe(), "tiny", tmp_path / "whole")
+    whole = train_autoencoder(autoencoder_recipe(SHORT), "tiny", tmp_path / "whole")
     save = job.save_model
 
     def dies_at_the_end(path, model):
-        if model.provenance["images_seen"] == 32:
+        if model.provenance["images_seen"] == 16:
             raise LdmError("disk full")
         save(path, model)
 
     monkeypatch.setattr(job, "save_model", dies_at_the_end)
     with pytest.raises(LdmError, match="disk full"):
-        train_autoencoder(autoencoder_recipe(), "tiny", tmp_path / "run")
-    assert load_model(tmp_path / "run", "autoencoder").provenance["images_seen"] < 32
+        train_autoencoder(autoencoder_recipe(SHORT), "tiny", tmp_path / "run")
+    assert load_model(tmp_path / "run", "autoencoder").provenance["images_seen"] < 16
     monkeypatch.setattr(job, "save_model", save)
-    folder = train_autoencoder(autoencoder_recipe(), "tiny", tmp_path / "run")
+    folder = train_autoencoder(autoencoder_recipe(SHORT), "tiny", tmp_path / "run")
     ours, theirs = (load_model(path, "autoencoder") for path in (folder, whole))
-    assert ours.sha256 == theirs.sha256 and ours.provenance["images_seen"] == 32
+    assert ours.sha256 == theirs.sha256 and ours.provenance["images_seen"] == 16
 
 
 def make_pictures(folder, count: int) -> None:
