@@ -42,8 +42,8 @@ from pipelines.measuring.reference import (
     PUBLISHED,
     ImageReference,
     Reference,
+    choose_data,
     open_statistics,
-    resolve_source,
 )
 from pipelines.measuring.statistics import (
     SWD_IMAGES,
@@ -140,12 +140,10 @@ def _choose_data(data: str | None, samples: Samples) -> tuple[DataConfig, str | 
     own = None
     with nullcontext() if data is None else suppress(UsageError):  # of another version
         own = _trained_on(samples)
-    # split as for training: by another split, training images would be among those held out
-    if own is not None and (data is None or resolve_source(own.source) == resolve_source(data)):
-        return own, None
-    if data is None:
+    chosen = choose_data(data, own)
+    if chosen is None:
         raise UsageError(f"{samples.path} does not name its model's training data: give --data")
-    return DataConfig(source=data), data
+    return chosen, None if chosen is own else data
 
 
 def _trained_on(samples: Samples) -> DataConfig | None:

@@ -62,9 +62,9 @@ def find_neighbours(
     by a quarter of a side at most. They are compared mirrored, too, if training mirrored them.
 
     Args:
-        samples: as `ldm sample` writes it, or any folder of PNGs; None: the newest.
-        data: as `DataConfig.source`; None: the training data of the samples' model. Crops, flips
-            and the split are as in its training, as far as this data allows.
+        samples: None: the newest.
+        data: None: the training data of the samples' model. Crops, flips and the split are as in
+            its training, as far as this data allows.
         model: of the samples, for "latents"; None: the one that they name.
     """
     for name, value in (("--count", count), ("--nearest", nearest), ("--batch-size", batch_size)):

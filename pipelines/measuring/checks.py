@@ -27,6 +27,7 @@ from ldm.seeds import generator
 from pipelines.measuring.reference import (
     Reference,
     find_filter,
+    is_same,
     native_size,
     read_preparation,
     resolve_source,
@@ -95,7 +96,13 @@ def find_issues(
             f"and with fewer than {extractor.dim:,}, one per feature, the covariance is singular: "
             "give more images, or compare it only with FIDs over as many"
         )
-    if trained_on is not None and split is None and _holds_all(reference, trained_on):
+    if (
+        trained_on is not None
+        and split is None
+        and reference.split == "all"
+        and is_same(reference.config, trained_on.source)
+        and not holds_out(trained_on)
+    ):
         yield Issue(
             f"{reference.what} are all images that the model was trained on, and none is held out: "
             "a model that memorised them would score best; if that is intended, as in many papers, "
@@ -108,14 +115,6 @@ def find_issues(
             f"{name} is compressed at the size of the comparison, and the samples are not: FID "
             "between JPEG and PNG measures the compression; give uncompressed reference images"
         )
-
-
-def _holds_all(reference: Reference, trained_on: DataConfig) -> bool:
-    """Whether a reference is all that a model was trained on."""
-    if reference.config is None or reference.split != "all":
-        return False
-    same = resolve_source(reference.config.source) == resolve_source(trained_on.source)
-    return same and not holds_out(trained_on)
 
 
 def _find_other_preparation(

@@ -34,7 +34,7 @@ from pipelines.measuring.checks import (
     name_data,
     resolve,
 )
-from pipelines.measuring.reference import resolve_source
+from pipelines.measuring.reference import choose_data, is_same
 
 # ---------------------------------------------------------------------------------------- jobs
 Compared = dict[tuple[DataConfig, DataConfig, int], Overlap | LdmError]
@@ -93,7 +93,7 @@ def _open(
     jobs: list[EvaluationJob] = []
     opened: dict[tuple[DataConfig, int], Source] = {}
     for path, config, about in [_read(path) for path in models]:
-        chosen = _choose_data(_trained_on(about), data)
+        chosen = choose_data(data, _trained_on(about))
         phases = (about["trained"].get("recipe") or {}).get("phases")
         sides = resolutions or ([phases[-1]["resolution"]] if phases else [])
         if chosen is None or not sides:
@@ -125,17 +125,6 @@ def _trained_on(about_model: Mapping[str, Any]) -> DataConfig | None:
     return validate(DataConfig, recipe["data"]) if "data" in recipe else None
 
 
-def _choose_data(own: DataConfig | None, data: str | DataConfig | None) -> DataConfig | None:
-    if data is None or isinstance(data, DataConfig):
-        return data or own
-    # split as for training: another split would hold out images that were trained on
-    return own if _is_same(own, data) else DataConfig(source=data)
-
-
-def _is_same(trained_on: DataConfig | None, source: str) -> bool:
-    return trained_on is not None and resolve_source(trained_on.source) == resolve_source(source)
-
-
 def _check_resolution(path: Path, config: AutoencoderConfig, resolution: int) -> None:
     encoder = config.encoder
     least = max(SMALLEST, encoder.downsampling)
@@ -165,7 +154,7 @@ def _compare(
         return {"held_out": held_out, "note": note, "overlap": overlap}
 
     trained_on = _trained_on(job.about_model)
-    own = _is_same(trained_on, job.data.source)
+    own = is_same(trained_on, job.data.source)
     if own and job.split in ("train", "all"):
         return seen(False, f"{job.model} was trained on these images, or some of them")
     against = trained_on or (job.data if job.split == "val" else None)

@@ -54,6 +54,19 @@ def resolve_source(source: str) -> str | Path:
     return source if source == PHOTOS else Path(source).expanduser().resolve()
 
 
+def is_same(config: DataConfig | None, source: str) -> bool:
+    """Test whether a config, if there is one, is of the data set at `source`."""
+    return config is not None and resolve_source(config.source) == resolve_source(source)
+
+
+def choose_data(data: str | DataConfig | None, own: DataConfig | None) -> DataConfig | None:
+    """Return the named data, or by default a model's own."""
+    if data is None or isinstance(data, DataConfig):
+        return data or own
+    # split as for training: another split would hold out images that were trained on
+    return own if is_same(own, data) else DataConfig(source=data)
+
+
 def read_preparation(config: DataConfig) -> dict[str, Any] | None:
     """Return size, filter, crop and source of data made by `ldm data prepare`; None of other."""
     path = Path(config.source).expanduser()

@@ -219,7 +219,8 @@ class SetStatistics:
         self.patches = PatchDescriptors(resolution, seed=SEED) if swd_images else None
         self.hashes: Hashes | None = {} if hashes else None
         self.every_feature: list[NDArray[np.float32]] | None = [] if every_feature else None
-        self.count, self.origin = 0, dict[str, Any]()
+        self.origin: dict[str, Any] = {}
+        self.count = 0
         # The i-th of the images drawn gives patches at the same places in every set, so that equal
         # sets are at distance 0.
         drawn, self._places = draw_images(total, swd_images), torch.full((total,), -1)
@@ -248,18 +249,13 @@ class SetStatistics:
             self.hashes |= hash_images(images, ks)
 
     def merge(self, other: "SetStatistics") -> None:
-        """Take in another process's share of the same set."""
-        ours, theirs = (
-            (side.features is None, side.patches is None, side.hashes is None)
-            for side in (self, other)
-        )
-        if ours != theirs:
-            raise ValueError("cannot merge statistics that keep different things")
+        """Take in another process's share of the same set, which keeps the same."""
         if self.features and other.features:
             self.features.merge(other.features)
         if self.patches and other.patches:
             self.patches.merge(other.patches)
-        self.hashes = None if self.hashes is None else self.hashes | (other.hashes or {})
+        if self.hashes is not None and other.hashes is not None:
+            self.hashes |= other.hashes
         self.count += other.count
 
 
@@ -280,14 +276,12 @@ def accumulate(
     swd_images: int = SWD_IMAGES,
     every_feature: bool = False,
 ) -> SetStatistics:
-    """Take in every image of a set once, shared by all processes.
+    """Take in every image of a set once, shared by all processes; for options see `SetStatistics`.
 
     Args:
-        extractor: None leaves the features out.
         device: where patches are cut.
         batch_size: images at a time, over all processes.
         workers: loader processes.
-        swd_images: images to take patches of; 0: none.
 
     Returns:
         The statistics of all images on the main process, of their own share on the others.

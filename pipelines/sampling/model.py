@@ -100,6 +100,10 @@ class LatentModel:
             device: auto, cpu, cuda, cuda:1, or torch's.
             precision: fp32, bf16 (networks under autocast, their weights stay float32), auto (bf16
                 where the device supports it), or torch's dtype.
+
+        Raises:
+            LdmError: no such device.
+            UsageError: an unknown precision.
         """
         if isinstance(device, torch.dtype):
             device, precision = None, device
