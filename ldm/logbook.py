@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,21 @@ def progress_bar(unit: str = "steps") -> Progress:
         transient=True,
         disable=not console.is_terminal,
     )
+
+
+@contextmanager
+def show_progress(what: str, total: int, visible: bool = True) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar of `total` images, if it is visible; call the result with each count."""
+    bar = progress_bar("images")
+    bar.disable = bar.disable or not visible
+    with bar:
+        task = bar.add_task(what, total=total, speed="", note="")
+
+        def advance(count: int) -> None:
+            speed = bar.tasks[task].speed
+            bar.update(task, advance=count, speed=f"{speed:.1f} images/s" if speed else "")
+
+        yield advance
 
 
 class Logbook:

@@ -24,7 +24,7 @@ from ldm.device import keep_freed_memory, memory_format
 from ldm.distributed import fail_together, from_main, join_processes
 from ldm.errors import UsageError
 from ldm.files import write_json
-from ldm.logbook import console
+from ldm.logbook import console, show_progress
 from ldm.metrics.inception import Extractor
 from ldm.run_folder import installed_version, newest_run, provenance
 from pipelines.measuring.checks import check_writable
@@ -46,7 +46,6 @@ from pipelines.measuring.statistics import (
     find_extractor,
     gather_statistics,
     load_on_all,
-    track,
 )
 from pipelines.validation import Scores, reconstruct
 
@@ -177,12 +176,16 @@ def _measure(
         job.source, job.resolution, how.batch_size * world, how.limit, ranks.process_index, world,
         job.data.workers, faults,
     )  # fmt: skip
-    shown = track(reconstruct(ae, stream, device), "measuring", total, ranks)
-    with fail_together(ranks), closing(shown) as pairs:
+    with (
+        fail_together(ranks),
+        show_progress("measuring", total, ranks.is_main_process) as advance,
+        closing(reconstruct(ae, stream, device)) as pairs,
+    ):
         for pair in pairs:
             scores.add(pair, metrics.lpips and metrics.lpips.each)
             real.update(pair.images, pair.k, extractor)
             fake.update(pair.recon, pair.k, extractor)
+            advance(len(pair.k) * world)
     shares = gather_object([(scores, faults.found)])
     real, fake = (gather_statistics(side, ranks) for side in (real, fake))
 

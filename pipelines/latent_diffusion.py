@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from diffusion.guidance import inpaint
 from ldm.errors import UsageError
 from ldm.images import to_float, to_pil
-from ldm.logbook import progress_bar
+from ldm.logbook import show_progress
 from ldm.seeds import normal
 from pipelines.sampling.model import LatentModel
 from pipelines.sampling.settings import Churn, Options, integer
@@ -169,14 +169,11 @@ def _read_mask(mask: Tensor, images: Tensor) -> Tensor:
 
 def _in_batches(n: int, options: Options, sample: Callable[[range], Tensor]) -> Images:
     batches = []
-    bar = progress_bar("images")
-    bar.disable = bar.disable or not options.progress
-    with bar:
-        task = bar.add_task("sampling", total=n, speed="", note="")
+    with show_progress("sampling", n, options.progress) as advance:
         for start in range(0, n, options.batch_size):
             indices = range(start, min(n, start + options.batch_size))
             batches.append(sample(indices))
-            bar.update(task, advance=len(indices))
+            advance(len(indices))
             if options.callback:
                 options.callback(indices.stop)
     images = torch.cat(batches)

@@ -14,7 +14,7 @@ import torch
 from ldm.distributed import from_main
 from ldm.errors import UsageError
 from ldm.images import save_grid, to_float, to_pil
-from ldm.logbook import console, progress_bar
+from ldm.logbook import console, show_progress
 from pipelines.sampling.model import SamplingJob
 from pipelines.sampling.sample_folder import (
     GRID,
@@ -109,11 +109,8 @@ def _begin(job: SamplingJob, store: PngStore, files: Files, n: int, held: ExitSt
 
 def _write_batches(job: SamplingJob, store: PngStore, batches: Sequence[Sequence[int]]) -> None:
     """Sample each batch while the one before is being written."""
-    is_main = job.ranks.is_main_process
-    bar = progress_bar("images")
-    bar.disable = bar.disable or not is_main
-    with bar, ThreadPoolExecutor(WRITERS) as pool:
-        task = bar.add_task("sampling", total=sum(map(len, batches)), speed="", note="")
+    is_main, total = job.ranks.is_main_process, sum(map(len, batches))
+    with show_progress("sampling", total, is_main) as advance, ThreadPoolExecutor(WRITERS) as pool:
         writing: list[Future] = []
         for indices in batches:
             images = job.sample(indices)
@@ -125,8 +122,7 @@ def _write_batches(job: SamplingJob, store: PngStore, batches: Sequence[Sequence
             ]
             if is_main:
                 writing.append(pool.submit(store.tidy))
-            speed = bar.tasks[task].speed
-            bar.update(task, advance=len(indices), speed=f"{speed:.1f} images/s" if speed else "")
+            advance(len(indices))
         _wait(writing)
 
 

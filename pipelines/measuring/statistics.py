@@ -5,8 +5,7 @@ network (for FID, KID, precision, recall), patches of some images (for the slice
 distance, which needs no network), and a hash of every image (to find images that two sets share).
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -25,7 +24,7 @@ from ldm.data import Batch, Source, evaluation_batches
 from ldm.data.loader import FaultCount
 from ldm.distributed import fail_together, from_main
 from ldm.errors import LdmError, UsageError
-from ldm.logbook import progress_bar
+from ldm.logbook import show_progress
 from ldm.metrics import PatchDescriptors, frechet_distance
 from ldm.metrics.features import FeatureSet
 from ldm.metrics.inception import Extractor, Mode, load_extractor
@@ -289,27 +288,15 @@ def accumulate(
     mine = SetStatistics(len(images), images.resolution, extractor, swd_images, True, every_feature)
     # starting processes for a single batch takes longer than loading it
     workers = min(workers, len(images) // batch_size)
-    with fail_together(ranks):
-        stream = images.batches(batch_size, ranks.process_index, ranks.num_processes, workers)
-        with closing(track(stream, images.what, len(images), ranks)) as batches:
-            for batch in batches:
-                mine.update(batch.images.to(device), batch.k, extractor)
+    with (
+        fail_together(ranks),
+        show_progress(images.what, len(images), ranks.is_main_process) as advance,
+    ):
+        rank, world = ranks.process_index, ranks.num_processes
+        for batch in images.batches(batch_size, rank, world, workers):
+            mine.update(batch.images.to(device), batch.k, extractor)
+            advance(len(batch.k) * world)
     return gather_statistics(mine, ranks)
-
-
-def track(
-    stream: Iterable[Any], what: str, total: int, ranks: PartialState
-) -> Generator[Any, None, None]:
-    """Yield this process's batches, with a progress bar of all processes on the main one."""
-    bar = progress_bar("images")
-    bar.disable = bar.disable or not ranks.is_main_process
-    with bar:
-        task = bar.add_task(what, total=total, speed="", note="")
-        for batch in stream:
-            yield batch
-            speed = bar.tasks[task].speed
-            shown = f"{speed:.1f} images/s" if speed else ""
-            bar.update(task, advance=len(batch.k) * ranks.num_processes, speed=shown)
 
 
 def gather_statistics(mine: SetStatistics, ranks: PartialState) -> SetStatistics:

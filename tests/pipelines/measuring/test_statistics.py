@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from ldm import distributed
+from ldm import distributed, logbook
 from ldm.errors import LdmError, UsageError
 from ldm.metrics import frechet_distance, sliced_wasserstein
 from pipelines.measuring import statistics
@@ -147,8 +147,8 @@ def test_a_failing_pass_ends_its_progress_bar(monkeypatch):
             raise LdmError("one is gone")
             yield
 
-    original = statistics.progress_bar
-    monkeypatch.setattr(statistics, "progress_bar", bar)
+    original = logbook.progress_bar
+    monkeypatch.setattr(logbook, "progress_bar", bar)
     with pytest.raises(LdmError, match="one is gone"):
         accumulate(Broken(), PartialState(cpu=True), batch_size=3)
     assert not bars[0].live.is_started
