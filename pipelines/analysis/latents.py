@@ -39,9 +39,6 @@ COLUMNS = ("image", "reconstruction", "latent,\nchannels 1-3", "latent,\nPCA")
 FEW = 12  # up to this many channels, each has a tick
 VERY_FEW = 6  # up to this many, their correlations are printed
 
-Rows = dict[str, list[Tensor]]
-"""Per model: images, reconstructions, latents by channels and by PCA, each (B, 3, H, W)."""
-
 
 def analyze_latents(
     subjects: Sequence[Subject],
@@ -210,7 +207,7 @@ def fall(frequencies: Tensor, power: Tensor) -> float:
 def _pictures(
     subject: Subject, statistics: LatentStatistics, images: SharedImages, count: int
 ) -> list[Tensor]:
-    """Return images, reconstructions, and latents as RGB by channels and by PCA."""
+    """Return images, reconstructions, and latents by channels and PCA, each (B, 3, H, W)."""
     pixels = sheet_images(images.source, images.resolution, count)
     shown = to_float(pixels.to(images.device))
     latents = subject.autoencoder.encode(shown).mode()  # (B, n_z, h, w)
@@ -269,8 +266,8 @@ def _summary(s: LatentStatistics) -> tuple[str, ...]:
 
 
 # ---------------------------------------------------------------------------------- showing
-def draw_sheet(path: Path, rows: Rows, what: str) -> None:
-    """Draw a row per image and model; the models of one image stand together for comparison."""
+def draw_sheet(path: Path, rows: dict[str, list[Tensor]], what: str) -> None:
+    """Draw a row of `_pictures` per image and model; the models of an image stand together."""
     count = len(next(iter(rows.values()))[0])
     under = (
         f"The first images of {what}, the posteriors' modes. Three channels, or the first three "

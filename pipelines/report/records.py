@@ -228,7 +228,7 @@ def _of_training(record: Record, result: Mapping[str, Any]) -> Iterator[Measurem
     if _known(best) and best.get("images_seen") != result.get("images_seen"):
         ends["best.pt"] = best
     for name, numbers in ends.items():
-        seen = _many(numbers.get("images_seen"), "images seen")
+        seen = _images(numbers.get("images_seen"), "images seen")
         images = _images(numbers.get("count"), "held-out images", record.resolution)
         yield Measurement(record, _join(name, seen, images), _known(numbers))
 
@@ -309,13 +309,11 @@ def _relevant(data: Tree) -> Tree:
     return {key: value for key, value in data.items() if key not in IRRELEVANT}
 
 
-def _images(count: Any, what: str, side: Any) -> str:
+def _images(count: Any, what: str, side: Any = None) -> str:
+    """Return such as "38 images at 64²", as far as known."""
+    many = f"{count:,} {what}" if isinstance(count, int) else ""
     at = f"at {side}²" if isinstance(side, int) and side > 0 else ""
-    return " ".join(filter(None, (_many(count, what), at)))
-
-
-def _many(count: Any, what: str) -> str:
-    return f"{count:,} {what}" if isinstance(count, int) else ""
+    return " ".join(filter(None, (many, at)))
 
 
 def _join(*words: str) -> str:

@@ -194,11 +194,10 @@ def _contents(path: Path, tree: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _origin(record: Record) -> list[tuple[str, str]]:
-    rows = [("folder", str(record.folder))]
-    rows += [(key, _text(value)) for key, value in flatten(record.described).items()]
+    origin = {"folder": str(record.folder), **flatten(record.described)}
     if record.sha256:
-        rows.append(("SHA-256 of the weights in ckpt.pt", record.sha256))
-    return rows
+        origin["SHA-256 of the weights in ckpt.pt"] = record.sha256
+    return [(key, _text(value)) for key, value in origin.items()]
 
 
 def _cell(measured: Measurement, name: str) -> str:
