@@ -72,7 +72,7 @@ class Result:
         missing = {name: record["missing"] for name, record in self.records.items()}
         scale = self.plan.scale
         why = "" if scale.judges else f"scale {scale.name} is too short for the claims"
-        if undone := levelled(self.targets, self.plan.settings):
+        if undone := undone_differences(self.targets, self.plan.settings):
             why = why or f"the settings remove what the rows differ in: {', '.join(undone)}"
         counted = {name for r in self.records.values() for name in r.get("counted", ())}
         return judge(self.table, self.numbers, missing, why, self.each, counted)
@@ -218,23 +218,17 @@ def table_lines(table: Table, numbers: Numbers) -> list[str]:
 def _both(row: Row, column: str, numbers: Numbers) -> tuple[str, str]:
     """The paper's number and ours."""
     ours = numbers.get(row.name, {}).get(column)
-    return show_paper(column, row.paper.get(column)), show(column, ours)
+    return show(column, row.paper.get(column), of_paper=True), show(column, ours)
 
 
-def show(column: str, value: Number | None) -> str:
-    """Format one of our numbers: a float, a mean with its ±, or a dash."""
-    return _show(value, f",.{COLUMNS[column].digits}f")
-
-
-def show_paper(column: str, value: Number | None) -> str:
-    """Format one of the paper's numbers, likewise."""
-    digits = COLUMNS[column].printed
-    return _show(value, "g" if digits is None else f".{digits}f")
-
-
-def _show(value: Number | None, form: str) -> str:
+def show(column: str, value: Number | None, of_paper: bool = False) -> str:
+    """Format a number of ours or of the paper's: a float, a mean with its ±, or a dash."""
     if value is None:
         return NOTHING
+    form = f",.{COLUMNS[column].digits}f"
+    if of_paper:
+        digits = COLUMNS[column].printed
+        form = "g" if digits is None else f".{digits}f"
     parts = value if isinstance(value, (tuple, list)) else (value,)
     return " ± ".join(f"{part:{form}}" for part in parts)
 
@@ -267,7 +261,7 @@ def _show_both(claim: Claim, comparison: Comparison, table: Table) -> str:
     """Two rows in one column: ours, and the paper's."""
     column, here, error = comparison.column, comparison.here, comparison.error
     papers = {row.name: row.paper[column] for row in table.rows}
-    theirs = (show_paper(column, papers[name]) for name in (claim.row, claim.than))
+    theirs = (show(column, papers[name], of_paper=True) for name in (claim.row, claim.than))
     text = f"the paper's {' against '.join(theirs)}"
     if here is not None:
         ours = " against ".join(show(column, value) for value in here)
@@ -365,7 +359,7 @@ def deviations(
     return [*lines, *dict.fromkeys(notes)]
 
 
-def levelled(targets: Sequence[Target], settings: Sequence[str]) -> list[str]:
+def undone_differences(targets: Sequence[Target], settings: Sequence[str]) -> list[str]:
     """Return the keys in which the paper's rows differ, and by the user's settings ours do not."""
     trained = [target for target in targets if target.taken is None]
     here = [flatten(to_tree(target.training.recipe)) for target in trained]

@@ -50,6 +50,7 @@ ENOUGH = FeatureExtractor.dim
 """Images of an FID that counts: of fewer than features the covariance is singular."""
 PAPER_LATENT = 4 * 32 * 32
 """Values in an image's latent in Table 6."""
+SIMILAR = "The held-out crops are of eight photographs, and similar: a ± is underestimated."
 NOT_PUBLISHED = "this scale uses a substitute for the published network, to test that the code runs"
 
 
@@ -253,6 +254,8 @@ def measure(table: Table, target: Target, model: Checkpoint, plan: BuildPlan) ->
     found.missing = {name: why for name, why in found.missing.items() if name in table.columns}
     if all(found.numbers.get(name) is None for name in OF_FEATURES):
         found.extractor = None
+    if found.each and target.data.source == PHOTOS:
+        found.notes.append(SIMILAR)
     if not plan.scale.protocol.published and target.stage_one.recipe.loss.esrgan:
         found.notes.append("ESRGAN's loss used a VGG-19 of random weights.")
     return found
@@ -309,13 +312,7 @@ def _reconstruction(target: Target, model: Checkpoint, plan: BuildPlan) -> RowNu
     extractor = about["extractor"]
     few = published and extractor is not None and found.count < extractor["dim"]
     forced = plan.force if few or about["seen"]["held_out"] is False else None
-    notes += _note_similar(target)
     return RowNumbers(numbers, missing, notes, found.count, each, extractor, forced)
-
-
-def _note_similar(target: Target) -> list[str]:
-    similar = "The held-out crops are of eight photographs, and similar: a ± is underestimated."
-    return [similar] if target.data.source == PHOTOS else []
 
 
 def _latents(target: Target, model: Checkpoint, plan: BuildPlan) -> RowNumbers:
@@ -336,7 +333,6 @@ def _latents(target: Target, model: Checkpoint, plan: BuildPlan) -> RowNumbers:
         f"their standard deviation; MMD² × 100, over {protocol.draws} draws of noise for the same "
         "images. The ± is the standard error over images, by the jackknife.",
         *([planned.seen["note"]] if planned.seen["note"] else []),
-        *_note_similar(target),
     ]
     if values != PAPER_LATENT:
         notes.append(

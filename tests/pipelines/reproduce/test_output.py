@@ -13,9 +13,9 @@ from pipelines.reproduce.output import (
     claim_lines,
     deviations,
     is_reported,
-    levelled,
     show,
     table_lines,
+    undone_differences,
 )
 from pipelines.reproduce.plan import SCALES, BuildPlan, published_recipe
 from pipelines.reproduce.runner import request_of
@@ -236,6 +236,6 @@ def test_checkpoints_and_notes_are_reported():
         ("t9", ("batch_size=4",), []),
     ],
 )
-def test_levelled_keys_are_found(word, settings, found):
+def test_undone_differences_are_found(word, settings, found):
     [table] = find_tables(word)
-    assert levelled(plan_of("small", settings).targets(table), settings) == found
+    assert undone_differences(plan_of("small", settings).targets(table), settings) == found
