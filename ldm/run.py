@@ -164,14 +164,6 @@ class Run:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
-    def check_batch(self, batch_size: int, accumulate: int) -> None:
-        """Raise a UsageError unless a batch divides into micro-batches and over processes."""
-        if batch_size % (accumulate * self.world):
-            raise UsageError(
-                f"batch_size={batch_size} does not divide into {accumulate} micro-batch(es) on "
-                f"{self.world} process(es): make it a multiple of {accumulate * self.world}"
-            )
-
     def accumulate(self, *modules: nn.Module) -> AbstractContextManager:
         """Return the context of a micro-batch; the last one of a batch syncs and updates."""
         return self.accelerator.accumulate(*modules)
@@ -306,6 +298,15 @@ class Run:
                 bar.update(task, completed=state.step, speed=f"{speed:.1f} images/s", note=note)
 
             yield show
+
+
+def check_batch(batch_size: int, accumulate: int, processes: int) -> None:
+    """Raise a UsageError unless a batch divides into micro-batches and over processes."""
+    if batch_size % (accumulate * processes):
+        raise UsageError(
+            f"batch_size={batch_size} does not divide into {accumulate} micro-batch(es) on "
+            f"{processes} process(es): make it a multiple of {accumulate * processes}"
+        )
 
 
 @contextmanager

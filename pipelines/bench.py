@@ -22,7 +22,7 @@ from ldm.logbook import console
 from ldm.run_folder import provenance
 from ldm.tables import markdown_table
 from ldm.timing import name_device, synchronise, take_turns
-from pipelines.doctor.costs import Holder, count_gmac, count_parameters
+from pipelines.doctor.costs import AllocationTracker, count_gmac, count_parameters
 
 ENCODERS = ("sdvae", "litevae-s", "litevae-b", "litevae-m", "litevae-l")
 REFERENCE = "sdvae"
@@ -193,11 +193,11 @@ def _count(name: str, resolution: int, batch: int) -> EncoderCost:
             )
         image = torch.zeros(1, 3, resolution, resolution)
         gmac = count_gmac(lambda: autoencoder.encoder(image))
-        with Holder() as holder:
+        with AllocationTracker() as tracker:
             autoencoder.encoder(torch.zeros(batch, 3, resolution, resolution))
         weights = sum(parameter.nbytes for parameter in autoencoder.encoder.parameters())
         parameters = count_parameters(autoencoder.encoder)
-    return EncoderCost(name, parameters, gmac, (holder.worst + weights) / MIB, nan)
+    return EncoderCost(name, parameters, gmac, (tracker.peak + weights) / MIB, nan)
 
 
 def _place(

@@ -20,7 +20,7 @@ from diffusion.build import DenoiserConfig, NetworkConfig
 from diffusion.edm import EDMConfig
 from diffusion.unet import UNetConfig
 from ldm.config import Config, list_presets
-from ldm.data import DataConfig, Source
+from ldm.data import DataConfig
 from ldm.data.dataset import PHOTOS
 from ldm.ema import gamma_of_std
 from ldm.errors import LdmError, UsageError
@@ -86,10 +86,11 @@ class AutoencoderRecipe(AutoencoderConfig):
         if self.adversarial.cutmix and self.discriminator.type != "unet":
             raise ValueError("adversarial.cutmix needs per-pixel logits: discriminator.type=unet")
         for phase in self.phases:
-            self._check_resolution(phase.resolution)
+            self.check_resolution(phase.resolution)
         return self
 
-    def _check_resolution(self, resolution: int) -> None:
+    def check_resolution(self, resolution: int) -> None:
+        """Raise a ValueError if the networks cannot train on images of this side, in pixels."""
         f = self.encoder.downsampling
         if resolution % f:
             raise ValueError(
@@ -202,15 +203,17 @@ class DiffusionRecipe(Config):
         )
 
 
-def fit(recipe: DiffusionRecipe, autoencoder: Autoencoder, source: Source) -> DiffusionRecipe:
+def fit(recipe: DiffusionRecipe, autoencoder: Autoencoder, classes: int) -> DiffusionRecipe:
     """Fill in the network's sizes from stage one, the data and the augmentation.
+
+    Args:
+        classes: number of the data's classes; ignored without `data.labels`.
 
     Raises:
         UsageError: the recipe has other sizes, or a resolution that the networks do not divide.
     """
-    denoiser = recipe.edm
-    n_z = autoencoder.config.latent_channels
-    classes = len(source.classes) if recipe.data.labels else 0
+    denoiser, n_z = recipe.edm, autoencoder.config.latent_channels
+    classes = classes if recipe.data.labels else 0
     augmented = AUGMENT_PARAMETERS if recipe.augment.probability > 0 else 0
     sizes = {"latent_channels": n_z, "classes": classes, "augment_parameters": augmented}
     defaults = type(recipe.network)()

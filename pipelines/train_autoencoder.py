@@ -37,7 +37,7 @@ from ldm.errors import Interrupted
 from ldm.images import to_float
 from ldm.learning_rate import learning_rate, set_learning_rate
 from ldm.logbook import Logbook
-from ldm.run import Run, TrainingState, frozen, start_run
+from ldm.run import Run, TrainingState, check_batch, frozen, start_run
 from ldm.run_folder import is_finished, provenance
 from ldm.seeds import normal, uniform
 from pipelines.recipes import AutoencoderRecipe
@@ -256,7 +256,7 @@ def train_autoencoder(
         if is_finished(run.folder):
             run.say(f"{run.folder} is already finished")
             return run.folder
-        run.check_batch(recipe.batch_size, recipe.accumulate)
+        check_batch(recipe.batch_size, recipe.accumulate, run.world)
 
         # the same initial weights on every process: start_run has seeded them
         state = AutoencoderState(recipe, run, perceptual)

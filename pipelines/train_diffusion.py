@@ -21,7 +21,7 @@ from ldm.images import to_float
 from ldm.learning_rate import learning_rate, set_learning_rate
 from ldm.logbook import Logbook, read_rows
 from ldm.posthoc_ema import save_snapshot
-from ldm.run import Run, TrainingState, start_run
+from ldm.run import Run, TrainingState, check_batch, start_run
 from ldm.run_folder import is_finished, provenance
 from pipelines.codec import Codec, measure_latents
 from pipelines.latents import LatentBatch, latent_batches, open_cache
@@ -134,14 +134,14 @@ def train_diffusion(
     autoencoder = load_autoencoder(recipe.autoencoder)
     ae_sha256 = fingerprint(autoencoder.state_dict())
     source = open_source(recipe.data, "train", recipe.resolution)
-    requested, recipe = recipe, fit(recipe, autoencoder, source)
+    requested, recipe = recipe, fit(recipe, autoencoder, len(source.classes))
 
     # the run is known by the recipe as requested, so that the same command finds it again
     with start_run("diffusion", preset, requested, recipe.run, recipe.accumulate, folder) as run:
         if is_finished(run.folder):
             run.say(f"{run.folder} is already finished")
             return run.folder
-        run.check_batch(recipe.batch_size, recipe.accumulate)
+        check_batch(recipe.batch_size, recipe.accumulate, run.world)
 
         state = DiffusionState(recipe, run)
         autoencoder = run.place(autoencoder)

@@ -73,6 +73,12 @@ def fill_backbone(
         raise LdmError(f"{path} is not torchvision's {network}: delete or replace it") from error
 
 
+def _on(network: nn.Module, device: torch.device) -> nn.Module:
+    """Move the network to the device unless it is there; a network without values cannot move."""
+    there = next(network.parameters()).device
+    return network if there == device else network.to(device)
+
+
 def _folder() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints"
 
@@ -103,7 +109,7 @@ class LPIPS:
 
     def each(self, recon: Tensor, images: Tensor) -> Tensor:
         """Distance of each pair: two batches (B, 3, H, W) in [−1, 1] → (B,), in float32."""
-        net: Any = self.network.to(recon.device)
+        net: Any = _on(self.network, recon.device)
         with torch.autocast(recon.device.type, enabled=False):
             pair = [net.net(net.scaling_layer(x.float())) for x in (recon, images)]
             layers = zip(net.lins, *pair, strict=True)
@@ -170,7 +176,7 @@ class ESRGANPerceptual:
 
     def __call__(self, recon: Tensor, images: Tensor) -> Tensor:
         """Two batches (B, 3, H, W) in [−1, 1] → scalar, in float32 under autocast too."""
-        network = self.features.to(recon.device)
+        network = _on(self.features, recon.device)
         with torch.autocast(recon.device.type, enabled=False):
             # Wang et al. 2018, Section 3.3: ‖φ(x̂) − φ(x)‖₁, φ before activation
             return (network(_normalise(recon)) - network(_normalise(images))).abs().mean()

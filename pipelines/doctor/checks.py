@@ -1,17 +1,17 @@
-"""What a run needs and may not find: data, published weights, stage one, a device, room.
+"""Checks of what a run needs: data, published weights, stage one, a device, memory and disk.
 
-Every check answers with problems, one line each that says what to do. Nothing is fetched.
+Every check returns problems, one line each that says what to do. Nothing is downloaded.
 """
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from threading import Thread
-from typing import Literal
+from typing import Any, Literal
 from urllib.request import Request, urlopen
 
 import torch
@@ -31,33 +31,44 @@ from ldm.weights import from_home
 from pipelines.latents import check_cache
 from pipelines.recipes import PRESETS, AutoencoderRecipe, DiffusionRecipe, find_stage_one
 
-ANSWERS_WITHIN = 5
-"""Seconds that a server is given to say how large a file is."""
+TIMEOUT = 5
+"""Seconds to wait for a server that is asked for a file's size."""
 CPU_WORK = 1e7
-"""10⁹ multiply-accumulates that take a CPU of a dozen cores about a day."""
+"""10⁹ multiply-accumulates that a CPU with a dozen cores does in about a day."""
 FALLBACK = "litevae-b"
-"""The stage one that is assumed where there is none to look at."""
+"""Preset of the autoencoder that is assumed if there is none."""
+
+Level = Literal["error", "warning", "note"]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that a person should know before the run is begun."""
+    """Something to know before a run begins."""
 
-    level: Literal["error", "warning", "note"]
-    """error: the run would stop. warning: it would not go as asked. note: something else would."""
+    level: Level
+    """error: the run would fail. warning: it would run, but not as requested. note: affects another
+    command only."""
     text: str
     """What, where, and what to do: one line."""
+
+
+def errors_of(call: Callable[..., Any], *args: Any) -> list[Problem]:
+    """Call a function; return the LdmError that it raises, if any."""
+    try:
+        call(*args)
+    except LdmError as error:
+        return [Problem("error", str(error))]
+    return []
 
 
 # ------------------------------------------------------------------------------------- data
 def check_data(
     config: DataConfig, resolutions: Sequence[int], validates: bool
 ) -> tuple[Source | None, list[Problem]]:
-    """The training images of the last resolution, if they can be opened, and what is wrong.
+    """Open the training images of the last resolution, and the held-out ones if it `validates`.
 
     Args:
-        resolutions: sides R of the training images, in pixels, as they are trained on in turn.
-        validates: whether held-out images are looked at, too.
+        resolutions: sides of the training images, in pixels.
     """
     source: Source | None = None
     try:
@@ -75,52 +86,43 @@ def check_data(
 
 # ------------------------------------------------------------------------ published weights
 def check_perceptual(recipe: AutoencoderRecipe) -> list[Problem]:
-    """The classifiers' weights that the losses of stage one look with."""
+    """Check the weights of the classifiers in the losses of stage one."""
     needed: dict[str, str] = {}
     if recipe.loss.lpips:
-        needed[BACKBONES[recipe.loss.lpips_network]] = "go without, loss.lpips=0"
+        needed[BACKBONES[recipe.loss.lpips_network]] = "turn the loss off with loss.lpips=0"
     if recipe.loss.esrgan:
-        needed["VGG-19"] = "go without, loss.esrgan=0"
+        needed["VGG-19"] = "turn the loss off with loss.esrgan=0"
     if recipe.best_by == "lpips":
         needed.setdefault("VGG-16", "choose best_by=psnr")
-    problems = [_fetched(network, instead) for network, instead in needed.items()]
+    missing = {network: advice for network, advice in needed.items() if not has_backbone(network)}
+    problems = [_download(network, advice) for network, advice in missing.items()]
     if "VGG-16" not in needed and not has_backbone("VGG-16"):
         text = f"{_missing('VGG-16')}: held-out LPIPS will not be measured"
         problems.append(Problem("note", text))
-    return [problem for problem in problems if problem is not None]
+    return problems
 
 
 def check_inception() -> list[Problem]:
-    """Inception's weights, which FID is measured with; training does without."""
+    """Check Inception's weights, which FID needs and training does not."""
     if published_weights() is not None:
         return []
-    text = (
-        f"{_missing('Inception')}: `ldm fid` will fetch them; without internet, put {WEIGHTS} in "
-        f"{from_home(weight_folders()[0])}"
-    )
-    return [Problem("note", text)]
+    folder = from_home(weight_folders()[0])
+    text = f"`ldm fid` will download them; without internet, put {WEIGHTS} in {folder}"
+    return [Problem("note", f"{_missing('Inception')}: {text}")]
 
 
-def _fetched(network: str, instead: str) -> Problem | None:
-    """A classifier's weights that the run would have to fetch before it begins."""
+def _download(network: str, advice: str) -> Problem:
+    """A classifier's weights that the run would have to download before it begins."""
     from torchvision.models import get_weight
 
-    if has_backbone(network):
-        return None
     url = get_weight(PUBLISHED[network]).url
     target = from_home(Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2])
     size = ask_size(url)
     if size is None:
-        return Problem(
-            "error",
-            f"{_missing(network)}, and {url} does not answer: put the file at {target}, or "
-            f"{instead}",
-        )
-    return Problem(
-        "warning",
-        f"{_missing(network)}: the run will first fetch {size / 2**20:,.0f} MiB from {url} to "
-        f"{target}",
-    )
+        text = f"{url} does not answer: put the file at {target}, or {advice}"
+        return Problem("error", f"{_missing(network)}, and {text}")
+    text = f"the run will first download {size / 2**20:,.0f} MiB from {url} to {target}"
+    return Problem("warning", f"{_missing(network)}: {text}")
 
 
 def _missing(network: str) -> str:
@@ -128,19 +130,19 @@ def _missing(network: str) -> str:
 
 
 def ask_size(url: str) -> int | None:
-    """Bytes of a file on the web, which is not fetched; None where nobody says so in time."""
+    """Ask a server for the bytes of a file, without downloading it; None without an answer."""
     sizes: list[int] = []
 
     def ask() -> None:
         with suppress(OSError, ValueError, HTTPException):
             request = Request(url, method="HEAD")
-            with urlopen(request, timeout=ANSWERS_WITHIN) as answer:
+            with urlopen(request, timeout=TIMEOUT) as answer:
                 sizes.append(int(answer.headers.get("Content-Length", 0)))
 
-    # the timeout is each exchange's alone, and looking up a name has none
+    # the timeout is for each exchange, and looking up a name has none
     asking = Thread(target=ask, daemon=True)
     asking.start()
-    asking.join(ANSWERS_WITHIN)
+    asking.join(TIMEOUT)
     return sizes[0] if sizes and sizes[0] > 0 else None
 
 
@@ -148,14 +150,15 @@ def ask_size(url: str) -> int | None:
 def check_autoencoder(
     recipe: DiffusionRecipe, preset: str
 ) -> tuple[Autoencoder | None, AutoencoderConfig, str, list[Problem]]:
-    """Stage one, as training would find it.
+    """Load stage one as training would.
 
     Args:
-        preset: stage two's, whose namesake of stage one is assumed where nothing else is known.
+        preset: name of the stage-two preset; its namesake of stage one is assumed if the recipe
+            names no preset.
 
     Returns:
-        The autoencoder if it is there; its config, or one that is assumed; where it was found, or
-        what was assumed; and what is wrong.
+        The autoencoder, if found; its config, or the one assumed; the path, or what was assumed;
+        and the problems.
     """
     try:
         path = find_stage_one(recipe, preset)
@@ -166,22 +169,17 @@ def check_autoencoder(
         tree = load_preset(presets[assumed], assumed)
         fields = {key: tree[key] for key in AutoencoderConfig.model_fields if key in tree}
         config = validate(AutoencoderConfig, fields)
-        return (
-            None,
-            config,
-            f"none yet: one like {assumed} is assumed",
-            [Problem("error", str(error))],
-        )
+        return None, config, f"none yet; {assumed} is assumed", [Problem("error", str(error))]
     return autoencoder, autoencoder.config, str(path), []
 
 
 def find_latents(
     recipe: DiffusionRecipe, autoencoder: Autoencoder | None, source: Source | None, precision: str
 ) -> tuple[int, list[Problem]]:
-    """How many images a cache of latents is still to be made of, and what is wrong with its folder.
+    """Count the images missing from a recipe's cache of latents, and check its folder.
 
     Args:
-        autoencoder, source: None where they are not there; without images nothing is known.
+        autoencoder, source: None if missing; without a source nothing is counted.
         precision: of the run, "fp32" or "bf16".
     """
     if not recipe.cache or source is None:
@@ -194,39 +192,37 @@ def find_latents(
     return sum(map(len, missing)), []
 
 
-# --------------------------------------------------------------------------------- the machine
+# ------------------------------------------------------------------------------ the machine
 def check_compiler(config: RunConfig) -> list[Problem]:
-    """What `run.compile` compiles with."""
+    """Check that `run.compile` finds a C++ compiler."""
     if not config.compile or any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++"))):
         return []
-    text = "run.compile needs a C++ compiler, and there is none: install one, or leave it out"
+    text = "run.compile needs a C++ compiler, and there is none: install one, or omit run.compile"
     return [Problem("error", text)]
 
 
 def check_machine(config: RunConfig, device: torch.device, work: float) -> list[Problem]:
-    """The device and its precision.
+    """Check the device and its precision.
 
     Args:
-        work: of the whole run, in 10⁹ multiply-accumulates.
+        work: 10⁹ multiply-accumulates of the whole run.
     """
     problems = []
     if device.type == "cpu" and torch.cuda.is_available():
-        text = "the CPU is asked for, and there is a CUDA GPU: leave out run.device"
+        text = "run.device selects the CPU, but there is a CUDA GPU: omit run.device"
         problems.append(Problem("warning", text))
     elif device.type == "cpu" and work > CPU_WORK:
-        text = "no CUDA GPU here, and too much work for a CPU; the tiny presets are made for one"
+        text = "no CUDA GPU here, and too much work for a CPU: use a GPU, or a tiny preset"
         problems.append(Problem("warning", text))
     if config.precision == "bf16" and resolve_precision("auto", device) != "bf16":
-        text = f"bf16 is only emulated on this {device.type}, slowly: run.precision=fp32"
+        text = f"bf16 is slow on this {device.type}, which only emulates it: use run.precision=fp32"
         problems.append(Problem("warning", text))
     return problems
 
 
-def check_room(
-    where: str, needed: int, free: int, instead: str, level: Literal["error", "warning"]
-) -> list[Problem]:
-    """Whether so many bytes have room where so many are free."""
+def check_space(where: str, needed: int, free: int, advice: str, level: Level) -> list[Problem]:
+    """Check that the bytes needed are free."""
     if needed <= free:
         return []
-    gib = [f"{size / 2**30:,.1f} GiB" for size in (needed, free)]
-    return [Problem(level, f"{where}: {gib[0]} needed, {gib[1]} free: {instead}")]
+    text = f"{needed / 2**30:,.1f} GiB needed, {free / 2**30:,.1f} GiB free: {advice}"
+    return [Problem(level, f"{where}: {text}")]

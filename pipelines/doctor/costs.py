@@ -1,44 +1,39 @@
-"""A training step's arithmetic and memory, counted while it runs on paper or for real.
+"""Arithmetic, memory and disk of a training, from its own step run on tensors without values.
 
-What training costs, worked out on paper: the real step, on tensors that have no values.
-
-The networks and the step are those of the training itself, run under PyTorch's `FakeTensorMode`:
-shapes, types and autocast are as on the device, and nothing is computed or allocated.
+Under PyTorch's `FakeTensorMode` shapes, types and autocast are as on the device, and nothing is
+computed or allocated.
 """
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import SimpleNamespace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from autoencoders import Autoencoder, AutoencoderConfig
-from autoencoders.discriminators import build_discriminator
-from autoencoders.layers import checkpoint_blocks
-from autoencoders.losses import LPIPS, Objective
-from autoencoders.losses.perceptual import CONV5_4, ESRGANPerceptual
-from diffusion.build import build_denoiser, build_network
-from diffusion.edm import EDMLoss, Uncertainty
-from pipelines.latents import LatentBatch
-from pipelines.recipes import AutoencoderRecipe, DiffusionRecipe
-from pipelines.train_autoencoder import Draws
-from pipelines.train_autoencoder import train_step as train_autoencoder_step
-from pipelines.train_diffusion import train_step as train_diffusion_step
+from ldm.distributed import make_accelerator
+from ldm.run import Run, RunConfig
+from pipelines.doctor.training import AutoencoderTraining, Training
+
+OVERHEAD = 1.2
+"""Memory that activations take in the end, as a multiple of what is kept of them: the gradients
+that travel back, kernels' buffers, gaps."""
 
 
-class Counter(TorchDispatchMode):
-    """Counts what is done inside, by PyTorch's own formulas.
+# -------------------------------------------------------------------------------- counting
+class FlopCounter(TorchDispatchMode):
+    """Counts the operations inside by PyTorch's own formulas.
 
-    Its `FlopCounterMode` says the same, and which module did it, in one and a half times the time.
+    Its `FlopCounterMode` attributes them to modules too, and takes one and a half times as long.
     """
 
     def __init__(self) -> None:
@@ -61,23 +56,23 @@ class Counter(TorchDispatchMode):
 
 
 def count_gmac(call: Callable[[], Any]) -> float:
-    """10⁹ multiply-accumulates of a call."""
-    # attention as its two products: not every PyTorch knows what its fused kernels cost
-    with sdpa_kernel(SDPBackend.MATH), Counter() as counter:
+    """Count the 10⁹ multiply-accumulates of a call."""
+    # attention as its two products: not every PyTorch has a formula for its fused kernels
+    with sdpa_kernel(SDPBackend.MATH), FlopCounter() as counter:
         call()
     return counter.gmac
 
 
-class Holder(TorchDispatchMode):
-    """Watches what the operations inside make, and when it is let go of.
+class AllocationTracker(TorchDispatchMode):
+    """Tracks the tensors that the operations inside make, until they are freed.
 
     Attributes:
-        worst: bytes of it held at the worst moment between two operations.
+        peak: bytes of them held at the worst moment between two operations.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.worst = 0
+        self.peak = 0
         self._held: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(
@@ -90,72 +85,83 @@ class Holder(TorchDispatchMode):
                 seen = StorageWeakRef(storage)  # keeps its address from being used again
                 self._held.setdefault(seen.cdata, (seen, storage.nbytes()))
         self._held = {key: held for key, held in self._held.items() if not held[0].expired()}
-        self.worst = max(self.worst, sum(size for _, size in self._held.values()))
+        self.peak = max(self.peak, sum(size for _, size in self._held.values()))
         return out
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Learned values of a module."""
+    """Count the learned values of a module."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-class PaperRun:
-    """Stands in for a `Run` in a training step: backward passes on paper, and no updates.
+def parameter_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters, and of their gradients."""
+    return sum(parameter.nbytes for parameter in module.parameters())
 
-    Args:
-        modules: whose own tensors are no activations.
+
+def module_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers."""
+    return parameter_bytes(module) + sum(buffer.nbytes for buffer in module.buffers())
+
+
+def adam_bytes(module: nn.Module) -> int:
+    """Bytes of Adam's state: two moments of every parameter, and a counter of every tensor."""
+    return 2 * parameter_bytes(module) + 4 * sum(1 for _ in module.parameters())
+
+
+# --------------------------------------------------------------------------------- dry run
+class DryRun(Run):
+    """A run on tensors without values, whose steps end with the backward pass.
+
+    Attributes:
+        kept: bytes kept for a backward pass at the worst moment, since `record` was entered.
     """
 
-    def __init__(self, device: torch.device, precision: str, *modules: nn.Module) -> None:
-        self.device, self.precision, self.worst = device, precision, 0
-        self._own = {
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        config = config.model_copy(update={"compile": False})
+        super().__init__(Path(), config, make_accelerator(str(device)))
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.kept = 0
+        self._storages: dict[int, Any] = {}
+
+    def place(self, tensor_or_module: Any) -> Any:
+        """Move tensors only: networks are built on the device, and cannot be moved."""
+        is_module = isinstance(tensor_or_module, nn.Module)
+        return tensor_or_module if is_module else super().place(tensor_or_module)
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """Return the module as it is."""
+        return module
+
+    @contextmanager
+    def record(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        """Note the tensors kept for backward passes inside, but for the modules' own."""
+        own = {
             tensor.untyped_storage()._cdata
             for module in modules
             for tensor in (*module.parameters(), *module.buffers())
         }
-        self._kept: dict[int, Any] = {}
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Note what the operations inside keep for their backward passes."""
 
         def note(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage._cdata not in self._own:
-                self._kept[storage._cdata] = storage  # once, however many views are kept of it
+            if storage._cdata not in own:
+                self._storages[storage._cdata] = storage  # once, however many views are kept
             return tensor
 
+        self.kept = 0
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             yield
 
-    def step(self, loss: Tensor, module: nn.Module, *_: Any) -> None:
-        """The backward pass, which lets go of all that was kept."""
-        self.worst = max(self.worst, sum(storage.nbytes() for storage in self._kept.values()))
+    def step(self, loss: Tensor, module: nn.Module, *_: Any, **__: Any) -> None:
+        """Run the backward pass, which frees all that was kept."""
+        self.kept = max(self.kept, sum(storage.nbytes() for storage in self._storages.values()))
         loss.backward()
-        self._kept.clear()
+        self._storages.clear()
         module.zero_grad(set_to_none=True)
-
-    def accumulate(self, *_: nn.Module) -> AbstractContextManager:
-        """Every micro-batch is one of its own."""
-        return nullcontext()
-
-    def unwrap(self, module: nn.Module) -> nn.Module:
-        """Nothing is wrapped."""
-        return module
-
-    def mean(self, tensor: Tensor) -> Tensor:
-        """There is one process."""
-        return tensor
-
-    def autocast(self) -> AbstractContextManager:
-        """As `Run.autocast`."""
-        if self.precision != "bf16":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
 
 class StepCost(NamedTuple):
-    """What one training step costs."""
+    """Costs of a training step."""
 
     activations: int
     """Bytes kept for the backward pass at the worst moment, of the whole micro-batch."""
@@ -163,185 +169,169 @@ class StepCost(NamedTuple):
     """10⁹ multiply-accumulates per image, forward and backward, of every network in the step."""
 
 
-def blank_perceptual(recipe: AutoencoderRecipe) -> dict[str, LPIPS | ESRGANPerceptual]:
-    """The perceptual losses of a recipe, of random weights: what they cost, not what they say."""
-    losses: dict[str, LPIPS | ESRGANPerceptual] = {}
-    if recipe.loss.lpips:
-        import lpips
-
-        how = {"pretrained": False, "pnet_rand": True, "verbose": False}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the package calls torchvision in an outdated way
-            losses["lpips"] = LPIPS(lpips.LPIPS(net=recipe.loss.lpips_network, **how))
-    if recipe.loss.esrgan:
-        from torchvision.models import vgg19
-
-        losses["esrgan"] = ESRGANPerceptual(vgg19().features[: CONV5_4 + 1])
-    return losses
-
-
-# -------------------------------------------------------------------------------- stage one
-class PaperAutoencoder:
-    """Stage one's networks on paper.
+class Costs:
+    """Costs of a training, from a dry run of it.
 
     Args:
-        device: where the training would run; it need not have the room.
-        precision: "fp32" or "bf16".
-        batch: images in a micro-batch: on paper, many take no longer than one.
+        build: sets the training up on a run.
+        device: where the training would run; its memory need not suffice.
+        batch: images of a micro-batch on one process: many take as long here as one.
     """
 
     def __init__(
-        self, recipe: AutoencoderRecipe, device: torch.device, precision: str, batch: int
+        self, build: Callable[[Run], Training], config: RunConfig, device: torch.device, batch: int
     ) -> None:
-        self.recipe, self.device, self.precision, self.batch = recipe, device, precision, batch
-        self._costs: dict[tuple[int, bool, int], StepCost] = {}
-        self._mode = FakeTensorMode()
-        with self._mode, torch.device(device):
-            self.autoencoder = Autoencoder(recipe.model)
-            self.discriminator = build_discriminator(recipe.discriminator)
-            perceptual = blank_perceptual(recipe)
-        objective = Objective(recipe.loss, recipe.adversarial, perceptual)
-        compared = objective.needs_averaged and recipe.ema_half_life_images
-        # as an `AutoencoderState`, but its average is a copy, which cannot be on paper
-        self._state: Any = SimpleNamespace(
-            recipe=recipe, objective=objective, autoencoder=self.autoencoder, opt_autoencoder=None,
-            discriminator=self.discriminator, opt_discriminator=None,
-            averaged=self.autoencoder if compared else None,
-        )  # fmt: skip
-        self.trained: list[nn.Module] = [self.autoencoder, self.discriminator]
-        self.averaged: list[nn.Module] = [self.autoencoder]
-        self.frozen: list[nn.Module] = [
-            loss.network if isinstance(loss, LPIPS) else loss.features
-            for loss in perceptual.values()
-        ]
-        for network in self.frozen:
-            # the losses put their network where the images are: it is there, and tensors on paper
-            # cannot be exchanged
-            network.to = lambda *_, network=network: network
-        if recipe.checkpointing:
-            checkpoint_blocks(self.autoencoder)
+        self.run, self.batch = DryRun(config, device), batch
+        # averages are deep copies, and without its own mode a copied buffer would be garbage
+        with self.run.fake, FakeCopyMode(self.run.fake), device:
+            self.training = build(self.run)
+        self._steps: dict[tuple[int, bool, int], StepCost] = {}
 
-    def gmac(self, resolution: int) -> dict[str, float]:
-        """10⁹ multiply-accumulates of each network for one image, forward."""
-        latent, batch = resolution // self.recipe.encoder.downsampling, self.batch
-        shape = (batch, self.recipe.latent_channels, latent, latent)
-        # as in a step: what is known of its operations need not be worked out again
-        with self._mode, PaperRun(self.device, self.precision).autocast():
-            images = torch.zeros(batch, 3, resolution, resolution, device=self.device)
-            latents = torch.zeros(shape, device=self.device)
-            counted = {
-                "encoder": count_gmac(lambda: self.autoencoder.encode(images)),
-                "decoder": count_gmac(lambda: self.autoencoder.decode(latents)),
-            }
-            if self.recipe.adversarial.weight:
-                counted["discriminator"] = count_gmac(lambda: self.discriminator(images))
-        return {name: gmac / batch for name, gmac in counted.items()}
-
-    def cost(
+    def step(
         self, resolution: int, adversarial_active: bool = True, batch: int | None = None
     ) -> StepCost:
-        """Of a step with `batch` images, or `self.batch`. Worked out once.
+        """Costs of a step on `batch` images, or `self.batch`; worked out once.
 
         Args:
             adversarial_active: with the discriminator, if there is one.
         """
-        key = (
-            resolution,
-            adversarial_active and self.recipe.adversarial.weight > 0,
-            batch or self.batch,
-        )
-        if key not in self._costs:
-            self._costs[key] = self._work_out(*key)
-        return self._costs[key]
-
-    def _work_out(self, resolution: int, adversarial_active: bool, batch: int) -> StepCost:
-        recipe, net, device = self.recipe, self.autoencoder, self.device
-        side = resolution // recipe.encoder.downsampling
-        run = PaperRun(device, self.precision, net, self.discriminator, *self.frozen)
-        with self._mode:
-            images = torch.zeros(batch, 3, resolution, resolution, device=device)
-            noise = torch.zeros(batch, recipe.latent_channels, side, side, device=device)
-            boxes = torch.zeros(batch, 3, device=device) if recipe.adversarial.cutmix else None
-            with Counter() as counter, run.watching():
-                draws = Draws(noise, boxes)
-                train_autoencoder_step(run, self._state, images, draws, float(adversarial_active))
-        return StepCost(run.worst, counter.gmac / batch)
-
-
-# -------------------------------------------------------------------------------- stage two
-class PaperDiffusion:
-    """Stage two's networks on paper.
-
-    Args:
-        recipe: with the network's sizes filled in; see `diffusion_recipe.fit`.
-        config: of the autoencoder that makes the latents.
-        device, precision, batch: as of `PaperAutoencoder`.
-    """
-
-    def __init__(
-        self,
-        recipe: DiffusionRecipe,
-        config: AutoencoderConfig,
-        device: torch.device,
-        precision: str,
-        batch: int,
-    ) -> None:
-        self.recipe, self.device, self.precision, self.batch = recipe, device, precision, batch
-        self._gmac: dict[int, dict[str, float]] = {}
-        self._costs: dict[tuple[int, int], StepCost] = {}
-        self._mode = FakeTensorMode()
-        with self._mode, torch.device(device):
-            self.autoencoder = Autoencoder(config).eval().requires_grad_(False)
-            self.network = build_network(recipe.network)
-            uncertainty = Uncertainty() if recipe.denoiser.uncertainty else None
-            self.objective = EDMLoss(build_denoiser(self.network, recipe.denoiser), uncertainty)
-        self._state: Any = SimpleNamespace(recipe=recipe, objective=self.objective, optimizer=None)
-        self.trained: list[nn.Module] = [self.objective]
-        self.averaged: list[nn.Module] = [self.network] * (1 + len(recipe.ema_stds))
-        self.frozen: list[nn.Module] = [self.autoencoder]
+        key = (resolution, adversarial_active, batch or self.batch)
+        if key not in self._steps:
+            own = [*self.training.trained, *self.training.frozen]
+            with self.run.fake, self.run.record(own), FlopCounter() as counter:
+                self.training.step(resolution, key[-1], adversarial_active)
+            self._steps[key] = StepCost(self.run.kept, counter.gmac / key[-1])
+        return self._steps[key]
 
     def gmac(self, resolution: int) -> dict[str, float]:
-        """10⁹ multiply-accumulates of each network for one image, forward."""
-        if resolution not in self._gmac:
-            with self._mode:
-                images = torch.zeros(1, 3, resolution, resolution, device=self.device)
-                z = torch.zeros(1, *self._shape(resolution), device=self.device)
-                sigma = torch.ones(1, device=self.device)
-                self._gmac[resolution] = {
-                    "network": count_gmac(lambda: self.network(z, sigma)),
-                    "encoder": count_gmac(lambda: self.autoencoder.encode(images)),
-                }
-        return self._gmac[resolution]
-
-    def cost(self, resolution: int, batch: int | None = None) -> StepCost:
-        """Of a step with `batch` images, or `self.batch`, encoded on the fly unless the recipe has
-        a cache. Worked out once."""
-        key = (resolution, batch or self.batch)
-        if key not in self._costs:
-            self._costs[key] = self._work_out(*key)
-        return self._costs[key]
+        """10⁹ multiply-accumulates of each reported network for one image, forward."""
+        # as in a step, whose operations need not be worked out again
+        with self.run.fake, self.run.autocast():
+            calls = self.training.calls(resolution, self.batch)
+            return {name: count_gmac(call) / self.batch for name, call in calls.items()}
 
     def encoding(self, resolution: int, batch: int | None = None) -> int:
-        """Bytes that stage one holds at the worst moment while it encodes so many images."""
-        autocast = PaperRun(self.device, self.precision).autocast()
-        with self._mode, Holder() as holder, torch.no_grad(), autocast:
-            shape = (batch or self.batch, 3, resolution, resolution)
-            self.autoencoder.encode(torch.zeros(shape, device=self.device))
-        return holder.worst
+        """Bytes that stage one holds at the worst moment while it encodes for stage two."""
+        if isinstance(self.training, AutoencoderTraining):
+            return 0
+        with self.run.fake, AllocationTracker() as tracker:
+            self.training.encode(resolution, batch or self.batch)
+        return tracker.peak
 
-    def _work_out(self, resolution: int, batch: int) -> StepCost:
-        run = PaperRun(self.device, self.precision, self.objective)
-        with self._mode:
-            z = torch.zeros(batch, *self._shape(resolution), device=self.device)
-            sigma = torch.ones(batch, device=self.device)
-            images = LatentBatch(z, sigma, torch.zeros_like(z), None, None)
-            with Counter() as counter, run.watching():
-                train_diffusion_step(run, self._state, images)
-        gmac = counter.gmac / batch
-        if not self.recipe.cache:
-            gmac += self.gmac(resolution)["encoder"]
-        return StepCost(run.worst, gmac)
 
-    def _shape(self, resolution: int) -> tuple[int, int, int]:
-        side = resolution // self.autoencoder.downsampling
-        return (self.recipe.network.latent_channels, side, side)
+# ------------------------------------------------------------------------- memory and disk
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that one process needs while it trains."""
+
+    weights: int
+    """Weights of the trained networks."""
+    gradients: int
+    """Their gradients."""
+    buckets: int
+    """DDP's copies of the gradients, to exchange them; 0 on one process."""
+    adam: int
+    """Adam's two moments."""
+    averages: int
+    """Averaged weights."""
+    frozen: int
+    """Networks that are not trained: perceptual losses, or stage one."""
+    activations: int
+    """Estimate: `OVERHEAD` × what a micro-batch of the largest images keeps for its backward."""
+    encoding: int
+    """Estimate: `OVERHEAD` × what stage one holds while it encodes a micro-batch for stage two. A
+    CUDA GPU encodes the next while it trains on one; a CPU takes turns, and only what encoding
+    needs more than training counts. 0 for stage one, and with a cache."""
+
+    @property
+    def lasting(self) -> int:
+        """The part that does not depend on the micro-batch."""
+        return self.total - self.activations - self.encoding
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes that a run takes on the disk, without pictures and logs."""
+
+    states: int
+    """States to resume from: the newest `run.keep_states`."""
+    models: int
+    """ckpt.pt and best.pt with their .safetensors twins."""
+    snapshots: int
+    """Snapshots of averages, for `ldm ema`."""
+    writing: int
+    """Temporary: a file is replaced once its successor is whole."""
+    cache: int
+    """Cached latents still to be made; 0 without a cache, or if the data are missing."""
+
+    @property
+    def run(self) -> int:
+        """The part in the run's own folder."""
+        return self.total - self.cache
+
+    @property
+    def total(self) -> int:
+        """All of it, at the worst moment."""
+        return sum(vars(self).values())
+
+
+def training_memory(
+    costs: Costs,
+    resolutions: Sequence[int],
+    accumulate: int = 1,
+    processes: int = 1,
+    batch: int | None = None,
+) -> Memory:
+    """Memory of one of the processes that train together.
+
+    Args:
+        batch: images of a micro-batch on one process; None: `costs.batch`.
+    """
+    training = costs.training
+    gradients = [parameter_bytes(module) for module in training.updated]
+    kept = max(costs.step(side, batch=batch).activations for side in resolutions)
+    held = max(costs.encoding(side, batch) for side in resolutions)
+    if costs.run.device.type != "cuda":
+        held = max(held - kept, 0)
+    return Memory(
+        weights=sum(map(module_bytes, training.trained)),
+        # networks take turns, and keep no gradients unless they accumulate them
+        gradients=sum(gradients) if accumulate > 1 else max(gradients),
+        buckets=sum(map(parameter_bytes, training.trained)) if processes > 1 else 0,
+        adam=sum(map(adam_bytes, training.updated)),
+        averages=sum(module_bytes(average.model) for average in training.state.averages),
+        frozen=sum(map(module_bytes, training.frozen)),
+        activations=int(OVERHEAD * kept),
+        encoding=int(OVERHEAD * held),
+    )
+
+
+def training_disk(
+    training: Training, config: RunConfig, keeps_best: bool, snapshots: int = 0, cache: int = 0
+) -> Disk:
+    """Disk space of a run.
+
+    Args:
+        keeps_best: with a best.pt, chosen by held-out images.
+        snapshots: of each power-function average.
+        cache: bytes of latents that are still to be cached.
+    """
+    averages = [module_bytes(average.model) for average in training.state.averages]
+    state = sum(map(module_bytes, training.trained)) + sum(averages)
+    state += sum(map(adam_bytes, training.updated))
+    model = sum(map(module_bytes, training.exported))
+    saves, keep = ceil(training.state.total_steps / config.save_every_steps), config.keep_states
+    # the oldest state and the old model files go once the new ones are whole, one at a time
+    replaced = [state] * (saves > keep) + [model] * (saves > 1)
+    return Disk(
+        states=min(keep, saves) * state,
+        models=(4 if keeps_best else 2) * model,
+        snapshots=snapshots * sum(averages[1:]),
+        writing=max(replaced, default=0),
+        cache=cache,
+    )

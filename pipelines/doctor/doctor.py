@@ -1,19 +1,17 @@
-"""What is said of a recipe: its sizes, its costs, what is missing, how fast it is.
+"""Requirements of a recipe, and everything that is missing, before days of training begin.
 
-`pipelines.doctor.doctor` finds it out, `ldm doctor` prints it.
-
-What a recipe needs, and what is missing, before days of training are begun.
-
-Parameters, memory and disk are worked out on paper; speed is tried (`trial`). Nothing is written
-and nothing is fetched. Where the device is not there, what depends on it is left out.
+Parameters, memory and disk come from a dry run (`costs`), speed from a few real steps (`timing`).
+Nothing is written or downloaded. Without the requested device, costs are left out.
 """
 
 import os
+import shutil
 import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import ceil
+from functools import partial
+from math import ceil, prod
 from pathlib import Path
 from typing import Literal
 
@@ -21,41 +19,31 @@ import torch
 
 from autoencoders import Autoencoder
 from ldm.data import Source, holds_out
-from ldm.data.dataset import DataConfig
 from ldm.device import resolve_device, resolve_precision
+from ldm.distributed import make_accelerator
 from ldm.errors import LdmError
+from ldm.run import Run, check_batch
 from ldm.run_folder import RUNS
 from pipelines.doctor import checks
 from pipelines.doctor.checks import Problem
-from pipelines.doctor.costs import PaperAutoencoder, PaperDiffusion, count_parameters
-from pipelines.doctor.memory import (
+from pipelines.doctor.costs import (
+    Costs,
     Disk,
     Memory,
-    autoencoder_disk,
-    autoencoder_memory,
-    diffusion_disk,
-    diffusion_memory,
-    free_disk,
-    same_disk,
+    count_parameters,
+    training_disk,
+    training_memory,
 )
-from pipelines.doctor.timing import (
-    SECONDS,
-    AutoencoderRehearsal,
-    DiffusionRehearsal,
-    Load,
-    Rehearsal,
-    SyntheticImages,
-    Trial,
-    make_run,
-    stretches,
-    try_out,
-)
-from pipelines.recipes import AutoencoderRecipe, DiffusionRecipe, Phase, fit
+from pipelines.doctor.timing import SECONDS, StepTimer, Stretch, Timing, stretches, time_training
+from pipelines.doctor.training import AutoencoderTraining, DiffusionTraining, Training
+from pipelines.recipes import AutoencoderRecipe, DiffusionRecipe, fit, latent_shape
+
+Stage = Literal["autoencoder", "diffusion"]
 
 
 @dataclass(frozen=True)
-class Part:
-    """One network."""
+class NetworkCost:
+    """Size and cost of one network."""
 
     name: str
     parameters: int
@@ -66,7 +54,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where it would run."""
+    """The machine that the run would use."""
 
     device: str
     name: str
@@ -74,66 +62,66 @@ class Machine:
     memory: int
     """Bytes free: the GPU's, or this computer's."""
     disk: int
-    """Bytes free where runs are kept."""
+    """Bytes free in the place of run folders."""
     cache_disk: int | None = None
-    """Bytes free where the cache of latents is, or would be; None where that is the same disk."""
+    """Bytes free in the place of cached latents; None if that is the same disk."""
     compiles: bool = False
-    """Whether the run compiles its networks, which a trial does not."""
+    """True if the run compiles its networks; timing does not."""
 
 
 @dataclass(frozen=True)
 class Length:
-    """How long a run is, and what a step of it is."""
+    """Length of a run, and the size of its steps."""
 
     steps: int
     batch_size: int
-    """Images in a step: processes × accumulate × each, or nothing that can be trained."""
+    """Images of a step: processes × accumulate × each, unless they do not divide it."""
     processes: int
     accumulate: int
-    """Micro-batches in a step."""
+    """Micro-batches of a step."""
     each: int
-    """Images in a micro-batch on one process."""
+    """Images of a micro-batch on one process."""
     images: int
-    """Seen over the whole run."""
+    """Images seen over the whole run."""
     data: int | None
-    """Images there are to train on; None where they cannot be opened."""
+    """Images to train on; None if they cannot be opened."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Diagnosis:
-    """What a recipe needs, what is missing, and how fast it is here.
+    """Requirements of a recipe, what is missing, and its speed on this machine.
 
-    Costs depend on the device: from `parts` on all is empty where the one asked for is not there.
+    From `parts` on, all is empty if the requested device is missing.
     """
 
     preset: str
-    stage: Literal["autoencoder", "diffusion"]
+    stage: Stage
     source: str
-    """The data asked for."""
+    """The requested data."""
     autoencoder: str | None
-    """Stage two's: where stage one was found, or what was assumed."""
+    """Stage two: the autoencoder found or assumed."""
     machine: Machine
     length: Length
-    problems: tuple[Problem, ...]
-    parts: tuple[Part, ...] = ()
+    problems: list[Problem]
+    parts: list[NetworkCost] = field(default_factory=list)
     step_gmac: dict[int, float] = field(default_factory=dict)
     """By the side of the images: 10⁹ multiply-accumulates of a training step, per image, forward
     and backward, all networks."""
     memory: Memory | None = None
     disk: Disk | None = None
-    trial: Trial | None = None
+    trial: Timing | None = None
 
     @property
     def ready(self) -> bool:
-        """Whether nothing is known that would stop the run."""
+        """True if nothing is known that would stop the run."""
         return all(problem.level != "error" for problem in self.problems)
 
 
 Recipe = AutoencoderRecipe | DiffusionRecipe
-Need = Callable[..., Memory]  # of (micro-batches, images in each, their side or the largest)
+MemoryOf = Callable[..., Memory]  # of (micro-batches, images of each, their sides or all)
 
 UNKNOWN_CLASSES = 1000
-"""Classes assumed of labelled images that are not there: ImageNet's."""
+"""Classes assumed of labelled images that are missing: ImageNet's."""
 
 
 def diagnose_autoencoder(
@@ -142,46 +130,27 @@ def diagnose_autoencoder(
     processes: int = 1,
     seconds: float = SECONDS,
 ) -> Diagnosis:
-    """What a recipe of stage one needs.
+    """Diagnose a recipe of stage one.
 
     Args:
-        processes: how many would train together.
-        seconds: for how long to try its steps, about; 0: not at all.
+        processes: processes that would train together.
+        seconds: time to spend on timing its steps, about; 0: none.
     """
-    device, problems = _find_device(recipe)
-    machine, found = _machine(recipe, device), not problems
-    # the largest first: what suits it suits the others
+    problems = checks.errors_of(resolve_device, recipe.run.device)
+    device = None if problems else resolve_device(recipe.run.device)
+    # the largest first: its message about missing data then suits every phase
     sides = sorted({phase.resolution for phase in recipe.phases}, reverse=True)
     source, faults = checks.check_data(recipe.data, sides, validates=True)
     problems += faults + checks.check_perceptual(recipe) + checks.check_inception()
-    length, faults = _length(recipe, recipe.total_steps, processes, source)
-    problems += faults + checks.check_compiler(recipe.run)
-    known = (preset, "autoencoder", recipe.data.source, None, machine, length)
-    if not found:
-        return Diagnosis(*known, tuple(problems))
-
-    paper = PaperAutoencoder(recipe, device, machine.precision, length.each)
-    networks = {"encoder": paper.autoencoder.encoder, "decoder": paper.autoencoder.decoder}
-    if recipe.adversarial.weight:
-        networks["discriminator"] = paper.discriminator
-
-    def need(accumulate: int, each: int, side: int | None = None) -> Memory:
-        phases = recipe.phases if side is None else (Phase(resolution=side, steps=1),)
-        changed = {"accumulate": accumulate, "phases": phases}
-        return autoencoder_memory(recipe.model_copy(update=changed), paper, processes, each)
-
-    memory = need(length.accumulate, length.each)
-    disk = autoencoder_disk(recipe, paper, _validates(recipe.data))
-    problems += _check_memory(need, machine, length) + _check_disk(disk, machine)
-    step_gmac = {side: paper.cost(side).gmac for side in sides}
-    gmac = sum(phase.steps * step_gmac[phase.resolution] for phase in recipe.phases)
-    problems += checks.check_machine(recipe.run, device, gmac * recipe.batch_size)
-    trial, faults = _try(
-        lambda: AutoencoderRehearsal(recipe, make_run(recipe, device), paper),
-        stretches(recipe), length, need, machine, seconds,
-    )  # fmt: skip
-    parts = _parts(networks, {side: paper.gmac(side) for side in sides})
-    return Diagnosis(*known, tuple(problems + faults), parts, step_gmac, memory, disk, trial)
+    d = _begin(
+        recipe, preset, "autoencoder", recipe.total_steps, processes, source, device, problems
+    )
+    if device is not None:
+        build = partial(AutoencoderTraining, recipe)
+        costs = Costs(build, recipe.run, device, d.length.each)
+        disk = training_disk(costs.training, recipe.run, source is None or holds_out(recipe.data))
+        _complete(d, recipe, costs, disk, build, seconds)
+    return d
 
 
 def diagnose_diffusion(
@@ -190,74 +159,45 @@ def diagnose_diffusion(
     processes: int = 1,
     seconds: float = SECONDS,
 ) -> Diagnosis:
-    """What a recipe of stage two needs.
+    """Diagnose a recipe of stage two.
 
     Args:
-        recipe: its autoencoder as a path, a preset of stage one (its newest run), or left out (the
-            newest run of all). Where there is none, the preset's is assumed.
-        processes, seconds: as of `diagnose_autoencoder`.
+        recipe: its autoencoder a path, a preset of stage one (its newest run), or empty (the
+            newest run of all). If there is none, the preset's is assumed.
+        processes, seconds: as for `diagnose_autoencoder`.
 
     Raises:
         UsageError: settings that do not fit the autoencoder or each other.
     """
-    device, problems = _find_device(recipe)
-    machine, found = _machine(recipe, device), not problems
+    problems = checks.errors_of(resolve_device, recipe.run.device)
+    device = None if problems else resolve_device(recipe.run.device)
     trained, config, where, faults = checks.check_autoencoder(recipe, preset)
     problems += faults
     source, faults = checks.check_data(recipe.data, [recipe.resolution], validates=False)
     problems += faults + checks.check_inception()
-    images, faults = checks.find_latents(recipe, trained, source, machine.precision)
+    d = _begin(recipe, preset, "diffusion", recipe.steps, processes, source, device, problems)
+    d.autoencoder = where
+    uncached, faults = checks.find_latents(recipe, trained, source, d.machine.precision)
     problems += faults
-    length, faults = _length(recipe, recipe.steps, processes, source)
-    problems += faults + checks.check_compiler(recipe.run)
-    known = (preset, "diffusion", recipe.data.source, where, machine, length)
-
+    classes = UNKNOWN_CLASSES if source is None else len(source.classes)
+    if source is None and recipe.data.labels:
+        text = f"the data's classes are not known: {classes:,} are assumed"
+        problems.append(Problem("note", text))
     with torch.device("meta"):
         shapes = Autoencoder(config)
-    if source is None:
-        source = SyntheticImages(recipe.resolution, UNKNOWN_CLASSES)
-        if recipe.data.labels:
-            text = f"the data's classes are not known: {UNKNOWN_CLASSES:,} are assumed"
-            problems.append(Problem("note", text))
-    recipe = fit(recipe, shapes, source)
-    if not found:
-        return Diagnosis(*known, tuple(problems))
-
-    paper = PaperDiffusion(recipe, config, device, machine.precision, length.each)
-    side = recipe.resolution
-    networks = {"network": paper.network, "encoder": paper.autoencoder.encoder}
-
-    def need(accumulate: int, each: int, side: int | None = None) -> Memory:
-        changed = {"accumulate": accumulate, "resolution": side or recipe.resolution}
-        return diffusion_memory(recipe.model_copy(update=changed), paper, processes, each)
-
-    memory = need(length.accumulate, length.each)
-    disk = diffusion_disk(recipe, paper, images)
-    problems += _check_memory(need, machine, length) + _check_disk(disk, machine)
-    step_gmac = paper.cost(side).gmac
-    problems += checks.check_machine(recipe.run, device, step_gmac * length.images)
-
-    def rehearsal() -> Rehearsal:
-        run = make_run(recipe, device)
-        return DiffusionRehearsal(recipe, trained or Autoencoder(config), run, paper)
-
-    loads = (Load(side, recipe.steps),)
-    trial, faults = _try(rehearsal, loads, length, need, machine, seconds)
-    parts = _parts(networks, {side: paper.gmac(side)})
-    problems += faults
-    return Diagnosis(*known, tuple(problems), parts, {side: step_gmac}, memory, disk, trial)
+    recipe = fit(recipe, shapes, classes)
+    if device is not None:
+        build = partial(DiffusionTraining, recipe, config)
+        costs = Costs(build, recipe.run, device, d.length.each)
+        # float32 mean and deviation of every image and of its mirror image
+        moments = 2 * prod(latent_shape(recipe, shapes)) * (1 + recipe.data.flip)
+        snapshots, cache = min(recipe.steps, recipe.snapshots), uncached * moments * 4
+        disk = training_disk(costs.training, recipe.run, False, snapshots, cache)
+        _complete(d, recipe, costs, disk, build, seconds)
+    return d
 
 
-# ------------------------------------------------------------------------------------ parts
-def _find_device(recipe: Recipe) -> tuple[torch.device, list[Problem]]:
-    """The recipe's device, or the CPU where that is not there."""
-    try:
-        device = resolve_device(recipe.run.device)
-    except LdmError as error:
-        return torch.device("cpu"), [Problem("error", str(error))]
-    return device, []
-
-
+# ------------------------------------------------------------------------------ the machine
 def _machine(recipe: Recipe, device: torch.device) -> Machine:
     if device.type == "cuda":
         name, memory = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[0]
@@ -271,111 +211,144 @@ def _machine(recipe: Recipe, device: torch.device) -> Machine:
     return Machine(str(device), name, precision, memory, free_disk(RUNS), apart, recipe.run.compile)
 
 
-def _length(
-    recipe: Recipe, steps: int, processes: int, source: Source | None
-) -> tuple[Length, list[Problem]]:
-    micro_batches, problems = recipe.accumulate * processes, []
-    if recipe.batch_size % micro_batches:
-        text = (
-            f"batch_size={recipe.batch_size} does not divide into {recipe.accumulate} "
-            f"micro-batch(es) on {processes} process(es): make it a multiple of {micro_batches}"
-        )
-        problems.append(Problem("error", text))
+def free_disk(folder: Path) -> int:
+    """Bytes free where a folder is, or would be made."""
+    return shutil.disk_usage(_nearest(folder)).free
+
+
+def same_disk(one: Path, other: Path) -> bool:
+    """True if two folders are, or would be made, on one disk."""
+    return _nearest(one).stat().st_dev == _nearest(other).stat().st_dev
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or the nearest above it that exists."""
+    while not folder.exists():
+        folder = folder.absolute().parent
+    return folder
+
+
+# ---------------------------------------------------------------------- a diagnosis in steps
+def _begin(
+    recipe: Recipe,
+    preset: str,
+    stage: Stage,
+    steps: int,
+    processes: int,
+    source: Source | None,
+    device: torch.device | None,
+    problems: list[Problem],
+) -> Diagnosis:
+    """A diagnosis without costs; without the device, the CPU stands for the machine."""
+    batch_size, micro_batches = recipe.batch_size, recipe.accumulate * processes
+    each, count = ceil(batch_size / micro_batches), None if source is None else len(source)
     length = Length(
-        steps, recipe.batch_size, processes, recipe.accumulate,
-        ceil(recipe.batch_size / micro_batches), steps * recipe.batch_size,
-        None if source is None else len(source),
-    )  # fmt: skip
-    return length, problems
-
-
-def _validates(data: DataConfig) -> bool:
-    """Whether images are held out; unknown ones are."""
-    try:
-        return holds_out(data)
-    except LdmError:
-        return True
-
-
-def _parts(
-    networks: dict[str, torch.nn.Module], gmac: dict[int, dict[str, float]]
-) -> tuple[Part, ...]:
-    return tuple(
-        Part(name, count_parameters(net), {side: of[name] for side, of in gmac.items()})
-        for name, net in networks.items()
+        steps, batch_size, processes, recipe.accumulate, each, steps * batch_size, count
     )
+    problems += checks.errors_of(check_batch, batch_size, recipe.accumulate, processes)
+    problems += checks.check_compiler(recipe.run)
+    machine = _machine(recipe, device or torch.device("cpu"))
+    return Diagnosis(preset, stage, recipe.data.source, None, machine, length, problems)
 
 
-def _check_memory(need: Need, machine: Machine, length: Length) -> list[Problem]:
-    where = "the GPU's memory" if machine.device.startswith("cuda") else "memory"
-    memory = need(length.accumulate, length.each)
-    if memory.lasting > machine.memory:
-        return checks.check_room(
-            where, memory.lasting, machine.memory,
-            "the weights, gradients and averages alone: take smaller networks", "error",
-        )  # fmt: skip
-    if memory.total <= machine.memory:
+def _complete(
+    d: Diagnosis,
+    recipe: Recipe,
+    costs: Costs,
+    disk: Disk,
+    build: Callable[[Run], Training],
+    seconds: float,
+) -> None:
+    """Add the costs and the timing to a diagnosis, and the problems that they show."""
+    length, parts = d.length, stretches(recipe)
+    sides = sorted({stretch.resolution for stretch in parts}, reverse=True)
+
+    def memory_of(accumulate: int, each: int, *of: int) -> Memory:
+        return training_memory(costs, of or sides, accumulate, length.processes, each)
+
+    d.memory, d.disk = memory_of(length.accumulate, length.each), disk
+    d.problems += _check_memory(d.memory, memory_of, d) + _check_disk(disk, d.machine)
+    d.step_gmac = {side: costs.step(side).gmac for side in sides}
+    gmac = {side: costs.gmac(side) for side in sides}
+    for name, network in costs.training.networks.items():
+        each = {side: gmac[side][name] for side in sides}
+        d.parts.append(NetworkCost(name, count_parameters(network), each))
+    work = sum(stretch.steps * d.step_gmac[stretch.resolution] for stretch in parts)
+    device = costs.run.device
+    d.problems += checks.check_machine(recipe.run, device, work * length.batch_size)
+    # a CPU whose memory does not suffice would kill the process
+    if seconds > 0 and (_on_gpu(d) or d.memory.lasting <= d.machine.memory):
+        _time(d, costs, memory_of, parts, build, seconds)
+
+
+def _on_gpu(d: Diagnosis) -> bool:
+    return d.machine.device.startswith("cuda")
+
+
+def _check_memory(memory: Memory, memory_of: MemoryOf, d: Diagnosis) -> list[Problem]:
+    free = d.machine.memory
+    where = "the GPU's memory" if _on_gpu(d) else "memory"
+    if memory.lasting > free:
+        advice = "the weights, gradients and averages alone: use smaller networks"
+        return checks.check_space(where, memory.lasting, free, advice, "error")
+    if memory.total <= free:
         return []
-    less = _smaller(need, machine, length)
-    return checks.check_room(where, memory.total, machine.memory, less, "warning")
+    return checks.check_space(where, memory.total, free, _smaller(memory_of, d), "warning")
 
 
-def _smaller(need: Need, machine: Machine, length: Length) -> str:
-    """What to do about micro-batches that there is no room for."""
+def _smaller(memory_of: MemoryOf, d: Diagnosis) -> str:
+    """Advice about micro-batches that do not fit into memory."""
+    length = d.length
     share, uneven = divmod(length.batch_size, length.processes)
     smaller = [n for n in range(length.accumulate + 1, share + 1) if not (uneven or share % n)]
     # the more of them, the smaller they are
-    first = bisect_left(smaller, True, key=lambda n: need(n, share // n).total <= machine.memory)
+    first = bisect_left(
+        smaller, True, key=lambda n: memory_of(n, share // n).total <= d.machine.memory
+    )
     if first == len(smaller):
-        return "take smaller images or networks"
+        return "use smaller images or networks"
     return f"accumulate={smaller[first]} makes micro-batches of {share // smaller[first]}"
 
 
 def _check_disk(disk: Disk, machine: Machine) -> list[Problem]:
     key = "run.keep_states" if disk.states > disk.snapshots else "snapshots"
-    less = f"make room where {RUNS}/ is, or lower {key}"
+    advice = f"free some in the place of {RUNS}/, or lower {key}"
     if machine.cache_disk is None:
-        return checks.check_room("disk", disk.total, machine.disk, less, "error")
+        return checks.check_space("disk", disk.total, machine.disk, advice, "error")
     other = "give --cache another folder"
     return [
-        *checks.check_room("disk", disk.run, machine.disk, less, "error"),
-        *checks.check_room("the cache's disk", disk.cache, machine.cache_disk, other, "error"),
+        *checks.check_space("disk", disk.run, machine.disk, advice, "error"),
+        *checks.check_space("the cache's disk", disk.cache, machine.cache_disk, other, "error"),
     ]
 
 
-# ------------------------------------------------------------------------------------ trial
-def _try(
-    build: Callable[[], Rehearsal],
-    loads: tuple[Load, ...],
-    length: Length,
-    need: Need,
-    machine: Machine,
+def _time(
+    d: Diagnosis,
+    costs: Costs,
+    memory_of: MemoryOf,
+    parts: Sequence[Stretch],
+    build: Callable[[Run], Training],
     seconds: float,
-) -> tuple[Trial | None, list[Problem]]:
-    """A trial, if there is time and room for one, and what it brought to light."""
-    if seconds <= 0:
-        return None, []
-    # a GPU says so itself where there is no room; a CPU takes what others need, and is killed
-    on_gpu, whole = machine.device.startswith("cuda"), need(length.accumulate, length.each)
-    if not on_gpu and whole.lasting > machine.memory:
-        return None, []  # which is told already
+) -> None:
+    """Add the timing to a diagnosis, and the problems that it shows."""
+    began, length, free = time.monotonic(), d.length, d.machine.memory
+    on_gpu = _on_gpu(d)
+    fits_whole = on_gpu or memory_of(length.accumulate, length.each).total <= free
 
     def fits(side: int, images: int) -> bool:
-        if on_gpu or whole.total <= machine.memory:
-            return True
-        return need(1, images, side).total <= machine.memory
+        # a GPU reports by itself that it does not
+        return fits_whole or memory_of(1, images, side).total <= free
 
-    began = time.monotonic()
     try:
-        rehearsal = build()
-        left = seconds - (time.monotonic() - began)
-        trial = try_out(
-            rehearsal, loads, length.each, length.accumulate, length.processes, fits, left
-        )
+        with torch.random.fork_rng(devices=[]):
+            training = build(Run(Path(), costs.run.config, make_accelerator(str(costs.run.device))))
+            timer = StepTimer(training, costs, fits)
+            left = began + seconds - time.monotonic()
+            d.trial = time_training(timer, parts, length.accumulate, length.processes, left)
     except (LdmError, torch.OutOfMemoryError) as error:
-        return None, [Problem("warning", f"no trial: {str(error).partition(chr(10))[0]}")]
-    if trial.out_of_memory and on_gpu:
-        less = _smaller(need, machine, length)
-        text = f"micro-batches of {length.each} do not fit into this GPU's memory: {less}"
-        return trial, [Problem("error", text)]
-    return trial, []
+        text = f"not timed: {str(error).partition(chr(10))[0]}"
+        d.problems.append(Problem("warning", text))
+        return
+    if d.trial.out_of_memory and on_gpu:
+        text = f"micro-batches of {length.each} do not fit into this GPU's memory: "
+        d.problems.append(Problem("error", text + _smaller(memory_of, d)))

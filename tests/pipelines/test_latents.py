@@ -36,7 +36,7 @@ LABELLED = ["augment.probability=0.5", "data={labels: true, flip: false}"]
 def stream(codec, folder, *settings, start=0):
     recipe = diffusion_recipe("none", *settings)
     source = open_source(recipe.data, "train", recipe.resolution)
-    recipe = fit(recipe, codec.autoencoder, source)
+    recipe = fit(recipe, codec.autoencoder, len(source.classes))
     with start_run("diffusion", "tiny", recipe, recipe.run, recipe.accumulate, folder) as run:
         return recipe, list(latent_batches(run, recipe, codec, source, None, start))
 

@@ -69,7 +69,8 @@ def autoencoder():
 
 def fitted(autoencoder, *settings):
     recipe = diffusion_recipe("none", *settings)
-    return fit(recipe, autoencoder, open_source(recipe.data, "train", recipe.resolution))
+    source = open_source(recipe.data, "train", recipe.resolution)
+    return fit(recipe, autoencoder, len(source.classes))
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,14 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from ldm.cli.doctor import _disk, _duration, _trial, doctor
+from ldm.cli.doctor import _disk, _duration, _timing, doctor
 from ldm.errors import UsageError
-from pipelines.doctor import checks
+from pipelines.doctor import checks, timing
 from pipelines.doctor import doctor as doctors
-from pipelines.doctor import timing as trial
+from pipelines.doctor.costs import Disk, Memory
 from pipelines.doctor.doctor import Diagnosis, Length, Machine
-from pipelines.doctor.memory import Disk, Memory
-from pipelines.doctor.timing import Load, Speed, Trial
-from tests.pipelines.doctor.papers import paper_autoencoder, paper_diffusion
+from pipelines.doctor.timing import Speed, Stretch, Timing
+from tests.pipelines.doctor.dry_runs import costs as cached_costs
 from tests.pipelines.doctor.test_checks import save_run
 
 TINY = [
@@ -33,8 +32,7 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.setattr(checks, "ask_size", lambda url: None)
     monkeypatch.setattr(checks, "has_backbone", lambda network: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(doctors, "PaperAutoencoder", paper_autoencoder)
-    monkeypatch.setattr(doctors, "PaperDiffusion", paper_diffusion)
+    monkeypatch.setattr(doctors, "Costs", cached_costs)
 
 
 @pytest.fixture
@@ -76,10 +74,10 @@ def test_numbers_are_never_cut(run, monkeypatch):
     assert len(encoder) == len(header)  # the last column ends where its name does
 
 
-def test_what_is_missing_leaves_with_1(run):
+def test_missing_requirements_exit_with_1(run):
     code, out = run("diffusion/tiny", SMALL, "data.source=nowhere", "--no-trial")
     assert code == 1
-    assert "stage one  none yet: one like tiny is assumed" in out
+    assert "stage one  none yet; tiny is assumed" in out
     assert "error: no autoencoder run" in out and "error: data.source: nowhere" in out
     assert out.index("error:") < out.index("note:")
     assert out.rstrip().endswith("2 errors would stop this run")
@@ -105,29 +103,30 @@ def diagnosed(trial, compiles=False):
     machine = Machine("cuda:0", "", "bf16", 2**35, 2**35, compiles=compiles)
     length = Length(8, 16, 1, 1, 16, 128, 8)
     memory, disk = Memory(1, 1, 1, 1, 1, 1, 1, 1), Disk(1, 1, 1, 1, 1)
-    known = ("tiny", "diffusion", "photos", None, machine, length, ())
-    return Diagnosis(*known, (), {64: 1.0}, memory, disk, trial)
+    known = ("tiny", "diffusion", "photos", None, machine, length, [])
+    return Diagnosis(*known, [], {64: 1.0}, memory, disk, trial)
 
 
-def test_the_peak_is_told_with_what_it_is_of():
-    speeds = (Speed(Load(64, 8), 32, 1, 5.0, 1.0), Speed(Load(64, 8), 64, 4, 5.0, 1.0))
-    last = _trial(diagnosed(Trial(speeds, 2.0, 3 * 2**30, out_of_memory=False)))[-1]
+def test_the_peak_comes_with_the_size_it_was_measured_on():
+    speeds = (Speed(Stretch(64, 8), 32, 1, 5.0, 1.0), Speed(Stretch(64, 8), 64, 4, 5.0, 1.0))
+    last = _timing(diagnosed(None), Timing(speeds, 2.0, 3 * 2**30, out_of_memory=False))[-1]
     assert last[0] == "3.00 GiB of GPU memory at the peak, with 4 images of 64²"
-    last = _trial(diagnosed(Trial(speeds, 2.0, 3 * 2**30, out_of_memory=True)))[-1]
-    assert last[0] == "3.00 GiB of GPU memory at the peak, before there was no more"
+    last = _timing(diagnosed(None), Timing(speeds, 2.0, 3 * 2**30, out_of_memory=True))[-1]
+    assert last[0] == "3.00 GiB of GPU memory at the peak, before it ran out"
 
 
-def test_a_trial_that_was_not_compiled_says_so():
-    found = Trial((), 2.0, None, out_of_memory=False)
-    assert "run.compile" not in str(_trial(diagnosed(found)))
-    assert "tried without run.compile" in str(_trial(diagnosed(found, compiles=True)))
+def test_timing_without_compiling_says_so():
+    found = Timing((), 2.0, None, out_of_memory=False)
+    assert "run.compile" not in str(_timing(diagnosed(found), found))
+    assert "timed without run.compile" in str(_timing(diagnosed(found, compiles=True), found))
 
 
-def test_what_a_cache_takes_of_its_own_disk():
+def test_a_cache_on_a_disk_of_its_own_is_listed_apart():
     found = diagnosed(None)
-    assert _disk(found)["together"] == 5 and _disk(found)["cached latents"] == 1
-    apart = replace(found, machine=replace(found.machine, cache_disk=7))
-    assert _disk(apart)["together"] == 4 and _disk(apart)["free there"] == 7
+    sizes = _disk(found.disk, found.machine)
+    assert sizes["total"] == 5 and sizes["cached latents"] == 1
+    apart = _disk(found.disk, replace(found.machine, cache_disk=7))
+    assert apart["total"] == 4 and apart["free there"] == 7
 
 
 def test_json(run):
@@ -139,8 +138,8 @@ def test_json(run):
     assert {problem["level"] for problem in found["problems"]} >= {"error"}
 
 
-def test_a_trial_is_printed(run, monkeypatch):
-    monkeypatch.setattr(trial, "MOST_REPEATS", 1)
+def test_timing_is_printed(run, monkeypatch):
+    monkeypatch.setattr(timing, "MOST_REPEATS", 1)
     code, out = run("ae/tiny", *TINY)
     assert code == 0 and "images/s" in out
     assert "3 steps at 32², with the discriminator" in out
@@ -170,5 +169,5 @@ def test_stage_one_given_twice(run):
         (3 * 365 * 86400, "3.0 years"),
     ],
 )
-def test_durations_in_words(seconds, told):
+def test_durations_have_units(seconds, told):
     assert _duration(seconds) == told

@@ -114,7 +114,7 @@ def test_weights_that_are_served_are_only_announced(monkeypatch):
     asked = []
     monkeypatch.setattr(checks, "ask_size", lambda url: asked.append(url) or 528 * 2**20)
     problem = only(checks.check_perceptual(autoencoder_recipe("loss.lpips=1")))
-    assert problem.level == "warning" and "first fetch 528 MiB" in problem.text
+    assert problem.level == "warning" and "first download 528 MiB" in problem.text
     assert asked == [f"https://download.pytorch.org/models/{VGG16}"]
 
 
@@ -182,7 +182,7 @@ def test_a_server_is_not_waited_for_longer_than_that(monkeypatch):
         return Answer(Content_Length="1234")
 
     monkeypatch.setattr(checks, "urlopen", slow)
-    monkeypatch.setattr(checks, "ANSWERS_WITHIN", 0.01)
+    monkeypatch.setattr(checks, "TIMEOUT", 0.01)
     assert checks.ask_size("https://x.invalid/w.pth") is None
     over.set()
 
@@ -233,7 +233,7 @@ def test_the_run_that_would_go_on_keeps_its_stage_one(tmp_path):
 )
 def test_without_stage_one_another_is_assumed(named, preset, channels, assumed, told):
     autoencoder, config, where, problems = checks.check_autoencoder(diffusion_recipe(named), preset)
-    assert autoencoder is None and where == f"none yet: one like {assumed} is assumed"
+    assert autoencoder is None and where == f"none yet; {assumed} is assumed"
     assert config.encoder.extractor.channels == channels
     problem = only(problems)
     assert problem.level == "error" and told in problem.text
@@ -266,7 +266,7 @@ def test_a_cpu_is_enough_for_little_work(monkeypatch):
     assert problem.level == "warning" and "no CUDA GPU" in problem.text
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     problem = only(checks.check_machine(RunConfig(precision="fp32"), CPU, work=1e3))
-    assert "leave out run.device" in problem.text
+    assert "omit run.device" in problem.text
 
 
 def test_emulated_bf16_is_told(monkeypatch):
@@ -284,7 +284,7 @@ def test_compiling_needs_a_compiler(monkeypatch):
     assert checks.check_compiler(RunConfig()) == []
 
 
-def test_room():
-    assert checks.check_room("disk", 10, 10, "make room", "error") == []
-    problem = only(checks.check_room("disk", 3 * 2**30, 2**30, "make room", "error"))
-    assert problem == checks.Problem("error", "disk: 3.0 GiB needed, 1.0 GiB free: make room")
+def test_space():
+    assert checks.check_space("disk", 10, 10, "free some", "error") == []
+    problem = only(checks.check_space("disk", 3 * 2**30, 2**30, "free some", "error"))
+    assert problem == checks.Problem("error", "disk: 3.0 GiB needed, 1.0 GiB free: free some")

@@ -1,10 +1,12 @@
 """What a whole diagnosis says of small recipes."""
 
 import json
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,11 +19,12 @@ from ldm.errors import UsageError
 from ldm.run import start_run
 from pipelines.codec import Codec
 from pipelines.doctor import checks, doctor
+from pipelines.doctor.checks import Problem
 from pipelines.doctor.costs import count_parameters
 from pipelines.doctor.doctor import diagnose_autoencoder, diagnose_diffusion
-from pipelines.doctor.timing import Load
+from pipelines.doctor.timing import Stretch, Timing
 from pipelines.latents import open_cache
-from tests.pipelines.doctor.papers import paper_autoencoder, paper_diffusion
+from tests.pipelines.doctor.dry_runs import costs as cached_costs
 from tests.pipelines.doctor.test_checks import save_images, save_run
 from tests.small import autoencoder_recipe, diffusion_recipe
 
@@ -36,8 +39,7 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.setattr(checks, "has_backbone", lambda network: True)
     monkeypatch.setattr(checks, "check_inception", lambda: [])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(doctor, "PaperAutoencoder", paper_autoencoder)
-    monkeypatch.setattr(doctor, "PaperDiffusion", paper_diffusion)
+    monkeypatch.setattr(doctor, "Costs", cached_costs)
 
 
 def errors(diagnosis):
@@ -114,14 +116,13 @@ def test_a_device_that_is_not_there():
     ],
 )
 def test_without_the_device_all_else_is_told_and_no_cost_worked_out(diagnose, recipe, monkeypatch):
-    monkeypatch.setattr(doctor, "PaperAutoencoder", None)
-    monkeypatch.setattr(doctor, "PaperDiffusion", None)
+    monkeypatch.setattr(doctor, "Costs", None)
     monkeypatch.setattr(checks.shutil, "which", lambda _: None)
     found = diagnose(recipe, "tiny")
     told = errors(found)
     assert "no CUDA device" in told[0] and "C++ compiler" in told[-1]
     assert found.length.images == 32 and found.length.data == 8
-    assert (found.parts, found.step_gmac) == ((), {})
+    assert (found.parts, found.step_gmac) == ([], {})
     assert found.memory is None and found.disk is None and found.trial is None
     json.dumps(asdict(found))
 
@@ -154,7 +155,7 @@ def test_too_little_memory(monkeypatch):
     assert problem.level == "warning"
     assert problem.text.endswith("accumulate=2 makes micro-batches of 2")
     (problem,) = scarce(memory.lasting - 1).problems
-    assert problem.level == "error" and "take smaller networks" in problem.text
+    assert problem.level == "error" and "use smaller networks" in problem.text
 
 
 def test_advice_that_its_own_sum_bears_out(monkeypatch):
@@ -173,7 +174,7 @@ def test_advice_that_its_own_sum_bears_out(monkeypatch):
             assert told[0].endswith(f"accumulate={fewest} makes micro-batches of {4 // fewest}")
             pretend(patch, memory=totals[fewest] - 1)
             told = [p.text for p in diagnose().problems if p.level == "warning"]
-            smaller = "take smaller images or networks"
+            smaller = "use smaller images or networks"
             assert told[0].endswith(f"makes micro-batches of {4 // after}" if after else smaller)
 
 
@@ -182,11 +183,11 @@ def test_a_cpu_is_not_tried_beyond_its_memory(monkeypatch):
     recipe = diffusion_recipe("", network)
     asked = []
 
-    def tried(rehearsal, loads, each, accumulate, processes, fits, seconds):
-        asked.append({images: fits(32, images) for images in (1, 2, 4)})
-        return doctor.Trial((), 1.0, peak=None, out_of_memory=False)
+    def tried(timer, *_):
+        asked.append({images: timer.fits(32, images) for images in (1, 2, 4)})
+        return Timing((), 1.0, peak=None, out_of_memory=False)
 
-    monkeypatch.setattr(doctor, "try_out", tried)
+    monkeypatch.setattr(doctor, "time_training", tried)
     memory = diagnose_diffusion(recipe, "tiny", seconds=1).memory
     one = diagnose_diffusion(
         diffusion_recipe("", network, "accumulate=4"), "tiny", seconds=0
@@ -208,13 +209,17 @@ def test_too_little_disk(monkeypatch):
 
 def cached(source):
     small = "network={channels: 16, multipliers: [1], blocks: 1, head_width: 8}"
-    return diffusion_recipe("", small, "cache=kept", f"data={{source: {source}, crop: center}}")
+    return diffusion_recipe(
+        "", small, "cache=kept", f"data={{source: {source}, crop: center, flip: true}}"
+    )
 
 
 def test_a_cache_on_another_disk(tmp_path, monkeypatch):
     save_images(tmp_path / "images", 32)
     apart = diagnose_diffusion(cached("images"), "tiny", seconds=0)
     assert apart.machine.cache_disk is None
+    # mean and deviation of every image and of its mirror image, as in the cache's files
+    assert apart.disk.cache == np.empty((3, 2, 2, 4, 4, 4), np.float32).nbytes
     monkeypatch.setattr(doctor, "same_disk", lambda one, other: False)
     free = {doctor.RUNS: apart.disk.run, Path("kept"): apart.disk.cache}
     monkeypatch.setattr(doctor, "free_disk", free.__getitem__)
@@ -241,6 +246,34 @@ def test_a_cache_that_is_there_needs_no_more_room(tmp_path):
     assert "kept holds latents of another autoencoder" in told
 
 
+@pytest.mark.parametrize(
+    ("levels", "ready"),
+    [([], True), (["note", "warning"], True), (["note", "error"], False)],
+)
+def test_only_an_error_stops_a_run(levels, ready):
+    machine = doctor.Machine("cpu", "2 cores", "fp32", memory=2**30, disk=2**30)
+    length = doctor.Length(8, 4, processes=1, accumulate=1, each=4, images=32, data=8)
+    problems = [Problem(level, "what, where, what to do") for level in levels]
+    known = ("tiny", "autoencoder", "photos", None, machine, length, problems)
+    found = doctor.Diagnosis(*known)
+    assert found.ready == ready and found.memory is None
+
+
+def test_free_disk_of_a_folder_that_does_not_exist(tmp_path):
+    missing = tmp_path / "not" / "yet"
+    assert doctor.free_disk(missing) == pytest.approx(doctor.free_disk(tmp_path), rel=0.1)
+
+
+def test_folders_on_one_disk(tmp_path, monkeypatch):
+    assert doctor.same_disk(tmp_path / "not" / "yet", tmp_path)
+    stat = os.stat
+    monkeypatch.setattr(
+        doctor.Path, "stat",
+        lambda path, **how: SimpleNamespace(st_dev=path.name, st_mode=stat(path).st_mode),
+    )  # fmt: skip
+    assert not doctor.same_disk(tmp_path, tmp_path.parent)
+
+
 def test_micro_batches_that_divide_and_fit():
     machine = doctor.Machine("cpu", "", "fp32", memory=1000, disk=0)
 
@@ -250,13 +283,13 @@ def test_micro_batches_that_divide_and_fit():
             return SimpleNamespace(total=1000 if each <= most else 1001)
 
         length = doctor.Length(1, batch_size, processes, 1, batch_size // processes, 1, None)
-        return doctor._smaller(need, machine, length)
+        return doctor._smaller(need, SimpleNamespace(machine=machine, length=length))
 
     assert told(42, 1, most=41) == "accumulate=2 makes micro-batches of 21"
     assert told(42, 1, most=20) == "accumulate=3 makes micro-batches of 14"
     assert told(9, 1, most=8) == "accumulate=3 makes micro-batches of 3"
     assert told(64, 4, most=3) == "accumulate=8 makes micro-batches of 2"
-    smaller = "take smaller images or networks"
+    smaller = "use smaller images or networks"
     assert told(4, 4, most=0) == told(8, 1, most=0) == told(6, 4, most=9) == smaller
 
 
@@ -264,12 +297,12 @@ def test_a_gpu_that_runs_out_in_the_trial(monkeypatch):
     """As the trial finds it on a device whose memory is not known before."""
     recipe = autoencoder_recipe(ONE_PHASE, "adversarial.weight=0")
 
-    def tried(rehearsal, loads, each, accumulate, processes, fits, seconds):
-        assert fits(10_000, 10_000)  # a GPU says so itself where it does not
-        return doctor.Trial((), 1.0, peak=5, out_of_memory=True)
+    def tried(timer, *_):
+        assert timer.fits(10_000, 10_000)  # a GPU says so itself where it does not
+        return Timing((), 1.0, peak=5, out_of_memory=True)
 
     pretend(monkeypatch, device="cuda:0")
-    monkeypatch.setattr(doctor, "try_out", tried)
+    monkeypatch.setattr(doctor, "time_training", tried)
     (told,) = errors(diagnose_autoencoder(recipe, seconds=1))
     assert told == (
         "micro-batches of 4 do not fit into this GPU's memory: "
@@ -284,7 +317,7 @@ def test_a_trial_of_both_stages(tmp_path):
     assert found.trial.seconds > 0 and not list(tmp_path.iterdir())  # nothing was written
     # stage one is not there: its shape is enough
     found = diagnose_diffusion(diffusion_recipe("", "resolution=32"), "tiny", seconds=0.01)
-    assert not found.ready and found.trial.speeds[0].load == Load(32, 8)
+    assert not found.ready and found.trial.speeds[0].load == Stretch(32, 8)
     assert not list(tmp_path.iterdir())
 
 
@@ -292,7 +325,7 @@ def test_a_trial_without_room_is_left_out(monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
-    monkeypatch.setattr(doctor, "AutoencoderRehearsal", full)
+    monkeypatch.setattr(doctor, "StepTimer", full)
     found = diagnose_autoencoder(autoencoder_recipe(), seconds=1)
     assert found.trial is None
-    assert [p.text for p in found.problems] == ["no trial: CUDA out of memory."]
+    assert [p.text for p in found.problems] == ["not timed: CUDA out of memory."]

@@ -1,0 +1,148 @@
+"""Both stages' training steps on random images of any size, set up as training does it.
+
+Each class holds the training's own `state`; the `networks` that are reported, by name; the modules
+that are `trained`, those of them that are `updated`, and those in a step that are `frozen`; and the
+networks that are `exported` into a model file.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from autoencoders import Autoencoder, AutoencoderConfig
+from autoencoders.losses import LPIPS
+from autoencoders.losses.perceptual import CONV5_4, ESRGANPerceptual
+from ldm.run import Run
+from pipelines import train_autoencoder, train_diffusion
+from pipelines.latents import LatentBatch
+from pipelines.recipes import AutoencoderRecipe, DiffusionRecipe
+from pipelines.train_autoencoder import AutoencoderState
+from pipelines.train_diffusion import DiffusionState
+
+
+class AutoencoderTraining:
+    """Stage one."""
+
+    def __init__(self, recipe: AutoencoderRecipe, run: Run) -> None:
+        self.recipe, self.run = recipe, run
+        perceptual = random_perceptual(recipe)
+        self.state = AutoencoderState(recipe, run, perceptual)
+        self.state.prepare(run)
+        ae = self.autoencoder = cast(Autoencoder, run.unwrap(self.state.autoencoder))
+        discriminator = self.state.discriminator
+        self.networks: dict[str, nn.Module] = {"encoder": ae.encoder, "decoder": ae.decoder}
+        self.trained, self.exported = [ae, discriminator], [ae]
+        self.updated = self.trained if recipe.adversarial.weight else self.trained[:1]
+        if recipe.adversarial.weight:
+            self.networks["discriminator"] = discriminator
+        self.frozen = [
+            loss.network if isinstance(loss, LPIPS) else loss.features
+            for loss in perceptual.values()
+        ]
+
+    def accepts(self, resolution: int) -> bool:
+        """True if the recipe could train on images of this side, in pixels."""
+        try:
+            self.recipe.check_resolution(resolution)
+        except ValueError:
+            return False
+        return True
+
+    def step(self, resolution: int, batch: int, adversarial_active: bool = True) -> None:
+        """Train on a micro-batch, with an update of each network."""
+        images = _images(self.run, resolution, batch)
+        draws = train_autoencoder.draw(self.run, self.recipe, range(batch), resolution)
+        train_autoencoder.train_step(
+            self.run, self.state, images, draws, ramp=float(adversarial_active)
+        )
+
+    def calls(self, resolution: int, batch: int) -> Mapping[str, Callable[[], Any]]:
+        """Forward passes of the reported networks."""
+        side = resolution // self.recipe.encoder.downsampling
+        images = _images(self.run, resolution, batch)
+        latents = torch.randn(batch, self.recipe.latent_channels, side, side, device=images.device)
+        calls = {
+            "encoder": lambda: self.autoencoder.encode(images),
+            "decoder": lambda: self.autoencoder.decode(latents),
+            "discriminator": lambda: self.state.discriminator(images),
+        }
+        return {name: calls[name] for name in self.networks}
+
+
+class DiffusionTraining:
+    """Stage two, with the encoder in its step unless the recipe has a cache.
+
+    Args:
+        recipe: with the network's sizes filled in; see `pipelines.recipes.fit`.
+        config: of stage one, which takes as long untrained.
+    """
+
+    def __init__(self, recipe: DiffusionRecipe, config: AutoencoderConfig, run: Run) -> None:
+        self.recipe, self.run = recipe, run
+        self.autoencoder = run.place(Autoencoder(config).eval().requires_grad_(False))
+        self.state = DiffusionState(recipe, run)
+        self.state.prepare(run, self.autoencoder)
+        network, encoder = self.state.network, self.autoencoder.encoder
+        self.networks: dict[str, nn.Module] = {"network": network, "encoder": encoder}
+        self.trained = self.updated = [self.state.objective]
+        self.frozen, self.exported = [self.autoencoder], [network, self.autoencoder]
+
+    def accepts(self, resolution: int) -> bool:
+        """True if the recipe could train on images of this side, in pixels."""
+        return resolution % (self.autoencoder.downsampling * self.state.network.factor) == 0
+
+    def step(self, resolution: int, batch: int, adversarial_active: bool = True) -> None:
+        """Train on a micro-batch, with an update of the network."""
+        self.encode(resolution, batch)
+        z, sigma, noise = self._latents(resolution, batch)
+        latents = LatentBatch(z, sigma, noise, labels=None, augment=None)
+        train_diffusion.train_step(self.run, self.state, latents)
+
+    def calls(self, resolution: int, batch: int) -> Mapping[str, Callable[[], Any]]:
+        """Forward passes of the reported networks."""
+        images = _images(self.run, resolution, batch)
+        z, sigma, _ = self._latents(resolution, batch)
+        return {
+            "network": lambda: self.state.network(z, sigma),
+            "encoder": lambda: self.autoencoder.encode(images),
+        }
+
+    def encode(self, resolution: int, batch: int) -> None:
+        """Encode a micro-batch, unless latents come from a cache."""
+        if not self.recipe.cache:
+            with torch.no_grad(), self.run.autocast():
+                self.autoencoder.encode(_images(self.run, resolution, batch))
+
+    def _latents(self, resolution: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Random latents (b, n_z, h, w), noise levels (b,), and noise of the latents' shape."""
+        side, device = resolution // self.autoencoder.downsampling, self.run.device
+        z = torch.randn(batch, self.recipe.network.latent_channels, side, side, device=device)
+        return z, torch.ones(batch, device=device), torch.randn_like(z)
+
+
+Training = AutoencoderTraining | DiffusionTraining
+
+
+def random_perceptual(recipe: AutoencoderRecipe) -> dict[str, LPIPS | ESRGANPerceptual]:
+    """Build the perceptual losses of a recipe with random weights, which cost the same."""
+    losses: dict[str, LPIPS | ESRGANPerceptual] = {}
+    if recipe.loss.lpips:
+        import lpips
+
+        options = {"pretrained": False, "pnet_rand": True, "verbose": False}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the package calls torchvision in an outdated way
+            losses["lpips"] = LPIPS(lpips.LPIPS(net=recipe.loss.lpips_network, **options))
+    if recipe.loss.esrgan:
+        from torchvision.models import vgg19
+
+        losses["esrgan"] = ESRGANPerceptual(vgg19().features[: CONV5_4 + 1])
+    return losses
+
+
+def _images(run: Run, resolution: int, batch: int) -> Tensor:
+    """Random images (b, 3, H, W), in the memory layout of training images."""
+    return run.place(torch.randn(batch, 3, resolution, resolution, device=run.device))
