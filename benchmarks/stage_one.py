@@ -26,7 +26,7 @@ from autoencoders.sdvae.formats import from_diffusers
 from autoencoders.wavelet import dwt_cascade
 from benchmarks.comparison import Row, Target, compare, judge, measuring_parser, write
 from ldm.device import keep_freed_memory, memory_format, resolve_device
-from ldm.timing import describe_machine, synchronise, take_turns
+from ldm.timing import describe_machine, synchronise, time_interleaved
 
 PEER = "diffusers"
 OURS = ("litevae-s", "litevae-b", "litevae-m", "litevae-l", "sdvae")
@@ -166,7 +166,11 @@ def measure_encoders(setting: Setting, arguments: list[str]) -> list[Row]:
             for name, model in models.items()
         }
         return compare(
-            ENCODER, take_turns(calls, setting.repeats, setting.device), PEER, setting.batch, peaks
+            ENCODER,
+            time_interleaved(calls, setting.repeats, setting.device),
+            PEER,
+            setting.batch,
+            peaks,
         )
 
 
@@ -189,7 +193,7 @@ def measure_decoders(setting: Setting) -> list[Row]:
             for name, model in models.items()
         }
         return compare(
-            DECODER, take_turns(calls, setting.repeats, setting.device), PEER, setting.batch
+            DECODER, time_interleaved(calls, setting.repeats, setting.device), PEER, setting.batch
         )
 
 
@@ -204,7 +208,10 @@ def measure_wavelets(setting: Setting) -> list[Row]:
             "ptwt": lambda: [ptwt.wavedec2(images, "haar", level=3) for _ in range(10)],
         }
         return compare(
-            WAVELET, take_turns(calls, setting.repeats, setting.device), "ptwt", 10 * setting.batch
+            WAVELET,
+            time_interleaved(calls, setting.repeats, setting.device),
+            "ptwt",
+            10 * setting.batch,
         )
 
 
@@ -216,7 +223,9 @@ def measure_training(setting: Setting) -> list[Row]:
         for name in ("litevae-b", "sdvae")
     }
     calls[PEER] = training_step(peer(setting.widths), setting, images)
-    return compare(STEP, take_turns(calls, setting.repeats, setting.device), PEER, setting.batch)
+    return compare(
+        STEP, time_interleaved(calls, setting.repeats, setting.device), PEER, setting.batch
+    )
 
 
 def training_step(model: nn.Module, setting: Setting, images: Tensor) -> Callable[[], None]:

@@ -27,7 +27,7 @@ from diffusion.edm import sample_sigma
 from diffusion.formats import diffusers_config, to_diffusers
 from ldm.device import keep_freed_memory, memory_format, resolve_device
 from ldm.images import to_float
-from ldm.timing import describe_machine, take_turns
+from ldm.timing import describe_machine, time_interleaved
 from pipelines.codec import Codec
 from pipelines.latents import one_ahead
 
@@ -225,7 +225,7 @@ def measure_training(setting: Setting) -> list[Row]:
         f"encode {name}": lambda name=name: [prepare(encoders[name], setting, i) for i in images]
         for name in encoders
     }
-    seconds = take_turns(calls, setting.repeats, setting.device)
+    seconds = time_interleaved(calls, setting.repeats, setting.device)
     count = setting.batch * setting.batches
     whole = {name: seconds[name] for name in (LITEVAE, SDVAE, CACHED, PEER)}
     steps = {"ours": seconds[CACHED], PEER: seconds[f"{PEER}, {CACHED}"]}
@@ -249,7 +249,7 @@ def measure_sampling(setting: Setting) -> list[Row]:
             name: partial(sample_heun, denoiser, noise.to(setting.device), sigmas)
             for name, denoiser in denoisers.items()
         }
-        seconds = take_turns(calls, setting.repeats, setting.device)
+        seconds = time_interleaved(calls, setting.repeats, setting.device)
     return compare(SAMPLING, seconds, PEER, setting.batch)
 
 

@@ -1,4 +1,4 @@
-"""How long calls take, side by side: in turns, until the device is done; and on what machine."""
+"""Interleaved timing of calls, and a description of the machine."""
 
 import platform
 import time
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 
-def take_turns(
+def time_interleaved(
     calls: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device
 ) -> dict[str, float]:
-    """Median seconds of each call. Each is called once unmeasured, then all in turn, repeatedly.
+    """Median seconds of each call, after one unmeasured round.
 
-    Taking turns lets what else the machine does fall on all alike.
+    All are called in turn, repeatedly, so that other load on the machine affects them alike.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 1):
@@ -32,13 +32,13 @@ def take_turns(
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def describe_machine(device: torch.device, precision: str) -> dict[str, str]:
-    """The device, its threads, the precision, the versions and the day, in words."""
+    """Describe the device, its threads, the precision, the versions and the date."""
     return {
         "device": name_device(device),
         "precision": precision,
@@ -49,7 +49,7 @@ def describe_machine(device: torch.device, precision: str) -> dict[str, str]:
 
 
 def name_device(device: torch.device) -> str:
-    """What its maker calls it, and of a CPU how many threads compute."""
+    """The vendor's name of the device; for a CPU with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     lines = Path("/proc/cpuinfo")

@@ -21,7 +21,7 @@ from ldm.files import write_atomically, write_json
 from ldm.logbook import console
 from ldm.run_folder import provenance
 from ldm.tables import markdown_table
-from ldm.timing import name_device, synchronise, take_turns
+from ldm.timing import name_device, synchronise, time_interleaved
 from pipelines.doctor.costs import AllocationTracker, count_gmac, count_parameters
 
 ENCODERS = ("sdvae", "litevae-s", "litevae-b", "litevae-m", "litevae-l")
@@ -168,7 +168,7 @@ def _measure(
         placed = {cost.name: _place(cost.name, resolution, batch, device) for cost in counted}
         images = _images(timed, resolution, device)
         calls = {name: lambda ae=ae: ae.encode(images) for name, (ae, _) in placed.items()}
-        seconds = take_turns(calls, repeats, device)
+        seconds = time_interleaved(calls, repeats, device)
     except torch.OutOfMemoryError as error:
         raise LdmError(
             f"{batch} images of {resolution}² do not fit into the memory of {device}: lower --batch"

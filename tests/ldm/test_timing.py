@@ -1,15 +1,15 @@
 import torch
 
-from ldm.timing import describe_machine, name_device, take_turns
+from ldm.timing import describe_machine, name_device, time_interleaved
 
 CPU = torch.device("cpu")
 
 
-def test_calls_take_turns_and_the_first_round_does_not_count(monkeypatch):
+def test_calls_alternate_and_the_first_round_does_not_count(monkeypatch):
     order, clock = [], iter([0, 100, 0, 200, 0, 1, 0, 4, 0, 3, 0, 6, 0, 2, 0, 5])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     calls = {name: lambda name=name: order.append(name) for name in "ab"}
-    assert take_turns(calls, 3, CPU) == {"a": 2, "b": 5}
+    assert time_interleaved(calls, 3, CPU) == {"a": 2, "b": 5}
     assert order == list("abababab")
 
 

@@ -37,7 +37,7 @@ def no_clock(monkeypatch):
         answers.update({name: call() for name, call in calls.items()})
         return dict.fromkeys(calls, 0.1)
 
-    monkeypatch.setattr(bench, "take_turns", take)
+    monkeypatch.setattr(bench, "time_interleaved", take)
     return answers
 
 
