@@ -11,21 +11,16 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite existing files."
 HeadWidth = Annotated[
     int | None,
     typer.Option(
-        help="With --diffusion, CompVis: channels per attention head (num_head_channels in the "
-        "yaml). Default: 32."
+        help="With --diffusion, CompVis: channels per head (num_head_channels). Default: 32."
     ),
 ]
 Heads = Annotated[
     int | None,
-    typer.Option(
-        help="With --diffusion, CompVis: number of attention heads (num_heads in the yaml)."
-    ),
+    typer.Option(help="With --diffusion, CompVis: attention heads (num_heads in the yaml)."),
 ]
 ScaleFactor = Annotated[
     float | None,
-    typer.Option(
-        help="With --diffusion: factor that multiplies the latents. Default: the one in SRC."
-    ),
+    typer.Option(help="With --diffusion: factor of the latents. Default: the one in SRC."),
 ]
 
 
@@ -108,8 +103,8 @@ def export_model(
     scaling_factor: Annotated[
         float | None,
         typer.Option(
-            help="For diffusers: 1 / standard deviation of the latents. Default: the one the model "
-            "was imported with, or SD-VAE's 0.18215."
+            help="For diffusers: 1 / standard deviation of the latents. Default: as imported, or "
+            "0.18215."
         ),
     ] = None,
     force: Force = False,

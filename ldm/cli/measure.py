@@ -35,10 +35,7 @@ Layout = Annotated[
 ]
 Resolutions = Annotated[
     list[str] | None,
-    typer.Option(
-        help="Image sizes in pixels, such as 128,256. Default: the last resolution of each "
-        "model's training."
-    ),
+    typer.Option(help="Image sizes in pixels, such as 128,256. Default: as in training."),
 ]
 Reference = Annotated[
     str | None,
@@ -50,9 +47,7 @@ Reference = Annotated[
 ]
 Bootstrap = Annotated[
     int,
-    typer.Option(
-        help="Resamplings for a 95 % confidence interval of FID, such as 100; one process."
-    ),
+    typer.Option(help="Resamplings for a 95 % interval of FID, such as 100; one process."),
 ]
 SampledModel = Annotated[
     Path | None,
@@ -61,8 +56,8 @@ SampledModel = Annotated[
 ResultFile = Annotated[
     Path | None,
     typer.Option(
-        help="Result file. Default: fid.json next to the samples, or a name with the options "
-        "that are not at their default, such as fid-photos-val.json."
+        help="Result file. Default: fid.json next to the samples, or with the options that are "
+        "not at their default, such as fid-photos-val.json."
     ),
 ]
 
@@ -99,8 +94,7 @@ def eval_ae(
         bool,
         typer.Option(
             "--force",
-            help="Measure images that were trained on, and rFID over fewer images than features; "
-            "the result says so.",
+            help="Measure despite training images, or fewer images than features for rFID.",
         ),
     ] = False,
     device: Device = "auto",
@@ -133,7 +127,7 @@ def fid(
     data: Data = None,
     split: Annotated[
         Literal["train", "val", "all"] | None,
-        typer.Option(help="Part of the data to compare with. Default: all, as papers on FFHQ do."),
+        typer.Option(help="Part of the data to compare with. Default: all, as in papers."),
     ] = None,
     reference: Reference = None,
     model: SampledModel = None,

@@ -14,8 +14,7 @@ from ldm.errors import UsageError
 Data = Annotated[
     str | None,
     typer.Option(
-        help="Images: `photos` (built in), a folder, a zip or shards. Default: the data the model "
-        "was trained on."
+        help="Images: `photos` (built in), a folder, a zip or shards. Default: the training data."
     ),
 ]
 Split = Annotated[Literal["train", "val", "all"], typer.Option(help="Part of the data to use.")]
@@ -29,17 +28,13 @@ Seed = Annotated[int, typer.Option(help="Seed. Image i depends only on the seed 
 Steps = Annotated[int, typer.Option(help="Sampling steps.")]
 Guide = Annotated[
     Path | None,
-    typer.Option(
-        "--guide", "--weaker", help="Guiding model for autoguidance: a less trained or smaller one."
-    ),
+    typer.Option("--guide", "--weaker", help="Model for autoguidance: less trained or smaller."),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
 Precision = Literal["auto", "fp32", "bf16"]
 InceptionWeights = Annotated[
     Path | None,
-    typer.Option(
-        help="Path of inception-2015-12-05.pt. Default: found in the usual caches, or downloaded."
-    ),
+    typer.Option(help="Path of inception-2015-12-05.pt. Default: found, or downloaded."),
 ]
 Features = Annotated[
     str | None,
@@ -51,9 +46,7 @@ Features = Annotated[
 ]
 Resize = Annotated[
     Literal["clean", "legacy-tensorflow"],
-    typer.Option(
-        help="Resizing before Inception: as clean-fid does, or as the original FID code did."
-    ),
+    typer.Option(help="Resizing before Inception: clean-fid's, or the original FID code's."),
 ]
 Settings = Annotated[
     list[str] | None,
@@ -63,8 +56,7 @@ RunFolder = Annotated[
     Path | None,
     typer.Option(
         "--out",
-        help="Run folder. Default: the newest unfinished run with exactly these settings, or a "
-        "new folder in runs/.",
+        help="Run folder. Default: the newest unfinished run with these settings, or a new one.",
     ),
 ]
 

@@ -55,10 +55,7 @@ def train_diffusion(
     ] = None,
     cache: Annotated[
         Path | None,
-        typer.Option(
-            help="Encode the data once into this folder and train from it. Default: encode on the "
-            "fly."
-        ),
+        typer.Option(help="Encode the data once, into this folder. Default: encode on the fly."),
     ] = None,
     run: RunFolder = None,
 ) -> None:
@@ -89,8 +86,7 @@ def ema(
     std: Annotated[
         float,
         typer.Option(
-            help="Width of the average: its standard deviation as a fraction of the training, such "
-            "as 0.07; at most 0.2886."
+            help="Width of the average as a fraction of the training, such as 0.07; at most 0.2886."
         ),
     ],
     run: Annotated[
