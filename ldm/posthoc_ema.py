@@ -190,9 +190,9 @@ def combine(fit: Fit) -> dict[str, Tensor]:
             for name in [*names, *sorted(sums.keys() - names)]:
                 tensor = file.get_tensor(name) if name in names else None
                 if tensor is not None and snapshot.path == newest:
-                    floating = tensor.is_floating_point()
                     types[name] = tensor.dtype
-                    sums[name] = tensor.double().zero_() if floating else tensor
+                    floating = tensor.is_floating_point()
+                    sums[name] = torch.zeros_like(tensor).double() if floating else tensor
                 if tensor is None or name not in sums or tensor.shape != sums[name].shape:
                     raise LdmError(
                         f"{snapshot.path} and {newest.name} are of different networks: tensor "

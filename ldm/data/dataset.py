@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Annotated, Literal
@@ -147,8 +148,9 @@ def listing_identity(data: str) -> str | None:
         images = open_images(path)
     except LdmError:
         return None
+    size_of = cache(_size)
     for name, file in _with_files(images, len(images)):
-        size = Path(file).stat().st_size if file else -1
+        size = size_of(file) if file else -1
         listing.update(f"{name.removeprefix(f'{path}/')}\0{size}\0".encode(*UTF8))
     return listing.hexdigest()
 
@@ -168,6 +170,13 @@ def _file_of(path: Path) -> str | None:
         return next((str(part) for part in (path, *path.parents) if part.is_file()), None)
     except OSError:
         return None
+
+
+def _size(file: str) -> int:
+    try:
+        return Path(file).stat().st_size
+    except OSError:
+        return -1
 
 
 def _digest(file: str) -> bytes:

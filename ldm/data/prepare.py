@@ -32,7 +32,7 @@ from ldm.data.split import held_out_count, split_indices
 from ldm.data.transforms import NOT_RESIZED, RESAMPLING, Filter
 from ldm.errors import LdmError, UsageError
 from ldm.files import write_json
-from ldm.logbook import progress_bar
+from ldm.logbook import show_progress
 
 Report = dict[str, Any]
 
@@ -136,17 +136,14 @@ def _write_all(
         faults.add(dict(report["skipped"]))
     work = partial(write_shard, source, settings=settings, destination=destination)
     processes = min(_cores() if workers is None else workers, len(missing))
-    with progress_bar("images") as bar:
-        total = sum(len(job.indices) for job in missing)
-        task = bar.add_task("preparing", total=total, speed="", note="")
-
-        def advance(count: int) -> None:
-            bar.update(task, advance=count, speed=f"{bar.tasks[task].speed or 0:.0f}/s")
-
-        with closing(run_jobs(work, missing, processes, advance)) as finished:
-            for report in finished:
-                reports[report["name"].removesuffix(".tar")] = report
-                faults.add(dict(report["skipped"]))
+    total = sum(len(job.indices) for job in missing)
+    with (
+        show_progress("preparing", total) as advance,
+        closing(run_jobs(work, missing, processes, advance)) as finished,
+    ):
+        for report in finished:
+            reports[report["name"].removesuffix(".tar")] = report
+            faults.add(dict(report["skipped"]))
     return reports
 
 

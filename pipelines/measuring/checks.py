@@ -212,7 +212,8 @@ class Overlap(NamedTuple):
 
     Attributes:
         shared: compared held-out images that are training images; `example` is the name of one.
-        held_out, train: images of either side that were compared, `…_of` so many.
+        held_out, train: images of each side that were compared.
+        held_out_of, train_of: images of each side.
     """
 
     shared: int

@@ -246,13 +246,16 @@ def test_damage_is_one_line_that_names_the_file(pair, damage, message):
     assert str(pair[1].path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_the_sum_is_the_coefficients_sum(pair):
-    save_file({"a": torch.full((3,), 4.0), "b": torch.ones(2)} | count(7), pair[0].path)
-    save_file({"a": torch.full((3,), 8.0), "b": torch.ones(2)} | count(9), pair[1].path)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_sum_is_the_coefficients_sum(dtype, pair):
+    a, b = torch.ones(3, dtype=dtype), torch.ones(2, dtype=dtype)
+    save_file({"a": 4 * a, "b": b} | count(7), pair[0].path)
+    save_file({"a": 8 * a, "b": b} | count(9), pair[1].path)
     fit = replace(fit_snapshots(pair, 0.055), coefficients=(1.5, -0.5))
-    made = combine(fit)
-    assert made["a"].tolist() == [2.0] * 3 and made["b"].tolist() == [1.0] * 2
-    assert made["count"].item() == 7 and made["count"].dtype == torch.int64
+    combined = combine(fit)
+    assert combined["a"].tolist() == [2.0] * 3 and combined["b"].tolist() == [1.0] * 2
+    assert combined["a"].dtype == dtype
+    assert combined["count"].item() == 7 and combined["count"].dtype == torch.int64
 
 
 def count(value):
