@@ -269,7 +269,7 @@ def read_diffusers(folder: Path) -> tuple[UNetConfig, dict[str, Tensor]]:
     described = read_described(folder / "config.json")
     try:
         config = config_from_diffusers(described)
-    except (ValueError, TypeError, LdmError) as error:
+    except (ValueError, TypeError, KeyError, LdmError) as error:
         raise LdmError(f"{folder}/config.json describes no UNet to load here: {error}") from error
     paths = weights_files(folder, pickled=True)
     weights = read_all(paths)

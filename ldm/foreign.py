@@ -134,7 +134,7 @@ def weights_files(folder: Path, pickled: bool = False) -> list[Path]:
     """Find the weights in a diffusers folder: the plain file, else its shards, else a variant.
 
     Args:
-        pickled: take a `.bin`, too, where there is no safetensors.
+        pickled: take a `.bin`, too, where no safetensors but of a variant, such as fp16, is there.
     """
     # by (variant, number of shards, 0 where it is whole), then by the shard's own number
     found: dict[tuple[str, int], dict[int, Path]] = {}
@@ -142,10 +142,10 @@ def weights_files(folder: Path, pickled: bool = False) -> list[Path]:
         if parts := SHARD.fullmatch(path.name):
             key = (parts["variant"] or parts["old_variant"] or "", int(parts["count"] or 0))
             found.setdefault(key, {})[int(parts["number"] or 0)] = path
+    is_pickled = (folder / PICKLED_FILE).is_file()
+    if is_pickled and pickled and all(variant for variant, _ in found):
+        return [folder / PICKLED_FILE]
     if not found:
-        is_pickled = (folder / PICKLED_FILE).is_file()
-        if is_pickled and pickled:
-            return [folder / PICKLED_FILE]
         how = "save it again as safetensors"
         if is_pickled:
             how = f"{PICKLED_FILE} is a pickle: convert it with diffusers' save_pretrained"

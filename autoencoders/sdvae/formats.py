@@ -290,7 +290,8 @@ def _sizes(
 def _count(names: Iterable[str], numbered: str) -> int:
     """The number of parts `numbered.0`, `numbered.1`, … that the names have."""
     pattern = re.compile(rf"{re.escape(numbered)}\.(\d+)\.")
-    return max((int(found[1]) + 1 for name in names if (found := pattern.match(name))), default=0)
+    # distinct, not the largest: a stray number must not ask for as many parts
+    return len({int(found[1]) for name in names if (found := pattern.match(name))})
 
 
 def write_compvis(path: Path, ae: nn.Module) -> list[Path]:

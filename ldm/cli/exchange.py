@@ -103,8 +103,8 @@ def export_model(
     scaling_factor: Annotated[
         float | None,
         typer.Option(
-            help="For diffusers: 1 / standard deviation of the latents. Default: as imported, or "
-            "0.18215."
+            help="For diffusers: 1 / standard deviation of the latents. Default: as imported, "
+            "or SD-VAE's 0.18215."
         ),
     ] = None,
     force: Force = False,

@@ -369,7 +369,6 @@ def export_network(out: Path, model: Path | None = None, force: bool = False) ->
         raise UsageError(f"{out} is the folder of the model to export: give OUT another name")
     found = LatentModel.from_pretrained(path, "cpu")
     recipe, network = found.recipe, found.denoiser.network
-    assert recipe is not None  # only a model built by hand has none
     if not isinstance(network, UNet):
         raise LdmError(
             f"{path} has a network of type {recipe.network.type}, which no diffusers UNet2DModel "

@@ -76,11 +76,12 @@ def test_a_config_says_what_is_left_out():
         ({"layers_per_block": 0}, "'blocks'"),
         ({"attention_head_dim": 24}, "must divide the 128 channels at factor 2"),
         ({"block_out_channels": "wide"}, None),
+        ({"block_out_channels": {"a": 32}}, None),
         ({"down_block_types": 3}, None),
     ],
 )
 def test_other_structures_are_refused(change, said):
-    with pytest.raises((TypeError, LdmError), match=said):
+    with pytest.raises((TypeError, KeyError, LdmError), match=said):
         config_from_diffusers(DESCRIBED | change)
 
 

@@ -158,5 +158,7 @@ def test_a_pickle_is_found_only_where_it_may_be_read(tmp_path):
     with pytest.raises(LdmError, match="is a pickle: convert it with diffusers' save_pretrained"):
         weights_files(tmp_path)
     assert weights_files(tmp_path, pickled=True) == [tmp_path / PICKLED_FILE]
+    (tmp_path / WEIGHTS_FILE).with_suffix(".fp16.safetensors").touch()  # rounded
+    assert weights_files(tmp_path, pickled=True) == [tmp_path / PICKLED_FILE]
     (tmp_path / WEIGHTS_FILE).touch()
     assert weights_files(tmp_path, pickled=True) == [tmp_path / WEIGHTS_FILE]

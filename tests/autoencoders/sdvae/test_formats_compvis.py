@@ -178,6 +178,8 @@ def test_structures_that_are_not_sdvaes(tmp_path):
     assert "widths [32, 48, 96] are not multiples of the first one, 32" in refusal(
         path, state | odd
     )
+    for stray in ("encoder.down.9999999999.x", "encoder.down.0.block.100000000.conv1.weight"):
+        assert refusal(path, state | {stray: torch.zeros(1)})  # and no memory for as many parts
 
 
 def test_a_tensor_of_another_shape_is_named_with_both(tmp_path):
