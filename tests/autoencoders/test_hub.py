@@ -33,7 +33,7 @@ def same(ae, other):
     assert all(torch.equal(tensor, state[name]) for name, tensor in ae.state_dict().items())
 
 
-def test_saved_and_loaded_is_the_same(tmp_path, ae):
+def test_save_and_load_round_trips(tmp_path, ae):
     written = ae.save_pretrained(tmp_path / "model")
     assert [path.name for path in written] == ["config.json", "model.safetensors", "README.md"]
     same(Autoencoder.from_pretrained(tmp_path / "model"), ae)
@@ -77,7 +77,7 @@ def hub(tmp_path, monkeypatch):
     return asked
 
 
-def test_pushed_and_fetched_is_the_same(hub, ae):
+def test_push_and_fetch_round_trips(hub, ae):
     assert ae.push_to_hub("me/my-vae.v1", private=True, token="t") == (
         "https://huggingface.co/me/my-vae.v1"
     )
@@ -89,7 +89,7 @@ def test_pushed_and_fetched_is_the_same(hub, ae):
     assert patterns == ["config.json", "model.safetensors", "diffusion_pytorch_model*.safetensors"]
 
 
-def test_a_model_card_that_is_there_stays(hub, tmp_path, ae):
+def test_existing_model_card_is_kept(hub, tmp_path, ae):
     cards = tmp_path / "model" / "README.md", tmp_path / "hub" / "me" / "x" / "README.md"
     for card in cards:
         card.parent.mkdir(parents=True)
@@ -112,7 +112,7 @@ def test_a_failure_midway_leaves_the_folder_as_it_was(tmp_path, monkeypatch, ae)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_pipeline_of_diffusers(hub, tmp_path):
+def test_subfolder_of_a_diffusers_pipeline_loads(hub, tmp_path):
     ae = build_autoencoder(
         "sdvae", conv1x1=True,
         encoder={"type": "sdvae", "channels": 32, "multipliers": [1]},
@@ -126,7 +126,7 @@ def test_a_pipeline_of_diffusers(hub, tmp_path):
         Autoencoder.from_pretrained("them/sd")
 
 
-def test_signatures_are_the_clients_own():
+def test_fakes_have_the_signatures_of_the_client():
     """What the fakes take, the client takes."""
     from inspect import signature
 
@@ -141,7 +141,7 @@ def test_signatures_are_the_clients_own():
 
 
 @pytest.mark.parametrize("name", ["nowhere", "a/b.pt", "a/b.safetensors", "a/b/c", "/a/b", "./a/b"])
-def test_a_name_that_is_no_repository(hub, name):
+def test_name_that_is_no_repository_is_refused(hub, name):
     with pytest.raises(
         LdmError, match="it is no file or folder here, nor the name of a repository"
     ):
@@ -166,7 +166,7 @@ def test_failures_of_the_network_are_one_line(tmp_path, monkeypatch, ae, error):
 
 
 @pytest.mark.parametrize(("status", "asked"), [(401, True), (403, True), (404, False)])
-def test_a_repository_that_not_everybody_may_read(tmp_path, monkeypatch, status, asked):
+def test_refused_access_advises_to_log_in(tmp_path, monkeypatch, status, asked):
     class GatedRepoError(OSError):
         response = SimpleNamespace(status_code=status)
 
@@ -180,7 +180,7 @@ def test_a_repository_that_not_everybody_may_read(tmp_path, monkeypatch, status,
     assert ("log in with `hf auth login`" in str(caught.value)) == asked
 
 
-def test_what_is_here_has_no_revision(tmp_path):
+def test_revision_of_a_local_path_is_refused(tmp_path):
     with pytest.raises(UsageError, match="is on this machine: only a repository of the Hub has"):
         find_pretrained(tmp_path, revision="main")
 

@@ -39,7 +39,7 @@ def same(ae, other):
 
 
 @pytest.mark.parametrize("name", ["ckpt.pt", "ckpt.safetensors", ""])
-def test_ours(tmp_path, tiny, name):
+def test_our_files_and_folders_load(tmp_path, tiny, name):
     write(tmp_path / "ckpt.pt", tiny)
     same(load_autoencoder(tmp_path / name), tiny)
     read = read_autoencoder(tmp_path / name)
@@ -66,7 +66,7 @@ def test_every_format_gives_the_same_model(tmp_path, sdvae):
     assert read_autoencoder(tmp_path / "diffusers").provenance["imported"]["scaling_factor"] == 0.3
 
 
-def test_a_variant_and_shards_of_diffusers(tmp_path, sdvae):
+def test_variants_and_shards_of_diffusers_load(tmp_path, sdvae):
     config, whole = write_diffusers(tmp_path, sdvae)
     weights = load_file(whole)
     whole.unlink()
@@ -83,14 +83,14 @@ def test_a_variant_and_shards_of_diffusers(tmp_path, sdvae):
     assert config.is_file()
 
 
-def test_a_run_with_a_config_beside_it_is_still_the_run(tmp_path, tiny, sdvae):
+def test_run_wins_over_a_config_beside_it(tmp_path, tiny, sdvae):
     write(tmp_path / "ckpt.pt", tiny)
     sdvae.save_pretrained(tmp_path)
     same(load_autoencoder(tmp_path), tiny)
     assert read_autoencoder(tmp_path).provenance["recipe"] == {"seed": 3}
 
 
-def test_the_ending_does_not_matter(tmp_path, sdvae, tiny):
+def test_format_is_found_whatever_the_ending(tmp_path, sdvae, tiny):
     write_compvis(tmp_path / "a.safetensors", sdvae)
     (tmp_path / "a.safetensors").rename(tmp_path / "a.ckpt")
     same(load_autoencoder(tmp_path / "a.ckpt"), sdvae)
@@ -107,19 +107,19 @@ def refusal(path):
     return str(caught.value)
 
 
-def test_nothing_there(tmp_path):
+def test_missing_checkpoint_is_refused(tmp_path):
     assert "no checkpoint at" in refusal(tmp_path / "none.ckpt")
     assert "holds no ckpt.pt" in refusal(tmp_path)
 
 
-def test_the_other_stage(tmp_path, tiny):
+def test_model_of_stage_two_is_refused(tmp_path, tiny):
     write(tmp_path / "ckpt.pt", tiny, "diffusion")
     for name in ("ckpt.pt", "ckpt.safetensors"):
         assert "is a stage-two diffusion model" in refusal(tmp_path / name)
 
 
 @pytest.mark.parametrize("tree", [{"state_dict": {"x": torch.zeros(1)}}, [1, 2], {"state_dict": 3}])
-def test_a_checkpoint_of_something_else(tmp_path, tree):
+def test_other_checkpoints_are_refused(tmp_path, tree):
     torch.save(tree, tmp_path / "a.ckpt")
     assert "is not a model file of this toolkit" in refusal(tmp_path / "a.ckpt")
 
@@ -129,12 +129,12 @@ class Bomb:
         return (pytest.fail, ("code of the file was run",))
 
 
-def test_a_file_that_would_run_code(tmp_path):
+def test_file_that_would_run_code_is_refused(tmp_path):
     torch.save({"state_dict": Bomb(), "b": Bomb()}, tmp_path / "a.ckpt")
     assert "loading it would run code" in refusal(tmp_path / "a.ckpt")
 
 
-def test_weights_of_another_architecture(tmp_path, tiny, sdvae):
+def test_weights_of_another_architecture_are_refused(tmp_path, tiny, sdvae):
     write(tmp_path / "a.pt", tiny)
     config = to_tree(sdvae.config)
     save_model(tmp_path / "a.pt", ModelFile("autoencoder", config, tiny.state_dict()))
@@ -143,7 +143,7 @@ def test_weights_of_another_architecture(tmp_path, tiny, sdvae):
     )
 
 
-def test_weights_without_their_config(tmp_path, sdvae):
+def test_weights_without_config_are_refused(tmp_path, sdvae):
     write_diffusers(tmp_path / "a", sdvae)
     file = tmp_path / "a" / "diffusion_pytorch_model.safetensors"
     assert f"without a config: give its folder, {tmp_path / 'a'}" in refusal(file)
@@ -151,7 +151,7 @@ def test_weights_without_their_config(tmp_path, sdvae):
     assert "give the folder of the model, with its config.json" in refusal(file)
 
 
-def test_a_pickle_by_diffusers_names(tmp_path, sdvae):
+def test_pickle_with_diffusers_names_is_refused(tmp_path, sdvae):
     theirs = to_diffusers(sdvae.state_dict())
     path = tmp_path / "diffusion_pytorch_model.bin"
     for prefix in ("", "vae."):
@@ -161,19 +161,19 @@ def test_a_pickle_by_diffusers_names(tmp_path, sdvae):
 
 
 @pytest.mark.parametrize("name", ["a.ckpt", "a.safetensors"])
-def test_an_unknown_prefix(tmp_path, sdvae, name):
+def test_unknown_prefix_is_named(tmp_path, sdvae, name):
     weights = {f"vae.{name}": t.contiguous() for name, t in to_compvis(sdvae.state_dict()).items()}
     path = tmp_path / name
     save_file(weights, path) if path.suffix == ".safetensors" else torch.save(weights, path)
     assert "under the unknown prefix 'vae.': save its state_dict" in refusal(path)
 
 
-def test_a_config_itself(tmp_path, sdvae):
+def test_path_of_a_config_is_refused(tmp_path, sdvae):
     config, _ = write_diffusers(tmp_path, sdvae)
     assert f"is a config without weights: give its folder, {tmp_path}" in refusal(config)
 
 
-def test_a_pipeline_of_diffusers(tmp_path, sdvae):
+def test_whole_diffusers_pipeline_is_refused(tmp_path, sdvae):
     write_diffusers(tmp_path / "vae", sdvae)
     (tmp_path / "model_index.json").write_text("{}")
     said = refusal(tmp_path)
@@ -183,7 +183,7 @@ def test_a_pipeline_of_diffusers(tmp_path, sdvae):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_tensor_larger_than_what_the_file_holds_of_it(tmp_path, sdvae, zipped):
+def test_overstated_tensor_is_damage(tmp_path, sdvae, zipped):
     weights = to_compvis(sdvae.state_dict())
     weights["encoder.extra"] = torch.zeros(1).expand(2**23, 2**23)
     torch.save(weights, tmp_path / "a.ckpt", _use_new_zipfile_serialization=zipped)
@@ -193,14 +193,14 @@ def test_a_tensor_larger_than_what_the_file_holds_of_it(tmp_path, sdvae, zipped)
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt"])
-def test_damage(tmp_path, sdvae, name):
+def test_truncated_file_is_damaged(tmp_path, sdvae, name):
     write_compvis(tmp_path / name, sdvae)
     content = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(content[: len(content) // 2])
     assert "damaged" in refusal(tmp_path / name)
 
 
-def test_folders_of_the_hubs_conventions(tmp_path, tiny):
+def test_unreadable_hub_folders_are_refused(tmp_path, tiny):
     tiny.save_pretrained(tmp_path)
     described = json.loads((tmp_path / "config.json").read_text("utf-8"))
 

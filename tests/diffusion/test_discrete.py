@@ -129,7 +129,7 @@ def test_a_trajectory_of_ddim_is_eulers(prediction):
     assert x.std() == pytest.approx(STD, rel=0.2)
 
 
-def test_between_two_levels_the_time_is_interpolated_and_beyond_them_it_is_the_end():
+def test_time_is_interpolated_between_levels_and_clamped_beyond():
     denoiser = DiscreteDenoiser(nn.Identity())
     table = denoiser.log_sigmas
     between = (0.75 * table[7] + 0.25 * table[8]).exp()
@@ -154,7 +154,7 @@ class Spy(nn.Module):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_the_network_runs_in_its_own_dtype_but_is_told_the_time_in_full(dtype):
+def test_network_runs_in_its_own_dtype_with_time_in_float32(dtype):
     denoiser = DiscreteDenoiser(Spy(torch.float32)).to(dtype)
     sigma = denoiser.log_sigmas[999].exp()
     for given, answer in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
@@ -167,7 +167,7 @@ def test_the_network_runs_in_its_own_dtype_but_is_told_the_time_in_full(dtype):
     assert not list(denoiser.buffers())
 
 
-def test_labels_and_augmentations_are_passed_on_only_where_they_are_given():
+def test_network_gets_only_the_given_conditions():
     denoiser, x = DiscreteDenoiser(Spy(torch.float32)), normal(2, 1, 2, 2)
     denoiser(x, 1.0)
     assert set(denoiser.network.told) == {"x", "time"}
@@ -193,7 +193,7 @@ def test_it_takes_the_unet():
         ({"schedule": "sqrt"}, "'schedule'"),
     ],
 )
-def test_noise_levels_that_cannot_be_are_refused(tree, message):
+def test_impossible_noise_levels_are_refused(tree, message):
     with pytest.raises(UsageError, match=message):
         validate(DiscreteConfig, tree)
 

@@ -83,7 +83,7 @@ def test_ideal_loss_is_one_before_training():
     assert (loss - 1).abs().max() < 0.25
 
 
-def test_what_is_trained_is_the_loss_and_with_uncertainty_more():
+def test_objective_is_the_loss_weighted_by_uncertainty():
     denoiser = EDM(Affine(), sigma_data=0.8)
     batch = normal(3, 4, 2, 2), torch.tensor([0.1, 1.0, 10.0]), normal(3, 4, 2, 2, seed=1)
     plain = edm_loss(denoiser, *batch)
@@ -101,7 +101,7 @@ def test_what_is_trained_is_the_loss_and_with_uncertainty_more():
     assert all(p.grad is not None for p in uncertainty.parameters())
 
 
-def test_the_network_is_told_what_is_known_and_nothing_else():
+def test_network_gets_only_the_given_conditions():
     class Listener(nn.Module):
         def forward(self, x, c_noise, **told):
             self.told = told

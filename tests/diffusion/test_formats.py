@@ -38,7 +38,7 @@ def test_the_default_is_diffusers_default_but_for_latents_and_heads():
     assert config_from_diffusers(described) == UNetConfig()
 
 
-def test_a_config_says_what_is_left_out():
+def test_omitted_keys_have_diffusers_defaults():
     assert config_from_diffusers(DESCRIBED) == UNetConfig(
         channels=64, multipliers=(1, 2), blocks=1, attention_factors=(2,), head_width=32
     )
@@ -86,7 +86,7 @@ def test_other_structures_are_refused(change, said):
 
 
 @pytest.mark.parametrize("key", ["in_channels", "up_block_types"])
-def test_a_config_that_lacks_a_size(key):
+def test_config_without_a_size_is_refused(key):
     lacking = {name: value for name, value in DESCRIBED.items() if name != key}
     with pytest.raises(LdmError, match=f"has no {key}"):
         config_from_diffusers(lacking)
@@ -102,7 +102,7 @@ def test_a_config_that_lacks_a_size(key):
         ({"heads": 4, "attention_factors": (1,)}, r"heads=4, of unequal widths \[16, 32\]"),
     ],
 )
-def test_networks_that_theirs_cannot_be_are_refused(change, said):
+def test_networks_that_diffusers_cannot_express_are_refused(change, said):
     config = UNetConfig(channels=64, multipliers=(1, 2), blocks=1)
     with pytest.raises(LdmError, match=said) as caught:
         diffusers_config(config.model_copy(update=change))
@@ -185,7 +185,7 @@ def assert_same(pairs):
 
 
 @EVERY
-def test_what_we_write_diffusers_answers_the_same_with(name, tmp_path):
+def test_diffusers_opens_our_export_with_equal_outputs(name, tmp_path):
     network = ours(name)
     written = write_diffusers(tmp_path, network, sample_size=8)
     assert sorted(path.name for path in written) == ["config.json", WEIGHTS_FILE]
@@ -202,7 +202,7 @@ def test_what_we_write_diffusers_answers_the_same_with(name, tmp_path):
 
 
 @EVERY
-def test_what_we_write_we_read(name, tmp_path):
+def test_export_and_import_round_trip(name, tmp_path):
     network = ours(name)
     write_diffusers(tmp_path, network)
     config, weights = read_diffusers(tmp_path)
@@ -246,7 +246,7 @@ BASE = {
 
 @pytest.mark.parametrize("name", list(THEIRS))
 @pytest.mark.parametrize("safe", [True, False])
-def test_what_diffusers_writes_answers_the_same_here(name, safe, tmp_path):
+def test_their_folder_opens_here_with_equal_outputs(name, safe, tmp_path):
     twin = scrambled(lambda: UNet2DModel(**(BASE | THEIRS[name])))
     twin.save_pretrained(tmp_path, safe_serialization=safe)
     config, weights = read_diffusers(tmp_path)
@@ -256,7 +256,7 @@ def test_what_diffusers_writes_answers_the_same_here(name, safe, tmp_path):
     assert config.classes == (5 if name == "classes" else 0)
 
 
-def test_attention_by_its_first_names_is_read():
+def test_old_attention_names_are_read():
     network = ours("attention")
     theirs = to_diffusers(network.state_dict(), network.config)
     first = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -284,7 +284,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_a_folder_without_weights_or_with_damaged_ones(folder):
+def test_missing_or_damaged_weights_are_refused(folder):
     path = folder / WEIGHTS_FILE
     path.write_bytes(path.read_bytes()[:5000])
     assert f"{WEIGHTS_FILE} is truncated or damaged" in refusal(folder)
@@ -311,7 +311,7 @@ def test_a_folder_without_weights_or_with_damaged_ones(folder):
         ({"extra\n": torch.zeros(1)}, r"tensor 'extra\n' is (1,) in the file, none in the model"),
     ],
 )
-def test_weights_that_do_not_fit_their_config(folder, change, said):
+def test_weights_that_do_not_fit_their_config_are_refused(folder, change, said):
     network = ours("none")
     weights = to_diffusers(network.state_dict(), network.config) | change
     weights = {name: tensor for name, tensor in weights.items() if tensor is not None}
@@ -321,7 +321,7 @@ def test_weights_that_do_not_fit_their_config(folder, change, said):
     assert said in line
 
 
-def test_a_config_that_is_none(folder):
+def test_unreadable_config_is_refused(folder):
     path = folder / "config.json"
     for text in ("{", "[]"):
         path.write_text(text)
@@ -332,7 +332,7 @@ def test_a_config_that_is_none(folder):
     assert f"{path} is not a JSON object" in refusal(folder)
 
 
-def test_what_cannot_be_expressed_leaves_nothing_behind(tmp_path):
+def test_refused_export_writes_nothing(tmp_path):
     network = UNet(UNetConfig(channels=32, multipliers=(1,), blocks=1))
     with pytest.raises(LdmError, match="no diffusers UNet2DModel can express this network"):
         write_diffusers(tmp_path / "out", network)

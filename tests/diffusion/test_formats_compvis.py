@@ -28,7 +28,7 @@ def normal(*shape):
 
 # ----------------------------------------------------------------------------------- tests
 @EVERY
-def test_config_and_answer_are_theirs(case):
+def test_config_and_outputs_equal_theirs(case):
     expected = CASES[case]
     tensors = checkpoint(expected)
     heads = {"head_width": expected.head_width, "heads": expected.heads}
@@ -60,7 +60,7 @@ def test_the_published_ffhq_is_our_default():
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
-def test_a_whole_checkpoint_is_read_its_moving_average_first(suffix, tmp_path):
+def test_moving_average_of_a_whole_checkpoint_is_preferred(suffix, tmp_path):
     config = CASES["plain"]
     plain, averaged = checkpoint(config), checkpoint(config, seed=1)
     tree = {f"model.diffusion_model.{name}": tensor for name, tensor in plain.items()}
@@ -159,7 +159,7 @@ def test_widths_of_other_groups_and_heads_that_do_not_fit_are_refused():
 
 @pytest.mark.parametrize("content", [b"no checkpoint", b"\x80\x02}q\x00."])
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
-def test_a_file_that_is_none(content, suffix, tmp_path):
+def test_file_that_is_no_checkpoint_is_refused(content, suffix, tmp_path):
     path = tmp_path / f"model{suffix}"
     path.write_bytes(content)
     with pytest.raises(LdmError, match=str(path)):

@@ -58,7 +58,7 @@ def test_guidance_sharpens_as_the_product_of_densities_does():
     torch.testing.assert_close((denoised - x) / sigma**2, score, rtol=1e-12, atol=1e-12)
 
 
-def test_weak_is_not_asked_at_scale_1():
+def test_weak_is_not_evaluated_at_scale_1():
     strong = Counting(known_answers.gaussian(0.4, 0.7))
     alone = sample_heun(strong.denoise, noise(), karras_sigmas(6))
     guided = guide(strong, lambda x, sigma: pytest.fail("asked the weak one"), 1.0)
@@ -66,7 +66,7 @@ def test_weak_is_not_asked_at_scale_1():
     assert len(strong.asked) == 11
 
 
-def test_weak_is_asked_inside_the_interval_alone():
+def test_weak_is_evaluated_only_inside_the_interval():
     sigmas = karras_sigmas(20)
     low, high = sigmas[12].item(), sigmas[7].item()
     strong = Counting(known_answers.gaussian(0.4, 0.7))

@@ -196,7 +196,7 @@ def test_gradient_reaches_every_parameter(config):
     assert x.grad.abs().min() > 0
 
 
-def test_told_nothing_every_parameter_still_has_a_gradient():
+def test_every_parameter_has_a_gradient_without_conditions():
     """DDP waits for one of each."""
     network = build(TOLD, scramble=True)
     network(normal(1, 4, 8, 8), torch.zeros(1)).square().mean().backward()
@@ -279,7 +279,7 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(network(*batch), network(*batch))
 
 
-def test_attention_stands_where_it_is_asked_for():
+def test_attention_stands_at_the_configured_factors():
     config = UNetConfig(channels=16, multipliers=(1, 2, 2), attention_factors=(2,), head_width=16)
     network = build(config)
 
@@ -331,7 +331,7 @@ def test_a_network_that_cannot_be_built_is_refused(tree, message):
         validate(UNetConfig, {"multipliers": [1, 2, 3], "attention_factors": [4], **tree})
 
 
-def test_where_heads_are_counted_their_width_is_not_asked():
+def test_head_width_is_ignored_where_heads_are_counted():
     config = validate(UNetConfig, {"channels": 48, "multipliers": [1, 2], "heads": 8})
     assert config.attending_widths() == {96}
 
@@ -383,7 +383,7 @@ SIZES = {"channels": 16, "multipliers": (1, 2), "blocks": 1, "head_width": 16}
         ({"classes": 3}, [0.5, 1.0], None, "^labels are torch.float32"),
     ],
 )
-def test_both_networks_refuse_what_they_do_not_know(build, knows, labels, augment, message):
+def test_both_networks_refuse_unknown_conditions(build, knows, labels, augment, message):
     labels = None if labels is None else torch.tensor(labels)
     augment = None if augment is None else torch.zeros(2, augment)
     with pytest.raises(LdmError, match=message):

@@ -73,7 +73,7 @@ def test_encoder_and_decoder_agree(config, side, conv1x1):
 
 
 @pytest.mark.parametrize("config", [SMALL, REAL])
-def test_names_go_there_and_back_bit_for_bit(config):
+def test_renaming_round_trips_bit_for_bit(config):
     with torch.device("meta"):
         model = theirs(**config)
     state = {name: torch.randn(2) for name in model.state_dict()}
@@ -178,7 +178,7 @@ def test_round_trips_are_bit_equal(tmp_path):
     assert all(torch.equal(tensor, again[name]) for name, tensor in theirs.state_dict().items())
 
 
-def test_what_a_config_said_is_said_again(tmp_path):
+def test_settings_of_an_imported_config_are_exported_again(tmp_path):
     said = {
         "scaling_factor": 0.3611, "shift_factor": 0.1159, "latents_mean": [0.0, 0.1, 0.2, 0.3],
         "latents_std": [1.0, 1.1, 1.2, 1.3], "force_upcast": False, "sample_size": 1024,
@@ -203,7 +203,7 @@ def test_a_failure_midway_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_their_config_of_the_published_model():
+def test_published_config_is_the_sdvae_preset():
     """The values of the config.json that stabilityai's sd-vae-ft-mse comes with."""
     with torch.device("meta"):
         config = build_autoencoder("sdvae").config
@@ -240,14 +240,14 @@ def test_their_config_of_the_published_model():
         (lambda: small(*[SIZES | {"multipliers": [2, 2]}] * 2), "multipliers begin with 2"),
     ],
 )
-def test_models_that_diffusers_cannot_express(tmp_path, ae, said):
+def test_models_that_diffusers_cannot_express_are_refused(tmp_path, ae, said):
     with pytest.raises(LdmError) as caught:
         write_diffusers(tmp_path / "vae", ae())
     assert said in str(caught.value) and "--format hub" in str(caught.value)
     assert "\n" not in str(caught.value) and not (tmp_path / "vae").exists()
 
 
-def test_models_that_compvis_cannot_express(tmp_path):
+def test_models_that_compvis_cannot_express_are_refused(tmp_path):
     sizes = SIZES | {"channels": 16}
     for ae, said in (
         (small(sizes, sizes), "no multiples of 32"),
@@ -297,11 +297,11 @@ def refusal(folder, config, weights=None):
         ({"block_out_channels": "wide"}, "describes no SD-VAE"),
     ],
 )
-def test_a_config_of_another_structure(tmp_path, change, said):
+def test_config_of_another_structure_is_refused(tmp_path, change, said):
     assert said in refusal(tmp_path, CONFIG | change)
 
 
-def test_a_config_that_is_none(tmp_path):
+def test_incomplete_or_unreadable_config_is_refused(tmp_path):
     assert "has no layers_per_block" in refusal(
         tmp_path, {key: value for key, value in CONFIG.items() if key != "layers_per_block"}
     )
@@ -313,11 +313,11 @@ def test_a_config_that_is_none(tmp_path):
         load_autoencoder(tmp_path)
 
 
-def test_no_safetensors(tmp_path):
+def test_folder_without_weights_is_refused(tmp_path):
     assert f"holds no {WEIGHTS_FILE}: save it again" in refusal(tmp_path, CONFIG)
 
 
-def test_a_pickle_alone_is_not_read(tmp_path):
+def test_folder_with_only_a_pickle_is_refused(tmp_path):
     (tmp_path / PICKLED_FILE).write_bytes(b"")
     assert f"{PICKLED_FILE} is a pickle: convert it with diffusers' save_pre" in refusal(
         tmp_path, CONFIG
@@ -327,11 +327,11 @@ def test_a_pickle_alone_is_not_read(tmp_path):
 @pytest.mark.parametrize(
     ("widths", "groups"), [((32, 64, 96), 32), ((16, 48), 16), ((16, 32), None), ((8, 24), 8)]
 )
-def test_the_number_of_groups(widths, groups):
+def test_groups_are_counted_only_where_equal(widths, groups):
     assert groups_of(widths) == groups
 
 
-def test_a_truncated_file(tmp_path):
+def test_truncated_file_is_damaged(tmp_path):
     (tmp_path / WEIGHTS_FILE).write_bytes(b"\x10\0\0\0\0\0\0\0{")
     assert "truncated or damaged" in refusal(tmp_path, CONFIG)
 

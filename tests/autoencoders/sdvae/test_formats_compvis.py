@@ -89,7 +89,7 @@ def test_a_checkpoint_gives_the_same_outputs(tmp_path, name, prefix):
         {"ch": 64, "mult": (1,), "blocks": 3, "z": 4},
     ],
 )
-def test_the_sizes_are_those_of_the_tensors(tmp_path, sizes):
+def test_config_follows_from_tensor_shapes(tmp_path, sizes):
     model = KL(**sizes).eval()
     ours = load_autoencoder(write(tmp_path / "vae.ckpt", model))
     config = ours.config
@@ -101,7 +101,7 @@ def test_the_sizes_are_those_of_the_tensors(tmp_path, sizes):
     agree(model, ours)
 
 
-def test_the_published_sizes(tmp_path):
+def test_published_sizes_are_found(tmp_path):
     """kl-f8: 128, (1, 2, 4, 4), 2, 4. On the meta device: shapes alone."""
     with torch.device("meta"):
         model = KL(128, (1, 2, 4, 4), 2, 4)
@@ -118,7 +118,7 @@ def test_half_precision_is_read_as_float32(tmp_path):
     assert {p.dtype for p in ours.parameters()} == {torch.float32}
 
 
-def test_names_go_there_and_back_bit_for_bit(tmp_path):
+def test_renaming_round_trips_bit_for_bit(tmp_path):
     model = KL()
     theirs = model.state_dict()
     back = to_compvis(from_compvis(theirs))
@@ -127,7 +127,7 @@ def test_names_go_there_and_back_bit_for_bit(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["out.ckpt", "out.safetensors"])
-def test_what_is_written_is_theirs_bit_for_bit(tmp_path, name):
+def test_export_equals_their_checkpoint_bit_for_bit(tmp_path, name):
     model = KL()
     ours = load_autoencoder(write(tmp_path / "vae.ckpt", model))
     assert write_compvis(tmp_path / name, ours) == [tmp_path / name]
@@ -139,7 +139,7 @@ def test_what_is_written_is_theirs_bit_for_bit(tmp_path, name):
 
 
 @torch.no_grad()
-def test_diffusers_reads_the_same_out_of_it(tmp_path):
+def test_diffusers_reads_the_export_alike(tmp_path):
     model = KL().eval()
     ours = load_autoencoder(write(tmp_path / "vae.ckpt", model))
     config = diffusers_config(ours.config)
@@ -162,7 +162,7 @@ def refusal(path, state):
     return str(caught.value)
 
 
-def test_structures_that_are_not_sdvaes(tmp_path):
+def test_other_structures_are_refused(tmp_path):
     state, path = KL().state_dict(), tmp_path / "a.ckpt"
     inside = {"encoder.down.2.attn.0.norm.weight": torch.zeros(96)}
     assert "attention inside a level (encoder.down.2.attn.0.norm" in refusal(path, state | inside)
@@ -193,7 +193,7 @@ def test_a_tensor_of_another_shape_is_named_with_both(tmp_path):
     assert "tensor decoder.conv_in.weight is none, not of" in refusal(path, missing)
 
 
-def test_other_names_are_not_theirs():
+def test_prefix_is_found_only_under_their_names():
     assert (
         find_prefix(
             ["encoder.down_blocks.0.resnets.0.conv1.weight"], COMPVIS_PREFIXES, COMPVIS_FIRST

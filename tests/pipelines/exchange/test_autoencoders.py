@@ -82,7 +82,7 @@ def test_every_format_becomes_a_model_file(tmp_path, sdvae):
         assert said["versions"]["torch"]
 
 
-def test_an_imported_model_goes_through_stage_two(tmp_path, sdvae):
+def test_imported_model_serves_stage_two(tmp_path, sdvae):
     """Its latents are measured, standardised and undone, as training does first."""
     write_diffusers(tmp_path / "vae", sdvae)
     import_autoencoder("vae", tmp_path / "vae.pt")
@@ -97,7 +97,7 @@ def test_an_imported_model_goes_through_stage_two(tmp_path, sdvae):
     torch.testing.assert_close(codec.decode(z), expected, rtol=0, atol=1e-4)
 
 
-def test_out_and_back_is_bit_equal(tmp_path, sdvae):
+def test_export_and_import_round_trip_bit_for_bit(tmp_path, sdvae):
     model = ours(tmp_path / "ckpt.pt", sdvae)
     for form, out in (("diffusers", "a"), ("hub", "b"), ("compvis", "c.safetensors")):
         export_autoencoder(tmp_path / out, form, model)
@@ -108,7 +108,7 @@ def test_out_and_back_is_bit_equal(tmp_path, sdvae):
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, 0.3), (0.7, 0.7)])
-def test_the_scaling_factor_an_imported_model_came_with(tmp_path, sdvae, given, expected):
+def test_scaling_factor_of_an_imported_model_is_exported(tmp_path, sdvae, given, expected):
     write_diffusers(tmp_path / "a", sdvae, 0.3)
     import_autoencoder("a", tmp_path / "a.pt")
     export_autoencoder(tmp_path / "b", "diffusers", tmp_path / "a.pt", given)
@@ -122,7 +122,7 @@ SAID = {
 
 
 @pytest.mark.parametrize("way", [["a.pt"], ["a.pt", "b.pt"], ["a.pt", "hub", "b.pt"], ["hub"], []])
-def test_what_a_config_says_of_its_use_outlives_every_way(sdvae, way):
+def test_usage_settings_survive_every_format(sdvae, way):
     write_diffusers(Path("source"), sdvae, imported=SAID)
     last = "source"
     for step in way:
@@ -137,7 +137,7 @@ def test_what_a_config_says_of_its_use_outlives_every_way(sdvae, way):
     same(load_autoencoder("out"), sdvae)
 
 
-def test_a_null_is_not_said_again(sdvae):
+def test_null_settings_are_dropped(sdvae):
     write_diffusers(Path("vae"), sdvae)
     config = json.loads(Path("vae/config.json").read_text("utf-8"))
     Path("vae/config.json").write_text(json.dumps(config | dict.fromkeys(SAID)))
@@ -147,7 +147,7 @@ def test_a_null_is_not_said_again(sdvae):
     assert AutoencoderKL.load_config("out")["scaling_factor"] == 0.18215
 
 
-def test_where_a_model_of_the_hub_comes_from(tmp_path, sdvae, monkeypatch):
+def test_source_on_the_hub_is_recorded(tmp_path, sdvae, monkeypatch):
     commit = "0123456789abcdef" * 2 + "01234567"
     snapshot = tmp_path / "cache" / "models--them--sd" / "snapshots" / commit
     write_diffusers(snapshot / "vae", sdvae, 0.3)
@@ -164,7 +164,7 @@ def test_where_a_model_of_the_hub_comes_from(tmp_path, sdvae, monkeypatch):
     assert second["scaling_factor"] == 0.3
 
 
-def test_any_autoencoder_goes_out_by_the_hubs_conventions(tmp_path):
+def test_hub_format_expresses_any_autoencoder(tmp_path):
     ae = build_autoencoder("tiny", decoder={"channels": 8})
     model = ours(tmp_path / "ckpt.pt", ae)
     with pytest.raises(LdmError, match=r"encoder\.type=litevae; --format hub can"):
@@ -197,7 +197,7 @@ def test_the_newest_run_is_exported_where_none_is_named(tmp_path, sdvae):
     same(load_autoencoder("out"), sdvae)
 
 
-def test_nothing_is_written_over_unless_asked(tmp_path, sdvae):
+def test_existing_files_are_kept_without_force(tmp_path, sdvae):
     write_diffusers(tmp_path / "vae", sdvae)
     run("import", "vae", "a.pt")
     for words in (["import", "vae", "a.pt"], ["export", "a.pt", "vae"]):
@@ -232,7 +232,7 @@ def everything():
         ("stage-two.safetensors", "compvis"), ("runs/x/ckpt.pt", "hub"),
     ],
 )  # fmt: skip
-def test_a_forgotten_out_is_told_and_harms_nothing(a_run, out, form, force):
+def test_forgotten_out_is_refused_and_writes_nothing(a_run, out, form, force):
     before = everything()
     with pytest.raises(UsageError, match=rf"^{out} is a model, and OUT is missing: ldm export"):
         run("export", out, "--format", form, *force)
@@ -247,7 +247,7 @@ def test_a_forgotten_out_is_told_and_harms_nothing(a_run, out, form, force):
         ("runs/x", "runs/x/ckpt.safetensors", "compvis"), ("vae", "runs/x", "hub"),
     ],
 )  # fmt: skip
-def test_a_run_is_never_written_over(sdvae, a_run, model, out, form, force):
+def test_run_is_never_overwritten(sdvae, a_run, model, out, form, force):
     write_diffusers(Path("vae"), sdvae)
     before = everything()
     with pytest.raises(UsageError, match=rf"^{out} is a run or a model of yours: give OUT"):
@@ -260,7 +260,7 @@ def test_a_run_is_never_written_over(sdvae, a_run, model, out, form, force):
     [("vae", "vae", "hub"), ("vae", "./vae/", "diffusers"), ("kl.ckpt", "kl.ckpt", "compvis"),
      ("vae", "vae/diffusion_pytorch_model.safetensors", "compvis")],
 )  # fmt: skip
-def test_the_model_itself_is_never_written_over(sdvae, model, out, form):
+def test_exported_model_is_never_overwritten(sdvae, model, out, form):
     write_diffusers(Path("vae"), sdvae)
     write_compvis(Path("kl.ckpt"), sdvae)
     before = everything()
@@ -298,7 +298,7 @@ def test_the_help_names_the_ending_to_give():
         (["export", "b"], LdmError, "no autoencoder run with ckpt.pt under runs/"),
     ],
 )
-def test_refusals(tmp_path, sdvae, words, kind, told):
+def test_wrong_arguments_are_refused_in_a_line(tmp_path, sdvae, words, kind, told):
     write_diffusers(tmp_path / "vae", sdvae)
     with pytest.raises(kind, match=re.escape(told)) as caught:
         run(*words)
@@ -306,6 +306,6 @@ def test_refusals(tmp_path, sdvae, words, kind, told):
     assert {path.name for path in tmp_path.iterdir()} == {"vae"}
 
 
-def test_an_unknown_format(tmp_path):
+def test_unknown_format_is_refused(tmp_path):
     with pytest.raises(UsageError, match="must be one of diffusers, compvis, hub"):
         export_autoencoder(tmp_path / "a", "onnx")

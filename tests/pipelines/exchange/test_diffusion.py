@@ -109,7 +109,7 @@ def test_classes_and_heads_are_the_networks():
     assert not torch.equal(one, other)
 
 
-def test_what_the_file_says():
+def test_file_records_its_source_and_statistics():
     path = write_compvis(Path("model.ckpt"))
     paths, notes = import_diffusion("model.ckpt", Path("out.pt"), SIZE)
     assert paths == [Path("out.pt"), Path("out.safetensors")]
@@ -143,7 +143,7 @@ def test_every_sampler_runs_over_the_levels_that_it_knows(sampler, schedule):
         pipe(n=1, sigma_max=80.0)
 
 
-def test_it_is_sampled_into_files():
+def test_imported_model_samples_into_files():
     import_diffusion(str(write_compvis(Path("model.ckpt"))), Path("out.pt"), SIZE)
     sample_images(Path("out.pt"), 2, Path("images"), device="cpu", steps=2)
     assert len(list(Path("images").rglob("*.png"))) == 3  # and the grid
@@ -173,7 +173,7 @@ def test_a_folder_gives_the_images_of_their_pipeline(monkeypatch, prediction):
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-3)
 
 
-def test_a_folder_says_its_size_and_may_be_told_another():
+def test_resolution_overrides_that_of_the_folder():
     write_diffusers(Path("pipeline"), classes=3)
     pipe = imported("pipeline")
     assert pipe.recipe.resolution == SIZE and pipe.classes.count == 3
@@ -213,7 +213,7 @@ def test_statistics_of_each_channel_are_undone():
         ("narrow.ckpt", {}, LdmError, "its UNet is for latents of 4 channels, its autoencoder's h"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_imported_is_told_in_a_line_and_nothing_written(source, options, kind, told):
+def test_refused_import_is_one_line_and_writes_nothing(source, options, kind, told):
     if source == "pipeline":
         write_diffusers(Path("pipeline"))
     elif source == "model.ckpt":
@@ -227,7 +227,7 @@ def test_what_cannot_be_imported_is_told_in_a_line_and_nothing_written(source, o
     assert not list(Path().glob("*out*"))
 
 
-def test_neither_the_source_nor_anything_else_is_written_over():
+def test_existing_files_and_the_source_are_kept():
     source = write_compvis(Path("model.safetensors"))
     before = source.read_bytes()
     for force in (False, True):
@@ -273,7 +273,7 @@ def told_denoiser(folder, x, sigma, label=None):
 
 @pytest.mark.parametrize("names", [(), ("cat", "dog")])
 @torch.no_grad()
-def test_a_trained_network_goes_out_and_is_used_by_what_the_folder_says(names):
+def test_exported_network_denoises_as_ldm_json_describes(names):
     model = make_model(Path("run"), 0, names, settings=(WIDE,))
     out = Path("unet")
     written = export_network(out, model)
@@ -299,7 +299,7 @@ def test_a_trained_network_goes_out_and_is_used_by_what_the_folder_says(names):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @torch.no_grad()
-def test_an_imported_network_goes_out_as_it_came(prediction):
+def test_imported_network_is_exported_unchanged(prediction):
     write_diffusers(Path("pipeline"), prediction_type=prediction)
     pipe = imported("pipeline")
     export_network(Path("unet"), Path("out.pt"))
@@ -312,7 +312,7 @@ def test_an_imported_network_goes_out_as_it_came(prediction):
     torch.testing.assert_close(told_denoiser(Path("unet"), x, sigma), expected, rtol=0, atol=1e-4)
 
 
-def test_the_newest_run_goes_out_where_none_is_named():
+def test_newest_run_is_exported_by_default():
     folder = make_model(Path("runs/one"), 0, settings=(WIDE,))
     (folder / "run.json").write_text(json.dumps({"kind": "diffusion"}))
     assert Path("unet/ldm.json") in export_network(Path("unet"))
@@ -342,7 +342,7 @@ def everything():
         (None, "unet", LdmError, "no diffusion run with ckpt.pt under runs/"),
     ],
 )
-def test_what_cannot_go_out_is_told_in_a_line_and_nothing_written(model, out, kind, told):
+def test_refused_export_is_one_line_and_writes_nothing(model, out, kind, told):
     make_model(Path("one"), 0, settings=(WIDE,))
     make_model(Path("loose"), 0, settings=(WIDE,))
     for name in ("ckpt.pt", "ckpt.safetensors"):
@@ -359,7 +359,7 @@ def test_what_cannot_go_out_is_told_in_a_line_and_nothing_written(model, out, ki
     assert everything() == before
 
 
-def test_where_the_model_is_nothing_is_written_even_by_force():
+def test_folder_of_the_model_is_never_overwritten():
     make_model(Path("loose"), 0, settings=(WIDE,))
     Path("loose/ckpt.pt").rename("loose/a.pt")
     with pytest.raises(UsageError, match="loose is the folder of the model to export"):

@@ -27,7 +27,7 @@ def edited(changes, drop=()):
 
 # ---------------------------------------------------------------------------- CompVis' files
 @pytest.mark.parametrize("name", ["model.ckpt", "model.safetensors"])
-def test_a_checkpoint_and_all_that_it_says(tmp_path, name):
+def test_all_settings_of_a_checkpoint_are_read(tmp_path, name):
     path = write_compvis(tmp_path / name)
     found = read_checkpoint(path)
     path.write_bytes(b"")  # everything has been taken out of the file
@@ -41,21 +41,21 @@ def test_a_checkpoint_and_all_that_it_says(tmp_path, name):
     assert "assumed to be 32 channels wide: compare num_head_channels or num_heads" in note
 
 
-def test_heads_that_are_told_need_no_note(tmp_path):
+def test_given_heads_need_no_note(tmp_path):
     path = write_compvis(tmp_path / "model.ckpt")
     wide, many = read_checkpoint(path, head_width=16), read_checkpoint(path, heads=4)
     assert (wide.network.heads, wide.network.head_width, many.network.heads) == (None, 16, 4)
     assert wide.notes == many.notes == ()
 
 
-def test_without_a_table_the_noise_levels_are_compvis(tmp_path):
+def test_noise_levels_default_to_those_of_compvis(tmp_path):
     state = edited({}, drop=["betas", "alphas_cumprod"])
     found = read_checkpoint(write_compvis(tmp_path / "model.ckpt", state), heads=4)
     assert found.denoiser == DiscreteConfig()
     assert found.notes == ("it has no table of noise levels: those of CompVis' models are assumed",)
 
 
-def test_the_scale_that_is_given_comes_first(tmp_path):
+def test_given_scale_overrides_the_checkpoints(tmp_path):
     path = write_compvis(tmp_path / "model.ckpt")
     assert read_checkpoint(path, scale_factor=0.5).scale == 0.5
     path = write_compvis(tmp_path / "bare.ckpt", edited({}, drop=["scale_factor"]))
@@ -96,14 +96,14 @@ def test_other_checkpoints_are_refused_in_a_line(tmp_path, suffix, changes, drop
     assert told in said and str(path.with_suffix("")) in said and "\n" not in said
 
 
-def test_a_table_that_overstates_itself_is_damage(tmp_path):
+def test_overstated_table_is_damage(tmp_path):
     tensors = edited({"betas": torch.zeros(1).expand(1000)})
     with pytest.raises(LdmError, match=r"damaged: tensor betas is \(1000,\), more than the file"):
         read_checkpoint(write_compvis(tmp_path / "model.ckpt", tensors))
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
-def test_a_file_that_is_none(tmp_path, suffix):
+def test_file_that_is_no_checkpoint_is_refused(tmp_path, suffix):
     path = tmp_path / f"model{suffix}"
     path.write_bytes(b"no checkpoint")
     with pytest.raises(LdmError, match=f"{path} is truncated or damaged"):
@@ -125,7 +125,7 @@ def edit(path, **changes):
 SCHEDULER = "scheduler/scheduler_config.json"
 
 
-def test_a_folder_and_all_that_it_says(folder):
+def test_all_settings_of_a_folder_are_read(folder):
     found = read_folder(folder)
     assert (found.format, found.denoiser, found.scale) == ("diffusers", LEVELS, SCALE)
     assert (found.mean, found.std, found.side, found.notes) == ([0.0] * 4, [1.0] * 4, 8, ())
@@ -153,12 +153,12 @@ def test_a_folder_and_all_that_it_says(folder):
         ),
     ],
 )
-def test_what_a_scheduler_says(folder, said, expected):
+def test_scheduler_config_sets_the_denoiser(folder, said, expected):
     edit(folder / SCHEDULER, **said)
     assert read_folder(folder).denoiser == expected
 
 
-def test_statistics_and_sizes_that_a_folder_says(folder):
+def test_statistics_and_size_of_a_folder_are_read(folder):
     edit(folder / "vae/config.json", shift_factor=0.1, scaling_factor=None)
     edit(folder / "unet/config.json", sample_size=[8, 8])
     found = read_folder(folder)
@@ -210,7 +210,7 @@ def test_a_folder_without_a_part_is_refused(folder, file, content):
     assert ("is missing: --diffusion takes the folder" in said) == (content is None)
 
 
-def test_the_vector_quantised_one_of_their_pipelines_is_refused(folder):
+def test_vector_quantised_pipeline_is_refused(folder):
     (folder / "vae").rename(folder / "vqvae")
     edit(folder / "vqvae/config.json", _class_name="VQModel")
     with pytest.raises(LdmError, match="vqvae has a vector-quantised autoencoder"):
