@@ -16,8 +16,8 @@ import torch
 
 from autoencoders import build_autoencoder, decode_tiled, encode_tiled
 from benchmarks.comparison import add_out, make_parser
+from ldm.device import describe_machine
 from ldm.tables import markdown_table
-from ldm.timing import describe_machine
 
 
 def main() -> None:

@@ -25,8 +25,14 @@ from autoencoders import Autoencoder, build_autoencoder
 from autoencoders.sdvae.formats import from_diffusers
 from autoencoders.wavelet import dwt_cascade
 from benchmarks.comparison import Row, Target, compare, judge, measuring_parser, write
-from ldm.device import keep_freed_memory, memory_format, resolve_device
-from ldm.timing import describe_machine, synchronise, time_interleaved
+from ldm.device import (
+    describe_machine,
+    keep_freed_memory,
+    memory_format,
+    resolve_device,
+    synchronise,
+    time_interleaved,
+)
 
 PEER = "diffusers"
 OURS = ("litevae-s", "litevae-b", "litevae-m", "litevae-l", "sdvae")

@@ -25,9 +25,14 @@ from benchmarks.comparison import Row, Target, compare, judge, measuring_parser,
 from diffusion import EDM, EDMConfig, EDMLoss, UNet, UNetConfig, karras_sigmas, sample_heun
 from diffusion.edm import sample_sigma
 from diffusion.formats import diffusers_config, to_diffusers
-from ldm.device import keep_freed_memory, memory_format, resolve_device
+from ldm.device import (
+    describe_machine,
+    keep_freed_memory,
+    memory_format,
+    resolve_device,
+    time_interleaved,
+)
 from ldm.images import to_float
-from ldm.timing import describe_machine, time_interleaved
 from pipelines.codec import Codec
 from pipelines.latents import one_ahead
 

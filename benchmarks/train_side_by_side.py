@@ -25,6 +25,7 @@ from autoencoders.sdvae.decoder import SDVAEDecoder
 from benchmarks.comparison import add_out, make_parser
 from ldm.config import load_preset, resolve, to_tree
 from ldm.data import Batch, Source, batches, open_source, sheet_images
+from ldm.device import describe_machine, synchronise
 from ldm.distributed import make_accelerator
 from ldm.errors import LdmError, UsageError
 from ldm.files import write_json
@@ -32,7 +33,6 @@ from ldm.images import save_grid, to_float
 from ldm.run import Run
 from ldm.run_folder import latest_state, load_state, save_state
 from ldm.seeds import torch_seed
-from ldm.timing import describe_machine, synchronise
 from pipelines.recipes import AutoencoderRecipe
 from pipelines.train_autoencoder import (
     AutoencoderState,

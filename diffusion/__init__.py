@@ -1,5 +1,10 @@
 """Stage two: a diffusion model on standardised latents, and its samplers."""
 
+from typing import Annotated
+
+from pydantic import Field
+from torch import nn
+
 from diffusion.discrete import DiscreteConfig, DiscreteDenoiser
 from diffusion.edm import EDM, EDMConfig, EDMLoss, edm_loss, sample_sigma
 from diffusion.edm2 import EDM2Config, EDM2UNet
@@ -17,16 +22,21 @@ from diffusion.unet import UNet, UNetConfig
 
 __all__ = [
     "EDM",
+    "NETWORKS",
     "SAMPLERS",
     "SCHEDULES",
+    "DenoiserConfig",
     "DiscreteConfig",
     "DiscreteDenoiser",
     "EDM2Config",
     "EDM2UNet",
     "EDMConfig",
     "EDMLoss",
+    "NetworkConfig",
     "UNet",
     "UNetConfig",
+    "build_denoiser",
+    "build_network",
     "cosine_sigmas",
     "edm_loss",
     "guide",
@@ -40,3 +50,22 @@ __all__ = [
     "sample_heun",
     "sample_sigma",
 ]
+
+NetworkConfig = Annotated[UNetConfig | EDM2Config, Field(discriminator="type")]
+DenoiserConfig = Annotated[EDMConfig | DiscreteConfig, Field(discriminator="type")]
+
+NETWORKS = {"ldm": UNet, "edm2": EDM2UNet}
+
+
+def build_network(config: UNetConfig | EDM2Config) -> nn.Module:
+    """Build the untrained network of a config."""
+    return NETWORKS[config.type](config)
+
+
+def build_denoiser(
+    network: nn.Module, config: EDMConfig | DiscreteConfig
+) -> EDM | DiscreteDenoiser:
+    """Build D(x; σ) around a network."""
+    if config.type == "edm":
+        return EDM(network, config.sigma_data)
+    return DiscreteDenoiser(network, config)

@@ -15,13 +15,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autoencoders import Autoencoder, build_autoencoder
-from ldm.device import memory_format, resolve_device
+from ldm.device import memory_format, name_device, resolve_device, synchronise, time_interleaved
 from ldm.errors import LdmError, UsageError, check_at_least
 from ldm.files import write_atomically, write_json
 from ldm.logbook import console
 from ldm.run_folder import provenance
 from ldm.tables import markdown_table
-from ldm.timing import name_device, synchronise, time_interleaved
 from pipelines.doctor.costs import AllocationTracker, count_gmac, count_parameters
 
 ENCODERS = ("sdvae", "litevae-s", "litevae-b", "litevae-m", "litevae-l")

@@ -19,7 +19,7 @@ from autoencoders.losses import LPIPS, load_lpips
 from ldm.config import to_tree
 from ldm.data import DataConfig, evaluation_batches
 from ldm.data.loader import FaultCount, stop_if_too_many
-from ldm.data.split import Split
+from ldm.data.sources import Split
 from ldm.device import keep_freed_memory, memory_format
 from ldm.distributed import fail_together, from_main, join_processes
 from ldm.errors import UsageError

@@ -20,7 +20,7 @@ from accelerate import PartialState
 
 from ldm.config import validate
 from ldm.data import DataConfig
-from ldm.data.split import Split
+from ldm.data.sources import Split
 from ldm.distributed import fail_together, from_main, join_processes
 from ldm.errors import LdmError, UsageError
 from ldm.files import read_json, write_json

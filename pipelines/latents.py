@@ -26,8 +26,7 @@ from diffusion.augment import augment, draw_augmentation
 from diffusion.edm import sample_sigma
 from ldm.data import Batch, Source, batches, evaluation_batches
 from ldm.data.loader import FaultCount, image_index
-from ldm.data.sources import label_of
-from ldm.data.split import Part
+from ldm.data.sources import Part, label_of
 from ldm.data.transforms import CorruptImage
 from ldm.errors import Interrupted, LdmError
 from ldm.files import read_json, write_atomically, write_json

@@ -15,8 +15,8 @@ from pydantic import (
 from autoencoders import Autoencoder, AutoencoderConfig
 from autoencoders.discriminators import DiscriminatorConfig, UNetDiscriminatorConfig
 from autoencoders.losses import AdversarialConfig, LossConfig
+from diffusion import DenoiserConfig, NetworkConfig
 from diffusion.augment import AUGMENT_PARAMETERS, AugmentConfig
-from diffusion.build import DenoiserConfig, NetworkConfig
 from diffusion.edm import EDMConfig
 from diffusion.unet import UNetConfig
 from ldm.config import Config, list_presets

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from autoencoders import Autoencoder, load_autoencoder
 from autoencoders.posterior import DiagonalGaussian
-from diffusion.build import build_network
+from diffusion import build_network
 from diffusion.edm import EDM, EDMLoss, Uncertainty
 from ldm.checkpoint import ModelFile, fingerprint, save_model
 from ldm.config import to_tree

@@ -85,7 +85,7 @@ class UNetDiscriminator(nn.Module):
         return UNetLogits(self.pixels(F.relu(x)).float(), image_logits.float())
 
 
-class UNetBlock(nn.Module):
+class DiscriminatorBlock(nn.Module):
     """Layers of a residual block, without the change of resolution."""
 
     def __init__(self, in_width: int, out_width: int) -> None:
@@ -95,7 +95,7 @@ class UNetBlock(nn.Module):
         self.skip = spectral_norm(_conv(in_width, out_width, 1))
 
 
-class UNetDownBlock(UNetBlock):
+class UNetDownBlock(DiscriminatorBlock):
     """Pre-activation residual block that halves the resolution by averages at its end."""
 
     def __init__(self, in_width: int, out_width: int, first: bool) -> None:
@@ -110,7 +110,7 @@ class UNetDownBlock(UNetBlock):
         return F.avg_pool2d(h, 2) + self.skip(F.avg_pool2d(x, 2))
 
 
-class UNetUpBlock(UNetBlock):
+class UNetUpBlock(DiscriminatorBlock):
     """Pre-activation residual block that doubles the resolution by nearest neighbours."""
 
     def forward(self, x: Tensor) -> Tensor:

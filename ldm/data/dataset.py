@@ -12,8 +12,7 @@ from pydantic import Field
 from ldm.config import Config
 from ldm.data.photos import PhotoSource
 from ldm.data.shards import ShardSource, open_shards, read_manifest
-from ldm.data.sources import FolderSource, Source, ZipSource
-from ldm.data.split import Split, take_split
+from ldm.data.sources import FolderSource, Source, Split, ZipSource, take_split
 from ldm.errors import LdmError, UsageError
 from ldm.logbook import progress_bar
 

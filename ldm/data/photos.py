@@ -11,7 +11,7 @@ from itertools import product, zip_longest
 
 import numpy as np
 
-from ldm.data.split import Split
+from ldm.data.sources import Split
 from ldm.data.transforms import resize
 from ldm.seeds import generator
 

@@ -27,8 +27,7 @@ from ldm.data.shards import (
     sidecar,
     write_shard,
 )
-from ldm.data.sources import Source, printable
-from ldm.data.split import held_out_count, split_indices
+from ldm.data.sources import Source, held_out_count, printable, split_indices
 from ldm.data.transforms import NOT_RESIZED, RESAMPLING, Filter
 from ldm.errors import LdmError, UsageError
 from ldm.files import write_json

@@ -18,7 +18,7 @@ from ldm.charts import colour, drawing, marker
 from ldm.data import DataConfig, Source, open_source
 from ldm.data.dataset import PHOTOS
 from ldm.data.shards import read_manifest
-from ldm.data.split import Split
+from ldm.data.sources import Split
 from ldm.data.transforms import CorruptImage
 from ldm.distributed import from_main, join_processes
 from ldm.errors import LdmError, check_at_least

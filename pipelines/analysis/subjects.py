@@ -22,7 +22,7 @@ from autoencoders.loading import read_autoencoder
 from autoencoders.posterior import DiagonalGaussian
 from ldm.config import validate
 from ldm.data import DataConfig, Source, evaluation_batches, open_source
-from ldm.data.split import Part, Split
+from ldm.data.sources import Part, Split
 from ldm.device import memory_format
 from ldm.distributed import fail_together, join_processes
 from ldm.errors import LdmError, UsageError, check_at_least

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from ldm.device import synchronise
 from ldm.errors import LdmError
-from ldm.timing import synchronise
 from pipelines.doctor.costs import Costs
 from pipelines.doctor.training import Training
 from pipelines.recipes import AutoencoderRecipe, DiffusionRecipe

@@ -260,16 +260,7 @@ def import_diffusion(
             f"{found.network.latent_channels} channels, its autoencoder's have {n_z}"
         )
     network = build_with(lambda: UNet(found.network), found.weights, path)
-    recipe = DiffusionRecipe(
-        resolution=resolution or (found.side * f if found.side else RESOLUTION),
-        network=found.network, denoiser=found.denoiser,
-        data=DataConfig(source="unknown"),  # so that nobody measures it against the photographs
-    )  # fmt: skip
-    if recipe.resolution % (f * network.factor):
-        raise UsageError(
-            f"resolution {recipe.resolution}: must be a multiple of {f * network.factor}, by which "
-            "its autoencoder and UNet divide"
-        )
+    recipe = _make_recipe(found, resolution, f, f * network.factor)
     statistics = {
         # their z = (latents − mean) · scale ÷ std is the codec's, of σ_data = 1
         "mean": found.mean, "std": [value / found.scale for value in found.std],
@@ -277,15 +268,33 @@ def import_diffusion(
         "classes": [str(number) for number in range(found.network.classes)],
     }  # fmt: skip
     inner = ModelFile("autoencoder", to_tree(ae.config), ae.state_dict())
-    root = path if path.is_dir() else path.parent
-    sums = {file.relative_to(root).as_posix(): file_sha256(file) for file in found.files}
-    imported = {
-        "source": source, "format": found.format, "scale_factor": found.scale, "sha256": sums,
-    }  # fmt: skip
+    imported = _describe_source(source, path, found)
     origin = provenance() | {"imported": imported, "autoencoder_sha256": inner.sha256}
     weights = network.state_dict()
     save_model(out, ModelFile("diffusion", to_tree(recipe), weights, statistics, origin, inner))
     return paths, _summary(found, recipe, latent_shape(recipe, ae))
+
+
+def _make_recipe(
+    found: ForeignModel, resolution: int | None, downsampling: int, multiple: int
+) -> DiffusionRecipe:
+    recipe = DiffusionRecipe(
+        resolution=resolution or (found.side * downsampling if found.side else RESOLUTION),
+        network=found.network, denoiser=found.denoiser,
+        data=DataConfig(source="unknown"),  # so that nobody measures it against the photographs
+    )  # fmt: skip
+    if recipe.resolution % multiple:
+        raise UsageError(
+            f"resolution {recipe.resolution}: must be a multiple of {multiple}, by which its "
+            "autoencoder and UNet divide"
+        )
+    return recipe
+
+
+def _describe_source(source: str, path: Path, found: ForeignModel) -> dict[str, Any]:
+    root = path if path.is_dir() else path.parent
+    sums = {file.relative_to(root).as_posix(): file_sha256(file) for file in found.files}
+    return {"source": source, "format": found.format, "scale_factor": found.scale, "sha256": sums}
 
 
 def _read(

@@ -18,7 +18,7 @@ from accelerate import PartialState
 
 from ldm.data import DataConfig, Source, holds_out, open_source
 from ldm.data.dataset import PHOTOS
-from ldm.data.split import Part, Split
+from ldm.data.sources import Part, Split
 from ldm.data.transforms import NOT_RESIZED
 from ldm.distributed import from_main
 from ldm.errors import LdmError

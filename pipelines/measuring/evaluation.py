@@ -21,7 +21,7 @@ from ldm.checkpoint import fingerprint
 from ldm.config import validate
 from ldm.data import DataConfig, Source, open_source
 from ldm.data.dataset import PHOTOS
-from ldm.data.split import Split
+from ldm.data.sources import Split
 from ldm.distributed import fail_together
 from ldm.errors import LdmError, UsageError
 from ldm.files import to_json

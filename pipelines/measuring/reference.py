@@ -27,7 +27,7 @@ from ldm.config import to_tree
 from ldm.data import Batch, DataConfig, Source, batches, open_source
 from ldm.data.dataset import PHOTOS, content_identity
 from ldm.data.shards import read_manifest
-from ldm.data.split import Part, Split
+from ldm.data.sources import Part, Split
 from ldm.data.transforms import NOT_RESIZED, CorruptImage
 from ldm.distributed import from_main
 from ldm.errors import LdmError, UsageError

@@ -25,13 +25,12 @@ from autoencoders.losses import LPIPS, find_lpips, load_esrgan
 from autoencoders.losses.perceptual import CONV5_4, ESRGANPerceptual, backbone_file, has_backbone
 from ldm.checkpoint import fingerprint, load_model
 from ldm.data.dataset import PHOTOS, listing_identity
-from ldm.device import resolve_device
+from ldm.device import name_device, resolve_device
 from ldm.distributed import join_processes
 from ldm.errors import LdmError
 from ldm.files import read_json, write_json
 from ldm.metrics.inception import FeatureExtractor
 from ldm.run_folder import is_finished
-from ldm.timing import name_device
 from pipelines.bench import bench_encoders
 from pipelines.doctor.costs import count_parameters
 from pipelines.evaluate import evaluate_checkpoints

@@ -21,14 +21,13 @@ from numpy.typing import NDArray
 from autoencoders.losses.perceptual import has_backbone
 from ldm.config import to_tree
 from ldm.data import open_source
-from ldm.device import resolve_device
+from ldm.device import name_device, resolve_device
 from ldm.distributed import from_main, join_processes
 from ldm.errors import LdmError, UsageError
 from ldm.files import read_json, to_json, write_together
 from ldm.logbook import console
 from ldm.metrics.inception import SHA256, digest, published_weights
 from ldm.run_folder import provenance
-from ldm.timing import name_device
 from pipelines.reproduce.figures import Drawing, draw_figure, find_figure
 from pipelines.reproduce.output import Result, write_result
 from pipelines.reproduce.plan import (

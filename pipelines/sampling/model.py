@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from autoencoders import Autoencoder, AutoencoderConfig
-from diffusion import guidance
-from diffusion.build import build_denoiser, build_network
+from diffusion import build_denoiser, build_network, guidance
 from diffusion.samplers import SAMPLERS, Denoise, make_churn
 from ldm.checkpoint import ModelFile, build_with, load_model
 from ldm.config import to_tree, validate

@@ -6,7 +6,14 @@ import sys
 import pytest
 import torch
 
-from ldm.device import keep_freed_memory, resolve_device, resolve_precision
+from ldm.device import (
+    describe_machine,
+    keep_freed_memory,
+    name_device,
+    resolve_device,
+    resolve_precision,
+    time_interleaved,
+)
 from ldm.errors import LdmError
 
 
@@ -67,3 +74,21 @@ def test_memory_is_not_kept_without_glibc(monkeypatch):
 
     monkeypatch.setattr("ctypes.CDLL", missing)
     keep_freed_memory(torch.device("cpu"))
+
+
+def test_calls_alternate_and_the_first_round_does_not_count(monkeypatch):
+    order, clock = [], iter([0, 100, 0, 200, 0, 1, 0, 4, 0, 3, 0, 6, 0, 2, 0, 5])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    assert time_interleaved(calls, 3, torch.device("cpu")) == {"a": 2, "b": 5}
+    assert order == list("abababab")
+
+
+def test_the_machine_is_described_in_words():
+    message = describe_machine(torch.device("cpu"), "float32")
+    assert (
+        message["device"] == name_device(torch.device("cpu")) and message["precision"] == "float32"
+    )
+    threads = torch.get_num_threads()
+    assert message["device"].endswith(", 1 thread" if threads == 1 else f", {threads} threads")
+    assert message["torch"] == torch.__version__

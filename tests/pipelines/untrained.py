@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from autoencoders import build_autoencoder
-from diffusion.build import build_network
+from diffusion import build_network
 from ldm.checkpoint import ModelFile, save_model
 from ldm.config import to_tree
 from ldm.errors import UsageError

@@ -12,7 +12,7 @@ import torch
 
 from autoencoders import Autoencoder, load_autoencoder
 from autoencoders.discriminators import build_discriminator
-from diffusion.build import build_network
+from diffusion import build_network
 from ldm.checkpoint import fingerprint
 from ldm.data import open_source
 from ldm.errors import UsageError
