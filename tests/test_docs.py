@@ -107,7 +107,7 @@ PARSE_ONLY = {
 NOT_OURS = {
     r"pip install .*": "would change the environment",
     r"pytest.*": "runs this test",
-    r"(ruff|mypy|mkdocs|pre-commit) .*": "a developer's tool; .ci/run calls it",
+    r"(ruff|mypy|mkdocs|pre-commit)( .*)?": "a developer's tool; .ci/run calls it",
     r"\.ci/run": "runs this test",
     r"python -m benchmarks\..*": "takes minutes",
 }
