@@ -156,9 +156,11 @@ def test_unexpected_errors_are_one_line(failed, monkeypatch):
     assert "ZeroDivisionError: a bug (unexpected: --debug" in failed("presets", code=1)
 
 
-@pytest.mark.slow
-def test_everyday_commands_find_their_inputs(tmp_path):
+def test_everyday_commands_find_their_inputs(run, tmp_path, monkeypatch):
     """train-ae, train-diffusion, sample, fid, eval-ae: each takes the newest of the one before."""
+    for name in ("TORCH_HOME", "LDM_CACHE", "TMPDIR"):  # no weights
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "200")
     printed = ""
     for words in (
         ["train-ae", "tiny", *AUTOENCODER],
@@ -166,12 +168,12 @@ def test_everyday_commands_find_their_inputs(tmp_path):
         ["sample", "--n", "4", "--steps", "2"],
         ["eval-ae", "--limit", "2"],
     ):
-        done = ldm(*words, cwd=tmp_path, TORCH_HOME=str(tmp_path))
-        assert done.returncode == 0, done.stderr
-        printed += done.stdout
+        code, out, err = run(*words)
+        assert code == 0, err
+        printed += out
     assert "next: ldm train-diffusion --ae runs/" in printed
     assert re.search(r"^model +resolution +images +(LPIPS ↓ +)?PSNR ↑", printed, re.MULTILINE)
-    fid = ldm("fid", "--force", cwd=tmp_path, LDM_CACHE=str(tmp_path), TMPDIR=str(tmp_path))
-    if fid.returncode:  # no network: the line says what to do, and SWD is there all the same
-        assert "inception-2015-12-05.pt" in fid.stderr and "--weights" in fid.stderr
+    code, _, err = run("fid", "--force")
+    if code:  # no network: the line says what to do, and SWD is there all the same
+        assert "inception-2015-12-05.pt" in err and "--weights" in err
     assert list((tmp_path / "runs").glob("*/samples/*/fid.json"))
