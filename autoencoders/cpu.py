@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 PIXELS_AT_ONCE = defaultdict(lambda: 2 * 256**2, sdvae=256**2, decoder=256**2)
-"""Pixels of the images that go through a network at once, by the encoder's `type`."""
+"""Pixels of the images that go through a network at once, by an encoder's `type`, or `decoder`."""
 
 
 def in_small_batches(

@@ -6,6 +6,7 @@ README.md           the model card
 """
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from operator import methodcaller
 from pathlib import Path
@@ -50,16 +51,16 @@ recon = ae.decode(latents)
 """
 
 
-class HubMixin(nn.Module):
+class HubMixin(nn.Module, ABC):
     """The Hub's three methods, for an autoencoder that has a `config` and a `load`."""
 
     config: Any
     downsampling: int
 
     @classmethod
+    @abstractmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> Self:
         """Load a trained model from a file or a folder on this machine."""
-        raise NotImplementedError
 
     @classmethod
     def from_pretrained(

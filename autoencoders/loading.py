@@ -1,4 +1,4 @@
-"""Read trained autoencoders from files and folders, ours or other toolkits', told by content."""
+"""Read trained autoencoders, ours or other toolkits', from files and folders known by content."""
 
 from collections.abc import Iterable
 from pathlib import Path

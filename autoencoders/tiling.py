@@ -108,14 +108,17 @@ def _blend(
     whole = torch.zeros(tuple(shape), device=source.device)
     sides = [min(pair) for pair in zip(source.shape[-2:], shape[-2:], strict=True)]
     in_scale, out_scale = source.shape[-1] // sides[1], shape[-1] // sides[1]
-    rows, columns = (cut(side, tile // f, overlap // f, out_scale) for side in sides)
+    rows, columns = (
+        [(start, end, weights.to(whole)) for start, end, weights in spans]
+        for spans in (cut(side, tile // f, overlap // f, out_scale) for side in sides)
+    )
     tiles = list(product(range(len(source)), rows, columns))
     for first in range(0, len(tiles), batch):
         some = tiles[first : first + batch]
         inputs = [_part(source[i], row, column, in_scale) for i, row, column in some]
         outputs = network(torch.stack(inputs).to(device)).to(whole)
         for output, (i, row, column) in zip(outputs, some, strict=True):
-            weight = row[2].to(whole)[:, None] * column[2].to(whole)
+            weight = row[2][:, None] * column[2]
             part = _part(whole[i], row, column, out_scale)
             part += weight * output
     return whole

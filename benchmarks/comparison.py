@@ -19,7 +19,7 @@ class Row:
     seconds: float
     """Median of a call."""
     ratio: float
-    """How many times as fast as the group's reference."""
+    """Speed as a multiple of the group's reference."""
     images_per_second: float
     peak_mib: float | None = None
     """Memory of one forward pass, beyond the loaded model."""

@@ -58,7 +58,7 @@ class Figure:
 
     @property
     def is_passed(self) -> bool:
-        """Whether the limit is passed."""
+        """True if the limit is passed."""
         return self.limit is not None and self.value > self.limit
 
 
@@ -185,7 +185,7 @@ def _reachable(graph: Graph, start: str) -> set[str]:
 
 
 def is_cli(module: str) -> bool:
-    """Whether a module is of the command line, the top floor."""
+    """True for a module of the command line, the top floor."""
     return f"{module}.".startswith("ldm.cli.") or module == "ldm.__main__"
 
 

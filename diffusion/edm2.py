@@ -24,7 +24,7 @@ from pydantic import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffusion.unet import UNetBase, attending
+from diffusion.unet import UNetBase, check_divides
 from ldm.config import Config
 
 EPSILON = 1e-4
@@ -207,13 +207,7 @@ class EDM2Config(Config):
     @field_validator("head_width")
     @classmethod
     def _divides(cls, head_width: int, info: ValidationInfo) -> int:
-        known = info.data
-        if {"channels", "multipliers", "attention_factors"} <= known.keys():
-            sizes = known["channels"], known["multipliers"], known["attention_factors"]
-            for factor, width in attending(*sizes):
-                if width % head_width:
-                    raise ValueError(f"must divide the {width} channels at factor {factor}")
-        return head_width
+        return check_divides(head_width, info.data)
 
 
 class Embedding(nn.Module):

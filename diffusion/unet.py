@@ -2,7 +2,8 @@
 skips, which the network of EDM2 shares."""
 
 import math
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, cast
 
 import torch
@@ -16,7 +17,7 @@ from ldm.errors import LdmError
 
 
 # ------------------------------------------------------------------------ levels and skips
-class UNetBase(nn.Module):
+class UNetBase(nn.Module, ABC):
     """F(x; c_noise), the network inside a denoiser: levels of blocks, and skips between them.
 
     A level of the encoder is entered by a layer, from the second level on by one that halves both
@@ -67,15 +68,15 @@ class UNetBase(nn.Module):
             if level > 0:
                 self.leave.append(self.make_resample(width, "up"))
 
+    @abstractmethod
     def make_block(
         self, in_width: int, out_width: int, attends: bool, encodes: bool = False
     ) -> nn.Module:
         """A block: x (B, in, H, W), embedding → (B, out, H, W)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def make_resample(self, width: int, way: Literal["down", "up"]) -> nn.Module:
         """A layer between two levels: x, embedding → x of half or twice the sides."""
-        raise NotImplementedError
 
     def concat(self, x: Tensor, skip: Tensor) -> Tensor:
         """The input of a block of the decoder."""
@@ -168,6 +169,20 @@ def attending(
     for level, multiplier in enumerate(multipliers):
         if level == len(multipliers) - 1 or 2**level in attention_factors:
             yield 2**level, channels * multiplier
+
+
+def check_divides(count: int, sizes: Mapping[str, Any]) -> int:
+    """Return a number of heads, or their width, that divides the widths of levels with attention.
+
+    Args:
+        sizes: fields of the config; without one that was itself refused, nothing is checked.
+    """
+    names = ("channels", "multipliers", "attention_factors")
+    if all(name in sizes for name in names):
+        for factor, width in attending(*(sizes[name] for name in names)):
+            if width % count:
+                raise ValueError(f"must divide the {width} channels at factor {factor}")
+    return count
 
 
 # ---------------------------------------------------------------------------------- layers
@@ -374,16 +389,8 @@ class UNetConfig(Config):
     @field_validator("heads", "head_width")
     @classmethod
     def _divides(cls, count: int | None, info: ValidationInfo) -> int | None:
-        known = info.data
-        is_unused = info.field_name == "head_width" and known.get("heads")
-        if count is None or is_unused:
-            return count
-        if {"channels", "multipliers", "attention_factors"} <= known.keys():
-            sizes = known["channels"], known["multipliers"], known["attention_factors"]
-            for factor, width in attending(*sizes):
-                if width % count:
-                    raise ValueError(f"must divide the {width} channels at factor {factor}")
-        return count
+        is_unused = info.field_name == "head_width" and info.data.get("heads")
+        return count if count is None or is_unused else check_divides(count, info.data)
 
     def attending_widths(self) -> set[int]:
         """Widths, in channels, of the levels with attention."""

@@ -57,12 +57,12 @@ class Codec(nn.Module):
         return self.autoencoder.encode(images)
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """images (B, 3, H, W) in [−1, 1] → z, drawn with noise (B, n_z, h, w) or the mean."""
+        """images (B, 3, H, W) in [−1, 1] → z: drawn with noise (B, n_z, h, w), else the mean."""
         return self.standardise(self.posterior(images), noise)
 
     @torch.no_grad()
     def standardise(self, posterior: DiagonalGaussian, noise: Tensor | None = None) -> Tensor:
-        """posterior → z (B, n_z, h, w), drawn with noise of that shape or the mean."""
+        """posterior → z (B, n_z, h, w): drawn with noise of that shape, else the mean."""
         latents = posterior.mode() if noise is None else posterior.sample(noise=noise)
         z = (latents - self.mean) * (self.sigma_data / self.std)
         # an encoder without gradients may have chosen a layout that is slow in training

@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 from torch import nn
 
-from autoencoders.discriminators.layers import split
+from autoencoders.discriminators.layers import Logits, split
 from autoencoders.discriminators.patchgan import PatchGAN, PatchGANConfig
 from autoencoders.discriminators.stylegan import StyleGANConfig, StyleGANDiscriminator
 from autoencoders.discriminators.unet import UNetDiscriminator, UNetDiscriminatorConfig
@@ -27,7 +27,9 @@ def build_discriminator(config: DiscriminatorConfig) -> nn.Module:
 
 
 __all__ = [
+    "DISCRIMINATORS",
     "DiscriminatorConfig",
+    "Logits",
     "PatchGAN",
     "PatchGANConfig",
     "StyleGANConfig",

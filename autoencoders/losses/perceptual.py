@@ -74,9 +74,12 @@ def fill_backbone(
 
 
 def _on(network: nn.Module, device: torch.device) -> nn.Module:
-    """Move the network to the device unless it is there; a network without values cannot move."""
-    there = next(network.parameters()).device
-    return network if there == device else network.to(device)
+    """Move the network to the device unless all of it is there.
+
+    Parameters under `FakeTensorMode`, as in a dry run, cannot be moved, not even to where they are.
+    """
+    tensors = (*network.parameters(), *network.buffers())
+    return network if all(t.device == device for t in tensors) else network.to(device)
 
 
 def _folder() -> Path:

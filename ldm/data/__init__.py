@@ -1,4 +1,4 @@
-"""Images in: where they come from, in which order, cut how, and loaded by whom.
+"""Loading of images: sources, order, crops and worker processes.
 
 A source holds whole images (`photos`, a folder, a zip, shards); `batches` turns one into the stream
 of a training run, `evaluation_batches` into one pass, `sheet_images` into a picture.

@@ -150,7 +150,7 @@ def pack_hashes(hashes: Hashes) -> bytes:
 
 
 def find_shared(hashes: Hashes, others: Hashes) -> list[int]:
-    """Return the numbers, rising, of the images of a set that another set contains, too."""
+    """Return the sorted numbers of the images of a set that another set contains, too."""
     known = set(others.values())
     return sorted(k for k, value in hashes.items() if value in known)
 
@@ -248,7 +248,13 @@ class SetStatistics:
             self.hashes |= hash_images(images, ks)
 
     def merge(self, other: "SetStatistics") -> None:
-        """Take in another process's share of the same set, which keeps the same."""
+        """Take in another process's share of the same set."""
+        ours, theirs = (
+            (side.features is None, side.patches is None, side.hashes is None)
+            for side in (self, other)
+        )
+        if ours != theirs:
+            raise ValueError("cannot merge statistics that keep different things")
         if self.features and other.features:
             self.features.merge(other.features)
         if self.patches and other.patches:

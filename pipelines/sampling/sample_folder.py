@@ -17,6 +17,7 @@ import json
 import re
 import shutil
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -147,8 +148,7 @@ class PngStore:
 
     def missing(self, n: int) -> list[int]:
         """Return the images among 0 … n−1 that are not there yet."""
-        there = {i for folder in self._folders() for i in self._loose(folder)}
-        there |= {i for archive in self._archives() for i in self._members(archive)}
+        there = self._there()
         return [i for i in range(n) if i not in there]
 
     def begin(self) -> None:
@@ -170,6 +170,9 @@ class PngStore:
         names = (png.relative_to(self.out).as_posix() for png in self.out.glob("*/*.png"))
         return PngSource(self.out, sorted(filter(numbered.fullmatch, names)))
 
+    def _there(self) -> set[int]:
+        return {i for folder in self._folders() for i in self._loose(folder)}
+
     def _folders(self) -> list[Path]:
         return sorted(self.out.glob("[0-9]" * 5))
 
@@ -178,14 +181,22 @@ class PngStore:
         found = folder.glob("img" + "[0-9]" * 8 + ".png")
         return {int(path.stem[3:]): path for path in found if path.is_file()}
 
-    def _archives(self) -> list[Path]:
-        return []
 
-    def _members(self, archive: Path) -> Pngs:
-        raise NotImplementedError
+class ArchiveStore(PngStore, ABC):
+    """Images packed into archives."""
 
-    def _write(self, file: IO[bytes], archive: Path, pngs: Pngs) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _archives(self) -> list[Path]: ...
+
+    @abstractmethod
+    def _members(self, archive: Path) -> Pngs: ...
+
+    @abstractmethod
+    def _write(self, file: IO[bytes], archive: Path, pngs: Pngs) -> None: ...
+
+    def _there(self) -> set[int]:
+        packed = {i for archive in self._archives() for i in self._members(archive)}
+        return super()._there() | packed
 
     def _pack(self, archive: Path, folders: Sequence[Path]) -> None:
         """Add the PNGs of some folders to an archive, then remove the folders."""
@@ -205,7 +216,7 @@ class PngSource(FolderSource):
         self.path, self._names, self.classes = path, list(names), ()
 
 
-class ShardStore(PngStore):
+class ShardStore(ArchiveStore):
     """A thousand images per tar, in the format of `ldm data prepare`.
 
     The class of an image is stored beside it as webdataset's `.cls`; an image without one has none.
@@ -283,7 +294,7 @@ class ShardStore(PngStore):
         return self._write_note(tar, tar, len(self._members(tar)))
 
 
-class ZipStore(PngStore):
+class ZipStore(ArchiveStore):
     """All images in one archive, laid out as by EDM's dataset tool.
 
     If every image has a class, `dataset.json` lists them in EDM's format, which cannot express an

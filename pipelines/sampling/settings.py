@@ -223,7 +223,7 @@ class Classes:
 def _as_number(label: Any) -> int | None:
     if isinstance(label, str):
         return int(label) if re.fullmatch(r"\s*[+-]?[0-9]{1,9}\s*", label) else None
-    label = label.tolist() if hasattr(label, "tolist") else label
+    label = _plain(label)
     try:
         return None if isinstance(label, bool) else index(label)
     except TypeError:
@@ -232,5 +232,10 @@ def _as_number(label: Any) -> int | None:
 
 def _as_list(labels: Any) -> list | None:
     """Several labels as a list; None for a single one."""
-    labels = labels.tolist() if hasattr(labels, "tolist") else labels
+    labels = _plain(labels)
     return list(labels) if isinstance(labels, Iterable) and not isinstance(labels, str) else None
+
+
+def _plain(labels: Any) -> Any:
+    """Labels of a tensor or an array as Python numbers."""
+    return labels.tolist() if hasattr(labels, "tolist") else labels

@@ -1,4 +1,4 @@
-"""What several tests ask of a module."""
+"""The number of parameters of a module."""
 
 from torch import nn
 

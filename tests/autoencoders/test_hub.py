@@ -127,7 +127,7 @@ def test_subfolder_of_a_diffusers_pipeline_loads(hub, tmp_path):
 
 
 def test_fakes_have_the_signatures_of_the_client():
-    """What the fakes take, the client takes."""
+    """The fakes have the client's signatures."""
     from inspect import signature
 
     download = signature(huggingface_hub.snapshot_download).parameters

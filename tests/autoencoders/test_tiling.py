@@ -112,7 +112,7 @@ def test_no_seam_is_seen_in_a_smooth_image(norm):
 
 
 def steps(images):
-    """How much each pixel differs from the one to its right, (…, H, W − 1)."""
+    """Differences of each pixel to the one on its right, (…, H, W − 1)."""
     return images.diff(dim=3).abs()
 
 

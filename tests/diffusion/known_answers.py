@@ -21,7 +21,7 @@ def gaussian(mean: float, std: float):
 
 
 def gaussian_path(x, sigma: float, sigma_end: float, mean: float, std: float):
-    """Where the probability-flow ODE carries x from σ to σ_end on the data of `gaussian`.
+    """The probability-flow ODE's solution at σ_end from x at σ, on the data of `gaussian`.
 
     dx/dσ = σ (x − mean) / (std² + σ²) has the solution x − mean ∝ √(std² + σ²).
     """

@@ -1,4 +1,4 @@
-"""Where the answer is known, a trained model and every sampler find it."""
+"""Training and sampling on distributions whose samples are known."""
 
 import pytest
 import torch

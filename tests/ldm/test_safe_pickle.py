@@ -110,7 +110,7 @@ class Reduces:
 
 
 def bombs(mark):
-    """What would leave a file at `mark`, were it called."""
+    """A pickled object that leaves a file at `mark` if it is called."""
     touch, script = f"touch {mark}", f"open({str(mark)!r}, 'w').close()"
     return {
         "os.system": Reduces(os.system, (touch,)),
@@ -271,7 +271,7 @@ def test_a_legacy_storage_of_another_length_is_refused(tmp_path):
 
 
 def pickles(path):
-    """Where each of the five pickles of the older format ends, and the values begin."""
+    """Offsets of the ends of the five pickles of the older format; the values begin at the last."""
     with path.open("rb") as file:
         unpickler = type("Skip", (pickle.Unpickler,), {
             "persistent_load": lambda *_: None, "find_class": lambda *_: Inert,

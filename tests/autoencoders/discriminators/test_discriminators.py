@@ -1,4 +1,4 @@
-"""What holds for every discriminator, at every resolution of the paper's."""
+"""Properties of every discriminator, at every resolution of the paper."""
 
 import copy
 

@@ -100,7 +100,7 @@ def test_is_the_papers_layer_by_layer():
 
 
 def test_features_keep_their_scale_at_the_start():
-    """What the initial weights are for, at any depth: mean squares near that of the image's."""
+    """Initial weights keep the mean square of the image's at any depth."""
     net = StyleGANDiscriminator(StyleGANConfig(resolution=256, channels=16, max_channels=64))
     squares = []
     for block in net.blocks:

@@ -94,7 +94,7 @@ def test_loads_the_backbone_from_torch_hub(hub, network, pair, capfd):
 
 @pytest.mark.parametrize("network", FILES)
 def test_torchvisions_own_names_fit(hub, network):
-    """What is saved of torchvision's classifier itself, as its published files are."""
+    """A file of torchvision's whole classifier, like the published ones."""
     import torchvision
 
     name = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}[network]

@@ -31,7 +31,7 @@ def seed():
 
 
 def training_extras():
-    """What a checkpoint of theirs holds beside the autoencoder."""
+    """Entries of their checkpoints beside the autoencoder."""
     return {
         "loss.discriminator.main.0.weight": torch.zeros(4, 3, 4, 4),
         "loss.perceptual_loss.lin0.model.1.weight": torch.zeros(1, 64, 1, 1),

@@ -23,7 +23,7 @@ class Fatal(Coded):
 
 
 def stream(source, start=0, stop=48, batch_size=4, rank=0, world=1, **config):
-    """What a run sees, image by image: {k: (R, R, 3)}."""
+    """The images of a run by their numbers: {k: (R, R, 3)}."""
     config = DataConfig(**{"source": "/", "crop": "random", "flip": True, "workers": 0} | config)
     seen = {}
     for images, k, _ in batches(source, config, 16, 3, start, stop, batch_size, rank, world):
@@ -291,7 +291,7 @@ def test_ten_are_named_and_the_rest_counted():
 
 
 def shown(source, count):
-    """Which images, by the index coded in their pixels."""
+    """Indices of the images, coded in their pixels."""
     images = sheet_images(source, 16, count)
     assert images.dtype == torch.uint8 and images.shape[1:] == (3, 16, 16)
     return images[:, 0, 0, 0].tolist()

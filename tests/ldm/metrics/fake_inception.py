@@ -21,7 +21,7 @@ class Layers(nn.Module):
 
 
 class FakeInception(nn.Module):
-    """What a caller of the published file meets: a submodule `layers`; called itself, it resizes
+    """The interface of the published file: a submodule `layers`; called itself, it resizes
     floats (B, 3, H, W) in 0..255, and gives features where it is asked for them."""
 
     def __init__(self, dim: int) -> None:

@@ -247,7 +247,7 @@ WIDE = "network={channels: 64, multipliers: [1, 2], blocks: 1, head_width: 16}"
 
 
 def evaluate(formula, **numbers):
-    """What a formula of ldm.json says, its words for Python's."""
+    """Evaluate a formula of ldm.json, its words replaced by Python's."""
     formula = formula.replace("^", "**").replace("sigma sigma_data", "sigma * sigma_data")
     return eval(formula, {"sqrt": lambda x: x**0.5, "ln": torch.log, **numbers})
 

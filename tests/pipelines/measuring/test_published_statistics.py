@@ -43,7 +43,7 @@ def samples(tmp_path):
 
 @pytest.fixture
 def kept(tmp_path, samples, weights, cache):
-    """What a measurement leaves of its reference."""
+    """A reference's statistics as a measurement keeps them."""
     data = DataConfig(source=str(write_folder(tmp_path / "data", pictures(12, 1, 1.3))), workers=0)
     result = measure_fid(samples, data, "all", weights=weights, device="cpu")
     (path,) = cache.iterdir()

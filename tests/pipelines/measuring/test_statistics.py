@@ -103,6 +103,8 @@ def test_a_distance_without_its_statistics_is_none():
     one = take_in(THEIRS[:1], [[0]])
     result = compare_sets(full, one, CPU)
     assert result["fid"] is result["kid"] is None and result["swd"]["mean"] > 0
+    with pytest.raises(ValueError, match="keep different things"):
+        full.merge(features)
 
 
 def test_every_feature_is_kept_where_asked_for():

@@ -1,4 +1,4 @@
-"""What two processes do when only one of them meets what is wrong: each is run with RANK=0 or 1.
+"""Two processes of which only one meets an error: each is run with RANK=0 or 1.
 
 Every attempt is followed by the next in the same processes, so that one that left the other waiting
 would never end.
