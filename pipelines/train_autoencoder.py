@@ -70,7 +70,7 @@ class AutoencoderState(TrainingState):
         self.objective = Objective(recipe.loss, recipe.adversarial, dict(perceptual))
         self.ema = Ema(self.autoencoder, recipe.ema_half_life_images)
         self.averages = [self.ema]
-        # weights that are their own average would differ from it by rounding alone
+        # without an average, the two would be equal up to rounding
         compared = self.objective.needs_averaged and recipe.ema_half_life_images > 0
         self.averaged = self.ema.model if compared else None
         self.opt_autoencoder, self.opt_discriminator = (
@@ -149,7 +149,7 @@ def train_step(
 
     Args:
         images: (b, 3, H, W) in [−1, 1].
-        ramp: factor of the adversarial weight, in [0, 1]; at 0 the discriminator rests.
+        ramp: factor of the adversarial weight, in [0, 1]; at 0 the discriminator is not trained.
         log_gradients: return the ratio of the gradients' norms (Figure 7) even if it is unused.
 
     Returns:
@@ -204,14 +204,14 @@ def _update_discriminator(
     run: Run, state: AutoencoderState, images: Tensor, recon: Tensor, draws: Draws
 ) -> dict[str, Tensor | float]:
     """Update the discriminator on real images and their reconstructions; return its terms."""
-    pictures = [images, recon]
+    batches_of_images = [images, recon]
     if draws.cutmix is not None:
         mask = cutmix_masks(draws.cutmix, *images.shape[-2:])  # (b, 1, H, W)
-        pictures.append(torch.where(mask, images, recon))
-    # one forward for all of them: the power iteration in it runs once
+        batches_of_images.append(torch.where(mask, images, recon))
+    # one forward pass, so that the power iteration of spectral norm runs once
     with run.autocast():
-        logits = state.discriminator(torch.cat(pictures))
-        real, fake, *mixed = split(logits, len(pictures))
+        logits = state.discriminator(torch.cat(batches_of_images))
+        real, fake, *mixed = split(logits, len(batches_of_images))
     total = state.objective.discriminator_loss(real, fake)
     terms: dict[str, Tensor | float] = {"discriminator": total}
     if mixed:

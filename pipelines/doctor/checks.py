@@ -49,7 +49,7 @@ class Problem:
     """error: the run would fail. warning: it would run, but not as requested. note: affects another
     command only."""
     text: str
-    """What, where, and what to do: one line."""
+    """One line: what is wrong, where, and what to do."""
 
 
 def errors_of(call: Callable[..., Any], *args: Any) -> list[Problem]:

@@ -195,11 +195,12 @@ class Costs:
         Args:
             adversarial_active: with the discriminator, if there is one.
         """
-        key = (resolution, adversarial_active, batch or self.batch)
+        active = adversarial_active and "discriminator" in self.training.networks
+        key = (resolution, active, batch or self.batch)
         if key not in self._steps:
             own = [*self.training.trained, *self.training.frozen]
             with self.run.fake, self.run.record(own), FlopCounter() as counter:
-                self.training.step(resolution, key[-1], adversarial_active)
+                self.training.step(resolution, key[-1], active)
             self._steps[key] = StepCost(self.run.kept, counter.gmac / key[-1])
         return self._steps[key]
 

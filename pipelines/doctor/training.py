@@ -6,18 +6,22 @@ networks that are `exported` into a model file.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autoencoders import Autoencoder, AutoencoderConfig
 from autoencoders.losses import LPIPS
 from autoencoders.losses.perceptual import CONV5_4, ESRGANPerceptual
 from ldm.run import Run
 from pipelines import train_autoencoder, train_diffusion
-from pipelines.latents import LatentBatch
+from pipelines.codec import Codec
+from pipelines.latents import LatentBatch, LatentCache, latent_batches
 from pipelines.recipes import AutoencoderRecipe, DiffusionRecipe
 from pipelines.train_autoencoder import AutoencoderState
 from pipelines.train_diffusion import DiffusionState
@@ -89,6 +93,7 @@ class DiffusionTraining:
         self.networks: dict[str, nn.Module] = {"network": network, "encoder": encoder}
         self.trained = self.updated = [self.state.objective]
         self.frozen, self.exported = [self.autoencoder], [network, self.autoencoder]
+        self._streams: dict[tuple[int, int], Iterator[tuple[int, LatentBatch]]] = {}
 
     def accepts(self, resolution: int) -> bool:
         """True if the recipe could train on images of this side, in pixels."""
@@ -96,9 +101,15 @@ class DiffusionTraining:
 
     def step(self, resolution: int, batch: int, adversarial_active: bool = True) -> None:
         """Train on a micro-batch, with an update of the network."""
-        self.encode(resolution, batch)
-        z, sigma, noise = self._latents(resolution, batch)
-        latents = LatentBatch(z, sigma, noise, labels=None, augment=None)
+        if isinstance(next(self.autoencoder.parameters()), FakeTensor):
+            with sdpa_kernel(SDPBackend.MATH):  # as in `pipelines.doctor.costs.count_gmac`
+                self.encode(resolution, batch)
+            z, sigma, noise = self._latents(resolution, batch)
+            latents = LatentBatch(z, sigma, noise, labels=None, augment=None)
+        else:
+            if (resolution, batch) not in self._streams:
+                self._streams[resolution, batch] = self._stream(resolution, batch)
+            _, latents = next(self._streams[resolution, batch])
         train_diffusion.train_step(self.run, self.state, latents)
 
     def calls(self, resolution: int, batch: int) -> Mapping[str, Callable[[], Any]]:
@@ -116,11 +127,53 @@ class DiffusionTraining:
             with torch.no_grad(), self.run.autocast():
                 self.autoencoder.encode(_images(self.run, resolution, batch))
 
+    def _stream(self, resolution: int, batch: int) -> Iterator[tuple[int, LatentBatch]]:
+        """The training's own batches, of one image of noise, or of a cache without values."""
+        n_z, classes = self.recipe.network.latent_channels, self.recipe.network.classes
+        data = self.recipe.data.model_copy(update={"workers": 0})
+        sizes = {"resolution": resolution, "batch_size": batch, "accumulate": 1, "data": data}
+        recipe = self.recipe.model_copy(update={**sizes, "steps": 10**6})  # without end
+        codec = Codec(self.autoencoder, torch.zeros(n_z), torch.ones(n_z), recipe.edm.sigma_data)
+        source, side = _Noise(resolution, classes), resolution // self.autoencoder.downsampling
+        cache = _BlankCache(source, (n_z, side, side)) if recipe.cache else None
+        return latent_batches(self.run, recipe, self.run.place(codec), source, cache, 0)
+
     def _latents(self, resolution: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Random latents (b, n_z, h, w), noise levels (b,), and noise of the latents' shape."""
         side, device = resolution // self.autoencoder.downsampling, self.run.device
         z = torch.randn(batch, self.recipe.network.latent_channels, side, side, device=device)
         return z, torch.ones(batch, device=device), torch.randn_like(z)
+
+
+class _Noise:
+    """A source whose images are one, of noise, uint8 (side, side, 3)."""
+
+    def __init__(self, side: int, classes: int) -> None:
+        self.classes = tuple(map(str, range(classes)))
+        self._image = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+
+    def __len__(self) -> int:
+        return 1000
+
+    def name(self, index: int) -> str:
+        return f"noise {index}"
+
+    def load(self, index: int) -> np.ndarray:
+        return self._image
+
+    def label(self, index: int) -> int:
+        return index % len(self.classes) if self.classes else -1
+
+
+class _BlankCache(LatentCache):
+    """A cache of standard normal posteriors (n_z, h, w)."""
+
+    def __init__(self, source: _Noise, shape: tuple[int, int, int]) -> None:
+        self.source, self.mirrored = source, False
+        self._moments = np.stack([np.zeros(shape, np.float32), np.ones(shape, np.float32)])
+
+    def load(self, seed: int, k: int) -> tuple[np.ndarray, int]:
+        return self._moments, k % len(self.source)
 
 
 Training = AutoencoderTraining | DiffusionTraining

@@ -42,7 +42,7 @@ def rank(number: int) -> SimpleNamespace:
 
 
 def raised(ranks, error: Exception | None) -> Exception | None:
-    """What comes out of what one process does."""
+    """The outcome of an action of one process."""
     try:
         with fail_together(ranks):
             if error is not None:

@@ -85,7 +85,7 @@ from ldm.cli import main
 from ldm.run import Run
 
 save = Run.save
-Run.save = lambda run, *words: (save(run, *words), run.ask_to_stop())
+Run.save = lambda run, *words: (save(run, *words), run.request_stop())
 main()
 """
 

@@ -22,7 +22,7 @@ from pipelines.train_autoencoder import (
 )
 from tests.small import ROOT, autoencoder_recipe
 
-SHORT = "phases=[{resolution: 32, steps: 4}]"
+SHORT = "phases=[{resolution: 32, steps: 2}, {resolution: 64, steps: 2}]"
 
 
 def test_checkpointing_trains_to_the_same_bits(tmp_path):
@@ -43,7 +43,7 @@ def test_compiled_training_gives_the_same_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda net: compile(net, backend="aot_eager"))
     plain, compiled = (
         train_autoencoder(
-            autoencoder_recipe(f"run.compile={flag}", "phases=[{resolution: 32, steps: 2}]"),
+            autoencoder_recipe(f"run.compile={flag}", "phases=[{resolution: 32, steps: 4}]"),
             "tiny",
             tmp_path / flag,
         )

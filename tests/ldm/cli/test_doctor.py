@@ -1,4 +1,4 @@
-"""What `ldm doctor` prints, and with which status it leaves."""
+"""Lines and exit status of `ldm doctor`."""
 
 import json
 from dataclasses import replace

@@ -33,7 +33,7 @@ from tests.golden import (
     SDVAE_DECODER_PARAMETERS,
 )
 from tests.pipelines.doctor.dry_runs import CPU, autoencoder_costs, diffusion_costs
-from tests.small import autoencoder_recipe, diffusion_recipe
+from tests.small import autoencoder_recipe, diffusion_recipe, sdvae
 
 # without VGG and the discriminator, which these numbers are not of
 ALONE = ["loss.lpips=0", "adversarial.weight=0"]
@@ -173,8 +173,8 @@ def test_a_perceptual_loss_costs_without_its_weights():
     assert both.gmac > plain.gmac and both.activations > plain.activations
 
 
-def test_a_cache_saves_the_encoder():
-    model = autoencoder_recipe().model
+@pytest.mark.parametrize("model", [autoencoder_recipe().model, sdvae().config])
+def test_a_cache_saves_the_encoder(model):
     fly, cached = (diffusion_costs(diffusion_recipe("", *more), model) for more in ((), CACHED))
     difference = fly.step(32).gmac - cached.step(32).gmac
     assert difference == pytest.approx(fly.gmac(32)["encoder"])

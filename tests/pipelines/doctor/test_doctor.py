@@ -1,4 +1,4 @@
-"""What a whole diagnosis says of small recipes."""
+"""Whole diagnoses of small recipes."""
 
 import json
 import os
@@ -44,6 +44,15 @@ def alone(tmp_path, monkeypatch):
 
 def errors(diagnosis):
     return [problem.text for problem in diagnosis.problems if problem.level == "error"]
+
+
+@pytest.mark.parametrize("seconds", [0, 1])
+def test_a_diagnosis_leaves_the_random_generator_alone(seconds):
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    diagnose_autoencoder(autoencoder_recipe(), "tiny", seconds=seconds)
+    assert torch.equal(torch.rand(1), expected)
 
 
 def test_stage_one():
