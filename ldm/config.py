@@ -181,6 +181,9 @@ def _set(tree: Tree, path: list[str], value: Any) -> None:
 
 
 def _index(items: list, part: str, where: str) -> int:
+    if not part.isdigit() and items:
+        key = f"{where.removesuffix(part)}0.{part}"
+        raise UsageError(f"'{where}': a list needs an index, such as {key}")
     if not part.isdigit() or int(part) >= len(items):
         raise UsageError(f"'{where}': the list has entries 0 to {len(items) - 1}")
     return int(part)
@@ -204,9 +207,9 @@ def _explain(config_class: type[Config], error: ValidationError) -> str:
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     path = _path(first["loc"], config_class)
     if first["type"] == "extra_forbidden":
-        keys = sorted(set(key_paths(config_class)))
+        keys = sorted(set(key_paths(config_class, index="0.")))
         by_last = [key for key in keys if key.rpartition(".")[2] == path.rpartition(".")[2]]
-        if path in keys:
+        if re.sub(r"\.\d+\.", ".0.", path) in keys:
             hint = ": it belongs to another type of this section"
         elif len(by_last) == 1:
             hint = f"; did you mean '{by_last[0]}'?"
@@ -234,12 +237,17 @@ def _path(loc: tuple[int | str, ...], config_class: type[Config]) -> str:
     return ".".join(part for part, tag in zip(parts, is_tag, strict=True) if not tag)
 
 
-def key_paths(config_class: type[Config], prefix: str = "") -> Iterator[str]:
-    """All dotted keys of a config, over all variants of its unions."""
+def key_paths(config_class: type[Config], prefix: str = "", index: str = "") -> Iterator[str]:
+    """All dotted keys of a config, over all variants of its unions.
+
+    Args:
+        index: what follows the name of a list of sections, such as "0.".
+    """
     for name, field in config_class.model_fields.items():
         yield f"{prefix}{name}"
+        inside = f"{prefix}{name}.{index if get_origin(field.annotation) is tuple else ''}"
         for section in _sections(field.annotation):
-            yield from key_paths(section, f"{prefix}{name}.")
+            yield from key_paths(section, inside, index)
 
 
 def _sections(annotation: Any) -> Iterator[type[Config]]:

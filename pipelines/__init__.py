@@ -1,8 +1,8 @@
 """Floor 2: the jobs. They build models, move data through them, and write what comes out.
 
-Jobs are the modules here and the packages `analysis`, `doctor`, `exchange`, `report` and
-`reproduce`; `training`, `sampling` and `measuring` are what several of them are made of; `codec`
-and `latent_diffusion` are for Python users, too.
+The jobs are the modules here and the packages `analysis`, `doctor`, `exchange`, `report` and
+`reproduce`. `sampling` and `measuring` hold what several jobs share. `codec` and `latent_diffusion`
+are for Python users, too.
 """
 
 from typing import Any

@@ -59,7 +59,7 @@ from pipelines.sampling.sample_folder import newest_samples
 from pipelines.sampling.source import ModelSamples, SampleFolder, Samples
 
 FORMAT = 2
-FID_50K = 50_000  # as many as papers take
+FID_50K = 50_000  # the usual number in papers
 DEFAULT_SPLIT: Split = "all"
 
 
@@ -76,8 +76,8 @@ def measure_fid(
 ) -> dict[str, Any]:
     """Measure samples against one split of a data set, or statistics; write and return the result.
 
-    The reference's images are centre-cropped to the samples' size, never mirrored. Of the built-in
-    photographs, which are eight and large, they are random crops, as many as there are samples
+    The reference's images are centre-cropped to the samples' size, never mirrored. The eight
+    built-in photographs are large, so random crops of them are used, as many as there are samples
     (split val: its tiles). Statistics of a reference are kept, and reused where the data is the
     same to the byte (see `pipelines.measuring.reference`).
 
@@ -173,7 +173,7 @@ def _measure(
 
     one_pass: dict[str, Any] = {
         "device": device,
-        "batch_size": how.batch_size,
+        "batch_size": how.batch_size * ranks.num_processes,
         "workers": (reference.config or DataConfig()).workers,
         "swd_images": min(len(samples), len(reference), SWD_IMAGES) if reference.source else 0,
     }
@@ -267,7 +267,7 @@ def fid_path(plain: Path, other: str | None, split: Split | None, how: MeasureOp
         *([] if split in (None, DEFAULT_SPLIT) else [str(split)]),
         *how.words(),
     ]
-    # of an archive, the beginning is its name, as it is
+    # the result of an archive keeps the archive's full name
     return plain.with_name("-".join([plain.stem, *map(join_words, words)]) + ".json")
 
 

@@ -43,7 +43,7 @@ SMALLER = {
     "--steps 30": "--steps 2",
     "bench litevae-b sdvae": "bench litevae-b-quarter sdvae-quarter",
 }
-"""What a command of the docs says, and what is run."""
+"""Replacements that make the docs' commands small."""
 
 CPU = ["--device", "cpu"]
 MEASURE = ["--features", "tests.test_docs:mean_colours", "--force", *CPU]
@@ -422,6 +422,7 @@ def test_files_named_in_the_design_exist():
         ("training step of stage two", 8),
         ("sample", 8),
         ("FID", 9),
+        ("reproduced table", 9),
     ],
 )
 def test_a_guided_walk_is_short(walk, most):

@@ -115,8 +115,8 @@ def scale(
 def latents(
     models: Models = None,
     data: Data = None,
-    n: Annotated[int, typer.Option(help="Number of images to measure.")] = 256,
-    images: Annotated[int, typer.Option(help="Number of images to show.")] = 4,
+    n: Annotated[int, typer.Option(help="Number of images to measure.", min=1)] = 256,
+    images: Annotated[int, typer.Option(help="Number of images to show.", min=1)] = 4,
     split: Split = "val",
     resolution: Resolution = None,
     batch_size: BatchSize = 16,
@@ -135,7 +135,7 @@ def latents(
 def features(
     models: Models = None,
     data: Data = None,
-    images: Annotated[int, typer.Option(help="Number of images to show and measure.")] = 2,
+    images: Annotated[int, typer.Option(help="Number of images to show and measure.", min=1)] = 2,
     split: Split = "val",
     resolution: Resolution = None,
     device: Device = "auto",

@@ -22,7 +22,7 @@ Resolution = Annotated[
     int | None,
     typer.Option(help="Image size in pixels. Default: the last resolution of the training."),
 ]
-BatchSize = Annotated[int, typer.Option(help="Images per batch and process.")]
+BatchSize = Annotated[int, typer.Option(help="Images per batch, on each process.")]
 Limit = Annotated[int | None, typer.Option(help="Use at most this many images.")]
 Seed = Annotated[int, typer.Option(help="Seed. Image i depends only on the seed and on i.")]
 Steps = Annotated[int, typer.Option(help="Sampling steps.")]
@@ -125,7 +125,9 @@ def find_preset(name: str, kinds: tuple[str, ...]) -> tuple[str, str]:
     fitting = [(kind, bare) for kind, bare in found if kind in kinds]
     if not fitting:
         kind, bare = found[0]
-        raise UsageError(f"'{name}' is a preset of the other stage: `ldm {COMMAND[kind]} {bare}`")
+        raise UsageError(
+            f"'{name}' is a preset of the other stage: use `ldm {COMMAND[kind]} {bare}`"
+        )
     return fitting[0]
 
 

@@ -30,7 +30,7 @@ from ldm.files import write_atomically
 from ldm.images import to_float
 from ldm.run_folder import newest_run
 from ldm.seeds import generator
-from pipelines.measuring.checks import resolve_source
+from pipelines.measuring.reference import resolve_source
 
 T = TypeVar("T")
 Cell = str | int | float | None
@@ -98,9 +98,10 @@ class SharedImages:
     @torch.no_grad()
     def encode(self, subject: Subject) -> Iterator[Encoded]:
         """Encode this process's share in float32; every image is in exactly one share."""
+        world = self.ranks.num_processes
         for batch in evaluation_batches(
-            self.source, self.resolution, self.batch_size, workers=self.workers,
-            rank=self.ranks.process_index, world=self.ranks.num_processes,
+            self.source, self.resolution, self.batch_size * world, workers=self.workers,
+            rank=self.ranks.process_index, world=world,
         ):  # fmt: skip
             pixels = batch.images.to(self.device)
             shown = to_float(pixels.contiguous(memory_format=memory_format(self.device)))
@@ -186,7 +187,8 @@ def parse_models(words: Sequence[str | Path]) -> dict[str, Path]:
 def split_name(word: str | Path) -> tuple[str, Path]:
     """Split NAME=PATH; the name is "" for a mere path, which may contain a "=" itself."""
     name, _, path = str(word).partition("=")
-    named = name and path and "/" not in name and not Path(word).exists()
+    is_name = "/" not in name or Path(path).exists()
+    named = name and path and is_name and not Path(word).exists()
     return (name, Path(path)) if named else ("", Path(word))
 
 
@@ -206,12 +208,16 @@ def distinct_names(given: Sequence[tuple[str, Path]]) -> list[str]:
         else:
             parts.append((*above, run if path.stem == "ckpt" else f"{run}/{path.stem}"))
     ends = [[TIMESTAMP.sub("", part[-1]) for part in parts]]
-    depths = range(1, max(map(len, parts)) + 1)
+    depths = range(1, max(map(len, parts)) - 1)
     ends += [["/".join(part[-depth:]) for part in parts] for depth in depths]
-    distinct = next((each for each in ends if len(set(each)) == len(each)), ends[-1])
-    names = [name or end for (name, _), end in zip(given, distinct, strict=True)]
-    for name, count in Counter(names).items():
-        if count > 1:
+    ends += [[str(path) for _, path in given]]
+    count = len({path.absolute() for _, path in given})  # one may be given under several names
+    for each in ends:
+        names = [name or end for (name, _), end in zip(given, each, strict=True)]
+        if len(set(each)) == count and len(set(names)) == len(names):
+            break
+    for name, times in Counter(names).items():
+        if times > 1:
             raise UsageError(f"the name '{name}' is used twice: name each path with NAME=PATH")
     return names
 

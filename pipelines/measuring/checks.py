@@ -2,8 +2,8 @@
 
 Each check yields an `Issue`: one line that says what is wrong, why it matters and what to do.
 `resolve` refuses the measurement, or, with `--force`, returns the issues to be stored with the
-result. Filters and compression leave traces that no eye sees and FID does: FFHQ brought down by one
-library and by another is at an FID of 6 or more from itself (Parmar et al. 2022).
+result. Resize filters and compression leave traces that FID detects although no eye does: FFHQ
+downsampled by two libraries differs from itself by an FID of 6 or more (Parmar et al. 2022).
 """
 
 import re
@@ -150,7 +150,7 @@ def samples_filter(samples: Samples, trained_on: DataConfig | None) -> str | Non
 def read_training(config: DataConfig, resolution: int) -> tuple[str | None, bool]:
     """Return the filter of a model's training images, and whether they were crops of larger ones.
 
-    Of the built-in photographs they do not count as crops, for the reference is crops, too.
+    Of the built-in photographs they do not count as crops: the reference is made of crops as well.
     """
     with suppress(LdmError):  # the data is gone
         source = open_source(config, "all", resolution)

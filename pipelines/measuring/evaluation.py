@@ -108,7 +108,7 @@ def _open(
 
 
 def _read(path: Path) -> tuple[Path, AutoencoderConfig, dict[str, Any]]:
-    """A model's path, config, and entry in the result; its weights are put away again."""
+    """A model's path, config, and entry in the result; its weights are not kept in memory."""
     file = read_autoencoder(path)
     names = ("images_seen", "recipe", "imported")
     about = {

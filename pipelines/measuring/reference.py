@@ -145,8 +145,8 @@ class Reference:
 class ImageReference(Reference):
     """Images of one split, centre-cropped to a resolution, never mirrored.
 
-    Of the built-in photographs, which are eight and large, they are random crops, as many as there
-    are samples (of the split val: its tiles). Of other data, `limit` keeps the first so many.
+    The eight built-in photographs are large, so random crops of them are used, as many as there are
+    samples (of the split val: its tiles). Of other data, `limit` keeps the first images.
     """
 
     config: DataConfig

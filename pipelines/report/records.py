@@ -279,11 +279,12 @@ def _measured(record: Record, path: Path, tree: Tree) -> Measurement:
     numbers, details = (_tree(tree.get(key)) or tree for key in ("numbers", "details"))
     spread = {"fid": _tree(tree.get("fid_interval")).get("std"), "kid": details.get("kid_std")}
     lists = tree.get("warnings"), tree.get("notes"), [*_tree(tree.get("doubtful")).values()]
-    doubts = [each for told in lists if isinstance(told, list) for each in told]
+    doubts = [text for texts in lists if isinstance(texts, list) for text in texts]
+    doubts = list(dict.fromkeys(text for text in doubts if isinstance(text, str)))
     # the table names the model already, and one sentence may hold for several models
     model = f"{_tree(tree.get('model')).get('path', '')} "
     doubts = [f"the model {text.removeprefix(model)}" if text.startswith(model) else text
-              for text in dict.fromkeys(doubts) if isinstance(text, str)]  # fmt: skip
+              for text in doubts]  # fmt: skip
     measured = Measurement(record, "", _known(numbers), _known(spread), doubts, [(path, tree)])
     if network := _tree(tree.get("extractor")):
         measured.network = network | {"mode": tree.get("mode")}

@@ -201,6 +201,8 @@ def _origin(record: Record) -> list[tuple[str, str]]:
 
 
 def _cell(measured: Measurement, name: str) -> str:
+    if name not in measured.numbers:
+        return ""
     _, digits, scale = NUMBERS[name]
     values = [numbers[name] for numbers in (measured.numbers, measured.spread) if name in numbers]
     return "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}".join(_number(scale * v, digits) for v in values)

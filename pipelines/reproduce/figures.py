@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from ldm.errors import UsageError
-from pipelines.reproduce.plan import BuildPlan, Target
+from ldm.tables import text_table
+from pipelines.reproduce.plan import BuildPlan, Target, check_settings
 from pipelines.reproduce.rows import Checkpoint, check_images, is_main, make_model
 from pipelines.reproduce.tables import all_tables
 
@@ -73,6 +74,7 @@ def draw_figure(name: str, plan: BuildPlan) -> Drawing:
     if figure.drawn_by == "scale" and not published:
         raise UsageError(f"{name} measures LPIPS: use --scale small or paper")
     targets = {label: _find_target(plan, preset) for label, preset in figure.rows.items()}
+    check_settings(plan.settings, [*{type(t.training.recipe): None for t in targets.values()}])
     for target in targets.values():  # before hours of training the first of them
         check_images(target)
     models = {
@@ -114,7 +116,7 @@ def _analyze(name: str, target: Target, models: dict[str, Checkpoint], plan: Bui
         )
     if found is None:  # the main process reports it
         return Drawing(name, figure, ())
-    lines = (found.title, *(" · ".join(row) for row in (found.header, *found.rows)), *found.notes)
+    lines = (found.title, *text_table(found.header, found.rows), *found.notes)
     return Drawing(name, figure, found.files, lines)
 
 

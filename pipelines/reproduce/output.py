@@ -5,7 +5,7 @@
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import floor, log10
@@ -86,7 +86,9 @@ class Result:
         """Return the lines of the table, the claims, and the reasons for missing numbers."""
         title = f"{self.table.number}: {self.table.config.title}"
         lines = [f"# {title}", "", *table_lines(self.table, self.numbers), ""]
-        lines += ["Do the paper's claims hold here?", "", *claim_lines(self.claims, self.table)]
+        listed = {why for record in self.records.values() for why in record["missing"].values()}
+        claims = claim_lines(self.claims, self.table, listed)
+        lines += ["Do the paper's claims hold here?", "", *claims]
         if missing := self._missing():
             lines += ["", "Missing, or not used for the claims:", "", *missing]
         return lines
@@ -234,27 +236,33 @@ def show(column: str, value: Number | None, of_paper: bool = False) -> str:
 
 
 # -------------------------------------------------------------------------------- the claims
-def claim_lines(claims: Sequence[JudgedClaim], table: Table) -> list[str]:
-    """Format claims: a line for each, and below it one for each of its columns."""
+def claim_lines(
+    claims: Sequence[JudgedClaim], table: Table, listed: Collection[str] = ()
+) -> list[str]:
+    """Format claims: a line for each, and below it one for each of its columns.
+
+    Args:
+        listed: reasons that are printed below the claims: long ones are not repeated in them.
+    """
+
+    def short(why: str) -> str:
+        return "see below" if why in listed and len(why) > LONG else why
+
     lines = []
     for judged in claims:
         reasons = {comparison.why for comparison in judged.comparisons}
         same = reasons.pop() if len(reasons) == 1 else ""
         alike = len({comparison.verdict for comparison in judged.comparisons}) == 1
-        because = f" ({_short(same)})" if same else ""
+        because = f" ({short(same)})" if same else ""
         lines.append(f"- **{judged.verdict}**{because}: {judged.claim.says}")
         for comparison in judged.comparisons:
             line = f"  - {_show_both(judged.claim, comparison, table)}"
             if len(judged.comparisons) > 1 and not (same and alike):
                 line += f": {comparison.verdict}"
             if comparison.why and not same:
-                line += f" ({_short(comparison.why)})"
+                line += f" ({short(comparison.why)})"
             lines.append(line)
     return lines
-
-
-def _short(why: str) -> str:
-    return why if len(why) <= LONG else "see below"
 
 
 def _show_both(claim: Claim, comparison: Comparison, table: Table) -> str:

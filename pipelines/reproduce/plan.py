@@ -175,9 +175,11 @@ def scale_recipe(
     return resolve(config_class, tree, [s for s in settings if setting_key(s) in keys])
 
 
-def check_settings(settings: Sequence[str]) -> None:
-    """Refuse settings that no recipe has, and those that a row or an option decides."""
-    known = _keys(AutoencoderRecipe) | _keys(DiffusionRecipe)
+def check_settings(
+    settings: Sequence[str], kinds: Sequence[type[Config]] = (AutoencoderRecipe, DiffusionRecipe)
+) -> None:
+    """Refuse settings that no recipe of these kinds has, and those that a row or an option sets."""
+    known = frozenset[str]().union(*map(_keys, kinds))
     for text in settings:
         key = setting_key(text)
         if key == "data.source":
@@ -185,7 +187,7 @@ def check_settings(settings: Sequence[str]) -> None:
         if key == "autoencoder":
             raise UsageError("autoencoder is set by --take ROW=PATH")
         if key not in known:
-            resolve(AutoencoderRecipe, {}, [text])  # raises with the nearest key
+            resolve(kinds[0], {}, [text])  # raises with the nearest key
 
 
 @cache

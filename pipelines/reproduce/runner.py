@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, Literal
 from zipfile import BadZipFile
@@ -37,6 +38,7 @@ from pipelines.reproduce.plan import (
     Protocol,
     Target,
     Training,
+    check_settings,
     find_scale,
     setting_key,
 )
@@ -111,6 +113,8 @@ def reproduce(
         numbers = " or ".join(table.number.lower() for table in tables)
         raise LdmError(f"--take is for one table: give {numbers}")
     targets = {table.name: plan.targets(table, take) for table in tables}
+    runs = [run for row in chain(*targets.values()) for run in (row.stage_one, row.training)]
+    check_settings(settings, [*{type(run.recipe): None for run in runs}])
     return [_build_table(table, targets[table.name], plan) for table in tables]
 
 
@@ -120,7 +124,8 @@ def row_states(out: Path, row: Row) -> dict[str, State]:
     for scale in SCALES:
         folder = out / scale / row.table / row.name
         done = (read_json(folder / RECORD) or {}).get("state") == "done"
-        states[scale] = "done" if done else "begun" if folder.is_dir() else "–"
+        begun = next(folder.glob("*/state/*"), None) is not None
+        states[scale] = "done" if done else "begun" if begun else "–"
     return states
 
 
@@ -284,7 +289,7 @@ def _build_row(table: Table, row: _Status, plan: BuildPlan, ranks: PartialState)
     target.folder.mkdir(parents=True, exist_ok=True)
     if target.training.folder.parent != target.folder and taken is None:
         training = target.training
-        _say(f"  same recipe as {training.preset}: uses the training in {training.folder}")
+        _say(f"  same recipe as {training.preset}: trained once for both, in {training.folder}")
     model = make_model(target, taken, substitutes)
     start = time.monotonic()
     measured = measure(table, target, model, plan)
@@ -322,10 +327,12 @@ def _build_costs(table: Table, targets: Sequence[Target], plan: BuildPlan) -> di
     start = time.monotonic()
     costs = measure_costs(table, device, protocol)
     seconds = round(time.monotonic() - start, 2)
+    records = {  # in the table's order
+        name: _record(costs[name], request[name], None, seconds, **_origin(device))
+        for name in request
+    }
     for target in targets:
-        name = target.row.name
-        records[name] = _record(costs[name], request[name], None, seconds, **_origin(device))
-        _write_record(target, records[name], {})
+        _write_record(target, records[target.row.name], {})
     return records
 
 

@@ -40,11 +40,11 @@ class Stage(Config):
 
 class Thing(Config):
     shape: Annotated[Round | Square, Field(discriminator="type")] = Round()
-    """What it looks like."""
+    """Its look."""
     stages: tuple[Stage, ...] = (Stage(),)
     """In turn."""
     name: str = "thing"
-    """What it is called."""
+    """Its name."""
     lr: float = 1e-3
     """Learning rate."""
     limit: float | None = None
@@ -69,6 +69,10 @@ def test_a_list_takes_an_index_or_a_whole_value():
     assert resolve(Thing, tree, ["stages=[{steps: 5}]"]).stages == (Stage(steps=5),)
     with pytest.raises(UsageError, match="entries 0 to 1"):
         resolve(Thing, tree, ["stages.2.steps=7"])
+    with pytest.raises(UsageError, match=r"needs an index, such as stages\.0\.steps"):
+        resolve(Thing, tree, ["stages.steps=7"])
+    with pytest.raises(UsageError, match=r"did you mean 'stages\.0\.steps'"):
+        resolve(Thing, tree, ["steps=7"])
 
 
 def test_another_type_replaces_the_section_in_any_order():

@@ -181,7 +181,7 @@ def test_moved_data_is_split_and_mirrored_as_in_training(samples, tmp_path):
 
 
 def test_a_second_search_ignores_the_sheet_of_the_first(tmp_path, data):
-    """What the first time wrote is no sample the second time."""
+    """Pictures that an earlier search wrote do not count as samples."""
     save(tmp_path / "plain", pictures(2, seed=0))
     one, two = (
         find_neighbours(tmp_path / "plain", data["source"], space="pixels", device="cpu")

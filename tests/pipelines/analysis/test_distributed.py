@@ -26,7 +26,7 @@ from tests.small import ldm
 )  # fmt: skip
 def test_two_processes_give_the_numbers_of_one(tmp_path, words, table, alone):
     model, out = save(tmp_path / "model"), tmp_path / "out"
-    asked = ["analyze", *words, model, "--device", "cpu", "--batch-size", 2, "--out", out]
+    asked = ["analyze", *words, model, "--device", "cpu", "--batch-size", 3, "--out", out]
     done = ldm(*asked, cwd=tmp_path, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count(f"wrote {out / table}") == 1

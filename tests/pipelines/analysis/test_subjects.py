@@ -33,12 +33,15 @@ def test_timestamps_are_kept_if_names_clash():
     assert list(parse_models([first, second])) == ["20250131-120000-tiny", "20250201-120000-tiny"]
     # and where folders are called alike, whole paths
     assert list(parse_models(["a/tiny", "b/tiny"])) == ["a/tiny", "b/tiny"]
+    assert list(parse_models(["G=a/foo", "a/foo", first])) == ["G", "foo", "tiny"]
+    assert list(parse_models(["tiny=a/foo", first])) == ["tiny", "20250131-120000-tiny"]
 
 
 def test_a_path_with_an_equals_sign_is_a_path(tmp_path):
     folder = tmp_path / "lr=3"
     folder.mkdir()
     assert list(parse_models([str(folder)]).values()) == [folder]
+    assert parse_models([f"LiteVAE f8/4={folder}"]) == {"LiteVAE f8/4": folder}
 
 
 def test_a_name_used_twice_is_refused():

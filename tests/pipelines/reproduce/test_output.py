@@ -126,6 +126,13 @@ def test_a_common_reason_is_given_once():
     assert "\n".join(lines).count("too short") == len(table.config.claims)
 
 
+def test_a_long_reason_is_shortened_only_where_it_is_printed_below():
+    [table] = find_tables("t9")
+    claims, why = judge(table, {}, {}, "long " * 20), "long " * 20
+    assert why in claim_lines(claims, table)[0]
+    assert "(see below)" in claim_lines(claims, table, {why})[0]
+
+
 @pytest.mark.parametrize(
     ("column", "value", "shown"),
     [

@@ -12,7 +12,6 @@ import pytest
 from ldm.errors import Interrupted, LdmError, UsageError
 from ldm.metrics.inception import SHA256
 from pipelines.reproduce import rows, runner
-from pipelines.reproduce.rows import RowNumbers
 from pipelines.reproduce.runner import reproduce, row_states
 from pipelines.reproduce.tables import find_tables
 from tests.ldm.data.pictures import encode, noise, png_folder
@@ -357,77 +356,7 @@ def test_a_missing_rfid_leaves_its_claim_open(faked):
     assert "- rFID, LPIPS: no weights" in text and "| SWD" in text.replace("  ", " ")
 
 
-# ---------------------------------------------------------------------------------- given
-def test_a_checkpoint_replaces_training(faked):
-    run("t9")
-    given = ROOT / "t09" / "gaussian" / "autoencoder" / "ckpt.pt"
-    result = run("t4", take=[f"smc={given}"], out=Path("other"))
-    assert "other/smoke/t04/smc/autoencoder" not in faked.trained
-    record = result.records["smc"]
-    assert record["taken"]["path"] == str(given) and record["model"]["taken"]
-    assert any("Row smc is" in line for line in result.deviations)
-    assert "taken: " in result.as_markdown()
-    # it stays so without being said again, and gives way to another one
-    count = len(faked.measured)
-    run("t4", out=Path("other"))
-    assert len(faked.measured) == count
-    other = ROOT / "t04" / "group" / "autoencoder" / "best.pt"
-    other.write_bytes((ROOT / "t04" / "group" / "autoencoder" / "ckpt.pt").read_bytes())
-    result = run("t4", take=[f"smc={other}"], out=Path("other"))
-    assert len(faked.measured) == count + 1 and result.records["smc"]["taken"]["path"] == str(other)
-
-
-def test_bad_checkpoints_are_refused(faked):
-    Path("bad.pt").write_bytes(b"PK\x03\x04 not all of it")
-    with pytest.raises(LdmError, match=r"bad\.pt"):
-        run("t4", take=["smc=bad.pt"])
-    with pytest.raises(UsageError, match="no row 'x'"):
-        run("t4", take=["x=bad.pt"])
-    with pytest.raises(LdmError, match="for one table: give t2a or t2b"):
-        reproduce("t2", "smoke", take=["vae=bad.pt"])
-    with pytest.raises(LdmError, match="T3 measures encoders of presets"):
-        run("t3", take=["sdvae=bad.pt"])
-    assert not faked.trained
-
-
-@pytest.mark.usefixtures("faked")
-def test_encoders_are_measured_again_on_another_machine(monkeypatch):
-    measured = []
-
-    def measure(table, device, how):
-        measured.append(device)
-        numbers = {"params": 1.0, "memory": 2.0, "images_per_second": 3.0, "gmac": 4.0}
-        return {row.name: RowNumbers(numbers) for row in table.rows}
-
-    monkeypatch.setattr(runner, "measure_costs", measure)
-    run("t3", settings=["run.device=cpu"])
-    run("t3", settings=["run.device=cpu"])
-    assert measured == ["cpu"]
-    monkeypatch.setattr(runner, "name_device", lambda device: "another machine")
-    run("t3", settings=["run.device=cpu"])
-    assert measured == ["cpu", "cpu"]
-    with pytest.raises(UsageError, match="omit lr=1e-3"):
-        run("t3", settings=["lr=1e-3"])
-
-
-def test_a_row_without_its_losses_weights_is_left_out(faked, monkeypatch):
-    def missing(network, instead):
-        raise LdmError(f"{network} is not on this machine: {instead}")
-
-    monkeypatch.setattr(rows, "backbone_file", missing)
-    [result] = reproduce("t14", "small", settings=["loss.lpips=0"])
-    assert faked.trained == ["reproduce/small/t04/group/autoencoder"]
-    assert result.numbers["esrgan"]["psnr"] is None
-    assert all(claim.verdict == "cannot be judged" for claim in result.claims)
-    assert "VGG-19 is not on this machine" in "\n".join(result.summary())
-    [table] = find_tables("t14")
-    assert row_states(Path("reproduce"), table.rows[1])["small"] == "–"
-    # tried again when they are there
-    monkeypatch.setattr(rows, "backbone_file", lambda network, instead: Path())
-    [result] = reproduce("t14", "small", settings=["loss.lpips=0"])
-    assert result.numbers["esrgan"]["psnr"] is not None
-
-
+# ---------------------------------------------------------------------------------- tables
 def test_both_halves_of_a_table_are_built(faked):
     results = reproduce("t2", "smoke")
     assert [result.table.number for result in results] == ["T2a", "T2b"]
@@ -439,6 +368,8 @@ def test_bad_words_are_refused_before_anything_is_written(faked):
     for how, told in (
         ({"word": "t99"}, "choose from T1"),
         ({"word": "t4", "settings": ["lr=fast"]}, "lr"),
+        ({"word": "t4", "settings": ["steps=6"]}, "did you mean 'phases.0.steps'"),
+        ({"word": "f6", "settings": ["phases.0.steps=6"]}, "did you mean 'steps'"),
         ({"word": "t9", "settings": ["loss.gaussian=0"]}, "the same"),
         ({"word": "t4", "data": ["cifar=x"]}, "data sets"),
     ):

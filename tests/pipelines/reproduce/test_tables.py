@@ -1,4 +1,4 @@
-"""What the paper prints and claims, as `configs/tables/` has it."""
+"""The paper's numbers and claims in `configs/tables/`."""
 
 import re
 
