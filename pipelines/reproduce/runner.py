@@ -124,7 +124,9 @@ def row_states(out: Path, row: Row) -> dict[str, State]:
     for scale in SCALES:
         folder = out / scale / row.table / row.name
         done = (read_json(folder / RECORD) or {}).get("state") == "done"
-        begun = next(folder.glob("*/state/*"), None) is not None
+        # a folder without a run shares the training of another row
+        runs = [path for path in folder.glob("*") if path.is_dir()]
+        begun = folder.is_dir() and all(any(run.glob("state/*")) for run in runs)
         states[scale] = "done" if done else "begun" if begun else "–"
     return states
 
@@ -286,11 +288,12 @@ def _build_row(table: Table, row: _Status, plan: BuildPlan, ranks: PartialState)
             columns = table.config.columns
             empty = RowNumbers(dict.fromkeys(columns), dict.fromkeys(columns, why))
             return _record(empty, row.request)
-    target.folder.mkdir(parents=True, exist_ok=True)
     if target.training.folder.parent != target.folder and taken is None:
         training = target.training
         _say(f"  same recipe as {training.preset}: trained once for both, in {training.folder}")
+        target.folder.mkdir(parents=True, exist_ok=True)  # begun
     model = make_model(target, taken, substitutes)
+    target.folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     measured = measure(table, target, model, plan)
     record = _record(

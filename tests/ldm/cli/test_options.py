@@ -29,8 +29,8 @@ def test_a_stage_takes_its_own(name, stage, found):
     [
         ("litevae-x", STAGE_ONE, "did you mean 'litevae-"),
         ("t10-patchgn", STAGE_ONE, "did you mean 't10-patchgan'"),
-        ("celebahq256", STAGE_ONE, "other stage: `ldm train-diffusion celebahq256`"),
-        ("litevae-b", STAGE_TWO, "other stage: `ldm train-ae litevae-b`"),
+        ("celebahq256", STAGE_ONE, "other stage: use `ldm train-diffusion celebahq256`"),
+        ("litevae-b", STAGE_TWO, "other stage: use `ldm train-ae litevae-b`"),
         ("diffusion/litevae-b", STAGE_TWO, "no preset 'diffusion/litevae-b'"),
     ],
 )

@@ -68,7 +68,7 @@ def test_the_list_has_every_table_and_how_far_its_rows_are(run, tmp_path):
     done = {"format": FORMAT, "state": "done"}
     write_json(tmp_path / "reproduce/small/t04/smc/row.json", done)
     (tmp_path / "reproduce/smoke/t04/smc/autoencoder/state/8").mkdir(parents=True)
-    (tmp_path / "reproduce/smoke/t04/group").mkdir()  # nothing is trained there yet
+    (tmp_path / "reproduce/smoke/t04/group/autoencoder").mkdir(parents=True)  # no step yet
     lines = run("--list").splitlines()
     for number in ("T1 ", "T2a ", "T2b ", "T13 ", "T22 "):
         assert sum(line.startswith(number) for line in lines) == 1, number

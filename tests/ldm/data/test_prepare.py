@@ -236,7 +236,9 @@ def test_what_makes_no_sense_is_refused(images, tmp_path):
 def begin(source: Path, out: Path) -> subprocess.Popen:
     """A preparation in processes of its own, with at least one shard finished."""
     code = (
-        "import sys; from ldm.data.prepare import prepare\n"
+        "import signal, sys; from ldm.data.prepare import prepare\n"
+        # a shell's background job starts with Ctrl-C ignored
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "prepare(sys.argv[1], sys.argv[2], size=64, shard_size=5, workers=2)"
     )
     command = [sys.executable, "-c", code, str(source), str(out)]
