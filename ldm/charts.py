@@ -4,16 +4,18 @@ import colorsys
 import io
 import re
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm.files import write_atomically
@@ -90,9 +92,9 @@ def colour(index: int) -> str:
     return "#" + "".join(f"{round(255 * value):02x}" for value in rgb)
 
 
-def marker(index: int) -> str:
-    """Return the marker of the index-th line, which identifies it without colour."""
-    return MARKERS[index % len(MARKERS)]
+def line_style(index: int) -> dict[str, Any]:
+    """Return the colour and the marker of the index-th line; either identifies it."""
+    return {"color": colour(index), "marker": MARKERS[index % len(MARKERS)]}
 
 
 def lines_svg(lines: Mapping[str, Points], colours: Mapping[str, str], x: str, log: bool) -> str:
@@ -122,25 +124,29 @@ def lines_svg(lines: Mapping[str, Points], colours: Mapping[str, str], x: str, l
 
 
 def show_image(axes: Axes, image: Tensor) -> None:
-    """Show a float image (3, H, W) in [−1, 1] with square pixels and without ticks."""
+    """Show a float image (3, H, W) in [−1, 1] with square pixels."""
     axes.imshow(to_uint8(image).permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
-    bare(axes)
 
 
-def bare(axes: Axes) -> None:
-    """Remove ticks and frame, for pictures."""
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set_visible(False)
+def picture_rows(
+    figure: Figure, names: list[str], images: int, titles: Sequence[str], height: float
+) -> NDArray[np.object_]:
+    """Return axes for pictures (images, names, titles), without ticks: a row per image and name.
 
-
-def name_rows(all_axes: Iterable[Axes], names: Sequence[str], height: float) -> None:
-    """Write the names of rows vertically to the left of their first pictures, wrapped.
+    The names stand vertically to the left of their rows, wrapped; the titles above the columns.
 
     Args:
         height: height of a row in inches.
     """
+    grid = figure.subplots(images * len(names), len(titles), squeeze=False)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+    for axes, title in zip(grid[0], titles, strict=True):
+        axes.set_title(title)
     points = 9.5
     letters = max(int(height * 72 / (0.72 * points)), 1)  # bold ones are as wide
-    for axes, name in zip(all_axes, names, strict=True):
+    for axes, name in zip(grid[:, 0], names * images, strict=True):
         lines = [line for part in name.split("\n") for line in textwrap.wrap(part, letters)]
         axes.set_ylabel("\n".join(lines[:3]), fontsize=points, fontweight="bold", labelpad=6)
+    return grid.reshape(images, len(names), len(titles))

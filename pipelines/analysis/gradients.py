@@ -53,11 +53,13 @@ def analyze_gradients(runs: Sequence[str | Path] = (), out: Path | None = None) 
     rows, cells = [], []
     for name, c in curves.items():
         steps = [None] * len(c.images) if c.steps is None else c.steps.tolist()
-        columns = (c.images, c.ratio, c.weight, c.weight * c.ratio)
-        images, *numbers = (column.tolist() for column in columns)
-        rows += [(name, c.weighting, *row) for row in zip(images, steps, *numbers, strict=True)]
+        weighted = c.weight * c.ratio
+        numbers = (column.tolist() for column in (c.ratio, c.weight, weighted))
+        columns = zip(c.images.tolist(), steps, *numbers, strict=True)
+        rows += [(name, c.weighting, *row) for row in columns]
         percentiles = (f"{p:.3g}" for p in np.percentile(c.ratio, (5, 50, 95)))
-        last = (f"{spread(c.ratio):.2f}", f"{np.median(c.weight * c.ratio):.3g}")
+        low, high = np.percentile(np.log10(c.ratio), (5, 95))
+        last = (f"{high - low:.2f}", f"{np.median(weighted):.3g}")
         cells.append((name, c.weighting, str(len(c.ratio)), *percentiles, *last))
     header = ("run", "weighting", "images_seen", "step", "ratio", "weight", "weighted_ratio")
     folder = analysis_folder(out, next(iter(paths.values())))
@@ -95,12 +97,6 @@ def read_curve(folder: Path) -> Curve:
     recon_over_adversarial = np.array([row["gradient_ratio"] for row in rows])
     weight = np.array([row.get("adversarial_weight", np.nan) for row in rows])
     return Curve(weighting, images, steps, 1 / recon_over_adversarial, weight)
-
-
-def spread(ratio: np.ndarray) -> float:
-    """Return the decades between the 5 % and the 95 % point of positive numbers (n,)."""
-    low, high = np.percentile(np.log10(ratio), [5, 95])
-    return float(high - low)
 
 
 def running_median(values: np.ndarray, width: int) -> np.ndarray:

@@ -7,9 +7,11 @@ latents-spectrum.csv     power per model, channel and frequency, and that of the
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,19 +21,12 @@ from matplotlib.ticker import NullLocator
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldm.charts import DIM, INK, WIDTH, colour, drawing, name_rows, show_image
+from autoencoders.posterior import DiagonalGaussian
+from ldm.charts import DIM, INK, WIDTH, colour, drawing, picture_rows, show_image
 from ldm.data import sheet_images
 from ldm.errors import UsageError, check_at_least
 from ldm.images import latents_as_rgb, to_float
-from pipelines.analysis.subjects import (
-    Analysis,
-    Cell,
-    Encoded,
-    SharedImages,
-    Subject,
-    analysis_folder,
-    write_csv,
-)
+from pipelines.analysis.subjects import Analysis, SharedImages, Subject, analysis_folder, write_csv
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: weights of red, green and blue
 LEAST = 4  # latents per side, the fewest that have a spectrum
@@ -130,8 +125,8 @@ class LatentStatistics:
 
 def measure(subject: Subject, images: SharedImages) -> LatentStatistics:
     """Measure the latents of all images in one pass, with the same result on every process."""
-    shares = images.gather(subject, _sum_batches)
-    count, *sums = (torch.stack(parts).sum(0) for parts in zip(*shares, strict=True))
+    batches = images.gather(subject, _sums)
+    count, *sums = (reduce(torch.add, each) for each in zip(*batches, strict=True))
     mean, products, variance, kl, spectrum, image_spectrum = (total / count for total in sums)
     side = math.ceil(images.resolution / subject.autoencoder.downsampling)  # of the latents
     return LatentStatistics(
@@ -147,27 +142,23 @@ def measure(subject: Subject, images: SharedImages) -> LatentStatistics:
     )
 
 
-def _sum_batches(batches: Iterator[Encoded]) -> list[Tensor]:
+def _sums(_ks: Tensor, images: Tensor, posterior: DiagonalGaussian) -> list[Tensor]:
     """Return the number of images, and sums over them of means over positions; on the CPU."""
-    totals: list[Tensor] = []
-    for _, images, posterior in batches:
-        mean, variance = posterior.mean.double(), posterior.logvar.double().exp()  # (b, n_z, h, w)
-        over, places = (0, 2, 3), mean[0, 0].numel()
-        # Kingma & Welling 2014, Appendix B: ½ (μ² + σ² − 1 − ln σ²)
-        kl = 0.5 * (mean.square() + variance - 1 - posterior.logvar.double())
-        luma = (images.double() * images.new_tensor(LUMA).double().view(1, 3, 1, 1)).sum(1)
-        sums = [
-            torch.tensor(len(images)).double(),
-            mean.sum(over) / places,
-            torch.einsum("bihw,bjhw->ij", mean, mean) / places,
-            variance.sum(over) / places,
-            kl.sum(over) / places,
-            radial_power(mean).sum(0),
-            radial_power(F.adaptive_avg_pool2d(luma, (mean.shape[2], mean.shape[3]))).sum(0),
-        ]
-        sums = [total.cpu() for total in sums]
-        totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else sums
-    return totals
+    mean, variance = posterior.mean.double(), posterior.logvar.double().exp()  # (b, n_z, h, w)
+    over, places = (0, 2, 3), mean[0, 0].numel()
+    # Kingma & Welling 2014, Appendix B: ½ (μ² + σ² − 1 − ln σ²)
+    kl = 0.5 * (mean.square() + variance - 1 - posterior.logvar.double())
+    luma = (images.double() * images.new_tensor(LUMA).double().view(1, 3, 1, 1)).sum(1)
+    sums = [
+        torch.tensor(len(images)).double(),
+        mean.sum(over) / places,
+        torch.einsum("bihw,bjhw->ij", mean, mean) / places,
+        variance.sum(over) / places,
+        kl.sum(over) / places,
+        radial_power(mean).sum(0),
+        radial_power(F.adaptive_avg_pool2d(luma, (mean.shape[2], mean.shape[3]))).sum(0),
+    ]
+    return [total.cpu() for total in sums]
 
 
 def radial_power(maps: Tensor) -> Tensor:
@@ -229,26 +220,21 @@ def project(latents: Tensor, statistics: LatentStatistics) -> Tensor:
 # ------------------------------------------------------------------------------------- files
 def _write(folder: Path, found: dict[str, LatentStatistics]) -> list[Path]:
     """Write all numbers: a row per channel, and a row per channel and frequency."""
-    widest = max(len(stats.mean) for stats in found.values())
+    widest = max(len(s.mean) for s in found.values())
     header = ("model", "channel", "mean", "std", "posterior_std", "kl_nats_per_value",
               "component_variance", *(f"correlation_{i + 1}" for i in range(widest)))  # fmt: skip
-    rows: list[tuple[Cell, ...]] = []
-    powers: list[tuple[Cell, ...]] = []
+    rows: list[tuple[Any, ...]] = []
+    powers: list[tuple[Any, ...]] = []
     for name, s in found.items():
         variances, _ = s.principal_components()
-        columns = (s.mean, s.std, s.posterior_std, s.kl, variances)
-        for channel, numbers in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
-            correlations = s.correlation[channel].tolist()
-            gap = [None] * (widest - len(correlations))
-            rows.append((name, channel + 1, *numbers, *correlations, *gap))
-        frequencies = s.frequencies.tolist()
-        spectra: list[tuple[Cell, Tensor]] = [
-            *enumerate(s.spectrum, 1),
-            ("image", s.image_spectrum),
-        ]
-        for source, spectrum in spectra:
-            pairs = zip(frequencies, spectrum.tolist(), strict=True)
-            powers += [(name, source, frequency, power) for frequency, power in pairs]
+        numbers = torch.stack([s.mean, s.std, s.posterior_std, s.kl, variances], 1)
+        table = torch.cat([numbers, s.correlation], 1).tolist()
+        gap = [None] * (widest - len(table))
+        rows += [(name, channel, *row, *gap) for channel, row in enumerate(table, 1)]
+        spectra = torch.cat([s.spectrum, s.image_spectrum[None]]).tolist()
+        for channel, spectrum in zip([*range(1, len(spectra)), "image"], spectra, strict=True):
+            pairs = zip(s.frequencies.tolist(), spectrum, strict=True)
+            powers += [(name, channel, *pair) for pair in pairs]
     spectrum_header = ("model", "channel", "cycles_per_latent", "power")
     return [
         write_csv(folder / "latents.csv", header, rows),
@@ -276,15 +262,11 @@ def draw_sheet(path: Path, rows: dict[str, list[Tensor]], what: str) -> None:
     )
     cell = (WIDTH - 0.6) / len(COLUMNS) - 0.1
     height = count * len(rows) * (cell + 0.12) + 0.55
-    title = "Latents as pictures"
-    with drawing(path, title, under, height) as figure:
-        grid = figure.subplots(count * len(rows), len(COLUMNS), squeeze=False)
-        for row, (image, name) in enumerate((i, n) for i in range(count) for n in rows):
-            for axes, pictures in zip(grid[row], rows[name], strict=True):
-                show_image(axes, pictures[image])
-        for axes, column in zip(grid[0], COLUMNS, strict=True):
-            axes.set_title(column)
-        name_rows(grid[:, 0], [name for _ in range(count) for name in rows], cell)
+    pictures = list(rows.values())
+    with drawing(path, "Latents as pictures", under, height) as figure:
+        grid = picture_rows(figure, list(rows), count, COLUMNS, cell)
+        for (image, model, column), axes in np.ndenumerate(grid):
+            show_image(axes, pictures[model][column][image])
 
 
 def draw_statistics(path: Path, found: dict[str, LatentStatistics], what: str) -> None:
@@ -294,8 +276,8 @@ def draw_statistics(path: Path, found: dict[str, LatentStatistics], what: str) -
         "N(0,\u00a01), the target of the KL term. Grey in the spectrum: luma of the images at the "
         "resolution of the latents, scaled to the same sum."
     )
-    title = "Statistics of the latents per channel"
-    with drawing(path, title, under, 6.0 * len(found)) as figure:
+    height = 6.0 * len(found)
+    with drawing(path, "Statistics of the latents per channel", under, height) as figure:
         parts = figure.subfigures(len(found), 1, squeeze=False)[:, 0]
         for i, (part, (name, statistics)) in enumerate(zip(parts, found.items(), strict=True)):
             if len(found) > 1:
@@ -339,9 +321,8 @@ def _draw_model(part: SubFigure, s: LatentStatistics, shade: str) -> None:
             correlation.text(column + 1, row + 1, f"{r:.2f}", ha="center", va="center", **how)
     part.colorbar(shown, ax=correlation, shrink=0.9)
     if few:
-        moments.set_xticks(channels)
-        kl.set_xticks(channels)
-        correlation.set_xticks(channels)
+        for axes in (moments, kl, correlation):
+            axes.set_xticks(channels)
         correlation.set_yticks(channels)
 
 

@@ -23,7 +23,7 @@ of what it leaves open:
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from autoencoders.posterior import DiagonalGaussian
-from ldm.charts import colour, drawing, marker
+from ldm.charts import drawing, line_style
 from ldm.distributed import from_main
 from ldm.errors import LdmError, UsageError, check_at_least
 from ldm.metrics.mmd import rbf_mmd
@@ -46,13 +46,15 @@ from pipelines.analysis.subjects import (
     SharedImages,
     Subject,
     analysis_folder,
-    image_shares,
     write_csv,
 )
 from pipelines.codec import measure_latents
 
 SIGMAS = (25.0, 50.0, 100.0, 250.0, 500.0)  # Sadat et al. 2024, Table 6
 HUNDREDTHS = 100  # MMD² is given in these
+GROUPS = 50
+"""The jackknife leaves out images one by one, or at most this many groups of them; that gives the
+standard error to about a tenth."""
 Scale = Literal["scaled", "standardised", "raw"]
 SCALES = {
     "scaled": "divided by their standard deviation",
@@ -64,11 +66,7 @@ Distances = dict[float, tuple[float, float]]
 
 @dataclass(frozen=True)
 class MmdSettings:
-    """Settings of a measurement.
-
-    Raises:
-        UsageError: a number is out of range, or the scale is unknown.
-    """
+    """Settings of a measurement."""
 
     n: int = 1000
     """Images, and samples of N(0, I); all images if there are fewer."""
@@ -101,7 +99,7 @@ class LatentsMMD:
     ks: list[int]
     """Number of the first image of each group that the jackknife leaves out (g,)."""
     shares: dict[float, NDArray]
-    """For each σ the pseudo-values of the groups (g,); see `image_shares`."""
+    """For each σ the pseudo-values of the groups (g,); see `jackknife`."""
 
 
 def analyze_mmd(
@@ -188,7 +186,7 @@ def _with_errors(
         found = [_compare(some, numbers, draw, settings, where) for draw in range(settings.draws)]
         return HUNDREDTHS * np.mean([[each[s] for s in settings.sigmas] for each in found], 0)
 
-    means, shares = image_shares(measure, len(ks))
+    means, shares = jackknife(measure, len(ks))
     errors = shares.std(0, ddof=1) / math.sqrt(len(shares))
     pairs = zip(means.tolist(), errors.tolist(), strict=True)
     return LatentsMMD(
@@ -199,14 +197,32 @@ def _with_errors(
     )
 
 
+def jackknife(
+    measure: Callable[[NDArray[np.intp]], NDArray], count: int
+) -> tuple[NDArray, NDArray]:
+    """Measure statistics of images, also without each group (Efron & Tibshirani 1993, Chapter 11).
+
+    A bootstrap would not do for an MMD: an image drawn twice is at distance 0 from itself, a bias
+    of about 1/n.
+
+    Args:
+        measure: maps ascending indices of images (m,), of `count`, to their statistics (s,).
+
+    Returns:
+        The statistics (s,), and pseudo-values (g, s): their mean is about the statistic, their
+        standard error is its standard error. Image i belongs to group i modulo g.
+    """
+    images = np.arange(count)
+    group = images % min(count, GROUPS)
+    whole = measure(images)
+    without = np.stack([measure(images[group != one]) for one in range(group.max() + 1)])
+    return whole, whole + (len(without) - 1) * (without.mean(0) - without)
+
+
 def _encode(subject: Subject, images: SharedImages) -> tuple[list[int], DiagonalGaussian]:
     """Encode all images: their numbers (n,) and posteriors, on the CPU, on every process."""
-    shares = images.gather(
-        subject,
-        lambda batches: [(ks, p.mean.cpu(), p.logvar.cpu()) for ks, _, p in batches],
-    )
-    parts = [part for share in shares for part in share]
-    ks, mean, logvar = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    batches = images.gather(subject, lambda ks, _, p: (ks, p.mean.cpu(), p.logvar.cpu()))
+    ks, mean, logvar = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
     order = ks.argsort()
     return ks[order].tolist(), DiagonalGaussian(mean[order], logvar[order])
 
@@ -275,7 +291,7 @@ def _draw(
             widths = sorted(distances)  # a line goes from point to point
             means, stds = zip(*(distances[sigma] for sigma in widths), strict=True)
             axes.errorbar(
-                widths, means, stds, color=colour(i), marker=marker(i), capsize=4,
+                widths, means, stds, **line_style(i), capsize=4,
                 label=f"{name} (d = {dims[name]:,})",
             )  # fmt: skip
         axes.set(xscale="log", xlabel="kernel width σ, in standard deviations of the noise",

@@ -14,23 +14,23 @@ from contextlib import suppress
 from pathlib import Path
 
 from autoencoders.loading import read_autoencoder
-from ldm.charts import colour, drawing, marker
+from ldm.charts import drawing, line_style
 from ldm.data import DataConfig, Source, open_source
 from ldm.data.dataset import PHOTOS
-from ldm.data.shards import read_manifest
 from ldm.data.sources import Split
 from ldm.data.transforms import CorruptImage
 from ldm.distributed import from_main, join_processes
 from ldm.errors import LdmError, check_at_least
 from pipelines.analysis.subjects import (
     Analysis,
+    agree_on_data,
     analysis_folder,
-    choose_data,
     parse_models,
     write_csv,
 )
 from pipelines.evaluate import evaluate_checkpoints
 from pipelines.measuring.evaluation import Evaluation
+from pipelines.measuring.reference import read_preparation
 
 RESOLUTIONS = (32, 64, 128, 256, 512)  # Sadat et al. 2024, Figures 5 and 8: 2⁵ … 2⁹
 PANELS = {
@@ -62,9 +62,9 @@ def analyze_scale(
     check_at_least(1, limit=limit)
     ranks, _ = join_processes(device)
     paths = parse_models(models)
-    files = {name: read_autoencoder(path) for name, path in paths.items()}
-    recipes = {name: file.provenance.get("recipe") or {} for name, file in files.items()}
-    config = choose_data(recipes, data)
+    origins = {name: read_autoencoder(path).provenance for name, path in paths.items()}
+    recipes = {name: origin.get("recipe") or {} for name, origin in origins.items()}
+    config = agree_on_data(recipes, data)
     if resolutions is None:
         resolutions = from_main(ranks, lambda: _fitting(config, split, limit))
     sides = sorted(set(resolutions))
@@ -89,14 +89,15 @@ def analyze_scale(
     many = f"{low:,}" if low == high else f"{low:,} to {high:,}"
     what = f"{many} images of the {split} split of {config.source}"
     _draw(folder / "scale.png", named, measured, what)
+    cells = []
+    for name, each in named:
+        values = [each.numbers[number] for number in measured]
+        shown = ("–" if value is None else f"{value:.4g}" for value in values)
+        cells.append((name, f"{each.resolution}²", *shown))
     return Analysis(
         f"reconstructions over resolutions, {what}",
         ("model", "side", *(PANELS[number][0] for number in measured)),
-        [
-            (name, f"{e.resolution}²", *("–" if v is None else f"{v:.4g}" for v in values))
-            for name, e in named
-            for values in [[e.numbers[n] for n in measured]]
-        ],
+        cells,
         (folder / "scale.png", table, folder / "scale.json"),
         tuple(_notes(found, config)),
     )
@@ -106,9 +107,8 @@ def _fitting(config: DataConfig, split: Split, limit: int | None) -> list[int]:
     """Return the `RESOLUTIONS` that no image is smaller than."""
     if config.source == PHOTOS:  # whose crops are enlarged where they are too small
         return list(RESOLUTIONS)
-    path = Path(config.source).expanduser()
-    manifest = read_manifest(path) if path.is_dir() else None
-    smallest = (manifest or {}).get("size") or _smallest_side(open_source(config, split, 1), limit)
+    prepared = read_preparation(config) or {}
+    smallest = prepared.get("size") or _smallest_side(open_source(config, split, 1), limit)
     fitting = [side for side in RESOLUTIONS if side <= smallest]
     if not fitting:
         raise LdmError(
@@ -149,20 +149,21 @@ def _draw(
     """Draw a panel per metric, two in a row."""
     under = f"{what}, reconstructed from the posteriors' modes."
     columns, rows = min(len(measured), 2), math.ceil(len(measured) / 2)
-    title = "Reconstruction quality over resolutions"
     sides = sorted({each.resolution for _, each in named})
-    with drawing(path, title, under, 3.0 * rows + 0.3) as figure:
+    height = 3.0 * rows + 0.3
+    with drawing(path, "Reconstruction quality over resolutions", under, height) as figure:
         panels = figure.subplots(rows, columns, squeeze=False).flatten()
         for axes in panels[len(measured) :]:
             axes.set_visible(False)
         for axes, number in zip(panels, measured, strict=False):
             name, better = PANELS[number]
             for i, model in enumerate(dict.fromkeys(model for model, _ in named)):
-                found = [each for label, each in named if label == model]
-                points = [(e.resolution, e.numbers[number]) for e in found]
-                points = [point for point in points if point[1] is not None]
-                style = {"color": colour(i), "marker": marker(i), "label": model}
-                axes.plot(*zip(*points, strict=True), **style)
+                points = [
+                    (each.resolution, each.numbers[number])
+                    for label, each in named
+                    if label == model and each.numbers[number] is not None
+                ]
+                axes.plot(*zip(*points, strict=True), label=model, **line_style(i))
             axes.set_xscale("log", base=2)
             axes.set_xticks(sides, [str(side) for side in sides])
             axes.minorticks_off()

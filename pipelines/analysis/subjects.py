@@ -3,8 +3,7 @@
 import csv
 import io
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -13,14 +12,13 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from numpy.typing import NDArray
 from torch import Tensor
 
 from autoencoders import Autoencoder
 from autoencoders.autoencoder import assemble
 from autoencoders.loading import read_autoencoder
 from autoencoders.posterior import DiagonalGaussian
-from ldm.config import validate
+from ldm.config import Tree, validate
 from ldm.data import DataConfig, Source, evaluation_batches, open_source
 from ldm.data.sources import Part, Split
 from ldm.device import memory_format
@@ -30,18 +28,11 @@ from ldm.files import write_atomically
 from ldm.images import to_float
 from ldm.run_folder import newest_run
 from ldm.seeds import generator
-from pipelines.measuring.reference import resolve_source
+from pipelines.measuring.reference import is_same, resolve_source
 
 T = TypeVar("T")
-Cell = str | int | float | None
-Encoded = tuple[Tensor, Tensor, DiagonalGaussian]
-"""A batch: image numbers (b,), images (b, 3, R, R) in [−1, 1], their posteriors."""
-
 SEED = 0  # of the drawn images and of all noise, the same in every analysis
 TIMESTAMP = re.compile(r"^\d{8}-\d{6}-")  # a run folder's name begins with it
-GROUPS = 50
-"""The jackknife leaves out images one by one, or at most this many groups of them; that gives the
-standard error to about a tenth."""
 
 
 class Analysis(NamedTuple):
@@ -69,8 +60,6 @@ class Subject(NamedTuple):
     path: Path
     autoencoder: Autoencoder
     """On the device, in eval mode."""
-    recipe: dict[str, Any]
-    """Training recipe stored in the file; {} for third-party models."""
 
 
 @dataclass(frozen=True)
@@ -96,37 +85,34 @@ class SharedImages:
         return replace(self, source=Part(self.source, np.sort(order[:count])))
 
     @torch.no_grad()
-    def encode(self, subject: Subject) -> Iterator[Encoded]:
-        """Encode this process's share in float32; every image is in exactly one share."""
-        world = self.ranks.num_processes
-        for batch in evaluation_batches(
-            self.source, self.resolution, self.batch_size * world, workers=self.workers,
-            rank=self.ranks.process_index, world=world,
-        ):  # fmt: skip
-            pixels = batch.images.to(self.device)
-            shown = to_float(pixels.contiguous(memory_format=memory_format(self.device)))
-            posterior = subject.autoencoder.encode(shown)
-            if not (posterior.mean.isfinite().all() and posterior.logvar.isfinite().all()):
-                raise LdmError(
-                    f"{subject.path}: latents are not finite, the training may have diverged: use "
-                    "an earlier checkpoint"
-                )
-            yield batch.k, shown, posterior
-
     def gather(
-        self, subject: Subject, reduce: Callable[[Iterator[Encoded]], list[T]]
-    ) -> list[list[T]]:
-        """Reduce each process's share to a list, and return those that are not empty, on all.
+        self, subject: Subject, measure: Callable[[Tensor, Tensor, DiagonalGaussian], T]
+    ) -> list[T]:
+        """Encode every image once, in float32, and return what is measured of all, on all.
 
-        Raises:
-            LdmError: all are empty.
+        Args:
+            measure: called for each batch with the numbers of its images (b,), the images
+                (b, 3, R, R) in [−1, 1], and their posteriors.
         """
+        world, found = self.ranks.num_processes, []
         with fail_together(self.ranks):
-            share = reduce(self.encode(subject))
-        shares = gather_object([share]) if self.ranks.num_processes > 1 else [share]
-        if not any(shares):
+            for batch in evaluation_batches(
+                self.source, self.resolution, self.batch_size * world, workers=self.workers,
+                rank=self.ranks.process_index, world=world,
+            ):  # fmt: skip
+                pixels = batch.images.to(self.device)
+                shown = to_float(pixels.contiguous(memory_format=memory_format(self.device)))
+                posterior = subject.autoencoder.encode(shown)
+                if not (posterior.mean.isfinite().all() and posterior.logvar.isfinite().all()):
+                    raise LdmError(
+                        f"{subject.path}: latents are not finite, the training may have diverged: "
+                        "use an earlier checkpoint"
+                    )
+                found.append(measure(batch.k, shown, posterior))
+        found = gather_object(found)
+        if not found:
             raise LdmError(f"{self.what}: no image is readable")
-        return [share for share in shares if share]
+        return found
 
 
 def open_analysis(
@@ -140,23 +126,22 @@ def open_analysis(
     """Load the models, and open the images for all of them, on every launched process.
 
     Args:
-        models: PATH or NAME=PATH each, see `parse_models`.
-        data: see `choose_data`.
+        models: PATH or NAME=PATH each; none stands for the newest run.
+        data: as for `agree_on_data`.
         resolution: image size in pixels; None: the last of the training.
     """
     check_at_least(1, batch_size=batch_size)
     ranks, where = join_processes(device)
     with fail_together(ranks):
-        subjects = []
+        subjects, recipes = [], {}
         for name, path in parse_models(models).items():
             file = read_autoencoder(path)
             autoencoder = assemble(file, path).to(where).eval().requires_grad_(False)
-            recipe = file.provenance.get("recipe") or {}
-            subjects.append(Subject(name, path, autoencoder, recipe))
-        recipes = {s.name: s.recipe for s in subjects}
-        config = choose_data(recipes, data)
+            subjects.append(Subject(name, path, autoencoder))
+            recipes[name] = file.provenance.get("recipe") or {}
+        config = agree_on_data(recipes, data)
         if resolution is None:
-            phases = {s.name: s.recipe["phases"] for s in subjects if s.recipe.get("phases")}
+            phases = {name: each["phases"] for name, each in recipes.items() if each.get("phases")}
             ended = {name: each[-1]["resolution"] for name, each in phases.items()}
             resolution = ended[_agreed(recipes, ended, "resolution")]
         coarsest = max(subjects, key=lambda s: s.autoencoder.downsampling)
@@ -196,9 +181,6 @@ def distinct_names(given: Sequence[tuple[str, Path]]) -> list[str]:
     """Return the given names; paths without one get their shortest ends that are all distinct.
 
     A run folder stands for its ckpt.pt, and loses its timestamp if that leaves it distinct.
-
-    Raises:
-        UsageError: a name is used twice.
     """
     parts = []
     for _, path in given:
@@ -207,43 +189,39 @@ def distinct_names(given: Sequence[tuple[str, Path]]) -> list[str]:
             parts.append((*above, run, file))
         else:
             parts.append((*above, run if path.stem == "ckpt" else f"{run}/{path.stem}"))
-    ends = [[TIMESTAMP.sub("", part[-1]) for part in parts]]
     depths = range(1, max(map(len, parts)) - 1)
-    ends += [["/".join(part[-depth:]) for part in parts] for depth in depths]
-    ends += [[str(path) for _, path in given]]
+    ends = [
+        [TIMESTAMP.sub("", part[-1]) for part in parts],
+        *(["/".join(part[-depth:]) for part in parts] for depth in depths),
+        [str(path) for _, path in given],
+    ]
     count = len({path.absolute() for _, path in given})  # one may be given under several names
     for each in ends:
         names = [name or end for (name, _), end in zip(given, each, strict=True)]
         if len(set(each)) == count and len(set(names)) == len(names):
             break
-    for name, times in Counter(names).items():
-        if times > 1:
-            raise UsageError(f"the name '{name}' is used twice: name each path with NAME=PATH")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UsageError(f"the name '{twice[0]}' is used twice: name each path with NAME=PATH")
     return names
 
 
 # -------------------------------------------------------------------------------- the images
-def choose_data(
-    recipes: Mapping[str, dict[str, Any]], data: str | DataConfig | None
-) -> DataConfig:  # fmt: skip
+def agree_on_data(recipes: Mapping[str, Tree], data: str | DataConfig | None) -> DataConfig:
     """Return the requested data, or the data that the models were trained on.
 
     Args:
+        recipes: the models' training recipes by name; {} where unknown.
         data: `photos`, a folder, a zip or shards, split as in a model's training where it was
             trained on them; or a complete `DataConfig`; or None.
-
-    Raises:
-        UsageError: none is requested, and the recipes do not name data or disagree.
     """
     if isinstance(data, DataConfig):
         return data
     configs = {n: validate(DataConfig, r["data"]) for n, r in recipes.items() if "data" in r}
-    sources = {name: resolve_source(config.source) for name, config in configs.items()}
     if data is None:
+        sources = {name: resolve_source(config.source) for name, config in configs.items()}
         return configs[_agreed(recipes, sources, "data")]
-    # keep the split of the training: another one would mix training images into the held-out part
-    same = [name for name, source in sources.items() if source == resolve_source(data)]
-    return configs[same[0]] if same else DataConfig(source=data)
+    same = [config for config in configs.values() if is_same(config, data)]
+    return same[0] if same else DataConfig(source=data)
 
 
 def _agreed(models: Iterable[str], values: dict[str, Any], what: str) -> str:
@@ -257,39 +235,13 @@ def _agreed(models: Iterable[str], values: dict[str, Any], what: str) -> str:
     return next(iter(values))
 
 
-# ------------------------------------------------------------------------- standard errors
-def image_shares(
-    measure: Callable[[NDArray[np.intp]], NDArray], count: int
-) -> tuple[NDArray, NDArray]:
-    """Measure statistics of a set of images, and the jackknife's pseudo-values of image groups.
-
-    The jackknife (Efron & Tibshirani 1993, Chapter 11) measures again without each group of images,
-    and so gives standard errors for statistics that are no means over images. A bootstrap would
-    not do for an MMD: an image drawn twice is at distance 0 from itself, a bias of about 1/n.
-
-    Args:
-        measure: maps ascending indices of images (m,) to their statistics (s,).
-        count: number of images.
-
-    Returns:
-        The statistics (s,), and pseudo-values (g, s): their mean is about the statistic, their
-        standard error is its standard error. Image i belongs to group i modulo g.
-    """
-    images = np.arange(count)
-    group = images % min(count, GROUPS)
-    whole = measure(images)
-    without = np.stack([measure(images[group != one]) for one in range(group.max() + 1)])
-    # Efron & Tibshirani 1993, Chapter 11: pseudo-values, here about the number itself
-    return whole, whole + (len(without) - 1) * (without.mean(0) - without)
-
-
 # ------------------------------------------------------------------------------------- files
 def analysis_folder(out: Path | None, model: Path) -> Path:
     """Return the requested folder, or `analysis/` next to the model."""
     return out or (model if model.is_dir() else model.parent) / "analysis"
 
 
-def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Cell]]) -> Path:
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Path:
     """Write a table atomically, with nine significant digits; None is an empty cell."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -97,10 +97,9 @@ def folded(title: str, *parts: str) -> str:
     return f"<details><summary>{escape(title)}</summary>{''.join(parts)}</details>"
 
 
-def note(text: str, of: str = "") -> str:
-    """Return a highlighted note, with its subject in small print below."""
-    below = f'<br><span class="dim">{escape(of)}</span>' if of else ""
-    return f'<p class="note">{escape(text)}{below}</p>'
+def note(text: str) -> str:
+    """Return a highlighted note."""
+    return f'<p class="note">{_cell(text)}</p>'
 
 
 def chip(colour: str, name: str) -> Markup:
@@ -123,25 +122,21 @@ def commands(lines: Sequence[str]) -> str:
 
 
 # ------------------------------------------------------------------------------------ tables
-def table(rows: Sequence[tuple[str, str]]) -> str:
-    """Return a table of two columns: a dotted key, which may be broken after its dots, and text."""
-    cells = (f"<tr><td>{breakable(a)}</td><td>{escape(b)}</td></tr>" for a, b in rows)
-    return f'<div class="scroll"><table>{"".join(cells)}</table></div>'
-
-
-def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table with a header; its first column stays in view when it scrolls sideways."""
-    head = "".join(f"<th>{_cell(text)}</th>" for text in header)
+def table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
+    """Return a table; with a header, its first column stays in view when it scrolls sideways."""
     body = "".join(f"<tr>{''.join(f'<td>{_cell(text)}</td>' for text in row)}</tr>" for row in rows)
+    if not header:
+        return f'<div class="scroll"><table>{body}</table></div>'
+    head = "".join(f"<th>{_cell(text)}</th>" for text in header)
     return (
         f'<div class="scroll"><table class="columns"><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 
 
-def under(name: Markup, text: str) -> Markup:
-    """Return a name with a description below, for a cell."""
-    return Markup(f'{name}<br><span class="dim">{escape(text)}</span>')
+def under(text: str, below: str) -> Markup:
+    """Return text with a description below in small print, for a cell or a note."""
+    return Markup(f'{_cell(text)}<br><span class="dim">{escape(below)}</span>')
 
 
 def breakable(key: str) -> Markup:
@@ -195,15 +190,15 @@ def chart(
 
 
 # -------------------------------------------------------------------------------- pictures
-def picture(images: Tensor, columns: int, caption: str, zoom: int = 2) -> str:
-    """Embed float images (N, 3, H, W) in [−1, 1] as one PNG, enlarged `zoom` times."""
+def picture(images: Tensor, columns: int, caption: str) -> str:
+    """Embed float images (N, 3, H, W) in [−1, 1] as one PNG, shown at twice its size."""
     sheet = grid(images, columns)
-    return _figure(_embed(_encode(sheet), caption, sheet.shape[-1] * zoom), caption)
+    return _figure(_encode(sheet), caption, sheet.shape[-1] * 2)
 
 
-def png(path: Path, caption: str) -> str:
+def png(path: Path) -> str:
     """Embed a picture file; OSError if it cannot be read."""
-    return _figure(_embed(path.read_bytes(), caption), caption)
+    return _figure(path.read_bytes(), path.name)
 
 
 def strips(rows: Sequence[tuple[str, Tensor]]) -> str:
@@ -223,8 +218,9 @@ def strips(rows: Sequence[tuple[str, Tensor]]) -> str:
     return f'<div class="strips">{"".join(figures)}</div>'
 
 
-def _figure(image: str, caption: str) -> str:
-    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
+def _figure(image: bytes, caption: str, width: int | None = None) -> str:
+    picture = _embed(image, caption, width)
+    return f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def _encode(image: Tensor) -> bytes:
@@ -234,7 +230,7 @@ def _encode(image: Tensor) -> bytes:
     return file.getvalue()
 
 
-def _embed(data: bytes, alt: str, width: int | None = None) -> str:
+def _embed(image: bytes, alt: str, width: int | None) -> str:
     wide = f' width="{width}"' if width else ""
-    text = base64.b64encode(data).decode()
+    text = base64.b64encode(image).decode()
     return f'<img src="data:image/png;base64,{text}"{wide} alt="{escape(alt)}">'

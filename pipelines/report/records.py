@@ -1,13 +1,18 @@
-"""Runs and their measurements, read from run folders; missing files become notes, not errors."""
+"""Runs and their measurements, read from run folders, and the table of all measurements.
 
+Missing files become notes, not errors.
+"""
+
+import math
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ldm.charts import colour
-from ldm.config import Tree
+from ldm.config import Tree, flatten
 from ldm.errors import LdmError, UsageError
 from ldm.files import read_json
 from ldm.logbook import read_rows
@@ -15,8 +20,7 @@ from ldm.run_folder import is_finished, read_config
 from pipelines.analysis.subjects import distinct_names, split_name
 from pipelines.report import page
 
-Kind = Literal["autoencoder", "diffusion"]
-STAGES: dict[Kind, str] = {"autoencoder": "stage one", "diffusion": "stage two"}
+STAGES = {"autoencoder": "stage one", "diffusion": "stage two"}
 NUMBERS = {
     "rfid": ("rFID", 3, 1.0),
     "fid": ("FID", 3, 1.0),
@@ -33,6 +37,7 @@ NUMBERS = {
 SAMPLES = ("samples/*/fid*.json", "samples/*.fid*.json", "fid/*.json")
 """FIDs of a folder of samples, of an archive of samples, and of a model's own samples."""
 IRRELEVANT = ("crop", "flip", "labels", "workers")  # measurements see each image's centre, once
+SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @dataclass
@@ -41,7 +46,7 @@ class Record:
 
     Attributes:
         label: its name on the page, different for every run.
-        described: contents of run.json: preset, command, versions.
+        described: contents of run.json: kind, preset, command, versions.
         config: the resolved settings; {} if they cannot be read.
         rows: rows of metrics.jsonl.
         result: contents of result.json; None for an unfinished run.
@@ -51,7 +56,6 @@ class Record:
     """
 
     folder: Path
-    kind: Kind
     label: str
     described: dict[str, Any]
     config: Tree
@@ -83,11 +87,6 @@ class Record:
             side = next((r["resolution"] for r in self.rows[::-1] if "resolution" in r), None)
         return int(side) if isinstance(side, int | float) else 0
 
-    def newest_picture(self, prefix: str) -> Path | None:
-        """Return the newest picture whose name starts with `prefix`, if there is one."""
-        found = sorted((self.folder / "pictures").glob(f"{prefix}-*.png"))  # by images seen
-        return found[-1] if found else None
-
 
 @dataclass
 class Measurement:
@@ -96,31 +95,26 @@ class Measurement:
     Attributes:
         what: the model and the images, with the file if two would be described alike.
         numbers: values by their names in `NUMBERS`.
-        spread: standard deviations of some of them: FID's over the bootstrap, KID's over subsets.
-        doubts: caveats, each a sentence.
-        sources: the files, with their contents.
         subject: the weights or samples and the images; None if the file does not identify them.
+        spread: standard deviations of some numbers: FID's over the bootstrap, KID's over subsets.
+        doubts: caveats, each a sentence, in the order of the keys.
+        sources: the files, with their contents.
         network: the feature extractor; None if none was used.
     """
 
     record: Record
     what: str
     numbers: dict[str, float]
-    spread: dict[str, float] = field(default_factory=dict)
-    doubts: list[str] = field(default_factory=list)
-    sources: list[tuple[Path, Tree]] = field(default_factory=list)
     subject: Tree | None = None
+    spread: dict[str, float] = field(default_factory=dict)
+    doubts: dict[str, None] = field(default_factory=dict)
+    sources: list[tuple[Path, Tree]] = field(default_factory=list)
     network: Tree | None = None
 
 
 # -------------------------------------------------------------------------------------- runs
 def read_records(words: Sequence[str | Path]) -> list[Record]:
-    """Read runs, each once, from PATH or NAME=PATH arguments: run folders, or folders of runs.
-
-    Raises:
-        UsageError: two runs have the same name.
-        LdmError: a path is no folder, or neither a run nor a folder of runs.
-    """
+    """Read runs, each once, from PATH or NAME=PATH arguments: run folders, or folders of runs."""
     folders: dict[Path, tuple[str, Path]] = {}  # by resolved path: the given name and path
     for word in words:
         name, path = split_name(word)
@@ -129,11 +123,9 @@ def read_records(words: Sequence[str | Path]) -> list[Record]:
             first, _ = folders.setdefault(folder.resolve(), (label, folder))
             if first != label:
                 raise UsageError(f"{folder} is given as '{first}' and as '{label}': give it once")
-    labels = distinct_names([(label, folder) for folder, (label, _) in folders.items()])
-    return [
-        _read_record(folder, label, colour(i))
-        for i, ((_, folder), label) in enumerate(zip(folders.values(), labels, strict=True))
-    ]
+    given = list(folders.values())
+    labels = distinct_names(given)
+    return [_read_record(given[i][1], label, colour(i)) for i, label in enumerate(labels)]
 
 
 def _runs_in(path: Path) -> list[Path]:
@@ -141,20 +133,14 @@ def _runs_in(path: Path) -> list[Path]:
         raise LdmError(f"{path} is a file: pass the run folder, such as {path.parent}")
     if not path.is_dir():
         raise LdmError(f"no folder at {path}: pass a run folder, such as runs/<time>-<preset>")
-    if _kind(path) is not None:
-        return [path]
-    found = sorted(mark.parent for mark in path.glob("*/run.json") if _kind(mark.parent))
+    folders = [path, *sorted(mark.parent for mark in path.glob("*/run.json"))]
+    found = [f for f in folders if (read_json(f / "run.json") or {}).get("kind") in STAGES]
     if not found:
         raise LdmError(
             f"{path} contains no run (no readable run.json in it or one level below): pass a "
             "folder written by `ldm train-ae` or `ldm train-diffusion`"
         )
-    return found
-
-
-def _kind(folder: Path) -> Kind | None:
-    kind = (read_json(folder / "run.json") or {}).get("kind")
-    return kind if kind in STAGES else None
+    return found[:1] if found[0] == path else found
 
 
 def _read_record(folder: Path, label: str, shade: str) -> Record:
@@ -169,8 +155,7 @@ def _read_record(folder: Path, label: str, shade: str) -> Record:
     if is_finished(folder) and result is None:
         notes.append("result.json is damaged: the final numbers are not shown.")
     described = read_json(folder / "run.json") or {}
-    kind = described["kind"]
-    return Record(folder, kind, label, described, config or {}, rows, result, shade, notes)
+    return Record(folder, label, described, config or {}, rows, result, shade, notes)
 
 
 # ------------------------------------------------------------------------------ measurements
@@ -184,7 +169,7 @@ def measurements(record: Record) -> list[Measurement]:
             continue
         same.numbers |= each.numbers
         same.spread |= each.spread
-        same.doubts = list(dict.fromkeys([*same.doubts, *each.doubts]))
+        same.doubts |= each.doubts
         same.sources += each.sources
         same.network = same.network or each.network
     for each in found:
@@ -210,18 +195,20 @@ def _agree(one: Measurement, other: Measurement) -> bool:
 def _read_measurements(record: Record) -> Iterator[Measurement]:
     if record.result is not None:
         yield from _of_training(record, record.result)
-    for globs, read in ((("eval/*.json",), _of_evaluation), (SAMPLES, _of_samples)):
+    for globs, describe in ((("eval/*.json",), _describe_evaluation), (SAMPLES, _describe_samples)):
         paths = {path for glob in globs for path in record.folder.glob(glob)}
         # the measurement with default settings has the shortest name
         for path in sorted(paths, key=lambda path: (path.parent, path.stem)):
             tree = read_json(path) or {}
             trees = [each for each in tree.get("evaluations", [tree]) if each]
-            yield from (read(record, path, each) for each in trees if isinstance(each, dict))
+            for each in trees:
+                if isinstance(each, dict):
+                    yield _measured(record, path, each, *describe(record, path, each))
             if not trees:
                 record.notes.append(f"{path} is damaged: its numbers are not shown.")
 
 
-def _of_training(record: Record, result: Mapping[str, Any]) -> Iterator[Measurement]:
+def _of_training(record: Record, result: Tree) -> Iterator[Measurement]:
     """Read the numbers of a run's end, and of its best weights."""
     ends = {"at the end": {**result, "images_seen": record.images_seen}}
     best = _tree(result.get("best"))
@@ -233,65 +220,65 @@ def _of_training(record: Record, result: Mapping[str, Any]) -> Iterator[Measurem
         yield Measurement(record, _join(name, seen, images), _known(numbers))
 
 
-def _of_evaluation(record: Record, path: Path, tree: Tree) -> Measurement:
-    measured = _measured(record, path, tree)
+def _describe_evaluation(record: Record, path: Path, tree: Tree) -> tuple[str, Tree | None]:
+    """Describe and identify the model and the images of a result of `ldm eval-ae`."""
     model, data = _tree(tree.get("model")), _tree(tree.get("data"))
     images = _images(tree.get("count"), "images", tree.get("resolution"))
     if not model or "source" not in data:
-        measured.what = _join(path.stem, images)
-        return measured
+        return _join(path.stem, images), None
     # a model other than the run's ckpt.pt: another of its files, or of another run
     file = Path(str(model.get("path", "")))
     is_file = file.suffix in (".pt", ".safetensors")
     which = file.name if is_file and file.name != "ckpt.pt" else ""
     if (file.parent if is_file else file).name not in ("", record.folder.name):
         which = str(file)
-    measured.what = _join(which, str(data["source"]), str(tree.get("split", "")), images)
-    if "sha256" in model:
-        kept = ("prepared", "split", "resolution", "count", "recon", "corrupt")
-        measured.subject = {key: tree.get(key) for key in kept}
-        measured.subject |= {"model": model["sha256"], "data": _relevant(data)}
-    return measured
+    what = _join(which, str(data["source"]), str(tree.get("split", "")), images)
+    if "sha256" not in model:
+        return what, None
+    kept = ("prepared", "split", "resolution", "count", "recon", "corrupt")
+    subject = {key: tree.get(key) for key in kept}
+    return what, subject | {"model": model["sha256"], "data": _relevant(data)}
 
 
-def _of_samples(record: Record, path: Path, tree: Tree) -> Measurement:
-    measured = _measured(record, path, tree)
+def _describe_samples(record: Record, path: Path, tree: Tree) -> tuple[str, Tree | None]:
+    """Describe and identify the samples and the reference of a result of `ldm fid`."""
     samples, reference = _tree(tree.get("samples")), _tree(tree.get("reference"))
     names = {"fid": path.stem, "samples": path.name.rpartition(".fid")[0]}  # by folder
     name = names.get(path.parent.name, path.parent.name)
     images = _images(samples.get("count"), "images", tree.get("resolution"))
     against = f" against {reference['what']}" if "what" in reference else ""
-    measured.what = _join(f"samples {name}", images) + against
-    if "fingerprint" in samples and reference:
-        kept = ("what", "split", "count", "prepared", "filter")
-        measured.subject = {
-            # the same images in a folder and in its archive are two rows
-            "folder": "" if path.parent.name == "fid" else name,
-            **{key: samples.get(key) for key in ("fingerprint", "filter")},
-            "reference": {key: reference.get(key) for key in kept},
-            "data": _relevant(_tree(reference.get("data"))),
-        }
-    return measured
+    what = _join(f"samples {name}", images) + against
+    if "fingerprint" not in samples or not reference:
+        return what, None
+    kept = ("what", "split", "count", "prepared", "filter")
+    return what, {
+        # the same images in a folder and in its archive are two rows
+        "folder": "" if path.parent.name == "fid" else name,
+        **{key: samples.get(key) for key in ("fingerprint", "filter")},
+        "reference": {key: reference.get(key) for key in kept},
+        "data": _relevant(_tree(reference.get("data"))),
+    }
 
 
-def _measured(record: Record, path: Path, tree: Tree) -> Measurement:
+def _measured(
+    record: Record, path: Path, tree: Tree, what: str, subject: Tree | None
+) -> Measurement:
     """Read everything from a result file but the description of its subject."""
     numbers, details = (_tree(tree.get(key)) or tree for key in ("numbers", "details"))
     spread = {"fid": _tree(tree.get("fid_interval")).get("std"), "kid": details.get("kid_std")}
     lists = tree.get("warnings"), tree.get("notes"), [*_tree(tree.get("doubtful")).values()]
-    doubts = [text for texts in lists if isinstance(texts, list) for text in texts]
-    doubts = list(dict.fromkeys(text for text in doubts if isinstance(text, str)))
+    texts = [text for texts in lists if isinstance(texts, list) for text in texts]
     # the table names the model already, and one sentence may hold for several models
-    model = f"{_tree(tree.get('model')).get('path', '')} "
-    doubts = [f"the model {text.removeprefix(model)}" if text.startswith(model) else text
-              for text in doubts]  # fmt: skip
-    measured = Measurement(record, "", _known(numbers), _known(spread), doubts, [(path, tree)])
-    if network := _tree(tree.get("extractor")):
-        measured.network = network | {"mode": tree.get("mode")}
-    return measured
+    model = re.escape(f"{_tree(tree.get('model')).get('path', '')} ")
+    doubts = (re.sub(f"^{model}", "the model ", text) for text in texts if isinstance(text, str))
+    network = _tree(tree.get("extractor"))
+    return Measurement(
+        record, what, _known(numbers), subject, _known(spread), dict.fromkeys(doubts),
+        [(path, tree)], network | {"mode": tree.get("mode")} if network else None,
+    )  # fmt: skip
 
 
-def _known(tree: Mapping[str, Any]) -> dict[str, float]:
+def _known(tree: Tree) -> dict[str, float]:
     """Return those of a file's values that the page shows."""
     found = {}
     for name in NUMBERS:
@@ -319,3 +306,88 @@ def _images(count: Any, what: str, side: Any = None) -> str:
 
 def _join(*words: str) -> str:
     return ", ".join(filter(None, words))
+
+
+# ----------------------------------------------------------------------------------- numbers
+def numbers_section(records: Sequence[Record], suffix: str = "") -> str:
+    """Return a table of every measurement, caveats, and the folded contents of the files."""
+    found = [measured for record in records for measured in measurements(record)]
+    names = [name for name in NUMBERS if any(name in each.numbers for each in found)]
+    header = ["measurement", *(NUMBERS[name][0] for name in names)]
+    rows = [
+        [page.under(each.record.title, each.what), *(_cell(each, name) for name in names)]
+        for each in found
+    ]
+    table = page.table(rows, header) if rows else page.note("Nothing has been measured yet.")
+    text = (
+        "All measurements of the runs. Compare two rows only if they use the same images, "
+        "resolution and feature extractor; the sources below record all of these."
+    )
+    sources = [page.folded(f"{r.label}: training run", _origin(r)) for r in records]
+    sources += [
+        page.folded(f"{each.record.label}: {each.what}", *map(_contents, each.sources))
+        for each in found
+        if each.sources
+    ]
+    return page.section(
+        f"Numbers{suffix}", text, table, *_caveats(found), page.folded("Sources", *sources)
+    )
+
+
+def _caveats(found: Sequence[Measurement]) -> list[str]:
+    """Return each caveat once, with the rows that it applies to."""
+    rows: dict[str, dict[str, list[str]]] = {}
+    for each in found:
+        for text in each.doubts:
+            rows.setdefault(text, {}).setdefault(each.what, []).append(each.record.label)
+    notes = []
+    for text, concerned in rows.items():
+        named = (f"{', '.join(runs)}: {what}" for what, runs in concerned.items())
+        notes.append(page.note(page.under(text, "; ".join(named))))
+    return notes
+
+
+def _contents(source: tuple[Path, Tree]) -> str:
+    """Return the contents of a result file, without the recipe, which is among the settings."""
+    path, tree = source
+    shown: dict[str, Any] = {"file": path}
+    keys: dict[str, str] = {}
+    for key, value in flatten(tree).items():
+        if ".recipe." in key or value in (None, [], {}, ""):
+            continue
+        first = keys.setdefault(_text(value), key)
+        # a long sentence is shown once, even if several numbers share it
+        shown[key] = f"same as {first}" if first != key and len(_text(value)) > 80 else value
+    return _pairs(shown)
+
+
+def _origin(record: Record) -> str:
+    origin = {"folder": record.folder, **flatten(record.described)}
+    if record.sha256:
+        origin["SHA-256 of the weights in ckpt.pt"] = record.sha256
+    return _pairs(origin)
+
+
+def _pairs(tree: Tree) -> str:
+    return page.table([(page.breakable(key), _text(value)) for key, value in tree.items()])
+
+
+def _cell(measured: Measurement, name: str) -> str:
+    if name not in measured.numbers:
+        return ""
+    _, digits, scale = NUMBERS[name]
+    values = [numbers[name] for numbers in (measured.numbers, measured.spread) if name in numbers]
+    return "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}".join(_number(scale * v, digits) for v in values)
+
+
+def _number(value: float, digits: int) -> str:
+    """Format with a fixed number of decimals, or as a power of ten above seven integer digits."""
+    plain = f"{value:.{digits}f}"
+    if not math.isfinite(value) or len(plain.partition(".")[0].lstrip("-")) <= 7:
+        return plain
+    mantissa, _, power = f"{value:.2e}".partition("e+")
+    return f"{mantissa}×10{str(int(power)).translate(SUPERSCRIPTS)}"
+
+
+def _text(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

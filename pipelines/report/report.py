@@ -1,32 +1,59 @@
 """Write the report: pictures made by the runs' models, then their numbers, settings and curves."""
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
 from html import escape
 from pathlib import Path
 
 import torch
+import yaml
 from torch import Tensor
 from torch.nn import functional as F
 
 from autoencoders.autoencoder import assemble
-from autoencoders.loading import AutoencoderFile, read_autoencoder
+from autoencoders.loading import read_autoencoder
 from ldm.checkpoint import fingerprint
+from ldm.config import Tree, flatten, validate
 from ldm.data import DataConfig, open_source, sheet_images
 from ldm.device import resolve_device
 from ldm.errors import LdmError, UsageError, check_at_least
 from ldm.images import latents_as_rgb, to_float, to_uint8
 from ldm.logbook import console
 from ldm.metrics import psnr
-from ldm.run_folder import provenance
-from pipelines.analysis.subjects import choose_data
+from ldm.run_folder import IGNORED, provenance
 from pipelines.latent_diffusion import LatentDiffusionPipeline
+from pipelines.measuring.reference import choose_data
 from pipelines.report import page
-from pipelines.report.records import STAGES, Record, read_records
-from pipelines.report.sections import curves_section, numbers_section, settings_section
+from pipelines.report.records import STAGES, Record, numbers_section, read_records
+from pipelines.validation import band_names
 
 MODELS = {"autoencoder": "autoencoder", "diffusion": "diffusion model"}
+POINTS = 300
+"""Largest number of points of a line: more are not visible, and make the page heavy."""
+CURVE_NAMES = {
+    "val_psnr": "PSNR, held-out, dB",
+    "val_ssim": "SSIM, held-out",
+    "val_lpips": "LPIPS, held-out",
+    "l1": "ℓ1",
+    "l2": "ℓ2",
+    "lpips": "LPIPS",
+    "kl": "KL",
+    "gradient_ratio": "gradient ratio, ‖∇rec‖ ÷ ‖∇adv‖",
+    "lr": "learning rate",
+    "skipped": "skipped steps (not finite)",
+} | {
+    name: f"loss where σ ≥ {low:g}" if math.isinf(high) else f"loss where {low:g} ≤ σ < {high:g}"
+    for (low, high), name in band_names().items()
+}
+GRADIENT_RATIO = (
+    "Norm of the reconstruction loss's gradient over that of the unweighted adversarial loss, at "
+    "the decoder's last layer: Equation 2 of the paper without its ½. `ldm analyze gradients` "
+    "draws the inverse."
+)
+PROGRESS = ("lr", "images_per_second", "resolution", "skipped")
+"""Metrics of the run itself, not of the model."""
+LINEAR = ("val_psnr", "val_ssim", *PROGRESS)
 
 
 def write_report(
@@ -49,13 +76,6 @@ def write_report(
         seed, steps: seed and sampler steps of the samples.
         data: `photos`, a folder, a zip or shards to reconstruct, instead of each run's own data.
         resolution: size of the reconstructed images in pixels; None: the highest of the runs.
-
-    Returns:
-        `out`.
-
-    Raises:
-        UsageError: no run, a number below one, or an `out` that is no .html file.
-        LdmError: a path is no run, the device is missing, or `out` cannot be written.
     """
     check_at_least(1, images=images, steps=steps, resolution=resolution)
     if not runs:
@@ -66,7 +86,7 @@ def write_report(
     where = resolve_device(device)
     sections, counts = [], []
     for kind, stage in STAGES.items():
-        own = [record for record in records if record.kind == kind]
+        own = [record for record in records if record.described["kind"] == kind]
         if not own:
             continue
         counts.append(f"{len(own)} {MODELS[kind]}{'s' * (len(own) > 1)} ({stage})")
@@ -93,7 +113,7 @@ def _card(record: Record) -> str:
     described = record.described
     state = "finished" if record.result is not None else "not finished"
     facts = [
-        STAGES[record.kind],
+        STAGES[described["kind"]],
         f"preset {described.get('preset', 'unknown')}",
         f"{state}, {record.images_seen:,} images seen",
         f"started {str(described.get('created', 'unknown'))[:16].replace('T', ' ')}",
@@ -117,15 +137,14 @@ def _reconstructions_section(
     suffix: str,
 ) -> str:
     """Return held-out images and their reconstructions, a group for each data set."""
-    groups: dict[str, list[Record]] = defaultdict(list)
-    configs: dict[str, DataConfig | None] = {}
+    groups: dict[str, tuple[DataConfig | None, list[Record]]] = {}
     own = True
     for record in records:
-        config = _choose_data(record, data)
-        own = own and config == _choose_data(record, None)
+        trained_on = _training_data(record)
+        config = choose_data(data, trained_on)
+        own = own and config == trained_on
         key = config.model_dump_json(exclude={"crop", "flip", "workers"}) if config else ""
-        groups[key].append(record)
-        configs.setdefault(key, config)
+        groups.setdefault(key, (config, []))[1].append(record)
     text = (
         f"The first held-out images{', which training never saw,' if own else ''} and their "
         "reconstructions: the mean of each posterior, decoded. Scroll sideways for more images."
@@ -135,51 +154,53 @@ def _reconstructions_section(
             " Some runs were trained on other data, which may include these images: `ldm eval-ae` "
             "checks this, this page does not."
         )
-    parts = []
-    for key, group in groups.items():
-        side = resolution or max(record.resolution for record in group)
-        try:
-            row = _held_out(configs[key], side, count)
-        except LdmError as error:
-            why = f"The held-out images could not be read ({error})"
-            for record in group:
-                with suppress(LdmError):
-                    _read(record)  # for the hash of the model
-                parts.append(_training_picture(record, "recon", why))
-            continue
-        parts.append(_reconstructions(group, row, device))
+    parts = (_reconstructions(*group, resolution, count, device) for group in groups.values())
     return page.section(f"Reconstructions{suffix}", text, *parts)
 
 
+def _training_data(record: Record) -> DataConfig | None:
+    data = record.config.get("data")
+    try:
+        return validate(DataConfig, data) if isinstance(data, dict) else None
+    except LdmError:  # of another version
+        return None
+
+
 def _reconstructions(
-    records: Sequence[Record], row: tuple[str, Tensor], device: torch.device
+    config: DataConfig | None,
+    records: Sequence[Record],
+    resolution: int | None,
+    count: int,
+    device: torch.device,
 ) -> str:
-    originals, rows = row[1], [row]
+    """Return the first held-out images of a data set, their reconstructions, and their latents."""
+    side = resolution or max(record.resolution for record in records)
+    load = cache(lambda: _held_out(config, side, count))
     latents: list[tuple[str, Tensor]] = []
-    missing: list[str] = []
-    for record in records:
-        with _falling_back(record, "recon", missing):
-            recon, shown = _reconstruct(record, originals, device)
-            each = psnr(originals, recon)
-            caption = f"{record.title}: PSNR {each.mean().item():.2f} dB"
-            caption += f" ({' · '.join(f'{value:.1f}' for value in each.tolist())})"
-            if record.resolution != originals.shape[-1]:
-                caption += f"; trained at up to {record.resolution}²"
-            rows.append((page.Markup(caption), recon))
-            latents.append((record.title, shown))
-    if not latents:
+
+    @torch.no_grad()
+    def reconstruct(record: Record) -> tuple[str, Tensor]:
+        file = read_autoencoder(record.folder)
+        record.sha256 = fingerprint(file.weights)
+        _, originals = load()
+        autoencoder = assemble(file, record.folder).to(device).eval()
+        z = autoencoder.encode(originals.to(device)).mode()
+        recon = autoencoder.decode(z, originals.shape[-2:])
+        recon = to_float(to_uint8(recon)).cpu()
+        shown = F.interpolate(latents_as_rgb(z), originals.shape[-2:])
+        latents.append((record.title, shown.cpu()))
+        each = psnr(originals, recon)
+        caption = f"PSNR {each.mean().item():.2f} dB"
+        caption += f" ({' · '.join(f'{value:.1f}' for value in each.tolist())})"
+        if record.resolution != originals.shape[-1]:
+            caption += f"; trained at up to {record.resolution}²"
+        return caption, recon
+
+    rows, missing = _pictures(records, "recon", reconstruct)
+    if not rows:
         return "".join(missing)
     folded = page.folded("Latents: the first three channels as RGB", page.strips(latents))
-    return "".join([page.strips(rows), folded, *missing])
-
-
-def _choose_data(record: Record, requested: str | None) -> DataConfig | None:
-    """Return the requested data, split as in the run's training, or by default its own data."""
-    recipe = record.config if isinstance(record.config.get("data"), dict) else {}
-    try:
-        return choose_data({record.label: recipe}, requested)
-    except LdmError:  # the settings are missing, or of another version
-        return None if requested is None else DataConfig(source=requested)
+    return "".join([page.strips([load(), *rows]), folded, *missing])
 
 
 def _held_out(config: DataConfig | None, resolution: int, count: int) -> tuple[str, Tensor]:
@@ -189,25 +210,7 @@ def _held_out(config: DataConfig | None, resolution: int, count: int) -> tuple[s
         raise LdmError(f"config.yaml does not record the {lacking}: use --{lacking}")
     source = open_source(config, "val", resolution)
     images = to_float(sheet_images(source, resolution, count))
-    caption = f"Originals: {config.source}, {len(images)} held-out images at {resolution}²"
-    return caption, images
-
-
-@torch.no_grad()
-def _reconstruct(record: Record, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return 8-bit reconstructions of images in [−1, 1], and latents as RGB of the same size."""
-    autoencoder = assemble(_read(record), record.folder).to(device).eval()
-    latents = autoencoder.encode(images.to(device)).mode()
-    recon = autoencoder.decode(latents, images.shape[-2:])
-    shown = F.interpolate(latents_as_rgb(latents), images.shape[-2:])
-    return to_float(to_uint8(recon)).cpu(), shown.cpu()
-
-
-def _read(record: Record) -> AutoencoderFile:
-    """Read a run's ckpt.pt, and set the record's hash."""
-    file = read_autoencoder(_checkpoint(record))
-    record.sha256 = fingerprint(file.weights)
-    return file
+    return f"Originals: {config.source}, {len(images)} held-out images at {resolution}²", images
 
 
 # ----------------------------------------------------------------------------------- samples
@@ -215,18 +218,16 @@ def _samples_section(
     records: Sequence[Record], count: int, seed: int, steps: int, device: torch.device, suffix: str
 ) -> str:
     """Return samples of the same seed from every diffusion model."""
-    rows: list[tuple[str, Tensor]] = []
-    missing: list[str] = []
-    for record in records:
-        with _falling_back(record, "samples", missing):
-            folder = _checkpoint(record).parent
-            pipe = LatentDiffusionPipeline.from_pretrained(folder, device, "fp32")
-            record.sha256 = pipe.sha256
-            console.print(f"sampling {count} images of {record.label}", markup=False)
-            images = pipe(n=count, seed=seed, steps=steps)
-            assert isinstance(images, Tensor)  # no other output was requested
-            caption = f"{record.title}: {record.images_seen:,} images seen"
-            rows.append((page.Markup(caption), images))
+
+    def sample(record: Record) -> tuple[str, Tensor]:
+        pipe = LatentDiffusionPipeline.from_pretrained(record.folder, device, "fp32")
+        record.sha256 = pipe.sha256
+        console.print(f"sampling {count} images of {record.label}", markup=False)
+        images = pipe(n=count, seed=seed, steps=steps)
+        assert isinstance(images, Tensor)  # no other output was requested
+        return f"{record.images_seen:,} images seen", images
+
+    rows, missing = _pictures(records, "samples", sample)
     text = (
         f"Images 0 to {count - 1} of seed {seed}, {steps} steps, in float32. Models with latents "
         "of one shape start from the same noise. Scroll sideways for more images."
@@ -235,34 +236,127 @@ def _samples_section(
 
 
 # ---------------------------------------------------------------------------- missing models
-def _checkpoint(record: Record) -> Path:
-    path = record.folder / "ckpt.pt"
-    if not path.is_file():
-        raise LdmError("there is no ckpt.pt")
-    return path
+def _pictures(
+    records: Sequence[Record], prefix: str, draw: Callable[[Record], tuple[str, Tensor]]
+) -> tuple[list[tuple[str, Tensor]], list[str]]:
+    """Return captions and images of each run's model, and pictures from training in their place."""
+    rows: list[tuple[str, Tensor]] = []
+    missing = []
+    for record in records:
+        try:
+            caption, images = draw(record)
+        except LdmError as error:
+            missing.append(_training_picture(record, prefix, error))
+        else:
+            rows.append((page.Markup(f"{record.title}: {caption}"), images))
+    return rows, missing
 
 
-@contextmanager
-def _falling_back(record: Record, prefix: str, missing: list[str]) -> Iterator[None]:
-    """Add a picture from training to `missing` if the model cannot be used."""
-    try:
-        yield
-    except LdmError as error:
-        why = f"The model could not be used ({error})"
-        missing.append(_training_picture(record, prefix, why))
-
-
-def _training_picture(record: Record, prefix: str, why: str) -> str:
+def _training_picture(record: Record, prefix: str, error: LdmError) -> str:
     """Return the newest picture from training, and print and show why there is no better one."""
+    why = f"No pictures of the model ({error})"
     console.print(f"note: {record.label}: {why}", markup=False)
     head = f"<p><b>{record.title}</b></p>"
-    path = record.newest_picture(prefix)
-    if path is None:
+    found = sorted((record.folder / "pictures").glob(f"{prefix}-*.png"))  # by images seen
+    if not found:
         return head + page.note(f"{why}, and there is no picture from training.")
     try:
-        drawn = page.png(path, path.name)
+        drawn = page.png(found[-1])
     except OSError:
         return head + page.note(f"{why}, and the newest picture from training cannot be read.")
-    seen = path.stem.rpartition("-")[2]
+    seen = found[-1].stem.rpartition("-")[2]
     at = f", at {int(seen):,} images seen" if seen.isdigit() else ""
     return head + page.note(f"{why}. This is the newest picture from training{at}.") + drawn
+
+
+# ---------------------------------------------------------------------------------- settings
+def settings_section(records: Sequence[Record], suffix: str = "") -> str:
+    """Return a table of the settings that differ, and a folded one of all settings."""
+    flat = [flatten(record.config) for record in records]
+    keys = list(dict.fromkeys(key for settings in flat for key in settings))
+    if not keys:
+        return ""
+    header = ["setting", *(record.title for record in records)]
+    rows = {key: [_setting(settings, key) for settings in flat] for key in keys}
+
+    def table(chosen: Sequence[str]) -> str:
+        return page.table([[page.breakable(key), *rows[key]] for key in chosen], header)
+
+    differing = [
+        key for key in keys if len(set(rows[key])) > 1 and key.rpartition(".")[2] not in IGNORED
+    ]
+    if len(records) == 1:
+        text = "The resolved settings of the run."
+    elif differing:
+        text = "Settings that differ between the runs, apart from those for logging and saving."
+    else:
+        text = "All runs have the same settings."
+    everything = page.folded(f"All {len(keys)} settings", table(keys))
+    return page.section(
+        f"Settings{suffix}", text, table(differing) if differing else "", everything
+    )
+
+
+def _setting(settings: Tree, key: str) -> str:
+    """Return a value as YAML on one line."""
+    if key not in settings:
+        return "–"
+    value = settings[key]
+    if isinstance(value, str):
+        return value or "''"
+    flow = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
+    return flow.removesuffix("\n").removesuffix("...").strip()
+
+
+# ------------------------------------------------------------------------------------ curves
+def curves_section(records: Sequence[Record], suffix: str = "") -> str:
+    """Return a chart over images seen for every metric, held-out metrics first."""
+    found = dict.fromkeys(name for r in records for row in r.rows for name in row)
+    names = [name for name in found if name not in ("images_seen", "val_count", *PROGRESS)]
+    held_out_first = sorted(names, key=lambda name: not name.startswith("val"))
+    drawn = [_chart(name, records) for name in held_out_first]
+    if not any(drawn):
+        return ""
+    progress = page.charts(*(_chart(name, records) for name in PROGRESS))
+    text = "Metrics over images seen, from metrics.jsonl. Legends show the last values."
+    if any(len(record.rows) > POINTS for record in records):
+        text += f" Longer curves are averaged to {POINTS} points."
+    folded = page.folded("Speed, learning rate, skipped steps", progress)
+    return page.section(f"Curves{suffix}", text, page.charts(*drawn), folded if progress else "")
+
+
+def _chart(name: str, records: Sequence[Record]) -> str:
+    series = {
+        r.label: _thin([(row["images_seen"], row[name]) for row in r.rows if name in row])
+        for r in records
+    }
+    colours = {record.label: record.colour for record in records}
+    values = [y for line in series.values() for _, y in line]
+    # logarithmic if all values are positive and span at least a decade
+    log = name not in LINEAR and min(values, default=0) > 0 and max(values) >= 10 * min(values)
+    note = GRADIENT_RATIO if name == "gradient_ratio" else ""
+    if name.startswith("val"):
+        note = _resolutions([record for record in records if series[record.label]])
+    title = CURVE_NAMES.get(name, name.replace("_", " "))
+    return page.chart(title, series, "images seen", log, colours, note)
+
+
+def _resolutions(records: Sequence[Record]) -> str:
+    """Return a note on the resolutions at which runs were validated, if they differ."""
+    sides: dict[int, list[str]] = {}
+    for record in records:
+        sides.setdefault(record.resolution, []).append(record.label)
+    if len(sides) < 2:
+        return ""
+    each = [
+        f"{f'at {side}²' if side else 'at an unknown resolution'}: {', '.join(labels)}"
+        for side, labels in sorted(sides.items(), reverse=True)
+    ]
+    return f"Not comparable between resolutions. Validated {'; '.join(each)}."
+
+
+def _thin(points: page.Points) -> page.Points:
+    """Average neighbours until at most `POINTS` are left; the last x is kept."""
+    share = max(1, -(-len(points) // POINTS))
+    parts = [points[i : i + share] for i in range(0, len(points), share)]
+    return [(part[-1][0], sum(y for _, y in part) / len(part)) for part in parts]

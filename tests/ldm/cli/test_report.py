@@ -31,11 +31,11 @@ def test_fallbacks_are_printed(command, tmp_path, capsys):
     run = stage_one(tmp_path / "a")
     done = command("a", "--images", 1, "--data", "nowhere", "--device", "cpu")
     said = done.output + capsys.readouterr().out
-    assert "note: a: The held-out images could not be read (" in said
+    assert "note: a: No pictures of the model (data.source: nowhere does not exist" in said
     assert done.exit_code == 0 and "done: open report.html" in said
     (run / "ckpt.pt").unlink()
     said = command("a", "--images", 1, "--device", "cpu").output + capsys.readouterr().out
-    assert "note: a: The model could not be used (there is no ckpt.pt)" in said
+    assert "note: a: No pictures of the model (a holds no ckpt.pt" in said
 
 
 def test_invalid_arguments_are_refused(command, tmp_path):

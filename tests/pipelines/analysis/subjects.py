@@ -84,7 +84,7 @@ class Known(nn.Module):
 
 
 def known(posterior, n_z: int, downsampling: int = 4) -> Subject:
-    return Subject("known", Path("known.pt"), Known(posterior, n_z, downsampling), {})
+    return Subject("known", Path("known.pt"), Known(posterior, n_z, downsampling))
 
 
 def pixels(count: int, side: int = 16, batch_size: int = 64) -> SharedImages:

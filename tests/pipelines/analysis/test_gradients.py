@@ -11,7 +11,7 @@ from scipy.ndimage import median_filter
 
 from ldm.charts import colour
 from ldm.errors import LdmError
-from pipelines.analysis.gradients import analyze_gradients, read_curve, running_median, spread
+from pipelines.analysis.gradients import analyze_gradients, read_curve, running_median
 from pipelines.train_autoencoder import train_autoencoder
 from tests.small import autoencoder_recipe
 
@@ -43,9 +43,10 @@ def test_rows_without_a_gradient_are_left_out(tmp_path):
     assert len(read_curve(write_run(tmp_path, [0.5, 0.0, None, 1.0])).ratio) == 2
 
 
-def test_spread_is_in_decades():
-    assert spread(np.logspace(-1, 3, 101)) == pytest.approx(0.9 * 4)
-    assert spread(np.full(5, 3.0)) == 0
+def test_spread_is_in_decades(tmp_path):
+    wide, flat = write_run(tmp_path / "a", np.logspace(-1, 3, 101).tolist()), [3.0] * 5
+    found = analyze_gradients([wide, write_run(tmp_path / "b", flat)])
+    assert [row[6] for row in found.rows] == [f"{0.9 * 4:.2f}", "0.00"]
 
 
 def test_running_median_matches_scipy():

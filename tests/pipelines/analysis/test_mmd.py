@@ -14,7 +14,7 @@ from autoencoders.posterior import DiagonalGaussian
 from ldm.data import DataConfig
 from ldm.errors import LdmError, UsageError
 from pipelines.analysis import mmd
-from pipelines.analysis.mmd import MmdSettings, analyze_mmd, latents_mmd, measure_draws
+from pipelines.analysis.mmd import MmdSettings, analyze_mmd, jackknife, latents_mmd, measure_draws
 from tests.ldm.data.pictures import noise, png_folder
 from tests.pipelines.analysis.subjects import known, opened, pixels, save
 
@@ -186,6 +186,42 @@ def _leave_out(posterior, ks, sigma):
         some = DiagonalGaussian(posterior.mean[kept], posterior.logvar[kept])
         compare = partial(mmd._compare, some, [ks[i] for i in kept])
         yield 100 * sum(compare(draw, DRAWN, CPU)[sigma] for draw in range(2)) / 2
+
+
+# ------------------------------------------------------------------------------ the jackknife
+RNG = np.random.default_rng(0)
+
+
+def test_shares_of_a_mean_are_the_values():
+    values = RNG.normal(size=(mmd.GROUPS, 2))
+    whole, shares = jackknife(lambda chosen: values[chosen].mean(0), len(values))
+    np.testing.assert_allclose(whole, values.mean(0))
+    np.testing.assert_allclose(shares, values)
+
+
+def test_many_images_are_left_out_in_groups():
+    """The groups may differ in size."""
+    asked, errors = [], []
+    for _ in range(30):
+        values = RNG.normal(size=(3 * mmd.GROUPS + 20, 1))
+        _, shares = jackknife(
+            lambda chosen, of=values: asked.append(chosen) or of[chosen].mean(0), len(values)
+        )
+        errors.append(shares.std(ddof=1) / math.sqrt(len(shares)))
+    assert len(asked) == 30 * (mmd.GROUPS + 1) and list(asked[1][:3]) == [1, 2, 3]
+    left_out = [set(asked[0]) - set(some) for some in asked[1 : mmd.GROUPS + 1]]
+    assert set().union(*left_out) == set(asked[0]) and sum(map(len, left_out)) == len(values)
+    assert np.mean(errors) == pytest.approx(1 / math.sqrt(len(values)), rel=0.1)
+
+
+def test_jackknife_error_of_a_variance():
+    """The variance of n values of N(0, 1) has variance 2/(n − 1)."""
+    errors = []
+    for _ in range(200):
+        values = RNG.normal(size=(40, 1))
+        _, shares = jackknife(lambda chosen, of=values: of[chosen].var(0, ddof=1), 40)
+        errors.append(shares.var(ddof=1) / len(shares))
+    assert np.mean(errors) == pytest.approx(2 / 39, rel=0.15)
 
 
 # ---------------------------------------------------------------------------------- of a file

@@ -1,23 +1,15 @@
-"""Models and images of an analysis, the jackknife, and the files."""
+"""Models and images of an analysis, and the files."""
 
 import csv
-import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from ldm.data import DataConfig, open_source
 from ldm.errors import LdmError, UsageError
-from pipelines.analysis.subjects import (
-    GROUPS,
-    analysis_folder,
-    image_shares,
-    parse_models,
-    write_csv,
-)
+from pipelines.analysis.subjects import analysis_folder, parse_models, write_csv
 from tests.pipelines.analysis.subjects import Pixels, known, opened, pixels, save
 
 
@@ -66,7 +58,6 @@ def test_loaded_models_are_frozen(tmp_path):
     (subject,), _ = opened(f"a={save(tmp_path)}")
     assert subject.name == "a" and not subject.autoencoder.training
     assert not any(p.requires_grad for p in subject.autoencoder.parameters())
-    assert subject.recipe["phases"][-1]["resolution"] == 32
 
 
 # -------------------------------------------------------------------------------- the images
@@ -125,7 +116,7 @@ def test_drawn_images_depend_only_on_the_draw():
 # ------------------------------------------------------------------------------- the encoding
 def test_every_image_is_encoded_once():
     subject = known(lambda images: (images[:, :1, ::4, ::4], images[:, :1, ::4, ::4]), 1)
-    found = list(pixels(5, batch_size=2).encode(subject))
+    found = pixels(5, batch_size=2).gather(subject, lambda *batch: batch)
     assert torch.cat([k for k, _, _ in found]).tolist() == [0, 1, 2, 3, 4]
     for _, images, posterior in found:
         assert torch.equal(posterior.mean, images[:, :1, ::4, ::4])
@@ -134,43 +125,7 @@ def test_every_image_is_encoded_once():
 def test_non_finite_latents_are_refused():
     broken = known(lambda images: (images[:, :1] / 0, images[:, :1]), 1)
     with pytest.raises(LdmError, match=r"known\.pt: latents are not finite"):
-        list(pixels(2).encode(broken))
-
-
-# ------------------------------------------------------------------------- standard errors
-RNG = np.random.default_rng(0)
-
-
-def test_shares_of_a_mean_are_the_values():
-    values = RNG.normal(size=(GROUPS, 2))
-    whole, shares = image_shares(lambda chosen: values[chosen].mean(0), len(values))
-    np.testing.assert_allclose(whole, values.mean(0))
-    np.testing.assert_allclose(shares, values)
-
-
-def test_many_images_are_left_out_in_groups():
-    """The groups may differ in size."""
-    asked, errors = [], []
-    for _ in range(30):
-        values = RNG.normal(size=(3 * GROUPS + 20, 1))
-        _, shares = image_shares(
-            lambda chosen, of=values: asked.append(chosen) or of[chosen].mean(0), len(values)
-        )
-        errors.append(shares.std(ddof=1) / math.sqrt(len(shares)))
-    assert len(asked) == 30 * (GROUPS + 1) and list(asked[1][:3]) == [1, 2, 3]
-    left_out = [set(asked[0]) - set(some) for some in asked[1 : GROUPS + 1]]
-    assert set().union(*left_out) == set(asked[0]) and sum(map(len, left_out)) == len(values)
-    assert np.mean(errors) == pytest.approx(1 / math.sqrt(len(values)), rel=0.1)
-
-
-def test_jackknife_error_of_a_variance():
-    """The variance of n values of N(0, 1) has variance 2/(n − 1)."""
-    errors = []
-    for _ in range(200):
-        values = RNG.normal(size=(40, 1))
-        _, shares = image_shares(lambda chosen, of=values: of[chosen].var(0, ddof=1), 40)
-        errors.append(shares.var(ddof=1) / len(shares))
-    assert np.mean(errors) == pytest.approx(2 / 39, rel=0.15)
+        pixels(2).gather(broken, lambda *batch: batch)
 
 
 # ------------------------------------------------------------------------------------- files

@@ -11,10 +11,16 @@ from ldm.config import to_tree
 from ldm.files import write_json
 from ldm.images import save_grid
 from ldm.run_folder import describe_run
+from pipelines.report.records import Record
 from tests.pipelines.untrained import make_model
 from tests.small import autoencoder_recipe, diffusion_recipe
 
 TILES = "phases=[{resolution: 32, steps: 8}]"
+
+
+def record(label: str = "a", config: dict | None = None, rows: list | None = None) -> Record:
+    """A run that was read from nowhere."""
+    return Record(Path(), label, {}, config or {}, rows or [], None)
 
 
 def write_rows(folder: Path, rows: list[dict[str, float | None]]) -> None:

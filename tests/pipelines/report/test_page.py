@@ -21,7 +21,7 @@ def test_the_page_is_one_file_with_escaped_text(tmp_path):
         tmp_path / "p.html", "<title>", "lead",
         [page.tiles({"x": "1"}), page.section("s", "t", picture), page.commands(["a > b"]),
          page.table([("k", "<v>")]), page.note("<n>"), page.folded("<f>", "body"),
-         page.columns(["<h>"], [["<c>"]]), page.chip("red", "<i>")],
+         page.table([["<c>"]], ["<h>"]), page.chip("red", "<i>")],
     )  # fmt: skip
     text = path.read_text("utf-8")
     assert "data:image/png;base64," in text and "http" not in text
@@ -31,12 +31,12 @@ def test_the_page_is_one_file_with_escaped_text(tmp_path):
 
 def test_markup_is_not_escaped_again():
     chip = page.chip("red", "a & b")
-    table = page.columns(["run", chip], [["x", "1"]])
+    table = page.table([["x", "1"]], ["run", chip])
     assert f"<th>{chip}</th>" in table and "a &amp; b" in table
 
 
 def test_a_note_has_its_subject_below():
-    assert page.note("a & b", "c < d") == (
+    assert page.note(page.under("a & b", "c < d")) == (
         '<p class="note">a &amp; b<br><span class="dim">c &lt; d</span></p>'
     )
     assert page.note("a") == '<p class="note">a</p>'
@@ -59,14 +59,13 @@ def test_strips_keep_pixels_and_one_width():
 
 
 def test_a_png_file_is_embedded_unchanged(tmp_path):
-    Image.new("RGB", (4, 2), (1, 2, 3)).save(tmp_path / "x.png")
-    html = page.png(tmp_path / "x.png", "x & y")
-    assert (tmp_path / "x.png").read_bytes() == base64.b64decode(
-        re.search(r"base64,([^\"]+)", html).group(1)
-    )
-    assert "x &amp; y" in html
+    path = tmp_path / "x & y.png"
+    Image.new("RGB", (4, 2), (1, 2, 3)).save(path)
+    html = page.png(path)
+    assert path.read_bytes() == base64.b64decode(re.search(r"base64,([^\"]+)", html).group(1))
+    assert "x &amp; y.png" in html
     with pytest.raises(OSError):
-        page.png(tmp_path / "nowhere.png", "")
+        page.png(tmp_path / "nowhere.png")
 
 
 def test_chart_legend_has_last_values_in_their_colours():

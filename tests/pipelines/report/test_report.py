@@ -4,6 +4,7 @@ import base64
 import io
 import re
 from html.parser import HTMLParser
+from math import nan
 
 import numpy as np
 import pytest
@@ -12,12 +13,15 @@ from skimage.metrics import peak_signal_noise_ratio
 
 from ldm.charts import colour
 from ldm.checkpoint import load_model
+from ldm.config import flatten
 from ldm.data import DataConfig, open_source
 from ldm.errors import LdmError, UsageError
 from ldm.images import to_uint8
-from pipelines.report.report import write_report
+from pipelines.report import page
+from pipelines.report.records import read_records
+from pipelines.report.report import POINTS, curves_section, settings_section, write_report
 from tests.pipelines.measuring.reconstructed import crops, save_images
-from tests.pipelines.report.run_folders import stage_one, stage_two
+from tests.pipelines.report.run_folders import record, stage_one, stage_two, write_rows
 from tests.pipelines.untrained import load
 
 VOID = {"meta", "img", "br", "wbr"}
@@ -161,16 +165,18 @@ def test_stages_have_separate_sections(tmp_path, report):
 
 def test_missing_files_become_notes(tmp_path, report):
     whole = stage_one(tmp_path / "whole")
-    bare = stage_one(tmp_path / "bare", model=False)
+    bare = stage_one(tmp_path / "bare")
     for name in ("metrics.jsonl", "result.json", "config.yaml"):
         (bare / name).unlink()
     drawn = stage_one(tmp_path / "drawn", model=False)
+    (drawn / "pictures" / "recon-00000008.png").write_bytes(b"")  # not the newest
     text = report(whole, bare, drawn)
     assert "metrics.jsonl is missing or empty" in text and "not finished, 0 images seen" in text
     assert "config.yaml is missing or damaged" in text
     shown = part(text, "Reconstructions")
     assert "config.yaml does not record the data: use --data" in shown
-    assert "could not be used (there is no ckpt.pt). This is the newest picture" in shown
+    missing = "drawn holds no ckpt.pt: its run has not written a model yet"
+    assert f"{missing}). This is the newest picture" in shown
     assert shown.count("at 32 images seen.") == 2
     # the whole one's originals, reconstructions and latents, and both others' own pictures
     assert len(pictures(shown)) == 2 * 3 + 2
@@ -231,3 +237,98 @@ def test_invalid_options_are_refused(tmp_path):
         write_report([run], tmp_path / "p.png")
     with pytest.raises(UsageError, match="no run"):
         write_report([], tmp_path / "p.html")
+
+
+# --------------------------------------------------------------------------------- settings
+def test_settings_are_compared_key_by_key():
+    a = {"lr": 1.0, "run": {"seed": 0, "log_every_steps": 1}, "encoder": {"type": "x", "n": 1}}
+    b = {"lr": 1.0, "run": {"seed": 1, "log_every_steps": 2}, "encoder": {"type": "y"}}
+    assert flatten(a)["run.seed"] == 0
+    records = record("a", a), record("b", b)
+    text = settings_section(records)
+    text = text.replace("<wbr>", "")
+    differing, _, everything = text.partition("<details>")
+    cells = re.findall(r"<td>(.*?)</td>", differing)
+    # how often a run is logged makes no other run of it
+    assert cells == ["run.seed", "0", "1", "encoder.type", "x", "y", "encoder.n", "1", "–"]
+    assert "<td>run.log_every_steps</td><td>1</td><td>2</td>" in everything
+    assert "All 5 settings" in everything
+
+
+def test_equal_settings_and_single_runs_have_no_table_of_differences():
+    records = record("a", {"lr": 1}), record("b", {"lr": 1})
+    assert "have the same settings" in settings_section(records)
+    assert "<table" not in settings_section(records[:1]).partition("<details>")[0]
+    assert settings_section([record()]) == ""
+
+
+# ----------------------------------------------------------------------------------- curves
+
+
+def test_only_long_curves_are_averaged(monkeypatch):
+    rows = [{"images_seen": n, "loss": float(n % 2)} for n in range(1, 10 * POINTS + 1)]
+    long, short = record("long", rows=rows), record("short", rows=rows[:POINTS])
+    drawn = {}
+    monkeypatch.setattr(page, "lines_svg", lambda lines, *_: drawn.update(lines) or "<svg></svg>")
+    text = curves_section([long, short])
+    assert f"averaged to {POINTS} points" in text
+    assert len(drawn["long"]) == len(drawn["short"]) == POINTS
+    assert {y for _, y in drawn["long"]} == {0.5}  # the mean of ten
+    assert {y for _, y in drawn["short"]} == {0.0, 1.0}
+    assert drawn["long"][-1][0] == 10 * POINTS
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "title", "log"),
+    [
+        ("l1", (1.0, 0.01), "ℓ1", True),
+        ("l1", (1.0, 0.5), "ℓ1", False),
+        ("adversarial", (1.0, -0.01), "adversarial", False),
+        ("val_psnr", (1.0, 30.0), "PSNR, held-out, dB", False),
+    ],
+)
+def test_log_scale_for_positive_values_over_a_decade(monkeypatch, name, values, title, log):
+    rows = [{"images_seen": n, name: value} for n, value in enumerate(values)]
+    scales = []
+    monkeypatch.setattr(page, "lines_svg", lambda *asked: scales.append(asked[-1]) or "<svg></svg>")
+    assert title in curves_section([record(rows=rows)])
+    assert scales == [log]
+
+
+def test_a_note_warns_of_different_validation_resolutions():
+    rows = [{"images_seen": 8, "val_psnr": 20.0, "l1": 0.5, "resolution": 64}]
+    sides = {"a": [64], "b": [64, 128], "c": [32, 64]}
+    runs = [
+        record(label, {"phases": [{"resolution": side, "steps": 1} for side in each]}, rows)
+        for label, each in sides.items()
+    ]
+    text = curves_section(runs)
+    told = "Not comparable between resolutions. Validated at 128²: b; at 64²: a, c."
+    assert (
+        text.count(told) == 1
+        and told in re.search("<h3>PSNR.*?</p></div>", text, re.DOTALL).group()
+    )
+    assert "Validated" not in curves_section([runs[0], runs[2]])
+    unknown = record("d", rows=rows)
+    text = curves_section([runs[0], unknown])
+    assert "Validated at 64²: a; at an unknown resolution: d." in text
+
+
+def test_the_gradient_ratio_is_explained():
+    rows = [{"images_seen": n, "gradient_ratio": 0.25} for n in (8, 16)]
+    text = curves_section([record(rows=rows)])
+    assert "<h3>gradient ratio, ‖∇rec‖ ÷ ‖∇adv‖</h3>" in text and "a 0.25<" not in text
+    assert "without its ½. `ldm analyze gradients` draws the inverse.</p>" in text
+
+
+def test_no_curves_without_values():
+    rows = [{"images_seen": 1, "val_count": 3}, {"images_seen": 2, "loss": nan}]
+    assert curves_section([record(rows=rows)]) == ""
+
+
+def test_damaged_rows_are_skipped(tmp_path):
+    run = stage_one(tmp_path / "a")
+    write_rows(run, [{"images_seen": 1, "l1": None}])
+    (found,) = read_records([run])
+    assert found.rows == [{"images_seen": 1}]
+    assert curves_section([found]) == ""
