@@ -33,8 +33,7 @@ from ldm.device import (
     time_interleaved,
 )
 from ldm.images import to_float
-from pipelines.codec import Codec
-from pipelines.latents import one_ahead
+from pipelines.latents import Codec, one_ahead
 
 PEER = "diffusers"
 TRAINING, STEP, SAMPLING, ENCODING = (

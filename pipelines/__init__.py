@@ -1,8 +1,8 @@
 """Floor 2: the jobs. They build models, move data through them, and write what comes out.
 
 The jobs are the modules here and the packages `analysis`, `doctor`, `exchange`, `report` and
-`reproduce`. `sampling` and `measuring` hold what several jobs share. `codec` and `latent_diffusion`
-are for Python users, too.
+`reproduce`. `sampling` and `measuring` hold what several jobs share. `latent_diffusion`, and the
+codec in `latents`, are for Python users, too.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ def __getattr__(name: str) -> Any:
 
         return LatentDiffusionPipeline
     if name == "Codec":
-        from pipelines.codec import Codec
+        from pipelines.latents import Codec
 
         return Codec
     raise AttributeError(f"module 'pipelines' has no attribute '{name}'")

@@ -23,8 +23,7 @@ from ldm.logbook import Logbook, read_rows
 from ldm.posthoc_ema import save_snapshot
 from ldm.run import Run, TrainingState, check_batch, start_run
 from ldm.run_folder import is_finished, provenance
-from pipelines.codec import Codec, measure_latents
-from pipelines.latents import LatentBatch, latent_batches, open_cache
+from pipelines.latents import Codec, LatentBatch, latent_batches, measure_latents, open_cache
 from pipelines.recipes import DiffusionRecipe, fit, latent_shape
 from pipelines.validation import band_losses, draw_losses, draw_samples
 

@@ -26,7 +26,7 @@ from ldm.logbook import Logbook, read_rows
 from ldm.metrics import psnr, ssim
 from ldm.run import Run
 from ldm.seeds import normal
-from pipelines.codec import Codec
+from pipelines.latents import Codec
 
 # An exact reconstruction has an infinite PSNR, and would make the mean infinite. At 256² a single
 # value off by one level is below 102 dB.

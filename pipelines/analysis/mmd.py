@@ -48,7 +48,7 @@ from pipelines.analysis.subjects import (
     analysis_folder,
     write_csv,
 )
-from pipelines.codec import measure_latents
+from pipelines.latents import measure_latents
 
 SIGMAS = (25.0, 50.0, 100.0, 250.0, 500.0)  # Sadat et al. 2024, Table 6
 HUNDREDTHS = 100  # MMD² is given in these

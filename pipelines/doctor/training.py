@@ -20,8 +20,7 @@ from autoencoders.losses import LPIPS
 from autoencoders.losses.perceptual import CONV5_4, ESRGANPerceptual
 from ldm.run import Run
 from pipelines import train_autoencoder, train_diffusion
-from pipelines.codec import Codec
-from pipelines.latents import LatentBatch, LatentCache, latent_batches
+from pipelines.latents import Codec, LatentBatch, LatentCache, latent_batches
 from pipelines.recipes import AutoencoderRecipe, DiffusionRecipe
 from pipelines.train_autoencoder import AutoencoderState
 from pipelines.train_diffusion import DiffusionState

@@ -19,7 +19,7 @@ from ldm.device import keep_freed_memory, memory_format, resolve_device, resolve
 from ldm.distributed import join_processes
 from ldm.errors import LdmError, UsageError
 from ldm.seeds import normal
-from pipelines.codec import Codec
+from pipelines.latents import Codec
 from pipelines.recipes import DiffusionRecipe
 from pipelines.sampling.settings import (
     Classes,

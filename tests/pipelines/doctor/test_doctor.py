@@ -17,13 +17,12 @@ from ldm.checkpoint import fingerprint
 from ldm.data import open_source
 from ldm.errors import UsageError
 from ldm.run import start_run
-from pipelines.codec import Codec
 from pipelines.doctor import checks, doctor
 from pipelines.doctor.checks import Problem
 from pipelines.doctor.costs import count_parameters
 from pipelines.doctor.doctor import diagnose_autoencoder, diagnose_diffusion
 from pipelines.doctor.timing import Stretch, Timing
-from pipelines.latents import open_cache
+from pipelines.latents import Codec, open_cache
 from tests.pipelines.doctor.dry_runs import costs as cached_costs
 from tests.pipelines.doctor.test_checks import save_images, save_run
 from tests.small import autoencoder_recipe, diffusion_recipe

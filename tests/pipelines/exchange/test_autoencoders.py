@@ -18,8 +18,8 @@ from ldm.checkpoint import ModelFile, load_model, save_model
 from ldm.cli.exchange import export_model, import_model
 from ldm.config import to_tree
 from ldm.errors import LdmError, UsageError
-from pipelines.codec import Codec, measure_latents
 from pipelines.exchange.autoencoders import export_autoencoder, import_autoencoder
+from pipelines.latents import Codec, measure_latents
 from tests import small
 
 app = typer.Typer(pretty_exceptions_enable=False)
