@@ -10,7 +10,7 @@ sum of the snapshots' profiles gives its average as the same sum of their weight
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +18,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from ldm.checkpoint import open_safetensors, shown
+from ldm.checkpoint import load_model, open_safetensors, save_model, shown
 from ldm.ema import gamma_of_std
-from ldm.errors import LdmError
+from ldm.errors import LdmError, UsageError
 from ldm.files import write_atomically
 
 TOLERANCE = 0.05
@@ -169,6 +169,49 @@ def inner_product(
 
 
 # ------------------------------------------------------------------------------- synthesis
+def synthesize_ema(run: Path, std: float, at: int | None = None, out: Path | None = None) -> Path:
+    """Write a copy of a run's `ckpt.pt` whose weights are a power-function average.
+
+    Its provenance states the average: `ema_std`, `ema_images` and `ema_residual` (see `Fit`).
+
+    Args:
+        run: the folder of a stage-two run that kept snapshots (`ema_stds`).
+        std: width of the average as a fraction of the images seen (EDM2's σ_rel), in (0, 0.2886].
+        at: images seen at the end of the average, those of a snapshot; None: the newest.
+        out: the `.pt` to write, which must not exist; None: `ckpt-ema<std>.pt` in the run's
+            folder, with `-<at>` if that is given, replacing an earlier one.
+
+    Returns:
+        The `.pt`; its `.safetensors` twin is beside it.
+    """
+    if out is not None and out.suffix != ".pt":
+        raise UsageError(f"{out}: the file must end in .pt, such as {out.stem}.pt")
+    for path in (out, out.with_suffix(".safetensors")) if out is not None else ():
+        if path.exists():
+            raise LdmError(f"{path} already exists: give --out another name")
+    if not run.is_dir():
+        raise LdmError(f"no run folder at {run}")
+    fit = fit_snapshots(list_snapshots(run / "ema"), std, at)
+    file = load_model(run, "diffusion")
+    print(
+        f"{run / 'ema'}: average of std {std} at {fit.images_seen:,} images, from "
+        f"{len(fit.snapshots)} snapshots, exact to {fit.residual:.1%}"
+    )
+    average, weights = combine(fit), {}
+    for name in [*file.weights, *sorted(average.keys() - file.weights.keys())]:
+        ours, theirs = average.get(name), file.weights.get(name)
+        if ours is None or theirs is None or ours.shape != theirs.shape:
+            raise LdmError(
+                f"the snapshots in {run / 'ema'} are not of the network in {run / 'ckpt.pt'}: "
+                f"tensor {shown(name)} differs"
+            )
+        weights[name] = ours.to(theirs.dtype)
+    facts = {"ema_std": std, "ema_images": fit.images_seen, "ema_residual": fit.residual}
+    out = out or run / (f"ckpt-ema{std}.pt" if at is None else f"ckpt-ema{std}-{at}.pt")
+    save_model(out, replace(file, weights=weights, provenance=file.provenance | facts))
+    return out
+
+
 def combine(fit: Fit) -> dict[str, Tensor]:
     """Sum the snapshots of a fit, on the CPU, in float32 or a more precise type.
 

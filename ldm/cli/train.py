@@ -108,8 +108,8 @@ def ema(
 
     ldm ema --std 0.07
     """
+    from ldm.posthoc_ema import synthesize_ema
     from ldm.run_folder import newest_run
-    from pipelines.ema import synthesize_ema
 
     if run is None:
         run = newest_run("diffusion", needs="ema")

@@ -9,7 +9,7 @@ from ldm.cli.sample import sample
 from ldm.cli.train import ema
 from ldm.errors import LdmError
 from ldm.files import write_json
-from tests.pipelines.test_ema import BATCH, STEPS, make_run
+from tests.ldm.test_synthesize_ema import BATCH, STEPS, make_run
 
 
 @pytest.fixture
