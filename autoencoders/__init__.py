@@ -4,10 +4,10 @@ from autoencoders.autoencoder import (
     Autoencoder,
     AutoencoderConfig,
     AutoencoderOutput,
+    DiagonalGaussian,
     build_autoencoder,
     load_autoencoder,
 )
-from autoencoders.posterior import DiagonalGaussian
 from autoencoders.tiling import decode_tiled, encode_tiled, reconstruct_tiled
 
 __all__ = [

@@ -5,22 +5,24 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, cast
+from typing import Annotated, Any, NamedTuple, Self, cast
 
 import torch
-from pydantic import Field, PositiveInt, ValidationInfo, field_validator, model_validator
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoencoders.cpu import PIXELS_AT_ONCE, in_small_batches
 from autoencoders.dwt import DWTEncoder, DWTEncoderConfig
-from autoencoders.hub import HubMixin
 from autoencoders.layers import fuse
 from autoencoders.litevae.encoder import LiteVAEEncoder, LiteVAEEncoderConfig
-from autoencoders.loading import AutoencoderFile, read_autoencoder
-from autoencoders.posterior import DiagonalGaussian
-from autoencoders.sdvae.decoder import SDVAEDecoder, SDVAEDecoderConfig
-from autoencoders.sdvae.encoder import SDVAEEncoder, SDVAEEncoderConfig
+from autoencoders.pretrained import AutoencoderFile, HubMixin, find_pretrained, read_autoencoder
+from autoencoders.sdvae.nets import (
+    SDVAEDecoder,
+    SDVAEDecoderConfig,
+    SDVAEEncoder,
+    SDVAEEncoderConfig,
+)
 from autoencoders.wavelet import check_size
 from ldm.checkpoint import build_with
 from ldm.config import Config, load_preset, merge, to_tree, validate
@@ -47,40 +49,80 @@ class AutoencoderConfig(Config):
     decoder: SDVAEDecoderConfig = SDVAEDecoderConfig()
     """Latents to images."""
 
-    @field_validator("decoder")
-    @classmethod
-    def _undoes_the_encoder(
-        cls, decoder: SDVAEDecoderConfig, info: ValidationInfo
-    ) -> SDVAEDecoderConfig:
-        encoder = info.data.get("encoder")  # absent if it was itself refused
-        if encoder is not None and decoder.upsampling != encoder.downsampling:
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        encoder, decoder = self.encoder, self.decoder
+        if decoder.upsampling != encoder.downsampling:
             # each entry after the first doubles, and so does the inverse of a wavelet transform
             count = encoder.downsampling.bit_length() - (decoder.output == "wavelet")
             raise ValueError(
-                f"it upsamples {decoder.upsampling}×, the encoder downsamples "
+                f"the decoder upsamples {decoder.upsampling}×, the encoder downsamples "
                 f"{encoder.downsampling}×: give decoder.multipliers {count} entries"
             )
-        return decoder
-
-    @model_validator(mode="after")
-    def _fits_the_transform(self) -> "AutoencoderConfig":
-        """A transform without parameters fixes the number of channels."""
-        if self.encoder.type == "dwt" and self.latent_channels != self.encoder.latent_channels:
+        # a transform without parameters fixes the number of channels
+        if encoder.type == "dwt" and self.latent_channels != encoder.latent_channels:
             raise ValueError(
                 f"latent_channels is {self.latent_channels}, and the dwt encoder gives "
-                f"{self.encoder.latent_channels}: set latent_channels="
-                f"{self.encoder.latent_channels}, or change encoder.levels"
+                f"{encoder.latent_channels}: set latent_channels={encoder.latent_channels}, "
+                "or change encoder.levels"
             )
         return self
 
     def check_size(self, side: int) -> None:
-        """Raise LdmError if square images are too small for the encoder's wavelet transform.
-
-        Args:
-            side: in pixels, a multiple of the encoder's downsampling.
-        """
+        """Raise LdmError if images of side² pixels are too small for the wavelet transform."""
         if isinstance(self.encoder, LiteVAEEncoderConfig | DWTEncoderConfig):
             check_size((side, side), self.encoder.depth, self.encoder.wavelet)
+
+
+class DiagonalGaussian:
+    """Posterior over latents: q(z|x) = N(mean, exp(logvar)), independent in every latent value.
+
+    Kingma & Welling 2014 (arXiv 1312.6114). Both are kept in float32, whatever the precision of the
+    encoder.
+
+    Args:
+        mean: (B, n_z, h, w).
+        logvar: (B, n_z, h, w), clamped to [−30, 20] so that its exponential stays finite.
+    """
+
+    def __init__(self, mean: Tensor, logvar: Tensor) -> None:
+        self.mean = mean.float()
+        self.logvar = logvar.float().clamp(-30, 20)
+
+    @classmethod
+    def from_moments(cls, moments: Tensor) -> "DiagonalGaussian":
+        """Build it from an encoder's output (B, 2·n_z, h, w): the mean, then the log-variance."""
+        return cls(*moments.chunk(2, dim=1))
+
+    def sample(
+        self, generator: torch.Generator | None = None, noise: Tensor | None = None
+    ) -> Tensor:
+        """Draw one sample (B, n_z, h, w).
+
+        Args:
+            generator: source of the noise if `noise` is None; None is torch's default.
+            noise: standard normal values (B, n_z, h, w), so that each sample can own its noise.
+
+        Raises:
+            ValueError: noise of another shape, which would broadcast silently.
+        """
+        if noise is None:
+            device = self.mean.device if generator is None else generator.device
+            noise = torch.randn(self.mean.shape, generator=generator, device=device)
+        if noise.shape != self.mean.shape:
+            raise ValueError(f"noise {tuple(noise.shape)} for latents {tuple(self.mean.shape)}")
+        # Kingma & Welling 2014, Section 2.4: z = μ + σ ε
+        return self.mean + torch.exp(0.5 * self.logvar) * noise.to(self.mean)
+
+    def mode(self) -> Tensor:
+        """Most likely latents (B, n_z, h, w)."""
+        return self.mean
+
+    def kl(self) -> Tensor:
+        """KL(q ‖ N(0, I)) of each image (B,), in nats, summed over its latent values."""
+        # Kingma & Welling 2014, Appendix B: ½ Σ (μ² + σ² − 1 − ln σ²)
+        excess = self.mean.square() + self.logvar.exp() - 1 - self.logvar
+        return 0.5 * excess.flatten(1).sum(1)
 
 
 class AutoencoderOutput(NamedTuple):
@@ -184,9 +226,25 @@ class Autoencoder(HubMixin):
         return cast(Autoencoder, fuse(self))
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Autoencoder":
-        """See `load_autoencoder`."""
-        return assemble(read_autoencoder(path), path).to(device).eval()
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        device: str | torch.device = "cpu",
+    ) -> "Autoencoder":
+        """Load a trained autoencoder, in eval mode, from this machine or the Hugging Face Hub.
+
+        Args:
+            name_or_path: a path for `load_autoencoder`, or a repository (`owner/name`) of ours or
+                of a diffusers `AutoencoderKL`.
+            revision: branch, tag or commit of the repository.
+            subfolder: folder of the model inside it, such as `vae`.
+
+        Raises:
+            LdmError: it is neither here nor on the Hub, or cannot be read.
+        """
+        return load_autoencoder(find_pretrained(name_or_path, revision, subfolder), device)
 
 
 def build_autoencoder(preset_or_config: str | AutoencoderConfig, **overrides: Any) -> Autoencoder:
@@ -219,15 +277,11 @@ def load_autoencoder(path: str | Path, device: str | torch.device = "cpu") -> Au
     Raises:
         LdmError: it cannot be read, or its tensors are not those its config describes.
     """
-    return Autoencoder.load(path, device)
+    return assemble(read_autoencoder(path), path).to(device).eval()
 
 
 def assemble(file: AutoencoderFile, path: str | Path) -> Autoencoder:
-    """Build the autoencoder that was read from a path.
-
-    Raises:
-        LdmError: its config is not of this version, or its tensors are not those it describes.
-    """
+    """Build the autoencoder that was read from a path."""
     try:
         config = validate(AutoencoderConfig, file.tree)
     except UsageError as error:

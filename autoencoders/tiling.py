@@ -12,8 +12,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from autoencoders.autoencoder import Autoencoder
-from autoencoders.posterior import DiagonalGaussian
+from autoencoders.autoencoder import Autoencoder, DiagonalGaussian
 from ldm.errors import UsageError
 
 

@@ -26,8 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from autoencoders import Autoencoder
-from autoencoders.posterior import DiagonalGaussian
+from autoencoders import Autoencoder, DiagonalGaussian
 from diffusion.augment import augment, draw_augmentation
 from diffusion.edm import sample_sigma
 from ldm.data import Batch, Source, batches, evaluation_batches

@@ -8,8 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from autoencoders import Autoencoder, load_autoencoder
-from autoencoders.posterior import DiagonalGaussian
+from autoencoders import Autoencoder, DiagonalGaussian, load_autoencoder
 from diffusion import build_network
 from diffusion.edm import EDM, EDMLoss, Uncertainty
 from ldm.checkpoint import ModelFile, fingerprint, save_model

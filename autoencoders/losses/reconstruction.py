@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from autoencoders.posterior import DiagonalGaussian
+from autoencoders.autoencoder import DiagonalGaussian
 from autoencoders.wavelet import haar_dwt
 
 

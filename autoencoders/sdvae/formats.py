@@ -21,8 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoencoders.sdvae.decoder import SDVAEDecoderConfig
-from autoencoders.sdvae.encoder import SDVAEEncoderConfig
+from autoencoders.sdvae.nets import SDVAEDecoderConfig, SDVAEEncoderConfig
 from ldm.checkpoint import shown
 from ldm.errors import LdmError
 from ldm.files import write_atomically

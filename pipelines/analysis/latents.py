@@ -21,7 +21,7 @@ from matplotlib.ticker import NullLocator
 from torch import Tensor
 from torch.nn import functional as F
 
-from autoencoders.posterior import DiagonalGaussian
+from autoencoders import DiagonalGaussian
 from ldm.charts import DIM, INK, WIDTH, colour, drawing, picture_rows, show_image
 from ldm.data import sheet_images
 from ldm.errors import UsageError, check_at_least

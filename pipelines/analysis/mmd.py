@@ -34,7 +34,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from autoencoders.posterior import DiagonalGaussian
+from autoencoders import DiagonalGaussian
 from ldm.charts import drawing, line_style
 from ldm.distributed import from_main
 from ldm.errors import LdmError, UsageError, check_at_least

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from autoencoders.loading import read_autoencoder
+from autoencoders.pretrained import read_autoencoder
 from ldm.charts import drawing, line_style
 from ldm.data import DataConfig, Source, open_source
 from ldm.data.dataset import PHOTOS

@@ -14,10 +14,9 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from autoencoders import Autoencoder
+from autoencoders import Autoencoder, DiagonalGaussian
 from autoencoders.autoencoder import assemble
-from autoencoders.loading import read_autoencoder
-from autoencoders.posterior import DiagonalGaussian
+from autoencoders.pretrained import read_autoencoder
 from ldm.config import Tree, validate
 from ldm.data import DataConfig, Source, evaluation_batches, open_source
 from ldm.data.sources import Part, Split

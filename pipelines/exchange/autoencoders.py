@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from autoencoders.autoencoder import assemble
-from autoencoders.hub import find_pretrained
-from autoencoders.loading import AutoencoderFile, read_autoencoder
+from autoencoders.pretrained import AutoencoderFile, find_pretrained, read_autoencoder
 from autoencoders.sdvae.formats import pick_settings, write_compvis, write_diffusers
 from ldm.checkpoint import Kind, ModelFile, load_model, save_model
 from ldm.config import to_tree

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from autoencoders.autoencoder import assemble
-from autoencoders.loading import AutoencoderFile, read_autoencoder
+from autoencoders.pretrained import AutoencoderFile, read_autoencoder
 from autoencoders.sdvae.formats import COMPVIS_FIRST, COMPVIS_PREFIXES, SCALING_FACTOR
 from diffusion.discrete import DiscreteConfig, DiscreteDenoiser, find_schedule
 from diffusion.formats import read_compvis, read_diffusers, write_diffusers

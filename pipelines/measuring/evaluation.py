@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from autoencoders import AutoencoderConfig
 from autoencoders.autoencoder import assemble
-from autoencoders.loading import read_autoencoder
+from autoencoders.pretrained import read_autoencoder
 from ldm.checkpoint import fingerprint
 from ldm.config import validate
 from ldm.data import DataConfig, Source, open_source

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from autoencoders.autoencoder import assemble
-from autoencoders.loading import read_autoencoder
+from autoencoders.pretrained import read_autoencoder
 from ldm.checkpoint import fingerprint
 from ldm.config import Tree, flatten, validate
 from ldm.data import DataConfig, open_source, sheet_images

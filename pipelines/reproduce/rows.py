@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoencoders import load_autoencoder
-from autoencoders.loading import read_autoencoder
 from autoencoders.losses import LPIPS, find_lpips, load_esrgan
 from autoencoders.losses.perceptual import CONV5_4, ESRGANPerceptual, backbone_file, has_backbone
+from autoencoders.pretrained import read_autoencoder
 from ldm.checkpoint import fingerprint, load_model
 from ldm.data.dataset import PHOTOS, listing_identity
 from ldm.device import name_device, resolve_device

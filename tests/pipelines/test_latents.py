@@ -7,8 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from autoencoders import build_autoencoder
-from autoencoders.posterior import DiagonalGaussian
+from autoencoders import DiagonalGaussian, build_autoencoder
 from diffusion.augment import augment, draw_augmentation
 from diffusion.edm import sample_sigma
 from ldm.checkpoint import fingerprint

@@ -3,9 +3,8 @@ import pytest
 import pywt
 import torch
 
-from autoencoders import build_autoencoder
+from autoencoders import DiagonalGaussian, build_autoencoder
 from autoencoders.dwt import DWTEncoder, DWTEncoderConfig
-from autoencoders.posterior import DiagonalGaussian
 from autoencoders.wavelet import idwt
 from ldm.config import load_preset, resolve, validate
 from ldm.errors import LdmError, UsageError

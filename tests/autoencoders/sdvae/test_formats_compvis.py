@@ -7,7 +7,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from safetensors.torch import save_file
 
 from autoencoders import load_autoencoder
-from autoencoders.loading import read_autoencoder
+from autoencoders.pretrained import read_autoencoder
 from autoencoders.sdvae.formats import (
     COMPVIS_FIRST,
     COMPVIS_PREFIXES,

@@ -8,8 +8,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from autoencoders import build_autoencoder
-from autoencoders.posterior import DiagonalGaussian
+from autoencoders import DiagonalGaussian, build_autoencoder
 from ldm.checkpoint import ModelFile, save_model
 from ldm.config import to_tree
 from ldm.data import DataConfig

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from autoencoders import load_autoencoder
-from autoencoders.posterior import DiagonalGaussian
+from autoencoders import DiagonalGaussian, load_autoencoder
 from ldm.data import DataConfig, evaluation_batches, open_source
 from ldm.errors import UsageError
 from ldm.images import to_float

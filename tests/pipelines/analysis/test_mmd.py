@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
-from autoencoders.posterior import DiagonalGaussian
+from autoencoders import DiagonalGaussian
 from ldm.data import DataConfig
 from ldm.errors import LdmError, UsageError
 from pipelines.analysis import mmd

@@ -1,5 +1,9 @@
-"""SD-VAE's decoder (Rombach et al. 2022), which LiteVAE keeps, with GroupNorm or without."""
+"""SD-VAE's encoder and decoder (Rombach et al. 2022, arXiv 2112.10752).
 
+The encoder is the baseline of LiteVAE's, which keeps the decoder, with GroupNorm or without.
+"""
+
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Literal
 
@@ -8,11 +12,48 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoencoders.cpu import chain, channels_last
-from autoencoders.layers import Norm, ResidualBlock, Upsample, group_norm, middle
+from autoencoders.layers import Downsample, Norm, ResidualBlock, Upsample, group_norm, middle
 from autoencoders.wavelet import haar_idwt
 from ldm.config import Config
 
 
+# --------------------------------------------------------------------------------- encoder
+class SDVAEEncoderConfig(Config):
+    """Widths and depth of SD-VAE's encoder; the defaults are the published kl-f8's."""
+
+    type: Literal["sdvae"] = "sdvae"
+    """Strided convolutions, with attention in the middle."""
+    channels: PositiveInt = 128
+    """Base width, in feature maps."""
+    multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4, 4)
+    """Width of each resolution, as a multiple of `channels`; between two, the image is halved."""
+    blocks: PositiveInt = 2
+    """Residual blocks at each resolution."""
+
+    @property
+    def downsampling(self) -> int:
+        """f, pixels per latent along each side."""
+        return 2 ** (len(self.multipliers) - 1)
+
+
+class SDVAEEncoder(nn.Module):
+    """Images (B, 3, H, W) in [−1, 1] → moments (B, 2·n_z, H/f, W/f): mean, log-variance."""
+
+    def __init__(self, config: SDVAEEncoderConfig, latent_channels: int) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
+        widths = [config.channels, *(config.channels * m for m in config.multipliers)]
+        self.levels = _levels(widths, config.blocks, "group", "downsample", Downsample)
+        self.middle = middle(widths[-1])
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 2 * latent_channels, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = chain(channels_last(images), self.conv_in, *self.levels, self.middle)
+        return chain(x, self.norm_out, F.silu, self.conv_out)
+
+
+# --------------------------------------------------------------------------------- decoder
 class SDVAEDecoderConfig(Config):
     """Widths, depth and normalisation of the decoder; the defaults are the published kl-f8's."""
 
@@ -53,21 +94,17 @@ class SDVAEDecoder(nn.Module):
     def __init__(self, config: SDVAEDecoderConfig, latent_channels: int) -> None:
         super().__init__()
         widths = [config.channels * m for m in reversed(config.multipliers)]
-        last = len(widths) - 1
         self.conv_in = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
         self.middle = middle(widths[0], config.norm)
-        self.levels = nn.ModuleList(
-            UpLevel(in_width, out_width, config.blocks + 1, config.norm, upsample=i < last)
-            for i, (in_width, out_width) in enumerate(pairwise([widths[0], *widths]))
+        self.levels = _levels(
+            [widths[0], *widths], config.blocks + 1, config.norm, "upsample", Upsample
         )
         self.norm_out = group_norm(widths[-1]) if config.norm == "group" else nn.Identity()
         self.wavelet = config.output == "wavelet"
         self.conv_out = nn.Conv2d(widths[-1], 4 * 3 if self.wavelet else 3, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
-        x = self.middle(self.conv_in(channels_last(latents)))
-        for level in self.levels:
-            x = level(x)
+        x = chain(channels_last(latents), self.conv_in, self.middle, *self.levels)
         x = chain(x, self.norm_out, F.silu, self.conv_out)
         if not self.wavelet:
             return x
@@ -76,17 +113,21 @@ class SDVAEDecoder(nn.Module):
         return haar_idwt((low, horizontal, vertical, diagonal))  # 4 × (B, 3, f·h/2, …) → (B, 3, …)
 
 
-class UpLevel(nn.Module):
-    """Residual blocks at one resolution, then a doubling, except at the highest."""
+# ---------------------------------------------------------------------------------- levels
+def _levels(
+    widths: Sequence[int], blocks: int, norm: Norm, change: str, resample: type[nn.Module]
+) -> nn.ModuleList:
+    """Residual blocks at each resolution; `resample`, named `change`, between two resolutions.
 
-    def __init__(
-        self, in_width: int, out_width: int, blocks: int, norm: Norm, upsample: bool
-    ) -> None:
-        super().__init__()
-        widths = [in_width] + blocks * [out_width]
-        self.blocks = nn.Sequential(*(ResidualBlock(a, b, norm) for a, b in pairwise(widths)))
-        self.upsample = Upsample(out_width) if upsample else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in, h, w) → (B, out, 2h, 2w), or (B, out, h, w) at the highest."""
-        return self.upsample(self.blocks(x))
+    Args:
+        widths: of the input, then of each resolution.
+    """
+    levels = nn.ModuleList()
+    for in_width, out_width in pairwise(widths):
+        if levels:
+            levels[-1].add_module(change, resample(in_width))
+        layers = [in_width] + blocks * [out_width]
+        level = nn.Sequential()
+        level.blocks = nn.Sequential(*(ResidualBlock(a, b, norm) for a, b in pairwise(layers)))
+        levels.append(level)
+    return levels

@@ -1,0 +1,293 @@
+"""Trained autoencoders on disk and on the Hugging Face Hub: ours, diffusers' and CompVis's.
+
+`read_autoencoder` tells them apart by content. A folder of ours follows the Hub's conventions:
+
+config.json         library, kind and version, the config, and the usage settings of an import
+model.safetensors   the weights, by our names
+README.md           the model card
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from operator import methodcaller
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from autoencoders.sdvae.formats import (
+    COMPVIS_FIRST,
+    COMPVIS_PREFIXES,
+    DIFFUSERS_FIRST,
+    from_compvis,
+    pick_compvis,
+    pick_settings,
+    read_diffusers,
+    tree_from_compvis,
+)
+from ldm.checkpoint import (
+    is_safetensors,
+    load_model,
+    open_safetensors,
+    read_safetensors,
+    refuse_overstated,
+    shown,
+)
+from ldm.config import to_tree
+from ldm.errors import LdmError, UsageError
+from ldm.files import to_json, write_together
+from ldm.foreign import find_prefix, read_described, read_weights, to_safetensors, weights_files
+from ldm.run_folder import installed_version
+
+LIBRARY, MODEL_TYPE, FORMAT = "ldm", "autoencoder", 1
+WEIGHTS_FILE = "model.safetensors"
+# owner/name, as the Hub allows it, unless it ends like a file
+REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+(?<!\.pt)(?<!\.ckpt)(?<!\.bin)(?<!\.safetensors)")
+LOG_IN = "log in with `hf auth login`"
+# a repository often holds the same weights several times: fetch one copy
+FILES = ("config.json", WEIGHTS_FILE, "diffusion_pytorch_model*.safetensors")
+
+CARD = """---
+library_name: ldm
+tags: [autoencoder, latent-diffusion, {ae.config.encoder.type}]
+---
+
+# An image autoencoder ({ae.config.encoder.type})
+
+Images (3, H, W) in [−1, 1] ↔ latents ({ae.config.latent_channels}, H/{ae.downsampling}, \
+W/{ae.downsampling}); {parameters:,} parameters.
+
+```python
+from autoencoders import Autoencoder
+
+ae = Autoencoder.from_pretrained("this repository")
+latents = ae.encode(images).mode()
+recon = ae.decode(latents)
+```
+"""
+
+
+# ----------------------------------------------------------------------------------- reading
+class AutoencoderFile(NamedTuple):
+    """An autoencoder as read from disk: its config, its weights and where it comes from."""
+
+    tree: dict[str, Any]
+    """Of an `AutoencoderConfig`, not yet validated."""
+    weights: dict[str, Tensor]
+    """By our names."""
+    format: Literal["ldm", "hub", "diffusers", "compvis"]
+    """Ours, ours by the Hub's conventions, diffusers' `AutoencoderKL`, or CompVis's."""
+    files: tuple[Path, ...]
+    """The files that hold the weights."""
+    provenance: dict[str, Any]
+    """Ours: how it was trained, or where it was `imported` from. A folder's config.json: its usage
+    settings, under `imported`."""
+
+
+def read_autoencoder(path: str | Path) -> AutoencoderFile:
+    """Read any format of `load_autoencoder` without building the model.
+
+    Raises:
+        LdmError: it cannot be read, or is none of the known formats.
+    """
+    path = Path(path)
+    if not (path / "ckpt.pt").is_file():  # a run, whatever else lies beside it
+        if (path / "config.json").is_file():
+            return _read_folder(path)
+        if (path / "model_index.json").is_file():
+            raise LdmError(
+                f"{path} is a whole diffusers pipeline: give the folder of its autoencoder, "
+                f"mostly {path / 'vae'} (or --subfolder vae)"
+            )
+    if path.is_file() and (found := _read_compvis(path)):
+        return found
+    model = load_model(path, "autoencoder")
+    file = path / "ckpt.pt" if path.is_dir() else path
+    return AutoencoderFile(model.config, model.weights, "ldm", (file,), model.provenance)
+
+
+def _read_folder(folder: Path) -> AutoencoderFile:
+    described = read_described(folder / "config.json")
+    if described.get("library_name") == LIBRARY:
+        return _read_ours(folder, described)
+    tree, weights = read_diffusers(folder, described)
+    settings = {"imported": pick_settings(described)}
+    return AutoencoderFile(tree, weights, "diffusers", tuple(weights_files(folder)), settings)
+
+
+def _read_ours(folder: Path, described: Mapping[str, Any]) -> AutoencoderFile:
+    kind, form, tree = (described.get(key) for key in ("model_type", "format", "config"))
+    if kind != MODEL_TYPE or not isinstance(tree, dict):
+        raise LdmError(f"{folder}/config.json describes no autoencoder, but a model_type {kind!r}")
+    if not isinstance(form, int) or form > FORMAT:
+        raise LdmError(
+            f"{folder} has format {shown(form)}, this version reads up to {FORMAT}: upgrade ldm"
+        )
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise LdmError(f"{folder} holds no {WEIGHTS_FILE}: copy or fetch it again")
+    settings = {"imported": pick_settings(described.get("imported"))}
+    return AutoencoderFile(tree, read_safetensors(path), "hub", (path,), settings)
+
+
+def _read_compvis(path: Path) -> AutoencoderFile | None:
+    """A CompVis checkpoint; None where the file may be ours."""
+    if path.suffix == ".json":
+        raise LdmError(f"{path} is a config without weights: give its folder, {path.parent}")
+    if is_safetensors(path):
+        with open_safetensors(path) as file:
+            if "ldm" in (file.metadata() or {}):
+                return None
+    weights = read_weights(path)
+    prefix = find_prefix(weights, COMPVIS_PREFIXES, COMPVIS_FIRST)
+    if prefix is None:
+        _refuse_other_names(weights, path)
+        return None
+    try:
+        theirs = pick_compvis(weights, prefix)
+        tree = tree_from_compvis(theirs)
+    except LdmError as error:
+        raise LdmError(f"{path} cannot be read: {error}") from error
+    refuse_overstated(theirs, path)
+    # cloned: they are to outlive the file that they lie in
+    ours = {name: tensor.clone() for name, tensor in from_compvis(theirs).items()}
+    return AutoencoderFile(tree, ours, "compvis", (path,), {})
+
+
+def _refuse_other_names(names: Iterable[str], path: Path) -> None:
+    """Refuse weights that lack a config, or have an unknown prefix."""
+    folder = ": give the folder of the model, with its config.json"
+    if (path.parent / "config.json").is_file():
+        folder = f": give its folder, {path.parent}"
+    for name in names:
+        if name.endswith(DIFFUSERS_FIRST):
+            if not is_safetensors(path):
+                folder = ": save the model as a folder by diffusers' save_pretrained, and give that"
+            raise LdmError(f"{path} holds weights of diffusers, without a config{folder}")
+        if name.endswith(f".{COMPVIS_FIRST}"):
+            raise LdmError(
+                f"{path} holds an autoencoder's weights under the unknown prefix "
+                f"{name.removesuffix(COMPVIS_FIRST)!r}: save its state_dict without that prefix"
+            )
+    if is_safetensors(path):
+        raise LdmError(f"{path} holds weights without a config{folder}")
+
+
+# ----------------------------------------------------------------------------------- the Hub
+class HubMixin(nn.Module):
+    """The Hub's two methods of writing, for an autoencoder."""
+
+    config: Any
+    downsampling: int
+
+    def save_pretrained(
+        self, folder: str | Path, imported: Mapping[str, Any] | None = None
+    ) -> list[Path]:
+        """Write config.json, model.safetensors and, unless there is one, a model card.
+
+        Args:
+            imported: the config that the model came with from another toolkit; its usage settings
+                are kept.
+
+        Returns:
+            The files written.
+
+        Raises:
+            LdmError: the folder cannot be written.
+        """
+        described = {
+            "library_name": LIBRARY,
+            "model_type": MODEL_TYPE,
+            "format": FORMAT,
+            "version": installed_version(LIBRARY),
+            "config": to_tree(self.config),
+        }
+        if settings := pick_settings(imported):
+            described["imported"] = settings
+        files, readme = {}, Path(folder, "README.md")
+        if not readme.exists():  # keep a card that somebody wrote
+            parameters = sum(p.numel() for p in self.parameters())
+            files[readme] = CARD.format(ae=self, parameters=parameters).encode()
+        files[Path(folder, WEIGHTS_FILE)] = to_safetensors(self.state_dict())
+        files[Path(folder, "config.json")] = to_json(described)
+        write_together({path: methodcaller("write", content) for path, content in files.items()})
+        return list(reversed(files))
+
+    def push_to_hub(self, repo_id: str, private: bool = False, token: str | None = None) -> str:
+        """Save to a repository of the Hub, created if needed, and return its address.
+
+        A model card that is there stays.
+
+        Args:
+            repo_id: `owner/name`.
+            private: create it as a private repository.
+            token: of an account that may write there; None: that of `hf auth login`.
+
+        Raises:
+            LdmError: the Hub could not be reached, or refused.
+        """
+        import huggingface_hub as hub
+
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            try:
+                url = hub.create_repo(repo_id, token=token, private=private, exist_ok=True)
+                if hub.file_exists(repo_id, "README.md", token=token):
+                    Path(folder, "README.md").unlink()
+                hub.upload_folder(
+                    repo_id=repo_id, folder_path=folder, token=token,
+                    commit_message="Upload an autoencoder",
+                )  # fmt: skip
+            except Exception as error:  # the client lets through whatever its own libraries raise
+                raise LdmError(
+                    f"could not push to {repo_id} on the Hugging Face Hub ({_brief(error)}): check "
+                    f"the connection and the name, and {LOG_IN}"
+                ) from error
+        return str(url)
+
+
+def find_pretrained(
+    name_or_path: str | Path, revision: str | None = None, subfolder: str | None = None
+) -> Path:
+    """Find the file or folder of that name, or fetch the Hub repository of that name."""
+    path, subfolder = Path(name_or_path), (subfolder or "").strip("/")
+    if path.exists():
+        if revision:
+            raise UsageError(
+                f"{path} is on this machine: only a repository of the Hub has a revision"
+            )
+        return path / subfolder
+    if not REPOSITORY.fullmatch(str(name_or_path)):
+        raise LdmError(
+            f"no model at {name_or_path}: it is no file or folder here, nor the name of a "
+            "repository on the Hugging Face Hub (owner/name)"
+        )
+    path = _fetch(str(name_or_path), revision, subfolder) / subfolder
+    if not (path / "config.json").is_file():
+        raise LdmError(
+            f"{name_or_path} on the Hugging Face Hub holds no {subfolder or '.'}/config.json: "
+            "name the folder that has one, in a pipeline mostly vae, as its subfolder"
+        )
+    return path
+
+
+def _fetch(repo_id: str, revision: str | None, subfolder: str) -> Path:
+    import huggingface_hub as hub
+
+    wanted = [f"{subfolder}/{name}" if subfolder else name for name in FILES]
+    try:
+        return Path(hub.snapshot_download(repo_id, revision=revision, allow_patterns=wanted))
+    except Exception as error:  # the client lets through whatever its own libraries raise
+        # the Hub asks for a login for a name that does not exist, too
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        raise LdmError(
+            f"{repo_id} is no file or folder here, and could not be fetched from the Hugging Face "
+            f"Hub ({_brief(error)}): check name and connection, "
+            f"{f'{LOG_IN}, ' if status in (401, 403) else ''}or give a folder on this machine"
+        ) from error
+
+
+def _brief(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return ": ".join([type(error).__name__, *(line.strip().rstrip(".:") for line in lines[:1])])
