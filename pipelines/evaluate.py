@@ -22,12 +22,11 @@ from ldm.data.loader import FaultCount, stop_if_too_many
 from ldm.data.sources import Split
 from ldm.device import keep_freed_memory, memory_format
 from ldm.distributed import fail_together, from_main, join_processes
-from ldm.errors import UsageError
+from ldm.errors import check_at_least
 from ldm.files import write_json
 from ldm.logbook import console, show_progress
 from ldm.metrics.inception import Extractor
 from ldm.run_folder import installed_version, newest_run, provenance
-from pipelines.measuring.checks import check_writable
 from pipelines.measuring.evaluation import (
     FORMAT,
     NUMBERS,
@@ -41,6 +40,7 @@ from pipelines.measuring.statistics import (
     NEAREST,
     MeasureOptions,
     SetStatistics,
+    check_writable,
     compare_sets,
     describe_extractor,
     find_extractor,
@@ -49,12 +49,9 @@ from pipelines.measuring.statistics import (
 )
 from pipelines.validation import Scores, reconstruct
 
-OF_FEATURES = ("rfid", "kid", "precision", "recall")
-"""The numbers that need an extractor."""
-NO_FID = "--no-fid"
-"""The reason for their absence where the user has left them out."""
-PACKAGES = ("clean-fid", "lpips", "pillow", "torchvision")
-"""Packages that numbers depend on, besides those of all provenance."""
+OF_FEATURES = ("rfid", "kid", "precision", "recall")  # the numbers that need an extractor
+NO_FID = "--no-fid"  # the reason for their absence where the user has left them out
+PACKAGES = ("clean-fid", "lpips", "pillow", "torchvision")  # that numbers depend on
 
 
 class Metrics(NamedTuple):
@@ -79,11 +76,10 @@ def evaluate_checkpoints(
     Images are centre-cropped to each resolution, never mirrored; reconstructions are the
     posterior's mode, in float32, rounded to 8 bits. PSNR, SSIM and LPIPS are means over images.
     rFID, KID, precision and recall compare Inception's features of all originals with those of
-    all reconstructions; SWD compares patches of both, of 16,384 images at most. Under a distributed
-    launch the processes share the images, and all return the same.
-
-    Numbers whose weights are unavailable are left out, as is an rFID over fewer images than
-    features; the result gives the reasons.
+    all reconstructions; SWD compares patches of both, of 16,384 images at most. Numbers whose
+    weights are unavailable are left out, as is an rFID over fewer images than features; the result
+    gives the reasons. Under a distributed launch the processes share the images, and all return
+    the same.
 
     Args:
         models: stage-one files or folders, ours or others', as `load_autoencoder` takes them;
@@ -105,9 +101,7 @@ def evaluate_checkpoints(
             weights cannot be read; held-out images were trained on; or numbers are not finite.
     """
     how = MeasureOptions(batch_size=batch_size, **options)
-    for resolution in resolutions or []:
-        if resolution < 1:
-            raise UsageError(f"--resolution {resolution}: it must be at least 1")
+    check_at_least(1, resolution=min(resolutions or [1]))
     ranks, device = join_processes(str(how.device))
     keep_freed_memory(device)
     chosen = list(dict.fromkeys(map(Path, models)))
@@ -123,15 +117,10 @@ def evaluate_checkpoints(
             with fail_together(ranks):
                 ae = load_autoencoder(job.model, device).to(memory_format=memory_format(device))
         done.append(_measure(ae, job, path, how, metrics, device, ranks))
-        from_main(ranks, lambda: _write(done, together=how.out is not None))
+        trees = [each.to_tree() for each in done]
+        tree = {"format": FORMAT, "evaluations": trees} if how.out else trees[-1]
+        from_main(ranks, partial(write_json, path, tree))
     return done
-
-
-def _write(evaluations: Sequence[Evaluation], together: bool) -> None:
-    """Write the last evaluation to its file; or all of them, `together` in one file."""
-    trees = [each.to_tree() for each in evaluations]
-    tree = {"format": FORMAT, "evaluations": trees} if together else trees[-1]
-    write_json(evaluations[-1].path, tree)
 
 
 def load_metrics(
@@ -141,9 +130,7 @@ def load_metrics(
     ranks: PartialState,
     lpips: LPIPS | None = None,
 ) -> Metrics:
-    """Load LPIPS, unless it is given, and a feature extractor, as far as their weights are
-    available. A user's own extractor is tried on images of edge `resolution`.
-    """
+    """Load LPIPS, unless it is given, and a feature extractor, if their weights are available."""
     missing = {}
     if lpips is None:
         load = partial(load_lpips, device, instead="continue without it, as here")
@@ -190,26 +177,25 @@ def _measure(
     real, fake = (gather_statistics(side, ranks) for side in (real, fake))
 
     def conclude() -> Evaluation:
-        everything = Scores()
-        corrupt: dict[str, str] = {}
+        everything, corrupt = Scores(), {}
         for share, found in shares:
             everything.merge(share)
             corrupt |= found
         stop_if_too_many(corrupt, total)
-        settings = {
+        means, count = everything.means(), everything.count  # no image at all is an error
+        distances = compare_sets(fake, real, device)
+        numbers, about = _conclude(job, means, distances, count, metrics, how.force)
+        about |= {
             "limit": how.limit,
             "corrupt": len(corrupt),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "processes": world,
             "batch_size": how.batch_size,
+            **provenance(),
         }
-        means = everything.means()  # of no image at all, this says so
-        distances = compare_sets(fake, real, device)
-        each = everything.in_order()
-        numbers, about = _conclude(job, means, distances, len(each["k"]), metrics, how.force)
-        about |= settings | provenance()
         about["versions"] |= {name: installed_version(name) for name in PACKAGES}
-        return Evaluation(job.model, job.resolution, len(each["k"]), numbers, about, path, each)
+        each = everything.in_order()
+        return Evaluation(job.model, job.resolution, count, numbers, about, path, each)
 
     found: Evaluation = from_main(ranks, conclude)
     missing = found.about["missing"].items()
@@ -226,13 +212,10 @@ def _conclude(
     force: bool,
 ) -> tuple[dict[str, float | None], dict[str, Any]]:
     """The numbers, without those that mean nothing, and what they depend on."""
-    numbers: dict[str, float | None] = dict.fromkeys(NUMBERS) | means
-    numbers |= {name: distances[name] for name in ("kid", "precision", "recall")}
-    numbers |= {"rfid": distances["fid"], "swd": distances["swd"]["mean"]}
-    missing, doubtful, notes = dict(metrics.missing), {}, []
-    if job.seen["note"]:
-        notes.append(job.seen["note"])
-    extractor = metrics.extractor
+    known = distances | means | {"rfid": distances["fid"], "swd": distances["swd"]["mean"]}
+    numbers = {name: known.get(name) for name in NUMBERS}
+    missing, doubtful, extractor = dict(metrics.missing), {}, metrics.extractor
+    notes = [job.seen["note"]] if job.seen["note"] else []
     if extractor is not None and count <= NEAREST:
         extractor = None
         numbers |= dict.fromkeys(OF_FEATURES)

@@ -8,55 +8,60 @@
 <model>/fid/seed0-steps18-n5000.json the result for samples straight from a model
 """
 
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from accelerate import PartialState
 
-from ldm.config import validate
-from ldm.data import DataConfig
+from ldm.data import DataConfig, Source, holds_out, open_source
+from ldm.data.dataset import PHOTOS
 from ldm.data.sources import Split
+from ldm.data.transforms import NOT_RESIZED
 from ldm.distributed import fail_together, from_main, join_processes
 from ldm.errors import LdmError, UsageError
 from ldm.files import read_json, write_json
 from ldm.logbook import console
-from ldm.metrics.fid import bootstrap_fid
 from ldm.metrics.inception import Extractor
 from ldm.run_folder import provenance
-from pipelines.measuring.checks import (
-    check_writable,
-    describe_limits,
-    find_copies,
-    find_issues,
-    join_words,
-    name_data,
-    resolve,
-    samples_filter,
-)
 from pipelines.measuring.reference import (
     PUBLISHED,
     ImageReference,
     Reference,
     choose_data,
+    find_filter,
+    is_same,
+    name_data,
+    native_size,
     open_statistics,
+    read_preparation,
+    shorter_sides,
 )
 from pipelines.measuring.statistics import (
     SWD_IMAGES,
     MeasureOptions,
     SetStatistics,
     accumulate,
+    check_writable,
     compare_sets,
     describe_extractor,
     find_extractor,
+    find_shared,
+    join_words,
     pack_hashes,
+    refuse,
 )
-from pipelines.sampling.sample_folder import newest_samples
-from pipelines.sampling.source import ModelSamples, SampleFolder, Samples
+from pipelines.sampling.model import ModelSamples
+from pipelines.sampling.sample_folder import (
+    SampleFolder,
+    Samples,
+    is_lossy,
+    newest_samples,
+    trained_on,
+)
 
 FORMAT = 2
 FID_50K = 50_000  # the usual number in papers
@@ -76,15 +81,13 @@ def measure_fid(
 ) -> dict[str, Any]:
     """Measure samples against one split of a data set, or statistics; write and return the result.
 
-    The reference's images are centre-cropped to the samples' size, never mirrored. The eight
-    built-in photographs are large, so random crops of them are used, as many as there are samples
-    (split val: its tiles). Statistics of a reference are kept, and reused where the data is the
-    same to the byte (see `pipelines.measuring.reference`).
+    The reference's images are centre-cropped to the samples' size, never mirrored; of the eight
+    built-in photographs there are as many random crops as samples (split val: its tiles). Their
+    statistics are kept, and reused where the data is the same to the byte.
 
     FID (Heusel et al. 2017) is over all images of both sides, KID (Bińkowski et al. 2018) and
     precision and recall (Kynkäänniemi et al. 2019) over at most 10,000 features of either, the
-    sliced Wasserstein distance (Karras et al. 2018) over equally many images of each, drawn at
-    random.
+    sliced Wasserstein distance (Karras et al. 2018) over equally many random images of each.
 
     Args:
         samples: a folder of `ldm sample` or of PNGs, a zip, or shards; None: the newest.
@@ -116,10 +119,15 @@ def measure_fid(
         if one is not None and other is not None:
             raise UsageError(f"{names} exclude each other: give one of them")
     fake = _open_samples(samples, model, sampling or {}, how)
-    if isinstance(data, DataConfig):
-        return _measure(fake, data, split, how.out or fake.result_path, how)
-    against, name = (reference, reference) if reference else _choose_data(data, fake)
-    out = how.out or fid_path(fake.result_path, name, split, how)
+    own, needed = None, data is None and reference is None
+    with nullcontext() if needed else suppress(UsageError):  # settings of another version
+        own = trained_on(fake)
+    against = reference or choose_data(data, own)
+    if against is None:
+        raise UsageError(f"{fake.path} does not name its model's training data: give --data")
+    out = how.out or fake.result_path
+    if how.out is None and not isinstance(data, DataConfig):
+        out = fid_path(out, reference or (None if against is own else data), split, how)
     return _measure(fake, against, split, out, how)
 
 
@@ -135,24 +143,6 @@ def _open_samples(
     return SampleFolder(samples or newest_samples(), how.limit, archives=True)
 
 
-def _choose_data(data: str | None, samples: Samples) -> tuple[DataConfig, str | None]:
-    """The named data, or the samples' own; and its name, None for the samples' own."""
-    own = None
-    with nullcontext() if data is None else suppress(UsageError):  # of another version
-        own = _trained_on(samples)
-    chosen = choose_data(data, own)
-    if chosen is None:
-        raise UsageError(f"{samples.path} does not name its model's training data: give --data")
-    return chosen, None if chosen is own else data
-
-
-def _trained_on(samples: Samples) -> DataConfig | None:
-    """The training data of the samples' model, where they name it; a UsageError where its settings
-    are of another version."""
-    data = (samples.made_with or {}).get("data")
-    return None if data is None else validate(DataConfig, data)
-
-
 def _measure(
     samples: Samples, against: DataConfig | str, split: Split | None, out: Path, how: MeasureOptions
 ) -> dict[str, Any]:
@@ -161,13 +151,16 @@ def _measure(
         raise UsageError("--bootstrap is for one process: run without torchrun")
     from_main(ranks, lambda: check_writable(out))
     extractor, missing = find_extractor(how, samples.resolution, device, ranks)
-    trained_on = None
+    own = None
     with fail_together(ranks):
-        with suppress(UsageError):  # of another version: then it is not known
-            trained_on = _trained_on(samples)
-        reference = _open_reference(against, split, samples, extractor, missing, how.limit)
-        issues = find_issues(samples, reference, trained_on, extractor, split)
-        warnings = resolve(issues, how.force)
+        with suppress(UsageError):  # settings of another version
+            own = trained_on(samples)
+        if isinstance(against, DataConfig):
+            side, chosen = samples.resolution, split or DEFAULT_SPLIT
+            reference: Reference = ImageReference(against, chosen, side, len(samples), how.limit)
+        else:
+            reference = open_statistics(against, extractor, missing)
+        warnings = refuse(find_issues(samples, reference, own, extractor, split), how.force)
     if ranks.is_main_process:
         console.print(f"measuring {samples.what} against {reference.what}", markup=False)
 
@@ -182,11 +175,10 @@ def _measure(
     fake = accumulate(samples, ranks, extractor, every_feature=how.bootstrap > 0, **one_pass)
 
     def conclude() -> dict[str, Any]:
-        copies = resolve(find_copies(samples, fake, real), how.force)
-        limits = resolve(describe_limits(reference, extractor, how.features is None), how.force)
+        copies = refuse(find_copies(samples, fake, real), how.force)
         result = {
             "format": FORMAT,
-            **_numbers(fake, real, device, how.bootstrap),
+            **compare_sets(fake, real, device, how.bootstrap),
             "fid_missing": missing,
             "mode": how.mode if how.features is None else None,
             "resolution": samples.resolution,
@@ -195,16 +187,14 @@ def _measure(
                 "what": samples.what,
                 "count": fake.count,
                 "made_with": samples.made_with,
-                "filter": samples_filter(samples, trained_on),
+                "filter": samples_preparation(samples, own)[0],
                 # equal for the same images in the same order
-                "fingerprint": sha256(pack_hashes(fake.hashes or {})).hexdigest(),
+                "fingerprint": sha256(pack_hashes(fake.hashes)).hexdigest(),
             },
-            "reference": reference.about
-            | {"split_asked": split, "count": real.count}
-            | real.origin,
+            "reference": reference.about | {"split_asked": split, "count": real.count},
             "extractor": describe_extractor(extractor),
             "forced": how.force,
-            "warnings": [*warnings, *copies, *limits],
+            "warnings": [*warnings, *copies, *find_limits(reference, extractor)],
             **provenance(),
         }
         result["versions"] |= {name: version(name) for name in ("clean-fid", "pillow")}
@@ -227,40 +217,123 @@ def _report(result: dict[str, Any], ranks: PartialState) -> dict[str, Any]:
     return result
 
 
-def _open_reference(
-    against: DataConfig | str,
-    split: Split | None,
+# ------------------------------------------------------------------------- checks of a comparison
+def find_issues(
     samples: Samples,
+    reference: Reference,
+    own: DataConfig | None,
     extractor: Extractor | None,
-    missing: str | None,
-    limit: int | None,
-) -> Reference:
-    if isinstance(against, DataConfig):
-        chosen = split or DEFAULT_SPLIT
-        return ImageReference(against, chosen, samples.resolution, len(samples), limit)
-    if extractor is None:
-        # statistics are of features alone
-        raise LdmError(f"{against}: {missing}")
-    return open_statistics(against, extractor)
+    split: Split | None,
+) -> Iterator[str]:
+    """Check a comparison before anything is computed; images of another size are an LdmError.
+
+    `own` is the training data of the samples' model, as far as known; `split` the one named.
+    """
+    side, other = samples.resolution, reference.resolution
+    if side != other:
+        raise LdmError(
+            f"{reference.what} are {other}×{other} and the samples {side}×{side}: "
+            "FID between sizes measures the resizing; give a reference of the samples' size"
+        )
+    if extractor is not None and min(len(samples), len(reference)) < extractor.dim:
+        yield (
+            f"FID over {len(samples):,} samples and {len(reference):,} images is biased upwards, "
+            f"and with fewer than {extractor.dim:,}, one per feature, the covariance is singular: "
+            "give more images, or compare it only with FIDs over as many"
+        )
+    if (
+        own is not None
+        and split is None
+        and reference.split == "all"
+        and is_same(reference.config, own.source)
+        and not holds_out(own)
+    ):
+        yield (
+            f"{reference.what} are all images that the model was trained on, and none is held out: "
+            "a model that memorised them would score best; if that is intended, as in many papers, "
+            "give --split train"
+        )
+    ours, are_crops = samples_preparation(samples, own)
+    if ours and reference.filter and ours != reference.filter:
+        yield (
+            f"{reference.what} were downsampled by {reference.filter}, and the samples' training "
+            f"images by {ours}: FID between them measures the filter; prepare both with the same "
+            "--filter"
+        )
+    # a reference that was not downsampled may be crops that the user has cut
+    if are_crops and reference.filter:
+        yield (
+            f"{reference.what} are whole images, downsampled, and the model was trained on crops "
+            "of larger ones at native size (data.crop=random): FID between them measures the crop; "
+            f"give --data of such crops, {side}×{side} each"
+        )
+    name = reference.source and find_compressed(reference.source, reference.resolution)
+    if name is not None:
+        yield (
+            f"{name} is compressed at the size of the comparison, and the samples are not: FID "
+            "between JPEG and PNG measures the compression; give uncompressed reference images"
+        )
 
 
-# ------------------------------------------------------------------------------- the result
-def _numbers(
-    fake: SetStatistics, real: SetStatistics, device: torch.device, draws: int
-) -> dict[str, Any]:
-    numbers = compare_sets(fake, real, device)
-    interval = None
-    if fake.every_feature and real.features is not None:
-        features, statistics = np.concatenate(fake.every_feature), real.features.statistics
-        interval = bootstrap_fid(features, statistics, numbers["fid"], draws)._asdict()
-    return {"fid": numbers.pop("fid"), "fid_interval": interval, **numbers}
+def samples_preparation(samples: Samples, own: DataConfig | None) -> tuple[str | None, bool]:
+    """Return the filter of prepared samples, or of the training images, and if these were crops.
+
+    The built-in photographs do not count as crops: a reference of them is made of crops as well.
+    """
+    if samples.made_with is None and samples.path.is_dir():
+        prepared = read_preparation(DataConfig(source=str(samples.path.resolve())))
+        if prepared and prepared["filter"] != NOT_RESIZED:
+            return prepared["filter"], False
+    with suppress(LdmError):  # the data is gone
+        if own is not None:
+            source = open_source(own, "all", samples.resolution)
+            crops = own.crop == "random" and own.source != PHOTOS
+            crops = crops and native_size(own, source) > samples.resolution
+            return find_filter(own, source, samples.resolution), crops
+    return None, False
 
 
+def find_compressed(source: Source, resolution: int) -> str | None:
+    """Return the name of an image that is lossy at the very size at which it is compared."""
+    # downsampling removes the traces of compression with the details
+    lossy = [i for i in range(len(source)) if is_lossy(source.name(i))]
+    sides = shorter_sides(source, lossy)
+    return next((source.name(i) for i, side in sides if side == resolution), None)
+
+
+def find_copies(samples: Samples, fake: SetStatistics, real: SetStatistics) -> Iterator[str]:
+    """Check that no sample is an image of the reference, as far as its images are known."""
+    copies = find_shared(fake.hashes, real.hashes)
+    if copies:
+        yield (
+            f"{len(copies):,} of {len(samples):,} samples (such as {samples.name(copies[0])}) are "
+            "images of the reference, bit for bit, and a set is near itself whatever the model: "
+            "remove the copies, or give a reference without them"
+        )
+
+
+def find_limits(reference: Reference, extractor: Extractor | None) -> Iterator[str]:
+    """Yield what limits the use of the numbers, without making them wrong."""
+    if extractor is not None and not extractor.is_published:
+        yield (
+            "the network is not the published Inception (another SHA-256): compare this FID only "
+            "with others of the same file"
+            if extractor.mode is not None
+            else f"the features are of {extractor.name}, not Inception: compare these numbers only "
+            "with others of the same function and weights, not with published FIDs and KIDs"
+        )
+    if reference.source is None:
+        yield (
+            "no SWD: it compares patches of images, and the reference is statistics without "
+            "images; give the images with --data"
+        )
+
+
+# ------------------------------------------------------------------------------- result files
 def fid_path(plain: Path, other: str | None, split: Split | None, how: MeasureOptions) -> Path:
     """Return the file of a measurement: `plain`, with a word for each non-default setting.
 
-    Args:
-        other: the data or statistics to compare with; None: the samples' own data.
+    `other` names the data or statistics to compare with; None: the samples' own data.
     """
     words = [
         *([] if other is None else [other if other in PUBLISHED else name_data(other)]),

@@ -15,21 +15,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldm.config import to_tree, validate
+from ldm.config import to_tree
 from ldm.data import DataConfig, Source, evaluation_batches, holds_out, open_source
 from ldm.data.loader import FaultCount
 from ldm.data.photos import PhotoSource
 from ldm.data.sources import load_at_least
 from ldm.data.transforms import CorruptImage, center_crop, mirror
 from ldm.device import resolve_device
-from ldm.errors import LdmError, UsageError
+from ldm.errors import LdmError, UsageError, check_at_least
 from ldm.files import write_json
 from ldm.images import save_grid, to_float
 from ldm.logbook import console, progress_bar
 from ldm.run_folder import provenance
 from pipelines.sampling.model import LatentModel
-from pipelines.sampling.sample_folder import NEIGHBOURS, newest_samples
-from pipelines.sampling.source import SampleFolder
+from pipelines.sampling.sample_folder import (
+    NEIGHBOURS,
+    SampleFolder,
+    is_same_model,
+    newest_samples,
+    trained_on,
+)
 
 Space = Literal["latents", "pixels"]
 Embed = Callable[[Tensor], Tensor]
@@ -67,18 +72,15 @@ def find_neighbours(
             its training, as far as this data allows.
         model: of the samples, for "latents"; None: the one that they name.
     """
-    for name, value in (("--count", count), ("--nearest", nearest), ("--batch-size", batch_size)):
-        if value < 1:
-            raise UsageError(f"{name} {value}: it must be at least 1")
+    check_at_least(1, count=count, nearest=nearest, batch_size=batch_size)
     where = resolve_device(device)
     folder = SampleFolder(Path(samples or newest_samples()), count, least=1)
     config, train = _open_training_data(folder, data)
     embed = _embedding(space, folder, model, where)
     console.print(f"comparing {folder.path} with {config.source}", markup=False)
 
-    side, ours = folder.resolution, [folder.load(i) for i in range(len(folder))]
-    images = torch.from_numpy(np.stack(ours)).permute(0, 3, 1, 2)
-    queries = [embed(part) for part in images.split(batch_size)]
+    side = folder.resolution
+    queries = [embed(batch.images) for batch in folder.batches(batch_size)]
     if holds_out(config):
         val = open_source(config, "val", side)
         held_out = evaluation_batches(val, side, batch_size, limit=len(folder))
@@ -86,7 +88,10 @@ def find_neighbours(
     stream = _training_images(train, config, side, batch_size)
     distances, crops = _search(torch.cat(queries), stream, embed, config.flip, nearest, len(train))
 
-    rows = [[ours[i], *(_cut(train, crop, side) for crop in crops[i])] for i in range(len(folder))]
+    rows = [
+        [folder.load(i), *(_cut(train, crop, side) for crop in crops[i])]
+        for i in range(len(folder))
+    ]
     sheet = to_float(torch.from_numpy(np.stack([*chain(*rows)])).permute(0, 3, 1, 2))
     save_grid(sheet, folder.path / NEIGHBOURS, columns=len(rows[0]))
     result = _describe(folder, config, train, space, distances, crops)
@@ -137,19 +142,17 @@ def _describe(
 
 # --------------------------------------------------------------------------------- the space
 def _open_training_data(folder: SampleFolder, data: str | None) -> tuple[DataConfig, Source]:
-    made_with = (folder.made_with or {}).get("data")
-    if data is None and made_with is None:
-        raise UsageError(f"{folder.path} does not name its model's training data: give --data")
-    config = validate(DataConfig, made_with or {})
-    if data is not None:
-        config = config.model_copy(update={"source": data})
+    own = trained_on(folder)
+    if data is None:
+        if own is None:
+            raise UsageError(f"{folder.path} does not name its model's training data: give --data")
+        return own, open_source(own, "train", folder.resolution)
+    config = (own or DataConfig()).model_copy(update={"source": data})
     try:
         return config, open_source(config, "train", folder.resolution)
     except UsageError:  # a split, or classes, that this data cannot have
-        if data is None:
-            raise
-    config = config.model_copy(update={"held_out": None, "labels": False})
-    return config, open_source(config, "train", folder.resolution)
+        config = config.model_copy(update={"held_out": None, "labels": False})
+        return config, open_source(config, "train", folder.resolution)
 
 
 def _embedding(space: Space, folder: SampleFolder, path: Path | None, where: torch.device) -> Embed:
@@ -175,7 +178,7 @@ def _load_model(folder: SampleFolder, path: Path | None, where: torch.device) ->
         raise UsageError(f"{folder.path} does not name its model: {instead}")
     path = path or Path(named["path"])
     model = LatentModel.from_pretrained(path, where, "fp32")
-    if not model.matches(named):
+    if not is_same_model(named, model.identifiers):
         raise LdmError(f"{path} is not the model that {folder.path} was sampled from: {instead}")
     side = folder.resolution // model.codec.autoencoder.downsampling
     if model.latent_shape[1:] != (side, side):

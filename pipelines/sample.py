@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -15,17 +15,16 @@ from ldm.distributed import from_main
 from ldm.errors import UsageError
 from ldm.images import save_grid, to_float, to_pil
 from ldm.logbook import console, show_progress
-from pipelines.sampling.model import SamplingJob
+from pipelines.sampling.model import ModelSamples
 from pipelines.sampling.sample_folder import (
     GRID,
-    STORES,
     Files,
-    PngStore,
+    SampleFolder,
+    SampleStore,
     open_for_writing,
     write_labels,
 )
 from pipelines.sampling.settings import Label, integer
-from pipelines.sampling.source import SampleFolder
 
 IN_GRID = 64
 WRITERS = 4
@@ -71,17 +70,17 @@ def sample_images(
         LdmError: a model cannot be read; `out` cannot be written, holds images of another model or
             other settings, or is in use by another process; or a batch is not finite.
     """
-    n, batch_size = integer("--n ", n, least=1), integer("--batch-size ", batch_size, least=1)
-    if files not in STORES:
-        raise UsageError(f"--format {files}: it must be one of {', '.join(STORES)}")
-    job = SamplingJob(
-        model, seed, labels=labels, guide=guide, device=device, precision=precision, **sampling
+    batch_size = integer("--batch-size ", batch_size, least=1)
+    if files not in get_args(Files):
+        raise UsageError(f"--format {files}: it must be one of {', '.join(get_args(Files))}")
+    job = ModelSamples(
+        model, n, seed, labels=labels, guide=guide, device=device, precision=precision, **sampling
     )
     out, ranks = Path(out) if out else job.folder / "samples" / job.slug(files), job.ranks
-    store = STORES[files](out, job.label if job.model.classes.count else None)
+    store = SampleStore(out, files, job.label if job.model.classes.count else None)
     with ExitStack() as held:
         # on the main process, so that its checks come before anyone writes and stop all of them
-        missing = from_main(ranks, lambda: _begin(job, store, files, n, held))
+        missing = from_main(ranks, lambda: _begin(job, store, held))
         batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
         _write_batches(job, store, batches[ranks.process_index :: ranks.num_processes])
         ranks.wait_for_everyone()
@@ -92,10 +91,10 @@ def sample_images(
     return out
 
 
-def _begin(job: SamplingJob, store: PngStore, files: Files, n: int, held: ExitStack) -> list[int]:
+def _begin(job: ModelSamples, store: SampleStore, held: ExitStack) -> list[int]:
     """Open the folder for writing; return the images that it lacks."""
-    classes = job.model.classes
-    announced = open_for_writing(store.out, job.settings | {"files": files}, n, held)
+    n, classes = len(job), job.model.classes
+    announced = open_for_writing(store.out, job.made_with | {"files": store.files}, held)
     if classes.count:
         write_labels(store.out, [job.label(i) for i in range(announced)], classes.names)
     missing = store.missing(n)
@@ -107,7 +106,7 @@ def _begin(job: SamplingJob, store: PngStore, files: Files, n: int, held: ExitSt
     return missing
 
 
-def _write_batches(job: SamplingJob, store: PngStore, batches: Sequence[Sequence[int]]) -> None:
+def _write_batches(job: ModelSamples, store: SampleStore, batches: Sequence[Sequence[int]]) -> None:
     """Sample each batch while the one before is being written."""
     is_main, total = job.ranks.is_main_process, sum(map(len, batches))
     with show_progress("sampling", total, is_main) as advance, ThreadPoolExecutor(WRITERS) as pool:
@@ -131,7 +130,7 @@ def _wait(writing: Sequence[Future]) -> None:
         future.result()  # raises here if the disk is full
 
 
-def _draw_grid(store: PngStore) -> None:
+def _draw_grid(store: SampleStore) -> None:
     """Draw the first images that are there, even if fewer were requested now."""
     gaps = store.missing(IN_GRID)
     shown = gaps[0] if gaps else IN_GRID

@@ -1,1 +1,1 @@
-"""Measuring samples and reconstructions: statistics of sets, references, checks, evaluations."""
+"""Measuring samples and reconstructions: statistics of sets, references, evaluations."""

@@ -8,9 +8,11 @@ autoencoder, data that is missing, sizes that do not fit, held-out images that w
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
 from accelerate import PartialState
 from numpy.typing import NDArray
 
@@ -21,26 +23,23 @@ from ldm.checkpoint import fingerprint
 from ldm.config import validate
 from ldm.data import DataConfig, Source, open_source
 from ldm.data.dataset import PHOTOS
-from ldm.data.sources import Split
-from ldm.distributed import fail_together
+from ldm.data.sources import Part, Split
+from ldm.distributed import fail_together, from_main
 from ldm.errors import LdmError, UsageError
 from ldm.files import to_json
+from ldm.seeds import generator
 from ldm.tables import latex_table, markdown_table, text_table
-from pipelines.measuring.checks import (
-    Issue,
-    Overlap,
-    find_overlap,
+from pipelines.measuring.reference import choose_data, is_same, name_data
+from pipelines.measuring.statistics import (
+    CentreCrops,
+    Hashes,
+    accumulate,
+    find_shared,
     join_words,
-    name_data,
-    resolve,
+    refuse,
 )
-from pipelines.measuring.reference import choose_data, is_same
 
 # ---------------------------------------------------------------------------------------- jobs
-Compared = dict[tuple[DataConfig, DataConfig, int], Overlap | LdmError]
-"""Data measured, data trained on, and the resolution of both → the images that they share, or why
-that is not known."""
-
 SMALLEST = 16  # pixels: LPIPS halves images four times, and SSIM's window has 11
 
 
@@ -78,46 +77,34 @@ def plan_jobs(
     on is split as in training. Images to be measured as held out that were trained on are refused,
     unless forced.
     """
+    jobs: list[EvaluationJob] = []
+    open_once = cache(open_source)
     with fail_together(ranks):
-        jobs = _open(models, data, split, resolutions)
-    compared: Compared = {}
+        for path in models:
+            config, about = _read(path)
+            chosen = choose_data(data, _trained_on(about))
+            phases = (about["trained"].get("recipe") or {}).get("phases")
+            sides = resolutions or ([phases[-1]["resolution"]] if phases else [])
+            if chosen is None or not sides:
+                option = "--data" if chosen is None else "--resolution"
+                raise UsageError(f"{path} does not name its training data: give {option}")
+            for side in dict.fromkeys(sides):
+                _check_resolution(path, config, side)
+                source = open_once(chosen, split, side)
+                jobs.append(EvaluationJob(path, about, chosen, split, side, source, {}))
+    compared: dict[Any, Any] = {}
     return [replace(job, seen=_compare(job, limit, ranks, force, compared)) for job in jobs]
 
 
-def _open(
-    models: Sequence[Path],
-    data: str | DataConfig | None,
-    split: Split,
-    resolutions: Sequence[int] | None,
-) -> list[EvaluationJob]:
-    jobs: list[EvaluationJob] = []
-    opened: dict[tuple[DataConfig, int], Source] = {}
-    for path, config, about in [_read(path) for path in models]:
-        chosen = choose_data(data, _trained_on(about))
-        phases = (about["trained"].get("recipe") or {}).get("phases")
-        sides = resolutions or ([phases[-1]["resolution"]] if phases else [])
-        if chosen is None or not sides:
-            option = "--data" if chosen is None else "--resolution"
-            raise UsageError(f"{path} does not name its training data: give {option}")
-        for side in dict.fromkeys(sides):
-            _check_resolution(path, config, side)
-            if (chosen, side) not in opened:
-                opened[chosen, side] = open_source(chosen, split, side)
-            jobs.append(EvaluationJob(path, about, chosen, split, side, opened[chosen, side], {}))
-    return jobs
-
-
-def _read(path: Path) -> tuple[Path, AutoencoderConfig, dict[str, Any]]:
-    """A model's path, config, and entry in the result; its weights are not kept in memory."""
-    file = read_autoencoder(path)
-    names = ("images_seen", "recipe", "imported")
-    about = {
+def _read(path: Path) -> tuple[AutoencoderConfig, dict[str, Any]]:
+    """A model's config, and its entry in the result; its weights are not kept in memory."""
+    file, names = read_autoencoder(path), ("images_seen", "recipe", "imported")
+    return assemble(file, path).config, {
         "path": str(path),
         "sha256": fingerprint(file.weights),
         "format": file.format,
         "trained": {name: file.provenance[name] for name in names if name in file.provenance},
     }
-    return path, assemble(file, path).config, about
 
 
 def _trained_on(about_model: Mapping[str, Any]) -> DataConfig | None:
@@ -133,21 +120,21 @@ def _check_resolution(path: Path, config: AutoencoderConfig, resolution: int) ->
     try:
         config.check_size(resolution + -resolution % encoder.downsampling)
     except LdmError as error:
-        message = f"--resolution {resolution}: {path} cannot take it: {error}"
-        raise LdmError(message) from error
+        raise LdmError(f"--resolution {resolution}: {path} cannot take it: {error}") from error
 
 
 def _compare(
-    job: EvaluationJob, limit: int | None, ranks: PartialState, force: bool, compared: Compared
+    job: EvaluationJob,
+    limit: int | None,
+    ranks: PartialState,
+    force: bool,
+    compared: dict[Any, Any],
 ) -> dict[str, Any]:
     """Find out whether a job's images were trained on.
 
     The images themselves are compared where they should be held out: those of "val", and all images
-    of other data than the model's own. A model that does not name its training data is taken to
-    have been trained on the training split of the same data.
-
-    Args:
-        compared: results for earlier jobs on the same data at the same resolution; added to.
+    of other data than the model's own; once for two data sets, by `compared`. A model that does not
+    name its training data is taken to have been trained on the training split of the same data.
     """
 
     def seen(held_out: bool | None, note: str | None = None, overlap: Any = None) -> dict[str, Any]:
@@ -176,13 +163,66 @@ def _compare(
     if isinstance(overlap, LdmError):
         return seen(None, f"not known whether {job.model} was trained on these images: {overlap}")
     note = None
-    if overlap.shared:
+    if overlap["shared"]:
         note = (
-            f"{overlap.shared:,} of {overlap.held_out:,} images of {job.data.source}, {job.split}, "
-            f"are also training images of {against.source}, such as {overlap.example}"
+            f"{overlap['shared']:,} of {overlap['held_out']:,} images of {job.data.source}, "
+            f"{job.split}, are also training images of {against.source}, such as "
+            f"{overlap['example']}"
         )
-        resolve([Issue(f"{note}: measure other images")], force)
-    return seen(not overlap.shared, note, overlap._asdict() | {"against": against.source})
+        refuse([f"{note}: measure other images"], force)
+    return seen(not overlap["shared"], note, overlap | {"against": against.source})
+
+
+# ------------------------------------------------------------------------- held-out images
+COMPARED = 10_000
+"""Images of either side that are compared at most, drawn at random from more: that takes a minute
+or so, and finds some of a split that lies wholly among the training images."""
+BATCH = 64
+
+
+def find_overlap(
+    held_out: Source,
+    train: Source,
+    resolution: int,
+    ranks: PartialState,
+    limit: int | None = None,
+    workers: int = 0,
+) -> dict[str, Any]:
+    """Count the held-out images, among the first `limit`, that are training images.
+
+    Hashes of their pixels are compared, cropped as for measuring. A copy under another name, or in
+    another container or lossless format, is found; one that was compressed again is not. The
+    processes share the work, and all return the result.
+    """
+    total = min(len(held_out), limit or len(held_out))
+    chosen = _draw(held_out, total)
+
+    def hashes(part: Part, what: str) -> Hashes:
+        images = CentreCrops(part, resolution, what, len(part))
+        batch_size = BATCH * ranks.num_processes
+        found = accumulate(images, ranks, batch_size=batch_size, workers=workers, swd_images=0)
+        return found.hashes
+
+    ours, theirs = hashes(chosen, "held out"), hashes(_draw(train, len(train)), "trained on")
+
+    def compare() -> dict[str, Any]:
+        found = find_shared(ours, theirs)
+        return {
+            "shared": len(found),
+            "example": chosen.name(found[0]) if found else None,
+            "held_out": len(ours),  # compared,
+            "held_out_of": total,  # of so many
+            "train": len(theirs),
+            "train_of": len(train),
+        }
+
+    return from_main(ranks, compare)
+
+
+def _draw(source: Source, total: int) -> Part:
+    """At most `COMPARED` of a source's first `total` images."""
+    drawn = generator(0, "overlap", total).permutation(total)[:COMPARED]
+    return Part(source, np.sort(drawn))
 
 
 # ------------------------------------------------------------------------------------- results
@@ -216,13 +256,10 @@ class Evaluation:
     """One autoencoder's reconstructions, measured over one split at one resolution.
 
     Attributes:
-        model: the file or folder it was read from.
-        resolution: edge of the images, pixels.
         numbers: each of `NUMBERS`; None where it could not be measured. PSNR is in dB; SWD is
             ×10³, as in its paper, and KID is not.
         about: all that the numbers depend on. `missing` and `doubtful` give the reason by the
             number's name; `notes` are about all numbers.
-        path: its JSON file.
         each: the numbers of every image, as `Scores.in_order` returns them; not in the JSON.
     """
 

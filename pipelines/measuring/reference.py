@@ -13,7 +13,6 @@ import base64
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from hashlib import file_digest, sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -54,6 +53,16 @@ def resolve_source(source: str) -> str | Path:
     return source if source == PHOTOS else Path(source).expanduser().resolve()
 
 
+def name_data(source: str) -> str:
+    """Name a data set in a file name, as in `imagenet-val-1f0c52`."""
+    if source == PHOTOS:
+        return source
+    where = Path(resolve_source(source))
+    # two folders of the path, for many data sets end in /val; and a hash, for many end in x/val
+    digits = sha256(str(where).encode()).hexdigest()[:6]
+    return "-".join([*where.parts[-2:], digits])
+
+
 def is_same(config: DataConfig | None, source: str) -> bool:
     """Test whether a config, if there is one, is of the data set at `source`."""
     return config is not None and resolve_source(config.source) == resolve_source(source)
@@ -79,8 +88,7 @@ def read_preparation(config: DataConfig) -> dict[str, Any] | None:
 
 
 def find_filter(config: DataConfig, source: Source, resolution: int) -> str | None:
-    """Return the filter that the images of a data set are, or were, downsampled with to
-    `resolution`, if they were and it is known."""
+    """Return the filter that images are, or were, downsampled with to `resolution`, if known."""
     if config.source == PHOTOS or config.crop == "random":
         return None  # crops at native size
     prepared = read_preparation(config)
@@ -110,29 +118,28 @@ def shorter_sides(
 
 
 # ------------------------------------------------------------------------ images of a data set
-@dataclass
 class Reference:
     """Real images to compare with, or statistics of them.
 
     Attributes:
-        filter: the filter that the images were downsampled with, where it is known.
-        about: the reference's entry in a result.
+        about: the reference's entry in a result. `filter` is the filter that the images were
+            downsampled with, where it is known.
         known: statistics of images that need not be here.
         config, split, source: the data; None where only statistics are there.
     """
 
-    what: str
-    resolution: int
-    count: int
-    filter: str | None
-    about: dict[str, Any]
-    known: SetStatistics | None = None
     config: DataConfig | None = None
     split: Split | None = None
     source: Source | None = None
 
+    def __init__(
+        self, resolution: int, about: dict[str, Any], known: SetStatistics | None = None
+    ) -> None:
+        self.resolution, self.about, self.known = resolution, about, known
+        self.what, self.filter = about["what"], about["filter"]
+
     def __len__(self) -> int:
-        return self.count
+        return self.about["count"]
 
     def statistics(
         self, ranks: PartialState, extractor: Extractor | None, swd_images: int, **how: Any
@@ -150,7 +157,6 @@ class ImageReference(Reference):
     """
 
     config: DataConfig
-    split: Split
     source: Source
 
     def __init__(
@@ -170,15 +176,16 @@ class ImageReference(Reference):
                 f"{config.source} was prepared at {size}×{size} and the samples are "
                 f"{resolution}×{resolution}: {why}; prepare the data with --size {resolution}"
             )
-        source = open_source(config, split, resolution)
+        self.config, self.split = config, split
+        self.source = open_source(config, split, resolution)
         centred = config.model_copy(update={"crop": "center"})
-        filtered = find_filter(centred, source, resolution)
+        filtered = find_filter(centred, self.source, resolution)
         self.is_crops = config.source == PHOTOS and split != "val"
         if self.is_crops:
             count = samples
             what = f"photos, {split}: {samples} random crops, seed {SEED}"
         else:
-            count = min(len(source), limit or len(source))
+            count = min(len(self.source), limit or len(self.source))
             what = f"{config.source}, {split}: {count} images, centre-cropped"
             what += f", downsampled by {filtered}" if filtered else ""
             if count < 2:
@@ -191,31 +198,27 @@ class ImageReference(Reference):
             "prepared": prepared,
             "filter": filtered,
         }
-        super().__init__(what, resolution, count, filtered, about, None, config, split, source)
+        super().__init__(resolution, about)
 
     def batches(
         self, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
     ) -> Iterator[Batch]:
         """Yield this process's share of the images; more than 1 % corrupt ones are an error."""
         if not self.is_crops:
-            yield from self.part(range(self.count)).batches(batch_size, rank, world, workers)
+            yield from self.part(range(len(self))).batches(batch_size, rank, world, workers)
             return
         unmirrored = self.config.model_copy(update={"flip": False})
-        stop = -(-self.count // batch_size) * batch_size  # whole batches; the last is cut
+        stop = -(-len(self) // batch_size) * batch_size  # whole batches; the last is cut
         for batch in batches(
             self.source, unmirrored, self.resolution, SEED, 0, stop, batch_size, rank, world
         ):
-            wanted = batch.k < self.count
+            wanted = batch.k < len(self)
             if wanted.any():  # of the last batch a process may have none
                 yield Batch(*(part[wanted] for part in batch))
 
     def part(self, indices: range | np.ndarray) -> CentreCrops:
         """Return some of the images, numbered anew; not of random crops."""
-        return CentreCrops(Part(self.source, indices), self.resolution, self.what, self.count)
-
-    def content(self) -> str:
-        """Return the identity of the files with these images, wherever they lie."""
-        return content_identity(self.source, self.count)
+        return CentreCrops(Part(self.source, indices), self.resolution, self.what, len(self))
 
     def statistics(
         self, ranks: PartialState, extractor: Extractor | None, swd_images: int, **how: Any
@@ -228,7 +231,7 @@ class ImageReference(Reference):
         if identity is None:
             return accumulate(self, ranks, extractor, swd_images=swd_images, **how)
         path = statistics_path(identity)
-        origin = {"content": identity["content"], "statistics": str(path)}
+        origin: dict[str, Any] = {"content": identity["content"], "statistics": str(path)}
         kept = _load_kept(path, identity) if ranks.is_main_process else None
         is_kept = from_main(ranks, lambda: kept is not None)
         if is_kept:
@@ -241,7 +244,7 @@ class ImageReference(Reference):
             found = accumulate(self, ranks, extractor, swd_images=swd_images, **how)
             if ranks.is_main_process and not _keep(path, identity, found, self):
                 origin["statistics"] = None
-        found.origin = origin | {"kept": is_kept}
+        self.about |= origin | {"kept": is_kept}
         return found
 
 
@@ -258,7 +261,7 @@ def identify(reference: ImageReference, extractor: Extractor | None) -> dict[str
         return None
     return {
         "format": FORMAT,
-        "content": reference.content(),
+        "content": content_identity(reference.source, len(reference)),
         "split": reference.split,
         "images": len(reference),
         "resolution": reference.resolution,
@@ -269,7 +272,6 @@ def identify(reference: ImageReference, extractor: Extractor | None) -> dict[str
 
 
 def _identify_extractor(extractor: Extractor) -> dict[str, Any]:
-    """The properties that must be equal for the features of two extractors to be compared."""
     return {"sha256": extractor.sha256, "mode": extractor.mode, "dim": extractor.dim}
 
 
@@ -282,7 +284,7 @@ def _keep(
     path: Path, identity: dict[str, Any], found: SetStatistics, reference: ImageReference
 ) -> bool:
     """Write the features and hashes to the cache, and return True, if that is possible."""
-    assert found.features is not None and found.hashes is not None
+    assert found.features is not None
     about = {
         "identity": identity,
         "reference": reference.about,
@@ -303,13 +305,12 @@ def _load_kept(path: Path, identity: dict[str, Any]) -> tuple[FeatureSet, Hashes
         return None
     try:
         features, hashes, about = _read_kept(path)
-        if about["identity"] == identity:
-            return features, hashes
-        damage = f"{path} holds the statistics of another reference"
+        if about["identity"] != identity:
+            raise LdmError(f"{path} holds the statistics of another reference")
+        return features, hashes
     except LdmError as error:
-        damage = str(error)
-    console.print(f"note: {damage}; computing the reference's statistics again", markup=False)
-    return None
+        console.print(f"note: {error}; computing the reference's statistics again", markup=False)
+        return None
 
 
 def _read_kept(path: Path) -> tuple[FeatureSet, Hashes, dict[str, Any]]:
@@ -346,8 +347,15 @@ PUBLISHED = {
 }
 
 
-def open_statistics(name: str, extractor: Extractor) -> Reference:
-    """Open `PUBLISHED` statistics by name, or kept ones by the path of their .npz."""
+def open_statistics(
+    name: str, extractor: Extractor | None, missing: str | None = None
+) -> Reference:
+    """Open `PUBLISHED` statistics by name, or kept ones by the path of their .npz.
+
+    They are of features alone: without an extractor, `missing` is the error.
+    """
+    if extractor is None:
+        raise LdmError(f"{name}: {missing}")
     if name in PUBLISHED:
         return _open_published(name, extractor)
     path = Path(name).expanduser()
@@ -356,10 +364,6 @@ def open_statistics(name: str, extractor: Extractor) -> Reference:
             f"no reference '{name}': give {', '.join(PUBLISHED)}, or a .npz of "
             f"{cache_folder() / 'statistics'}; images are given with --data"
         )
-    return _open_kept(path, extractor)
-
-
-def _open_kept(path: Path, extractor: Extractor) -> Reference:
     try:
         features, hashes, about = _read_kept(path)
     except LdmError as error:
@@ -373,10 +377,10 @@ def _open_kept(path: Path, extractor: Extractor) -> Reference:
             f"features ({other}), and distances between features of two networks mean nothing: "
             "give the same --weights and --mode"
         )
-    entry |= {"statistics": str(path), "content": identity["content"], "kept": True}
+    origin = {"statistics": str(path), "content": identity["content"], "kept": True}
+    entry |= origin | {"count": features.count}
     known = SetStatistics.of_features(features, hashes)
-    side = identity["resolution"]
-    return Reference(entry["what"], side, known.count, entry["filter"], entry, known)
+    return Reference(identity["resolution"], entry, known)
 
 
 def _open_published(name: str, extractor: Extractor) -> Reference:
@@ -402,17 +406,15 @@ def _open_published(name: str, extractor: Extractor) -> Reference:
         raise LdmError(f"{path} holds {moments.dim} features, not {extractor.dim}: delete it")
     features = FeatureSet(extractor.dim, images, kept=0)
     features.statistics = moments
-    what = f"FFHQ at {side}² as clean-fid has it: {images} images"
     entry = {
-        "what": what,
+        "what": f"FFHQ at {side}² as clean-fid has it: {images} images",
         "split": split,
         "count": images,
         "filter": filtered,
         "statistics": str(path),
         "statistics_sha256": digest,
     }
-    known = SetStatistics.of_features(features, None)
-    return Reference(what, side, images, filtered, entry, known)
+    return Reference(side, entry, SetStatistics.of_features(features, {}))
 
 
 def statistics_folders() -> list[Path]:

@@ -5,7 +5,8 @@ network (for FID, KID, precision, recall), patches of some images (for the slice
 distance, which needs no network), and a hash of every image (to find images that two sets share).
 """
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -23,10 +24,11 @@ from torch import Tensor
 from ldm.data import Batch, Source, evaluation_batches
 from ldm.data.loader import FaultCount
 from ldm.distributed import fail_together, from_main
-from ldm.errors import LdmError, UsageError
+from ldm.errors import LdmError, UsageError, check_at_least
 from ldm.logbook import show_progress
 from ldm.metrics import PatchDescriptors, frechet_distance
 from ldm.metrics.features import FeatureSet
+from ldm.metrics.fid import bootstrap_fid
 from ldm.metrics.inception import Extractor, Mode, load_extractor
 from ldm.metrics.mmd import kernel_distance
 from ldm.metrics.precision_recall import precision_recall
@@ -68,9 +70,7 @@ class MeasureOptions:
     out: Path | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("--batch-size", self.batch_size), ("--limit", self.limit)):
-            if value is not None and value < 1:
-                raise UsageError(f"{name} {value}: it must be at least 1")
+        check_at_least(1, batch_size=self.batch_size, limit=self.limit)
         if self.bootstrap < 0 or self.bootstrap == 1:
             raise UsageError(f"--bootstrap {self.bootstrap}: it must be 0, or 2 draws or more")
         if not self.fid and (self.weights or self.features or self.mode != "clean"):
@@ -87,17 +87,15 @@ class MeasureOptions:
 
 
 def find_extractor(
-    options: MeasureOptions, resolution: int, device: torch.device, ranks: PartialState
+    how: MeasureOptions, resolution: int, device: torch.device, ranks: PartialState
 ) -> tuple[Extractor | None, str | None]:
     """Load the feature extractor on all processes, or return the reason for its absence.
 
     Requested weights or features must load; a user's own extractor is tried at `resolution`.
     """
-    load = partial(
-        load_extractor, options.features, options.mode, options.weights, device, resolution
-    )
+    load = partial(load_extractor, how.features, how.mode, how.weights, device, resolution)
     extractor, why = load_on_all(load, ranks)
-    if why is not None and (options.weights is not None or options.features is not None):
+    if why is not None and (how.weights is not None or how.features is not None):
         raise LdmError(why)
     return extractor, why
 
@@ -127,6 +125,36 @@ def describe_extractor(extractor: Extractor | None) -> dict[str, Any] | None:
     """Return an extractor's entry in a result."""
     names = ("name", "sha256", "dim", "is_published")
     return {name: getattr(extractor, name) for name in names} if extractor else None
+
+
+def refuse(issues: Iterable[str], force: bool) -> list[str]:
+    """Raise an LdmError for the first issue; with `force`, return all, for the result."""
+    forced = []
+    for issue in issues:
+        if not force:
+            raise LdmError(f"{issue}; --force measures anyway")
+        forced.append(issue)
+    return forced
+
+
+def join_words(*words: str) -> str:
+    """Join words into a file name without its ending."""
+    return re.sub(r"[^\w.=-]+", "_", "-".join(words)).strip("_-")
+
+
+def check_writable(*paths: Path) -> None:
+    """Refuse result files that could not be written, before hours of work."""
+    for path in paths:
+        if path.is_dir():
+            raise LdmError(f"{path} is a folder: give --out a file, such as {path / 'eval.json'}")
+        beside = path.with_name(f".{path.name}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside.touch()
+            beside.unlink()
+        except OSError as error:
+            message = f"could not write {path} ({error.strerror}): give --out another file"
+            raise LdmError(message) from error
 
 
 # --------------------------------------------------------------------------------- image hashes
@@ -197,12 +225,8 @@ class SetStatistics:
         total: images that all processes together will bring, numbered 0 … total − 1.
         extractor: None leaves the features out.
         swd_images: images to take patches of; 0: none.
-        hashes: keep a hash of every image.
+        hashing: keep a hash of every image.
         every_feature: keep the features of all images, batch by batch, beside their moments.
-
-    Attributes:
-        count: images taken in.
-        origin: where the statistics come from, for the result.
     """
 
     def __init__(
@@ -211,14 +235,13 @@ class SetStatistics:
         resolution: int,
         extractor: Extractor | None = None,
         swd_images: int = SWD_IMAGES,
-        hashes: bool = False,
+        hashing: bool = False,
         every_feature: bool = False,
     ) -> None:
         self.features = FeatureSet(extractor.dim, total, seed=SEED) if extractor else None
         self.patches = PatchDescriptors(resolution, seed=SEED) if swd_images else None
-        self.hashes: Hashes | None = {} if hashes else None
+        self.hashing, self.hashes = hashing, Hashes()
         self.every_feature: list[NDArray[np.float32]] | None = [] if every_feature else None
-        self.origin: dict[str, Any] = {}
         self.count = 0
         # The i-th of the images drawn gives patches at the same places in every set, so that equal
         # sets are at distance 0.
@@ -226,8 +249,8 @@ class SetStatistics:
         self._places[drawn] = torch.arange(len(drawn))
 
     @classmethod
-    def of_features(cls, features: FeatureSet, hashes: Hashes | None) -> "SetStatistics":
-        """Wrap the features, and the hashes if they are known, of images that are not here."""
+    def of_features(cls, features: FeatureSet, hashes: Hashes) -> "SetStatistics":
+        """Wrap the features, and the hashes as far as known, of images that are not here."""
         found = cls(0, 0, swd_images=0)
         found.features, found.hashes, found.count = features, hashes, features.count
         return found
@@ -244,23 +267,18 @@ class SetStatistics:
             self.features.update(features, ks)
             if self.every_feature is not None:
                 self.every_feature.append(features.float().numpy())
-        if self.hashes is not None:
+        if self.hashing:
             self.hashes |= hash_images(images, ks)
 
     def merge(self, other: "SetStatistics") -> None:
         """Take in another process's share of the same set."""
-        ours, theirs = (
-            (side.features is None, side.patches is None, side.hashes is None)
-            for side in (self, other)
-        )
-        if ours != theirs:
+        kept: list[Any] = [(self.features, other.features), (self.patches, other.patches)]
+        if any((mine is None) != (theirs is None) for mine, theirs in kept):
             raise ValueError("cannot merge statistics that keep different things")
-        if self.features and other.features:
-            self.features.merge(other.features)
-        if self.patches and other.patches:
-            self.patches.merge(other.patches)
-        if self.hashes is not None and other.hashes is not None:
-            self.hashes |= other.hashes
+        for mine, theirs in kept:
+            if mine is not None:
+                mine.merge(theirs)
+        self.hashes |= other.hashes
         self.count += other.count
 
 
@@ -283,13 +301,8 @@ def accumulate(
 ) -> SetStatistics:
     """Take in every image of a set once, shared by all processes; for options see `SetStatistics`.
 
-    Args:
-        device: where patches are cut.
-        batch_size: images at a time, over all processes.
-        workers: loader processes.
-
-    Returns:
-        The statistics of all images on the main process, of their own share on the others.
+    `batch_size` is over all processes. The main process returns the statistics of all images, the
+    others those of their share.
     """
     mine = SetStatistics(len(images), images.resolution, extractor, swd_images, True, every_feature)
     # starting processes for a single batch takes longer than loading it
@@ -317,8 +330,12 @@ def gather_statistics(mine: SetStatistics, ranks: PartialState) -> SetStatistics
 
 
 # ------------------------------------------------------------------------------------ distances
-def compare_sets(fake: SetStatistics, real: SetStatistics, device: torch.device) -> dict[str, Any]:
+def compare_sets(
+    fake: SetStatistics, real: SetStatistics, device: torch.device, draws: int = 0
+) -> dict[str, Any]:
     """Compute the distances between a set of generated images and one of real images.
+
+    `draws` resamplings for `fid_interval` need every feature of the generated images.
 
     Returns:
         `fid` (Heusel et al. 2017), `kid` and `kid_std` (Bińkowski et al. 2018), `precision` and
@@ -326,12 +343,16 @@ def compare_sets(fake: SetStatistics, real: SetStatistics, device: torch.device)
         and `swd_images`, the images of each side that it is over; None without enough features or
         patches.
     """
-    result: dict[str, Any] = dict.fromkeys(("fid", "kid", "kid_std", "precision", "recall"))
-    result |= {"swd": None, "swd_images": 0}
+    names = ("fid", "fid_interval", "kid", "kid_std", "precision", "recall", "swd")
+    result: dict[str, Any] = dict.fromkeys(names) | {"swd_images": 0}
     if fake.features is not None and real.features is not None:
         a, b = fake.features.statistics, real.features.statistics
         if min(a.count, b.count) > 1:
             result["fid"] = frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+            if draws:
+                features = np.concatenate(fake.every_feature or [])
+                interval = bootstrap_fid(features, b, result["fid"], draws)
+                result["fid_interval"] = interval._asdict()
         ours, theirs = fake.features.sample(), real.features.sample()
         if min(len(ours), len(theirs)) > NEAREST:
             kernel = kernel_distance(ours, theirs, seed=SEED)

@@ -1,8 +1,7 @@
-"""A trained model that samples one batch, and a job: all images of one seed and its settings."""
+"""A trained model that samples one batch, and the images 0 … n−1 of one seed and its settings."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256 as new_sha256
 from pathlib import Path
 from typing import Any, Self
@@ -15,9 +14,11 @@ from diffusion import build_denoiser, build_network, guidance
 from diffusion.samplers import SAMPLERS, Denoise, make_churn
 from ldm.checkpoint import ModelFile, build_with, load_model
 from ldm.config import to_tree, validate
+from ldm.data import Batch
 from ldm.device import keep_freed_memory, memory_format, resolve_device, resolve_precision
 from ldm.distributed import join_processes
 from ldm.errors import LdmError, UsageError
+from ldm.images import to_uint8
 from ldm.seeds import normal
 from pipelines.latents import Codec
 from pipelines.recipes import DiffusionRecipe
@@ -39,8 +40,8 @@ class LatentModel:
 
     Attributes:
         latent_shape: (n_z, h, w) of one image's latents.
-        sha256: identity of the network's weights.
-        identity: SHA-256 over everything that decides a picture.
+        identifiers: names the model in a `samples.json`, beside its path: the `sha256` of the
+            network's weights, and the `identity`, over everything that decides a picture.
     """
 
     def __init__(self, file: ModelFile, path: str | Path) -> None:
@@ -69,7 +70,8 @@ class LatentModel:
             "statistics": self.codec.statistics(),
             "resolution": recipe.resolution,
         }
-        self.identity = new_sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        identity = new_sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        self.identifiers = {"sha256": self.sha256, "identity": identity}
         self.device, self.precision, self._requested = torch.device("cpu"), "fp32", "auto"
 
     @classmethod
@@ -112,8 +114,7 @@ class LatentModel:
         if device is not None:
             self.device = resolve_device(str(device))
         self._requested, self.precision = requested, resolve_precision(requested, self.device)
-        modules: tuple[nn.Module, ...] = (self.denoiser, self.codec)
-        for module in modules:
+        for module in nn.ModuleList([self.denoiser, self.codec]):
             module.to(device=self.device).to(memory_format=memory_format(self.device))
         return self
 
@@ -163,25 +164,13 @@ class LatentModel:
             )
         return images
 
-    def matches(self, named: Mapping[str, Any]) -> bool:
-        """Compare with the model named in a `samples.json`; older files name less of it."""
-        return all(named.get(key, value) == value for key, value in self.identifiers().items())
-
-    def identifiers(self) -> dict[str, str]:
-        """Return what names the model in a `samples.json`, beside its path."""
-        return {"sha256": self.sha256, "identity": self.identity}
-
     def load_guide(
         self,
         sampling: Sampling,
         guide: "LatentModel | str | Path | None",
         labels: Sequence[int] | None = None,
     ) -> "LatentModel | None":
-        """Load the guiding model, if there is one, and check that guidance is possible.
-
-        Args:
-            labels: the requested classes; None: drawn, or a model without classes.
-        """
+        """Load the guiding model, if there is one, and check that guidance is possible."""
         if sampling.guidance is None:
             if guide is not None:
                 raise UsageError("a guide has no effect without guidance: set guidance, its scale")
@@ -257,27 +246,26 @@ class LatentModel:
         with self._autocast():
             return self.codec.encode(images.to(self.device))
 
-    def _autocast(self) -> AbstractContextManager:
-        if self.precision != "bf16":
-            return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
-class SamplingJob:
-    """Images 0, 1, 2, … of one model, one seed and one set of settings, in any batches.
+class ModelSamples:
+    """Images 0 … n−1 of one model, one seed and one set of settings, in any batches.
 
     `ldm sample` writes them to disk; `ldm fid --model` measures them without writing. For the
     arguments see `sample_images`.
 
     Attributes:
-        settings: everything that decides an image, in the form of `samples.json`.
-        resolution: side of the images, pixels.
+        made_with: everything that decides an image, in the form of `samples.json`.
+        folder: the folder that holds the model.
         ranks: the processes launched together; each loads the model.
     """
 
     def __init__(
         self,
         path: Path | str,
+        n: int,
         seed: int = 0,
         *,
         labels: Label | Sequence[Label] | None = None,
@@ -286,26 +274,34 @@ class SamplingJob:
         precision: str = "auto",
         **sampling: Any,
     ) -> None:
-        self.path, self.seed = Path(path), integer("--seed ", seed)
-        self.sampling = validate(Sampling, sampling)
+        self._n, self.seed = integer("--n ", n, least=1), integer("--seed ", seed)
+        self.path, self.sampling = Path(path), validate(Sampling, sampling)
+        self.folder = self.path if self.path.is_dir() else self.path.parent
         self.ranks, where = join_processes(device)
         keep_freed_memory(where)
         self.model = LatentModel.from_pretrained(path, where, precision)
         noise_levels(self.sampling, self.model.denoiser)  # refuses levels outside its range
         self._labels = None if labels is None else self.model.classes.read(labels)
         self._guide = self.model.load_guide(self.sampling, guide, self._labels)
-        recipe = self.model.recipe
-        self.resolution = recipe.resolution
-        self.settings: dict[str, Any] = {
-            "model": {"path": str(path), **self.model.identifiers()},
+        self.resolution = self.model.recipe.resolution
+        self.what = f"{self._n} images of {self.path}, seed {self.seed}"
+        self.made_with: dict[str, Any] = {
+            "n": self._n,
+            "model": {"path": str(path), **self.model.identifiers},
             "seed": self.seed,
             **to_tree(self.sampling),
-            "weaker": self._guide and {"path": str(guide), **self._guide.identifiers()},
+            "weaker": self._guide and {"path": str(guide), **self._guide.identifiers},
             "labels": self._labels and list(self._labels),
             "precision": self.model.precision,
             "resolution": self.resolution,
-            "data": to_tree(recipe.data),
+            "data": to_tree(self.model.recipe.data),
         }
+
+    def __len__(self) -> int:
+        return self._n
+
+    def name(self, index: int) -> str:
+        return f"image {index} of seed {self.seed}"
 
     def sample(self, indices: Sequence[int]) -> Tensor:
         """Sample images (len, 3, H, W) in [−1, 1], on the CPU."""
@@ -320,10 +316,20 @@ class SamplingJob:
             return self.model.classes.draw(self.seed, [i])[0]
         return self._labels[i % len(self._labels)]
 
+    def batches(
+        self, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
+    ) -> Iterator[Batch]:
+        """Sample every image once over all processes; there are no workers."""
+        share = -(-batch_size // world)
+        for first in range(rank * share, self._n, world * share):
+            indices = range(first, min(first + share, self._n))
+            labels = torch.tensor([self.label(i) for i in indices])
+            yield Batch(to_uint8(self.sample(indices)), torch.tensor(indices), labels)
+
     @property
-    def folder(self) -> Path:
-        """The folder that holds the model."""
-        return self.path if self.path.is_dir() else self.path.parent
+    def result_path(self) -> Path:
+        """The file for a measurement of the samples, beside the model."""
+        return self.folder / "fid" / f"{self.slug()}-n{self._n}.json"
 
     def slug(self, files: str = "png") -> str:
         """Name these samples beside others of the same model: `seed0-steps18-guidance2`."""

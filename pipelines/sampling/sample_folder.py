@@ -14,31 +14,35 @@ moment loses no finished image and leaves no half-written file.
 """
 
 import json
-import re
 import shutil
 import zipfile
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from hashlib import file_digest
+from itertools import groupby
 from pathlib import Path
 from typing import IO, Any, Literal
 
+import numpy as np
 from PIL import Image
 
-from ldm.config import to_tree
-from ldm.data import Source
+from ldm.config import to_tree, validate
+from ldm.data import Batch, DataConfig, Source, evaluation_batches
+from ldm.data.dataset import open_images
 from ldm.data.shards import MANIFEST, MANIFEST_FORMAT, Member, ShardSource, index_shard, sidecar
 from ldm.data.sources import FolderSource, ZipSource
-from ldm.data.transforms import NOT_RESIZED
+from ldm.data.transforms import NOT_RESIZED, CorruptImage
 from ldm.errors import LdmError
 from ldm.files import read_json, write_atomically, write_json
 from ldm.run_folder import RUNS, lock, provenance
+from pipelines.sampling.model import ModelSamples
 from pipelines.sampling.settings import Sampling
 
-Files = Literal["png", "zip", "shards"]
+Files = Literal["png", "shards", "zip"]
 SAMPLES, LABELS, ZIP = "samples.json", "labels.json", "samples.zip"
+LOSSY = {".jpg", ".jpeg", ".webp"}
+ARCHIVES = {".zip", ".tar"}
 GRID, NEIGHBOURS = "grid.png", "neighbours.png"
 """Sheets that our commands write beside samples; they are not samples."""
 THOUSAND = 1000
@@ -66,17 +70,13 @@ def read_manifest(folder: Path, advice: str) -> dict[str, Any] | None:
     return manifest
 
 
-def open_for_writing(out: Path, settings: Mapping[str, Any], n: int, held: ExitStack) -> int:
+def open_for_writing(out: Path, settings: Mapping[str, Any], held: ExitStack) -> int:
     """Create or reopen a sample folder: take its lock, check its manifest, and write it.
 
-    Files that a killed process left half-written are removed.
-
-    Args:
-        settings: the manifest's content, apart from the number of images.
-        held: keeps the folder's lock.
+    Files that a killed process left half-written are removed. `held` keeps the lock.
 
     Returns:
-        The number of images that the manifest announces, at least n.
+        The number of images that the manifest announces, at least `settings["n"]`.
     """
     try:
         visible = [p for p in out.iterdir() if not p.name.startswith(".")] if out.is_dir() else []
@@ -94,9 +94,9 @@ def open_for_writing(out: Path, settings: Mapping[str, Any], n: int, held: ExitS
     except OSError as error:
         raise LdmError(f"could not write to {out} ({error.strerror}): {ELSEWHERE}") from error
     announced = (manifest or {}).get("n", 0)
-    if n > announced:
-        write_json(out / SAMPLES, {"format": 1, "n": n} | dict(settings) | provenance())
-    return max(n, announced)
+    if settings["n"] > announced:
+        write_json(out / SAMPLES, {"format": 1, **settings, **provenance()})
+    return max(settings["n"], announced)
 
 
 def _changed(manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
@@ -108,10 +108,14 @@ def _changed(manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> list[s
     changed = [key for key in shared if before.get(key) != settings.get(key)]
     for key, name in (("model", "model"), ("weaker", "guide")):
         ours, theirs = settings[key] or {}, before.get(key) or {}
-        same = all(theirs.get(k, ours.get(k)) == ours.get(k) for k in ("sha256", "identity"))
-        if not same or bool(ours) != bool(theirs):
+        if not is_same_model(theirs, ours) or bool(ours) != bool(theirs):
             changed.append(name)
     return changed
+
+
+def is_same_model(named: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
+    """Compare the model that a manifest names with another; older manifests name less of it."""
+    return all(named.get(key, ours.get(key)) == ours.get(key) for key in ("sha256", "identity"))
 
 
 def write_labels(out: Path, labels: Sequence[int], names: Sequence[str]) -> None:
@@ -129,13 +133,13 @@ def newest_samples() -> Path:
     return max(manifests, key=lambda path: path.stat().st_mtime).parent
 
 
-# -------------------------------------------------------------------- the images, in each form
-Pngs = dict[int, Callable[[], bytes]]
-"""Images by number, each a function that reads its PNG."""
+# ------------------------------------------------------------------------------ the images
+Packed = dict[int, Callable[[], bytes]]
+"""Images of an archive by number, each a function that reads its PNG."""
 
 
-class PngStore:
-    """Images as PNGs of their own; the other forms pack these into archives.
+class SampleStore:
+    """The images of a sample folder, as PNGs of their own or packed into archives.
 
     Every process writes images; one of them calls the other methods.
 
@@ -143,68 +147,84 @@ class PngStore:
         label: the class of image i, −1 for none; None for a model without classes.
     """
 
-    def __init__(self, out: Path, label: Callable[[int], int] | None = None) -> None:
-        self.out, self.label = out, label
+    def __init__(
+        self, out: Path, files: str = "png", label: Callable[[int], int] | None = None
+    ) -> None:
+        self.out, self.files, self.label = out, files, label
 
     def missing(self, n: int) -> list[int]:
         """Return the images among 0 … n−1 that are not there yet."""
-        there = self._there()
+        there = {i for folder in self._folders() for i in _loose(folder)}
+        there.update(*map(self._packed, self._archives()))
         return [i for i in range(n) if i not in there]
 
     def begin(self) -> None:
         """Get ready for more images."""
+        (self.out / MANIFEST).unlink(missing_ok=True)  # it lists shards that will grow
 
     def write(self, i: int, picture: Image.Image) -> None:
         """Write image i as a PNG, whole or not at all."""
         write_atomically(self.out / image_name(i), lambda file: picture.save(file, format="png"))
 
     def tidy(self) -> None:
-        """Pack what is complete while sampling continues."""
+        """Pack the shards that are complete while sampling continues."""
+        for folder in self._folders() if self.files == "shards" else ():
+            tar = self._archive(folder)
+            if len(_loose(folder).keys() | self._packed(tar).keys()) >= THOUSAND:
+                self._pack(tar, [folder])
 
     def finish(self, size: int, source: str, classes: Sequence[str]) -> None:
         """Pack and describe the whole set of images of a size, once all are written."""
+        if self.files == "png":
+            return
+        for archive, folders in groupby(self._folders(), self._archive):
+            self._pack(archive, list(folders))
+        if self.files == "zip":
+            return
+        tars = self._archives()
+        shards = [_read_note(tar) or _write_note(tar, tar, len(self._packed(tar))) for tar in tars]
+        count = sum(shard["count"] for shard in shards)
+        splits = {"train": {"count": count, "shards": shards}, "val": {"count": 0, "shards": []}}
+        manifest = {
+            "format": MANIFEST_FORMAT, "count": count, "size": size, "filter": NOT_RESIZED,
+            "crop": "none", "source": source, "splits": splits, "skipped": [],
+        }  # fmt: skip
+        write_json(self.out / MANIFEST, manifest | ({"classes": list(classes)} if classes else {}))
 
-    def images(self) -> Source | None:
-        """Return the images as a source, ordered by number; None if there are none."""
-        numbered = re.compile(r"\d{5}/img\d{8}\.png")
-        names = (png.relative_to(self.out).as_posix() for png in self.out.glob("*/*.png"))
-        return PngSource(self.out, sorted(filter(numbered.fullmatch, names)))
-
-    def _there(self) -> set[int]:
-        return {i for folder in self._folders() for i in self._loose(folder)}
+    def images(self) -> Source:
+        """Return the images as a source, ordered by number."""
+        if archives := self._archives():
+            return ZipSource(archives[0]) if self.files == "zip" else ShardSource(archives)
+        folders = self._folders() if self.files == "png" else []
+        loose = sorted(png for folder in folders for png in _loose(folder).values())
+        return PngSource(self.out, [png.relative_to(self.out).as_posix() for png in loose])
 
     def _folders(self) -> list[Path]:
         return sorted(self.out.glob("[0-9]" * 5))
 
-    def _loose(self, folder: Path) -> dict[int, Path]:
-        """The PNGs in a folder by their numbers."""
-        found = folder.glob("img" + "[0-9]" * 8 + ".png")
-        return {int(path.stem[3:]): path for path in found if path.is_file()}
+    def _archive(self, folder: Path) -> Path:
+        """The archive that takes the PNGs of a folder."""
+        return self.out / (ZIP if self.files == "zip" else f"train-{folder.name}.tar")
 
+    def _archives(self) -> list[Path]:
+        patterns = {"zip": ZIP, "shards": "train-?????.tar"}
+        return sorted(self.out.glob(patterns[self.files])) if self.files in patterns else []
 
-class ArchiveStore(PngStore, ABC):
-    """Images packed into archives."""
-
-    @abstractmethod
-    def _archives(self) -> list[Path]: ...
-
-    @abstractmethod
-    def _members(self, archive: Path) -> Pngs: ...
-
-    @abstractmethod
-    def _write(self, file: IO[bytes], archive: Path, pngs: Pngs) -> None: ...
-
-    def _there(self) -> set[int]:
-        packed = {i for archive in self._archives() for i in self._members(archive)}
-        return super()._there() | packed
+    def _packed(self, archive: Path) -> Packed:
+        try:
+            return _read_archive(archive) if archive.is_file() else {}
+        except (LdmError, zipfile.BadZipFile, ValueError) as error:
+            raise LdmError(f"{archive} is damaged: delete it and sample again") from error
 
     def _pack(self, archive: Path, folders: Sequence[Path]) -> None:
         """Add the PNGs of some folders to an archive, then remove the folders."""
-        packed = self._members(archive) if archive.is_file() else {}
-        loose = {i: png for folder in folders for i, png in self._loose(folder).items()}
+        packed = self._packed(archive)
+        loose = {i: png for folder in folders for i, png in _loose(folder).items()}
         if loose.keys() - packed.keys():
-            pngs = {i: png.read_bytes for i, png in loose.items()} | packed
-            write_atomically(archive, lambda file: self._write(file, archive, pngs))
+            images = sorted(({i: png.read_bytes for i, png in loose.items()} | packed).items())
+            labels = [self.label(i) if self.label else -1 for i, _ in images]
+            write = _write_zip if self.files == "zip" else _write_shard
+            write_atomically(archive, lambda file: write(file, archive, images, labels))
         for folder in folders:
             shutil.rmtree(folder)
 
@@ -216,118 +236,208 @@ class PngSource(FolderSource):
         self.path, self._names, self.classes = path, list(names), ()
 
 
-class ShardStore(ArchiveStore):
-    """A thousand images per tar, in the format of `ldm data prepare`.
+def _loose(folder: Path) -> dict[int, Path]:
+    """The PNGs in a folder by their numbers."""
+    found = folder.glob("img" + "[0-9]" * 8 + ".png")
+    return {int(path.stem[3:]): path for path in found if path.is_file()}
+
+
+def _read_archive(archive: Path) -> Packed:
+    def read(member: Member) -> bytes:
+        with archive.open("rb") as file:
+            file.seek(member.offset)
+            return file.read(member.size)
+
+    if archive.suffix == ".tar":
+        return {int(Path(m.name).stem): partial(read, m) for m in index_shard(archive)}
+    pack = zipfile.ZipFile(archive)
+    names = [name for name in pack.namelist() if "/" in name]
+    return {int(Path(name).stem[3:]): partial(pack.read, name) for name in names}
+
+
+Images = Sequence[tuple[int, Callable[[], bytes]]]
+
+
+def _write_shard(file: IO[bytes], tar: Path, images: Images, labels: Sequence[int]) -> None:
+    """Write a tar in the format of `ldm data prepare`.
 
     The class of an image is stored beside it as webdataset's `.cls`; an image without one has none.
     """
+    from webdataset import TarWriter
 
-    def begin(self) -> None:
-        (self.out / MANIFEST).unlink(missing_ok=True)  # it lists shards that will grow
-
-    def tidy(self) -> None:
-        for folder in self._folders():
-            tar = self._shard(folder)
-            packed = self._members(tar) if tar.is_file() else {}
-            if len(self._loose(folder).keys() | packed.keys()) >= THOUSAND:
-                self._pack(tar, [folder])
-
-    def finish(self, size: int, source: str, classes: Sequence[str]) -> None:
-        for folder in self._folders():
-            self._pack(self._shard(folder), [folder])
-        shards = [self._read_note(tar) for tar in self._archives()]
-        count = sum(shard["count"] for shard in shards)
-        splits = {"train": {"count": count, "shards": shards}, "val": {"count": 0, "shards": []}}
-        manifest = {
-            "format": MANIFEST_FORMAT, "count": count, "size": size, "filter": NOT_RESIZED,
-            "crop": "none", "source": source, "splits": splits, "skipped": [],
-        }  # fmt: skip
-        write_json(self.out / MANIFEST, manifest | ({"classes": list(classes)} if classes else {}))
-
-    def images(self) -> Source | None:
-        return ShardSource(self._archives()) if self._archives() else None
-
-    def _shard(self, folder: Path) -> Path:
-        return self.out / f"train-{folder.name}.tar"
-
-    def _archives(self) -> list[Path]:
-        return sorted(self.out.glob("train-?????.tar"))
-
-    def _members(self, archive: Path) -> Pngs:
-        def read(member: Member) -> bytes:
-            with archive.open("rb") as file:
-                file.seek(member.offset)
-                return file.read(member.size)
-
-        try:
-            return {int(Path(m.name).stem): partial(read, m) for m in index_shard(archive)}
-        except (LdmError, ValueError) as error:
-            raise LdmError(f"{archive} is damaged: delete it and sample again") from error
-
-    def _write(self, file: IO[bytes], archive: Path, pngs: Pngs) -> None:
-        from webdataset import TarWriter
-
-        with TarWriter(file, encoder=False, mtime=0) as writer:
-            for i in sorted(pngs):
-                label = -1 if self.label is None else self.label(i)
-                labelled = {} if label < 0 else {"cls": b"%d" % label}
-                writer.write({"__key__": f"{i:08d}", "png": pngs[i]()} | labelled)
-        file.flush()
-        # before the tar gets its name, so that every shard has a note; a stop between the two
-        # leaves the folder, and the shard is packed again
-        self._write_note(archive, Path(file.name), len(pngs))
-
-    def _write_note(self, tar: Path, file: Path, count: int) -> dict[str, Any]:
-        with file.open("rb") as written:
-            digest = file_digest(written, "sha256").hexdigest()
-        note = {"name": tar.name, "count": count, "sha256": digest, "bytes": file.stat().st_size}
-        write_json(sidecar(tar), note)
-        return note
-
-    def _read_note(self, tar: Path) -> dict[str, Any]:
-        """Read a shard's sidecar; rewrite one that is lost, damaged or of another shard."""
-        with suppress(OSError, KeyError):
-            content = read_json(sidecar(tar)) or {}
-            note = {key: content[key] for key in ("name", "count", "sha256", "bytes")}
-            if (note["name"], note["bytes"]) == (tar.name, tar.stat().st_size):
-                return note
-        return self._write_note(tar, tar, len(self._members(tar)))
+    with TarWriter(file, encoder=False, mtime=0) as writer:
+        for (i, read), label in zip(images, labels, strict=True):
+            labelled = {} if label < 0 else {"cls": b"%d" % label}
+            writer.write({"__key__": f"{i:08d}", "png": read()} | labelled)
+    file.flush()
+    # before the tar gets its name, so that every shard has a note; a stop between the two
+    # leaves the folder, and the shard is packed again
+    _write_note(tar, Path(file.name), len(images))
 
 
-class ZipStore(ArchiveStore):
-    """All images in one archive, laid out as by EDM's dataset tool.
+def _write_zip(file: IO[bytes], _: Path, images: Images, labels: Sequence[int]) -> None:
+    """Write a zip laid out as by EDM's dataset tool.
 
     If every image has a class, `dataset.json` lists them in EDM's format, which cannot express an
     image without one.
     """
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as pack:
+        for i, read in images:
+            pack.writestr(zipfile.ZipInfo(image_name(i), MIDNIGHT), read())
+        if min(labels) >= 0:
+            named = [[image_name(i), label] for (i, _), label in zip(images, labels, strict=True)]
+            text = json.dumps({"labels": named})
+            pack.writestr(zipfile.ZipInfo("dataset.json", MIDNIGHT), text)
 
-    def finish(self, size: int, source: str, classes: Sequence[str]) -> None:
-        self._pack(self.out / ZIP, self._folders())
 
-    def images(self) -> Source | None:
-        return ZipSource(self.out / ZIP) if self._archives() else None
+def _write_note(tar: Path, file: Path, count: int) -> dict[str, Any]:
+    """Describe a shard in its sidecar; until the shard has its name, it is in `file`."""
+    with file.open("rb") as written:
+        digest = file_digest(written, "sha256").hexdigest()
+    note = {"name": tar.name, "count": count, "sha256": digest, "bytes": file.stat().st_size}
+    write_json(sidecar(tar), note)
+    return note
 
-    def _archives(self) -> list[Path]:
-        return list(self.out.glob(ZIP))
 
-    def _members(self, archive: Path) -> Pngs:
+def _read_note(tar: Path) -> dict[str, Any] | None:
+    """Read a shard's sidecar; None if it is lost, damaged or of another shard."""
+    with suppress(OSError, KeyError):
+        content = read_json(sidecar(tar)) or {}
+        note = {key: content[key] for key in ("name", "count", "sha256", "bytes")}
+        if (note["name"], note["bytes"]) == (tar.name, tar.stat().st_size):
+            return note
+    return None
+
+
+# ------------------------------------------------------------------------------ reading
+class SampleFolder:
+    """Samples on disk as a source: square, lossless, of one size.
+
+    With a `samples.json`, only its own images count: numbered PNGs, shards or a zip. Without one,
+    every image in the shards, or every PNG at any depth except our own sheets.
+
+    Args:
+        limit: only the first so many, by name.
+        least: the number of images required; a covariance needs two.
+        archives: also accept a .zip, a .tar, or several tars as a/{000..009}.tar.
+
+    Attributes:
+        made_with: the content of `samples.json`; None without one.
+    """
+
+    classes: tuple[str, ...] = ()
+
+    def __init__(
+        self, path: Path, limit: int | None = None, least: int = 2, archives: bool = False
+    ) -> None:
+        # the archive of a sample folder stands for it
+        if archives and path.name == ZIP and (path.parent / SAMPLES).is_file():
+            path = path.parent
+        is_archive = path.suffix in ARCHIVES and (path.is_file() or "{" in str(path))
+        if not path.is_dir() and not (archives and is_archive):
+            raise LdmError(f"no folder of samples at {path}: make one with `ldm sample`")
+        self.path = path
+        self.made_with = read_manifest(path, "delete it to measure the folder without it")
+        self._images = _open(path, self.made_with)
+        there, announced = len(self._images), (self.made_with or {}).get("n", 0)
+        if there < min(announced, limit or announced):
+            raise LdmError(
+                f"{path} holds {there} of its {announced} samples: run the same `ldm sample` "
+                "again to resume"
+            )
+        self._count = min(there, limit or there)
+        if self._count < least:
+            raise LdmError(
+                f"{path} holds {self._count} PNG image(s), at least {least} are needed: sample "
+                "more with `ldm sample --n`"
+            )
+        height, width = self._load(0).shape[:2]
+        if height != width:
+            raise LdmError(f"{self.name(0)} is {width}×{height}: samples must be square")
+        self.resolution = height
+        self.what = f"{self._count} images of {path}"
+
+    @property
+    def result_path(self) -> Path:
+        """The file for a measurement of the samples: in the folder, or beside the archive."""
+        if self.path.is_dir():
+            return self.path / "fid.json"
+        return self.path.with_name(f"{self.path.name}.fid.json")
+
+    def batches(
+        self, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
+    ) -> Iterator[Batch]:
+        """Yield every image once over all processes; `k` is its position in name order."""
+        return evaluation_batches(
+            self, self.resolution, batch_size, rank=rank, world=world, workers=workers
+        )
+
+    def __len__(self) -> int:
+        return self._count
+
+    def name(self, index: int) -> str:
+        return self._images.name(index)
+
+    def label(self, index: int) -> int:
+        return -1
+
+    def load(self, index: int) -> np.ndarray:
+        """Load an image as RGB uint8 (R, R, 3), of the size of the first."""
+        image = self._load(index)
+        height, width = image.shape[:2]
+        if (height, width) != (self.resolution, self.resolution):
+            raise LdmError(
+                f"{self.name(index)} is {width}×{height} but {self.name(0)} is "
+                f"{self.resolution}×{self.resolution}: samples must all have one size"
+            )
+        return image
+
+    def _load(self, index: int) -> np.ndarray:
         try:
-            pack = zipfile.ZipFile(archive)
-            names = [name for name in pack.namelist() if "/" in name]
-            return {int(Path(name).stem[3:]): partial(pack.read, name) for name in names}
-        except (zipfile.BadZipFile, ValueError) as error:
-            raise LdmError(f"{archive} is damaged: delete it and sample again") from error
-
-    def _write(self, file: IO[bytes], archive: Path, pngs: Pngs) -> None:
-        indices = sorted(pngs)
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as pack:
-            for i in indices:
-                pack.writestr(zipfile.ZipInfo(image_name(i), MIDNIGHT), pngs[i]())
-            labels = [self.label(i) for i in indices] if self.label else [-1]
-            if min(labels) >= 0:
-                named = [[image_name(i), label] for i, label in zip(indices, labels, strict=True)]
-                text = json.dumps({"labels": named})
-                pack.writestr(zipfile.ZipInfo("dataset.json", MIDNIGHT), text)
+            return self._images.load(index)
+        except CorruptImage as error:
+            name = Path(self.name(index))  # of a file, or of a member of one
+            file = next((path for path in (name, *name.parents) if path.is_file()), name)
+            raise LdmError(
+                f"{name} is damaged ({error}): delete {file} and sample again"
+            ) from error
 
 
-STORES: dict[str, type[PngStore]] = {"png": PngStore, "shards": ShardStore, "zip": ZipStore}
+def _open(path: Path, manifest: dict[str, Any] | None) -> Source:
+    """The images in the form in which they are stored."""
+    if manifest is not None:
+        return SampleStore(path, manifest.get("files", "png")).images()
+    if path.suffix in ARCHIVES or any(path.glob("*.tar")):
+        images = open_images(path)
+        _refuse_lossy(path, map(images.name, range(len(images))))
+        return images
+    files = sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
+    _refuse_lossy(path, map(str, files))
+    inner = [str(path / file.parent) for file in files if file.name == SAMPLES]
+    if inner:
+        raise LdmError(f"{path} holds folders of samples, give one of them: {', '.join(inner)}")
+    pngs = [file for file in files if file.suffix.lower() == ".png"]
+    return PngSource(path, [png.as_posix() for png in pngs if png.name not in (GRID, NEIGHBOURS)])
+
+
+def is_lossy(name: str) -> bool:
+    """Test a file name for the suffix of a lossy image format."""
+    return Path(name).suffix.lower() in LOSSY
+
+
+def _refuse_lossy(path: Path, names: Iterable[str]) -> None:
+    lossy = next(filter(is_lossy, names), None)
+    if lossy:
+        raise LdmError(
+            f"{path} holds compressed images ({lossy.removeprefix(f'{path}/')}): compression "
+            "changes every number; write samples as PNG"
+        )
+
+
+Samples = SampleFolder | ModelSamples
+
+
+def trained_on(samples: Samples) -> DataConfig | None:
+    """Return the training data of the samples' model, if they name it."""
+    data = (samples.made_with or {}).get("data")
+    return None if data is None else validate(DataConfig, data)

@@ -111,12 +111,7 @@ class Options:
 
 
 def integer(name: str, value: Any, least: int | None = None) -> int:
-    """Return `value`, of any integer type (Python, NumPy, torch), as an int.
-
-    Args:
-        name: prefix of the error message, such as `n=` or `--n `.
-        least: the smallest value allowed.
-    """
+    """Return `value`, of any integer type, as an int; an error begins with `name`, as in `n=`."""
     try:
         number = index(value)
     except TypeError as error:
@@ -179,25 +174,27 @@ class Classes:
         """Return the number of a class."""
         if not self.count:
             raise UsageError(f"label {label!r}: this model has no classes; omit labels")
-        for name in (label, label.strip()) if isinstance(label, str) else ():
-            if name in self.names:
-                return self.names.index(name)
-        number = _as_number(label)
-        if number is not None and -1 <= number < self.count:
-            return number
-        shown = label if number is None else number
+        label = _plain(label)
+        if isinstance(label, str):
+            for name in (label, label.strip()):
+                if name in self.names:
+                    return self.names.index(name)
+            if re.fullmatch(r"\s*[+-]?[0-9]{1,9}\s*", label):
+                label = int(label)
+        if type(label) is int and -1 <= label < self.count:
+            return label
         names = f" ({', '.join(self.names[:12])}{' …' if self.count > 12 else ''})"
         raise UsageError(
-            f"label {shown!r}: classes are 0 to {self.count - 1}{names if self.names else ''}, "
+            f"label {label!r}: classes are 0 to {self.count - 1}{names if self.names else ''}, "
             "or -1 for none"
         )
 
     def read(self, labels: Label | Iterable[Label]) -> tuple[int, ...]:
         """Return the numbers of one class or several."""
-        several = _as_list(labels)
-        if several == []:
+        chosen = [labels] if _is_one(labels) else list(labels)
+        if not chosen:
             raise UsageError("labels are empty: give at least one, or omit them")
-        return tuple(map(self.number, [labels] if several is None else several))
+        return tuple(map(self.number, chosen))
 
     def choose(
         self, labels: Label | Iterable[Label] | None, n: int, seed: int
@@ -209,7 +206,7 @@ class Classes:
         if labels is None:
             return tuple(self.draw(seed, range(n))) if self.count else None
         chosen = self.read(labels)
-        if _as_list(labels) is None:
+        if _is_one(labels):
             return chosen * n
         if len(chosen) != n:
             raise UsageError(f"{len(chosen)} labels for {n} images: give one, or one per image")
@@ -220,20 +217,8 @@ class Classes:
         return [int(generator(seed, "class", i).integers(self.count)) for i in indices]
 
 
-def _as_number(label: Any) -> int | None:
-    if isinstance(label, str):
-        return int(label) if re.fullmatch(r"\s*[+-]?[0-9]{1,9}\s*", label) else None
-    label = _plain(label)
-    try:
-        return None if isinstance(label, bool) else index(label)
-    except TypeError:
-        return None
-
-
-def _as_list(labels: Any) -> list | None:
-    """Several labels as a list; None for a single one."""
-    labels = _plain(labels)
-    return list(labels) if isinstance(labels, Iterable) and not isinstance(labels, str) else None
+def _is_one(labels: Any) -> bool:
+    return isinstance(labels, str) or not isinstance(_plain(labels), Iterable)
 
 
 def _plain(labels: Any) -> Any:

@@ -241,7 +241,7 @@ def test_features_that_are_not_finite_are_an_error(tmp_path, folder, monkeypatch
 # ---------------------------------------------------------------------------------- errors
 @pytest.mark.parametrize("name", ["batch_size", "limit"])
 def test_numbers_below_one_are_refused(name):
-    with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} 0: it must be at least 1"):
+    with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} 0: must be at least 1"):
         measure(**{name: 0})
 
 

@@ -15,7 +15,7 @@ from ldm.metrics.precision_recall import precision_recall
 from ldm.seeds import generator
 from pipelines.fid import measure_fid
 from pipelines.sample import sample_images
-from pipelines.sampling.sample_folder import STORES
+from pipelines.sampling.sample_folder import SampleStore
 from tests.pipelines.measuring.fid_sides import (
     SIZE,
     direct_features,
@@ -65,7 +65,7 @@ def test_a_mode_resizes_in_its_own_way(samples, reference, measure):
 @pytest.mark.parametrize("files", ["zip", "shards"])
 def test_samples_in_archives_give_the_same_numbers(tmp_path, samples, reference, measure, files):
     packed = tmp_path / "packed"
-    store = STORES[files](packed)
+    store = SampleStore(packed, files)
     for i, picture in enumerate(OURS):
         store.write(i, Image.fromarray(picture))
     store.finish(picture.shape[0], "samples of a test", ())

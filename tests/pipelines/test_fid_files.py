@@ -102,7 +102,7 @@ def test_data_settings_of_another_version_are_not_needed(samples, reference, mea
 # ---------------------------------------------------------------------------------- errors
 def test_options_out_of_range_are_refused(samples, reference):
     for given, told in (
-        ({"batch_size": 0}, "--batch-size 0: it must be at least 1"),
+        ({"batch_size": 0}, "--batch-size 0: must be at least 1"),
         ({"limit": 1}, "--limit 1: a covariance needs two"),
         ({"bootstrap": 1}, "--bootstrap 1: it must be 0, or 2"),
         ({"bootstrap": -3}, "--bootstrap -3"),

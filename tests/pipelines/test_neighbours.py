@@ -199,7 +199,7 @@ def test_fewer_training_images_than_requested_are_all_found(samples):
 
 @pytest.mark.parametrize("name", ["count", "nearest", "batch_size"])
 def test_numbers_below_one_are_refused(samples, name):
-    with pytest.raises(UsageError, match="0: it must be at least 1"):
+    with pytest.raises(UsageError, match="0: must be at least 1"):
         find_neighbours(samples, **{name: 0})
 
 
@@ -226,7 +226,7 @@ def test_another_model_is_refused(samples, tmp_path):
 def test_another_autoencoder_is_another_model(samples, tmp_path):
     mark = json.loads((samples / "samples.json").read_text())
     path = Path(mark["model"]["path"])
-    mark["model"]["identity"] = LatentModel.from_pretrained(path, "cpu").identity
+    mark["model"] |= LatentModel.from_pretrained(path, "cpu").identifiers
     (samples / "samples.json").write_text(json.dumps(mark))
     find_neighbours(samples, count=1, device="cpu")
     other = make_model(tmp_path / "other", 0, autoencoder_seed=1)

@@ -16,8 +16,7 @@ from PIL import Image
 from ldm.checkpoint import load_model, save_model
 from ldm.errors import LdmError, UsageError
 from pipelines.sample import sample_images
-from pipelines.sampling.sample_folder import image_name
-from pipelines.sampling.source import SampleFolder
+from pipelines.sampling.sample_folder import SampleFolder, image_name
 from tests.pipelines.untrained import CLASSES, pipeline
 from tests.small import ROOT, ldm
 
@@ -112,16 +111,16 @@ from accelerate import PartialState
 from ldm.errors import LdmError
 from pipelines import sample
 from pipelines.sampling import sample_folder
-from pipelines.sampling.sample_folder import PngStore
+from pipelines.sampling.sample_folder import SampleStore
 
 rank, how = PartialState(cpu=True).process_index, dict(batch_size=2, device="cpu")
 how |= dict(steps=3, churn=10, precision="fp32", n=9, model=sys.argv[1])
-write = PngStore.write
+write = SampleStore.write
 def watched(store, i, picture):
     with open(f"wrote-{rank}", "a") as file:
         print(i, file=file)
     write(store, i, picture)
-PngStore.write = watched
+SampleStore.write = watched
 sample_folder.THOUSAND = 4
 sample.sample_images(out="two", files="shards", **how)
 try:

@@ -13,13 +13,16 @@ from autoencoders import build_autoencoder
 from ldm.checkpoint import ModelFile, save_model
 from ldm.config import to_tree
 from ldm.data import DataConfig
+from ldm.data.sources import FolderSource
 from ldm.errors import LdmError, UsageError
+from pipelines.measuring import evaluation
 from pipelines.measuring.evaluation import (
     NUMBERS,
     Evaluation,
     EvaluationJob,
     default_path,
     default_paths,
+    find_overlap,
     format_evaluations,
     name_models,
     plan_jobs,
@@ -214,6 +217,67 @@ def test_training_data_that_is_gone_or_too_small_is_noted(tmp_path, folder):
     assert "16×16, smaller than the 32×32" in job.seen["note"]
 
 
+# ------------------------------------------------------------------------------- overlap
+@pytest.fixture
+def ranks():
+    return PartialState(cpu=True)
+
+
+def folders(tmp_path, ours: list[np.ndarray], theirs: list[np.ndarray]):
+    save_images(tmp_path / "ours", ours, ".bmp")
+    save_images(tmp_path / "theirs", theirs)
+    return FolderSource(tmp_path / "ours"), FolderSource(tmp_path / "theirs")
+
+
+def test_copies_are_found_under_other_names_and_formats(tmp_path, ranks):
+    images = crops(9)
+    ours, theirs = folders(tmp_path, images[5:], images[:7])
+    found = find_overlap(ours, theirs, 32, ranks)
+    assert (found["shared"], found["held_out"], found["train"]) == (2, 4, 7)
+    assert (found["held_out_of"], found["train_of"]) == (4, 7)
+    assert found["example"] == f"{tmp_path}/ours/000.bmp"
+
+
+def test_a_changed_pixel_is_no_copy(tmp_path, ranks):
+    changed = crops(1)[0].copy()
+    changed[3, 4, 1] ^= 1
+    ours, theirs = folders(tmp_path, [changed], crops(1))
+    found = find_overlap(ours, theirs, 32, ranks)
+    assert found["shared"] == 0 and found["example"] is None
+
+
+def test_images_are_compared_as_they_are_measured(tmp_path, ranks):
+    """A training image that was prepared at the resolution, and the larger one it was made of."""
+    (large,) = crops(1, size=64)
+    prepared = np.asarray(Image.fromarray(large).resize((32, 32), Image.Resampling.LANCZOS))
+    ours, theirs = folders(tmp_path, [large], [prepared])
+    assert find_overlap(ours, theirs, 32, ranks)["shared"] == 1
+
+
+def test_a_limit_leaves_later_held_out_images_out(tmp_path, ranks):
+    images = crops(6)
+    ours, theirs = folders(tmp_path, images[:4], images[3:])
+    assert find_overlap(ours, theirs, 32, ranks, limit=3)["shared"] == 0
+    assert find_overlap(ours, theirs, 32, ranks, limit=9)["shared"] == 1
+
+
+def test_of_large_sets_some_images_are_drawn(tmp_path, ranks, monkeypatch):
+    """Of a split that lies wholly in the other some are found; those drawn are in their order."""
+    monkeypatch.setattr(evaluation, "COMPARED", 6)
+    ours, theirs = folders(tmp_path, crops(9), crops(9))
+    found = find_overlap(ours, theirs, 32, ranks)
+    assert (found["held_out"], found["train"]) == (6, 6)
+    assert (found["held_out_of"], found["train_of"]) == (9, 9)
+    assert found["shared"] == 6  # of equally many the same are drawn
+    assert found["example"].endswith(".bmp")
+
+
+def test_training_images_too_small_are_an_error(tmp_path, ranks):
+    ours, theirs = folders(tmp_path, crops(2, size=48), crops(2, size=32))
+    with pytest.raises(LdmError, match="is 32×32, smaller than the 48×48"):
+        find_overlap(ours, theirs, 48, ranks)
+
+
 # ---------------------------------------------------------------------------------- on disk
 @pytest.mark.parametrize(
     ("source", "name"),
@@ -280,14 +344,14 @@ ABOUT = {
 }  # fmt: skip
 
 
-def evaluation(model: str = "runs/b_1", resolution: int = 256, about=None, **numbers):
+def row(model: str = "runs/b_1", resolution: int = 256, about=None, **numbers):
     known = dict.fromkeys(NUMBERS) | {"psnr": 28.334, "ssim": 0.82149, "kid": 0.00123} | numbers
     about = ABOUT | (about or {})
     return Evaluation(Path(model), resolution, 5000, known, about, Path("x.json"))
 
 
 def test_a_terminal_gets_columns():
-    rows = [evaluation(rfid=0.4149), evaluation("runs/longer", psnr=9.5)]
+    rows = [row(rfid=0.4149), row("runs/longer", psnr=9.5)]
     assert format_evaluations(rows).splitlines() == [
         "model   resolution  images  rFID ↓  PSNR ↑  SSIM ↑  KID ×10³ ↓",
         "b_1           256²    5000    0.41   28.33   0.821        1.23",
@@ -298,7 +362,7 @@ def test_a_terminal_gets_columns():
 
 def test_markdown_is_a_table():
     about = {"doubtful": {"rfid": "few images"}, "notes": ["a note"]}
-    text = format_evaluations([evaluation("a|b.pt", rfid=0.4, about=about)], "markdown")
+    text = format_evaluations([row("a|b.pt", rfid=0.4, about=about)], "markdown")
     assert text.splitlines() == [
         "| model       | resolution | images | rFID ↓ | PSNR ↑ | SSIM ↑ | KID ×10³ ↓ |",
         "|:------------|-----------:|-------:|-------:|-------:|-------:|-----------:|",
@@ -313,7 +377,7 @@ def test_markdown_is_a_table():
 def test_latex_is_a_tabular_of_booktabs():
     extractor = {"name": "inception.pt"}
     text = format_evaluations(
-        [evaluation(rfid=0.4, about={"extractor": extractor}), evaluation("50%&_{x}^~.pt")], "latex"
+        [row(rfid=0.4, about={"extractor": extractor}), row("50%&_{x}^~.pt")], "latex"
     )
     assert text.splitlines() == [
         "% measured on data/ffhq_256, val: 8 bits; features of inception.pt; ldm 1.2.3",
@@ -332,12 +396,12 @@ def test_latex_is_a_tabular_of_booktabs():
 
 
 def test_json_holds_whole_evaluations():
-    rows = [evaluation(rfid=0.4), evaluation("runs/other")]
+    rows = [row(rfid=0.4), row("runs/other")]
     assert json.loads(format_evaluations(rows, "json")) == [row.to_tree() for row in rows]
 
 
 def test_models_at_one_resolution_stand_together():
-    rows = [evaluation(model, side) for model in ("a.pt", "b.pt") for side in (256, 128)]
+    rows = [row(model, side) for model in ("a.pt", "b.pt") for side in (256, 128)]
     lines = format_evaluations(rows).splitlines()[1:5]
     assert [line.split()[:2] for line in lines] == [
         ["a.pt", "256²"], ["b.pt", "256²"], ["a.pt", "128²"], ["b.pt", "128²"],
@@ -346,7 +410,7 @@ def test_models_at_one_resolution_stand_together():
 
 def test_data_that_differs_is_a_column():
     other = {"data": {"source": "photos"}}
-    text = format_evaluations([evaluation(), evaluation("runs/c", about=other)], "latex")
+    text = format_evaluations([row(), row("runs/c", about=other)], "latex")
     assert r"\begin{tabular}{llrrrrr}" in text
     assert re.search(r"^model & data & resolution", text, re.M)
     assert r"c & photos, val & 256" in text
@@ -365,4 +429,4 @@ def test_names_are_short_and_distinguish_models(tmp_path, monkeypatch):
 
 def test_an_unknown_layout_is_a_usage_error():
     with pytest.raises(UsageError, match="--format html: it must be one of table, markdown, latex"):
-        format_evaluations([evaluation()], "html")
+        format_evaluations([row()], "html")

@@ -177,7 +177,9 @@ def test_kept_statistics_refuse_another_size(tmp_path, weights, kept):
     for i, picture in enumerate(pictures(9, 2)):
         Image.fromarray(picture).resize((32, 32)).save(tmp_path / "large" / f"{i}.png")
     with pytest.raises(LdmError, match=r"are 24×24 and the samples 32×32: FID between sizes"):
-        measure_fid(tmp_path / "large", reference=str(kept[0]), weights=weights, device="cpu")
+        measure_fid(
+            tmp_path / "large", reference=str(kept[0]), weights=weights, device="cpu", force=True
+        )
 
 
 def test_files_that_are_no_statistics_are_errors(tmp_path, published):

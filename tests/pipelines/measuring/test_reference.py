@@ -12,6 +12,7 @@ from accelerate import PartialState
 from PIL import Image
 
 from ldm.data import DataConfig
+from ldm.data.dataset import content_identity
 from ldm.data.prepare import prepare
 from ldm.errors import LdmError
 from ldm.metrics import inception
@@ -111,31 +112,35 @@ def test_corrupt_images_are_counted_among_those_that_are_read(tmp_path):
 
 
 # ------------------------------------------------------------------------------ its content
+def content(reference: ImageReference) -> str:
+    return content_identity(reference.source, len(reference))
+
+
 def test_content_is_of_the_bytes_wherever_they_lie(tmp_path, folder):
-    content = opened(folder).content()
-    assert len(content) == 64 and opened(folder).content() == content
+    before = content(opened(folder))
+    assert len(before) == 64 and content(opened(folder)) == before
     shutil.copytree(folder, tmp_path / "elsewhere")
     os.utime(tmp_path / "elsewhere" / "003.png", (0, 0))
-    assert opened(tmp_path / "elsewhere").content() == content
-    assert opened(folder, "all").content() != content
-    assert opened(folder, limit=9).content() != content
+    assert content(opened(tmp_path / "elsewhere")) == before
+    assert content(opened(folder, "all")) != before
+    assert content(opened(folder, limit=9)) != before
 
 
 def test_content_changes_with_every_byte(folder):
-    content, held_out = opened(folder).content(), opened(folder, "val").content()
+    before, held_out = content(opened(folder)), content(opened(folder, "val"))
     changed = bytearray((folder / "004.png").read_bytes())
     changed[-20] ^= 1
     (folder / "004.png").write_bytes(changed)
-    assert opened(folder).content() != content
-    assert opened(folder, "val").content() == held_out, "a file of the other split"
+    assert content(opened(folder)) != before
+    assert content(opened(folder, "val")) == held_out, "a file of the other split"
 
 
 def test_content_changes_with_the_order(folder):
-    content = opened(folder).content()
+    before = content(opened(folder))
     (folder / "003.png").rename(folder / "x.png")
     (folder / "004.png").rename(folder / "003.png")
     (folder / "x.png").rename(folder / "004.png")
-    assert opened(folder).content() != content
+    assert content(opened(folder)) != before
 
 
 @pytest.mark.parametrize("kind", ["zip", "shards"])
@@ -148,23 +153,23 @@ def test_content_of_archives(tmp_path, folder, kind):
     else:
         prepare(folder, packed, SIZE, held_out=2, shard_size=4, workers=0)
     contents = {
-        opened(packed, split, limit).content()
+        content(opened(packed, split, limit))
         for split, limit in (("train", None), ("train", 5), ("all", None), ("val", None))
     }
     assert len(contents) == 4
-    before = opened(packed).content()
+    before = content(opened(packed))
     file = packed if kind == "zip" else packed / "train-00001.tar"
     data = file.read_bytes()
     place = data.index(b"\x89PNG") + 60
     file.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
-    assert opened(packed).content() != before
+    assert content(opened(packed)) != before
 
 
 def test_data_that_changes_meanwhile_is_an_error(folder):
     reference = opened(folder)
     (folder / "004.png").unlink()
     with pytest.raises(LdmError, match=r"004.png no longer exists"):
-        reference.content()
+        content(reference)
 
 
 # ------------------------------------------------------------------------------ its filter
@@ -215,11 +220,12 @@ def test_features_are_computed_once(reference, extractor, cache):
             return super().__call__(images)
 
     first = statistics(reference, Spy())
-    assert sum(seen) == 12 and first.origin["kept"] is False
-    second = statistics(reference, Spy())
-    assert sum(seen) == 12 and second.origin["kept"] is True
     (path,) = cache.iterdir()
-    assert first.origin["statistics"] == second.origin["statistics"] == str(path)
+    origin = {"kept": False, "statistics": str(path), "content": content(reference)}
+    assert sum(seen) == 12 and reference.about | origin == reference.about
+    second = statistics(reference, Spy())
+    origin["kept"] = True
+    assert sum(seen) == 12 and reference.about | origin == reference.about
     assert first.hashes == second.hashes
     assert second.count == 12
 
@@ -265,7 +271,7 @@ def test_statistics_that_are_not_kept(tmp_path, reference, extractor, cache):
             return images.float().mean((2, 3))
 
     found = statistics(reference, Own())
-    assert found.origin == {} and not cache.exists()
+    assert found.count == 12 and "kept" not in reference.about and not cache.exists()
 
 
 @pytest.mark.parametrize("damage", ["cut", "other", "prints"])
@@ -284,10 +290,11 @@ def test_damaged_statistics_are_reported_and_computed_again(
             about["fingerprints"] = "?"
         features.save(path, about)
     again = statistics(reference, extractor)
-    assert again.origin["kept"] is False and again.hashes == first.hashes
+    assert reference.about["kept"] is False and again.hashes == first.hashes
     said = capsys.readouterr().out
     assert said.startswith("note: ") and "computing the reference's statistics again" in said
-    assert statistics(reference, extractor).origin["kept"] is True
+    statistics(reference, extractor)
+    assert reference.about["kept"] is True
 
 
 def test_a_full_disk_stops_no_measurement(reference, extractor, cache, monkeypatch, capsys):
@@ -296,7 +303,7 @@ def test_a_full_disk_stops_no_measurement(reference, extractor, cache, monkeypat
 
     monkeypatch.setattr("os.fsync", full)
     found = statistics(reference, extractor)
-    assert found.count == 12 and found.origin["statistics"] is None
+    assert found.count == 12 and reference.about["statistics"] is None
     said = capsys.readouterr().out
     assert "note: the reference's statistics are not kept: could not write" in said
     assert list(cache.iterdir()) == []
@@ -307,5 +314,5 @@ def test_kept_statistics_name_their_reference(reference, extractor, cache):
     _, about = FeatureSet.load(next(cache.iterdir()))
     json.dumps(about)
     assert about["reference"]["what"] == reference.what
-    assert about["identity"]["content"] == reference.content()
+    assert about["identity"]["content"] == content(reference)
     assert about["created"]

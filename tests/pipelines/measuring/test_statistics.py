@@ -60,7 +60,7 @@ def test_numbers_are_those_of_the_sets():
 
 
 def test_batches_order_and_processes_change_nothing():
-    options = {"swd_images": 6, "hashes": True}
+    options = {"swd_images": 6, "hashing": True}
     whole = take_in(THEIRS, [list(range(20))], **options)
     parts = [
         take_in(THEIRS, ks, total=20, **options)

@@ -16,7 +16,7 @@ from ldm.distributed import from_main, join_processes
 from ldm.errors import LdmError
 from ldm.files import write_json
 from pipelines import evaluate
-from pipelines.measuring import checks, evaluation
+from pipelines.measuring import evaluation
 from pipelines.measuring.reference import ImageReference
 from pipelines.measuring.statistics import accumulate
 
@@ -36,7 +36,7 @@ def main(folder: Path) -> None:
     ranks, where = join_processes("cpu")
     second = ranks.process_index == 1
     evaluate.load_lpips = failing(LdmError("no weights"))
-    checks.BATCH = 4
+    evaluation.BATCH = 4
     found = {}
 
     def attempt(name: str, make: Callable[[], Any]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,11 +13,11 @@ from ldm.errors import LdmError
 from ldm.run_folder import lock
 from pipelines.sample import sample_images
 from pipelines.sampling import sample_folder
-from pipelines.sampling.sample_folder import STORES, PngStore, image_name
-from pipelines.sampling.source import SampleFolder
+from pipelines.sampling.sample_folder import Files, SampleFolder, SampleStore, image_name
 from tests.pipelines.untrained import CLASSES, make_model
 
 ABOUT = (4, "samples of a test", CLASSES)
+FORMS = get_args(Files)
 
 
 @pytest.fixture(autouse=True)
@@ -148,7 +149,7 @@ def test_lock_is_held_until_the_set_is_finished(model, tmp_path, monkeypatch):
         return after
 
     for name in ("write", "finish"):
-        monkeypatch.setattr(PngStore, name, watched(getattr(PngStore, name)))
+        monkeypatch.setattr(SampleStore, name, watched(getattr(SampleStore, name)))
     draw(model, out, n=1)
     assert refused == ["write", "finish"]
     with lock(out):
@@ -229,7 +230,7 @@ def label(i: int) -> int:
 
 def store_of(out, files):
     out.mkdir(parents=True, exist_ok=True)
-    return STORES[files](out, label)
+    return SampleStore(out, files, label)
 
 
 def make(out, files, n, stop_after=None, world=1):
@@ -258,7 +259,7 @@ def content(out) -> dict[str, bytes]:
     return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("files", STORES)
+@pytest.mark.parametrize("files", FORMS)
 def test_images_survive_a_round_trip(tmp_path, files):
     make(tmp_path, files, 10)
     assert not store_of(tmp_path, files).missing(10)
@@ -276,7 +277,7 @@ def test_images_survive_a_round_trip(tmp_path, files):
     ] or files == "png"
 
 
-@pytest.mark.parametrize("files", STORES)
+@pytest.mark.parametrize("files", FORMS)
 @pytest.mark.parametrize("world", [2, 3])
 def test_more_processes_write_the_same_bytes(tmp_path, files, world):
     make(tmp_path / "one", files, 21)
@@ -284,7 +285,7 @@ def test_more_processes_write_the_same_bytes(tmp_path, files, world):
     assert content(tmp_path / "one") == content(tmp_path / "more")
 
 
-@pytest.mark.parametrize("files", STORES)
+@pytest.mark.parametrize("files", FORMS)
 @pytest.mark.parametrize("stop_after", [0, 1, 4, 7, 9])
 def test_stopped_and_resumed_gives_the_same_bytes(tmp_path, files, stop_after):
     make(tmp_path / "whole", files, 10)
@@ -294,7 +295,7 @@ def test_stopped_and_resumed_gives_the_same_bytes(tmp_path, files, stop_after):
     assert content(tmp_path / "whole") == content(tmp_path / "stopped")
 
 
-@pytest.mark.parametrize("files", STORES)
+@pytest.mark.parametrize("files", FORMS)
 def test_growing_a_folder_gives_the_same_bytes(tmp_path, files):
     make(tmp_path / "whole", files, 11)
     for n in (1, 6, 3, 11):
@@ -371,7 +372,7 @@ def test_zip_has_the_layout_of_edm(tmp_path):
 def test_unlabelled_images_have_no_label_on_disk(tmp_path):
     """A zip omits all labels, since EDM reads −1 as the last class; a shard omits those labels."""
     for files in ("zip", "shards"):
-        store = STORES[files](tmp_path / files, lambda i: i - 1)
+        store = SampleStore(tmp_path / files, files, lambda i: i - 1)
         for i in range(2):
             store.write(i, picture(i))
         store.finish(*ABOUT)
@@ -385,7 +386,7 @@ def test_unlabelled_images_have_no_label_on_disk(tmp_path):
 
 def test_no_classes_are_written_without_classes(tmp_path):
     for files in ("zip", "shards"):
-        store = STORES[files](tmp_path / files)
+        store = SampleStore(tmp_path / files, files)
         store.write(0, picture(0))
         store.finish(4, "a test", ())
     with zipfile.ZipFile(tmp_path / "zip" / "samples.zip") as archive:

@@ -6,25 +6,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from accelerate import PartialState
 from PIL import Image
 
 from ldm.data import DataConfig, open_source
 from ldm.data.prepare import prepare
-from ldm.data.sources import FolderSource
 from ldm.errors import LdmError
-from pipelines.fid import measure_fid
-from pipelines.measuring import checks
-from pipelines.measuring.checks import (
-    Issue,
-    check_writable,
-    describe_limits,
-    find_compressed,
-    find_overlap,
-    read_training,
-    resolve,
-)
+from pipelines.fid import find_compressed, find_limits, measure_fid, samples_preparation
 from pipelines.measuring.reference import find_filter, read_preparation
+from pipelines.measuring.statistics import check_writable, refuse
 from tests.pipelines.measuring.fid_sides import (
     SIZE,
     enlarged,
@@ -32,7 +21,6 @@ from tests.pipelines.measuring.fid_sides import (
     write_folder,
     write_samples,
 )
-from tests.pipelines.measuring.reconstructed import crops, save_images
 
 OURS, THEIRS = pictures(10, 0), pictures(12, 1, 1.3)
 
@@ -195,27 +183,24 @@ def test_force_does_not_help_against_compressed_samples(tmp_path, data, weights)
 
 
 # ----------------------------------------------------------------------------------- issues
-def test_force_overrides_refusals_but_not_errors():
-    issues = [Issue("a note", "warning"), Issue("a doubt"), Issue("a wall", "error")]
-    assert resolve(issues[:1], force=False) == ["a note"]
+def test_force_overrides_refusals():
+    assert refuse([], force=False) == []
     with pytest.raises(LdmError, match=r"^a doubt; --force measures anyway$"):
-        resolve(issues, force=False)
-    assert resolve(issues[:2], force=True) == ["a note", "a doubt"]
-    with pytest.raises(LdmError, match=r"^a wall$"):
-        resolve(issues, force=True)
+        refuse(["a doubt", "another"], force=False)
+    assert refuse(["a doubt", "another"], force=True) == ["a doubt", "another"]
 
 
 def test_another_network_than_inception_limits_the_numbers():
     reference = SimpleNamespace(source="images")
 
-    def limits(extractor, is_inception=True):
-        return resolve(describe_limits(reference, extractor, is_inception), force=False)
+    def limits(is_published, mode=None):
+        other = SimpleNamespace(name="a:b", is_published=is_published, mode=mode)
+        return list(find_limits(reference, other))
 
-    published, other = (SimpleNamespace(name="a:b", is_published=p) for p in (True, False))
-    assert limits(None) == limits(published) == []
-    [note] = limits(other, is_inception=False)
+    assert limits(True, "clean") == list(find_limits(reference, None)) == []
+    [note] = limits(False)
     assert "the features are of a:b" in note
-    [note] = limits(other)
+    [note] = limits(False, "clean")
     assert "not the published Inception" in note
 
 
@@ -238,7 +223,8 @@ def config(path, **settings) -> DataConfig:
 
 
 def training_filter(data: DataConfig, resolution: int) -> str | None:
-    found, crops = read_training(data, resolution)
+    samples = SimpleNamespace(made_with={}, resolution=resolution)
+    found, crops = samples_preparation(samples, data)
     assert not crops or data.crop == "random"
     return found
 
@@ -277,64 +263,3 @@ def test_a_compressed_image_of_the_very_size_is_found(tmp_path):
     source = open_source(config(folder), "all", SIZE)
     assert find_compressed(source, SIZE) is None
     assert find_compressed(source, 40) == f"{folder}/large.jpg"
-
-
-# ---------------------------------------------------------------------- held-out images
-@pytest.fixture
-def ranks():
-    return PartialState(cpu=True)
-
-
-def folders(tmp_path, ours: list[np.ndarray], theirs: list[np.ndarray]):
-    save_images(tmp_path / "ours", ours, ".bmp")
-    save_images(tmp_path / "theirs", theirs)
-    return FolderSource(tmp_path / "ours"), FolderSource(tmp_path / "theirs")
-
-
-def test_copies_are_found_under_other_names_and_formats(tmp_path, ranks):
-    images = crops(9)
-    ours, theirs = folders(tmp_path, images[5:], images[:7])
-    found = find_overlap(ours, theirs, 32, ranks)
-    assert (found.shared, found.held_out, found.train) == (2, 4, 7)
-    assert (found.held_out_of, found.train_of) == (4, 7)
-    assert found.example == f"{tmp_path}/ours/000.bmp"
-    assert found._asdict()["shared"] == 2
-
-
-def test_a_changed_pixel_is_no_copy(tmp_path, ranks):
-    changed = crops(1)[0].copy()
-    changed[3, 4, 1] ^= 1
-    ours, theirs = folders(tmp_path, [changed], crops(1))
-    found = find_overlap(ours, theirs, 32, ranks)
-    assert found.shared == 0 and found.example is None
-
-
-def test_images_are_compared_as_they_are_measured(tmp_path, ranks):
-    """A training image that was prepared at the resolution, and the larger one it was made of."""
-    (large,) = crops(1, size=64)
-    prepared = np.asarray(Image.fromarray(large).resize((32, 32), Image.Resampling.LANCZOS))
-    ours, theirs = folders(tmp_path, [large], [prepared])
-    assert find_overlap(ours, theirs, 32, ranks).shared == 1
-
-
-def test_a_limit_leaves_later_held_out_images_out(tmp_path, ranks):
-    images = crops(6)
-    ours, theirs = folders(tmp_path, images[:4], images[3:])
-    assert find_overlap(ours, theirs, 32, ranks, limit=3).shared == 0
-    assert find_overlap(ours, theirs, 32, ranks, limit=9).shared == 1
-
-
-def test_of_large_sets_some_images_are_drawn(tmp_path, ranks, monkeypatch):
-    """Of a split that lies wholly in the other some are found; those drawn are in their order."""
-    monkeypatch.setattr(checks, "COMPARED", 6)
-    ours, theirs = folders(tmp_path, crops(9), crops(9))
-    found = find_overlap(ours, theirs, 32, ranks)
-    assert (found.held_out, found.train, found.held_out_of, found.train_of) == (6, 6, 9, 9)
-    assert found.shared == 6  # of equally many the same are drawn
-    assert found.example.endswith(".bmp")
-
-
-def test_training_images_too_small_are_an_error(tmp_path, ranks):
-    ours, theirs = folders(tmp_path, crops(2, size=48), crops(2, size=32))
-    with pytest.raises(LdmError, match="is 32×32, smaller than the 48×48"):
-        find_overlap(ours, theirs, 48, ranks)

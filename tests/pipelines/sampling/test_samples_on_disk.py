@@ -13,8 +13,12 @@ from PIL import Image
 
 from ldm.data.prepare import prepare
 from ldm.errors import LdmError
-from pipelines.sampling.sample_folder import STORES, image_name, newest_samples
-from pipelines.sampling.source import SampleFolder
+from pipelines.sampling.sample_folder import (
+    SampleFolder,
+    SampleStore,
+    image_name,
+    newest_samples,
+)
 from tests.pipelines.measuring.fid_sides import write_folder
 
 
@@ -149,7 +153,7 @@ def test_damaged_image_is_named(tmp_path):
 @pytest.fixture(params=["zip", "shards"])
 def packed(request, tmp_path):
     """Three samples in another form, and a sheet beside them."""
-    store = STORES[request.param](tmp_path)
+    store = SampleStore(tmp_path, request.param)
     for i in range(3):
         store.write(i, Image.fromarray(np.random.default_rng(i).integers(0, 256, (9, 9, 3), "u1")))
     store.finish(9, "samples of a test", ())
