@@ -177,7 +177,8 @@ def _measure(
     real, fake = (gather_statistics(side, ranks) for side in (real, fake))
 
     def conclude() -> Evaluation:
-        everything, corrupt = Scores(), {}
+        everything = Scores()
+        corrupt: dict[str, str] = {}
         for share, found in shares:
             everything.merge(share)
             corrupt |= found

@@ -191,10 +191,11 @@ class Classes:
 
     def read(self, labels: Label | Iterable[Label]) -> tuple[int, ...]:
         """Return the numbers of one class or several."""
-        chosen = [labels] if _is_one(labels) else list(labels)
-        if not chosen:
+        several: Any = [labels] if _is_one(labels) else labels
+        numbers = tuple(map(self.number, several))
+        if not numbers:
             raise UsageError("labels are empty: give at least one, or omit them")
-        return tuple(map(self.number, chosen))
+        return numbers
 
     def choose(
         self, labels: Label | Iterable[Label] | None, n: int, seed: int
