@@ -60,10 +60,8 @@ STYLE: dict[Any, Any] = {
 def drawing(path: Path, title: str, under: str, height: float) -> Iterator[Figure]:
     """Provide a figure to draw on, and write it to `path` as a PNG, atomically, at the end.
 
-    Args:
-        title: title, wrapped.
-        under: the data and the method, wrapped below the title; its first letter is capitalised.
-        height: height of the drawing in inches, without the title.
+    The title and the data and method `under` it are wrapped, and stand above the drawing, which is
+    `height` inches high.
     """
     under = under[0].upper() + under[1:]
     texts: list[tuple[str, dict[str, Any]]] = [
@@ -100,9 +98,7 @@ def line_style(index: int) -> dict[str, Any]:
 def lines_svg(lines: Mapping[str, Points], colours: Mapping[str, str], x: str, log: bool) -> str:
     """Draw lines through (x, y) points as an SVG element for light and dark pages.
 
-    Args:
-        x: label of the x axis.
-        log: draw y on a logarithmic scale.
+    `x` is the label of the x axis; `log` makes the y axis logarithmic.
     """
     with rc_context(STYLE | {"svg.fonttype": "none", "svg.hashsalt": "ldm", "font.size": 9}):
         figure = Figure(figsize=(4.4, 2.4), layout="constrained")
@@ -133,10 +129,7 @@ def picture_rows(
 ) -> NDArray[np.object_]:
     """Return axes for pictures (images, names, titles), without ticks: a row per image and name.
 
-    The names stand vertically to the left of their rows, wrapped; the titles above the columns.
-
-    Args:
-        height: height of a row in inches.
+    The titles stand above the columns, the names vertically to the left of rows of `height` inches.
     """
     grid = figure.subplots(images * len(names), len(titles), squeeze=False)
     for axes in grid.flat:

@@ -279,6 +279,12 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Tree:
     return leaves
 
 
+def to_flow(value: Any) -> str:
+    """Format a plain value as YAML on one line."""
+    flow = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
+    return flow.removesuffix("\n").removesuffix("...").strip()
+
+
 def describe(config: Config, indent: int = 0) -> Iterator[tuple[str, str]]:
     """Yield lines of YAML, each with the docstring and the choices of its key."""
     pad = "  " * indent
@@ -291,8 +297,7 @@ def describe(config: Config, indent: int = 0) -> Iterator[tuple[str, str]]:
             yield from describe(value, indent + 1)
         else:
             plain = config.model_dump(mode="json", include={name})[name]
-            flow = yaml.safe_dump(plain, default_flow_style=True, allow_unicode=True, width=10_000)
-            yield f"{pad}{name}: {flow.removesuffix(chr(10)).removesuffix('...').strip()}", doc
+            yield f"{pad}{name}: {to_flow(plain)}", doc
 
 
 def _choices(annotation: Any) -> Iterator[str]:

@@ -6,6 +6,7 @@ are aligned left; the others hold numbers and are aligned right.
 
 import re
 from collections.abc import Sequence
+from functools import partial
 
 Row = Sequence[str]
 
@@ -37,7 +38,8 @@ def markdown_table(header: Row, rows: Sequence[Row], left: int = 1) -> list[str]
 
 def latex_table(header: Row, rows: Sequence[Row], left: int = 1) -> list[str]:
     """Return the lines of a LaTeX `tabular` with the rules of the booktabs package."""
-    first, *others = [f"{' & '.join(map(escape_latex, row))} \\\\" for row in (header, *rows)]
+    escape = partial(SPECIAL.sub, lambda found: LATEX[found.group()])
+    first, *others = [f"{' & '.join(map(escape, row))} \\\\" for row in (header, *rows)]
     columns = "l" * left + "r" * (len(header) - left)
     return [
         f"\\begin{{tabular}}{{{columns}}}",
@@ -48,11 +50,6 @@ def latex_table(header: Row, rows: Sequence[Row], left: int = 1) -> list[str]:
         "\\bottomrule",
         "\\end{tabular}",
     ]
-
-
-def escape_latex(cell: str) -> str:
-    """Return the cell with LaTeX's special characters and our signs as LaTeX writes them."""
-    return SPECIAL.sub(lambda found: LATEX[found.group()], cell)
 
 
 def _aligned(row: Row, widths: Sequence[int], left: int) -> list[str]:

@@ -74,13 +74,9 @@ def analyze_features(
 # --------------------------------------------------------------------------------- measuring
 @torch.no_grad()
 def decoder_magnitudes(autoencoder: Autoencoder, images: Tensor) -> list[Tensor]:
-    """Return the magnitudes of the features after each level: root mean squares over channels.
+    """Return root mean squares over channels of the features after each level, the coarsest first.
 
-    Args:
-        images: (B, 3, H, W) in [−1, 1], on the autoencoder's device.
-
-    Returns:
-        One tensor (B, h, w) per level, the coarsest first; float32 on the CPU.
+    Images (B, 3, H, W) in [−1, 1] give float32 (B, h, w) on the CPU.
     """
     magnitudes: list[list[Tensor]] = [[] for _ in autoencoder.decoder.levels]
 
@@ -96,11 +92,10 @@ def decoder_magnitudes(autoencoder: Autoencoder, images: Tensor) -> list[Tensor]
 
 
 def imbalance(magnitudes: Tensor) -> tuple[float, float]:
-    """Measure the unevenness of a map of magnitudes (h, w).
+    """Return the largest of the magnitudes (h, w) over their mean, and the energy of the strongest.
 
-    Returns:
-        The largest magnitude over the mean, and the fraction of the squared magnitudes in the
-        strongest 1 % of the positions (at least one). A flat map has 1 and 1 %.
+    The energy is the fraction of the squared magnitudes in the strongest 1 % of the positions (at
+    least one). A flat map has 1 and 1 %.
     """
     energy = magnitudes.double().square().flatten()
     top = energy.topk(max(1, round(TOP * len(energy)))).values

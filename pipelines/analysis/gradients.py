@@ -11,9 +11,9 @@ at the decoder's last layer without the weight, the right panel with it: the for
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ldm.charts import DIM, colour, drawing
 from ldm.errors import LdmError
@@ -26,19 +26,9 @@ MIXED = "rows of adaptive runs are means over steps, rows of constant runs are s
 RATIO = r"$\|\nabla L_\mathrm{adv}\| \,/\, \|\nabla L_\mathrm{recon}\|$"
 
 
-class Curve(NamedTuple):
-    """Ratios of a run; every array has one entry per logged row."""
-
-    weighting: str
-    """"constant" or "adaptive", or "?" if config.yaml does not record it."""
-    images: np.ndarray
-    """Images seen."""
-    steps: np.ndarray | None
-    """Training steps; None if the batch size is unknown."""
-    ratio: np.ndarray
-    """‖∇L_adv‖ / ‖∇L_recon‖, without the weight of L_adv."""
-    weight: np.ndarray
-    """λ_adv, including its ramp."""
+Curve = tuple[str, dict[str, NDArray]]
+"""The weighting of L_adv, "constant", "adaptive" or "?" if config.yaml does not record it, and the
+columns of gradients.csv, with an entry per logged row."""
 
 
 def analyze_gradients(runs: Sequence[str | Path] = (), out: Path | None = None) -> Analysis:
@@ -51,21 +41,19 @@ def analyze_gradients(runs: Sequence[str | Path] = (), out: Path | None = None) 
     paths = {name: p.parent if p.is_file() else p for name, p in paths.items()}
     curves = {name: read_curve(path) for name, path in paths.items()}
     rows, cells = [], []
-    for name, c in curves.items():
-        steps = [None] * len(c.images) if c.steps is None else c.steps.tolist()
-        weighted = c.weight * c.ratio
-        numbers = (column.tolist() for column in (c.ratio, c.weight, weighted))
-        columns = zip(c.images.tolist(), steps, *numbers, strict=True)
-        rows += [(name, c.weighting, *row) for row in columns]
-        percentiles = (f"{p:.3g}" for p in np.percentile(c.ratio, (5, 50, 95)))
-        low, high = np.percentile(np.log10(c.ratio), (5, 95))
+    for name, (weighting, columns) in curves.items():
+        values = (column.tolist() for column in columns.values())
+        rows += [(name, weighting, *row) for row in zip(*values, strict=True)]
+        ratio, weighted = columns["ratio"], columns["weighted_ratio"]
+        percentiles = (f"{p:.3g}" for p in np.percentile(ratio, (5, 50, 95)))
+        low, high = np.percentile(np.log10(ratio), (5, 95))
         last = (f"{high - low:.2f}", f"{np.median(weighted):.3g}")
-        cells.append((name, c.weighting, str(len(c.ratio)), *percentiles, *last))
+        cells.append((name, weighting, str(len(ratio)), *percentiles, *last))
     header = ("run", "weighting", "images_seen", "step", "ratio", "weight", "weighted_ratio")
     folder = analysis_folder(out, next(iter(paths.values())))
     files = (folder / "gradients.png", write_csv(folder / "gradients.csv", header, rows))
     notes = ["decades: log₁₀ of the 95 % point over the 5 % point, a measure of instability"]
-    mixed = {"constant", "adaptive"} <= {c.weighting for c in curves.values()}
+    mixed = {"constant", "adaptive"} <= {weighting for weighting, _ in curves.values()}
     if mixed:
         # means vary less than single steps, and would hide the instability
         notes.append(f"{MIXED}: compare decades of runs trained with run.log_every_steps=1")
@@ -80,7 +68,7 @@ def analyze_gradients(runs: Sequence[str | Path] = (), out: Path | None = None) 
 
 
 def read_curve(folder: Path) -> Curve:
-    """Read the ratios from a run's metrics.jsonl."""
+    """Read the ratios from a run's metrics.jsonl; without a batch size, steps are None."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise LdmError(f"{path} does not exist: pass the folder of a stage-one run")
@@ -93,10 +81,12 @@ def read_curve(folder: Path) -> Curve:
     config = read_config(folder) or {}
     weighting = (config.get("adversarial") or {}).get("weighting", "?")
     images = np.array([row["images_seen"] for row in rows])
-    steps = images // config["batch_size"] if config.get("batch_size") else None
-    recon_over_adversarial = np.array([row["gradient_ratio"] for row in rows])
+    batch_size = config.get("batch_size")
+    steps = images // batch_size if batch_size else np.full(len(rows), None)
+    ratio = 1 / np.array([row["gradient_ratio"] for row in rows])
     weight = np.array([row.get("adversarial_weight", np.nan) for row in rows])
-    return Curve(weighting, images, steps, 1 / recon_over_adversarial, weight)
+    columns = {"images_seen": images, "step": steps, "ratio": ratio, "weight": weight}
+    return weighting, columns | {"weighted_ratio": weight * ratio}
 
 
 def running_median(values: np.ndarray, width: int) -> np.ndarray:
@@ -109,23 +99,22 @@ def running_median(values: np.ndarray, width: int) -> np.ndarray:
 
 # ---------------------------------------------------------------------------------- showing
 def _draw(path: Path, curves: dict[str, Curve], mixed: bool) -> None:
-    by_steps = all(c.steps is not None for c in curves.values())
+    by_steps = all(columns["step"][0] is not None for _, columns in curves.values())
     under = (
         "Norms of the gradients at the decoder's last layer. Thin: as logged; thick: running "
         "median. Above 1, the adversarial loss dominates the reconstruction loss."
     ) + (f" Note: {MIXED}." if mixed else "")
     title = "Adversarial against reconstruction gradients"
-    names = [n if c.weighting in n else f"{n} ({c.weighting} weight)" for n, c in curves.items()]
+    names = [n if kind in n else f"{n} ({kind} weight)" for n, (kind, _) in curves.items()]
     with drawing(path, title, under, 4.1 + 0.1 * len(names)) as figure:
         panels = figure.subplots(1, 2, sharex=True)
         titles = ("without its weight (Figure 7)", r"with its weight $\lambda_\mathrm{adv}$")
-        for axes, title, weighted in zip(panels, titles, (False, True), strict=True):
-            for i, c in enumerate(curves.values()):
-                x = c.steps if by_steps else c.images
-                y = c.ratio * c.weight if weighted else c.ratio
-                width = min(SMOOTH, len(y) // 8 * 2 + 1)
+        shown = ("ratio", "weighted_ratio")
+        for axes, title, column in zip(panels, titles, shown, strict=True):
+            for i, (_, columns) in enumerate(curves.values()):
+                x, y = columns["step" if by_steps else "images_seen"], columns[column]
                 dot = "o" if len(y) == 1 else None  # no line goes through one point
-                smooth = running_median(y, width)
+                smooth = running_median(y, min(SMOOTH, len(y) // 8 * 2 + 1))
                 axes.plot(x, y, color=colour(i), linewidth=0.7, alpha=0.4)
                 axes.plot(x, smooth, color=colour(i), linewidth=2, label=names[i], marker=dot)
             axes.axhline(1, color=DIM, linewidth=0.9, linestyle=(0, (4, 3)))

@@ -82,22 +82,14 @@ class LatentStatistics:
     The draws are integrated out in closed form.
     """
 
-    count: int
-    """Number of images."""
-    mean: Tensor
-    """Mean of each channel (n_z,)."""
-    covariance: Tensor
-    """Covariance of the channels at one position (n_z, n_z)."""
-    posterior_std: Tensor
-    """Root mean square of the posteriors' standard deviations (n_z,)."""
-    kl: Tensor
-    """KL to N(0, 1) of each channel (n_z,), in nats per latent value."""
-    frequencies: Tensor
-    """Frequencies of the spectra (k,), in cycles per latent, up to ½."""
-    spectrum: Tensor
-    """Mean power of the posterior means per channel and frequency (n_z, k)."""
-    image_spectrum: Tensor
-    """Mean power of the images' luma, averaged over the pixels of each latent (k,)."""
+    count: int  # of images
+    mean: Tensor  # (n_z,)
+    covariance: Tensor  # (n_z, n_z), at one position
+    posterior_std: Tensor  # (n_z,): root mean square of the posteriors' standard deviations
+    kl: Tensor  # (n_z,): KL to N(0, 1), in nats per latent value
+    frequencies: Tensor  # (k,), in cycles per latent, up to ½
+    spectrum: Tensor  # (n_z, k): mean power of the posterior means
+    image_spectrum: Tensor  # (k,): that of the images' luma, averaged over each latent's pixels
 
     @property
     def std(self) -> Tensor:
@@ -162,17 +154,11 @@ def _sums(_ks: Tensor, images: Tensor, posterior: DiagonalGaussian) -> list[Tens
 
 
 def radial_power(maps: Tensor) -> Tensor:
-    """Compute the mean power of square maps at radial frequencies 1/s, 2/s, … ½, in float64.
+    """Compute the mean power of maps at radial frequencies 1/s, 2/s, … ½: (…, s, s) → (…, ⌊s/2⌋).
 
     The mean of each map is subtracted, and a Hann window is applied, since the edges do not match.
     White noise of variance v has power v at every frequency but the lowest, where it has 67/72 v
     (s ≥ 3): under the window, the mean lies partly at that frequency.
-
-    Args:
-        maps: (…, s, s).
-
-    Returns:
-        The power (…, ⌊s/2⌋).
     """
     side = maps.shape[-1]
     maps = maps.double()
@@ -208,10 +194,7 @@ def _pictures(
 
 
 def project(latents: Tensor, statistics: LatentStatistics) -> Tensor:
-    """Project latents (B, n_z, h, w) on their first principal components (B, min(3, n_z), h, w).
-
-    The components and the mean are those of all measured latents.
-    """
+    """Project latents (B, n_z, h, w) on the first components of all: (B, min(3, n_z), h, w)."""
     centred = latents.double() - statistics.mean.view(1, -1, 1, 1)
     _, vectors = statistics.principal_components()
     return F.conv2d(centred, vectors[:3, :, None, None]).float()

@@ -6,27 +6,25 @@ mmd.csv   a row per model and σ
 The paper says "between latent codes and samples from a standard Gaussian", and no more. Our reading
 of what it leaves open:
 
-- **Scale of the latents**: raw, or as stage two sees them. Default: divided by their standard
-  deviation over all channels and positions, as Rombach et al. 2022 do for stage two; `raw` and
-  `standardised` (each channel to mean 0 and standard deviation 1) are options.
+- **Scale of the latents**: by default divided by their standard deviation over all channels and
+  positions, as Rombach et al. 2022 do for stage two; see `SCALES`.
 - **One sample** is the whole latent of an image, d = n_z·h·w values. The table's peak near σ = 50
   supports this: a shift of the mean shows most at σ ≈ √d, and √(32·32·4) = 64.
 - **MMD or MMD²**, and its **unit**: from σ = 250 to 500 the table falls by four, as MMD² does; MMD²
   is at most 2, so 28.90 is a multiple. We give MMD² × 100: the channel means of SD-VAE over
   ImageNet that Karras et al. 2024 published, times its factor of 0.18215, then give 0.65 at
   σ = 500, where the table has 0.44; a factor of ten either way would be far off.
-- **Images and repetitions**: `analyze_mmd` uses held-out images; each draw takes other images (if
-  there are more than a draw needs), other posterior noise and other Gaussian samples, and ± is the
-  standard deviation over draws. `latents_mmd`, which `ldm reproduce` uses, takes the same images in
-  all draws, and its ± is the standard error over images.
+- **Images and repetitions**: in `analyze_mmd` each draw takes other held-out images (if there are
+  more), posterior noise and Gaussian samples, and ± is the standard deviation over draws. In
+  `latents_mmd`, for `ldm reproduce`, all draws take the same images, and ± is the standard error.
 """
 
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Literal
 
 import numpy as np
@@ -52,9 +50,7 @@ from pipelines.latents import measure_latents
 
 SIGMAS = (25.0, 50.0, 100.0, 250.0, 500.0)  # Sadat et al. 2024, Table 6
 HUNDREDTHS = 100  # MMD² is given in these
-GROUPS = 50
-"""The jackknife leaves out images one by one, or at most this many groups of them; that gives the
-standard error to about a tenth."""
+GROUPS = 50  # of images, at most, for the jackknife: they give the standard error to about a tenth
 Scale = Literal["scaled", "standardised", "raw"]
 SCALES = {
     "scaled": "divided by their standard deviation",
@@ -108,10 +104,7 @@ def analyze_mmd(
     settings: MmdSettings = MmdSettings(),
     out: Path | None = None,
 ) -> Analysis | None:
-    """Measure MMD² × 100 to N(0, I) of the latents of one or several models, as in Table 6.
-
-    Each draw takes other images, if there are more than `settings.n`.
-    """
+    """Measure MMD² × 100 to N(0, I) of the latents of one or several models, as in Table 6."""
     found = {s.name: measure_draws(s, images, settings) for s in subjects}
     if not images.ranks.is_main_process:
         return None
@@ -165,10 +158,7 @@ def measure_draws(subject: Subject, images: SharedImages, settings: MmdSettings)
         compare = partial(_compare, posterior, ks, draw, settings, images.device)
         taken.append(from_main(images.ranks, compare))
     of = {s: [HUNDREDTHS * distances[s] for distances in taken] for s in settings.sigmas}
-    return {
-        s: (statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
-        for s, values in of.items()
-    }
+    return {s: (fmean(v), stdev(v) if len(v) > 1 else 0.0) for s, v in of.items()}
 
 
 def _with_errors(

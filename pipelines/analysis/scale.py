@@ -10,15 +10,13 @@ cropped instead: a larger size shows more of a photograph, not more detail.
 
 import math
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from autoencoders.pretrained import read_autoencoder
 from ldm.charts import drawing, line_style
-from ldm.data import DataConfig, Source, open_source
+from ldm.data import DataConfig, open_source
 from ldm.data.dataset import PHOTOS
 from ldm.data.sources import Split
-from ldm.data.transforms import CorruptImage
 from ldm.distributed import from_main, join_processes
 from ldm.errors import LdmError, check_at_least
 from pipelines.analysis.subjects import (
@@ -30,7 +28,7 @@ from pipelines.analysis.subjects import (
 )
 from pipelines.evaluate import evaluate_checkpoints
 from pipelines.measuring.evaluation import Evaluation
-from pipelines.measuring.reference import read_preparation
+from pipelines.measuring.reference import read_preparation, shorter_sides
 
 RESOLUTIONS = (32, 64, 128, 256, 512)  # Sadat et al. 2024, Figures 5 and 8: 2⁵ … 2⁹
 PANELS = {
@@ -107,8 +105,12 @@ def _fitting(config: DataConfig, split: Split, limit: int | None) -> list[int]:
     """Return the `RESOLUTIONS` that no image is smaller than."""
     if config.source == PHOTOS:  # whose crops are enlarged where they are too small
         return list(RESOLUTIONS)
-    prepared = read_preparation(config) or {}
-    smallest = prepared.get("size") or _smallest_side(open_source(config, split, 1), limit)
+    prepared = read_preparation(config)
+    if prepared is None:
+        source = open_source(config, split, 1)
+        count = min(len(source), limit or len(source))
+        sides = [side for _, side in shorter_sides(source, range(count), count)]
+    smallest = prepared["size"] if prepared else min(sides, default=RESOLUTIONS[-1])
     fitting = [side for side in RESOLUTIONS if side <= smallest]
     if not fitting:
         raise LdmError(
@@ -116,17 +118,6 @@ def _fitting(config: DataConfig, split: Split, limit: int | None) -> list[int]:
             "use --resolutions"
         )
     return fitting
-
-
-def _smallest_side(source: Source, limit: int | None) -> int:
-    """Return the shortest side of the images in pixels, at most the largest resolution."""
-    smallest = RESOLUTIONS[-1]
-    for index in range(min(len(source), limit or len(source))):
-        with suppress(CorruptImage):  # skipped and reported by the evaluation
-            smallest = min(smallest, *source.load(index).shape[:2])
-        if smallest < RESOLUTIONS[0]:
-            break
-    return smallest
 
 
 # ---------------------------------------------------------------------------------- showing

@@ -41,10 +41,8 @@ class Analysis(NamedTuple):
     """
 
     title: str
-    """Title of the table: the measurement and the images."""
     header: tuple[str, ...]
     rows: list[tuple[str, ...]]
-    """Cells as they are printed."""
     files: tuple[Path, ...]
     """The pictures, then the CSV files with all numbers."""
     notes: tuple[str, ...] = ()
@@ -55,7 +53,6 @@ class Subject(NamedTuple):
     """An autoencoder under analysis."""
 
     name: str
-    """Label in tables and legends."""
     path: Path
     autoencoder: Autoencoder
     """On the device, in eval mode."""

@@ -164,10 +164,7 @@ def chart(
 ) -> str:
     """Return a chart of lines through (x, y) points, with their last values; "" without points.
 
-    Args:
-        log: logarithmic y axis, without the points that have no logarithm.
-        colours: colour of each line; by default `colour` of its index.
-        note: caveat, below the chart.
+    A logarithmic y axis leaves out the points without a logarithm. A note stands below the chart.
     """
     colours = colours or {name: colour(i) for i, name in enumerate(series)}
     shown = {
@@ -202,11 +199,9 @@ def png(path: Path) -> str:
 
 
 def strips(rows: Sequence[tuple[str, Tensor]]) -> str:
-    """Embed rows of images that scroll sideways together.
+    """Embed rows of captions and float images (N, 3, H, W) in [−1, 1] that scroll together.
 
-    Args:
-        rows: (caption, float images (N, 3, H, W) in [−1, 1]); all are shown at one size, small ones
-            enlarged by an integer factor.
+    All images are shown at one size, small ones enlarged by an integer factor.
     """
     widest = max(images.shape[-1] for _, images in rows)
     width = widest * max(1, round(160 / widest))

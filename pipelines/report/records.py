@@ -42,25 +42,22 @@ SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 @dataclass
 class Record:
-    """A training run.
+    """A training run: its label, which no other run has, and the contents of its files.
 
     Attributes:
-        label: its name on the page, different for every run.
-        described: contents of run.json: kind, preset, command, versions.
-        config: the resolved settings; {} if they cannot be read.
-        rows: rows of metrics.jsonl.
-        result: contents of result.json; None for an unfinished run.
-        colour: colour of its lines and of its label, #rrggbb.
+        described: run.json: kind, preset, command, versions.
+        config: config.yaml; {} if it cannot be read.
+        result: result.json; None for an unfinished run.
         notes: sentences for the page about missing and damaged files.
         sha256: hash of its model's weights, once the model has been read.
     """
 
     folder: Path
     label: str
-    described: dict[str, Any]
+    described: Tree
     config: Tree
     rows: list[dict[str, float]]
-    result: dict[str, Any] | None
+    result: Tree | None
     colour: str = colour(0)
     notes: list[str] = field(default_factory=list)
     sha256: str | None = None
@@ -94,12 +91,11 @@ class Measurement:
 
     Attributes:
         what: the model and the images, with the file if two would be described alike.
-        numbers: values by their names in `NUMBERS`.
+        numbers, spread: values by their names in `NUMBERS`, and standard deviations of some: FID's
+            over the bootstrap, KID's over subsets.
         subject: the weights or samples and the images; None if the file does not identify them.
-        spread: standard deviations of some numbers: FID's over the bootstrap, KID's over subsets.
-        doubts: caveats, each a sentence, in the order of the keys.
-        sources: the files, with their contents.
-        network: the feature extractor; None if none was used.
+        doubts: caveats, each a sentence.
+        network: the feature extractor, if one was used.
     """
 
     record: Record

@@ -7,14 +7,13 @@ from html import escape
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 from torch.nn import functional as F
 
 from autoencoders.autoencoder import assemble
 from autoencoders.pretrained import read_autoencoder
 from ldm.checkpoint import fingerprint
-from ldm.config import Tree, flatten, validate
+from ldm.config import Tree, flatten, to_flow, validate
 from ldm.data import DataConfig, open_source, sheet_images
 from ldm.device import resolve_device
 from ldm.errors import LdmError, UsageError, check_at_least
@@ -175,8 +174,15 @@ def _reconstructions(
 ) -> str:
     """Return the first held-out images of a data set, their reconstructions, and their latents."""
     side = resolution or max(record.resolution for record in records)
-    load = cache(lambda: _held_out(config, side, count))
     latents: list[tuple[str, Tensor]] = []
+
+    @cache
+    def load() -> tuple[str, Tensor]:
+        if config is None or not side:
+            lacking = "data" if config is None else "resolution"
+            raise LdmError(f"config.yaml does not record the {lacking}: use --{lacking}")
+        images = to_float(sheet_images(open_source(config, "val", side), side, count))
+        return f"Originals: {config.source}, {len(images)} held-out images at {side}²", images
 
     @torch.no_grad()
     def reconstruct(record: Record) -> tuple[str, Tensor]:
@@ -201,16 +207,6 @@ def _reconstructions(
         return "".join(missing)
     folded = page.folded("Latents: the first three channels as RGB", page.strips(latents))
     return "".join([page.strips([load(), *rows]), folded, *missing])
-
-
-def _held_out(config: DataConfig | None, resolution: int, count: int) -> tuple[str, Tensor]:
-    """Return the first held-out images (n, 3, R, R) in [−1, 1], after their caption."""
-    if config is None or not resolution:
-        lacking = "data" if config is None else "resolution"
-        raise LdmError(f"config.yaml does not record the {lacking}: use --{lacking}")
-    source = open_source(config, "val", resolution)
-    images = to_float(sheet_images(source, resolution, count))
-    return f"Originals: {config.source}, {len(images)} held-out images at {resolution}²", images
 
 
 # ----------------------------------------------------------------------------------- samples
@@ -299,13 +295,8 @@ def settings_section(records: Sequence[Record], suffix: str = "") -> str:
 
 def _setting(settings: Tree, key: str) -> str:
     """Return a value as YAML on one line."""
-    if key not in settings:
-        return "–"
-    value = settings[key]
-    if isinstance(value, str):
-        return value or "''"
-    flow = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
-    return flow.removesuffix("\n").removesuffix("...").strip()
+    value = settings.get(key, "–")
+    return to_flow(value) if not isinstance(value, str) else value or "''"
 
 
 # ------------------------------------------------------------------------------------ curves
@@ -313,8 +304,8 @@ def curves_section(records: Sequence[Record], suffix: str = "") -> str:
     """Return a chart over images seen for every metric, held-out metrics first."""
     found = dict.fromkeys(name for r in records for row in r.rows for name in row)
     names = [name for name in found if name not in ("images_seen", "val_count", *PROGRESS)]
-    held_out_first = sorted(names, key=lambda name: not name.startswith("val"))
-    drawn = [_chart(name, records) for name in held_out_first]
+    names.sort(key=lambda name: not name.startswith("val"))
+    drawn = [_chart(name, records) for name in names]
     if not any(drawn):
         return ""
     progress = page.charts(*(_chart(name, records) for name in PROGRESS))
