@@ -9,7 +9,6 @@ README.md           the model card
 
 import re
 from collections.abc import Iterable, Mapping
-from operator import methodcaller
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
@@ -33,11 +32,12 @@ from ldm.checkpoint import (
     read_safetensors,
     refuse_overstated,
     shown,
+    to_safetensors,
 )
 from ldm.config import to_tree
 from ldm.errors import LdmError, UsageError
 from ldm.files import to_json, write_together
-from ldm.foreign import find_prefix, read_described, read_weights, to_safetensors, weights_files
+from ldm.foreign import find_prefix, read_described, read_weights, weights_files
 from ldm.run_folder import installed_version
 
 LIBRARY, MODEL_TYPE, FORMAT = "ldm", "autoencoder", 1
@@ -209,9 +209,9 @@ class HubMixin(nn.Module):
         if not readme.exists():  # keep a card that somebody wrote
             parameters = sum(p.numel() for p in self.parameters())
             files[readme] = CARD.format(ae=self, parameters=parameters).encode()
-        files[Path(folder, WEIGHTS_FILE)] = to_safetensors(self.state_dict())
+        files[Path(folder, WEIGHTS_FILE)] = to_safetensors(self.state_dict(), format="pt")
         files[Path(folder, "config.json")] = to_json(described)
-        write_together({path: methodcaller("write", content) for path, content in files.items()})
+        write_together(files)
         return list(reversed(files))
 
     def push_to_hub(self, repo_id: str, private: bool = False, token: str | None = None) -> str:

@@ -2,12 +2,17 @@
 
 import argparse
 import json
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ldm.tables import markdown_table
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,21 @@ class Verdict:
     target: str
     measured: float
     reached: bool
+
+
+def describe_machine(device: "torch.device", precision: str) -> dict[str, str]:
+    """Describe the device, its threads, the precision, the versions and the date."""
+    import torch
+
+    from ldm.device import name_device
+
+    return {
+        "device": name_device(device),
+        "precision": precision,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": date.today().isoformat(),
+    }
 
 
 def make_parser(doc: str | None) -> argparse.ArgumentParser:

@@ -15,8 +15,7 @@ import time
 import torch
 
 from autoencoders import build_autoencoder, decode_tiled, encode_tiled
-from benchmarks.comparison import add_out, make_parser
-from ldm.device import describe_machine
+from benchmarks.comparison import add_out, describe_machine, make_parser
 from ldm.tables import markdown_table
 
 

@@ -24,9 +24,16 @@ from torch import Tensor, nn
 from autoencoders import Autoencoder, build_autoencoder
 from autoencoders.sdvae.formats import from_diffusers
 from autoencoders.wavelet import dwt_cascade
-from benchmarks.comparison import Row, Target, compare, judge, measuring_parser, write
-from ldm.device import (
+from benchmarks.comparison import (
+    Row,
+    Target,
+    compare,
     describe_machine,
+    judge,
+    measuring_parser,
+    write,
+)
+from ldm.device import (
     keep_freed_memory,
     memory_format,
     resolve_device,

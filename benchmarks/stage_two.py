@@ -21,12 +21,19 @@ from diffusers import AutoencoderKL, UNet2DModel
 from torch import Tensor, nn
 
 from autoencoders import build_autoencoder
-from benchmarks.comparison import Row, Target, compare, judge, measuring_parser, write
+from benchmarks.comparison import (
+    Row,
+    Target,
+    compare,
+    describe_machine,
+    judge,
+    measuring_parser,
+    write,
+)
 from diffusion import EDM, EDMConfig, EDMLoss, UNet, UNetConfig, karras_sigmas, sample_heun
 from diffusion.edm import sample_sigma
 from diffusion.formats import diffusers_config, to_diffusers
 from ldm.device import (
-    describe_machine,
     keep_freed_memory,
     memory_format,
     resolve_device,

@@ -22,10 +22,10 @@ import torch
 from autoencoders import Autoencoder
 from autoencoders.discriminators import build_discriminator
 from autoencoders.sdvae.nets import SDVAEDecoder
-from benchmarks.comparison import add_out, make_parser
+from benchmarks.comparison import add_out, describe_machine, make_parser
 from ldm.config import load_preset, resolve, to_tree
 from ldm.data import Batch, Source, batches, open_source, sheet_images
-from ldm.device import describe_machine, synchronise
+from ldm.device import synchronise
 from ldm.distributed import make_accelerator
 from ldm.errors import LdmError, UsageError
 from ldm.files import write_json

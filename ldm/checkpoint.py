@@ -53,31 +53,22 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
     for name in sorted(weights):
         tensor = weights[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(
-            tensor.flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-        )
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------ model files
 def save_model(path: Path, model: ModelFile) -> None:
     """Write `ckpt.pt` and its `.safetensors` twin, each atomically."""
-    from safetensors.torch import save
-
     tree = _to_tree(model)
     write_atomically(path, lambda file: torch.save(tree, file))
     tensors, meta = _split_tensors(tree)
-    payload = save(tensors, metadata={"ldm": json.dumps(meta)})
-    write_atomically(path.with_suffix(".safetensors"), lambda file: file.write(payload))
+    twin = to_safetensors(tensors, ldm=json.dumps(meta))
+    write_atomically(path.with_suffix(".safetensors"), twin)
 
 
 def load_model(path: str | Path, kind: Kind) -> ModelFile:
-    """Read a model from a `.pt`, a `.safetensors` of any name, or the `ckpt.pt` of a run folder.
-
-    Raises:
-        LdmError: the file is absent, damaged, of the other stage, of a newer format or of another
-            program, or a pickle that would run code.
-    """
+    """Read a model from a `.pt`, a `.safetensors` of any name, or the `ckpt.pt` of a run folder."""
     path = Path(path)
     if path.is_dir():
         if not (path / "ckpt.pt").is_file():
@@ -101,28 +92,28 @@ def load_model(path: str | Path, kind: Kind) -> ModelFile:
 def build_with(
     build: Callable[[], ModuleT], weights: Mapping[str, Any], path: str | Path
 ) -> ModuleT:
-    """Build a module and give it the tensors of a file.
-
-    Raises:
-        LdmError: names or shapes differ; the message gives the first tensor that does.
-    """
+    """Build a module and give it the tensors of a file, whose names and shapes must agree."""
     with torch.device("meta"):  # no memory, no random numbers: every tensor comes from the file
         module = build()
     expected = module.state_dict()
-    for name in [*expected, *(name for name in weights if name not in expected)]:
-        needed, given = (
-            tuple(tensors[name].shape) if isinstance(tensors.get(name), Tensor) else "none"
-            for tensors in (expected, weights)
-        )
-        if needed != given:
-            raise LdmError(
-                f"{path} does not fit its own config: tensor {shown(name)} is {given} in the "
-                f"file, {needed} in the model"
-            )
+    if difference := first_difference(weights, expected):
+        raise LdmError(f"{path} does not fit its own config: {difference}")
     refuse_overstated(weights, path)
     typed = {name: weights[name].to(tensor.dtype) for name, tensor in expected.items()}
     module.load_state_dict(typed, assign=True)
     return module
+
+
+def first_difference(given: Mapping[str, Any], expected: Mapping[str, Tensor]) -> str | None:
+    """Describe the first tensor of a file whose name or shape differs from the model's."""
+    for name in [*expected, *(name for name in given if name not in expected)]:
+        found, needed = (
+            tuple(tensors[name].shape) if isinstance(tensors.get(name), Tensor) else "none"
+            for tensors in (given, expected)
+        )
+        if found != needed:
+            return f"tensor {shown(name)} is {found} in the file, {needed} in the model"
+    return None
 
 
 def refuse_overstated(weights: Mapping[str, Tensor], path: str | Path) -> None:
@@ -161,11 +152,8 @@ def is_safetensors(path: Path) -> bool:
 
 @contextmanager
 def open_safetensors(path: Path, advice: str = "copy or write it again") -> Iterator[Any]:
-    """Open a `.safetensors` file as `safetensors.safe_open` does; its errors become LdmErrors.
-
-    Args:
-        advice: the end of the error message for a damaged file.
-    """
+    """Open a `.safetensors` file as `safetensors.safe_open` does; its errors become LdmErrors, and
+    `advice` is the end of the one for a damaged file."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -181,6 +169,14 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Read all tensors of a `.safetensors` file."""
     with open_safetensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def to_safetensors(weights: Mapping[str, Tensor], **metadata: str) -> bytes:
+    """Return the content of a `.safetensors` file."""
+    from safetensors.torch import save
+
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    return save(plain, metadata or None)
 
 
 def read_tensors(path: Path) -> Any:

@@ -8,8 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import resources
-from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -86,40 +85,32 @@ def resolve(
 ) -> ConfigT:
     """Merge a preset's tree and `key=value` overrides over the defaults, and validate.
 
-    Raises:
-        UsageError: a key is unknown or a value invalid; names its dotted path, or the nearest key.
+    A UsageError names the dotted path of an invalid value, or the key nearest to an unknown one.
     """
     edits = [parse_override(text) for text in overrides]
     tree = merge(_defaults(config_class), tree)  # every section exists before it is edited
     # A `type` replaces its whole section, so it is set before the section's other keys.
     for path, value in sorted(edits, key=lambda edit: edit[0][-1] != "type"):
-        _set(tree, path, value)
-    strings = _string_keys(config_class, tree)
-    for text, (path, _) in zip(overrides, edits, strict=True):
-        if ".".join(path) in strings:
-            _set(tree, path, text.partition("=")[2].strip())
+        tree = _edited(tree, path, value)
+    try:
+        config_class.model_validate(tree)
+    except ValidationError as error:
+        # strings that YAML has read as another type: a folder named 2024, or no
+        wanted = [p["loc"] for p in error.errors() if p["type"] == "string_type"]
+        strings = {_path(loc, config_class) for loc in wanted}
+        for text, (path, _) in zip(overrides, edits, strict=True):
+            if ".".join(path) in strings:
+                tree = _edited(tree, path, text.partition("=")[2].strip())
     return validate(config_class, tree)
 
 
 def validate(config_class: type[ConfigT], tree: Mapping[str, Any]) -> ConfigT:
-    """Build a config from a tree of plain values, merged over the defaults.
-
-    A section without a `type` has the default's; errors are as in `resolve`.
-    """
+    """Build a config from a tree of plain values, merged over the defaults: a section without a
+    `type` has the default's."""
     try:
         return config_class.model_validate(merge(_defaults(config_class), tree))
     except ValidationError as error:
         raise UsageError(_explain(config_class, error)) from error
-
-
-def _string_keys(config_class: type[Config], tree: Mapping[str, Any]) -> set[str]:
-    """Keys of strings that YAML has read as another type: a folder named 2024, or no."""
-    try:
-        config_class.model_validate(tree)
-    except ValidationError as error:
-        problems = [p for p in error.errors() if p["type"] == "string_type"]
-        return {_path(problem["loc"], config_class) for problem in problems}
-    return set()
 
 
 def _defaults(config_class: type[Config]) -> Tree:
@@ -157,36 +148,23 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
     return merged
 
 
-def _set(tree: Tree, path: list[str], value: Any) -> None:
-    """Set one key of a tree in place; a number in the path indexes a list."""
-    *sections, last = path
-    node: Any = tree
-    for depth, part in enumerate(sections):
-        where = ".".join(path[: depth + 1])
-        if isinstance(node, list):
-            node = node[_index(node, part, where)]
-        else:
-            if not isinstance(node.get(part), (dict, list)):
-                node[part] = {}
-            node = node[part]
-        if not isinstance(node, (dict, list)):
-            raise UsageError(f"'{where}' is a value, not a section: '{last}' cannot be set")
-    if isinstance(node, list):
-        node[_index(node, last, ".".join(path))] = value
-    elif last == "type" and node.get("type") not in (None, value):
-        node.clear()
-        node["type"] = value
-    else:
-        node.update(merge(node, {last: value}))
-
-
-def _index(items: list, part: str, where: str) -> int:
-    if not part.isdigit() and items:
-        key = f"{where.removesuffix(part)}0.{part}"
-        raise UsageError(f"'{where}': a list needs an index, such as {key}")
-    if not part.isdigit() or int(part) >= len(items):
-        raise UsageError(f"'{where}': the list has entries 0 to {len(items) - 1}")
-    return int(part)
+def _edited(tree: Any, path: Sequence[str], value: Any, above: str = "") -> Any:
+    """Return a tree with one key set; a number in the path indexes a list."""
+    if not path:
+        return value
+    part, *rest = path
+    if isinstance(tree, list):
+        if not part.isdigit() and tree:
+            key = f"{above}0.{part}"
+            raise UsageError(f"'{above}{part}': a list needs an index, such as {key}")
+        if not part.isdigit() or int(part) >= len(tree):
+            raise UsageError(f"'{above}{part}': the list has entries 0 to {len(tree) - 1}")
+        at = int(part)
+        return [*tree[:at], _edited(tree[at], rest, value, f"{above}{part}."), *tree[at + 1 :]]
+    section = tree if isinstance(tree, Mapping) else {}
+    if part == "type" and section.get("type") not in (None, value):
+        return {"type": value}
+    return merge(section, {part: _edited(section.get(part), rest, value, f"{above}{part}.")})
 
 
 # ----------------------------------------------------------------------------------- errors
@@ -253,13 +231,9 @@ def key_paths(config_class: type[Config], prefix: str = "", index: str = "") -> 
 def _sections(annotation: Any) -> Iterator[type[Config]]:
     if isinstance(annotation, type) and issubclass(annotation, Config):
         yield annotation
-    elif get_origin(annotation) in (Union, UnionType, Annotated):
-        for variant in get_args(annotation):
-            yield from _sections(variant)
     elif get_origin(annotation) is not Literal:
-        # a list of sections; overrides give an index, phases.0.steps
-        for item in get_args(annotation):
-            yield from _sections(item)
+        for inner in get_args(annotation):  # of a union, or of a list of sections
+            yield from _sections(inner)
 
 
 # ---------------------------------------------------------------------------------- showing

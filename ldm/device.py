@@ -1,10 +1,9 @@
-"""The device: its choice, memory layout, precision and description; and interleaved timing."""
+"""The device: its choice, memory layout, precision and name; and interleaved timing."""
 
 import ctypes
 import platform
 import time
 from collections.abc import Callable, Mapping
-from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -93,17 +92,6 @@ def synchronise(device: torch.device) -> None:
     """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def describe_machine(device: torch.device, precision: str) -> dict[str, str]:
-    """Describe the device, its threads, the precision, the versions and the date."""
-    return {
-        "device": name_device(device),
-        "precision": precision,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": date.today().isoformat(),
-    }
 
 
 def name_device(device: torch.device) -> str:

@@ -75,11 +75,15 @@ def fail_together(ranks: Accelerator | PartialState) -> Iterator[None]:
     The block must not contain collectives.
     """
     failed: Exception | None = None
+    errors: list[Exception] = []
     try:
         yield
+    except LdmError as error:
+        failed, errors = error, [error]
     except Exception as error:
-        failed = error
-    errors = [] if failed is None else [_to_send(failed, ranks.process_index)]
+        failed, line = error, str(error).strip().partition("\n")[0]
+        text = f"process {ranks.process_index} failed: {type(error).__name__}: {line}"
+        errors = [RuntimeError(text)]  # picklable, and no other process takes it for an LdmError
     if ranks.num_processes > 1:
         if failed is not None:  # the others may take long, or never arrive
             print(f"process {ranks.process_index} failed and waits for the others: "
@@ -91,12 +95,3 @@ def fail_together(ranks: Accelerator | PartialState) -> Iterator[None]:
         raise failed  # with its traceback
     if errors:
         raise errors[0]
-
-
-def _to_send(error: Exception, rank: int) -> Exception:
-    """Make an error picklable. Anything but an LdmError becomes a RuntimeError, so that no rank
-    takes it for a recoverable one."""
-    if isinstance(error, LdmError):
-        return error
-    text = str(error).strip().partition("\n")[0]
-    return RuntimeError(f"process {rank} failed: {type(error).__name__}: {text}")

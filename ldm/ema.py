@@ -1,17 +1,39 @@
-"""Moving averages of a model's weights, with half-lives and widths in images."""
+"""Averages of a model's weights: tracked in training, or computed afterwards from snapshots.
+
+Half-lives and widths are in images. Post-hoc EMA is that of Karras et al. 2023 (arXiv 2312.02696),
+Section 3.2 and Appendix C.3. A power-function average is the integral of the weights over the run
+against a profile of closed form. A profile that is nearly a sum of the snapshots' profiles gives
+its average as the same sum of their weights.
+
+<run>/ema/<images_seen>-<std>.safetensors    the network's averaged weights
+"""
 
 import math
+import re
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from ema_pytorch import EMA
+from ema_pytorch.post_hoc_ema import sigma_rel_to_gamma
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from ldm.checkpoint import load_model, open_safetensors, save_model, shown, to_safetensors
 from ldm.errors import LdmError, UsageError
+from ldm.files import write_atomically
 
 LARGEST_STD = math.sqrt(1 / 12)
 """Relative width of the mean over a whole run (γ = 0)."""
+
+TOLERANCE = 0.05
+"""Largest residual of a fit that is accepted; see `Fit`."""
+
+SNAPSHOT = re.compile(r"(\d{12,})-(\d+(?:\.\d+)?(?:e-\d+)?)\.safetensors")
 
 
 class Average(ABC):
@@ -30,11 +52,8 @@ class Average(ABC):
 
     @abstractmethod
     def decay(self, images_seen: int, batch_size: int) -> float:
-        """Return the weight that the average keeps in the update after `images_seen` images.
-
-        Args:
-            batch_size: images since the update before.
-        """
+        """Return the weight that the average keeps in the update after `images_seen` images, of
+        which `batch_size` came after the update before."""
 
     @property
     def model(self) -> nn.Module:
@@ -42,12 +61,8 @@ class Average(ABC):
         return self._ema.ema_model
 
     def update(self, images_seen: int, batch_size: int) -> None:
-        """Update after an optimiser step; the first update copies the model.
-
-        Args:
-            images_seen: over all processes, with this step's.
-            batch_size: images of this step, over all processes.
-        """
+        """Update after a step of `batch_size` images, which `images_seen` includes, both over all
+        processes. The first update copies the model."""
         first = not self._ema.initted
         decay = 0.0 if first else self.decay(images_seen, batch_size)
         self._ema.update_moving_average(self._ema.ema_model, self._ema.model, decay)
@@ -61,14 +76,8 @@ class Average(ABC):
         return dict(self._ema.state_dict())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a state; an LdmError if it belongs to another model."""
-        try:
-            self._ema.load_state_dict(state)
-        except RuntimeError as error:
-            raise LdmError(
-                "the averaged weights do not fit this model: resume with the configuration "
-                "they were saved with"
-            ) from error
+        """Continue from a state."""
+        self._ema.load_state_dict(state)
 
 
 class Ema(Average):
@@ -86,7 +95,6 @@ class Ema(Average):
         self.ramp_up = ramp_up
 
     def decay(self, images_seen: int, batch_size: int) -> float:
-        """Return the weight that the average keeps in an update."""
         half_life = self.half_life_images
         if self.ramp_up is not None:
             half_life = min(half_life, self.ramp_up * images_seen)
@@ -111,23 +119,205 @@ class PowerEma(Average):
         super().__init__(model)
 
     def decay(self, images_seen: int, batch_size: int) -> float:
-        """Return the weight that the average keeps in an update."""
         # Karras et al. 2023, Eq. 127: β_γ(t) = (1 − Δt/t)^(γ+1)
         return (1 - batch_size / images_seen) ** (self.gamma + 1)
 
 
 def gamma_of_std(std: float) -> float:
-    """Return the exponent γ ≥ 0 of the power-function profile of a relative width.
-
-    Raises:
-        UsageError: `std` is not in (0, √(1/12)].
-    """
+    """Return the exponent γ ≥ 0 of the power-function profile of a relative width."""
     if not 0 < std <= LARGEST_STD:
         raise UsageError(
             f"std={std}: the width of an average must be above 0 and at most "
             f"{LARGEST_STD:.5f}, the mean over the whole run"
         )
-    # Karras et al. 2023, Algorithm 2: Eq. 126 with t = 1/σ_rel², times its denominators, is
-    # γ³ + 7γ² + (16 − t)γ + (12 − t) = 0; its largest root is the one that is not negative
-    t = std**-2
-    return np.roots([1, 7, 16 - t, 12 - t]).real.max().item()
+    return sigma_rel_to_gamma(std)  # Karras et al. 2023, Algorithm 2
+
+
+# ------------------------------------------------------------------------------- snapshots
+@dataclass(frozen=True)
+class Snapshot:
+    """A power-function average of width `std` after `images_seen`."""
+
+    images_seen: int
+    std: float
+    path: Path
+
+
+def save_snapshot(
+    folder: Path, images_seen: int, std: float, weights: Mapping[str, Tensor]
+) -> Snapshot:
+    """Write a snapshot to the run's `ema/` folder, atomically; on the main process alone.
+
+    The tensors keep their type. Half precision would save half the space, but for an average of
+    width 0.07 of weights on a random walk, from 40 snapshots each of widths 0.05 and 0.1, its error
+    is 2e-4 (1e-3 at width 0.03), against 5e-7 with float32.
+    """
+    path = folder / f"{images_seen:012d}-{float(std)}.safetensors"
+    write_atomically(path, to_safetensors(weights))
+    return Snapshot(images_seen, float(std), path)
+
+
+def list_snapshots(folder: Path) -> list[Snapshot]:
+    """List the snapshots in a run's `ema/`, oldest first; an LdmError if there are none."""
+    found = [
+        Snapshot(int(named[1]), float(named[2]), path)
+        for path in folder.glob("*.safetensors")
+        if (named := SNAPSHOT.fullmatch(path.name))
+    ]
+    if not found:
+        raise LdmError(
+            f"no snapshots of averages in {folder}: train with ema_stds, such as "
+            "ema_stds=[0.05, 0.1], to keep them"
+        )
+    return sorted(found, key=lambda snapshot: (snapshot.images_seen, snapshot.std))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The sum of snapshots nearest to an average.
+
+    `residual` is ‖p − Σ xᵢ pᵢ‖ / ‖p‖ over the profiles p, in L2. If the weights of the steps were
+    noise around a mean, the noise of the average would be off by this fraction. If they move slowly
+    the error is far smaller, because the coefficients sum to 1.
+    """
+
+    images_seen: int
+    snapshots: tuple[Snapshot, ...]
+    coefficients: tuple[float, ...]
+    residual: float
+
+
+def fit_snapshots(snapshots: Sequence[Snapshot], std: float, at: int | None = None) -> Fit:
+    """Fit the average of width `std` after `at` images by a run's snapshots up to then.
+
+    Args:
+        std: see `PowerEma`.
+        at: images seen at one of the snapshots; by default the newest.
+    """
+    gamma = gamma_of_std(std)
+    times = sorted({snapshot.images_seen for snapshot in snapshots})
+    at = times[-1] if at is None else at
+    if at not in times:
+        near = min(times, key=lambda time: abs(time - at))
+        raise LdmError(
+            f"no snapshot at {at} images: there are {len(times)}, from {times[0]} to {times[-1]}, "
+            f"the nearest at {near}"
+        )
+    used = tuple(snapshot for snapshot in snapshots if snapshot.images_seen <= at)
+    coefficients, residual = solve_coefficients(
+        [gamma_of_std(each.std) for each in used], [each.images_seen for each in used], gamma, at
+    )
+    if residual > TOLERANCE:
+        stds = ", ".join(map(str, sorted({snapshot.std for snapshot in used})))
+        raise LdmError(
+            f"the average of std {std} at {at} images cannot be made of the snapshots up to then "
+            f"({len(used)}, of std {stds}): it would be off by {residual:.0%}, {TOLERANCE:.0%} is "
+            "allowed; choose a std nearer to those, or a later time"
+        )
+    return Fit(at, used, tuple(coefficients.tolist()), residual)
+
+
+def solve_coefficients(
+    gammas: ArrayLike, times: ArrayLike, gamma: float, time: float
+) -> tuple[NDArray[np.float64], float]:
+    """Find the coefficients (n,), of sum 1, with which profiles (γᵢ, tᵢ) best fit (γ, t) in L2.
+
+    Returns:
+        The coefficients, and the relative residual of `Fit`.
+    """
+    gammas = np.asarray(gammas, np.float64)
+    times = np.asarray(times, np.float64) / time  # a residual does not depend on the unit
+    # Karras et al. 2023, Algorithm 3: A x = b, with the inner products among the snapshots'
+    # profiles and with the wanted one. Here a Lagrange multiplier adds Σx = 1, so that constant
+    # weights are reproduced, and the profiles are scaled to unit norm.
+    a = inner_product(gammas[:, None], times[:, None], gammas, times)
+    b = inner_product(gammas, times, gamma, 1.0)
+    norm = np.sqrt(a.diagonal())
+    system = np.block([[a / np.outer(norm, norm), 1 / norm[:, None]], [1 / norm, np.zeros((1, 1))]])
+    # least squares of least norm: profiles may be equal up to rounding
+    solution = np.linalg.lstsq(system, np.append(b / norm, 1.0), rcond=None)[0]
+    x = solution[:-1] / norm
+    total = inner_product(gamma, 1.0, gamma, 1.0).item()
+    residual = np.sqrt(max(0.0, total - 2 * x @ b + x @ a @ x) / total)
+    return x, float(residual)
+
+
+def inner_product(
+    gamma_a: ArrayLike, time_a: ArrayLike, gamma_b: ArrayLike, time_b: ArrayLike
+) -> NDArray[np.float64]:
+    """∫ p_a(τ) p_b(τ) dτ of the profiles p_{γ,t}(τ) = (γ+1) τ^γ / t^(γ+1) on [0, t].
+
+    Args:
+        gamma_a, gamma_b: exponents, ≥ 0; all arguments are broadcast.
+        time_a, time_b: ends of the profiles, above 0, in the same unit.
+    """
+    ga, ta, gb, tb = (np.asarray(v, np.float64) for v in (gamma_a, time_a, gamma_b, time_b))
+    # Karras et al. 2023, Eq. 151: with t the earlier end and T the later one, of exponent γ_T, the
+    # integral over [0, t] is (γ_a+1) (γ_b+1) / (γ_a+γ_b+1) · (t/T)^γ_T / T
+    later = np.maximum(ta, tb)
+    share = (np.minimum(ta, tb) / later) ** np.where(ta < tb, gb, ga)
+    return (ga + 1) * (gb + 1) / (ga + gb + 1) * share / later
+
+
+# ------------------------------------------------------------------------------- synthesis
+def synthesize_ema(run: Path, std: float, at: int | None = None, out: Path | None = None) -> Path:
+    """Write a copy of a run's `ckpt.pt` whose weights are a power-function average.
+
+    Its provenance states the average: `ema_std`, `ema_images` and `ema_residual` (see `Fit`).
+
+    Args:
+        run: the folder of a stage-two run that kept snapshots (`ema_stds`).
+        std: width of the average as a fraction of the images seen (EDM2's σ_rel), in (0, 0.2886].
+        at: images seen at the end of the average, those of a snapshot; None: the newest.
+        out: the `.pt` to write, which must not exist; None: `ckpt-ema<std>.pt` in the run's
+            folder, with `-<at>` if that is given, replacing an earlier one.
+
+    Returns:
+        The `.pt`; its `.safetensors` twin is beside it.
+    """
+    if out is not None and out.suffix != ".pt":
+        raise UsageError(f"{out}: the file must end in .pt, such as {out.stem}.pt")
+    for path in (out, out.with_suffix(".safetensors")) if out is not None else ():
+        if path.exists():
+            raise LdmError(f"{path} already exists: give --out another name")
+    if not run.is_dir():
+        raise LdmError(f"no run folder at {run}")
+    fit = fit_snapshots(list_snapshots(run / "ema"), std, at)
+    file = load_model(run, "diffusion")
+    print(
+        f"{run / 'ema'}: average of std {std} at {fit.images_seen:,} images, from "
+        f"{len(fit.snapshots)} snapshots, exact to {fit.residual:.1%}"
+    )
+    weights = combine(fit, file.weights)
+    average = {"ema_std": std, "ema_images": fit.images_seen, "ema_residual": fit.residual}
+    out = out or run / (f"ckpt-ema{std}.pt" if at is None else f"ckpt-ema{std}-{at}.pt")
+    save_model(out, replace(file, weights=weights, provenance=file.provenance | average))
+    return out
+
+
+def combine(fit: Fit, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sum the snapshots of a fit, on the CPU: the average of the network whose weights are `like`.
+
+    Integers (counters) are the newest snapshot's. One tensor is read at a time and summed in
+    float64: memory is 8 bytes per weight.
+    """
+    terms = zip(fit.snapshots, fit.coefficients, strict=True)
+    sums: dict[str, Tensor] = {}
+    for snapshot, coefficient in sorted(terms, key=lambda term: -term[0].images_seen):
+        with open_safetensors(snapshot.path, "delete it to use the others") as file:
+            names = [*file.keys()]
+            for name in [*names, *(name for name in like if name not in names)]:
+                tensor = file.get_tensor(name) if name in names else None
+                if tensor is None or name not in like or tensor.shape != like[name].shape:
+                    raise LdmError(
+                        f"{snapshot.path} is not of the network in the run's ckpt.pt: tensor "
+                        f"{shown(name)} differs; delete the snapshots of another run"
+                    )
+                if not tensor.is_floating_point():
+                    sums.setdefault(name, tensor)
+                    continue
+                if name not in sums:
+                    sums[name] = torch.zeros_like(tensor, dtype=torch.float64)
+                sums[name].add_(tensor.double(), alpha=coefficient)
+    # one by one, to free the float64 sums early
+    return {name: sums.pop(name).to(tensor.dtype) for name, tensor in like.items()}

@@ -14,17 +14,16 @@ from typing import IO, Any
 
 from ldm.errors import LdmError
 
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Call `write(file)` on a file beside `path`, flush it, then rename it to `path`.
-
-    Raises:
-        LdmError: the write failed; a previous file at `path` is intact.
-    """
-    write_together({path: write})
+Content = bytes | Callable[[IO[bytes]], Any]
+"""What a file shall hold, or a function that writes it into the open file."""
 
 
-def write_together(files: Mapping[Path, Callable[[IO[bytes]], Any]]) -> None:
+def write_atomically(path: Path, content: Content) -> None:
+    """Write a file beside `path`, flush it, then rename it to `path`."""
+    write_together({path: content})
+
+
+def write_together(files: Mapping[Path, Content]) -> None:
     """Write several files beside their paths, then rename all of them in order.
 
     The last file describes the others. It is removed while they are replaced, so that a crash
@@ -33,12 +32,12 @@ def write_together(files: Mapping[Path, Callable[[IO[bytes]], Any]]) -> None:
     partials = {path: path.with_name(f".{path.name}.{os.getpid()}.partial") for path in files}
     *others, last = files
     try:
-        for path, write in files.items():
+        for path, content in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_dir():  # the rename would fail, after the work
                 raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
             with partials[path].open("wb") as file:
-                write(file)
+                file.write(content) if isinstance(content, bytes) else content(file)
                 file.flush()
                 os.fsync(file.fileno())
         if others:
@@ -71,7 +70,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write readable JSON, atomically."""
-    write_atomically(path, lambda file: file.write(to_json(value)))
+    write_atomically(path, to_json(value))
 
 
 def to_json(value: Any) -> bytes:

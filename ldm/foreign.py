@@ -11,7 +11,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.checkpoint import is_safetensors, read_safetensors, refuse_overstated, shown
+from ldm.checkpoint import (
+    first_difference,
+    is_safetensors,
+    read_safetensors,
+    refuse_overstated,
+    shown,
+    to_safetensors,
+)
 from ldm.errors import LdmError
 from ldm.files import read_json, to_json, write_together
 from ldm.safe_pickle import read_foreign
@@ -72,15 +79,12 @@ def fit(
     theirs: Mapping[str, Tensor], expected: Mapping[str, Tensor], pairs: Pairs
 ) -> dict[str, Tensor]:
     """Weights under our names, in the order of `expected`; others are refused."""
-    ours = {rename(name, pairs): name for name in expected}
-    for name in [*ours, *(name for name in theirs if name not in ours)]:
-        given = tuple(theirs[name].shape) if name in theirs else "none"
-        needed = tuple(expected[ours[name]].shape) if name in ours else "none"
-        if given != needed:
-            raise LdmError(f"tensor {shown(name)} is {given} in the file, {needed} in the model")
-        if not theirs[name].is_floating_point():
-            raise LdmError(f"tensor {name} is of {theirs[name].dtype}, not floating point")
-    return {name: theirs[their_name] for their_name, name in ours.items()}
+    if difference := first_difference(theirs, renamed(expected, pairs)):
+        raise LdmError(difference)
+    for name, tensor in theirs.items():
+        if not tensor.is_floating_point():
+            raise LdmError(f"tensor {name} is of {tensor.dtype}, not floating point")
+    return {name: theirs[rename(name, pairs)] for name in expected}
 
 
 def layer_sizes(weights: Mapping[str, Tensor], name: str, dimensions: int = 4) -> tuple[int, int]:
@@ -186,24 +190,10 @@ def read_all(paths: Iterable[Path]) -> dict[str, Tensor]:
     return weights
 
 
-def to_safetensors(weights: Mapping[str, Tensor]) -> bytes:
-    """The content of a `.safetensors`."""
-    from safetensors.torch import save
-
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in weights.items()}
-    return save(tensors, metadata={"format": "pt"})
-
-
 def write_folder(
     folder: Path, described: Mapping[str, Any], weights: Mapping[str, Tensor]
 ) -> list[Path]:
     """Write a diffusers model's config.json and weights, both or none, and return the two paths."""
-    payload = to_safetensors(weights)
     paths = [folder / "config.json", folder / WEIGHTS_FILE]
-    write_together(
-        {
-            paths[1]: lambda file: file.write(payload),
-            paths[0]: lambda file: file.write(to_json(described)),
-        }
-    )
+    write_together({paths[1]: to_safetensors(weights, format="pt"), paths[0]: to_json(described)})
     return paths

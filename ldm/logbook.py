@@ -46,16 +46,18 @@ def progress_bar(unit: str = "steps") -> Progress:
 
 
 @contextmanager
-def show_progress(what: str, total: int, visible: bool = True) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar of `total` images, if it is visible; call the result with each count."""
-    bar = progress_bar("images")
+def show_progress(
+    what: str, total: int, visible: bool = True, unit: str = "images"
+) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar of `total` units, if it is visible; call the result with each count."""
+    bar = progress_bar(unit)
     bar.disable = bar.disable or not visible
     with bar:
         task = bar.add_task(what, total=total, speed="", note="")
 
         def advance(count: int) -> None:
             speed = bar.tasks[task].speed
-            bar.update(task, advance=count, speed=f"{speed:.1f} images/s" if speed else "")
+            bar.update(task, advance=count, speed=f"{speed:.1f} {unit}/s" if speed else "")
 
         yield advance
 
@@ -135,7 +137,7 @@ def cut_rows(path: Path, images_seen: int) -> None:
     """Remove the rows after `images_seen`, which a resumed run writes again."""
     kept = [line + "\n" for line, row in _lines(path) if row["images_seen"] <= images_seen]
     if path.is_file():
-        write_atomically(path, lambda file: file.write("".join(kept).encode()))
+        write_atomically(path, "".join(kept).encode())
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -182,10 +182,8 @@ class Run:
     ) -> Tensor | None:
         """Run backward; at the end of a batch clip, update, and return the gradient norm.
 
-        A step with a non-finite loss or gradient is skipped and counted under `name`.
-
-        Raises:
-            LdmError: the tenth such step in a row; weights and saved states are still good.
+        A step with a non-finite loss or gradient is skipped and counted under `name`. The tenth in
+        a row ends the run; weights and saved states are still good.
         """
         self.accelerator.backward(loss)
         losses = self._losses.setdefault(name, [])
@@ -198,24 +196,20 @@ class Run:
         finite = torch.isfinite(torch.stack([norm, *losses])).all()
         losses.clear()
         if self.any_rank(not finite.item()):
-            self._count_bad(name)
+            self.skipped[name] += 1
+            self._bad_in_a_row[name] += 1
+            if self._bad_in_a_row[name] == MAX_BAD_STEPS:
+                last = latest_state(self.folder / "state")
+                raise LdmError(
+                    f"{name}: loss or gradient not finite in {MAX_BAD_STEPS} steps in a row; "
+                    f"stopped. Last good state: {last or 'none yet'}. Resuming would repeat it: "
+                    "start a new run with a lower lr or run.precision=fp32"
+                )
         else:
             optimizer.step()
             self._bad_in_a_row[name] = 0
         optimizer.zero_grad(set_to_none=True)
         return norm
-
-    def _count_bad(self, name: str) -> None:
-        self.skipped[name] += 1
-        self._bad_in_a_row[name] += 1
-        if self._bad_in_a_row[name] < MAX_BAD_STEPS:
-            return
-        last = latest_state(self.folder / "state")
-        raise LdmError(
-            f"{name}: loss or gradient not finite in {MAX_BAD_STEPS} steps in a row; stopped. "
-            f"Last good state: {last or 'none yet'}. Resuming would repeat it: start a new run "
-            "with a lower lr or run.precision=fp32"
-        )
 
     def any_rank(self, flag: bool) -> bool:
         """Return True if the flag is set on any process."""

@@ -50,9 +50,6 @@ def new_or_unfinished(kind: str, preset: str, config: Config, folder: Path | Non
 
     By default this is the newest unfinished run of the same preset and configuration, else a new
     folder in `runs/`.
-
-    Raises:
-        LdmError: `folder` holds another kind of run, another configuration, or other files.
     """
     if folder is None:
         for candidate in unfinished_runs(kind, preset):
@@ -78,7 +75,7 @@ def new_or_unfinished(kind: str, preset: str, config: Config, folder: Path | Non
 def describe_run(folder: Path, kind: str, preset: str, config: Config) -> None:
     """Write `config.yaml` and `run.json`."""
     text = yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True)
-    write_atomically(folder / "config.yaml", lambda file: file.write(text.encode()))
+    write_atomically(folder / "config.yaml", text.encode())
     write_json(folder / "run.json", {"kind": kind, "preset": preset} | provenance())
 
 
@@ -104,11 +101,7 @@ def installed_version(package: str) -> str:
 
 
 def newest_run(kind: str, needs: str = "ckpt.pt", preset: str | None = None) -> Path:
-    """Find the newest run of a kind, or of one preset, that holds `needs`; finished ones first.
-
-    Raises:
-        LdmError: there is none.
-    """
+    """Find the newest run of a kind, or of one preset, that holds `needs`; finished ones first."""
     runs = [
         folder
         for folder in _all_runs(kind)
@@ -213,30 +206,27 @@ def clear_leftovers(folder: Path) -> None:
     """Remove the half-written files of a killed process; only while the `lock` is held."""
     for beside in (folder / "state").glob(".writing-*"):
         shutil.rmtree(beside, ignore_errors=True)
-    for beside in (b for at in ("", "pictures/", "ema/") for b in folder.glob(f"{at}.*.partial")):
-        beside.unlink(missing_ok=True)
+    for place in ("", "pictures/", "ema/", "state/*/"):
+        for beside in folder.glob(f"{place}.*.partial"):
+            beside.unlink(missing_ok=True)
 
 
 def save_state(folder: Path, images_seen: int, tree: dict[str, Any], keep: int = 2) -> Path:
     """Write `folder/<images_seen>/`, atomically, then delete all but the newest `keep` states."""
-    final, beside = folder / str(images_seen), folder / f".writing-{images_seen}"
-    shutil.rmtree(beside, ignore_errors=True)
+    state = folder / str(images_seen)
     try:
-        write_atomically(beside / "state.pt", lambda file: torch.save(tree, file))
-        shutil.rmtree(final, ignore_errors=True)
-        beside.replace(final)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
+        write_atomically(state / "state.pt", lambda file: torch.save(tree, file))
+    finally:
+        with suppress(OSError):  # it is empty only if the write failed
+            state.rmdir()
     for old in _states(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
-    return final
+    return state
 
 
 def latest_state(folder: Path) -> Path | None:
     """Return the newest complete state in a run's `state/` folder, or None."""
-    states = _states(folder)
-    return states[-1] if states else None
+    return next(reversed(_states(folder)), None)
 
 
 def load_state(state: Path) -> dict[str, Any]:
@@ -264,7 +254,5 @@ def restore(parts: Mapping[str, Any], tree: Mapping[str, Any]) -> None:
 
 
 def _states(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    found = (p for p in folder.iterdir() if p.name.isdigit() and (p / "state.pt").is_file())
-    return sorted(found, key=lambda p: int(p.name))
+    states = (file.parent for file in folder.glob("*/state.pt") if file.parent.name.isdigit())
+    return sorted(states, key=lambda state: int(state.name))

@@ -36,9 +36,6 @@ def read_foreign(path: Path) -> Any:
 
     The tensors of a zip file are views of a private memory map: clone those that must outlive the
     file. Tensors of types that are not in `DTYPES` become an `Inert`.
-
-    Raises:
-        LdmError: the file is absent or unreadable; `Damaged` if it is damaged or no such file.
     """
     try:
         return _read_zip(path) if zipfile.is_zipfile(path) else _read_legacy(path)
@@ -61,9 +58,6 @@ class Inert:
     A pickle may call it, fill it and set its state, without effect.
     """
 
-    def __new__(cls, *_args: Any, **_kwargs: Any) -> "Inert":
-        return object.__new__(cls)
-
     __init__ = __setstate__ = __setitem__ = append = extend = add = _ignore
 
     def __call__(self, *_args: Any, **_kwargs: Any) -> Any:
@@ -77,27 +71,9 @@ class _Dict(dict):
     __setstate__ = _ignore
 
 
-class _Type(Inert):
-    """The type of a storage."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-
-
-class _View(Inert):
-    """Function that makes a tensor of a storage."""
-
-    def __call__(self, *args: Any, **_kwargs: Any) -> Any:
-        flat, offset, size, stride = args[:4]
-        # raises for a view past the storage's end
-        return flat.as_strided(size, stride, offset) if isinstance(flat, Tensor) else Inert()
-
-
-class _Parameter(Inert):
-    """Function that returns its tensor."""
-
-    def __call__(self, *args: Any, **_kwargs: Any) -> Any:
-        return args[0]
+def _view(flat: Any, offset: int, size: Any, stride: Any, *_: Any) -> Any:
+    # raises for a view past the storage's end
+    return flat.as_strided(size, stride, offset) if isinstance(flat, Tensor) else Inert()
 
 
 DTYPES = {
@@ -115,15 +91,16 @@ class _Unpickler(pickle.Unpickler):
         self.storages = storages
 
     def find_class(self, module: str, name: str) -> Any:
+        # new functions each time: a pickle may set their attributes
         match module, name:
             case "collections", "OrderedDict":
                 return _Dict
             case "torch._utils", "_rebuild_tensor_v2" | "_rebuild_tensor":
-                return _View()
+                return lambda *args: _view(*args)
             case "torch._utils", "_rebuild_parameter":
-                return _Parameter()
+                return lambda tensor, *_: tensor
             case "torch", _ if name.removesuffix("Storage") in DTYPES:
-                return _Type(DTYPES[name.removesuffix("Storage")])
+                return DTYPES[name.removesuffix("Storage")]
         return Inert
 
     def persistent_load(self, pid: Any) -> Any:
@@ -131,8 +108,8 @@ class _Unpickler(pickle.Unpickler):
             case ("storage", kind, str(key), _, int(count), *view) if view in ([], [None]):
                 if count < 0:
                     raise pickle.UnpicklingError("a storage of negative length")
-                known = isinstance(kind, _Type)
-                return self.storages(key, kind.dtype, count) if known else Inert()
+                known = isinstance(kind, torch.dtype)
+                return self.storages(key, kind, count) if known else Inert()
         raise pickle.UnpicklingError("a storage of an unknown kind")
 
 

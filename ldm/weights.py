@@ -2,8 +2,7 @@
 
 import os
 import socket
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
 
@@ -19,10 +18,8 @@ def find_or_fetch(
     name: str, url: str, hash_prefix: str, folders: Sequence[Path], instead: str
 ) -> Path:
     """Find the file `name` in one of `folders`, or download it into the first."""
-    for folder in folders:
-        if (folder / name).is_file():
-            return folder / name
-    return fetch(name, url, hash_prefix, folders[0], instead)
+    found = (folder / name for folder in folders if (folder / name).is_file())
+    return next(found, None) or fetch(name, url, hash_prefix, folders[0], instead)
 
 
 def fetch(name: str, url: str, hash_prefix: str, folder: Path, instead: str) -> Path:
@@ -34,19 +31,21 @@ def fetch(name: str, url: str, hash_prefix: str, folder: Path, instead: str) -> 
     Args:
         instead: the end of the error message: an alternative to downloading the file.
     """
-    target = folder / name
-    try:
-        from torch.hub import download_url_to_file
+    from torch.hub import download_url_to_file
 
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _timeout(seconds=30):
-            download_url_to_file(url, str(target), hash_prefix=hash_prefix, progress=True)
+    target, timeout = folder / name, socket.getdefaulttimeout()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        socket.setdefaulttimeout(30)  # seconds; torch's download has none
+        download_url_to_file(url, str(target), hash_prefix=hash_prefix, progress=True)
     except (OSError, HTTPException, ValueError, RuntimeError) as error:
         reason = getattr(error, "reason", None) or error
         raise LdmError(
             f"{name} is not on this machine and could not be fetched from {url} ({reason}): "
             f"put the file at {from_home(target)}, or {instead}"
         ) from error
+    finally:
+        socket.setdefaulttimeout(timeout)
     return target
 
 
@@ -54,14 +53,3 @@ def from_home(path: Path) -> str:
     """Shorten a path in the home folder to `~/…`."""
     home = Path.home()
     return f"~/{path.relative_to(home).as_posix()}" if path.is_relative_to(home) else str(path)
-
-
-@contextmanager
-def _timeout(seconds: float) -> Iterator[None]:
-    """Set a timeout for sockets inside the `with`: torch's download has none."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)

@@ -14,12 +14,11 @@ from diffusion.edm import EDM, EDMLoss, Uncertainty
 from ldm.checkpoint import ModelFile, fingerprint, save_model
 from ldm.config import to_tree
 from ldm.data import Source, batches, open_source
-from ldm.ema import Ema, PowerEma
+from ldm.ema import Ema, PowerEma, save_snapshot
 from ldm.errors import Interrupted, LdmError
 from ldm.images import to_float
 from ldm.learning_rate import learning_rate, set_learning_rate
 from ldm.logbook import Logbook, read_rows
-from ldm.posthoc_ema import save_snapshot
 from ldm.run import Run, TrainingState, check_batch, start_run
 from ldm.run_folder import is_finished, provenance
 from pipelines.latents import Codec, LatentBatch, latent_batches, measure_latents, open_cache

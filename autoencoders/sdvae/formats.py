@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from autoencoders.sdvae.nets import SDVAEDecoderConfig, SDVAEEncoderConfig
-from ldm.checkpoint import shown
+from ldm.checkpoint import shown, to_safetensors
 from ldm.errors import LdmError
 from ldm.files import write_atomically
 from ldm.foreign import (
@@ -36,7 +36,6 @@ from ldm.foreign import (
     rename,
     renamed,
     reverse,
-    to_safetensors,
     weights_files,
     write_folder,
 )
@@ -303,8 +302,7 @@ def write_compvis(path: Path, ae: nn.Module) -> list[Path]:
         raise _cannot("compvis", "it has no 1×1 convolutions around the latent (conv1x1)")
     weights = to_compvis(ae.state_dict())
     if path.suffix == ".safetensors":
-        payload = to_safetensors(weights)
-        write_atomically(path, lambda file: file.write(payload))
+        write_atomically(path, to_safetensors(weights, format="pt"))
     else:
         tree = {name: tensor.contiguous().cpu() for name, tensor in weights.items()}
         write_atomically(path, lambda file: torch.save({"state_dict": tree}, file))

@@ -108,7 +108,7 @@ def ema(
 
     ldm ema --std 0.07
     """
-    from ldm.posthoc_ema import synthesize_ema
+    from ldm.ema import synthesize_ema
     from ldm.run_folder import newest_run
 
     if run is None:

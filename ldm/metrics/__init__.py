@@ -3,10 +3,9 @@
 Inception, which some need, is in `ldm.metrics.inception`; LPIPS in `autoencoders.losses`.
 """
 
-from ldm.metrics.features import FeatureSet
-from ldm.metrics.fid import FeatureStatistics, frechet_distance
+from ldm.metrics.features import FeatureSet, FeatureStatistics
+from ldm.metrics.fid import PrecisionRecall, frechet_distance, precision_recall
 from ldm.metrics.mmd import KernelDistance, kernel_distance, rbf_mmd
-from ldm.metrics.precision_recall import PrecisionRecall, precision_recall
 from ldm.metrics.reconstruction import psnr, ssim
 from ldm.metrics.swd import PatchDescriptors, sliced_wasserstein
 

@@ -5,7 +5,7 @@ the sample. Memory does not grow with the number of images.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,91 @@ from torch import Tensor
 
 from ldm.errors import LdmError
 from ldm.files import write_atomically
-from ldm.metrics.fid import FeatureStatistics
 from ldm.seeds import generator
 
 FORMAT = 1
 
-Array = NDArray[np.float32]
+Array = NDArray[np.float64]
+Rows = NDArray[np.float32]
+
+
+class FeatureStatistics:
+    """Mean and covariance of a stream of feature vectors, in float64.
+
+    Sets are merged by Chan, Golub & LeVeque 1983, Equations 2.1, which sum squares about the means,
+    so that a large mean costs no precision.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.count = 0
+        self._mean: Array = np.zeros(dim)
+        self._scatter: Array = np.zeros((dim, dim))  # Σ (x − mean)(x − mean)ᵀ
+
+    @classmethod
+    def from_moments(
+        cls, count: int, mean: ArrayLike, covariance: ArrayLike
+    ) -> "FeatureStatistics":
+        """Build the statistics of `count` features from mean (dim,) and covariance (dim, dim)."""
+        mu, sigma = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
+        if mu.ndim != 1 or sigma.shape != mu.shape * 2:
+            raise ValueError(
+                f"mean {mu.shape} and covariance {sigma.shape} do not fit: need (dim,) and "
+                "(dim, dim)"
+            )
+        if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+            raise ValueError("mean or covariance hold a NaN or an infinity")
+        if count < 2:
+            raise ValueError(f"a covariance needs two features or more, not {count}")
+        statistics = cls(len(mu))
+        statistics._add(count, mu, sigma * (count - 1))
+        return statistics
+
+    @property
+    def dim(self) -> int:
+        """Length of a feature vector."""
+        return len(self._mean)
+
+    @property
+    def mean(self) -> Array:
+        """Mean (dim,); a ValueError without features."""
+        if self.count < 1:
+            raise ValueError("the mean of no features: update first")
+        return self._mean.copy()
+
+    @property
+    def covariance(self) -> Array:
+        """Covariance (dim, dim), divided by count − 1 as in published FIDs."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs two features or more, not {self.count}")
+        return self._scatter / (self.count - 1)
+
+    def update(self, features: Tensor | Array) -> None:
+        """Add features (B, dim); a ValueError if the shape is wrong or one is not finite."""
+        if isinstance(features, Tensor):
+            features = features.detach().cpu().double().numpy()
+        values = np.asarray(features, dtype=np.float64)
+        if values.ndim != 2 or values.shape[1] != self.dim:
+            raise ValueError(f"features must be (B, {self.dim}), not {values.shape}")
+        if not np.isfinite(values).all():
+            raise ValueError("features hold a NaN or an infinity")
+        if len(values):
+            mean = values.mean(0)
+            deviations = values - mean
+            self._add(len(values), mean, deviations.T @ deviations)
+
+    def merge(self, other: "FeatureStatistics") -> None:
+        """Add the features of other statistics."""
+        if other.dim != self.dim:
+            raise ValueError(f"cannot merge features of {other.dim} into those of {self.dim}")
+        if other.count:
+            self._add(other.count, other._mean, other._scatter)
+
+    def _add(self, count: int, mean: Array, scatter: Array) -> None:
+        total = self.count + count
+        shift = mean - self._mean
+        self._scatter += scatter + np.outer(shift, shift) * (self.count * count / total)
+        self._mean = self._mean + shift * (count / total)
+        self.count = total
 
 
 class FeatureSet:
@@ -38,7 +117,7 @@ class FeatureSet:
     def __init__(self, dim: int, total: int, kept: int = 10_000, seed: int = 0) -> None:
         self.dim, self.total, self.kept, self.seed = dim, total, kept, seed
         self.statistics = FeatureStatistics(dim)
-        self._rows: dict[int, Array] = {}  # number of an image in the sample → (dim,)
+        self._rows: dict[int, Rows] = {}  # number of an image in the sample → (dim,)
         self._chosen: range | frozenset[int] = range(total)
         if kept < total:
             draw = generator(seed, "kept features", total)
@@ -49,7 +128,7 @@ class FeatureSet:
         """Number of images seen."""
         return self.statistics.count
 
-    def sample(self) -> Array:
+    def sample(self) -> Rows:
         """Return the features kept so far (≤ kept, dim), in the order of their images' numbers."""
         rows = [self._rows[k] for k in sorted(self._rows)]
         return np.stack(rows) if rows else np.empty((0, self.dim), np.float32)
@@ -79,11 +158,7 @@ class FeatureSet:
                 f"({bad.sum()} of {len(numbers)} in its batch): the model that made the image, or "
                 "the extractor's weights, are broken"
             )
-        kept = [i for i, k in enumerate(numbers) if k in self._chosen]
-        rows = {numbers[i]: values[i].astype(np.float32) for i in kept}
-        if len(rows) < len(kept):
-            raise ValueError("an image has come twice in one batch: number each once")
-        self._keep(rows)
+        self._keep((k, values[i]) for i, k in enumerate(numbers) if k in self._chosen)
         self.statistics.update(values)
 
     def merge(self, other: "FeatureSet") -> None:
@@ -93,7 +168,7 @@ class FeatureSet:
                 f"cannot merge features of (dim, total, kept, seed) = {other._settings()} into "
                 f"those of {self._settings()}"
             )
-        self._keep(other._rows)
+        self._keep(other._rows.items())
         self.statistics.merge(other.statistics)
 
     def save(self, path: Path, about: dict[str, Any]) -> None:
@@ -120,8 +195,14 @@ class FeatureSet:
             with np.load(path, allow_pickle=False) as parts:
                 form, *settings, count = parts["numbers"].tolist()
                 if form == FORMAT:
-                    features = cls(*settings)
-                    features._restore(parts, count)
+                    features, rows, ks = cls(*settings), parts["sample"], parts["sample_ks"]
+                    complete = count < features.total or len(ks) == len(features._chosen)
+                    if rows.shape != (len(ks), features.dim) or not complete:
+                        raise ValueError("the sample does not fit the numbers")
+                    features.statistics = FeatureStatistics.from_moments(
+                        count, parts["mu"], parts["sigma"]
+                    )
+                    features._keep(zip(ks.tolist(), rows, strict=True))
                     return features, json.loads(parts["about"].tobytes())
         except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
             raise LdmError(f"could not read {path} ({error.strerror})") from error
@@ -129,36 +210,19 @@ class FeatureSet:
             raise LdmError(f"{path} is damaged or no file of features: {again}") from error
         raise LdmError(f"{path} has format {form}, not {FORMAT}: {again}")
 
-    def _restore(self, parts: Mapping[str, NDArray], count: int) -> None:
-        self.statistics = FeatureStatistics.from_moments(count, parts["mu"], parts["sigma"])
-        sample, ks = parts["sample"], parts["sample_ks"].tolist()
-        complete = count < self.total or len(ks) == len(self._chosen)
-        if sample.shape != (len(ks), self.dim) or not complete or not np.isfinite(sample).all():
-            raise ValueError("the sample does not fit the numbers")
-        self._keep(dict(zip(ks, sample.astype(np.float32, copy=False), strict=True)))
-
     def _settings(self) -> tuple[int, int, int, int]:
         return self.dim, self.total, self.kept, self.seed
 
-    def _keep(self, rows: Mapping[int, Array]) -> None:
-        again = self._rows.keys() & rows.keys()
-        if again:
-            raise ValueError(f"image {min(again)} has come before: number each image once")
-        self._rows.update(rows)
+    def _keep(self, rows: Iterable[tuple[int, NDArray]]) -> None:
+        for k, row in rows:
+            if k in self._rows:
+                raise ValueError(f"image {k} has come before: number each image once")
+            self._rows[k] = row.astype(np.float32)
 
 
-def paired_features(
-    a: ArrayLike, b: ArrayLike, least: int, metric: str
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Check two sets of features and convert them to float64 (N, dim), (M, dim).
-
-    Args:
-        least: number of features that the metric needs of either set.
-
-    Raises:
-        LdmError: a set has fewer, or holds a NaN or an infinity.
-        ValueError: the shapes do not fit.
-    """
+def paired_features(a: ArrayLike, b: ArrayLike, least: int, metric: str) -> tuple[Array, Array]:
+    """Convert two sets of features to float64 (N, dim), (M, dim); check that they are finite, and
+    at least `least` each."""
     x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
         raise ValueError(f"features must be (N, dim) and (M, dim), not {x.shape} and {y.shape}")

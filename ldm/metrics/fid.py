@@ -1,99 +1,19 @@
-"""Fréchet distance between two sets of features, with a bootstrap interval."""
+"""Fréchet distance, its bootstrap interval, and precision and recall, of two sets of features."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
 
-from ldm.logbook import progress_bar
+from ldm.logbook import show_progress
+from ldm.metrics.features import Array, FeatureStatistics, paired_features
 from ldm.seeds import generator
 
-Array = NDArray[np.float64]
-
-
-class FeatureStatistics:
-    """Mean and covariance of a stream of feature vectors, in float64.
-
-    Sets are merged by Chan, Golub & LeVeque 1983, Equations 2.1, which sum squares about the means,
-    so that a large mean costs no precision.
-    """
-
-    def __init__(self, dim: int) -> None:
-        self.count = 0
-        self._mean: Array = np.zeros(dim)
-        self._scatter: Array = np.zeros((dim, dim))  # Σ (x − mean)(x − mean)ᵀ
-
-    @classmethod
-    def from_moments(
-        cls, count: int, mean: ArrayLike, covariance: ArrayLike
-    ) -> "FeatureStatistics":
-        """Build the statistics of `count` features from mean (dim,) and covariance (dim, dim).
-
-        Raises:
-            ValueError: the shapes do not fit, a number is not finite, or `count` is below two.
-        """
-        mu, sigma = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
-        if mu.ndim != 1 or sigma.shape != mu.shape * 2:
-            raise ValueError(
-                f"mean {mu.shape} and covariance {sigma.shape} do not fit: need (dim,) and "
-                "(dim, dim)"
-            )
-        if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-            raise ValueError("mean or covariance hold a NaN or an infinity")
-        if count < 2:
-            raise ValueError(f"a covariance needs two features or more, not {count}")
-        statistics = cls(len(mu))
-        statistics._add(count, mu, sigma * (count - 1))
-        return statistics
-
-    @property
-    def dim(self) -> int:
-        """Length of a feature vector."""
-        return len(self._mean)
-
-    @property
-    def mean(self) -> Array:
-        """Mean (dim,); a ValueError without features."""
-        if self.count < 1:
-            raise ValueError("the mean of no features: update first")
-        return self._mean.copy()
-
-    @property
-    def covariance(self) -> Array:
-        """Covariance (dim, dim), divided by count − 1 as in published FIDs."""
-        if self.count < 2:
-            raise ValueError(f"a covariance needs two features or more, not {self.count}")
-        return self._scatter / (self.count - 1)
-
-    def update(self, features: Tensor | Array) -> None:
-        """Add features (B, dim); a ValueError if the shape is wrong or one is not finite."""
-        if isinstance(features, Tensor):
-            features = features.detach().cpu().double().numpy()
-        values = np.asarray(features, dtype=np.float64)
-        if values.ndim != 2 or values.shape[1] != self.dim:
-            raise ValueError(f"features must be (B, {self.dim}), not {values.shape}")
-        if not np.isfinite(values).all():
-            raise ValueError("features hold a NaN or an infinity")
-        if len(values):
-            mean = values.mean(0)
-            deviations = values - mean
-            self._add(len(values), mean, deviations.T @ deviations)
-
-    def merge(self, other: "FeatureStatistics") -> None:
-        """Add the features of other statistics."""
-        if other.dim != self.dim:
-            raise ValueError(f"cannot merge features of {other.dim} into those of {self.dim}")
-        if other.count:
-            self._add(other.count, other._mean, other._scatter)
-
-    def _add(self, count: int, mean: Array, scatter: Array) -> None:
-        total = self.count + count
-        shift = mean - self._mean
-        self._scatter += scatter + np.outer(shift, shift) * (self.count * count / total)
-        self._mean = self._mean + shift * (count / total)
-        self.count = total
+NORMAL_QUANTILE = 1.959964  # of 97.5 %
+ROWS_AT_ONCE = 4096  # 64 MiB of Inception's features in float64
+DISTANCES_AT_ONCE = 1024  # rows of distances to all of the other set: 80 MB for 10,000 of them
+ROUNDING = 1e-12  # bound on the error of a squared distance, relative to the largest squared length
 
 
 def frechet_distance(
@@ -127,10 +47,7 @@ def frechet_distance(
     return max(float(distance), 0.0)  # rounding may leave −1e-13 between equal sets
 
 
-NORMAL_QUANTILE = 1.959964  # of 97.5 %
-ROWS_AT_ONCE = 4096  # 64 MiB of Inception's features in float64
-
-
+# ------------------------------------------------------------------------- bootstrap interval
 class FidInterval(NamedTuple):
     """Confidence interval of an FID.
 
@@ -165,12 +82,11 @@ def bootstrap_fid(
     centre = sum(rows.sum(0) for _, rows in _blocks(features)) / len(features)
     mean, covariance = real.mean, real.covariance
     found = []
-    with progress_bar("draws") as bar:
-        task = bar.add_task("bootstrap", total=draws, speed="", note="")
+    with show_progress("bootstrap", draws, unit="draws") as advance:
         for draw in range(draws):
             resampled = _resample(features, centre, generator(seed, "bootstrap", draw))
             found.append(frechet_distance(mean, covariance, *resampled))
-            bar.update(task, advance=1)
+            advance(1)
     # Efron & Tibshirani 1993, Sections 6.2 and 10.2
     std, bias = float(np.std(found, ddof=1)), float(np.mean(found)) - fid
     reach = NORMAL_QUANTILE * std
@@ -199,3 +115,58 @@ def _resample(
     # about a centre near the mean, so that the difference costs no precision
     scatter -= count * np.outer(shift, shift)
     return centre + shift, scatter / (count - 1)
+
+
+# ------------------------------------------------------------------------ precision and recall
+class PrecisionRecall(NamedTuple):
+    """Fidelity and coverage of generated images, both in 0..1; higher is better."""
+
+    precision: float  # fraction of fake images in the manifold of the real ones
+    recall: float  # fraction of real images in the manifold of the fake ones
+
+
+def precision_recall(real: ArrayLike, fake: ArrayLike, k: int = 3) -> PrecisionRecall:
+    """Measure how much of each set of features lies in the other's manifold.
+
+    The manifold of a set (Kynkäänniemi et al. 2019) is the union of balls about its features, each
+    with the distance to its k-th nearest neighbour in the set as its radius. Both numbers depend on
+    the size of the sets: compare them for equal sizes only.
+
+    Args:
+        real, fake: (N, dim), (M, dim) features.
+        k: 3 in the paper.
+
+    Raises:
+        LdmError: a set has k features or fewer, or holds a NaN or an infinity.
+    """
+    x, y = paired_features(real, fake, least=k + 1, metric="precision and recall")
+    # Distances do not depend on the origin, but lose precision far from it.
+    centre = x.mean(0)
+    x, y = x - centre, y - centre
+    x_radii, y_radii = _squared_radii(x, k), _squared_radii(y, k)
+    # A feature on the surface of a ball, such as that of an image in both sets, is inside.
+    slack = ROUNDING * max(np.square(x).sum(1).max(), np.square(y).sum(1).max())
+    y_inside, x_inside = np.zeros(len(y), np.bool_), np.zeros(len(x), np.bool_)
+    for rows, squared in _squared_distances(y, x):
+        # Kynkäänniemi et al. 2019, Equation 1
+        y_inside[rows] = (squared <= x_radii + slack).any(1)
+        x_inside |= (squared <= y_radii[rows, None] + slack).any(0)
+    # Kynkäänniemi et al. 2019, Equation 2
+    return PrecisionRecall(float(y_inside.mean()), float(x_inside.mean()))
+
+
+def _squared_radii(features: Array, k: int) -> Array:
+    """Return the squared distance (N,) of each feature to its k-th nearest neighbour."""
+    radii = np.empty(len(features))
+    for rows, squared in _squared_distances(features, features):
+        squared[np.arange(len(squared)), np.arange(rows.start, rows.stop)] = np.inf  # to itself
+        radii[rows] = np.partition(squared, k - 1, axis=1)[:, k - 1]
+    return radii
+
+
+def _squared_distances(a: Array, b: Array) -> Iterator[tuple[slice, Array]]:
+    """Yield slices of the rows of `a`, and their squared distances (rows, M) to all of `b`."""
+    lengths_a, lengths_b = np.square(a).sum(1), np.square(b).sum(1)
+    for start in range(0, len(a), DISTANCES_AT_ONCE):
+        rows = slice(start, min(start + DISTANCES_AT_ONCE, len(a)))
+        yield rows, lengths_a[rows, None] + lengths_b - 2 * (a[rows] @ b.T)

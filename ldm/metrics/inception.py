@@ -22,6 +22,7 @@ from functools import partial
 from hashlib import file_digest, sha256
 from importlib import import_module
 from io import BytesIO
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -84,18 +85,13 @@ def load_extractor(
 
     Args:
         spec: `module:function`, installed or in the current folder; None for Inception.
-        mode: Inception's resizing.
-        weights: Inception's file; found in the usual caches or downloaded by default.
+        mode, weights: see `FeatureExtractor`.
         resolution: size of the two grey images on which a function is tested.
-
-    Raises:
-        UsageError: there is no such mode or function, or options of Inception come with one.
-        LdmError: the weights are unavailable, or the function fails or returns no features.
     """
     if mode not in get_args(Mode):
         raise UsageError(f"mode '{mode}' does not exist: use {' or '.join(get_args(Mode))}")
     if spec is None:
-        return load_inception(weights, device, mode)
+        return FeatureExtractor(weights, device, mode)
     if weights is not None or mode != "clean":
         raise UsageError(
             f"--features {spec} loads and resizes by itself: leave out the weights and the mode, "
@@ -109,26 +105,30 @@ class FeatureExtractor(Extractor):
     """The pooled features of a TorchScript Inception.
 
     Args:
-        path: a TorchScript archive with the submodule `layers`, (B, 3, 299, 299) floats in
+        weights: a TorchScript archive with the submodule `layers`, (B, 3, 299, 299) floats in
             [−1, 1) → (B, 2048). In mode `legacy-tensorflow` the archive itself is called, with
-            floats (B, 3, H, W) in 0..255 and `return_features=True`.
-        trusted: the user has named the file. Loading TorchScript runs its code, so any other file
-            must be the published one.
-
-    Raises:
-        LdmError: the file is damaged, no such archive, or neither trusted nor published.
+            floats (B, 3, H, W) in 0..255 and `return_features=True`. None: the published one,
+            found in the usual caches or downloaded.
+        mode: the resizing.
     """
 
     dim = 2048
 
     def __init__(
-        self, path: Path, device: torch.device | str, mode: Mode = "clean", trusted: bool = True
+        self, weights: Path | None, device: torch.device | str, mode: Mode = "clean"
     ) -> None:
+        from cleanfid.downloads_helper import inception_url
         from cleanfid.resize import build_resizer
 
+        path = weights or published_weights()
+        if path is None:
+            advice = "give it with --weights PATH"
+            path = fetch(WEIGHTS, inception_url, SHA256, weight_folders()[0], advice)
+        if not path.is_file():
+            raise LdmError(f"no Inception weights at {path}: give {WEIGHTS} with --weights PATH")
         content = path.read_bytes()  # once: the bytes that are loaded are the bytes checked
         self.sha256 = sha256(content).hexdigest()
-        if not trusted and not self.is_published:
+        if weights is None and not self.is_published:
             raise LdmError(
                 f"{path} is damaged or not the published file (another SHA-256), and loading it "
                 "would run its code: delete it, or give it with --weights PATH"
@@ -155,22 +155,6 @@ class FeatureExtractor(Extractor):
                 f"network; give the right {WEIGHTS} with --weights PATH"
             )
         return features
-
-
-def load_inception(
-    weights: Path | None, device: torch.device | str, mode: Mode = "clean"
-) -> FeatureExtractor:
-    """Load Inception from a given file, or from the published one, which is found or fetched."""
-    if weights is not None:
-        if not weights.is_file():
-            raise LdmError(f"no Inception weights at {weights}: give {WEIGHTS} with --weights PATH")
-        return FeatureExtractor(weights, device, mode)
-    from cleanfid.downloads_helper import inception_url
-
-    path = published_weights() or fetch(
-        WEIGHTS, inception_url, SHA256, weight_folders()[0], "give it with --weights PATH"
-    )
-    return FeatureExtractor(path, device, mode, trusted=False)
 
 
 def weight_folders() -> list[Path]:
@@ -278,10 +262,10 @@ def _find_function(spec: str) -> Callable[..., Any]:
                 f"--features {spec}: no module '{missing}' is in {Path.cwd()} or installed"
             ) from error
         raise LdmError(f"--features {spec} cannot be imported: {_one_line(error)}") from error
-    for name in path.split("."):
-        if not hasattr(found, name):
-            raise UsageError(f"--features {spec}: '{name}' is not in {module_name}")
-        found = getattr(found, name)
+    try:
+        found = attrgetter(path)(found)
+    except AttributeError as error:
+        raise UsageError(f"--features {spec}: '{path}' is not in {module_name}") from error
     if not callable(found):
         raise UsageError(f"--features {spec} is {type(found).__name__}, which cannot be called")
     return found

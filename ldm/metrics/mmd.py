@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ldm.errors import LdmError
-from ldm.metrics.features import paired_features
+from ldm.metrics.features import Array, paired_features
 from ldm.seeds import generator
 
 ROWS_AT_ONCE = 1024  # of either side: 8 MB of distances
@@ -84,9 +84,6 @@ def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
     """(n, D), (m, D) → (n, m)."""
     squared = x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.mT
     return squared.clamp_(min=0)
-
-
-Array = NDArray[np.float64]
 
 
 class KernelDistance(NamedTuple):

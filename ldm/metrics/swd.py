@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm.errors import LdmError
@@ -73,6 +74,8 @@ def _double_rows(images: Tensor) -> Tensor:
     return torch.stack([old, new], dim=-1).flatten(-2)
 
 
+Patches = NDArray[np.float16]
+
 PATCH = 7  # pixels
 SCALE = 1e3  # the paper's tables show the distance ×10³
 DIRECTIONS_AT_ONCE = 16  # bounds the memory of sorting all points along directions
@@ -98,13 +101,12 @@ class PatchDescriptors:
         self.resolutions = pyramid_resolutions(resolution)
         self.patches = patches
         self.seed = seed
-        self._ks: dict[int, None] = {}  # numbers of the images, in order of arrival
-        self._levels: list[list[Tensor]] = [[] for _ in self.resolutions]  # each (B · P, 3, 49)
+        self._images: dict[int, tuple[Patches, ...]] = {}  # by number; (P, 3, 49) of each level
 
     @property
     def count(self) -> int:
         """Number of images seen."""
-        return len(self._ks)
+        return len(self._images)
 
     def update(self, images: Tensor, ks: Tensor | Sequence[int] | None = None) -> None:
         """Add images (B, 3, R, R), uint8 or floats in [−1, 1].
@@ -117,51 +119,41 @@ class PatchDescriptors:
             raise ValueError(
                 f"images must be (B, 3, {resolution}, {resolution}), not {tuple(images.shape)}"
             )
-        numbers = range(self.count, self.count + len(images)) if ks is None else ks
-        numbers = [int(k) for k in numbers]
+        given = range(self.count, self.count + len(images)) if ks is None else ks
+        numbers = [int(k) for k in given]
         if len(numbers) != len(images):
             raise ValueError(f"{len(images)} images need as many numbers, not {len(numbers)}")
-        self._add_numbers(numbers)
         if not len(images):
             return
         draws = [generator(self.seed, "swd patches", k) for k in numbers]
         images = to_float(images) if images.dtype == torch.uint8 else images.float()
-        pyramid = laplacian_pyramid(images, len(self.resolutions))
-        for band, level in zip(pyramid, self._levels, strict=True):
+        levels = []
+        for band in laplacian_pyramid(images, len(self.resolutions)):
             places, size = band.shape[-1] - PATCH + 1, (self.patches, 2)
             corners = np.stack([draw.integers(places, size=size) for draw in draws])
             # half precision: 6 GB instead of 12 for the paper's 16,384 images at 256²; its
             # rounding, 5e-4 of a value, is the same for both sets
-            level.append(cut_patches(band, torch.from_numpy(corners)).half().cpu())
+            cut = cut_patches(band, torch.from_numpy(corners)).half().cpu()
+            levels.append(cut.contiguous().numpy())  # sums depend on the layout
+        self._add(zip(numbers, zip(*levels, strict=True), strict=True))
 
     def merge(self, other: "PatchDescriptors") -> None:
         """Add the patches that another process has cut from the same set."""
         ours, theirs = ((side.resolutions, side.patches, side.seed) for side in (self, other))
         if ours != theirs:
             raise ValueError("descriptors of other resolutions, patch counts or seeds do not merge")
-        self._add_numbers(other._ks)
-        for level, batches in zip(self._levels, other._levels, strict=True):
-            level.extend(batches)
+        self._add(other._images.items())
 
     def level(self, index: int, images: int) -> Tensor:
         """Return the patches (images · P, 3, 49) of the first `images` images by number."""
-        # copy batch by batch: sorting would hold a level, 0.6 GB, twice
-        rank = torch.tensor(list(self._ks), dtype=torch.long).argsort().argsort()
-        level = torch.empty(min(images, self.count), self.patches, 3, PATCH**2, dtype=torch.half)
-        start = 0
-        for batch in self._levels[index]:
-            patches = batch.unflatten(0, (-1, self.patches))
-            places = rank[start : start + len(patches)]
-            wanted = places < len(level)
-            level[places[wanted]] = patches[wanted]
-            start += len(patches)
-        return level.flatten(0, 1)
+        first = sorted(self._images)[:images]
+        return torch.from_numpy(np.concatenate([self._images[k][index] for k in first]))
 
-    def _add_numbers(self, numbers: Iterable[int]) -> None:
-        for k in numbers:
-            if k in self._ks:
+    def _add(self, images: Iterable[tuple[int, tuple[Patches, ...]]]) -> None:
+        for k, patches in images:
+            if k in self._images:
                 raise ValueError(f"image {k} has come before: number each image once")
-            self._ks[k] = None
+            self._images[k] = patches
 
 
 def sliced_wasserstein(
@@ -194,7 +186,7 @@ def sliced_wasserstein(
     for images in (images_a, images_b):
         batches = iter([images] if isinstance(images, Tensor) else images)
         first = next(batches, None)
-        if first is None or not len(first):
+        if first is None:
             raise LdmError("the sliced Wasserstein distance of no images: give both sets some")
         side = PatchDescriptors(first.shape[-1], patches, seed)
         for batch in chain([first], batches):
@@ -230,12 +222,12 @@ def compare_descriptors(
 
 
 def cut_patches(band: Tensor, corners: Tensor) -> Tensor:
-    """Cut patches from (B, 3, r, r) at corners (B, P, 2) → (B · P, 3, 49)."""
+    """Cut patches from (B, 3, r, r) at corners (B, P, 2) → (B, P, 3, 49)."""
     rows = corners[:, :, 0, None, None] + torch.arange(PATCH)[:, None]  # (B, P, 7, 1)
     columns = corners[:, :, 1, None, None] + torch.arange(PATCH)  # (B, P, 1, 7)
     batch = torch.arange(len(band))[:, None, None, None]
     cut = band.permute(0, 2, 3, 1)[batch, rows, columns]  # (B, P, 7, 7, 3)
-    return rearrange(cut, "b p h w c -> (b p) c (h w)")
+    return rearrange(cut, "b p h w c -> b p c (h w)")
 
 
 def normalise_colours(patches: Tensor) -> Tensor:

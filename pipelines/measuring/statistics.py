@@ -26,12 +26,15 @@ from ldm.data.loader import FaultCount
 from ldm.distributed import fail_together, from_main
 from ldm.errors import LdmError, UsageError, check_at_least
 from ldm.logbook import show_progress
-from ldm.metrics import PatchDescriptors, frechet_distance
-from ldm.metrics.features import FeatureSet
+from ldm.metrics import (
+    FeatureSet,
+    PatchDescriptors,
+    frechet_distance,
+    kernel_distance,
+    precision_recall,
+)
 from ldm.metrics.fid import bootstrap_fid
 from ldm.metrics.inception import Extractor, Mode, load_extractor
-from ldm.metrics.mmd import kernel_distance
-from ldm.metrics.precision_recall import precision_recall
 from ldm.metrics.swd import compare_descriptors
 from ldm.seeds import generator
 

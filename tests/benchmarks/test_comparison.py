@@ -2,8 +2,18 @@ import json
 import re
 
 import pytest
+import torch
 
-from benchmarks.comparison import Row, Target, as_markdown, compare, judge, write
+from benchmarks.comparison import (
+    Row,
+    Target,
+    as_markdown,
+    compare,
+    describe_machine,
+    judge,
+    write,
+)
+from ldm.device import name_device
 
 ROWS = [
     Row("encoder", "quick", 0.1, 5.0, 40.0, 100.0),
@@ -47,3 +57,9 @@ def test_page_and_json_hold_the_same(tmp_path):
     assert [Row(**row) for row in tree["rows"]] == ROWS
     assert tree["targets"][0]["reached"] is False
     assert "target" not in as_markdown("Speed", {}, ROWS, [])
+
+
+def test_the_machine_is_described_in_words():
+    found = describe_machine(torch.device("cpu"), "float32")
+    assert found["device"] == name_device(torch.device("cpu")) and found["precision"] == "float32"
+    assert found["torch"] == torch.__version__

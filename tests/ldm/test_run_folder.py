@@ -197,7 +197,10 @@ def test_a_file_system_without_locks_is_tolerated(tmp_path, monkeypatch, number,
 
 def test_clear_leftovers_removes_partial_files_only(tmp_path):
     kept = ["state/8/state.pt", "pictures/a.png", "ckpt.pt", "samples/.x.partial", "a.partial"]
-    left = ["state/.writing-16/state.pt", ".ckpt.pt.7.partial", "pictures/.b.png.7.partial"]
+    left = [
+        "state/.writing-16/state.pt", "state/24/.state.pt.7.partial", ".ckpt.pt.7.partial",
+        "pictures/.b.png.7.partial",
+    ]  # fmt: skip
     for name in kept + left:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()

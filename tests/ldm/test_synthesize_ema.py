@@ -9,9 +9,8 @@ from autoencoders import build_autoencoder
 from diffusion import UNet
 from ldm.checkpoint import ModelFile, load_model, save_model
 from ldm.config import to_tree
-from ldm.ema import PowerEma
+from ldm.ema import PowerEma, list_snapshots, save_snapshot, synthesize_ema
 from ldm.errors import LdmError, UsageError
-from ldm.posthoc_ema import list_snapshots, save_snapshot, synthesize_ema
 from tests.small import autoencoder_recipe, diffusion_recipe
 
 BATCH, STEPS, EVERY = 4, 120, 10

@@ -9,9 +9,7 @@ from PIL import Image
 
 from ldm.data import DataConfig, batches, open_source
 from ldm.errors import UsageError
-from ldm.metrics import sliced_wasserstein
-from ldm.metrics.mmd import kernel_distance
-from ldm.metrics.precision_recall import precision_recall
+from ldm.metrics import kernel_distance, precision_recall, sliced_wasserstein
 from ldm.seeds import generator
 from pipelines.fid import measure_fid
 from pipelines.sample import sample_images

@@ -1,4 +1,4 @@
-"""Feature sets: statistics and sample, independent of batches and processes."""
+"""Statistics against numpy; feature sets, independent of batches and processes."""
 
 import pickle
 import tracemalloc
@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ldm.errors import LdmError
-from ldm.metrics import FeatureSet
-from tests.ldm.metrics.photo_features import photo_features
+from ldm.metrics import FeatureSet, FeatureStatistics
+from tests.ldm.metrics.photo_features import normal_features, photo_features, statistics_of
 
 DIM = 6
 
@@ -34,6 +34,85 @@ def assert_same(a: FeatureSet, b: FeatureSet) -> None:
     np.testing.assert_allclose(
         a.statistics.covariance, b.statistics.covariance, rtol=1e-12, atol=1e-15
     )
+
+
+# ------------------------------------------------------------------------------ statistics
+def test_streaming_is_numpys_mean_and_covariance():
+    values = normal_features(100, 6)
+    statistics = statistics_of(values)
+    assert statistics.count == 100
+    np.testing.assert_allclose(statistics.mean, values.mean(0), rtol=1e-13)
+    np.testing.assert_allclose(statistics.covariance, np.cov(values, rowvar=False), rtol=1e-12)
+
+
+def test_merging_is_seeing_both():
+    values = normal_features(60, 5)
+    left, right = statistics_of(values[:13]), statistics_of(values[13:])
+    both = statistics_of(values)
+    left.merge(FeatureStatistics(5))  # nothing seen: nothing changes
+    left.merge(right)
+    assert left.count == both.count
+    np.testing.assert_allclose(left.mean, both.mean, rtol=1e-13)
+    np.testing.assert_allclose(left.covariance, both.covariance, rtol=1e-12)
+
+
+def test_a_large_mean_costs_no_digits():
+    """Sums of raw squares would leave no digit here: 1e8² / 1 is past float64's 16."""
+    values = normal_features(500, 3)
+    shifted = statistics_of(values + 1e8)
+    np.testing.assert_allclose(shifted.covariance, np.cov(values, rowvar=False), rtol=1e-6)
+
+
+def test_torch_features_of_any_type_and_an_empty_batch():
+    values = normal_features(10, 4).astype(np.float32)
+    statistics = FeatureStatistics(4)
+    statistics.update(torch.from_numpy(values).requires_grad_())
+    statistics.update(torch.empty(0, 4))
+    assert statistics.count == 10
+    np.testing.assert_allclose(statistics.mean, values.astype(np.float64).mean(0), rtol=1e-13)
+
+
+def test_known_moments_go_on_as_if_seen():
+    values = normal_features(60, 5)
+    known = FeatureStatistics.from_moments(40, values[:40].mean(0), np.cov(values[:40].T))
+    known.update(values[40:])
+    both = statistics_of(values)
+    assert known.count == 60
+    np.testing.assert_allclose(known.mean, both.mean, rtol=1e-13)
+    np.testing.assert_allclose(known.covariance, both.covariance, rtol=1e-12)
+
+
+def test_known_moments_must_be_moments():
+    with pytest.raises(ValueError, match=r"mean \(3,\) and covariance \(2, 2\) do not fit"):
+        FeatureStatistics.from_moments(5, np.zeros(3), np.eye(2))
+    with pytest.raises(ValueError, match="NaN or an infinity"):
+        FeatureStatistics.from_moments(5, np.zeros(2), np.full((2, 2), np.nan))
+    with pytest.raises(ValueError, match="two features or more, not 1"):
+        FeatureStatistics.from_moments(1, np.zeros(2), np.eye(2))
+
+
+def test_what_is_returned_is_not_the_inside():
+    statistics = statistics_of(normal_features(10, 4))
+    before = statistics.mean
+    statistics.mean[:] = 0
+    statistics.covariance[:] = 0
+    np.testing.assert_array_equal(statistics.mean, before)
+    assert statistics.covariance.any()
+
+
+def test_statistics_assert_their_contract():
+    statistics = FeatureStatistics(4)
+    with pytest.raises(ValueError, match="mean of no features"):
+        _ = statistics.mean
+    statistics.update(np.zeros((1, 4)))
+    with pytest.raises(ValueError, match="two features or more, not 1"):
+        _ = statistics.covariance
+    with pytest.raises(ValueError, match=r"must be \(B, 4\), not \(2, 3\)"):
+        statistics.update(np.zeros((2, 3)))
+    with pytest.raises(ValueError, match="NaN or an infinity"):
+        statistics.update(torch.tensor([[0.0, float("nan"), 0.0, 0.0]]))
+    with pytest.raises(ValueError, match="features of 3 into those of 4"):
+        statistics.merge(FeatureStatistics(3))
 
 
 # ---------------------------------------------------------------------------------- contents
@@ -146,8 +225,9 @@ def test_update_asserts_its_contract():
         some.update(features(4), range(3))
     with pytest.raises(ValueError, match=r"8 … 11 are not within 0 … 9"):
         some.update(features(4), range(8, 12))
-    with pytest.raises(ValueError, match="twice in one batch"):
+    with pytest.raises(ValueError, match="image 1 has come before"):
         some.update(features(4), [0, 1, 2, 1])
+    some = FeatureSet(DIM, total=10)
     some.update(features(4), range(4))
     with pytest.raises(ValueError, match="image 2 has come before"):
         some.update(features(4), [5, 6, 7, 2])

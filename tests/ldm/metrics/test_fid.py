@@ -1,113 +1,19 @@
-"""Statistics against numpy, the Fréchet distance against scipy, and the bootstrap interval."""
+"""Fréchet distance against scipy, the bootstrap interval, precision and recall by definition."""
 
 import numpy as np
 import pytest
-import torch
 from scipy import linalg
 
-from ldm.metrics import FeatureStatistics, frechet_distance
-from ldm.metrics import fid as bootstrap
+from ldm.errors import LdmError
+from ldm.metrics import FeatureStatistics, fid, frechet_distance, precision_recall
 from ldm.metrics.fid import bootstrap_fid
-from tests.ldm.metrics.photo_features import photo_features
-
-
-def features(count: int, dim: int, seed: int = 0) -> np.ndarray:
-    draw = np.random.default_rng(seed)
-    return draw.standard_normal((count, dim)) @ draw.standard_normal((dim, dim)) + draw.uniform(
-        -3, 3, dim
-    )
-
-
-def statistics_of(values: np.ndarray, batch: int = 7) -> FeatureStatistics:
-    statistics = FeatureStatistics(values.shape[1])
-    for start in range(0, len(values), batch):
-        statistics.update(values[start : start + batch])
-    return statistics
+from tests.ldm.metrics.photo_features import normal_features, photo_features, statistics_of
 
 
 def by_sqrtm(mean_a, cov_a, mean_b, cov_b) -> float:
     """The distance as its definition writes it, with a general matrix root."""
     root = linalg.sqrtm(cov_a @ cov_b).real
     return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a + cov_b - 2 * root))
-
-
-# ------------------------------------------------------------------------------ statistics
-def test_streaming_is_numpys_mean_and_covariance():
-    values = features(100, 6)
-    statistics = statistics_of(values)
-    assert statistics.count == 100
-    np.testing.assert_allclose(statistics.mean, values.mean(0), rtol=1e-13)
-    np.testing.assert_allclose(statistics.covariance, np.cov(values, rowvar=False), rtol=1e-12)
-
-
-def test_merging_is_seeing_both():
-    values = features(60, 5)
-    left, right = statistics_of(values[:13]), statistics_of(values[13:])
-    both = statistics_of(values)
-    left.merge(FeatureStatistics(5))  # nothing seen: nothing changes
-    left.merge(right)
-    assert left.count == both.count
-    np.testing.assert_allclose(left.mean, both.mean, rtol=1e-13)
-    np.testing.assert_allclose(left.covariance, both.covariance, rtol=1e-12)
-
-
-def test_a_large_mean_costs_no_digits():
-    """Sums of raw squares would leave no digit here: 1e8² / 1 is past float64's 16."""
-    values = features(500, 3)
-    shifted = statistics_of(values + 1e8)
-    np.testing.assert_allclose(shifted.covariance, np.cov(values, rowvar=False), rtol=1e-6)
-
-
-def test_torch_features_of_any_type_and_an_empty_batch():
-    values = features(10, 4).astype(np.float32)
-    statistics = FeatureStatistics(4)
-    statistics.update(torch.from_numpy(values).requires_grad_())
-    statistics.update(torch.empty(0, 4))
-    assert statistics.count == 10
-    np.testing.assert_allclose(statistics.mean, values.astype(np.float64).mean(0), rtol=1e-13)
-
-
-def test_known_moments_go_on_as_if_seen():
-    values = features(60, 5)
-    known = FeatureStatistics.from_moments(40, values[:40].mean(0), np.cov(values[:40].T))
-    known.update(values[40:])
-    both = statistics_of(values)
-    assert known.count == 60
-    np.testing.assert_allclose(known.mean, both.mean, rtol=1e-13)
-    np.testing.assert_allclose(known.covariance, both.covariance, rtol=1e-12)
-
-
-def test_known_moments_must_be_moments():
-    with pytest.raises(ValueError, match=r"mean \(3,\) and covariance \(2, 2\) do not fit"):
-        FeatureStatistics.from_moments(5, np.zeros(3), np.eye(2))
-    with pytest.raises(ValueError, match="NaN or an infinity"):
-        FeatureStatistics.from_moments(5, np.zeros(2), np.full((2, 2), np.nan))
-    with pytest.raises(ValueError, match="two features or more, not 1"):
-        FeatureStatistics.from_moments(1, np.zeros(2), np.eye(2))
-
-
-def test_what_is_returned_is_not_the_inside():
-    statistics = statistics_of(features(10, 4))
-    before = statistics.mean
-    statistics.mean[:] = 0
-    statistics.covariance[:] = 0
-    np.testing.assert_array_equal(statistics.mean, before)
-    assert statistics.covariance.any()
-
-
-def test_statistics_assert_their_contract():
-    statistics = FeatureStatistics(4)
-    with pytest.raises(ValueError, match="mean of no features"):
-        _ = statistics.mean
-    statistics.update(np.zeros((1, 4)))
-    with pytest.raises(ValueError, match="two features or more, not 1"):
-        _ = statistics.covariance
-    with pytest.raises(ValueError, match=r"must be \(B, 4\), not \(2, 3\)"):
-        statistics.update(np.zeros((2, 3)))
-    with pytest.raises(ValueError, match="NaN or an infinity"):
-        statistics.update(torch.tensor([[0.0, float("nan"), 0.0, 0.0]]))
-    with pytest.raises(ValueError, match="features of 3 into those of 4"):
-        statistics.merge(FeatureStatistics(3))
 
 
 # -------------------------------------------------------------------------------- distance
@@ -120,7 +26,10 @@ def test_diagonal_gaussians_have_a_closed_form():
 
 
 def test_full_covariances_as_scipys_matrix_root():
-    a, b = statistics_of(features(200, 12, seed=1)), statistics_of(features(200, 12, seed=2))
+    a, b = (
+        statistics_of(normal_features(200, 12, seed=1)),
+        statistics_of(normal_features(200, 12, seed=2)),
+    )
     arguments = a.mean, a.covariance, b.mean, b.covariance
     assert frechet_distance(*arguments) == pytest.approx(by_sqrtm(*arguments), rel=1e-8)
 
@@ -136,7 +45,10 @@ def test_photographs_as_scipys_matrix_root(count):
 
 
 def test_symmetric_and_zero_on_itself():
-    a, b = statistics_of(features(100, 8, seed=1)), statistics_of(features(100, 8, seed=2))
+    a, b = (
+        statistics_of(normal_features(100, 8, seed=1)),
+        statistics_of(normal_features(100, 8, seed=2)),
+    )
     forth = frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
     back = frechet_distance(b.mean, b.covariance, a.mean, a.covariance)
     assert forth == pytest.approx(back, rel=1e-10)
@@ -197,9 +109,9 @@ def test_the_interval_is_as_wide_as_other_samples_are_apart(real):
     ]
     assert np.mean([interval.std for interval in intervals]) == pytest.approx(truth, rel=0.2)
     # about the measured FID, and as wide as 95 % of a normal distribution are
-    for fid, interval in zip(fids, intervals, strict=False):
-        assert interval.high - fid == pytest.approx(1.959964 * interval.std)
-        assert fid - interval.low == pytest.approx(1.959964 * interval.std)
+    for middle, interval in zip(fids, intervals, strict=False):
+        assert interval.high - middle == pytest.approx(1.959964 * interval.std)
+        assert middle - interval.low == pytest.approx(1.959964 * interval.std)
     covered = [low <= np.mean(fids) <= high for low, high, *_ in intervals]
     assert sum(covered) >= 10
 
@@ -214,12 +126,12 @@ def test_the_bias_is_what_too_few_samples_cost(real):
 
 
 def test_a_draw_is_the_direct_computation(real, monkeypatch):
-    monkeypatch.setattr(bootstrap, "ROWS_AT_ONCE", 37)  # several blocks
+    monkeypatch.setattr(fid, "ROWS_AT_ONCE", 37)  # several blocks
     features = draw(5).astype(np.float32).astype(np.float64)
     interval = bootstrap_fid(floats(features), real, 0.0, draws=2, seed=3)
     fids = []
     for k in range(2):
-        chosen = bootstrap.generator(3, "bootstrap", k).integers(400, size=400)
+        chosen = fid.generator(3, "bootstrap", k).integers(400, size=400)
         fids.append(measured(features[chosen], real))
     assert interval.bias == pytest.approx(np.mean(fids), rel=1e-9)
     assert interval.std == pytest.approx(np.std(fids, ddof=1), rel=1e-6)
@@ -231,3 +143,77 @@ def test_fewer_than_two_have_no_deviation(real):
         bootstrap_fid(floats(draw(0)), real, 0.0, draws=1)
     with pytest.raises(ValueError, match="1 samples"):
         bootstrap_fid(floats(draw(0)[:1]), real, 0.0, draws=5)
+
+
+# ------------------------------------------------------------------------ precision and recall
+def by_definition(real: np.ndarray, made: np.ndarray, k: int) -> tuple[float, float]:
+    """Kynkäänniemi et al. 2019, Equations 1 and 2, feature by feature."""
+
+    def radius(features, i):
+        others = [f for j, f in enumerate(features) if j != i]
+        return sorted(np.linalg.norm(features[i] - f) for f in others)[k - 1]
+
+    def share_within(features, manifold):
+        radii = [radius(manifold, i) for i in range(len(manifold))]
+        balls = list(zip(manifold, radii, strict=True))
+        return np.mean([any(np.linalg.norm(f - c) <= r for c, r in balls) for f in features])
+
+    return share_within(made, real), share_within(real, made)
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_photographs_as_the_definition(k):
+    real, made = photo_features("train", 90, 12), photo_features("val", 60, 12)
+    found = precision_recall(real, made, k)
+    assert found == by_definition(real, made, k)
+    assert 0 < found.precision < 1
+    assert 0 < found.recall < 1
+    assert found.precision != found.recall
+
+
+def test_blocks_do_not_matter(monkeypatch):
+    real, made = photo_features("train", 50, 12), photo_features("val", 40, 12)
+    whole = precision_recall(real, made)
+    monkeypatch.setattr(fid, "DISTANCES_AT_ONCE", 7)
+    assert precision_recall(real, made) == whole
+
+
+def test_equal_sets_score_one_and_distant_sets_zero():
+    real = photo_features("train", 30, 12)
+    assert precision_recall(real, real) == (1, 1)
+    assert precision_recall(real, real + 100) == (0, 0)
+
+
+def test_a_collapsed_model_has_precision_without_recall():
+    draw = np.random.default_rng(0)
+    real = draw.standard_normal((200, 4))
+    made = real[0] + 1e-3 * draw.standard_normal((200, 4))
+    found = precision_recall(real, made)
+    assert found.precision == 1
+    assert found.recall <= 1 / 200
+
+
+def test_shared_images_are_inside():
+    """Five copies of an image: their balls have radius 0, and hold the copy in the other set."""
+    draw = np.random.default_rng(0)
+    image, far = draw.standard_normal((1, 64)) + 50, draw.standard_normal((10, 64)) * 100
+    found = precision_recall(np.concatenate([image.repeat(5, 0), far]), image.repeat(5, 0))
+    assert found == (1, 5 / 15)
+
+
+def test_far_from_the_origin():
+    """Features whose distances are a billionth of their lengths."""
+    real, made = photo_features("train", 40, 12), photo_features("val", 40, 12)
+    assert precision_recall(real + 1e6, made + 1e6) == precision_recall(real, made)
+
+
+def test_bad_features():
+    rows = np.arange(15.0).reshape(5, 3)
+    with pytest.raises(
+        LdmError, match="precision and recall of 3 and 5 images: it needs 4 or more on either side"
+    ):
+        precision_recall(rows[:3], rows)
+    with pytest.raises(LdmError, match="precision and recall: the features hold a NaN"):
+        precision_recall(rows, np.where(rows == 4, np.inf, rows))
+    with pytest.raises(ValueError, match=r"\(5, 3\) and \(5, 2\)"):
+        precision_recall(rows, rows[:, :2])

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("cache")
 @pytest.fixture
 def published(weights, monkeypatch):
     """As if the small network were the published one."""
-    extractor = inception.load_inception(weights, "cpu")
+    extractor = inception.FeatureExtractor(weights, "cpu")
     monkeypatch.setattr(inception, "SHA256", extractor.sha256)
     assert extractor.is_published
     return extractor
@@ -68,7 +68,7 @@ def write_published(folder, name: str, seed: int = 0):
 )
 def test_published_statistics_are_found_by_name(cache, weights, published, name, mode, file):
     features = write_published(cache, file)
-    found = open_statistics(name, inception.load_inception(weights, "cpu", mode))
+    found = open_statistics(name, inception.FeatureExtractor(weights, "cpu", mode))
     assert np.allclose(found.known.features.statistics.mean, features.mean(0))
     assert np.allclose(found.known.features.statistics.covariance, np.cov(features.T))
     assert len(found) == PUBLISHED[name].images and found.resolution == int(name[4:].split("-")[0])
@@ -132,7 +132,7 @@ def test_damaged_published_statistics_are_an_error(cache, published):
 
 
 def test_published_statistics_refuse_another_network(weights):
-    other = inception.load_inception(weights, "cpu")
+    other = inception.FeatureExtractor(weights, "cpu")
     with pytest.raises(
         LdmError,
         match="are of the published Inception, and the samples' features of another extractor",

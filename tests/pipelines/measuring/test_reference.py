@@ -192,7 +192,7 @@ def test_most_images_decide_the_filter(tmp_path):
 # --------------------------------------------------------------------------- kept statistics
 @pytest.fixture
 def extractor(weights):
-    return inception.load_inception(weights, "cpu")
+    return inception.FeatureExtractor(weights, "cpu")
 
 
 def statistics(reference: ImageReference, extractor) -> SetStatistics:
