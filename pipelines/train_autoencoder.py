@@ -8,7 +8,6 @@ L = L_recon + λ_reg L_KL + λ_adv L_adv                                        
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -34,19 +33,19 @@ from ldm.config import to_tree
 from ldm.data import Batch, Source, batches, holds_out, open_source
 from ldm.ema import Ema
 from ldm.errors import Interrupted
-from ldm.images import to_float
+from ldm.images import grid, save_grid, to_float
 from ldm.learning_rate import learning_rate, set_learning_rate
 from ldm.logbook import Logbook
 from ldm.run import Run, TrainingState, check_batch, frozen, start_run
 from ldm.run_folder import is_finished, provenance
 from ldm.seeds import normal, uniform
 from pipelines.recipes import AutoencoderRecipe
-from pipelines.validation import validate_autoencoder
+from pipelines.validation import evaluate_autoencoder, reconstruction_sheet
 
 PerceptualLosses = Mapping[str, LPIPS | ESRGANPerceptual]
 """Perceptual losses by the name of their term, `lpips` and `esrgan`."""
 
-NONE: PerceptualLosses = MappingProxyType({})
+BATCH, COLUMNS = 16, 8  # of held-out images, and of the sheet with some of them
 
 
 class AutoencoderState(TrainingState):
@@ -131,10 +130,10 @@ def draw(run: Run, recipe: AutoencoderRecipe, ks: Sequence[int], resolution: int
     """Draw the random numbers of images `ks` of the run."""
     side = resolution // recipe.encoder.downsampling
     noise = normal(run.seed, "posterior", ks, (recipe.latent_channels, side, side))
-    noise = noise.to(run.device, non_blocking=True)
-    if not recipe.adversarial.cutmix:
-        return Draws(noise, None)
-    return Draws(noise, uniform(run.seed, "cutmix", ks, (3,)).to(run.device, non_blocking=True))
+    cutmix = uniform(run.seed, "cutmix", ks, (3,)) if recipe.adversarial.cutmix else None
+    if cutmix is not None:
+        cutmix = cutmix.to(run.device, non_blocking=True)
+    return Draws(noise.to(run.device, non_blocking=True), cutmix)
 
 
 def train_step(
@@ -230,7 +229,7 @@ def train_autoencoder(
     recipe: AutoencoderRecipe,
     preset: str = "autoencoder",
     folder: Path | None = None,
-    perceptual: PerceptualLosses = NONE,
+    perceptual: PerceptualLosses | None = None,
 ) -> Path:
     """Train, or resume training; return the run's folder, with `ckpt.pt` and `best.pt` in it.
 
@@ -268,7 +267,8 @@ def train_autoencoder(
         validate = partial(_validate, run, state, held_out, lpips, logbook)
         if state.owes_validation(recipe.run.validate_every_steps):
             validate()
-        _train(run, state, sources, logbook, validate)
+        stream = _stream(run, recipe, sources, state.images_seen)
+        _train(run, state, stream, logbook, validate)
         logbook.close()
         result = {"images_seen": state.images_seen, **state.held_out, "best": state.best}
         return run.finish(result)
@@ -277,18 +277,18 @@ def train_autoencoder(
 def _train(
     run: Run,
     state: AutoencoderState,
-    sources: Mapping[int, Source],
+    stream: Iterator[tuple[int, Batch]],
     logbook: Logbook,
     validate: Callable[[], None],
 ) -> None:
     """Train from the state to the end of the recipe."""
-    recipe, every = state.recipe, state.recipe.run
+    every = state.recipe.run
     with run.progress(state) as show:
-        for resolution, batch in _stream(recipe, sources, run, state.images_seen):
+        for resolution, batch in stream:
             lr = state.set_learning_rate()
             run.seed_dropout(int(batch.k[0]))
             images = to_float(run.place(batch.images))
-            draws = draw(run, recipe, batch.k.tolist(), resolution)
+            draws = draw(run, state.recipe, batch.k.tolist(), resolution)
             ramp = state.objective.ramp(state.step / state.total_steps)
             log_gradients = (state.step + 1) % every.log_every_steps == 0
             logbook.add(**train_step(run, state, images, draws, ramp, log_gradients))
@@ -312,7 +312,7 @@ def _train(
 
 
 def _stream(
-    recipe: AutoencoderRecipe, sources: Mapping[int, Source], run: Run, images_seen: int
+    run: Run, recipe: AutoencoderRecipe, sources: Mapping[int, Source], images_seen: int
 ) -> Iterator[tuple[int, Batch]]:
     """Yield (resolution, micro-batch) from image `images_seen` of the run to its last."""
     stop = 0
@@ -329,9 +329,11 @@ def _stream(
         images_seen = stop
 
 
-def load_perceptual(recipe: AutoencoderRecipe, given: PerceptualLosses = NONE) -> PerceptualLosses:
+def load_perceptual(
+    recipe: AutoencoderRecipe, given: PerceptualLosses | None = None
+) -> PerceptualLosses:
     """The perceptual losses with a weight above 0: those given, else the published ones."""
-    losses = dict(given)
+    losses = dict(given or {})
     if recipe.loss.lpips and "lpips" not in losses:
         losses["lpips"] = load_lpips(network=recipe.loss.lpips_network)
     if recipe.loss.esrgan and "esrgan" not in losses:
@@ -359,11 +361,16 @@ def _validate(
     state.validated_at = state.images_seen
     if held_out is None or not run.is_main:
         return
-    recipe, by = state.recipe, state.recipe.best_by
-    numbers = validate_autoencoder(
-        run, cast(Autoencoder, state.ema.model), held_out, recipe.phases[-1].resolution,
-        recipe.validate_images, state.images_seen, logbook, lpips,
-    )  # fmt: skip
+    recipe, ae = state.recipe, cast(Autoencoder, state.ema.model)
+    by, resolution = recipe.best_by, recipe.phases[-1].resolution
+    numbers = evaluate_autoencoder(
+        ae, held_out, resolution, BATCH, run.device, recipe.validate_images, lpips and lpips.each
+    )
+    logbook.row(state.images_seen, **{f"val_{name}": value for name, value in numbers.items()})
+    sheet, columns = reconstruction_sheet(ae, held_out, resolution, COLUMNS)
+    save_grid(sheet, run.folder / "pictures" / f"recon-{state.images_seen:08d}.png", columns)
+    logbook.picture("reconstructions", grid(sheet, columns), state.images_seen)
+
     state.held_out, sign = numbers, -1 if by == "lpips" else 1
     is_best = by in numbers and (not state.best or sign * numbers[by] > sign * state.best[by])
     if is_best:

@@ -9,21 +9,24 @@ import torch
 from torch import Tensor, nn
 
 from autoencoders import Autoencoder, DiagonalGaussian, load_autoencoder
-from diffusion import build_network
+from diffusion import build_network, karras_sigmas, sample_heun
 from diffusion.edm import EDM, EDMLoss, Uncertainty
 from ldm.checkpoint import ModelFile, fingerprint, save_model
 from ldm.config import to_tree
 from ldm.data import Source, batches, open_source
 from ldm.ema import Ema, PowerEma, save_snapshot
 from ldm.errors import Interrupted, LdmError
-from ldm.images import to_float
+from ldm.images import grid, save_grid, to_float
 from ldm.learning_rate import learning_rate, set_learning_rate
 from ldm.logbook import Logbook, read_rows
 from ldm.run import Run, TrainingState, check_batch, start_run
 from ldm.run_folder import is_finished, provenance
+from ldm.seeds import normal
 from pipelines.latents import Codec, LatentBatch, latent_batches, measure_latents, open_cache
 from pipelines.recipes import DiffusionRecipe, fit, latent_shape
-from pipelines.validation import band_losses, draw_losses, draw_samples
+from pipelines.validation import band_losses, draw_bands
+
+SAMPLES, COLUMNS, SAMPLING_STEPS = 16, 4, 18  # of the pictures drawn in training
 
 
 class DiffusionState(TrainingState):
@@ -238,13 +241,23 @@ def measure_codec(
     return Codec(autoencoder, mean, std, recipe.edm.sigma_data).to(run.device)
 
 
+@torch.no_grad()
 def _validate(run: Run, state: DiffusionState, codec: Codec, logbook: Logbook) -> None:
-    """Draw samples of the averaged model, and the losses by noise level so far."""
-    shape = latent_shape(state.recipe, codec.autoencoder)
-    classes = state.recipe.network.classes
-    draw_samples(run, state.ema.model, codec, shape, classes, state.images_seen, logbook)
-    draw_losses(run)
+    """Draw samples of the averaged model, always from the same noise, cycling through classes; and
+    the loss in each band of noise levels so far."""
     state.validated_at = state.images_seen
+    if not run.is_main:
+        return
+    shape, classes = latent_shape(state.recipe, codec.autoencoder), state.recipe.network.classes
+    noise = normal(run.seed, "sample", range(SAMPLES), shape).to(run.device)
+    labels = torch.arange(SAMPLES, device=run.device) % classes if classes else None
+    with run.autocast():
+        denoise = partial(state.ema.model, labels=labels)
+        images = codec.decode(sample_heun(denoise, noise, karras_sigmas(SAMPLING_STEPS))).cpu()
+    pictures = run.folder / "pictures"
+    save_grid(images, pictures / f"samples-{state.images_seen:08d}.png", COLUMNS)
+    logbook.picture("samples", grid(images, COLUMNS), state.images_seen)
+    draw_bands(read_rows(run.folder / "metrics.jsonl"), pictures / "loss-by-sigma.png")
     loss = state.row.get("loss", float("nan"))
     run.say(f"step {state.step:>6}/{state.total_steps}: loss {loss:.4f}, samples drawn")
 

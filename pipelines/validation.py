@@ -1,11 +1,10 @@
-"""Held-out measurements: reconstructions and their scores, sample sheets, loss by noise level.
+"""Held-out measurements: reconstructions, their scores and a sheet of them; loss by noise level.
 
 Training shows these numbers and pictures while it runs; evaluation measures with the same loop.
 """
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
-from functools import partial
 from itertools import pairwise
 from math import inf
 from pathlib import Path
@@ -16,23 +15,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from autoencoders import Autoencoder
-from autoencoders.losses import LPIPS
-from diffusion import karras_sigmas, sample_heun
 from ldm.data import Batch, Source, evaluation_batches, sheet_images
 from ldm.device import memory_format
 from ldm.errors import LdmError
-from ldm.images import grid, latents_as_rgb, save_grid, to_float, to_uint8
-from ldm.logbook import Logbook, read_rows
+from ldm.images import latents_as_rgb, to_float, to_uint8
 from ldm.metrics import psnr, ssim
-from ldm.run import Run
-from ldm.seeds import normal
-from pipelines.latents import Codec
 
 # An exact reconstruction has an infinite PSNR, and would make the mean infinite. At 256² a single
 # value off by one level is below 102 dB.
 PSNR_CEILING = 100.0
-BATCH, COLUMNS = 16, 8
-SAMPLES, SAMPLING_STEPS = 16, 18
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]
 """(recon, images), (B, 3, H, W) each in [−1, 1] → the distance of each pair (B,)."""
@@ -201,28 +192,6 @@ def draw_bands(rows: Sequence[dict[str, float]], path: Path) -> None:
             axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
-def validate_autoencoder(
-    run: Run,
-    autoencoder: Autoencoder,
-    held_out: Source,
-    resolution: int,
-    limit: int,
-    images_seen: int,
-    logbook: Logbook,
-    lpips: LPIPS | None = None,
-) -> dict[str, float]:
-    """Measure the reconstructions of at most `limit` held-out images; log and draw them."""
-    numbers = evaluate_autoencoder(
-        autoencoder, held_out, resolution, BATCH, run.device, limit, lpips and lpips.each
-    )
-    logbook.row(images_seen, **{f"val_{name}": value for name, value in numbers.items()})
-
-    sheet, columns = reconstruction_sheet(autoencoder, held_out, resolution, COLUMNS)
-    save_grid(sheet, run.folder / "pictures" / f"recon-{images_seen:08d}.png", columns)
-    logbook.picture("reconstructions", grid(sheet, columns), images_seen)
-    return numbers
-
-
 @torch.no_grad()
 def reconstruction_sheet(
     autoencoder: Autoencoder, source: Source, resolution: int, columns: int
@@ -238,33 +207,3 @@ def reconstruction_sheet(
     recon = autoencoder.decode(latents).clamp(-1, 1)
     shown = nn.functional.interpolate(latents_as_rgb(latents), images.shape[-2:])
     return torch.cat([images, recon, shown]).cpu(), len(images)
-
-
-@torch.no_grad()
-def draw_samples(
-    run: Run,
-    denoiser: nn.Module,
-    codec: Codec,
-    shape: tuple[int, ...],
-    classes: int,
-    images_seen: int,
-    logbook: Logbook,
-) -> None:
-    """Draw samples of the averaged model, always from the same noise, cycling through classes."""
-    if not run.is_main:
-        return
-    noise = normal(run.seed, "sample", range(SAMPLES), shape).to(run.device)
-    labels = torch.arange(SAMPLES, device=run.device) % classes if classes else None
-    with run.autocast():
-        denoise = partial(denoiser, labels=labels)
-        z = sample_heun(denoise, noise, karras_sigmas(SAMPLING_STEPS))
-        images = codec.decode(z).cpu()
-    save_grid(images, run.folder / "pictures" / f"samples-{images_seen:08d}.png", columns=4)
-    logbook.picture("samples", grid(images, columns=4), images_seen)
-
-
-def draw_losses(run: Run) -> None:
-    """Draw the loss in each band of noise levels over the run so far."""
-    if run.is_main:
-        rows = read_rows(run.folder / "metrics.jsonl")
-        draw_bands(rows, run.folder / "pictures" / "loss-by-sigma.png")

@@ -177,12 +177,12 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize(
     ("owner", "name", "images_seen"),
     [
-        (train_autoencoder, "validate_autoencoder", 8),
+        (train_autoencoder, "save_grid", 8),
         *(
             (owner, name, images_seen)
             for images_seen in (16, 32)
             for owner, name in (
-                (train_autoencoder, "validate_autoencoder"),
+                (train_autoencoder, "save_grid"),
                 (train_autoencoder, "save_model"),
                 (Run, "save"),
             )
@@ -201,7 +201,7 @@ def test_stage_one_killed_at_any_moment_ends_alike(
 @pytest.mark.parametrize("images_seen", [16, 32])
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(train_diffusion, "draw_samples"), (train_diffusion, "save_model"), (Run, "save")],
+    [(train_diffusion, "save_grid"), (train_diffusion, "save_model"), (Run, "save")],
 )
 def test_stage_two_killed_at_any_moment_ends_alike(
     owner, name, images_seen, whole, tmp_path, monkeypatch

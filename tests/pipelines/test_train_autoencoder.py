@@ -59,7 +59,7 @@ def test_best_weights_are_kept_in_best_pt(tmp_path, monkeypatch):
     import pipelines.train_autoencoder as job
 
     scores = iter([20.0, 25.0, 22.0, 24.0])
-    monkeypatch.setattr(job, "validate_autoencoder", lambda *_: {"psnr": next(scores), "count": 4})
+    monkeypatch.setattr(job, "evaluate_autoencoder", lambda *_: {"psnr": next(scores), "count": 4})
     recipe = autoencoder_recipe("run.validate_every_steps=2")
     folder = train_autoencoder(recipe, "tiny", tmp_path / "run")
     best = load_model(folder / "best.pt", "autoencoder")
