@@ -31,7 +31,7 @@ from diffusion.augment import augment, draw_augmentation
 from diffusion.edm import sample_sigma
 from ldm.data import Batch, Source, batches, evaluation_batches
 from ldm.data.loader import FaultCount, image_index
-from ldm.data.sources import Part, label_of
+from ldm.data.sources import Part
 from ldm.data.transforms import CorruptImage
 from ldm.device import memory_format
 from ldm.errors import Interrupted, LdmError
@@ -296,7 +296,7 @@ class LatentCache:
             ks = list(range(first, first + share))
             rows, indices = zip(*(self.load(seed, k) for k in ks), strict=True)
             mean, std = torch.from_numpy(np.stack(rows)).unbind(1)
-            labels = torch.tensor([label_of(self.source, index) for index in indices])
+            labels = torch.tensor([self.source.label(index) for index in indices])
             yield DiagonalGaussian(mean, 2 * std.log()), ks, labels
 
 

@@ -18,9 +18,8 @@ from torch.nn import functional as F
 from ldm.config import to_tree
 from ldm.data import DataConfig, Source, evaluation_batches, holds_out, open_source
 from ldm.data.loader import FaultCount
-from ldm.data.photos import PhotoSource
-from ldm.data.sources import load_at_least
-from ldm.data.transforms import CorruptImage, center_crop, mirror
+from ldm.data.sources import PhotoSource
+from ldm.data.transforms import CorruptImage, center_crop
 from ldm.device import resolve_device
 from ldm.errors import LdmError, UsageError, check_at_least
 from ldm.files import write_json
@@ -233,7 +232,7 @@ def _training_images(
     faults = FaultCount(len(train))
     for index in range(len(train)):
         try:
-            image = load_at_least(train, index, resolution)
+            image = train.load_at_least(index, resolution)
         except CorruptImage as error:
             faults.add({train.name(index): str(error)})
             continue
@@ -258,4 +257,4 @@ def _cut(train: Source, crop: Crop, side: int) -> np.ndarray:
     index, row, column, mirrored = crop
     image = train.load(index)
     image = center_crop(image, side) if row < 0 else image[row:, column:][:side, :side]
-    return mirror(image) if mirrored else image
+    return image[:, ::-1] if mirrored else image

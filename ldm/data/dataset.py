@@ -1,6 +1,5 @@
 """Data sets by their configuration: opening one, and recognising its files."""
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from hashlib import file_digest, sha256
@@ -10,9 +9,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ldm.config import Config
-from ldm.data.photos import PhotoSource
 from ldm.data.shards import ShardSource, open_shards, read_manifest
-from ldm.data.sources import FolderSource, Source, Split, ZipSource, take_split
+from ldm.data.sources import FolderSource, PhotoSource, Source, Split, ZipSource, take_split
 from ldm.errors import LdmError, UsageError
 from ldm.logbook import progress_bar
 
@@ -45,14 +43,8 @@ class DataConfig(Config):
 def open_source(config: DataConfig, split: Split, resolution: int) -> Source:
     """Open one split of a data set: "train", "val", or "all".
 
-    Args:
-        resolution: side R of the images that will be cut, in pixels; 1 if it is not known yet. The
-            tiles of the built-in photographs depend on it.
-
-    Raises:
-        LdmError: the path does not exist, or holds nothing that can be used.
-        UsageError: the split leaves nothing to train on, or does not apply; or an image has no
-            label where labels are read.
+    `resolution` is the side of the images that will be cut, in pixels; 1 if it is not known yet.
+    The tiles of the built-in photographs depend on it.
     """
     if config.source == PHOTOS:
         if config.held_out is not None:
@@ -86,10 +78,8 @@ def open_source(config: DataConfig, split: Split, resolution: int) -> Source:
 
 def holds_out(config: DataConfig) -> bool:
     """True if images are held out for validation, so that `open_source` can open "val"."""
-    if config.source == PHOTOS:
-        return True
-    if config.held_out is not None:
-        return config.held_out > 0
+    if config.source == PHOTOS or config.held_out is not None:
+        return config.held_out != 0
     manifest = read_manifest(Path(config.source).expanduser())
     return manifest is None or manifest["splits"]["val"]["count"] > 0
 
@@ -114,13 +104,12 @@ def content_identity(source: Source, count: int) -> str:
 
     File names are not part of it: a copy of a data set has the same identity. Every file is read.
     """
-    files: dict[str, int] = {}  # in the order of their first image → number
+    files: dict[Path, int] = {}  # in the order of their first image → number
     chosen = sha256()
-    for name, file in _with_files(source, count):
-        if file is None:
-            raise LdmError(f"{name} no longer exists: do not change the data meanwhile")
+    for index in range(count):
+        file = source.file(index)
         number = files.setdefault(file, len(files))
-        chosen.update(f"{number}{name.removeprefix(file)}\0".encode(*UTF8))
+        chosen.update(f"{number}{source.name(index).removeprefix(str(file))}\0".encode(*UTF8))
     with ThreadPoolExecutor(HASHED_AT_ONCE) as pool, progress_bar("files") as bar:
         task = bar.add_task("hashing the data", total=len(files), speed="", note="")
         for digest in pool.map(_digest, files):
@@ -132,13 +121,8 @@ def content_identity(source: Source, count: int) -> str:
 def listing_identity(data: str) -> str | None:
     """SHA-256 over the relative names of all images of a data set and the sizes of their files.
 
-    It is quick, and blind to a file that changed and kept its name and size.
-
-    Args:
-        data: as `DataConfig.source`; the built-in photographs are always themselves.
-
-    Returns:
-        None if the data set cannot be read.
+    It is quick, and blind to a file that changed and kept its name and size. None if the data set,
+    a `DataConfig.source`, cannot be read; the built-in photographs are always themselves.
     """
     if data == PHOTOS:
         return PHOTOS
@@ -147,40 +131,25 @@ def listing_identity(data: str) -> str | None:
         images = open_images(path)
     except LdmError:
         return None
-    size_of = cache(_size)
-    for name, file in _with_files(images, len(images)):
-        size = size_of(file) if file else -1
-        listing.update(f"{name.removeprefix(f'{path}/')}\0{size}\0".encode(*UTF8))
+    size_of = cache(_size)  # of an archive once for all of its images
+    for index in range(len(images)):
+        name = images.name(index).removeprefix(f"{path}/")
+        listing.update(f"{name}\0{size_of(images.file(index))}\0".encode(*UTF8))
     return listing.hexdigest()
 
 
-def _with_files(source: Source, count: int) -> Iterator[tuple[str, str | None]]:
-    """Yield names of images, each with the file or archive that holds it, None if it is gone."""
-    file = None
-    for name in map(source.name, range(count)):
-        # the next image may be in the same archive
-        if file is None or not name.startswith(f"{file}/"):
-            file = _file_of(Path(name))
-        yield name, file
-
-
-def _file_of(path: Path) -> str | None:
+def _size(file: Path) -> int:
     try:
-        return next((str(part) for part in (path, *path.parents) if part.is_file()), None)
-    except OSError:
-        return None
-
-
-def _size(file: str) -> int:
-    try:
-        return Path(file).stat().st_size
+        return file.stat().st_size
     except OSError:
         return -1
 
 
-def _digest(file: str) -> bytes:
+def _digest(file: Path) -> bytes:
     try:
-        with Path(file).open("rb") as opened:
+        with file.open("rb") as opened:
             return file_digest(opened, "sha256").digest()
     except OSError as error:
-        raise LdmError(f"could not read {file} ({error.strerror})") from error
+        raise LdmError(
+            f"could not read {file} ({error.strerror}): do not change the data meanwhile"
+        ) from error

@@ -13,11 +13,11 @@ import logging
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,9 +26,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.data.dataset import DataConfig
-from ldm.data.photos import PhotoSource
-from ldm.data.sources import Source, label_of, load_at_least
-from ldm.data.transforms import CorruptImage, center_crop, mirror, random_crop
+from ldm.data.sources import PhotoSource, Source
+from ldm.data.transforms import CorruptImage, center_crop, random_crop
 from ldm.errors import LdmError, UsageError
 from ldm.seeds import generator
 
@@ -110,46 +109,21 @@ def _training_image(
     else:
         image = center_crop(image, side)
     mirrored = flip and generator(seed, "flip", k).integers(2)
-    return mirror(image) if mirrored else image, label_of(source, index)
+    return image[:, ::-1] if mirrored else image, source.label(index)
 
 
 def _evaluation_image(source: Source, side: int, index: int, faults: Faults) -> Image | None:
     """Load the centre of an image; None if it is corrupt."""
     image = _whole_image(source, side, index, faults)
-    return None if image is None else (center_crop(image, side), label_of(source, index))
+    return None if image is None else (center_crop(image, side), source.label(index))
 
 
 def _whole_image(source: Source, side: int, index: int, faults: Faults) -> np.ndarray | None:
     try:
-        return load_at_least(source, index, side)
+        return source.load_at_least(index, side)
     except CorruptImage as error:
         faults[source.name(index)] = str(error)
         return None
-
-
-@dataclass(frozen=True)
-class _Images(Dataset):
-    """Images by their numbers; indexed by a range, they make a batch."""
-
-    load: Callable[[int, Faults], Image | None]
-    side: int
-
-    def __getitem__(self, ks: range) -> tuple[Batch, Faults] | LdmError:
-        faults: Faults = {}
-        try:
-            loaded = {k: self.load(k, faults) for k in ks}
-        except LdmError as error:
-            return error  # raised, it would reach the caller inside a worker's traceback
-        good = {k: image for k, image in loaded.items() if image is not None}
-        images = _stack([image for image, _ in good.values()], self.side)
-        labels = [label for _, label in good.values()]
-        numbers = torch.tensor(list(good), dtype=torch.int64)
-        return Batch(images, numbers, torch.tensor(labels, dtype=torch.int64)), faults
-
-
-def _stack(images: Sequence[np.ndarray], side: int) -> Tensor:
-    stacked = np.stack(images) if images else np.empty((0, side, side, 3), np.uint8)
-    return rearrange(torch.from_numpy(stacked), "b h w c -> b c h w")
 
 
 # ------------------------------------------------------------------------------------ batches
@@ -167,19 +141,15 @@ def batches(
     """Load images k = start … stop−1 of a training run, in batches of R×R crops.
 
     A corrupt image is named in a warning, and replaced by the next good one of the source with its
-    label. Each process counts its own corrupt images, from 0 in each call.
-
-    Args:
-        resolution: side R of the crops, in pixels.
-        start, stop: numbers of images; an incomplete last batch is left out.
-        batch_size: images over all processes; each gets a contiguous 1/world of every batch.
+    label. Each process counts its own corrupt images, from 0 in each call. An incomplete last batch
+    is left out. `batch_size` counts the images over all processes; each gets a contiguous 1/world
+    of every batch.
     """
-    share = _share(batch_size, world)
     at_random = config.crop == "random" or isinstance(source, PhotoSource)
     load = partial(_training_image, source, resolution, seed, at_random, config.flip)
-    firsts = range(start + rank * share, stop - batch_size + rank * share + 1, batch_size)
-    numbers = (range(first, first + share) for first in firsts)
-    return _load(source, _Images(load, resolution), numbers, config.workers)
+    stop -= (stop - start) % batch_size
+    numbers = _shares(start, stop, batch_size, rank, world)
+    return _load(source, resolution, load, numbers, config.workers)
 
 
 def evaluation_batches(
@@ -192,24 +162,21 @@ def evaluation_batches(
     workers: int = 0,
     faults: FaultCount | None = None,
 ) -> Iterator[Batch]:
-    """Load the centre of every image of a source once over all processes, never mirrored.
+    """Load the centre, R×R, of every image of a source once over all processes, never mirrored.
 
     A corrupt image is named in a warning and left out, so `k` may have gaps. The last batch may be
     short, and a process may have one batch fewer than another.
 
     Args:
-        resolution: side R of the images, in pixels.
         batch_size: images over all processes; each gets a contiguous 1/world of every batch.
         limit: number of the source's first images to load; None: all.
         workers: loader processes; 0 loads in this one, as the built-in photographs always do.
         faults: counts the corrupt images of several passes over parts of one source together.
     """
-    share = _share(batch_size, world)
     count = len(source) if limit is None else min(limit, len(source))
-    firsts = range(rank * share, count, batch_size)
-    numbers = (range(first, min(first + share, count)) for first in firsts)
+    numbers = _shares(0, count, batch_size, rank, world)
     load = partial(_evaluation_image, source, resolution)
-    return _load(source, _Images(load, resolution), numbers, workers, faults)
+    return _load(source, resolution, load, numbers, workers, faults)
 
 
 def sheet_images(source: Source, resolution: int, count: int) -> Tensor:
@@ -223,52 +190,99 @@ def sheet_images(source: Source, resolution: int, count: int) -> Tensor:
     return _stack(chosen, resolution)
 
 
-def _share(batch_size: int, world: int) -> int:
+def _shares(start: int, stop: int, batch_size: int, rank: int, world: int) -> Iterator[range]:
+    """Return the numbers of a process's images in each batch."""
     if batch_size % world:
         raise UsageError(f"batch_size={batch_size} does not divide over {world} processes")
-    return batch_size // world
+    share = batch_size // world
+    firsts = range(start + rank * share, stop, batch_size)
+    return (range(first, min(first + share, stop)) for first in firsts)
 
 
-# ------------------------------------------------------------------------------------ workers
 def _load(
     source: Source,
-    images: _Images,
+    side: int,
+    load: Callable[[int, Faults], Image | None],
     numbers: Iterable[range],
     workers: int,
     counted: FaultCount | None = None,
 ) -> Iterator[Batch]:
     if isinstance(source, PhotoSource):
         workers = 0  # they are in memory: moving them would cost more than cropping them
-    workers = min(workers, os.cpu_count() or 1)  # more would wait for each other
     counted = counted or FaultCount(len(source))
+    work, pin = partial(_batch, side, load), torch.cuda.is_available()
+    for batch, faults in load_in_workers(work, numbers, workers, "lower data.workers", pin):
+        counted.add(faults)
+        if len(batch.k):
+            yield batch
+
+
+def _batch(
+    side: int, load: Callable[[int, Faults], Image | None], ks: range
+) -> tuple[Batch, Faults]:
+    faults: Faults = {}
+    loaded = {k: image for k in ks if (image := load(k, faults)) is not None}
+    images = _stack([image for image, _ in loaded.values()], side)
+    labels = torch.tensor([label for _, label in loaded.values()], dtype=torch.int64)
+    return Batch(images, torch.tensor(list(loaded), dtype=torch.int64), labels), faults
+
+
+def _stack(images: Sequence[np.ndarray], side: int) -> Tensor:
+    stacked = np.stack(images) if images else np.empty((0, side, side, 3), np.uint8)
+    return rearrange(torch.from_numpy(stacked), "b h w c -> b c h w")
+
+
+# ------------------------------------------------------------------------------------ workers
+@dataclass(frozen=True)
+class _Worker(Dataset):
+    work: Callable[[Any], Any]
+
+    def __getitem__(self, key: Any) -> Any:
+        try:
+            return self.work(key)
+        except LdmError as error:
+            return error  # raised, it would reach the caller inside a worker's traceback
+
+
+def load_in_workers(
+    work: Callable[[Any], Any], keys: Iterable[Any], workers: int, advice: str, pin: bool = False
+) -> Generator[Any]:
+    """Yield `work(key)` for each key, in order, from worker processes; 0 works in this one.
+
+    `work` is picklable and sent once to each worker. `advice` is what to do if memory runs out.
+    With `pin`, tensors are in pinned memory.
+    """
+    workers = min(workers, _cores())  # more would wait for each other
     loader: DataLoader = DataLoader(
-        images,
-        batch_size=None,  # the sampler's ranges are whole batches
-        sampler=numbers,
+        _Worker(work),
+        batch_size=None,  # each key is a whole piece of work
+        sampler=keys,
         num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        multiprocessing_context=start_method() if workers else None,
-        worker_init_fn=leave_signals_to_parent,
+        pin_memory=pin,
+        multiprocessing_context=_start_method() if workers else None,
+        worker_init_fn=_leave_signals_to_parent,
         generator=torch.Generator(),  # else the global one would seed the workers
     )
     try:
-        for loaded in loader:
-            if isinstance(loaded, LdmError):
-                raise loaded
-            batch, faults = loaded
-            counted.add(faults)
-            if len(batch.k):
-                yield batch
+        for result in loader:
+            if isinstance(result, LdmError):
+                raise result
+            yield result
     except RuntimeError as error:
         if "DataLoader worker (pid" not in str(error):
             raise
         raise LdmError(
-            "a loader worker was killed, usually because memory ran out: lower data.workers; or "
-            'it could not start, because the script lacks `if __name__ == "__main__":`'
+            f"a loader worker was killed, usually because memory ran out: {advice}; or it could "
+            'not start, because the script lacks `if __name__ == "__main__":`'
         ) from error
 
 
-def start_method() -> str:
+def _cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)  # those that this process may use
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _start_method() -> str:
     """`forkserver`, with a server that imports torch once for all workers, or else `spawn`."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return "spawn"
@@ -276,10 +290,7 @@ def start_method() -> str:
     return "forkserver"
 
 
-def leave_signals_to_parent(*_: object) -> None:
-    """Ignore SIGINT and SIGTERM in this process.
-
-    Ctrl-C and a cluster's warning reach all processes of a job; the parent handles them.
-    """
+def _leave_signals_to_parent(*_: object) -> None:
+    """Ignore Ctrl-C and a cluster's warning, which reach all processes of a job."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

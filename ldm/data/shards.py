@@ -1,26 +1,22 @@
-"""Tar shards as webdataset writes them: indexed once and then read by position; and their writing.
+"""Tar shards as webdataset writes them, indexed once and then read by position.
 
 An image is found by its offset in its shard, so any order, and resuming at any image, costs no more
 than reading in sequence. The file is opened anew for each image, so no handle is shared between
 processes. A class is a number in a `.cls` member beside its image, read with the index.
 """
 
-import io
 import json
 import re
 import tarfile
-from collections.abc import Callable, Mapping, Sequence
-from hashlib import file_digest
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from ldm.data.sources import Source, label_of, load_at_least, printable
-from ldm.data.transforms import SUFFIXES, CorruptImage, center_crop, decode, is_image
+from ldm.data.sources import Source
+from ldm.data.transforms import SUFFIXES, CorruptImage, decode, is_image
 from ldm.errors import LdmError, UsageError
-from ldm.files import read_json, write_atomically, write_json
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
@@ -30,7 +26,6 @@ SIDECAR = ".tar.json"
 _LONGEST_CLASS = 32  # bytes of a .cls that are read: six digits, and white space
 
 
-# ---------------------------------------------------------------------------------- reading
 class Member(NamedTuple):
     """An image in a tar: its name, the position of its bytes, and its class, if that was read."""
 
@@ -40,12 +35,11 @@ class Member(NamedTuple):
     label: int | None = None
 
 
-class ShardSource:
+class ShardSource(Source):
     """Every image in local tar shards, shard by shard in the order given.
 
-    Args:
-        manifest: of these shards; it knows the number of images in each, and names of classes.
-        labels: read the `.cls` members. Without a manifest, the classes are named "0", "1", ….
+    A manifest knows the number of images in each shard, and names of classes. With labels, the
+    `.cls` members are read; without a manifest, their classes are named "0", "1", ….
     """
 
     def __init__(
@@ -63,7 +57,6 @@ class ShardSource:
         self._shards = list(shards)
         self._names = [member.name for _, member in members]
         self._places = np.array([(i, m.offset, m.size) for i, m in members])  # (n, 3)
-        self.classes: tuple[str, ...] = ()
         if labels:
             self._read_labels([member.label for _, member in members], manifest)
 
@@ -71,20 +64,20 @@ class ShardSource:
         return len(self._names)
 
     def name(self, index: int) -> str:
-        return f"{self._shards[self._places[index, 0]]}/{self._names[index]}"
+        return f"{self.file(index)}/{self._names[index]}"
+
+    def file(self, index: int) -> Path:
+        return self._shards[self._places[index, 0]]
 
     def load(self, index: int) -> np.ndarray:
-        shard, offset, size = self._places[index].tolist()
+        _, offset, size = self._places[index].tolist()
         try:
-            with self._shards[shard].open("rb") as file:
+            with self.file(index).open("rb") as file:
                 file.seek(offset)
                 data = file.read(size)
         except OSError as error:
             raise CorruptImage(error.strerror or str(error)) from error
         return decode(data, Path(self._names[index]).suffix)
-
-    def label(self, index: int) -> int:
-        return int(self._labels[index]) if self.classes else -1
 
     def _read_labels(
         self, members: Sequence[int | None], manifest: Mapping[str, Any] | None
@@ -103,7 +96,7 @@ class ShardSource:
                 f"{self.name(labels.index(highest))} has class {highest}, but {MANIFEST} names "
                 f"only classes below {len(self.classes)}: prepare the images again, or omit labels"
             )
-        self._labels = np.array(labels, np.int32)
+        self.labels = np.array(labels, np.int32)
 
 
 def open_shards(path: Path, labels: bool = False) -> ShardSource:
@@ -148,37 +141,36 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 def index_shard(path: Path, expected: int | None = None, labels: bool = False) -> list[Member]:
     """List the images in a tar, in its order: members with one dot, and the suffix of an image.
 
-    Args:
-        expected: the number of images according to a manifest.
-        labels: read the `.cls` members too, each the class of the images with the same key.
+    A manifest can tell the number `expected`. With labels, `.cls` members are read too, each the
+    class of the images with the same key.
     """
-    members: list[Member] = []
+    members: list[tuple[str, Member]] = []  # and their keys
     classes: dict[str, int] = {}
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in filter(tarfile.TarInfo.isfile, tar):
                 key, suffix = _key_and_suffix(member.name)
                 if is_image(member.name) and suffix:
-                    members.append(Member(member.name, member.offset_data, member.size))
+                    image = Member(member.name, member.offset_data, member.size)
+                    members.append((key, image))
                 elif labels and suffix == ".cls":
                     content = tar.extractfile(member)
                     assert content is not None  # as of every regular file
                     text = content.read(_LONGEST_CLASS)
                     classes[key] = _class_number(text, f"{path}/{member.name}")
             file.seek(tar.offset)
-            end = file.read(tarfile.BLOCKSIZE)
+            # cut between two members, or with a broken header, a tar reads as a shorter one
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("no end-of-archive marker")
+        if expected is not None and len(members) != expected:
+            raise tarfile.ReadError(f"{len(members)} images, {expected} in the manifest")
     except FileNotFoundError as error:
         raise LdmError(f"shard {path} does not exist") from error
     except (tarfile.TarError, OSError) as error:
-        raise LdmError(_damaged(path, str(error))) from error
-    # cut between two members, or with a broken header, a tar reads as a shorter one without error
-    if end != bytes(tarfile.BLOCKSIZE):
-        raise LdmError(_damaged(path, "no end-of-archive marker"))
-    if expected is not None and len(members) != expected:
-        raise LdmError(_damaged(path, f"{len(members)} images, {expected} in the manifest"))
-    return [
-        member._replace(label=classes.get(_key_and_suffix(member.name)[0])) for member in members
-    ]
+        raise LdmError(
+            f"shard {path} is truncated or corrupt ({error}): copy or prepare it again"
+        ) from error
+    return [image._replace(label=classes.get(key)) for key, image in members]
 
 
 def _key_and_suffix(name: str) -> tuple[str, str]:
@@ -206,101 +198,6 @@ def _counts(manifest: Mapping[str, Any]) -> dict[str, int]:
     return {s["name"]: s["count"] for split in ("train", "val") for s in splits[split]["shards"]}
 
 
-def _damaged(path: Path, reason: str) -> str:
-    return f"shard {path} is truncated or corrupt ({reason}): copy or prepare it again"
-
-
-# ---------------------------------------------------------------------------------- writing
-class ShardJob(NamedTuple):
-    """A shard to write: its name without `.tar`, and the images of the source that go into it."""
-
-    name: str
-    indices: Sequence[int] | np.ndarray
-
-
-_NAMED = {"names_sha256": "the list of images", "labels_sha256": "the class labels"}
-"""Settings whose values say nothing to a reader."""
-
-
-def write_shard(
-    source: Source,
-    job: ShardJob,
-    settings: dict[str, Any],
-    destination: Path,
-    count: Callable[[], None],
-) -> dict[str, Any]:
-    """Write `<name>.tar`, and return its description, which is written to a sidecar beside it.
-
-    The class of an image is written as decimal text in webdataset's `.cls`. The same images and
-    settings give the same bytes. A corrupt image is skipped and listed under "skipped" as
-    [name, reason].
-
-    Args:
-        count: called after each image; an exception that it raises ends the work without a file.
-    """
-    tar, size = destination / f"{job.name}.tar", settings["size"]
-    report: dict[str, Any] = {"name": tar.name, "settings": settings, "resized": 0, "skipped": []}
-
-    def write(file: IO[bytes]) -> None:
-        from webdataset import TarWriter
-
-        with TarWriter(file, encoder=False, mtime=0) as writer:
-            for index in job.indices:
-                try:
-                    image = load_at_least(source, index, size)
-                except CorruptImage as error:
-                    report["skipped"].append([printable(source.name(index)), str(error)])
-                else:
-                    square = center_crop(image, size, settings["filter"])
-                    report["resized"] += min(image.shape[:2]) != size
-                    label = label_of(source, index)
-                    labelled = {} if label < 0 else {"cls": b"%d" % label}
-                    writer.write({"__key__": f"{index:08d}", "png": _as_png(square)} | labelled)
-                count()
-        file.flush()
-        with Path(file.name).open("rb") as written:
-            report["sha256"] = file_digest(written, "sha256").hexdigest()
-        report["bytes"] = file.tell()
-        report["count"] = len(job.indices) - len(report["skipped"])
-        # before the tar gets its name, so that a tar without a sidecar is never ours
-        write_json(sidecar(tar), report)
-
-    write_atomically(tar, write)
-    return report
-
-
-def finished_shard(
-    job: ShardJob, settings: dict[str, Any], destination: Path
-) -> dict[str, Any] | None:
-    """Read the description of a shard; None if it is unfinished. Its settings must be these."""
-    tar = destination / f"{job.name}.tar"
-    path = sidecar(tar)
-    if not path.is_file():
-        return None
-    try:
-        report = read_json(path) or {}
-        before, size = dict(report["settings"]), report["bytes"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise LdmError(f"{path} is damaged: delete it to write the shard again") from error
-    differing = [
-        _NAMED.get(key) or f"{key} {before.get(key)!r} there, {settings.get(key)!r} now"
-        for key in settings | before
-        if before.get(key) != settings.get(key)
-    ]
-    if differing:
-        raise LdmError(
-            f"{destination} was prepared with other settings ({'; '.join(differing)}): "
-            "choose another destination, or empty this one"
-        )
-    return report if tar.is_file() and tar.stat().st_size == size else None
-
-
 def sidecar(tar: Path) -> Path:
     """Path of the description of a shard, beside it."""
     return tar.with_name(tar.stem + SIDECAR)
-
-
-def _as_png(image: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG")
-    return file.getvalue()

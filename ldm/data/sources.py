@@ -1,121 +1,83 @@
-"""Sources of whole images, and two of them: a folder, and a zip such as EDM's dataset tool writes.
+"""Sources of whole images: a folder, a zip such as EDM's dataset tool writes, and photographs.
 
-Both are in the order of the images' paths, and their folders can name classes.
+Images in files are in the order of their paths, and their folders can name classes.
 
 A split takes the training images of a source, or the held-out ones: the last by name. Labelled
 images are sorted by class, so that these would be whole classes: of them, every n-th is held out.
 """
 
+import math
 import os
 import re
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product, zip_longest
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
-from ldm.data.transforms import SUFFIXES, CorruptImage, decode, is_image
+from ldm.data.transforms import SUFFIXES, CorruptImage, decode, is_image, resize
 from ldm.errors import LdmError, UsageError
+from ldm.seeds import generator
 
 Split = Literal["train", "val", "all"]
 Indices = range | np.ndarray
-_NUMBERED = re.compile(r"(.*/)?\d{5}/img\d{8}\.\w+")
 
 
-class Source(Protocol):
-    """Whole images by number: one split of a data set. It can be pickled, for worker processes.
+class Source(ABC):
+    """Whole images by number: one split of a data set. It can be pickled, for worker processes."""
 
-    A source without classes may omit `classes` and `label`: they are read by `label_of`.
-    """
+    classes: tuple[str, ...] = ()
+    """Names of the classes; () without labels."""
+    labels: np.ndarray | None = None
+    """Class of each image (n,), as an index into `classes`; None without labels."""
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes; () without labels."""
-
+    @abstractmethod
     def __len__(self) -> int:
-        """Number of images."""
+        """Return the number of images."""
 
+    @abstractmethod
     def name(self, index: int) -> str:
-        """The path of an image, for messages."""
+        """Return the path of an image, for messages."""
 
+    @abstractmethod
     def load(self, index: int) -> np.ndarray:
         """Load an image as RGB uint8 (H, W, 3), or raise `CorruptImage`."""
 
     def label(self, index: int) -> int:
-        """The class of an image, as an index into `classes`; −1 for none."""
+        """Return the class of an image; −1 for none."""
+        return -1 if self.labels is None else int(self.labels[index])
 
+    def file(self, index: int) -> Path:
+        """Return the file with an image: its own, or an archive of many."""
+        return Path(self.name(index))
 
-def label_of(source: Source, index: int) -> int:
-    """The class of an image of any source, −1 for none."""
-    return source.label(index) if getattr(source, "classes", ()) else -1
-
-
-def load_at_least(source: Source, index: int, side: int) -> np.ndarray:
-    """Load an image (H, W, 3) uint8; raise LdmError if a side is shorter than `side` pixels."""
-    image = source.load(index)
-    height, width = image.shape[:2]
-    if min(height, width) < side:
-        raise LdmError(
-            f"{source.name(index)} is {width}×{height}, smaller than the {side}×{side} requested: "
-            "lower the resolution, or remove the image"
-        )
-    return image
-
-
-def folder_labels(names: Sequence[str], where: str) -> tuple[tuple[str, ...], np.ndarray]:
-    """Names of the classes, sorted, and the class of each image (n,) int32.
-
-    A class is the first folder below those that hold every image: cat and dog in `cat/1.png` and
-    `dog/a/2.png`, and in `x/cat/1.png` and `x/dog/a/2.png`.
-
-    Args:
-        names: relative paths of the images, with slashes.
-        where: folder or archive of the images, for messages.
-    """
-    folders = [tuple(name.split("/")[:-1]) for name in names]
-    first, last = min(folders), max(folders)  # a prefix of both is one of all
-    depth = next((i for i, part in enumerate(first) if part != last[i]), len(first))
-    for name, folder in zip(names, folders, strict=True):
-        if len(folder) <= depth:
-            raise UsageError(
-                f"{where}/{name} has no class: with labels, every image must be in one of two or "
-                "more folders named after the classes; move it into one, or omit labels"
+    def load_at_least(self, index: int, side: int) -> np.ndarray:
+        """Load an image (H, W, 3) uint8; raise LdmError if a side is shorter than `side` pixels."""
+        image = self.load(index)
+        height, width = image.shape[:2]
+        if min(height, width) < side:
+            raise LdmError(
+                f"{self.name(index)} is {width}×{height}, smaller than the {side}×{side} "
+                "requested: lower the resolution, or remove the image"
             )
-    if all(map(_NUMBERED.fullmatch, names)):
-        raise UsageError(
-            f"{where} has numbered folders ({names[0]}), which are not classes: "
-            "name folders after the classes, or omit labels"
-        )
-    classes = sorted({folder[depth] for folder in folders})
-    number = {name: label for label, name in enumerate(classes)}
-    labels = np.array([number[folder[depth]] for folder in folders], np.int32)
-    return tuple(map(printable, classes)), labels
+        return image
 
 
-def printable(name: str) -> str:
-    """Convert a file name to valid UTF-8, with other bytes written as \\xff."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-class PathSource(ABC):
-    """Images known by their paths in a folder or an archive.
-
-    Args:
-        names: relative paths of all files; those of images are taken.
-        labels: read folders as classes, see `folder_labels`.
-    """
+# ---------------------------------------------------------------------------- folder and zip
+class PathSource(Source):
+    """Images known by their paths in a folder or an archive, given the paths of all files."""
 
     def __init__(self, path: Path, names: Iterable[str], labels: bool) -> None:
         self.path = path
         self._names = sorted(filter(is_image, names))
         if not self._names:
             raise LdmError(f"{path} holds no images: {' '.join(SUFFIXES)} are read")
-        self.classes: tuple[str, ...] = ()
         if labels:
-            self.classes, self._labels = folder_labels(self._names, str(path))
+            self.classes, self.labels = folder_labels(self._names, str(path))
 
     def __len__(self) -> int:
         return len(self._names)
@@ -126,9 +88,6 @@ class PathSource(ABC):
     def load(self, index: int) -> np.ndarray:
         name = self._names[index]
         return decode(self.read(name), Path(name).suffix)
-
-    def label(self, index: int) -> int:
-        return int(self._labels[index]) if self.classes else -1
 
     @abstractmethod
     def read(self, name: str) -> bytes:
@@ -172,6 +131,9 @@ class ZipSource(PathSource):
             raise LdmError(f"{path} is truncated or not a zip archive: copy it again") from error
         super().__init__(path, names, labels)
 
+    def file(self, index: int) -> Path:
+        return self.path
+
     def read(self, name: str) -> bytes:
         try:
             # one handle per process: forked ones would share, and move, one position in the file
@@ -185,17 +147,121 @@ class ZipSource(PathSource):
         return self.__dict__ | {"_handle": None}
 
 
+def folder_labels(names: Sequence[str], where: str) -> tuple[tuple[str, ...], np.ndarray]:
+    """Return the names of the classes, sorted, and the class of each image (n,) int32.
+
+    A class is the first folder below those that hold every image: cat and dog in `cat/1.png` and
+    `dog/a/2.png`, and in `x/cat/1.png` and `x/dog/a/2.png`. `where` is for messages.
+    """
+    folders = [tuple(name.split("/")[:-1]) for name in names]
+    first, last = min(folders), max(folders)  # a prefix of both is one of all
+    depth = next((i for i, part in enumerate(first) if part != last[i]), len(first))
+    for name, folder in zip(names, folders, strict=True):
+        if len(folder) <= depth:
+            raise UsageError(
+                f"{where}/{name} has no class: with labels, every image must be in one of two or "
+                "more folders named after the classes; move it into one, or omit labels"
+            )
+    if all(re.fullmatch(r"(.*/)?\d{5}/img\d{8}\.\w+", name) for name in names):
+        raise UsageError(
+            f"{where} has numbered folders ({names[0]}), which are not classes: "
+            "name folders after the classes, or omit labels"
+        )
+    classes, labels = np.unique([folder[depth] for folder in folders], return_inverse=True)
+    return tuple(map(printable, classes)), labels.astype(np.int32)
+
+
+def printable(name: str) -> str:
+    """Convert a file name to valid UTF-8, with other bytes written as \\xff."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+# ------------------------------------------------------------------------------- photographs
+PHOTOGRAPHS = (
+    "astronaut",
+    "coffee",
+    "chelsea",
+    "rocket",
+    "hubble_deep_field",
+    "retina",
+    "immunohistochemistry",
+    "stereo_motorcycle",
+)
+"""The colour photographs in scikit-image's wheel: data that needs no download."""
+
+
+class PhotoSource(Source):
+    """Regions of the photographs: left two thirds ("train"), all of each ("all"), or tiles ("val").
+
+    Tiles are R×R and do not overlap, of the right thirds: one of each photograph, then another of
+    each, and so on. Their order is random and fixed, so that the first few show the photographs'
+    middles as well as their corners. With labels, each photograph is a class.
+
+    A part with a side shorter than R is enlarged (Lanczos) just enough to hold one R×R window.
+    """
+
+    def __init__(self, split: Split, resolution: int, labels: bool = False) -> None:
+        self.split, self.resolution = split, resolution
+        corners = (_corners(p, resolution) if split == "val" else [(0, 0)] for p in PHOTOGRAPHS)
+        turns = (zip(PHOTOGRAPHS, turn, strict=True) for turn in zip_longest(*corners))
+        self._regions = [region for turn in turns for region in turn if region[1] is not None]
+        if labels:
+            self.classes = PHOTOGRAPHS
+            self.labels = np.array([PHOTOGRAPHS.index(name) for name, _ in self._regions])
+
+    def __len__(self) -> int:
+        return len(self._regions)
+
+    def name(self, index: int) -> str:
+        photograph, (top, left) = self._regions[index]
+        tile = f", tile at row {top}, column {left} of the right third"
+        return f"photograph '{photograph}'{tile if self.split == 'val' else ''}"
+
+    def load(self, index: int) -> np.ndarray:
+        photograph, (top, left) = self._regions[index]
+        part = _part(photograph, self.split, self.resolution)
+        tile = part[top : top + self.resolution, left : left + self.resolution]
+        return tile if self.split == "val" else part
+
+
+def _corners(photograph: str, resolution: int) -> list[tuple[int, int]]:
+    height, width = _part(photograph, "val", resolution).shape[:2]
+    tops, lefts = (range(0, side - resolution + 1, resolution) for side in (height, width))
+    corners = list(product(tops, lefts))
+    order = generator(0, f"tiles of {photograph}", resolution).permutation(len(corners))
+    return [corners[i] for i in order]
+
+
+@lru_cache
+def _part(photograph: str, split: Split, resolution: int) -> np.ndarray:
+    """Part of a photograph (H, W, 3) uint8, read-only, with no side shorter than R."""
+    image = _photograph(photograph)
+    cut = image.shape[1] - image.shape[1] // 3
+    part = {"train": image[:, :cut], "val": image[:, cut:], "all": image}[split]
+    height, width = part.shape[:2]
+    scale = resolution / min(height, width)
+    if scale > 1:
+        part = resize(part, math.ceil(height * scale), math.ceil(width * scale))
+    part.flags.writeable = False
+    return part
+
+
+@lru_cache
+def _photograph(name: str) -> np.ndarray:
+    from skimage import data
+
+    image = getattr(data, name)()
+    # the stereo pair is (left view, right view, disparity)
+    return image[0] if name.startswith("stereo") else image
+
+
 # ------------------------------------------------------------------------------------- split
 # FFHQ and CelebA-HQ as split by Rombach et al. 2022: 60,000 + 10,000 and 25,000 + 5,000
 USUAL_HELD_OUT = {70_000: 10_000, 30_000: 5_000}
 
 
 def held_out_count(count: int, requested: int | None) -> int:
-    """Number of images held out of `count`: as requested, else the default.
-
-    The default is the usual split of FFHQ (70,000 images) and CelebA-HQ (30,000), else one image in
-    twenty, at least 1 and at most 10,000.
-    """
+    """Number of images held out of `count`: as requested, else the default of `DataConfig`."""
     usual = USUAL_HELD_OUT.get(count, min(max(count // 20, 1), 10_000))
     held_out = usual if requested is None else requested
     if held_out >= count:
@@ -209,9 +275,7 @@ def held_out_count(count: int, requested: int | None) -> int:
 def split_indices(count: int, held_out: int, evenly: bool) -> tuple[Indices, Indices]:
     """Ascending indices of the training images and of the held-out images among `count`.
 
-    Args:
-        evenly: hold out the last of each of `held_out` runs of equal length (to one image), else
-            the last of all.
+    Held out are the last; or, `evenly`, the last of each of `held_out` runs of equal length.
     """
     if not evenly:
         return range(count - held_out), range(count - held_out, count)
@@ -219,36 +283,30 @@ def split_indices(count: int, held_out: int, evenly: bool) -> tuple[Indices, Ind
     return np.delete(np.arange(count), ends), ends
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(Source):
     """The images `indices` of a source, as a source with the same classes."""
 
-    whole: Source
-    indices: Indices
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self.whole.classes
+    def __init__(self, whole: Source, indices: Indices) -> None:
+        self._whole, self._indices, self.classes = whole, indices, whole.classes
+        self.labels = None if whole.labels is None else whole.labels[indices]
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self._indices)
 
     def name(self, index: int) -> str:
-        return self.whole.name(self.indices[index])
+        return self._whole.name(self._indices[index])
+
+    def file(self, index: int) -> Path:
+        return self._whole.file(self._indices[index])
 
     def load(self, index: int) -> np.ndarray:
-        return self.whole.load(self.indices[index])
-
-    def label(self, index: int) -> int:
-        return self.whole.label(self.indices[index])
+        return self._whole.load(self._indices[index])
 
 
 def take_split(source: Source, split: Split, held_out: int | None, evenly: bool = False) -> Source:
     """Select the training images, the held-out images, or all images of a source.
 
-    Args:
-        held_out: number of images held out; None: the default of `held_out_count`.
-        evenly: as in `split_indices`.
+    `held_out` is a number of images, see `held_out_count`; `evenly` is as in `split_indices`.
     """
     if split == "all":
         return source

@@ -13,11 +13,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 Filter = Literal["lanczos", "box", "bicubic"]
 
-RESAMPLING = {
-    "lanczos": Image.Resampling.LANCZOS,
-    "box": Image.Resampling.BOX,
-    "bicubic": Image.Resampling.BICUBIC,
-}
 NOT_RESIZED = "none"
 """Filter in the manifest of images that already had their size."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".npy")
@@ -25,11 +20,11 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".npy")
 
 
 def center_crop(image: np.ndarray, resolution: int, filter: Filter = "lanczos") -> np.ndarray:
-    """Crop the central square, then downsize it: (H, W, 3) → (R, R, 3).
+    """Crop the central square, then downsize it: (H, W, 3) with H, W ≥ R → (R, R, 3).
 
     The order matters: resized before the crop, the pixels differ, and so does the FID.
     """
-    height, width = _checked_size(image, resolution)
+    height, width = image.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     square = image[top : top + side, left : left + side]
@@ -37,27 +32,16 @@ def center_crop(image: np.ndarray, resolution: int, filter: Filter = "lanczos") 
 
 
 def random_crop(image: np.ndarray, resolution: int, rng: np.random.Generator) -> np.ndarray:
-    """Crop a window uniformly at random, without resizing: (H, W, 3) → (R, R, 3)."""
-    height, width = _checked_size(image, resolution)
+    """Crop a window uniformly at random: (H, W, 3) with H, W ≥ R → (R, R, 3)."""
+    height, width = image.shape[:2]
     top, left = rng.integers(height - resolution + 1), rng.integers(width - resolution + 1)
     return image[top : top + resolution, left : left + resolution]
 
 
-def mirror(image: np.ndarray) -> np.ndarray:
-    """Flip an image (H, W, 3) horizontally."""
-    return image[:, ::-1]
-
-
 def resize(image: np.ndarray, height: int, width: int, filter: Filter = "lanczos") -> np.ndarray:
     """Resize with Pillow's antialiasing: (H, W, 3) → (height, width, 3)."""
-    return np.asarray(Image.fromarray(image).resize((width, height), RESAMPLING[filter]))
-
-
-def _checked_size(image: np.ndarray, resolution: int) -> tuple[int, int]:
-    height, width = image.shape[:2]
-    if min(height, width) < resolution:
-        raise ValueError(f"{width}×{height} is smaller than {resolution}×{resolution}")
-    return height, width
+    resampling = Image.Resampling[filter.upper()]
+    return np.asarray(Image.fromarray(image).resize((width, height), resampling))
 
 
 class CorruptImage(Exception):
@@ -75,14 +59,8 @@ def decode(data: bytes, suffix: str) -> np.ndarray:
     """Decode an image file to RGB uint8 (H, W, 3).
 
     Grey is repeated, transparency composited on white, CMYK converted, and the EXIF orientation
-    applied. Of an animation the first frame is taken.
-
-    Args:
-        data: the whole file.
-        suffix: ".npy" for an array of NumPy; other formats are recognised by their content.
-
-    Raises:
-        CorruptImage: the data is truncated, damaged, or of a kind whose range is unknown.
+    applied. Of an animation the first frame is taken. Files are recognised by their content, except
+    NumPy's arrays by the suffix ".npy". Damage, and pixels of unknown range, raise `CorruptImage`.
     """
     try:
         return _decode_array(data) if suffix.lower() == ".npy" else _to_rgb(data)
@@ -111,7 +89,12 @@ def _to_rgb(data: bytes) -> np.ndarray:
         file.load()
         image = ImageOps.exif_transpose(file)
     if image.mode.startswith("I"):
-        return _grey16_to_rgb(np.asarray(image))
+        levels = np.asarray(image)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise CorruptImage("the range of 32-bit pixels is unknown")
+        # 65535 = 255 · 257: Pillow's own conversion would clip at 255 instead
+        grey = np.round(levels / 257).astype(np.uint8)  # (H, W)
+        return np.repeat(grey[..., None], 3, axis=2)
     if image.mode == "F":
         raise CorruptImage("the range of floating-point pixels is unknown")
     if image.has_transparency_data:
@@ -119,11 +102,3 @@ def _to_rgb(data: bytes) -> np.ndarray:
         white = Image.new("RGBA", rgba.size, "white")
         image = Image.alpha_composite(white, rgba)
     return np.asarray(image.convert("RGB"))
-
-
-def _grey16_to_rgb(levels: np.ndarray) -> np.ndarray:
-    if levels.min() < 0 or levels.max() > 65535:
-        raise CorruptImage("the range of 32-bit pixels is unknown")
-    # 65535 = 255 · 257: Pillow's own conversion would clip at 255 instead
-    grey = np.round(levels / 257).astype(np.uint8)  # (H, W)
-    return np.repeat(grey[..., None], 3, axis=2)

@@ -21,7 +21,6 @@ from autoencoders.losses.perceptual import BACKBONES, PUBLISHED, has_backbone
 from ldm.checkpoint import fingerprint
 from ldm.config import list_presets, load_preset, validate
 from ldm.data import DataConfig, Source, holds_out, open_source
-from ldm.data.sources import load_at_least
 from ldm.data.transforms import CorruptImage
 from ldm.device import resolve_precision
 from ldm.errors import LdmError
@@ -74,7 +73,7 @@ def check_data(
     try:
         for resolution in resolutions:
             source = open_source(config, "train", resolution)
-            load_at_least(source, 0, resolution)
+            source.load_at_least(0, resolution)
         if validates and holds_out(config):
             open_source(config, "val", resolutions[-1])
     except LdmError as error:

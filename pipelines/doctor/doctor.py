@@ -179,7 +179,7 @@ def diagnose_diffusion(
     d.autoencoder = where
     uncached, faults = checks.find_latents(recipe, trained, source, d.machine.precision)
     problems += faults
-    classes = UNKNOWN_CLASSES if source is None else len(getattr(source, "classes", ()))
+    classes = UNKNOWN_CLASSES if source is None else len(source.classes)
     if source is None and recipe.data.labels:
         text = f"the data's classes are not known: {classes:,} are assumed"
         problems.append(Problem("note", text))

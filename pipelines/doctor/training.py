@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from autoencoders import Autoencoder, AutoencoderConfig
 from autoencoders.losses import LPIPS
 from autoencoders.losses.perceptual import CONV5_4, ESRGANPerceptual
+from ldm.data import Source
 from ldm.run import Run
 from pipelines import train_autoencoder, train_diffusion
 from pipelines.latents import Codec, LatentBatch, LatentCache, latent_batches
@@ -144,11 +145,13 @@ class DiffusionTraining:
         return z, torch.ones(batch, device=device), torch.randn_like(z)
 
 
-class _Noise:
+class _Noise(Source):
     """A source whose images are one, of noise, uint8 (side, side, 3)."""
 
     def __init__(self, side: int, classes: int) -> None:
-        self.classes = tuple(map(str, range(classes)))
+        if classes:
+            self.classes = tuple(map(str, range(classes)))
+            self.labels = np.arange(len(self)) % classes
         self._image = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
 
     def __len__(self) -> int:
@@ -159,9 +162,6 @@ class _Noise:
 
     def load(self, index: int) -> np.ndarray:
         return self._image
-
-    def label(self, index: int) -> int:
-        return index % len(self.classes) if self.classes else -1
 
 
 class _BlankCache(LatentCache):

@@ -233,7 +233,7 @@ class PngSource(FolderSource):
     """The PNGs of a folder by their relative paths, without classes."""
 
     def __init__(self, path: Path, names: Sequence[str]) -> None:
-        self.path, self._names, self.classes = path, list(names), ()
+        self.path, self._names = path, list(names)
 
 
 def _loose(folder: Path) -> dict[int, Path]:
@@ -310,7 +310,7 @@ def _read_note(tar: Path) -> dict[str, Any] | None:
 
 
 # ------------------------------------------------------------------------------ reading
-class SampleFolder:
+class SampleFolder(Source):
     """Samples on disk as a source: square, lossless, of one size.
 
     With a `samples.json`, only its own images count: numbered PNGs, shards or a zip. Without one,
@@ -324,8 +324,6 @@ class SampleFolder:
     Attributes:
         made_with: the content of `samples.json`; None without one.
     """
-
-    classes: tuple[str, ...] = ()
 
     def __init__(
         self, path: Path, limit: int | None = None, least: int = 2, archives: bool = False
@@ -378,9 +376,6 @@ class SampleFolder:
     def name(self, index: int) -> str:
         return self._images.name(index)
 
-    def label(self, index: int) -> int:
-        return -1
-
     def load(self, index: int) -> np.ndarray:
         """Load an image as RGB uint8 (R, R, 3), of the size of the first."""
         image = self._load(index)
@@ -396,10 +391,9 @@ class SampleFolder:
         try:
             return self._images.load(index)
         except CorruptImage as error:
-            name = Path(self.name(index))  # of a file, or of a member of one
-            file = next((path for path in (name, *name.parents) if path.is_file()), name)
             raise LdmError(
-                f"{name} is damaged ({error}): delete {file} and sample again"
+                f"{self.name(index)} is damaged ({error}): delete {self._images.file(index)} and "
+                "sample again"
             ) from error
 
 

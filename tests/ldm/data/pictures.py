@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ldm.data import Source
 from ldm.data.transforms import CorruptImage
 
 
@@ -52,7 +53,7 @@ def zip_file(path: Path, members: dict[str, bytes]) -> Path:
     return path
 
 
-class Coded:
+class Coded(Source):
     """Images in memory whose pixels hold (index, row, column); `corrupt` ones cannot be read."""
 
     def __init__(self, count, corrupt=(), height=24, width=20):
@@ -75,5 +76,6 @@ class CodedClasses(Coded):
 
     classes = ("a", "b", "c")
 
-    def label(self, index):
-        return index % 3
+    def __init__(self, count, corrupt=(), **size):
+        super().__init__(count, corrupt, **size)
+        self.labels = np.arange(count) % 3

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.data.transforms import CorruptImage, center_crop, decode, is_image, mirror, random_crop
+from ldm.data.transforms import CorruptImage, center_crop, decode, is_image, random_crop
 from tests.ldm.data.pictures import coordinates, encode, noise
 
 
@@ -45,18 +45,6 @@ def test_random_crop_reaches_every_place_and_stays_at_native_size():
         np.testing.assert_array_equal(crop, image[top : top + 8, left : left + 8])
         seen.add((int(top), int(left)))
     assert seen == {(top, left) for top in range(3) for left in range(2)}
-
-
-def test_mirror():
-    assert mirror(coordinates(0, 4, 6))[2, 0].tolist() == [0, 2, 5]
-
-
-@pytest.mark.parametrize(
-    "cut", [center_crop, lambda i, r: random_crop(i, r, np.random.default_rng(0))]
-)
-def test_nothing_is_enlarged(cut):
-    with pytest.raises(ValueError, match="40×48 is smaller than 41×41"):
-        cut(noise(0, 48, 40), 41)
 
 
 RGB = noise(0)

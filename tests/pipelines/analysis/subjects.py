@@ -11,7 +11,7 @@ from torch import nn
 from autoencoders import DiagonalGaussian, build_autoencoder
 from ldm.checkpoint import ModelFile, save_model
 from ldm.config import to_tree
-from ldm.data import DataConfig
+from ldm.data import DataConfig, Source
 from pipelines.analysis.subjects import SharedImages, Subject, open_analysis
 
 SMALL = {
@@ -47,10 +47,8 @@ def save(
     return folder
 
 
-class Pixels:
+class Pixels(Source):
     """A source of uint8 noise, every image its own."""
-
-    classes = ()
 
     def __init__(self, count: int, side: int = 16) -> None:
         self.count, self.side = count, side
