@@ -24,7 +24,7 @@ from skimage import data as photographs
 
 from ldm.cli import app, main
 from ldm.cli.options import STAGE_ONE as KINDS
-from ldm.cli.options import find_preset
+from ldm.cli.options import find_presets
 
 ROOT = Path(__file__).parent.parent
 README, CONTRIBUTING, DESIGN = ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs/design.md"
@@ -212,7 +212,7 @@ def parse(words: list[str]) -> None:
     given = command.make_context(name, list(rest)).params
     settings = [w for w in rest if re.match(r"[a-z][\w.]*=", w) and name != "report"]
     if name == "train-ae":
-        preset = "/".join(find_preset(given["preset"], KINDS))
+        preset = "/".join(find_presets(given["preset"], KINDS)[0])
         assert ldm(["show", preset, *settings]) == 0
     elif name == "doctor":
         assert ldm(["show", given["preset"], *settings]) == 0

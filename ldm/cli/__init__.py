@@ -9,8 +9,9 @@ import warnings
 from typing import Annotated, Any, NoReturn
 
 import typer
+from typer import Option
 
-from ldm.cli import analyze, data, doctor, exchange, measure, report, reproduce, sample, train
+from ldm.cli import analyze, data, doctor, exchange, measure, results, train
 from ldm.errors import Interrupted, LdmError
 
 INTERRUPTED = 130
@@ -39,28 +40,25 @@ def _print_version(requested: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool,
-        typer.Option(
-            "--version", help="Print the version.", is_eager=True, callback=_print_version
-        ),
+        bool, Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
     pass
 
 
-app.command("demo")(report.demo)
-app.add_typer(data.app, name="data", help="Prepare a data set for training.")
+app.command("demo")(results.demo)
+app.add_typer(data.app, name="data")
 app.command("train-ae")(train.train_ae)
 app.command("train-diffusion")(train.train_diffusion)
 app.command("ema")(train.ema)
-app.command("sample")(sample.sample)
+app.command("sample")(train.sample)
 app.command("neighbours")(measure.neighbours)
 app.command("fid")(measure.fid)
 app.command("eval-ae")(measure.eval_ae)
-app.add_typer(analyze.app, name="analyze", help="Analyze autoencoders as the paper does.")
+app.add_typer(analyze.app, name="analyze")
 app.command("bench")(measure.bench)
-app.command("report")(report.report)
-app.command("reproduce")(reproduce.reproduce)
+app.command("report")(results.report)
+app.command("reproduce")(results.reproduce)
 app.command("import")(exchange.import_model)
 app.command("export")(exchange.export_model)
 app.command("doctor")(doctor.doctor)

@@ -4,60 +4,47 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from typer import Argument, Option
 
-from ldm.cli.options import (
-    BatchSize,
-    Data,
-    Device,
-    InceptionWeights,
-    Limit,
-    Resolution,
-    Split,
-    is_first_process,
-    parse_numbers,
-)
+from ldm.cli import options
 
 if TYPE_CHECKING:
     from pipelines.analysis.subjects import Analysis
 
-app = typer.Typer(no_args_is_help=True)
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Analyze autoencoders as the paper does; each command writes a PNG and a CSV.",
+)
 
 Models = Annotated[
     list[str] | None,
-    typer.Argument(
+    Argument(
         metavar="[NAME=]MODEL …",
         help="Stage-one files, run folders or pretrained SD-VAEs to compare; NAME is the label in "
         "the legend. Default: the newest run.",
     ),
 ]
-Out = Annotated[
-    Path | None, typer.Option(help="Output folder. Default: analysis/ next to the first model.")
-]
-
-
-@app.callback()
-def analyze() -> None:
-    """Analyze autoencoders as the paper does; each command writes a PNG and a CSV."""
+Out = Annotated[Path | None, Option(help="Folder. Default: analysis/ next to the first model.")]
 
 
 @app.command()
 def mmd(
     models: Models = None,
-    data: Data = None,
-    n: Annotated[int, typer.Option(help="Images per draw, and as many samples of N(0, I).")] = 1000,
-    sigmas: Annotated[str, typer.Option(help="Widths of the RBF kernel.")] = "25,50,100,250,500",
-    draws: Annotated[int, typer.Option(help="Repetitions, for mean ± std.")] = 5,
+    data: options.Data = None,
+    n: Annotated[int, Option(help="Images per draw, and as many samples of N(0, I).")] = 1000,
+    sigmas: Annotated[str, Option(help="Widths of the RBF kernel.")] = "25,50,100,250,500",
+    draws: Annotated[int, Option(help="Repetitions, for mean ± std.")] = 5,
     latents: Annotated[
         Literal["scaled", "standardised", "raw"],
-        typer.Option(
+        Option(
             help="scaled: divided by one standard deviation, as for stage two. standardised: each "
             "channel to mean 0 and std 1. raw: as encoded."
         ),
     ] = "scaled",
-    split: Split = "val",
-    resolution: Resolution = None,
-    batch_size: BatchSize = 16,
-    device: Device = "auto",
+    split: options.Split = "val",
+    resolution: options.Resolution = None,
+    batch_size: options.BatchSize = 16,
+    device: options.Device = "auto",
     out: Out = None,
 ) -> None:
     """Measure the MMD between latents and Gaussian noise, with RBF kernels (Table 6).
@@ -67,7 +54,7 @@ def mmd(
     from pipelines.analysis.mmd import MmdSettings, analyze_mmd
     from pipelines.analysis.subjects import open_analysis
 
-    settings = MmdSettings(n, parse_numbers("sigmas", sigmas), draws, latents)
+    settings = MmdSettings(n, options.parse_numbers("sigmas", sigmas), draws, latents)
     opened = open_analysis(models or (), data, split, resolution, device, batch_size)
     _print(analyze_mmd(*opened, settings, out))
 
@@ -75,26 +62,20 @@ def mmd(
 @app.command()
 def scale(
     models: Models = None,
-    data: Data = None,
+    data: options.Data = None,
     resolutions: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Image sizes in pixels. Default: 32,64,128,256,512, up to the size of the images."
         ),
     ] = None,
-    split: Split = "val",
-    fid: Annotated[bool, typer.Option(help="Measure rFID if Inception is available.")] = True,
-    weights: InceptionWeights = None,
-    limit: Limit = None,
-    batch_size: BatchSize = 16,
-    force: Annotated[
-        bool,
-        typer.Option(
-            "--force",
-            help="Measure images that were trained on, and rFID over fewer images than features.",
-        ),
-    ] = False,
-    device: Device = "auto",
+    split: options.Split = "val",
+    fid: Annotated[bool, Option(help="Measure rFID if Inception is available.")] = True,
+    weights: options.InceptionWeights = None,
+    limit: options.Limit = None,
+    batch_size: options.BatchSize = 16,
+    force: options.Force = False,
+    device: options.Device = "auto",
     out: Out = None,
 ) -> None:
     """Measure reconstructions from 32² to 512² (Figures 5 and 8).
@@ -103,7 +84,7 @@ def scale(
     """
     from pipelines.analysis.scale import analyze_scale
 
-    sizes = None if resolutions is None else parse_numbers("resolutions", resolutions, int)
+    sizes = None if resolutions is None else options.parse_numbers("resolutions", resolutions, int)
     _print(
         analyze_scale(
             models or (), data, sizes, split, fid, weights, limit, batch_size, device, force, out
@@ -114,13 +95,13 @@ def scale(
 @app.command()
 def latents(
     models: Models = None,
-    data: Data = None,
-    n: Annotated[int, typer.Option(help="Number of images to measure.", min=1)] = 256,
-    images: Annotated[int, typer.Option(help="Number of images to show.", min=1)] = 4,
-    split: Split = "val",
-    resolution: Resolution = None,
-    batch_size: BatchSize = 16,
-    device: Device = "auto",
+    data: options.Data = None,
+    n: Annotated[int, Option(help="Number of images to measure.", min=1)] = 256,
+    images: Annotated[int, Option(help="Number of images to show.", min=1)] = 4,
+    split: options.Split = "val",
+    resolution: options.Resolution = None,
+    batch_size: options.BatchSize = 16,
+    device: options.Device = "auto",
     out: Out = None,
 ) -> None:
     """Show latents and the statistics of their channels (Figures 2 and 4)."""
@@ -134,11 +115,11 @@ def latents(
 @app.command()
 def features(
     models: Models = None,
-    data: Data = None,
-    images: Annotated[int, typer.Option(help="Number of images to show and measure.", min=1)] = 2,
-    split: Split = "val",
-    resolution: Resolution = None,
-    device: Device = "auto",
+    data: options.Data = None,
+    images: Annotated[int, Option(help="Number of images to show and measure.", min=1)] = 2,
+    split: options.Split = "val",
+    resolution: options.Resolution = None,
+    device: options.Device = "auto",
     out: Out = None,
 ) -> None:
     """Compare the magnitudes of the decoder's feature maps (Figure 3).
@@ -156,9 +137,7 @@ def features(
 def gradients(
     runs: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[NAME=]RUN …", help="Stage-one run folders. Default: the newest run."
-        ),
+        Argument(metavar="[NAME=]RUN …", help="Stage-one run folders. Default: the newest run."),
     ] = None,
     out: Out = None,
 ) -> None:
@@ -173,17 +152,16 @@ def gradients(
 
 def _print(analysis: "Analysis | None") -> None:
     """Print the table, its notes and the files written, on the first process only."""
-    if analysis is None or not is_first_process():
+    if analysis is None or not options.is_first_process():
         return
-    from ldm.logbook import console
     from ldm.tables import text_table
 
-    console.print(analysis.title, style="bold", markup=False)  # names may hold [brackets]
     header, *rows = text_table(analysis.header, analysis.rows)
-    console.print(header, style="dim", markup=False)
+    typer.secho(analysis.title, bold=True)
+    typer.secho(header, dim=True)
     for row in rows:
-        console.print(row, markup=False)
+        typer.echo(row)
     for note in analysis.notes:
-        console.print(f"note: {note}", style="dim", markup=False)
+        typer.secho(f"note: {note}", dim=True)
     for path in analysis.files:
         typer.echo(f"wrote {path}")

@@ -4,45 +4,40 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from typer import Argument, Option
 
-app = typer.Typer(no_args_is_help=True)
+from ldm.cli import options
 
-
-@app.callback()
-def data() -> None:
-    """Prepare images for training."""
+app = typer.Typer(no_args_is_help=True, help="Prepare images for training.")
 
 
 @app.command()
 def prepare(
     source: Annotated[
-        Path,
-        typer.Argument(metavar="SRC", help="A folder of images or .npy arrays, a .zip or a .tar."),
+        Path, Argument(metavar="SRC", help="A folder of images or .npy arrays, a .zip or a .tar.")
     ],
     destination: Annotated[
-        Path, typer.Argument(metavar="DST", help="Folder for the shards; created if missing.")
+        Path, Argument(metavar="DST", help="Folder for the shards; created if missing.")
     ],
-    size: Annotated[int, typer.Option(min=1, help="Image size in pixels.")] = 256,
+    size: Annotated[int, Option(min=1, help="Image size in pixels.")] = 256,
     filter: Annotated[
-        Literal["lanczos", "box", "bicubic"],
-        typer.Option(help="Resize filter. FID depends on it."),
+        Literal["lanczos", "box", "bicubic"], Option(help="Resize filter. FID depends on it.")
     ] = "lanczos",
     held_out: Annotated[
         int | None,
-        typer.Option(
+        Option(
             min=0,
             show_default="FFHQ 10,000; CelebA-HQ 5,000; else 5 %, at most 10,000",
             help="Images for validation: the last by name, or every n-th with --labels.",
         ),
     ] = None,
-    shard_size: Annotated[int, typer.Option(min=1, help="Images per shard.")] = 1000,
+    shard_size: Annotated[int, Option(min=1, help="Images per shard.")] = 1000,
     workers: Annotated[
         int | None,
-        typer.Option(min=0, show_default="one per CPU core", help="Worker processes; 0: none."),
+        Option(min=0, show_default="one per CPU core", help="Worker processes; 0: none."),
     ] = None,
     labels: Annotated[
-        bool,
-        typer.Option("--labels", help="Keep class labels: top-level folders, or .cls in a .tar."),
+        bool, Option("--labels", help="Keep class labels: top-level folders, or .cls in a .tar.")
     ] = False,
 ) -> None:
     """Convert a folder, zip or tar of images into tar shards of square PNGs.
@@ -60,13 +55,12 @@ def prepare(
     manifest = prepare(source, destination, size, filter, held_out, shard_size, workers, labels)
     train, val = (manifest["splits"][split] for split in ("train", "val"))
     classes = f", {len(manifest['classes']):,} classes" if labels else ""
-    shards = len(train["shards"]) + len(val["shards"])
+    shards = options.many(len(train["shards"]) + len(val["shards"]), "shard")
     typer.echo(
-        f"{manifest['count']:,} images of {size}×{size} in {shards} shard{'s' * (shards != 1)}: "
+        f"{manifest['count']:,} images of {size}×{size} in {shards}: "
         f"{train['count']:,} for training, {val['count']:,} for validation{classes}"
     )
     if skipped := len(manifest["skipped"]):
-        plural = "s" * (skipped != 1)
-        typer.echo(f"skipped {skipped:,} corrupt image{plural}, listed in the manifest")
+        typer.echo(f"skipped {options.many(skipped, 'corrupt image')}, listed in the manifest")
     typer.echo(f"manifest: {destination / MANIFEST}")
     typer.echo(f"next: ldm train-ae litevae-b data.source={destination}")

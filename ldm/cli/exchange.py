@@ -4,57 +4,51 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from typer import Argument, Option
 
 from ldm.errors import UsageError
 
-Force = Annotated[bool, typer.Option("--force", help="Overwrite existing files.")]
+Force = Annotated[bool, Option("--force", help="Overwrite existing files.")]
 HeadWidth = Annotated[
     int | None,
-    typer.Option(
-        help="With --diffusion, CompVis: channels per head (num_head_channels). Default: 32."
-    ),
+    Option(help="With --diffusion, CompVis: channels per head (num_head_channels). Default: 32."),
 ]
 Heads = Annotated[
-    int | None,
-    typer.Option(help="With --diffusion, CompVis: attention heads (num_heads in the yaml)."),
-]
-ScaleFactor = Annotated[
-    float | None,
-    typer.Option(help="With --diffusion: factor of the latents. Default: the one in SRC."),
+    int | None, Option(help="With --diffusion, CompVis: attention heads (num_heads in the yaml).")
 ]
 
 
 def import_model(
     source: Annotated[
         str,
-        typer.Argument(
+        Argument(
             metavar="SRC",
             help="A diffusers AutoencoderKL folder, a CompVis .ckpt or .safetensors, a folder of "
             "`ldm export`, or a Hugging Face Hub repository (owner/name).",
         ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT.pt", help="The .pt file to write.")],
+    out: Annotated[Path, Argument(metavar="OUT.pt", help="The .pt file to write.")],
     subfolder: Annotated[
-        str | None, typer.Option(help="Subfolder of SRC with the autoencoder, such as vae.")
+        str | None, Option(help="Subfolder of SRC with the autoencoder, such as vae.")
     ] = None,
-    revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")
-    ] = None,
+    revision: Annotated[str | None, Option(help="Branch, tag or commit on the Hub.")] = None,
     diffusion: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--diffusion",
             help="Import the whole latent diffusion model of a CompVis checkpoint or a diffusers "
             "pipeline folder (unet/, vae/, scheduler/), not only its autoencoder.",
         ),
     ] = False,
     resolution: Annotated[
-        int | None,
-        typer.Option(help="With --diffusion: image size. Default: the one in SRC, or 256."),
+        int | None, Option(help="With --diffusion: image size. Default: the one in SRC, or 256.")
     ] = None,
     head_width: HeadWidth = None,
     heads: Heads = None,
-    scale_factor: ScaleFactor = None,
+    scale_factor: Annotated[
+        float | None,
+        Option(help="With --diffusion: factor of the latents. Default: the one in SRC."),
+    ] = None,
     force: Force = False,
 ) -> None:
     """Convert a pretrained SD-VAE or latent diffusion model to this toolkit's format.
@@ -69,24 +63,21 @@ def import_model(
         _refuse("applies to autoencoders only", subfolder=subfolder, revision=revision)
         options = (resolution, head_width, heads, scale_factor, force)
         written, notes = import_diffusion(source, out, *options)
-        _print_written(written)
-        for line in (*notes, f"next: ldm sample {out}"):
-            typer.echo(line)
-        return
+        return _print(written, *notes, f"next: ldm sample {out}")
     from pipelines.exchange.autoencoders import import_autoencoder
 
     _refuse(
         "needs --diffusion", resolution=resolution, head_width=head_width, heads=heads,
         scale_factor=scale_factor,
     )  # fmt: skip
-    _print_written(import_autoencoder(source, out, subfolder, revision, force))
-    typer.echo(f"next: ldm train-diffusion --ae {out}")
+    written = import_autoencoder(source, out, subfolder, revision, force)
+    _print(written, f"next: ldm train-diffusion --ae {out}")
 
 
 def export_model(
     paths: Annotated[
         list[Path],
-        typer.Argument(
+        Argument(
             metavar="[MODEL] OUT",
             help="MODEL: a ckpt.pt or run folder of stage one, or of stage two with --format unet "
             "(default: the newest run). OUT: a folder; for compvis a .safetensors or .ckpt file.",
@@ -94,7 +85,7 @@ def export_model(
     ],
     form: Annotated[
         Literal["diffusers", "compvis", "hub", "unet"],
-        typer.Option(
+        Option(
             "--format",
             help="diffusers and compvis: an SD-VAE. hub: any autoencoder. unet: the network of a "
             "stage-two model, as a diffusers UNet2DModel.",
@@ -102,7 +93,7 @@ def export_model(
     ] = "diffusers",
     scaling_factor: Annotated[
         float | None,
-        typer.Option(
+        Option(
             help="For diffusers: 1 / standard deviation of the latents. Default: as imported, "
             "or SD-VAE's 0.18215."
         ),
@@ -123,20 +114,19 @@ def export_model(
         from pipelines.exchange.diffusion import export_network
 
         _refuse("needs --format diffusers", scaling_factor=scaling_factor)
-        _print_written(export_network(out, named, force))
-        typer.echo(
+        return _print(
+            export_network(out, named, force),
             f"{out}/ldm.json documents the timestep input, the prediction type, and the mean and "
-            "standard deviation of the latents"
+            "standard deviation of the latents",
+            f"next: diffusers.UNet2DModel.from_pretrained({str(out)!r})",
         )
-        typer.echo(f"next: diffusers.UNet2DModel.from_pretrained({str(out)!r})")
-        return
     from pipelines.exchange.autoencoders import export_autoencoder
 
-    _print_written(export_autoencoder(out, form, named, scaling_factor, force))
-    if form == "diffusers":
-        typer.echo(f"next: diffusers.AutoencoderKL.from_pretrained({str(out)!r})")
-    elif form == "hub":
-        typer.echo(f"next: hf upload OWNER/NAME {out}")
+    usage = {
+        "diffusers": [f"next: diffusers.AutoencoderKL.from_pretrained({str(out)!r})"],
+        "hub": [f"next: hf upload OWNER/NAME {out}"],
+    }
+    _print(export_autoencoder(out, form, named, scaling_factor, force), *usage.get(form, []))
 
 
 def _refuse(why: str, **options: object) -> None:
@@ -146,8 +136,10 @@ def _refuse(why: str, **options: object) -> None:
             raise UsageError(f"--{name.replace('_', '-')} {why}")
 
 
-def _print_written(paths: list[Path]) -> None:
+def _print(paths: list[Path], *notes: str) -> None:
     for path in paths:
         size = path.stat().st_size
         many = f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
         typer.echo(f"wrote {path} ({many})")
+    for note in notes:
+        typer.echo(note)

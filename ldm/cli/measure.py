@@ -6,56 +6,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer import Argument, Option
 
-from ldm.cli.options import (
-    BatchSize,
-    Data,
-    Device,
-    Features,
-    Guide,
-    InceptionWeights,
-    Limit,
-    Precision,
-    Resize,
-    Split,
-    parse_numbers,
-    say,
-)
+from ldm.cli import options
 
 if TYPE_CHECKING:
     from pipelines.bench import Bench
 
 Samples = Annotated[
     Path | None,
-    typer.Argument(help="Images: a folder of `ldm sample`, a zip or shards. Default: the newest."),
-]
-Layout = Annotated[
-    Literal["table", "markdown", "latex", "json"],
-    typer.Option("--format", help="Output format; all but table print nothing else."),
-]
-Resolutions = Annotated[
-    list[str] | None,
-    typer.Option(help="Image sizes in pixels, such as 128,256. Default: as in training."),
+    Argument(help="Images: a folder of `ldm sample`, a zip or shards. Default: the newest."),
 ]
 Reference = Annotated[
     str | None,
-    typer.Option(
+    Option(
         help="Statistics to compare with instead of data: clean-fid's ffhq256 or ffhq1024 "
         "(70,000 images), or a .npz from $LDM_CACHE/statistics (~/.cache/ldm/statistics). No "
         "SWD."
     ),
 ]
 Bootstrap = Annotated[
-    int,
-    typer.Option(help="Resamplings for a 95 % interval of FID, such as 100; one process."),
+    int, Option(help="Resamplings for a 95 % interval of FID, such as 100; one process.")
 ]
 SampledModel = Annotated[
     Path | None,
-    typer.Option(help="Sample from this stage-two ckpt.pt or run folder, without writing images."),
+    Option(help="Sample from this stage-two ckpt.pt or run folder, without writing images."),
 ]
 ResultFile = Annotated[
     Path | None,
-    typer.Option(
+    Option(
         help="Result file. Default: fid.json next to the samples, or with the options that are "
         "not at their default, such as fid-photos-val.json."
     ),
@@ -65,39 +44,35 @@ ResultFile = Annotated[
 def eval_ae(
     models: Annotated[
         list[Path] | None,
-        typer.Argument(
+        Argument(
             metavar="[CKPT …]",
             help="Stage-one ckpt.pt files, run folders or pretrained SD-VAEs, a table row each. "
             "Default: the newest run.",
         ),
     ] = None,
-    data: Data = None,
-    split: Split = "val",
-    resolution: Resolutions = None,
-    batch_size: BatchSize = 16,
-    limit: Limit = None,
+    data: options.Data = None,
+    split: options.Split = "val",
+    resolution: Annotated[
+        list[str] | None, Option(help="Sizes in pixels, such as 128,256. Default: as in training.")
+    ] = None,
+    batch_size: options.BatchSize = 16,
+    limit: options.Limit = None,
     fid: Annotated[
-        bool,
-        typer.Option(
-            " /--no-fid", help="Skip rFID, KID, precision and recall.", show_default=False
-        ),
+        bool, Option(" /--no-fid", help="Skip rFID, KID, precision and recall.", show_default=False)
     ] = True,
-    weights: InceptionWeights = None,
-    features: Features = None,
-    mode: Resize = "clean",
-    layout: Layout = "table",
+    weights: options.InceptionWeights = None,
+    features: options.Features = None,
+    mode: options.Resize = "clean",
+    layout: Annotated[
+        Literal["table", "markdown", "latex", "json"],
+        Option("--format", help="Output format; all but table print nothing else."),
+    ] = "table",
     out: Annotated[
         Path | None,
-        typer.Option(help="One JSON file for all. Default: one each, in eval/ next to the model."),
+        Option(help="One JSON file for all. Default: one each, in eval/ next to the model."),
     ] = None,
-    force: Annotated[
-        bool,
-        typer.Option(
-            "--force",
-            help="Measure despite training images, or fewer images than features for rFID.",
-        ),
-    ] = False,
-    device: Device = "auto",
+    force: options.Force = False,
+    device: options.Device = "auto",
 ) -> None:
     """Measure reconstructions: rFID, LPIPS, PSNR, SSIM, KID, precision, recall, SWD.
 
@@ -110,55 +85,50 @@ def eval_ae(
     from pipelines.evaluate import evaluate_checkpoints
     from pipelines.measuring.evaluation import format_evaluations
 
-    sizes = parse_numbers("resolution", ",".join(resolution), int) if resolution else None
+    sizes = options.parse_numbers("resolution", ",".join(resolution), int) if resolution else None
     # a pipe gets the table alone, progress goes to stderr
     with nullcontext() if layout == "table" else redirect_stdout(sys.stderr):
         evaluations = evaluate_checkpoints(
             models or (), data, split, sizes, batch_size, limit=limit, device=device, fid=fid,
             weights=weights, features=features, mode=mode, out=out, force=force,
         )  # fmt: skip
-    say(format_evaluations(evaluations, layout))
+    options.say(format_evaluations(evaluations, layout))
     if layout == "table":
-        say(*(f"done: {path}" for path in dict.fromkeys(each.path for each in evaluations)))
+        options.say(*(f"done: {path}" for path in dict.fromkeys(each.path for each in evaluations)))
 
 
 def fid(
     samples: Samples = None,
-    data: Data = None,
+    data: options.Data = None,
     split: Annotated[
         Literal["train", "val", "all"] | None,
-        typer.Option(help="Part of the data to compare with. Default: all, as in papers."),
+        Option(help="Part of the data to compare with. Default: all, as in papers."),
     ] = None,
     reference: Reference = None,
     model: SampledModel = None,
-    n: Annotated[
-        int | None, typer.Option(help="With --model: number of images. Default: 50,000.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="With --model: seed. Default: 0.")] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="With --model: sampling steps. Default: 18.")
-    ] = None,
+    n: Annotated[int | None, Option(help="With --model: images. Default: 50,000.")] = None,
+    seed: Annotated[int | None, Option(help="With --model: seed. Default: 0.")] = None,
+    steps: Annotated[int | None, Option(help="With --model: sampling steps. Default: 18.")] = None,
     guidance: Annotated[
-        float | None, typer.Option(help="With --model: guidance scale, as in `ldm sample`.")
+        float | None, Option(help="With --model: guidance scale, as in `ldm sample`.")
     ] = None,
-    guide: Guide = None,
+    guide: options.Guide = None,
     precision: Annotated[
-        Precision | None, typer.Option(help="With --model: precision, as in `ldm sample`.")
+        options.Precision | None, Option(help="With --model: precision, as in `ldm sample`.")
     ] = None,
-    mode: Resize = "clean",
-    features: Features = None,
-    weights: InceptionWeights = None,
+    mode: options.Resize = "clean",
+    features: options.Features = None,
+    weights: options.InceptionWeights = None,
     bootstrap: Bootstrap = 0,
     force: Annotated[
-        bool,
-        typer.Option("--force", help="Compare despite warnings; they are stored with the result."),
+        bool, Option("--force", help="Compare despite warnings; they are stored with the result.")
     ] = False,
-    batch_size: BatchSize = 64,
+    batch_size: options.BatchSize = 64,
     limit: Annotated[
-        int | None, typer.Option(help="Use at most this many samples and images of the data.")
+        int | None, Option(help="Use at most this many samples and images of the data.")
     ] = None,
     out: ResultFile = None,
-    device: Device = "auto",
+    device: options.Device = "auto",
 ) -> None:
     """Compare samples with data: FID, KID, precision, recall, and SWD (which needs no weights).
 
@@ -178,7 +148,7 @@ def fid(
         sampling={name: value for name, value in sampling.items() if value is not None},
         mode=mode, features=features, bootstrap=bootstrap, force=force, out=out,
     )  # fmt: skip
-    say(*_fid_lines(result))
+    options.say(*_fid_lines(result))
 
 
 def _fid_lines(result: dict[str, Any]) -> list[str]:
@@ -187,41 +157,36 @@ def _fid_lines(result: dict[str, Any]) -> list[str]:
     if interval is not None:
         ends = f"{interval['low']:.3f} to {interval['high']:.3f}"
         fid += f"  (95 %: {ends}, {interval['draws']} bootstrap draws)"
-    rows = [("FID", f"{fid}  all {ours:,} samples, all {theirs:,} images")]
-    if result["kid"] is not None:
-        kid, std = 1e3 * result["kid"], 1e3 * result["kid_std"]
-        rows += [
-            ("KID ×10³", f"{kid:.3f} ± {std:.3f}"),
-            ("precision", f"{result['precision']:.3f}"),
-            ("recall", f"{result['recall']:.3f}"),
-        ]
-    if result["swd"] is not None:
-        rows.append(("SWD ×10³", f"{result['swd']['mean']:.3f}  {result['swd_images']:,} of each"))
-    kept = result["reference"].get("statistics")
-    rows += [
-        ("samples", result["samples"]["what"]),
-        ("reference", result["reference"]["what"]),
-        ("features", result["extractor"]["name"]),
-        *([("statistics", kept)] if kept else []),
-        ("written", result["written"]),
-    ]
-    return [f"{name:<10} {value}" for name, value in rows]
+    kid, swd = result["kid"], result["swd"]
+    rows = {
+        "FID": f"{fid}  all {ours:,} samples, all {theirs:,} images",
+        "KID ×10³": kid is not None and f"{1e3 * kid:.3f} ± {1e3 * result['kid_std']:.3f}",
+        "precision": kid is not None and f"{result['precision']:.3f}",
+        "recall": kid is not None and f"{result['recall']:.3f}",
+        "SWD ×10³": swd is not None and f"{swd['mean']:.3f}  {result['swd_images']:,} of each",
+        "samples": result["samples"]["what"],
+        "reference": result["reference"]["what"],
+        "features": result["extractor"]["name"],
+        "statistics": result["reference"].get("statistics"),
+        "written": result["written"],
+    }
+    return [f"{name:<10} {value}" for name, value in rows.items() if value]
 
 
 def neighbours(
     samples: Samples = None,
-    data: Data = None,
-    count: Annotated[int, typer.Option(help="Number of samples to look up, the first ones.")] = 8,
-    nearest: Annotated[int, typer.Option(help="Neighbours to show for each sample.")] = 5,
+    data: options.Data = None,
+    count: Annotated[int, Option(help="Number of samples to look up, the first ones.")] = 8,
+    nearest: Annotated[int, Option(help="Neighbours to show for each sample.")] = 5,
     space: Annotated[
         Literal["latents", "pixels"],
-        typer.Option(help="Compare latents (needs the model) or 64×64 pixels."),
+        Option(help="Compare latents (needs the model) or 64×64 pixels."),
     ] = "latents",
     model: Annotated[
-        Path | None, typer.Option(help="Model of the samples. Default: the one they name.")
+        Path | None, Option(help="Model of the samples. Default: as recorded.")
     ] = None,
-    batch_size: BatchSize = 64,
-    device: Device = "auto",
+    batch_size: options.BatchSize = 64,
+    device: options.Device = "auto",
 ) -> None:
     """Find the training images nearest to samples, to see whether a model memorizes its data.
 
@@ -238,24 +203,19 @@ def neighbours(
 
 def bench(
     encoders: Annotated[
-        list[str] | None,
-        typer.Argument(help="Stage-one presets. Default: SD-VAE and LiteVAE S, B, M, L."),
+        list[str] | None, Argument(help="Stage-one presets. Default: SD-VAE, LiteVAE S, B, M, L.")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Batch size for the peak memory.")] = 32,
+    batch: Annotated[int, Option(help="Batch size for the peak memory.")] = 32,
     timed: Annotated[
-        int | None, typer.Option(help="Batch size for the speed. Default: --batch; 2 on a CPU.")
+        int | None, Option(help="Batch size for the speed. Default: --batch; 2 on a CPU.")
     ] = None,
-    resolution: Annotated[int, typer.Option(help="Image size in pixels.")] = 256,
-    repeats: Annotated[
-        int | None, typer.Option(help="Timed runs per encoder. Default: 20; 3 on a CPU.")
-    ] = None,
-    device: Device = "auto",
+    resolution: Annotated[int, Option(help="Image size in pixels.")] = 256,
+    repeats: Annotated[int | None, Option(help="Timed runs each. Default: 20; 3 on a CPU.")] = None,
+    device: options.Device = "auto",
     precision: Annotated[
-        Literal["fp32", "bf16"], typer.Option(help="bf16 is autocast, as in training.")
+        Literal["fp32", "bf16"], Option(help="bf16 is autocast, as in training.")
     ] = "fp32",
-    out: Annotated[
-        Path | None, typer.Option(help="Folder to write bench.json and bench.md to.")
-    ] = None,
+    out: Annotated[Path | None, Option(help="Folder to write bench.json and bench.md to.")] = None,
 ) -> None:
     """Measure the cost of encoders on this machine, next to the paper's Table 3.
 
@@ -288,10 +248,9 @@ def _print_bench(result: "Bench", precision: str) -> None:
             table.add_column(title, justify="right" if number else "left", style=style)
         for row in rows:
             table.add_row(*row)
-        console.print()
-        console.print(table)
-    console.print(f"\nmemory {result.facts['memory']}", markup=False)
-    console.print(f"speed  {result.facts['speed']}, {precision}", markup=False)
-    console.print(f"paper  {SOURCE}", markup=False)
+        console.print("", table, sep="\n")
+    typer.echo(f"\nmemory {result.facts['memory']}")
+    typer.echo(f"speed  {result.facts['speed']}, {precision}")
+    typer.echo(f"paper  {SOURCE}")
     if "note" in result.facts:
-        console.print(f"note   {result.facts['note']}", markup=False)
+        typer.echo(f"note   {result.facts['note']}")

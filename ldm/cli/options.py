@@ -2,43 +2,43 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer import Argument, Option
 
 from ldm.errors import UsageError
 
 # ------------------------------------------------------------------------------- option types
 Data = Annotated[
     str | None,
-    typer.Option(
+    Option(
         help="Images: `photos` (built in), a folder, a zip or shards. Default: the training data."
     ),
 ]
-Split = Annotated[Literal["train", "val", "all"], typer.Option(help="Part of the data to use.")]
+Split = Annotated[Literal["train", "val", "all"], Option(help="Part of the data to use.")]
 Resolution = Annotated[
-    int | None,
-    typer.Option(help="Image size in pixels. Default: the last resolution of the training."),
+    int | None, Option(help="Image size in pixels. Default: the last resolution of the training.")
 ]
-BatchSize = Annotated[int, typer.Option(help="Images per batch, on each process.")]
-Limit = Annotated[int | None, typer.Option(help="Use at most this many images.")]
-Seed = Annotated[int, typer.Option(help="Seed. Image i depends only on the seed and on i.")]
-Steps = Annotated[int, typer.Option(help="Sampling steps.")]
+BatchSize = Annotated[int, Option(help="Images per batch, on each process.")]
+Limit = Annotated[int | None, Option(help="Use at most this many images.")]
+Seed = Annotated[int, Option(help="Seed. Image i depends only on the seed and on i.")]
+Steps = Annotated[int, Option(help="Sampling steps.")]
 Guide = Annotated[
     Path | None,
-    typer.Option("--guide", "--weaker", help="Model for autoguidance: less trained or smaller."),
+    Option("--guide", "--weaker", help="Model for autoguidance: less trained or smaller."),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
+Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:1.")]
 Precision = Literal["auto", "fp32", "bf16"]
 InceptionWeights = Annotated[
-    Path | None,
-    typer.Option(help="Path of inception-2015-12-05.pt. Default: found, or downloaded."),
+    Path | None, Option(help="Path of inception-2015-12-05.pt. Default: found, or downloaded.")
 ]
 Features = Annotated[
     str | None,
-    typer.Option(
+    Option(
         metavar="module:function",
         help="Feature extractor to use instead of Inception: function(device) returns a callable "
         "that maps uint8 images (B, 3, H, W) to features (B, dim).",
@@ -46,15 +46,30 @@ Features = Annotated[
 ]
 Resize = Annotated[
     Literal["clean", "legacy-tensorflow"],
-    typer.Option(help="Resizing before Inception: clean-fid's, or the original FID code's."),
+    Option(help="Resizing before Inception: clean-fid's, or the original FID code's."),
+]
+Force = Annotated[
+    bool,
+    Option(
+        "--force",
+        help="Measure images that were trained on, and rFID over fewer images than features.",
+    ),
+]
+StageOne = Annotated[
+    Path | None,
+    Option(
+        "--ae",
+        help="Autoencoder of stage two: a ckpt.pt, a run folder, a pretrained SD-VAE, or the name "
+        "of a preset for its newest run. Default: the newest run of stage one.",
+    ),
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Argument(metavar="key=value …", help="Settings; `ldm show PRESET` lists them."),
+    Argument(metavar="key=value …", help="Settings; `ldm show PRESET` lists them."),
 ]
 RunFolder = Annotated[
     Path | None,
-    typer.Option(
+    Option(
         "--out",
         help="Run folder. Default: the newest unfinished run with these settings, or a new one.",
     ),
@@ -76,7 +91,7 @@ def parse_numbers(
     return numbers
 
 
-def add_autoencoder(settings: list[str], autoencoder: object | None) -> None:
+def add_autoencoder(settings: list[str], autoencoder: Path | None) -> None:
     """Append `--ae` to the settings, under the key that it stands for."""
     if autoencoder is None:
         return
@@ -90,6 +105,11 @@ def say(*lines: str) -> None:
     if is_first_process():
         for line in lines:
             typer.echo(line)
+
+
+def many(count: int, one: str, more: str = "") -> str:
+    """Return a number with its noun: "1 image", "2,000 images"."""
+    return f"{count:,} {one if count == 1 else more or one + 's'}"
 
 
 def is_first_process() -> bool:
@@ -107,34 +127,27 @@ STAGE_ONE, STAGE_TWO = ("ae", "recipes"), ("diffusion",)
 COMMAND = {"ae": "train-ae", "recipes": "train-ae", "diffusion": "train-diffusion"}
 
 
-def find_presets(name: str) -> list[tuple[str, str]]:
+def find_presets(name: str, stage: Collection[str] = KINDS) -> list[tuple[str, str]]:
     """Return every (kind, name) that a preset's name can mean: `tiny`, or `diffusion/tiny`."""
     from ldm.config import did_you_mean, list_presets
 
     kind, _, bare = name.rpartition("/")
-    found = [(k, bare) for k in KINDS if kind in ("", k) and bare in list_presets(k)]
+    names = {k: list_presets(k) for k in KINDS if kind in ("", k)}
+    found = [k for k in names if bare in names[k]]
     if not found:
-        known = [preset for k in KINDS if kind in ("", k) for preset in list_presets(k)]
-        raise UsageError(f"no preset '{name}'{did_you_mean(bare, known)} (see `ldm presets`)")
-    return found
-
-
-def find_preset(name: str, kinds: tuple[str, ...]) -> tuple[str, str]:
-    """Return the (kind, name) that a preset's name means in one stage."""
-    found = find_presets(name)
-    fitting = [(kind, bare) for kind, bare in found if kind in kinds]
-    if not fitting:
-        kind, bare = found[0]
+        hint = did_you_mean(bare, list(chain(*names.values())))
+        raise UsageError(f"no preset '{name}'{hint} (see `ldm presets`)")
+    if not any(k in stage for k in found):
         raise UsageError(
-            f"'{name}' is a preset of the other stage: use `ldm {COMMAND[kind]} {bare}`"
+            f"'{name}' is a preset of the other stage: use `ldm {COMMAND[found[0]]} {bare}`"
         )
-    return fitting[0]
+    return [(k, bare) for k in found if k in stage]
 
 
-def resolve_recipe(kind: str, name: str, settings: Sequence[str]) -> Any:
+def resolve_recipe(kind: str, name: str, settings: Sequence[str] | None) -> Any:
     """Merge a preset with settings into the recipe of its stage."""
     from ldm.config import load_preset, resolve
     from pipelines.recipes import AutoencoderRecipe, DiffusionRecipe
 
     recipe = AutoencoderRecipe if kind in STAGE_ONE else DiffusionRecipe
-    return resolve(recipe, load_preset(kind, name), settings)
+    return resolve(recipe, load_preset(kind, name), settings or [])

@@ -1,32 +1,33 @@
-"""`ldm train-ae`, `ldm train-diffusion`, `ldm ema`; `ldm presets` and `ldm show`."""
+"""`ldm train-ae`, `ldm train-diffusion`, `ldm ema`, `ldm sample`; `ldm presets`, `ldm show`."""
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
+from typer import Argument, Option
 
-from ldm.cli.options import (
-    KINDS,
-    STAGE_ONE,
-    STAGE_TWO,
-    RunFolder,
-    Settings,
-    add_autoencoder,
-    find_preset,
-    find_presets,
-    resolve_recipe,
-    say,
-)
+from ldm.cli import options
 from ldm.errors import UsageError
+
+CHURN = ("S_churn", "S_min", "S_max", "S_noise")
+
+Labels = Annotated[
+    str | None, Option(help="Classes to cycle through: 3, or cat,dog. Default: drawn at random.")
+]
+Churn = Annotated[
+    str, Option(help="EDM's stochastic sampling: S_churn, or S_churn,S_min,S_max,S_noise.")
+]
+Format = Annotated[
+    Literal["png", "zip", "shards"],
+    Option("--format", help="PNG files, one zip, or tar shards for training."),
+]
 
 
 def train_ae(
-    preset: Annotated[
-        str, typer.Argument(help="An autoencoder or a row of the paper's tables: `ldm presets`.")
-    ],
-    settings: Settings = None,
-    run: RunFolder = None,
+    preset: Annotated[str, Argument(help="An autoencoder, or a row of the paper: `ldm presets`.")],
+    settings: options.Settings = None,
+    run: options.RunFolder = None,
 ) -> None:
     """Train an autoencoder (stage one). The same command resumes an interrupted run.
 
@@ -34,30 +35,23 @@ def train_ae(
     """
     from pipelines.train_autoencoder import train_autoencoder
 
-    kind, preset = find_preset(preset, STAGE_ONE)
-    folder = train_autoencoder(resolve_recipe(kind, preset, settings or []), preset, run)
-    say(f"done: {folder}/ckpt.pt", f"next: ldm train-diffusion --ae {folder}/ckpt.pt")
+    kind, preset = options.find_presets(preset, options.STAGE_ONE)[0]
+    folder = train_autoencoder(options.resolve_recipe(kind, preset, settings), preset, run)
+    options.say(f"done: {folder}/ckpt.pt", f"next: ldm train-diffusion --ae {folder}/ckpt.pt")
 
 
 def train_diffusion(
     words: Annotated[
         list[str] | None,
-        typer.Argument(
+        Argument(
             metavar="[PRESET] key=value …", help="A preset (default: ffhq256), then settings."
         ),
     ] = None,
-    ae: Annotated[
-        Path | None,
-        typer.Option(
-            help="Stage one: a ckpt.pt, a run folder, a pretrained SD-VAE, or the name of a preset "
-            "for its newest run. Default: the newest run of stage one."
-        ),
-    ] = None,
+    ae: options.StageOne = None,
     cache: Annotated[
-        Path | None,
-        typer.Option(help="Encode the data once, into this folder. Default: encode on the fly."),
+        Path | None, Option(help="Encode the data once, into this folder. Default: on the fly.")
     ] = None,
-    run: RunFolder = None,
+    run: options.RunFolder = None,
 ) -> None:
     """Train a latent diffusion model (stage two) on images that are encoded on the fly.
 
@@ -70,36 +64,34 @@ def train_diffusion(
 
     words = list(words or [])
     preset = words.pop(0) if words and "=" not in words[0] else "ffhq256"
-    _, preset = find_preset(preset, STAGE_TWO)
+    _, preset = options.find_presets(preset, options.STAGE_TWO)[0]
     if cache is not None:
         words.append(f"cache={json.dumps(str(cache))}")
-    add_autoencoder(words, ae)
-    recipe = resolve_recipe("diffusion", preset, words)
+    options.add_autoencoder(words, ae)
+    recipe = options.resolve_recipe("diffusion", preset, words)
     file = find_stage_one(recipe, preset, run)
-    say(f"autoencoder: {file}")
+    options.say(f"autoencoder: {file}")
     recipe = recipe.model_copy(update={"autoencoder": str(file)})
     folder = train_diffusion(recipe, preset, run)
-    say(f"done: {folder}/ckpt.pt", f"next: ldm sample {folder} --n 50000")
+    options.say(f"done: {folder}/ckpt.pt", f"next: ldm sample {folder} --n 50000")
 
 
 def ema(
     std: Annotated[
         float,
-        typer.Option(
+        Option(
             help="Width of the average as a fraction of the training, such as 0.07; at most 0.2886."
         ),
     ],
     run: Annotated[
-        Path | None,
-        typer.Argument(help="A stage-two run folder. Default: the newest with snapshots."),
+        Path | None, Argument(help="A stage-two run folder. Default: the newest with snapshots.")
     ] = None,
     at: Annotated[
         int | None,
-        typer.Option(help="Average up to the snapshot at this many images. Default: the newest."),
+        Option(help="Average up to the snapshot at this many images. Default: the newest."),
     ] = None,
     out: Annotated[
-        Path | None,
-        typer.Option(help="The .pt to write. Default: ckpt-ema<STD>.pt in the run folder."),
+        Path | None, Option(help="The .pt to write. Default: ckpt-ema<STD>.pt in the run folder.")
     ] = None,
 ) -> None:
     """Compute an EMA of any width after training, from the snapshots of a run (EDM2).
@@ -113,9 +105,65 @@ def ema(
 
     if run is None:
         run = newest_run("diffusion", needs="ema")
-        say(f"run: {run}")
+        options.say(f"run: {run}")
     path = synthesize_ema(run, std, at, out)
-    say(f"wrote {path}", f"next: ldm sample {path}")
+    options.say(f"wrote {path}", f"next: ldm sample {path}")
+
+
+def sample(
+    model: Annotated[
+        Path | None, Argument(help="A stage-two ckpt.pt or run folder. Default: the newest run.")
+    ] = None,
+    n: Annotated[int, Option(help="Number of images.")] = 64,
+    seed: options.Seed = 0,
+    steps: options.Steps = 18,
+    sampler: Annotated[
+        Literal["heun", "euler", "dpmpp-2m"],
+        Option(help="Sampler; heun evaluates the network twice per step."),
+    ] = "heun",
+    schedule: Annotated[
+        Literal["karras", "cosine", "linear"], Option(help="Spacing of the noise levels.")
+    ] = "karras",
+    guidance: Annotated[
+        float | None,
+        Option(help="Guidance scale, classifier-free or with --guide; 1: no guidance."),
+    ] = None,
+    interval: Annotated[str, Option(help="Noise levels σ to guide in, such as 0.2,3.")] = "0,inf",
+    guide: options.Guide = None,
+    labels: Labels = None,
+    churn: Churn = "0",
+    files: Format = "png",
+    batch_size: options.BatchSize = 64,
+    out: Annotated[Path | None, Option(help="Folder. Default: samples/ next to the model.")] = None,
+    device: options.Device = "auto",
+    precision: Annotated[
+        options.Precision, Option(help="auto: bf16 where the device supports it.")
+    ] = "auto",
+) -> None:
+    """Generate images. The same command resumes an interrupted one.
+
+    ldm sample --n 50000
+
+    ldm sample --n 50000 --guidance 1.5 --interval 0.2,3 --format zip
+    """
+    from ldm.run_folder import newest_run
+    from pipelines.sample import sample_images
+
+    guided = options.parse_numbers("interval", interval, counts=(2,))
+    churned = zip(CHURN, options.parse_numbers("churn", churn, counts=(1, 4)), strict=False)
+    if model is None:
+        model = newest_run("diffusion")
+        options.say(f"model: {model}")
+    folder = sample_images(
+        model, n, out, seed, labels=labels.split(",") if labels is not None else None,
+        guide=guide, files=files, batch_size=batch_size, device=device, precision=precision,
+        steps=steps, sampler=sampler, schedule=schedule, guidance=guidance, interval=guided,
+        churn=dict(churned),
+    )  # fmt: skip
+    options.say(
+        f"done: {n:,} images in {folder}, an overview in {folder}/grid.png",
+        f"next: ldm fid {folder}",
+    )
 
 
 def presets() -> None:
@@ -125,7 +173,7 @@ def presets() -> None:
     from ldm.config import list_presets, preset_summary
     from ldm.logbook import console
 
-    for kind, title in KINDS.items():
+    for kind, title in options.KINDS.items():
         table = Table(title=title, title_justify="left", box=None, show_header=False)
         table.add_column(style="bold", no_wrap=True)
         table.add_column()
@@ -135,26 +183,25 @@ def presets() -> None:
 
 
 def show(
-    preset: Annotated[str, typer.Argument(help="A preset, such as litevae-b or diffusion/tiny.")],
-    settings: Settings = None,
+    preset: Annotated[str, Argument(help="A preset, such as litevae-b or diffusion/tiny.")],
+    settings: options.Settings = None,
 ) -> None:
     """Print every setting of a preset with its value and meaning.
 
     ldm show litevae-b batch_size=32
     """
     from ldm.config import describe, published
-    from ldm.logbook import console
 
-    found = find_presets(preset)
+    found = options.find_presets(preset)
     if len(found) > 1 and settings:
         choices = " or ".join("/".join(one) for one in found)
         raise UsageError(f"'{preset}' is a preset of both stages: use {choices}")
     for kind, name in found:
-        config = resolve_recipe(kind, name, settings or [])
-        console.print(f"# {kind}/{name}", style="bold", markup=False)
+        config = options.resolve_recipe(kind, name, settings)
+        typer.secho(f"# {kind}/{name}", bold=True)
         if paper := published(kind, name):
             numbers = ", ".join(f"{key} {value}" for key, value in paper.items())
-            console.print(f"# the paper: {numbers}", style="bold", markup=False)
+            typer.secho(f"# the paper: {numbers}", bold=True)
         for line, doc in describe(config):
-            console.print(f"{line:<44}", end="", markup=False)
-            console.print(f" # {doc}" if doc else "", style="dim", markup=False)
+            typer.echo(f"{line:<44}", nl=False)
+            typer.secho(f" # {doc}" if doc else "", dim=True)

@@ -3,34 +3,23 @@
 import json
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
-from ldm.cli import analyze
+from ldm.cli import app
 from ldm.errors import UsageError
-from ldm.logbook import console
 from tests.pipelines.analysis.subjects import save
 from tests.pipelines.analysis.test_gradients import write_run
 
 
-@pytest.fixture
-def command(monkeypatch):
-    app = typer.Typer()
-    app.add_typer(analyze.app, name="analyze")
-
-    def call(*words):
-        # the console was made with the standard output of that moment
-        with console.capture() as printed:
-            done = CliRunner().invoke(app, ["analyze", *map(str, words)])
-        if done.exception and not isinstance(done.exception, SystemExit):
-            raise done.exception
-        return done, printed.get()
-
-    return call
+def command(*words):
+    done = CliRunner().invoke(app, ["analyze", *map(str, words)])
+    if done.exception and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done
 
 
-def test_help_names_every_analysis(command):
-    done, _ = command("--help")
+def test_help_names_every_analysis():
+    done = command("--help")
     for name in ("mmd", "scale", "latents", "features", "gradients"):
         assert name in done.output
 
@@ -44,10 +33,10 @@ def test_help_names_every_analysis(command):
         (["features", "--images", 1], ["features"], "SMC"),
     ],
 )
-def test_a_model_given_by_its_path(command, tmp_path, words, files, told):
+def test_a_model_given_by_its_path(tmp_path, words, files, told):
     folder = save(tmp_path / "a-model")
-    done, printed = command(*words, f"mine={folder}", "--device", "cpu", "--out", tmp_path / "out")
-    assert told in printed and "mine" in printed
+    done = command(*words, f"mine={folder}", "--device", "cpu", "--out", tmp_path / "out")
+    assert told in done.output and "mine" in done.output
     assert done.exit_code == 0
     for name in files:
         assert f"wrote {tmp_path / 'out' / name}.png" in done.output.replace("\n", "")
@@ -55,19 +44,19 @@ def test_a_model_given_by_its_path(command, tmp_path, words, files, told):
     assert (tmp_path / "out" / f"{files[0]}.csv").is_file()
 
 
-def test_the_default_is_the_newest_run(command, tmp_path, monkeypatch):
+def test_the_default_is_the_newest_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = write_run(tmp_path / "runs" / "20250101-000000-tiny", [0.1, 0.2, 10.0])
     (run / "run.json").write_text(json.dumps({"kind": "autoencoder", "preset": "tiny"}))
-    done, printed = command("gradients")
-    assert done.exit_code == 0 and "tiny" in printed and "constant" in printed
+    done = command("gradients")
+    assert done.exit_code == 0 and "tiny" in done.output and "constant" in done.output
     assert (run / "analysis" / "gradients.png").is_file()
 
 
-def test_tables_are_never_truncated(command, tmp_path, monkeypatch):
-    monkeypatch.setattr(console, "_width", 40)
+def test_tables_are_never_truncated(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
     run = write_run(tmp_path / "[run]", [0.1, 0.2])
-    _, printed = command("gradients", f"a-long-name-for-so-narrow-a-terminal={run}")
+    printed = command("gradients", f"a-long-name-for-so-narrow-a-terminal={run}").output
     (row,) = [line for line in printed.splitlines() if "a-long-name" in line]
     assert "a-long-name-for-so-narrow-a-terminal" in row and "constant" in row and "…" not in row
 
@@ -82,6 +71,6 @@ def test_tables_are_never_truncated(command, tmp_path, monkeypatch):
         (["scale", "--resolutions", "32.5"], "--resolutions 32.5: expected whole number"),
     ],
 )
-def test_malformed_numbers_are_refused(command, words, told):
+def test_malformed_numbers_are_refused(words, told):
     with pytest.raises(UsageError, match=told):
         command(*words)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ldm.cli.exchange import export_model, import_model
-from ldm.cli.sample import sample
+from ldm.cli.train import sample
 from ldm.errors import LdmError, UsageError
 from tests.pipelines.exchange.foreign_models import SIZE, write_compvis, write_diffusers
 

@@ -1,6 +1,6 @@
 import pytest
 
-from ldm.cli.options import STAGE_ONE, STAGE_TWO, find_preset, find_presets
+from ldm.cli.options import STAGE_ONE, STAGE_TWO, find_presets
 from ldm.config import list_presets, load_preset, published, resolve
 from ldm.errors import UsageError
 from pipelines.recipes import AutoencoderRecipe
@@ -21,7 +21,7 @@ def test_a_name_means_every_preset_that_has_it():
     ],
 )
 def test_a_stage_takes_its_own(name, stage, found):
-    assert find_preset(name, stage) == found
+    assert find_presets(name, stage) == [found]
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_a_stage_takes_its_own(name, stage, found):
 )
 def test_invalid_presets(name, stage, message):
     with pytest.raises(UsageError) as caught:
-        find_preset(name, stage)
+        find_presets(name, stage)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -1,4 +1,4 @@
-"""`ldm reproduce` as it is typed: what it passes on, prints, lists and refuses."""
+"""`ldm report` and `ldm reproduce`: arguments, output and errors."""
 
 from pathlib import Path
 
@@ -6,13 +6,52 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from ldm.cli.reproduce import reproduce
-from ldm.errors import UsageError
+from ldm.cli.results import report, reproduce
+from ldm.errors import LdmError, UsageError
 from ldm.files import write_json
 from pipelines.reproduce import runner as jobs
 from pipelines.reproduce.runner import FORMAT
+from tests.pipelines.report.run_folders import stage_one
 
 
+# ------------------------------------------------------------------------------------ report
+@pytest.fixture
+def report_command(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    app = typer.Typer()
+    app.command()(report)
+    return lambda *words: CliRunner().invoke(app, [*map(str, words)])
+
+
+def test_the_page_is_written_to_out(report_command, tmp_path):
+    stage_one(tmp_path / "a"), stage_one(tmp_path / "b")
+    done = report_command("a", "b", "--images", 1, "--resolution", 32, "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    assert "done: open report.html in a browser" in done.output
+    assert "2 runs side by side" in (tmp_path / "report.html").read_text("utf-8")
+    done = report_command("a", "--images", 1, "--out", "new/a.html", "--data", "photos")
+    assert done.exit_code == 0 and (tmp_path / "new" / "a.html").is_file()
+
+
+def test_fallbacks_are_printed(report_command, tmp_path, capsys):
+    run = stage_one(tmp_path / "a")
+    done = report_command("a", "--images", 1, "--data", "nowhere", "--device", "cpu")
+    said = done.output + capsys.readouterr().out
+    assert "note: a: No pictures of the model (data.source: nowhere does not exist" in said
+    assert done.exit_code == 0 and "done: open report.html" in said
+    (run / "ckpt.pt").unlink()
+    said = report_command("a", "--images", 1, "--device", "cpu").output + capsys.readouterr().out
+    assert "note: a: No pictures of the model (a holds no ckpt.pt" in said
+
+
+def test_invalid_arguments_of_report_are_refused(report_command, tmp_path):
+    assert report_command().exit_code == 2
+    assert isinstance(report_command("nowhere").exception, LdmError)
+    stage_one(tmp_path / "a")
+    assert isinstance(report_command("a", "--images", 0).exception, UsageError)
+
+
+# --------------------------------------------------------------------------------- reproduce
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Call the command in an empty folder: its output."""

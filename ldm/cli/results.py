@@ -1,46 +1,89 @@
-"""`ldm reproduce`: the paper's tables, re-run next to the published numbers."""
+"""`ldm demo`, `ldm report`, `ldm reproduce`: results as pages and tables."""
 
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from typer import Argument, Option
 
-from ldm.cli.options import InceptionWeights, say
+from ldm.cli import options
+from ldm.errors import UsageError
+
+
+def report(
+    runs: Annotated[
+        list[str],
+        Argument(
+            metavar="[NAME=]RUN …",
+            help="Run folders of either stage, or a folder of several runs, such as a demo's; NAME "
+            "is the label on the page.",
+        ),
+    ],
+    out: Annotated[Path, Option(help="The HTML file to write.")] = Path("report.html"),
+    images: Annotated[int, Option(help="Number of reconstructions and of samples to show.")] = 8,
+    seed: options.Seed = 0,
+    steps: options.Steps = 18,
+    data: options.Data = None,
+    resolution: options.Resolution = None,
+    device: options.Device = "auto",
+) -> None:
+    """Write an HTML page about one or several runs: settings, curves, pictures, numbers.
+
+    The page is one self-contained file.
+
+    ldm report GroupNorm=runs/a SMC=runs/b --out a-and-b.html
+    """
+    from pipelines.report.report import write_report
+
+    page = write_report(runs, out, images, seed, steps, data, resolution, device)
+    typer.echo(f"done: open {page} in a browser")
+
+
+def demo(
+    out: Annotated[Path, Option(help="Folder of the demo.")] = Path("runs/demo"),
+    fresh: Annotated[bool, Option("--fresh", help="Start over.")] = False,
+) -> None:
+    """Train both stages on built-in photographs in a few minutes on a CPU, and show the results.
+
+    Needs neither network nor data. Writes report.html, a page of pictures and numbers.
+    """
+    from pipelines.demo import run_demo
+
+    page = run_demo(out, fresh)
+    typer.echo(f"done: open {page} in a browser")
 
 
 def reproduce(
     words: Annotated[
         list[str] | None,
-        typer.Argument(
+        Argument(
             metavar="TABLE [key=value …]",
             help="A table, t1 to t22, or a figure, f2 to f9; then settings for all its recipes.",
         ),
     ] = None,
     scale: Annotated[
         Literal["smoke", "small", "paper"],
-        typer.Option(
+        Option(
             help="smoke: a test run, about a minute on a CPU. small: about an hour on a GPU or a "
             "night on a CPU. paper: the full recipes."
         ),
     ] = "small",
     data: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             help="A folder, a zip or shards; or NAME=PATH for one of ffhq, imagenet, celebahq, "
             "deepfashion. Default: the built-in photographs; with --scale paper the recipes' data."
         ),
     ] = None,
     take: Annotated[
         list[str] | None,
-        typer.Option(metavar="ROW=PATH", help="Use this checkpoint instead of training the row."),
+        Option(metavar="ROW=PATH", help="Use this checkpoint instead of training the row."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of all tables.")] = Path("reproduce"),
-    weights: InceptionWeights = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Measure images that were trained on, too.")
-    ] = False,
+    out: Annotated[Path, Option(help="Folder of all tables.")] = Path("reproduce"),
+    weights: options.InceptionWeights = None,
+    force: options.Force = False,
     listing: Annotated[
-        bool, typer.Option("--list", help="List all tables and the state of their rows.")
+        bool, Option("--list", help="List all tables, and the states of rows.")
     ] = False,
 ) -> None:
     """Reproduce a table of the paper: train, measure, compare, and check its claims.
@@ -49,8 +92,6 @@ def reproduce(
 
     ldm reproduce t9 --scale small --data my-images/ loss.lpips=0
     """
-    from ldm.errors import UsageError
-
     words = list(words or [])
     if listing:
         if words:
@@ -61,8 +102,7 @@ def reproduce(
     from pipelines.reproduce.runner import reproduce as run
 
     for result in run(table, scale, data or (), take or (), words, out, weights, force):
-        say("", *result.summary(), "", f"done: {', '.join(map(str, result.files))}")
-    return None
+        options.say("", *result.summary(), "", f"done: {', '.join(map(str, result.files))}")
 
 
 def _list(out: Path) -> None:
