@@ -20,6 +20,7 @@ from ldm.errors import LdmError
 from ldm.files import write_atomically
 
 FORMAT = 1
+INNER = "autoencoder/"  # prefix of stage one's tensors in a `.safetensors`
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 Kind = Literal["autoencoder", "diffusion"]
 STAGE = {"autoencoder": "a stage-one autoencoder", "diffusion": "a stage-two diffusion model"}
@@ -62,8 +63,10 @@ def save_model(path: Path, model: ModelFile) -> None:
     """Write `ckpt.pt` and its `.safetensors` twin, each atomically."""
     tree = _to_tree(model)
     write_atomically(path, lambda file: torch.save(tree, file))
-    tensors, meta = _split_tensors(tree)
-    twin = to_safetensors(tensors, ldm=json.dumps(meta))
+    tensors = tree.pop("weights")
+    if inner := tree["autoencoder"]:
+        tensors |= {f"{INNER}{name}": tensor for name, tensor in inner.pop("weights").items()}
+    twin = to_safetensors(tensors, ldm=json.dumps(tree))
     write_atomically(path.with_suffix(".safetensors"), twin)
 
 
@@ -219,25 +222,14 @@ def _to_tree(model: ModelFile) -> dict[str, Any]:
 def _from_tree(tree: dict[str, Any], path: Path) -> ModelFile:
     sections = ("config", "weights", "statistics", "provenance")
     parts: dict[str, Any] = {key: tree.get(key) for key in sections}
-    if not all(isinstance(part, dict) for part in parts.values()):
-        raise LdmError(f"{path} lacks a section of a model file: copy or write it again")
-    if not all(isinstance(tensor, Tensor) for tensor in parts["weights"].values()):
-        raise LdmError(f"{path} holds weights that are not tensors: copy or write it again")
     inner = tree.get("autoencoder")
-    if inner and not (isinstance(inner, dict) and inner.get("kind") == "autoencoder"):
-        raise LdmError(f"{path} holds an invalid autoencoder: copy or write it again")
+    if (
+        not all(isinstance(part, dict) for part in parts.values())
+        or not all(isinstance(tensor, Tensor) for tensor in parts["weights"].values())
+        or (inner and not (isinstance(inner, dict) and inner.get("kind") == "autoencoder"))
+    ):
+        raise LdmError(f"{path} lacks a section, or one is invalid: copy or write it again")
     return ModelFile(tree["kind"], **parts, autoencoder=_from_tree(inner, path) if inner else None)
-
-
-def _split_tensors(tree: dict[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict]:
-    """Split a tree into named tensors and JSON, for a `.safetensors` file."""
-    tensors = {f"{prefix}{name}": tensor for name, tensor in tree["weights"].items()}
-    meta = {key: value for key, value in tree.items() if key not in ("weights", "autoencoder")}
-    meta["autoencoder"] = None
-    if tree["autoencoder"]:
-        inner, meta["autoencoder"] = _split_tensors(tree["autoencoder"], "autoencoder/")
-        tensors |= inner
-    return tensors, meta
 
 
 def _read_twin(path: Path) -> Any:
@@ -245,10 +237,9 @@ def _read_twin(path: Path) -> Any:
         tree = json.loads((file.metadata() or {}).get("ldm", "null"))
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if isinstance(tree, dict):
-        inner = "autoencoder/"
-        tree["weights"] = {k: v for k, v in tensors.items() if not k.startswith(inner)}
+        tree["weights"] = {k: v for k, v in tensors.items() if not k.startswith(INNER)}
         if isinstance(tree.get("autoencoder"), dict):
             tree["autoencoder"]["weights"] = {
-                k.removeprefix(inner): v for k, v in tensors.items() if k.startswith(inner)
+                k.removeprefix(INNER): v for k, v in tensors.items() if k.startswith(INNER)
             }
     return tree

@@ -98,12 +98,9 @@ def name_device(device: torch.device) -> str:
     """The vendor's name of the device; for a CPU with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    lines = Path("/proc/cpuinfo")
-    names = [
-        line.partition(":")[2].strip()
-        for line in (lines.read_text().splitlines() if lines.is_file() else [])
-        if line.startswith("model name")
-    ]
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
     threads = torch.get_num_threads()
     return f"{name}, {threads} thread{'s' * (threads != 1)}"

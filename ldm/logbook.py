@@ -23,10 +23,7 @@ from ldm.files import write_atomically
 
 console = Console(highlight=False, soft_wrap=True, emoji=False)  # emoji: a:b: is a path
 
-FORMER_NAMES = {
-    "critic": "discriminator",
-    "critic_gradient_norm": "discriminator_gradient_norm",
-}
+FORMER_NAMES = {"critic": "discriminator", "critic_gradient_norm": "discriminator_gradient_norm"}
 """Names of metrics in earlier versions."""
 
 
@@ -73,7 +70,7 @@ class Logbook:
     def __init__(self, folder: Path | None, resume_at: int = 0) -> None:
         self._pending: dict[str, list[Tensor | float]] = defaultdict(list)
         self._clock, self._clock_images = time.monotonic(), resume_at
-        self._folder, self._rows, self._board = folder, None, None
+        self._folder = folder
         if folder is not None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -102,7 +99,7 @@ class Logbook:
             self._clock, self._clock_images = now, images_seen
         row |= values
         self._pending.clear()
-        if self._rows is not None and self._board is not None:
+        if self._folder is not None:
             with _writing(self._folder):
                 self._rows.write(json.dumps({k: _short(v) for k, v in row.items()}) + "\n")
                 self._rows.flush()
@@ -113,13 +110,13 @@ class Logbook:
 
     def picture(self, name: str, sheet: Tensor, images_seen: int) -> None:
         """Write a float image (3, H, W) in [−1, 1] to TensorBoard."""
-        if self._board is not None:
+        if self._folder is not None:
             with _writing(self._folder):
                 self._board.add_image(name, (sheet + 1).clamp(0, 2) / 2, images_seen)
 
     def close(self) -> None:
         """Flush and close the files."""
-        if self._rows is not None and self._board is not None:
+        if self._folder is not None:
             with _writing(self._folder):
                 self._rows.close()
                 self._board.close()
@@ -152,7 +149,7 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 @contextmanager
-def _writing(folder: Path | None) -> Iterator[None]:
+def _writing(folder: Path) -> Iterator[None]:
     """Turn a failed write into an LdmError."""
     try:
         yield

@@ -206,12 +206,7 @@ class FunctionExtractor(Extractor):
         function = _find_function(spec)
         self.sha256 = _source_hash(function)
         make = _with_device(function, self._device)
-        self._extract = self._call("to be made", make, advice=f"; it must be {EXPECTED}")
-        if not callable(self._extract):
-            raise LdmError(
-                f"--features {spec} returned {type(self._extract).__name__}, which cannot be "
-                f"called with images: it must be {EXPECTED}"
-            )
+        self._extract = self._call("to be made", make)
         if isinstance(self._extract, nn.Module):
             self._extract = self._extract.to(self._device).eval()
         self.dim = 0  # unknown before the first images
@@ -221,30 +216,25 @@ class FunctionExtractor(Extractor):
     def _features(self, images: Tensor) -> Tensor:
         on = f"on uint8 images {tuple(images.shape)}"
         features = self._call(on, self._extract, images.to(self._device))
-        if not isinstance(features, Tensor):
-            found = type(features).__name__
-        elif features.ndim != 2 or len(features) != len(images) or not features.shape[1]:
-            found = str(tuple(features.shape))
-        elif self.dim not in (0, features.shape[1]):
-            raise LdmError(
-                f"--features {self.name} gave {features.shape[1]} features an image, and "
-                f"{self.dim} at first: it must give as many for images of any size"
-            )
-        else:
-            return features
+        if isinstance(features, Tensor) and features.ndim == 2:
+            count, dim = features.shape
+            if count == len(images) and dim and self.dim in (0, dim):
+                return features
+        found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise LdmError(
             f"--features {self.name} gave {found} for images {tuple(images.shape)}: it must give a "
-            f"tensor ({len(images)}, dim)"
+            f"tensor ({len(images)}, {self.dim or 'dim'})"
         )
 
-    def _call(self, what: str, function: Callable[..., Any], *args: Any, advice: str = "") -> Any:
+    def _call(self, what: str, function: Callable[..., Any], *args: Any) -> Any:
         try:
             return function(*args)
         except LdmError:
             raise
         except Exception as error:
-            message = f"--features {self.name} failed {what}: {_one_line(error)}{advice}"
-            raise LdmError(message) from error
+            raise LdmError(
+                f"--features {self.name} failed {what}: {_one_line(error)}; it must be {EXPECTED}"
+            ) from error
 
 
 def _find_function(spec: str) -> Callable[..., Any]:

@@ -71,19 +71,15 @@ def _kernel_sums(a: Tensor, b: Tensor | None, centre: Tensor, sigmas: Sequence[f
         for j, y in enumerate((a if b is None else b).split(ROWS_AT_ONCE)):
             if b is None and j < i:
                 continue  # the kernel is symmetric: block (j, i) has counted twice
-            squared = _squared_distances(x.double() - centre, y.double() - centre)
+            p, q = x.double() - centre, y.double() - centre
+            squared = p.square().sum(1)[:, None] + q.square().sum(1) - 2 * p @ q.mT  # (n, m)
+            squared.clamp_(min=0)
             if b is None and i == j:
                 squared.fill_diagonal_(torch.inf)
             # the Gaussian kernel: k(x, y) = exp(−‖x − y‖² / 2σ²)
             block = torch.stack([(squared * scale).exp().sum() for scale in scales])
             sums += 2 * block if b is None and i < j else block
     return sums
-
-
-def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """(n, D), (m, D) → (n, m)."""
-    squared = x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.mT
-    return squared.clamp_(min=0)
 
 
 class KernelDistance(NamedTuple):
