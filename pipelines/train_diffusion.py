@@ -134,7 +134,7 @@ def train_diffusion(
     autoencoder = load_autoencoder(recipe.autoencoder)
     ae_sha256 = fingerprint(autoencoder.state_dict())
     source = open_source(recipe.data, "train", recipe.resolution)
-    requested, recipe = recipe, fit(recipe, autoencoder, len(getattr(source, "classes", ())))
+    requested, recipe = recipe, fit(recipe, autoencoder, len(source.classes))
 
     # the run is known by the recipe as requested, so that the same command finds it again
     with start_run("diffusion", preset, requested, recipe.run, recipe.accumulate, folder) as run:

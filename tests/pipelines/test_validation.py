@@ -12,7 +12,7 @@ from skimage import data
 from autoencoders import build_autoencoder
 from diffusion import EDMConfig, sample_sigma
 from ldm.charts import colour
-from ldm.data import Batch, DataConfig, evaluation_batches, open_source
+from ldm.data import Batch, DataConfig, Source, evaluation_batches, open_source
 from ldm.errors import LdmError
 from ldm.images import to_float
 from pipelines.validation import (
@@ -35,7 +35,7 @@ from tests.pipelines.measuring.reconstructed import (
 CPU = torch.device("cpu")
 
 
-class Crops:
+class Crops(Source):
     """A source of 32×32 crops of one photograph."""
 
     def __init__(self, count: int) -> None:
