@@ -6,7 +6,7 @@ autoencoder, data that is missing, sizes that do not fit, held-out images that w
 <run>/eval/<data>-<split>-<resolution>.json   the numbers, and all they depend on
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -55,6 +55,7 @@ class EvaluationJob:
 
     model: Path
     about_model: dict[str, Any]
+    trained_on: DataConfig | None
     data: DataConfig
     split: Split
     resolution: int
@@ -82,8 +83,9 @@ def plan_jobs(
     with fail_together(ranks):
         for path in models:
             config, about = _read(path)
-            chosen = choose_data(data, _trained_on(about))
-            phases = (about["trained"].get("recipe") or {}).get("phases")
+            recipe = about["trained"].get("recipe") or {}
+            own = validate(DataConfig, recipe["data"]) if "data" in recipe else None
+            chosen, phases = choose_data(data, own), recipe.get("phases")
             sides = resolutions or ([phases[-1]["resolution"]] if phases else [])
             if chosen is None or not sides:
                 option = "--data" if chosen is None else "--resolution"
@@ -91,7 +93,7 @@ def plan_jobs(
             for side in dict.fromkeys(sides):
                 _check_resolution(path, config, side)
                 source = open_once(chosen, split, side)
-                jobs.append(EvaluationJob(path, about, chosen, split, side, source, {}))
+                jobs.append(EvaluationJob(path, about, own, chosen, split, side, source, {}))
     compared: dict[Any, Any] = {}
     return [replace(job, seen=_compare(job, limit, ranks, force, compared)) for job in jobs]
 
@@ -105,11 +107,6 @@ def _read(path: Path) -> tuple[AutoencoderConfig, dict[str, Any]]:
         "format": file.format,
         "trained": {name: file.provenance[name] for name in names if name in file.provenance},
     }
-
-
-def _trained_on(about_model: Mapping[str, Any]) -> DataConfig | None:
-    recipe = about_model["trained"].get("recipe") or {}
-    return validate(DataConfig, recipe["data"]) if "data" in recipe else None
 
 
 def _check_resolution(path: Path, config: AutoencoderConfig, resolution: int) -> None:
@@ -140,11 +137,9 @@ def _compare(
     def seen(held_out: bool | None, note: str | None = None, overlap: Any = None) -> dict[str, Any]:
         return {"held_out": held_out, "note": note, "overlap": overlap}
 
-    trained_on = _trained_on(job.about_model)
-    own = is_same(trained_on, job.data.source)
-    if own and job.split in ("train", "all"):
+    if is_same(job.trained_on, job.data.source) and job.split in ("train", "all"):
         return seen(False, f"{job.model} was trained on these images, or some of them")
-    against = trained_on or (job.data if job.split == "val" else None)
+    against = job.trained_on or (job.data if job.split == "val" else None)
     if job.split == "train" or against is None:
         return seen(None)
     if PHOTOS in (against.source, job.data.source):
@@ -373,10 +368,9 @@ def _captions(rows: Sequence[Evaluation]) -> list[str]:
         features = f"features of {extractor['name']}; " if extractor else ""
         settings = f"{about['recon']}; {features}ldm {about['versions']['ldm']}"
         lines.append(f"measured on {_data(row)}: {settings}")
-    lines = list(dict.fromkeys(lines))
     doubts = [f"* {why}" for row in rows for why in row.about["doubtful"].values()]
     notes = [note for row in rows for note in row.about["notes"]]
-    return lines + list(dict.fromkeys(doubts + notes))
+    return list(dict.fromkeys(lines + doubts + notes))
 
 
 def name_models(models: Sequence[Path]) -> list[str]:

@@ -318,7 +318,7 @@ def test_other_weights_and_settings_have_files_of_their_own(tmp_path):
 
 
 def jobs(*models: Path) -> list[EvaluationJob]:
-    return [EvaluationJob(model, {}, DataConfig(), "val", 64, None, {}) for model in models]
+    return [EvaluationJob(model, {}, None, DataConfig(), "val", 64, None, {}) for model in models]
 
 
 def test_files_of_one_folder_do_not_overwrite_each_other(tmp_path, monkeypatch):
