@@ -287,9 +287,9 @@ def samples_preparation(samples: Samples, own: DataConfig | None) -> tuple[str |
     with suppress(LdmError):  # the data is gone
         if own is not None:
             source = open_source(own, "all", samples.resolution)
-            crops = own.crop == "random" and own.source != PHOTOS
-            crops = crops and native_size(own, source) > samples.resolution
-            return find_filter(own, source, samples.resolution), crops
+            if own.crop == "center":
+                return find_filter(own, source, samples.resolution), False
+            return None, own.source != PHOTOS and native_size(own, source) > samples.resolution
     return None, False
 
 

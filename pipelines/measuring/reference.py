@@ -88,8 +88,8 @@ def read_preparation(config: DataConfig) -> dict[str, Any] | None:
 
 
 def find_filter(config: DataConfig, source: Source, resolution: int) -> str | None:
-    """Return the filter that images are, or were, downsampled with to `resolution`, if known."""
-    if config.source == PHOTOS or config.crop == "random":
+    """Return the filter that images, centre-cropped, are or were downsampled with, if known."""
+    if config.source == PHOTOS:
         return None  # crops at native size
     prepared = read_preparation(config)
     steps = [prepared["filter"]] if prepared and prepared["filter"] != NOT_RESIZED else []
@@ -178,8 +178,7 @@ class ImageReference(Reference):
             )
         self.config, self.split = config, split
         self.source = open_source(config, split, resolution)
-        centred = config.model_copy(update={"crop": "center"})
-        filtered = find_filter(centred, self.source, resolution)
+        filtered = find_filter(config, self.source, resolution)
         self.is_crops = config.source == PHOTOS and split != "val"
         if self.is_crops:
             count = samples
