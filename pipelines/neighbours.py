@@ -197,15 +197,21 @@ def _search(
     total: int,
 ) -> tuple[Tensor, list[list[Crop]]]:
     """Distances (queries, k) of the k nearest training images, rising, and these images."""
+
+    def distances_to(images: Tensor) -> Tensor:
+        # not by the product of matrices: near 0, where copies are, it would cancel
+        how = "donot_use_mm_for_euclid_dist"
+        return torch.cdist(queries, embed(images), compute_mode=how).cpu()
+
     best = torch.empty(len(queries), 0)
     crops = torch.empty(len(queries), 0, 4, dtype=torch.long)
     with progress_bar("images") as bar:
         task = bar.add_task("comparing", total=total, speed="", note="")
         for images, here in stream:
-            distances = _distances(queries, embed(images))
+            distances = distances_to(images)
             fresh = torch.tensor(here).expand(len(queries), -1, -1)
             if flip:  # the nearer of the two, for it is one image
-                other = _distances(queries, embed(images.flip(3)))
+                other = distances_to(images.flip(3))
                 fresh = torch.cat([fresh[..., :3], (other < distances)[..., None]], 2)
                 distances = torch.minimum(distances, other)
             best, order = torch.cat([best, distances], 1).sort(dim=1, stable=True)
@@ -213,12 +219,6 @@ def _search(
             crops = torch.cat([crops, fresh], 1).gather(1, order)
             bar.update(task, completed=here[-1][0] + 1)
     return best, [[(i, r, c, m) for i, r, c, m in row] for row in crops.tolist()]
-
-
-def _distances(queries: Tensor, points: Tensor) -> Tensor:
-    # not by the product of matrices: near 0, where copies are, it would cancel
-    how = "donot_use_mm_for_euclid_dist"
-    return torch.cdist(queries, points, compute_mode=how).cpu()
 
 
 def _training_images(

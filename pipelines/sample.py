@@ -9,8 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
-
+from ldm.data import sheet_images
 from ldm.distributed import from_main
 from ldm.errors import UsageError
 from ldm.images import save_grid, to_float, to_pil
@@ -135,6 +134,5 @@ def _draw_grid(store: SampleStore) -> None:
     gaps = store.missing(IN_GRID)
     shown = gaps[0] if gaps else IN_GRID
     folder = SampleFolder(store.out, limit=shown, least=1)
-    images = torch.stack([torch.tensor(folder.load(i)) for i in range(shown)])
-    sheet = to_float(images.permute(0, 3, 1, 2))
+    sheet = to_float(sheet_images(folder, folder.resolution, shown))
     save_grid(sheet, store.out / GRID, max(1, round(shown**0.5)))

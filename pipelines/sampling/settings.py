@@ -181,8 +181,8 @@ class Classes:
                     return self.names.index(name)
             if re.fullmatch(r"\s*[+-]?[0-9]{1,9}\s*", label):
                 label = int(label)
-        if type(label) is int and -1 <= label < self.count:
-            return label
+        if isinstance(label, int) and not isinstance(label, bool) and -1 <= label < self.count:
+            return int(label)
         names = f" ({', '.join(self.names[:12])}{' …' if self.count > 12 else ''})"
         raise UsageError(
             f"label {label!r}: classes are 0 to {self.count - 1}{names if self.names else ''}, "
