@@ -19,13 +19,15 @@ from autoencoders.layers import checkpoint_blocks
 from autoencoders.losses import (
     LPIPS,
     Objective,
+    find_lpips,
+    load_esrgan,
+    load_lpips,
+)
+from autoencoders.losses.adversarial import (
     adaptive_weight,
     cutmix_consistency,
     cutmix_masks,
-    find_lpips,
     gradient_ratio,
-    load_esrgan,
-    load_lpips,
 )
 from autoencoders.losses.perceptual import ESRGANPerceptual
 from ldm.checkpoint import ModelFile, load_model, save_model

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from autoencoders.discriminators.layers import Logits
+from autoencoders.discriminators import Logits
 
 
 # ---------------------------------------------------------------------------------- losses
@@ -127,11 +127,9 @@ def cutmix_masks(uniforms: Tensor, height: int, width: int) -> Tensor:
     """
     # Yun et al. 2019 (arXiv 1905.04899), Equation 2: sides √(1 − λ), λ ~ Beta(1, 1), uniform
     share = (1 - uniforms[:, 0]).sqrt()
-    rows, columns = (
-        _interval(share, start, side)
-        for start, side in zip(uniforms[:, 1:].unbind(1), (height, width), strict=True)
-    )
-    return (rows[:, :, None] & columns[:, None, :])[:, None]  # (B, H, 1) & (B, 1, W)
+    rows = _interval(share, uniforms[:, 1], height)  # (B, H)
+    columns = _interval(share, uniforms[:, 2], width)  # (B, W)
+    return (rows[:, :, None] & columns[:, None, :])[:, None]
 
 
 def _interval(share: Tensor, start: Tensor, side: int) -> Tensor:

@@ -1,5 +1,10 @@
-"""Objective of stage one: named terms and their weighted sum (Sadat et al. 2024, Equation 1)."""
+"""Objective of stage one: named terms and their weighted sum (Sadat et al. 2024, Equation 1).
 
+The high-frequency losses are LiteVAE's (Section 4.3). A blur and a wavelet transform are linear:
+both are applied once, to the difference of the images.
+"""
+
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Annotated, Literal, cast
@@ -7,17 +12,18 @@ from typing import Annotated, Literal, cast
 import torch
 from pydantic import Field, NonNegativeFloat
 from torch import Tensor
+from torch.nn import functional as F
 
-from autoencoders.autoencoder import AutoencoderOutput
+from autoencoders.autoencoder import AutoencoderOutput, DiagonalGaussian
 from autoencoders.losses.adversarial import ADVERSARIAL, ldl
 from autoencoders.losses.perceptual import LPIPSNetwork
-from autoencoders.losses.reconstruction import gaussian, kl, l1, l2, wavelet
+from autoencoders.wavelet import haar_dwt
 from ldm.config import Config
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Perceptual = Callable[[Tensor, Tensor], Tensor]
-PERCEPTUAL = {"lpips": "load_lpips", "esrgan": "load_esrgan"}
-"""Terms that need a network with published weights, and the function that loads it."""
+PERCEPTUAL = ("lpips", "esrgan")
+"""Terms that need a network with published weights, which `load_<term>` loads."""
 
 
 class LossConfig(Config):
@@ -88,10 +94,10 @@ class Objective:
         adversarial: AdversarialConfig,
         perceptual: Mapping[str, Perceptual] = MappingProxyType({}),
     ) -> None:
-        for name, loader in PERCEPTUAL.items():
+        for name in PERCEPTUAL:
             if loss.weights[name] and name not in perceptual:
                 raise ValueError(
-                    f"loss.{name} needs its network, perceptual={{'{name}': {loader}()}}, "
+                    f"loss.{name} needs its network, perceptual={{'{name}': load_{name}()}}, "
                     f"or loss.{name}=0"
                 )
         self.loss, self.adversarial, self.perceptual = loss, adversarial, perceptual
@@ -149,3 +155,50 @@ class Objective:
         """L_recon of Equation 1: the weighted sum without KL and the adversarial term."""
         recon = {name: term for name, term in terms.items() if name not in ("kl", "adversarial")}
         return self.total(recon, adversarial_weight=0.0)
+
+
+# ------------------------------------------------------------------------- reconstruction, KL
+def l1(recon: Tensor, images: Tensor) -> Tensor:
+    """Mean absolute difference of two (B, 3, H, W) (Section 3)."""
+    return (recon - images).abs().mean()
+
+
+def l2(recon: Tensor, images: Tensor) -> Tensor:
+    """Mean squared difference of two (B, 3, H, W)."""
+    return (recon - images).square().mean()
+
+
+def kl(posterior: DiagonalGaussian, images: Tensor) -> Tensor:
+    """KL to N(0, I) in nats per image value, averaged over the batch (L_reg of Equation 1).
+
+    The sum over an image's latents is divided by its 3HW values, as in latent diffusion (Rombach et
+    al. 2022), so that its weight relative to ℓ1 does not depend on the resolution.
+    """
+    return posterior.kl().mean() / images[0].numel()
+
+
+def gaussian(recon: Tensor, images: Tensor) -> Tensor:
+    """Mean absolute difference of two (B, 3, H, W), each less its Gaussian blur (Table 9)."""
+    difference = recon - images
+    # Sadat et al. 2024, Section 4.3: ℓ1 between x − h(x) and x̂ − h(x̂)
+    return (difference - blur(difference)).abs().mean()
+
+
+def wavelet(recon: Tensor, images: Tensor, eps: float = 1e-3) -> Tensor:
+    """Mean Charbonnier loss of the Haar sub-bands H, V, D of two (B, 3, H, W) (Table 9)."""
+    _, *edges = haar_dwt(recon - images)
+    # Charbonnier et al. 1994: √(d² + ε²), smooth at 0 and like ℓ1 far from it
+    return torch.stack([(band.square() + eps**2).sqrt().mean() for band in edges]).mean()
+
+
+def blur(images: Tensor, size: int = 5, sigma: float = 1.0) -> Tensor:
+    """Gaussian filter of `size` pixels a side on (B, C, H, W), reflected at the border.
+
+    Sums of shifted images: a convolution may run in TF32 or under autocast.
+    """
+    (height, width), reach = images.shape[-2:], size // 2
+    taps = [math.exp(-0.5 * (offset / sigma) ** 2) for offset in range(-reach, reach + 1)]
+    taps = [tap / sum(taps) for tap in taps]
+    x = F.pad(images, (reach, reach, reach, reach), mode="reflect")
+    x = cast(Tensor, sum(tap * x[..., i : i + height, :] for i, tap in enumerate(taps)))
+    return cast(Tensor, sum(tap * x[..., i : i + width] for i, tap in enumerate(taps)))

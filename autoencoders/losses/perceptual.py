@@ -24,11 +24,7 @@ PUBLISHED = {
 }
 """Torchvision's names of the networks' weights."""
 LPIPSNetwork = Literal["vgg", "alex", "squeeze"]
-BACKBONES: dict[LPIPSNetwork, str] = {
-    "vgg": "VGG-16",
-    "alex": "AlexNet",
-    "squeeze": "SqueezeNet 1.1",
-}
+BACKBONES = {"vgg": "VGG-16", "alex": "AlexNet", "squeeze": "SqueezeNet 1.1"}
 CONV5_4 = 34
 """Index of the fourth convolution before the fifth pooling in torchvision's VGG-19."""
 # of ImageNet's images in [0, 1], which the networks were trained on
@@ -36,34 +32,35 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 # ------------------------------------------------------------------------------- backbones
-def backbone_file(network: str, instead: str) -> Path:
-    """Path of the published weights of one of `PUBLISHED`, downloaded if they are missing.
+def backbone_url(network: str) -> str:
+    """Address of the published weights of one of `PUBLISHED`."""
+    from torchvision.models import get_weight
 
-    Args:
-        instead: advice that ends the error line when there are no weights.
+    return get_weight(PUBLISHED[network]).url
 
-    Raises:
-        LdmError: the file is missing and cannot be downloaded.
-    """
-    name = _url(network).rpartition("/")[2]
-    # as everywhere in torch hub, a file's name ends in the first digits of its SHA-256
-    digits = Path(name).stem.rpartition("-")[2]
-    return find_or_fetch(name, _url(network), digits, [_folder()], instead)
+
+def backbone_path(network: str) -> Path:
+    """Path of a network's weights in torch hub's folder, there or not."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / backbone_url(network).rpartition("/")[2]
 
 
 def has_backbone(network: str) -> bool:
     """True if the weights are on this machine; nothing is downloaded."""
-    return (_folder() / _url(network).rpartition("/")[2]).is_file()
+    return backbone_path(network).is_file()
 
 
-def fill_backbone(
+def backbone_file(network: str, instead: str) -> Path:
+    """Path of a network's weights, downloaded if missing; an error ends in the advice `instead`."""
+    path = backbone_path(network)
+    # as everywhere in torch hub, a file's name ends in the first digits of its SHA-256
+    digits = path.stem.rpartition("-")[2]
+    return find_or_fetch(path.name, backbone_url(network), digits, [path.parent], instead)
+
+
+def _fill_backbone(
     backbone: nn.Module, network: str, path: Path, rename: Callable[[str], str]
 ) -> None:
-    """Load torchvision's file into a module that holds some of its tensors.
-
-    Args:
-        rename: a tensor's name in the backbone → in the file, `features.<layer>.…`.
-    """
+    """Load torchvision's file into a module; `rename` gives the name in the file of a tensor."""
     tensors = read_tensors(path)
     try:
         backbone.load_state_dict(
@@ -80,16 +77,6 @@ def _on(network: nn.Module, device: torch.device) -> nn.Module:
     """
     tensors = (*network.parameters(), *network.buffers())
     return network if all(t.device == device for t in tensors) else network.to(device)
-
-
-def _folder() -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints"
-
-
-def _url(network: str) -> str:
-    from torchvision.models import get_weight
-
-    return get_weight(PUBLISHED[network]).url
 
 
 # ----------------------------------------------------------------------------------- LPIPS
@@ -152,7 +139,7 @@ def load_lpips(
         warnings.simplefilter("ignore")  # the package calls torchvision in an outdated way
         net = lpips.LPIPS(net=network, pnet_rand=True, verbose=False)
     # the package cuts the layers into slices: slice<n>.<layer>.…
-    fill_backbone(
+    _fill_backbone(
         net.net, BACKBONES[network], path, lambda name: f"features.{name.partition('.')[2]}"
     )
     return LPIPS(net.to(device))
@@ -207,5 +194,5 @@ def load_esrgan(
     path = backbone_file("VGG-19", instead)
     with torch.device("meta"):  # no memory, no random numbers: every tensor comes from the file
         features = vgg19().features[: CONV5_4 + 1]
-    fill_backbone(features, "VGG-19", path, lambda name: f"features.{name}")
+    _fill_backbone(features, "VGG-19", path, lambda name: f"features.{name}")
     return ESRGANPerceptual(features.to(device))

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
-from pathlib import Path
 from threading import Thread
 from typing import Any, Literal
 from urllib.request import Request, urlopen
@@ -17,7 +16,7 @@ from urllib.request import Request, urlopen
 import torch
 
 from autoencoders import Autoencoder, AutoencoderConfig, load_autoencoder
-from autoencoders.losses.perceptual import BACKBONES, PUBLISHED, has_backbone
+from autoencoders.losses.perceptual import BACKBONES, backbone_path, backbone_url, has_backbone
 from ldm.checkpoint import fingerprint
 from ldm.config import list_presets, load_preset, validate
 from ldm.data import DataConfig, Source, holds_out, open_source
@@ -112,10 +111,7 @@ def check_inception() -> list[Problem]:
 
 def _download(network: str, advice: str) -> Problem:
     """A classifier's weights that the run would have to download before it begins."""
-    from torchvision.models import get_weight
-
-    url = get_weight(PUBLISHED[network]).url
-    target = from_home(Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2])
+    url, target = backbone_url(network), from_home(backbone_path(network))
     size = ask_size(url)
     if size is None:
         text = f"{url} does not answer: put the file at {target}, or {advice}"

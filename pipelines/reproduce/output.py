@@ -12,7 +12,7 @@ from math import floor, log10
 from pathlib import Path
 from typing import Any
 
-from autoencoders.discriminators.stylegan import StyleGANConfig
+from autoencoders.discriminators import StyleGANConfig
 from ldm.config import flatten, to_tree
 from ldm.data.dataset import PHOTOS
 from ldm.files import to_json, write_together

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm as torch_spectral_norm
 
-from autoencoders.discriminators.layers import spectral_norm
+from autoencoders.discriminators import spectral_norm
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,7 @@ from scipy.signal import upfirdn
 from torch import nn
 from torch.nn import functional as F
 
-from autoencoders.discriminators import StyleGANConfig, StyleGANDiscriminator
-from autoencoders.discriminators.stylegan import blur
+from autoencoders.discriminators import StyleGANConfig, StyleGANDiscriminator, blur
 
 
 @pytest.fixture(autouse=True)

@@ -13,11 +13,14 @@ from autoencoders.discriminators import (
     UNetDiscriminatorConfig,
     split,
 )
-from autoencoders.losses import adaptive_weight, cutmix_consistency, cutmix_masks, gradient_ratio
 from autoencoders.losses.adversarial import (
     ADVERSARIAL,
+    adaptive_weight,
     artifact_map,
     bce_discriminator,
+    cutmix_consistency,
+    cutmix_masks,
+    gradient_ratio,
     hinge_discriminator,
     hinge_generator,
     ldl,
