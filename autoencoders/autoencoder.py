@@ -161,8 +161,7 @@ class Autoencoder(HubMixin):
     def encode(self, images: Tensor) -> DiagonalGaussian:
         """Images (B, 3, H, W) in [−1, 1] → posterior over latents (B, n_z, ⌈H/f⌉, ⌈W/f⌉).
 
-        Sides that are no multiples of f are padded, see `pad`; `decode` with the size of the images
-        crops the padding off.
+        Sides that are no multiples of f are padded by `pad`; `decode` crops the padding off.
 
         Raises:
             LdmError: a side is smaller than f.
@@ -173,11 +172,7 @@ class Autoencoder(HubMixin):
         return DiagonalGaussian.from_moments(moments)
 
     def pad(self, images: Tensor) -> Tensor:
-        """Repeat the last column and row of images (B, 3, H, W) up to multiples of f.
-
-        Raises:
-            LdmError: a side is smaller than f.
-        """
+        """Repeat the last column and row of images (B, 3, H, W) up to multiples of f."""
         f, (height, width) = self.downsampling, images.shape[-2:]
         if min(height, width) < f:
             raise LdmError(

@@ -71,18 +71,15 @@ def fuse(module: nn.Module) -> nn.Module:
     """Copy a module for inference, with the work done once that does not depend on the input.
 
     Self-modulated convolutions become plain ones, and upsampling convolutions read the small image.
-    The copy is frozen, in eval mode, and cannot be saved: its tensors are not those that the
-    module's config describes. Save and train the module itself.
+    The copy is frozen, and refuses to be saved: its tensors are not those its config describes.
     """
-    if isinstance(module, (SelfModulatedConv2d, Upsample)):
-        return module.fused().eval().requires_grad_(False)
-    copy = deepcopy(module).eval().requires_grad_(False)
+    copy = deepcopy(module)
     for parent in list(copy.modules()):
         for name, child in parent.named_children():
             if isinstance(child, (SelfModulatedConv2d, Upsample)):
-                setattr(parent, name, fuse(child))
+                setattr(parent, name, child.fused())
     copy.register_state_dict_pre_hook(_refuse_to_save)
-    return copy
+    return copy.eval().requires_grad_(False)
 
 
 def _refuse_to_save(*_: object) -> None:

@@ -19,18 +19,15 @@ from autoencoders.sdvae.formats import (
     COMPVIS_FIRST,
     COMPVIS_PREFIXES,
     DIFFUSERS_FIRST,
-    from_compvis,
-    pick_compvis,
     pick_settings,
+    read_compvis,
     read_diffusers,
-    tree_from_compvis,
 )
 from ldm.checkpoint import (
     is_safetensors,
     load_model,
     open_safetensors,
     read_safetensors,
-    refuse_overstated,
     shown,
     to_safetensors,
 )
@@ -86,11 +83,7 @@ class AutoencoderFile(NamedTuple):
 
 
 def read_autoencoder(path: str | Path) -> AutoencoderFile:
-    """Read any format of `load_autoencoder` without building the model.
-
-    Raises:
-        LdmError: it cannot be read, or is none of the known formats.
-    """
+    """Read any format of `load_autoencoder` without building the model."""
     path = Path(path)
     if not (path / "ckpt.pt").is_file():  # a run, whatever else lies beside it
         if (path / "config.json").is_file():
@@ -144,34 +137,27 @@ def _read_compvis(path: Path) -> AutoencoderFile | None:
     if prefix is None:
         _refuse_other_names(weights, path)
         return None
-    try:
-        theirs = pick_compvis(weights, prefix)
-        tree = tree_from_compvis(theirs)
-    except LdmError as error:
-        raise LdmError(f"{path} cannot be read: {error}") from error
-    refuse_overstated(theirs, path)
-    # cloned: they are to outlive the file that they lie in
-    ours = {name: tensor.clone() for name, tensor in from_compvis(theirs).items()}
-    return AutoencoderFile(tree, ours, "compvis", (path,), {})
+    return AutoencoderFile(*read_compvis(weights, prefix, path), "compvis", (path,), {})
 
 
 def _refuse_other_names(names: Iterable[str], path: Path) -> None:
     """Refuse weights that lack a config, or have an unknown prefix."""
-    folder = ": give the folder of the model, with its config.json"
-    if (path.parent / "config.json").is_file():
-        folder = f": give its folder, {path.parent}"
     for name in names:
-        if name.endswith(DIFFUSERS_FIRST):
-            if not is_safetensors(path):
-                folder = ": save the model as a folder by diffusers' save_pretrained, and give that"
-            raise LdmError(f"{path} holds weights of diffusers, without a config{folder}")
         if name.endswith(f".{COMPVIS_FIRST}"):
             raise LdmError(
                 f"{path} holds an autoencoder's weights under the unknown prefix "
                 f"{name.removesuffix(COMPVIS_FIRST)!r}: save its state_dict without that prefix"
             )
+        if name.endswith(DIFFUSERS_FIRST) and not is_safetensors(path):
+            raise LdmError(
+                f"{path} holds weights of diffusers, without a config: save the model as a folder "
+                "by diffusers' save_pretrained, and give that"
+            )
     if is_safetensors(path):
-        raise LdmError(f"{path} holds weights without a config{folder}")
+        folder = "the folder of the model, with its config.json"
+        if (path.parent / "config.json").is_file():
+            folder = f"its folder, {path.parent}"
+        raise LdmError(f"{path} holds weights without a config: give {folder}")
 
 
 # ----------------------------------------------------------------------------------- the Hub

@@ -108,25 +108,23 @@ def _blend(
     sides = [min(pair) for pair in zip(source.shape[-2:], shape[-2:], strict=True)]
     in_scale, out_scale = source.shape[-1] // sides[1], shape[-1] // sides[1]
     rows, columns = (
-        [(start, end, weights.to(whole)) for start, end, weights in spans]
-        for spans in (cut(side, tile // f, overlap // f, out_scale) for side in sides)
+        [
+            (_span(start, end, in_scale), _span(start, end, out_scale), weights.to(whole))
+            for start, end, weights in cut(side, tile // f, overlap // f, out_scale)
+        ]
+        for side in sides
     )
     tiles = list(product(range(len(source)), rows, columns))
     for first in range(0, len(tiles), batch):
         some = tiles[first : first + batch]
-        inputs = [_part(source[i], row, column, in_scale) for i, row, column in some]
-        outputs = network(torch.stack(inputs).to(device)).to(whole)
-        for output, (i, row, column) in zip(outputs, some, strict=True):
-            weight = row[2][:, None] * column[2]
-            part = _part(whole[i], row, column, out_scale)
-            part += weight * output
+        inputs = torch.stack([source[i, :, row[0], column[0]] for i, row, column in some])
+        outputs = network(inputs.to(device)).to(whole)
+        for output, (i, (_, row, down), (_, column, across)) in zip(outputs, some, strict=True):
+            whole[i, :, row, column] += down[:, None] * across * output
     return whole
 
 
-Span = tuple[int, int, Tensor]  # of a tile along one side: start, end, weights
-
-
-def cut(side: int, tile: int, overlap: int, out_scale: int) -> list[Span]:
+def cut(side: int, tile: int, overlap: int, out_scale: int) -> list[tuple[int, int, Tensor]]:
     """Cut a side into tiles: the start and end of each, and its weights, which add up to 1.
 
     As few tiles as keep the overlap, spread evenly from border to border.
@@ -138,27 +136,23 @@ def cut(side: int, tile: int, overlap: int, out_scale: int) -> list[Span]:
     gaps = math.ceil(max(side - tile, 0) / (tile - overlap))
     tile = min(tile, side)
     starts = [i * (side - tile) // max(gaps, 1) for i in range(gaps + 1)]
-    ramp = _raised_cosine(overlap * out_scale)
+    # a raised cosine within (0, 1): it and its mirror image add up to 1
+    length = overlap * out_scale
+    ramp = torch.sin((torch.arange(length) + 0.5) * (math.pi / 2 / max(length, 1))).square()
     weights = torch.zeros(len(starts), side * out_scale)
     for weight, start in zip(weights, starts, strict=True):
-        own = weight[start * out_scale : (start + tile) * out_scale]
+        own = weight[_span(start, start + tile, out_scale)]
         own.fill_(1)
         if start > 0:
-            own[: len(ramp)] *= ramp
+            own[:length] *= ramp
         if start + tile < side:
-            own[len(own) - len(ramp) :] *= ramp.flip(0)
+            own[len(own) - length :] *= ramp.flip(0)
     weights /= weights.sum(dim=0)
     return [
-        (start, start + tile, weight[start * out_scale : (start + tile) * out_scale])
+        (start, start + tile, weight[_span(start, start + tile, out_scale)])
         for start, weight in zip(starts, weights, strict=True)
     ]
 
 
-def _raised_cosine(length: int) -> Tensor:
-    """Rise (length,) within (0, 1); it and its mirror image add up to 1."""
-    return torch.sin((torch.arange(length) + 0.5) * (math.pi / 2 / max(length, 1))).square()
-
-
-def _part(x: Tensor, row: Span, column: Span, scale: int) -> Tensor:
-    rows, columns = (slice(start * scale, end * scale) for start, end, _ in (row, column))
-    return x[:, rows, columns]
+def _span(start: int, end: int, scale: int) -> slice:
+    return slice(start * scale, end * scale)

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoencoders.litevae.nets import (
+    FEATURE_NETS,
     AggregatorConfig,
     ExtractorConfig,
     FeatureUNetConfig,
-    build_net,
 )
 from autoencoders.wavelet import WaveletName, dwt_cascade
 from ldm.config import Config
@@ -67,11 +67,12 @@ class LiteVAEEncoder(nn.Module):
     def __init__(self, config: LiteVAEEncoderConfig, latent_channels: int) -> None:
         super().__init__()
         self.config = config
+        extract, aggregate = (FEATURE_NETS[c.type] for c in (config.extractor, config.aggregator))
         levels, width = len(config.levels_read), SUB_BAND_CHANNELS
         self.extractors = nn.ModuleList(
-            build_net(config.extractor, width, width) for _ in range(1 if config.shared else levels)
+            extract(config.extractor, width, width) for _ in range(1 if config.shared else levels)
         )
-        self.aggregator = build_net(config.aggregator, levels * width, 2 * latent_channels)
+        self.aggregator = aggregate(config.aggregator, levels * width, 2 * latent_channels)
 
     def forward(self, images: Tensor) -> Tensor:
         depth, features = self.config.depth, []

@@ -251,10 +251,3 @@ ExtractorConfig = Annotated[FeatureUNetConfig | NAFNetConfig, Field(discriminato
 """Networks that read the sub-bands of a level (Table 18)."""
 AggregatorConfig = Annotated[FeatureUNetConfig | ViTConfig, Field(discriminator="type")]
 """Networks that join the levels (Table 20)."""
-
-
-def build_net(
-    config: FeatureUNetConfig | NAFNetConfig | ViTConfig, in_width: int, out_width: int
-) -> nn.Module:
-    """Build the network that a config describes: (B, in, H, W) → (B, out, H, W)."""
-    return FEATURE_NETS[config.type](config, in_width, out_width)

@@ -15,14 +15,15 @@ weights by our names, bit for bit: the class itself stands above this module.
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from autoencoders.sdvae.nets import SDVAEDecoderConfig, SDVAEEncoderConfig
-from ldm.checkpoint import shown, to_safetensors
+from autoencoders.sdvae.nets import SDVAEEncoderConfig
+from ldm.checkpoint import refuse_overstated, shown, to_safetensors
 from ldm.errors import LdmError
 from ldm.files import write_atomically
 from ldm.foreign import (
@@ -101,50 +102,33 @@ def tree_from_diffusers(described: Mapping[str, Any]) -> dict[str, Any]:
         other = next((name for name in described.get(key, ()) if name != level), None)
         if other:
             raise LdmError(f"{key} has {shown(other)}, only {level} is supported")
-    conv1x1 = [described.get(key, True) for key in ("use_quant_conv", "use_post_quant_conv")]
-    if conv1x1[0] != conv1x1[1]:
+    conv1x1 = described.get("use_quant_conv", True)
+    if conv1x1 != described.get("use_post_quant_conv", True):
         raise LdmError("it has one of the two 1×1 convolutions around the latent, not both")
     widths = described["block_out_channels"]
-    multipliers = as_multiples(widths, widths[0] if widths else 0)
+    n_z, blocks = described["latent_channels"], described["layers_per_block"]
+    tree = _tree(n_z, conv1x1, widths[0] if widths else 0, widths, blocks)
     groups = described.get("norm_num_groups", GROUPS)
     if groups_of(widths) != groups:
         raise LdmError(
             f"norm_num_groups is {groups}; here widths {widths} are normalised in "
             f"{groups_of(widths) or 'unequal numbers of'} groups"
         )
-    sizes = {
-        "channels": widths[0],
-        "multipliers": multipliers,
-        "blocks": described["layers_per_block"],
-    }
-    return {
-        "latent_channels": described["latent_channels"],
-        "conv1x1": conv1x1[0],
-        "encoder": {"type": "sdvae", **sizes},
-        "decoder": {**sizes, "norm": "group"},
-    }
+    return tree
 
 
 def diffusers_config(
     config: Any, scaling_factor: float | None = None, imported: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Turn an `AutoencoderConfig` into the config.json of a diffusers `AutoencoderKL`.
-
-    Args:
-        scaling_factor: factor of their pipelines that gives latents unit variance. None: that of
-            `imported`, else SD-VAE's.
-        imported: the config that the model came with, of which `SETTINGS` are kept.
-    """
+    """Turn an `AutoencoderConfig` into the config.json of `write_diffusers`."""
     widths = _plain_widths(config, "diffusers")
-    first = config.encoder.multipliers[0]
-    if first != 1:
+    if config.encoder.multipliers[0] != 1:
+        first = config.encoder.multipliers[0]
         raise _cannot("diffusers", f"encoder.multipliers begin with {first}")
     groups = groups_of(widths)
     if groups is None:
         raise _cannot("diffusers", f"widths {widths} are normalised in unequal numbers of groups")
-    kept = pick_settings(imported)
-    if scaling_factor is not None:
-        kept["scaling_factor"] = scaling_factor
+    given = {} if scaling_factor is None else {"scaling_factor": scaling_factor}
     return {
         "_class_name": "AutoencoderKL",
         **{key: known[0] for key, known in FIXED.items()},
@@ -158,7 +142,8 @@ def diffusers_config(
         "sample_size": 256,
         "scaling_factor": SCALING_FACTOR,
         "force_upcast": True,
-        **kept,
+        **pick_settings(imported),
+        **given,
     }
 
 
@@ -192,7 +177,13 @@ def write_diffusers(
     scaling_factor: float | None = None,
     imported: Mapping[str, Any] | None = None,
 ) -> list[Path]:
-    """Write a folder for diffusers' `AutoencoderKL.from_pretrained`, and return its files."""
+    """Write a folder for diffusers' `AutoencoderKL.from_pretrained`, and return its files.
+
+    Args:
+        scaling_factor: factor of their pipelines that gives latents unit variance. None: that of
+            `imported`, else SD-VAE's.
+        imported: the config that the model came with, of which `SETTINGS` are kept.
+    """
     described = diffusers_config(ae.config, scaling_factor, imported)
     return write_folder(folder, described, to_diffusers(ae.state_dict()))
 
@@ -243,6 +234,20 @@ def from_compvis(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def read_compvis(
+    weights: Mapping[str, Tensor], prefix: str, path: Path
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Take an autoencoder out of a checkpoint's weights: (tree of our config, weights)."""
+    try:
+        theirs = pick_compvis(weights, prefix)
+        tree = tree_from_compvis(theirs)
+    except LdmError as error:
+        raise LdmError(f"{path} cannot be read: {error}") from error
+    refuse_overstated(theirs, path)
+    # cloned: they are to outlive the file that they lie in
+    return tree, {name: tensor.clone() for name, tensor in from_compvis(theirs).items()}
+
+
 def pick_compvis(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The autoencoder alone, without the prefix: no discriminator, LPIPS or diffusion model."""
     if any(name.startswith(f"{prefix}quantize.") for name in weights):
@@ -267,22 +272,10 @@ def tree_from_compvis(weights: Mapping[str, Tensor]) -> dict[str, Any]:
             f"its encoder has {moments} channels for {n_z} latent ones: it has no variance "
             "(double_z is false), and is no KL autoencoder"
         )
-    return {
-        "latent_channels": n_z,
-        "conv1x1": "quant_conv.weight" in weights,
-        "encoder": {"type": "sdvae", **_sizes(weights, "encoder.down", channels)},
-        "decoder": {**_sizes(weights, "decoder.up", channels, more=1), "norm": "group"},
-    }
-
-
-def _sizes(
-    weights: Mapping[str, Tensor], levels: str, channels: int, more: int = 0
-) -> dict[str, Any]:
-    """Base width, multipliers and blocks a level, of which the decoder has one `more`."""
-    firsts = [f"{levels}.{i}.block.0.conv1.weight" for i in range(_count(weights, levels))]
-    widths = [layer_sizes(weights, name)[0] for name in firsts]
-    multipliers, blocks = as_multiples(widths, channels), _count(weights, f"{levels}.0.block")
-    return {"channels": channels, "multipliers": multipliers, "blocks": blocks - more}
+    levels = range(_count(weights, "encoder.down"))
+    widths = [layer_sizes(weights, f"encoder.down.{i}.block.0.conv1.weight")[0] for i in levels]
+    blocks = _count(weights, "encoder.down.0.block")
+    return _tree(n_z, "quant_conv.weight" in weights, channels, widths, blocks)
 
 
 def _count(names: Iterable[str], numbered: str) -> int:
@@ -300,35 +293,41 @@ def write_compvis(path: Path, ae: nn.Module) -> list[Path]:
         raise _cannot("compvis", f"widths {widths} are no multiples of {GROUPS}")
     if not config.conv1x1:
         raise _cannot("compvis", "it has no 1×1 convolutions around the latent (conv1x1)")
-    weights = to_compvis(ae.state_dict())
+    theirs = to_compvis(ae.state_dict())
     if path.suffix == ".safetensors":
-        write_atomically(path, to_safetensors(weights, format="pt"))
+        write_atomically(path, to_safetensors(theirs, format="pt"))
     else:
-        tree = {name: tensor.contiguous().cpu() for name, tensor in weights.items()}
-        write_atomically(path, lambda file: torch.save({"state_dict": tree}, file))
+        tree = {"state_dict": {name: t.contiguous().cpu() for name, t in theirs.items()}}
+        write_atomically(path, partial(torch.save, tree))
     return [path]
 
 
 # ---------------------------------------------------------------------- what both can express
-SIZE_KEYS = {"type", "channels", "multipliers", "blocks"}
+def _tree(
+    latent_channels: int, conv1x1: bool, channels: int, widths: Sequence[int], blocks: int
+) -> dict[str, Any]:
+    """The tree of an `AutoencoderConfig` whose decoder mirrors its encoder."""
+    sizes = {"channels": channels, "multipliers": as_multiples(widths, channels), "blocks": blocks}
+    return {
+        "latent_channels": latent_channels,
+        "conv1x1": conv1x1,
+        "encoder": {"type": "sdvae", **sizes},
+        "decoder": {**sizes, "norm": "group"},
+    }
 
 
 def _plain_widths(config: Any, to: str) -> list[int]:
     """Widths of all resolutions, equal on the way down and up, of a plain SD-VAE."""
-    for name, plain in (("encoder", SDVAEEncoderConfig), ("decoder", SDVAEDecoderConfig)):
-        part = getattr(config, name)
-        if not isinstance(part, plain):
-            raise _cannot(to, f"{name}.type={part.type}")
-        for key, field in plain.model_fields.items():
-            if key not in SIZE_KEYS and getattr(part, key) != field.get_default():
-                raise _cannot(to, f"{name}.{key}={getattr(part, key)}")
-    down, up = (
-        ([part.channels * m for m in part.multipliers], part.blocks)
-        for part in (config.encoder, config.decoder)
-    )
-    if down != up:
+    encoder, decoder = config.encoder, config.decoder
+    if not isinstance(encoder, SDVAEEncoderConfig):
+        raise _cannot(to, f"encoder.type={encoder.type}")
+    for key, plain in (("norm", "group"), ("output", "image")):
+        if getattr(decoder, key) != plain:
+            raise _cannot(to, f"decoder.{key}={getattr(decoder, key)}")
+    down, up = ([part.channels * m for m in part.multipliers] for part in (encoder, decoder))
+    if down != up or encoder.blocks != decoder.blocks:
         raise _cannot(to, "encoder and decoder differ in widths or blocks")
-    return down[0]
+    return down
 
 
 def _cannot(to: str, why: str) -> LdmError:
