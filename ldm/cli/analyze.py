@@ -85,11 +85,11 @@ def scale(
     from pipelines.analysis.scale import analyze_scale
 
     sizes = None if resolutions is None else options.parse_numbers("resolutions", resolutions, int)
-    _print(
-        analyze_scale(
-            models or (), data, sizes, split, fid, weights, limit, batch_size, device, force, out
-        )
-    )
+    found = analyze_scale(
+        models or (), data, sizes, split, out, fid=fid, weights=weights, limit=limit,
+        batch_size=batch_size, device=device, force=force,
+    )  # fmt: skip
+    _print(found)
 
 
 @app.command()

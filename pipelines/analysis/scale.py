@@ -11,6 +11,7 @@ cropped instead: a larger size shows more of a photograph, not more detail.
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from autoencoders.pretrained import read_autoencoder
 from ldm.charts import drawing, line_style
@@ -18,7 +19,7 @@ from ldm.data import DataConfig, open_source
 from ldm.data.dataset import PHOTOS
 from ldm.data.sources import Split
 from ldm.distributed import from_main, join_processes
-from ldm.errors import LdmError, check_at_least
+from ldm.errors import LdmError
 from pipelines.analysis.subjects import (
     Analysis,
     agree_on_data,
@@ -29,6 +30,7 @@ from pipelines.analysis.subjects import (
 from pipelines.evaluate import evaluate_checkpoints
 from pipelines.measuring.evaluation import Evaluation
 from pipelines.measuring.reference import read_preparation, shorter_sides
+from pipelines.measuring.statistics import MeasureOptions
 
 RESOLUTIONS = (32, 64, 128, 256, 512)  # Sadat et al. 2024, Figures 5 and 8: 2⁵ … 2⁹
 PANELS = {
@@ -44,33 +46,26 @@ def analyze_scale(
     data: str | None = None,
     resolutions: Sequence[int] | None = None,
     split: Split = "val",
-    fid: bool = True,
-    weights: Path | None = None,
-    limit: int | None = None,
-    batch_size: int = 16,
-    device: str = "auto",
-    force: bool = False,
     out: Path | None = None,
+    **options: Any,
 ) -> Analysis | None:
     """Evaluate one or several models over resolutions, as in Figures 5 and 8.
 
-    The options are those of `open_analysis` and `evaluate_checkpoints`. By default, `resolutions`
-    are those of `RESOLUTIONS` that no image is smaller than.
+    By default, `resolutions` are those of `RESOLUTIONS` that no image is smaller than. The other
+    options are those of `evaluate_checkpoints`.
     """
-    check_at_least(1, limit=limit)
-    ranks, _ = join_processes(device)
+    how = MeasureOptions(**options)
+    ranks, _ = join_processes(str(how.device))
     paths = parse_models(models)
     origins = {name: read_autoencoder(path).provenance for name, path in paths.items()}
     recipes = {name: origin.get("recipe") or {} for name, origin in origins.items()}
     config = agree_on_data(recipes, data)
     if resolutions is None:
-        resolutions = from_main(ranks, lambda: _fitting(config, split, limit))
+        resolutions = from_main(ranks, lambda: _fitting(config, split, how.limit))
     sides = sorted(set(resolutions))
     folder = analysis_folder(out, next(iter(paths.values())))
-    found = evaluate_checkpoints(
-        list(paths.values()), config, split, sides, batch_size, limit=limit, device=device,
-        fid=fid, weights=weights, out=folder / "scale.json", force=force,
-    )  # fmt: skip
+    file = folder / "scale.json"
+    found = evaluate_checkpoints([*paths.values()], config, split, sides, out=file, **options)
     if not ranks.is_main_process:
         return None
     # by path: a file with two names is measured once
@@ -96,7 +91,7 @@ def analyze_scale(
         f"reconstructions over resolutions, {what}",
         ("model", "side", *(PANELS[number][0] for number in measured)),
         cells,
-        (folder / "scale.png", table, folder / "scale.json"),
+        (folder / "scale.png", table, file),
         tuple(_notes(found, config)),
     )
 

@@ -5,6 +5,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from importlib import resources
 from pathlib import Path
 
 from torch import Tensor
@@ -13,62 +14,7 @@ from ldm.charts import Points, colour, lines_svg
 from ldm.files import write_atomically
 from ldm.images import grid, to_pil
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1d2330; --dim: #5c6675; --paper: #fbfaf8; --card: #fff;
-        --line: #e3e1dc; --mark: #fdf3d7; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e8e6e1; --dim: #9aa3b2; --paper: #14161b; --card: #1c1f26; --line: #2e333d;
-          --mark: #3a3220; } }
-* { box-sizing: border-box }
-body { margin: 0; background: var(--paper); color: var(--ink); overflow-wrap: break-word;
-       font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; }
-main { max-width: 68rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem }
-h1 { font-size: 2rem; line-height: 1.15; margin: 0 0 .4rem; letter-spacing: -.02em }
-h2 { font-size: 1.2rem; margin: 2.6rem 0 .5rem }
-p { margin: .4rem 0 1rem; max-width: 46rem } .lead, figcaption, .dim { color: var(--dim) }
-figure { margin: 1rem 0; overflow-x: auto } figcaption { font-size: .88rem; margin-top: .4rem }
-img { max-width: 100%; height: auto; image-rendering: pixelated; border-radius: 6px;
-      display: block }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem;
-         margin: 1.4rem 0 }
-.tile, .card, .chart, pre { background: var(--card); border: 1px solid var(--line);
-        border-radius: 10px }
-.tile { padding: .8rem 1rem } .tile b { display: block; font-size: 1.55rem; letter-spacing: -.02em }
-.tile span { color: var(--dim); font-size: .85rem }
-.card { padding: .9rem 1rem; margin: .75rem 0 }
-.card p { margin: .2rem 0 0; font-size: .93rem; max-width: none } code { font-size: .82rem }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr));
-          gap: 1rem; margin: 1rem 0 }
-.chart { padding: .8rem; min-width: 0 } .chart h3 { margin: 0 0 .3rem; font-size: .95rem }
-.chart p { margin: .4rem 0 0; font-size: .82rem }
-svg { width: 100%; height: auto; display: block }
-.legend { display: flex; flex-wrap: wrap; gap: .1rem .9rem; font-size: .82rem; color: var(--dim);
-          margin: .1rem 0 .4rem }
-.chip { display: inline-block; width: .7em; height: .7em; border-radius: 2px; margin-right: .4em }
-.scroll { overflow-x: auto; margin: .6rem 0 1rem }
-/* in the column that stays in sight, the next cell paints over collapsed borders, and over those
-   below a cell that is no whole pixels high */
-table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: 15px;
-        line-height: 23px } td, th { text-align: left; padding: 6px .8rem 6px 0;
-        border-top: 1px solid var(--line); vertical-align: top }
-table tr:first-child > th, table:not(.columns) tr:first-child > td { border-top: 0 }
-td:last-child { overflow-wrap: anywhere }
-.columns th { white-space: nowrap } .columns th, .columns td { min-width: 5.5rem }
-.columns tr > :first-child { min-width: 9.5rem; position: sticky; left: 0;
-        background: var(--paper); overflow-wrap: anywhere } .columns .dim { font-size: .88rem }
-.columns td { font-variant-numeric: tabular-nums } .columns thead th { color: var(--dim);
-        font-weight: 600; font-size: .85rem }
-details { margin: .6rem 0 } summary { cursor: pointer; color: var(--dim) }
-details[open] > summary { margin-bottom: .4rem }
-.note { background: var(--mark); border-radius: 8px; padding: .5rem .8rem; font-size: .93rem;
-        margin: .5rem 0; max-width: none; overflow-wrap: anywhere } .note .dim { font-size: .85rem }
-details details { margin-left: 1rem }
-.strips { overflow-x: auto; margin: 1rem 0 } .strips figure { margin: 0 0 1rem; overflow: visible }
-.strips img { max-width: none; flex: none } .strips .row { display: flex; gap: 3px }
-.strips figcaption { position: sticky; left: 0;
-        width: min(100%, calc(100vw - 2.5rem)); margin: 0 0 .3rem }
-pre { padding: .9rem 1rem; overflow-x: auto; font-size: .88rem; overflow-wrap: normal }
-"""
+STYLE = (resources.files("pipelines.report") / "page.css").read_text("utf-8")
 
 
 class Markup(str):
