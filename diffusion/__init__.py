@@ -8,9 +8,10 @@ from torch import nn
 from diffusion.discrete import DiscreteConfig, DiscreteDenoiser
 from diffusion.edm import EDM, EDMConfig, EDMLoss, edm_loss, sample_sigma
 from diffusion.edm2 import EDM2Config, EDM2UNet
-from diffusion.guidance import guide, inpaint
 from diffusion.samplers import (
     SAMPLERS,
+    guide,
+    inpaint,
     make_churn,
     no_churn,
     sample_dpmpp_2m,

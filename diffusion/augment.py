@@ -160,6 +160,23 @@ def augment(images: Tensor, parameters: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------ resampling
+def _low_pass() -> list[float]:
+    """Half of a symmetric filter, from its middle, with which `_halve` inverts `_double` exactly.
+
+    It is 3p − 2 p∗p, with p the low-pass of `_double`, of sum 1. At every frequency p and its alias
+    sum to 1, and so do p (3p − 2p²) and its alias: `_halve` returns the image.
+    """
+    half = [0.0] * (2 * len(MIDPOINT))
+    half[0], half[1::2] = 0.5, [weight / 2 for weight in MIDPOINT]
+    p = np.array([*half[:0:-1], *half])
+    low_pass = 3 * np.pad(p, len(half) - 1) - 2 * np.convolve(p, p)
+    return low_pass[len(p) - 1 :].tolist()
+
+
+LOW_PASS = _low_pass()
+MARGIN = len(LOW_PASS) - 1
+
+
 def _resample(images: Tensor, matrix: Tensor) -> Tensor:
     """Transform each image (B, C, H, W) by its matrix (B, 3, 3), at twice the resolution."""
     height, width = images.shape[-2:]
@@ -169,24 +186,19 @@ def _resample(images: Tensor, matrix: Tensor) -> Tensor:
             f"both sides must be at least {len(MIDPOINT)}"
         )
     dtype = torch.promote_types(images.dtype, torch.float32)
-    taps = _low_pass()
     # the origin of every point of the fine grid, which has a margin for the low-pass
     inverse = torch.linalg.inv(matrix).to(images.device, dtype).unsqueeze(-1).unsqueeze(-1)
-    y = _fine_positions(height, len(taps) - 1, inverse).view(-1, 1)
-    x = _fine_positions(width, len(taps) - 1, inverse)
-    source_x = inverse[:, 0, 0] * x + inverse[:, 0, 1] * y + inverse[:, 0, 2]
-    source_y = inverse[:, 1, 0] * x + inverse[:, 1, 1] * y + inverse[:, 1, 2]
+    x, y = (
+        torch.arange(1 - side - MARGIN, side + MARGIN, device=images.device, dtype=dtype) / 2
+        for side in (width, height)
+    )
+    source_x = inverse[:, 0, 0] * x + inverse[:, 0, 1] * y[:, None] + inverse[:, 0, 2]
+    source_y = inverse[:, 1, 0] * x + inverse[:, 1, 1] * y[:, None] + inverse[:, 1, 2]
     # in units of half the image: −1 and 1 are the centres of the outermost pixels
     grid = torch.stack((source_x * (2 / (width - 1)), source_y * (2 / (height - 1))), dim=-1)
     fine = _double(_double(images.to(dtype).contiguous()).mT).mT
     moved = F.grid_sample(fine, grid, padding_mode="reflection", align_corners=True)
-    return _halve(_halve(moved, taps).mT.contiguous(), taps).mT.clamp(-1, 1)
-
-
-def _fine_positions(side: int, margin: int, like: Tensor) -> Tensor:
-    """Positions of the fine grid's points, two a pixel, in pixels from the image's centre."""
-    steps = torch.arange(1 - side - margin, side + margin, device=like.device, dtype=like.dtype)
-    return steps / 2
+    return _halve(_halve(moved).mT.contiguous()).mT.clamp(-1, 1)
 
 
 def _double(x: Tensor) -> Tensor:
@@ -202,28 +214,14 @@ def _double(x: Tensor) -> Tensor:
     return fine
 
 
-def _halve(x: Tensor, taps: list[float]) -> Tensor:
-    """Low-pass, then every second row: (…, 2H − 1 + 2 margins, W) → (…, H, W)."""
-    margin = len(taps) - 1
-    span = x.shape[-2] - 2 * margin  # 2H − 1
-    out = x[..., margin : margin + span : 2, :] * taps[0]
-    for k, weight in enumerate(taps[1:], start=1):
-        for start in (margin - k, margin + k):
+def _halve(x: Tensor) -> Tensor:
+    """Low-pass, then every second row: (…, 2H − 1 + 2 MARGIN, W) → (…, H, W)."""
+    span = x.shape[-2] - 2 * MARGIN  # 2H − 1
+    out = x[..., MARGIN : MARGIN + span : 2, :] * LOW_PASS[0]
+    for k, weight in enumerate(LOW_PASS[1:], start=1):
+        for start in (MARGIN - k, MARGIN + k):
             out.add_(x[..., start : start + span : 2, :], alpha=weight)
     return out
-
-
-def _low_pass() -> list[float]:
-    """Half of a symmetric filter, from its middle, with which `_halve` inverts `_double` exactly.
-
-    It is 3p − 2 p∗p, with p the low-pass of `_double`, of sum 1. At every frequency p and its alias
-    sum to 1, and so do p (3p − 2p²) and its alias: `_halve` returns the image.
-    """
-    half = [0.0] * (2 * len(MIDPOINT))
-    half[0], half[1::2] = 0.5, [weight / 2 for weight in MIDPOINT]
-    p = np.array([*half[:0:-1], *half])
-    low_pass = 3 * np.pad(p, len(half) - 1) - 2 * np.convolve(p, p)
-    return low_pass[len(p) - 1 :].tolist()
 
 
 def _scale(x: Tensor, y: Tensor) -> Tensor:

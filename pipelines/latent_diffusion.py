@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffusion.guidance import inpaint
+from diffusion.samplers import inpaint
 from ldm.errors import UsageError
 from ldm.images import to_float, to_pil
 from ldm.logbook import show_progress

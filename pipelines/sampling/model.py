@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from autoencoders import Autoencoder, AutoencoderConfig
-from diffusion import build_denoiser, build_network, guidance
+from diffusion import build_denoiser, build_network, samplers
 from diffusion.samplers import SAMPLERS, Denoise, make_churn
 from ldm.checkpoint import ModelFile, build_with, load_model
 from ldm.config import to_tree, validate
@@ -239,7 +239,7 @@ class LatentModel:
 
         if sampling.guidance is None:
             return strong
-        return guidance.guide(strong, weak, sampling.guidance, sampling.interval)
+        return samplers.guide(strong, weak, sampling.guidance, sampling.interval)
 
     def encode(self, images: Tensor) -> Tensor:
         """Encode images (B, 3, H, W) in [−1, 1] as their posteriors' means z, on the device."""

@@ -7,8 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion.guidance import inpaint
-from diffusion.samplers import make_churn, sample_heun
+from diffusion.samplers import inpaint, make_churn, sample_heun
 from diffusion.schedules import karras_sigmas
 from ldm.errors import LdmError
 from ldm.images import to_float, to_uint8
