@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import nn
 
 from diffusion.discrete import DiscreteConfig, DiscreteDenoiser
-from diffusion.edm import EDM, EDMConfig, EDMLoss, edm_loss, sample_sigma
+from diffusion.edm import EDM, Denoiser, EDMConfig, EDMLoss, edm_loss, sample_sigma
 from diffusion.edm2 import EDM2Config, EDM2UNet
 from diffusion.samplers import (
     SAMPLERS,
@@ -23,7 +23,6 @@ from diffusion.unet import UNet, UNetConfig
 
 __all__ = [
     "EDM",
-    "NETWORKS",
     "SAMPLERS",
     "SCHEDULES",
     "DenoiserConfig",
@@ -55,17 +54,13 @@ __all__ = [
 NetworkConfig = Annotated[UNetConfig | EDM2Config, Field(discriminator="type")]
 DenoiserConfig = Annotated[EDMConfig | DiscreteConfig, Field(discriminator="type")]
 
-NETWORKS = {"ldm": UNet, "edm2": EDM2UNet}
-
 
 def build_network(config: UNetConfig | EDM2Config) -> nn.Module:
     """Build the untrained network of a config."""
-    return NETWORKS[config.type](config)
+    return UNet(config) if config.type == "ldm" else EDM2UNet(config)
 
 
-def build_denoiser(
-    network: nn.Module, config: EDMConfig | DiscreteConfig
-) -> EDM | DiscreteDenoiser:
+def build_denoiser(network: nn.Module, config: EDMConfig | DiscreteConfig) -> Denoiser:
     """Build D(x; σ) around a network."""
     if config.type == "edm":
         return EDM(network, config.sigma_data)

@@ -6,17 +6,18 @@ arXiv 2312.02696. Dividing by the expected loss lets every noise level contribut
 gradient, throughout training.
 """
 
+from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 
-from diffusion.edm2 import MPFourier, MPLinear, normalize_weights
+from diffusion.edm2 import MPFourier, MPLinear, MPModule
 from ldm.config import Config
 
 
-class Uncertainty(nn.Module):
+class Uncertainty(MPModule):
     """u(σ), the logarithm of the expected loss at σ; needed in training only.
 
     One fully-connected layer on Fourier features, trained beside the network by the loss that it
@@ -31,10 +32,6 @@ class Uncertainty(nn.Module):
     def forward(self, c_noise: Tensor) -> Tensor:
         """Scaled noise levels c_noise = ln(σ)/4 (B,) → u (B,)."""
         return self.linear(self.fourier(c_noise)).squeeze(1)
-
-    def normalize_weights(self) -> None:
-        """Forced weight normalisation, in place; call it after every step of the optimiser."""
-        normalize_weights(self)
 
 
 def weigh(loss: Tensor, u: Tensor) -> Tensor:
@@ -58,19 +55,8 @@ class EDMConfig(Config):
     """Weight noise levels also by a learned uncertainty of their loss (EDM2)."""
 
 
-def preconditioning(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """c_skip, c_out, c_in and c_noise of noise levels σ > 0, each of sigma's shape and dtype."""
-    total = sigma**2 + sigma_data**2
-    # Table 1, column "Ours": network input and effective target have unit variance
-    c_skip = sigma_data**2 / total
-    c_out = sigma * sigma_data / total.sqrt()
-    c_in = 1 / total.sqrt()
-    c_noise = sigma.log() / 4
-    return c_skip, c_out, c_in, c_noise
-
-
-class EDM(nn.Module):
-    """The denoiser D(x; σ) built around a network F of unit-variance input and output.
+class Denoiser(nn.Module, ABC):
+    """D(x; σ) built around a network F.
 
     The network runs in its parameters' dtype, or under autocast; all else in x's dtype, and the
     network's c_noise in its own, both at least float32.
@@ -80,13 +66,19 @@ class EDM(nn.Module):
             if they are given.
     """
 
-    sigma_min, sigma_max = 0.002, 80.0
-    """The range of noise levels for sampling (Table 1)."""
+    sigma_data: float
+    """Standard deviation of the data."""
+    sigma_min: float
+    sigma_max: float
+    """The range of noise levels for sampling."""
 
-    def __init__(self, network: nn.Module, sigma_data: float = 0.5):
+    def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network
-        self.sigma_data = sigma_data
+
+    @abstractmethod
+    def precondition(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """c_skip, c_out, c_in and c_noise of noise levels σ > 0, each of sigma's shape."""
 
     def forward(
         self,
@@ -107,13 +99,32 @@ class EDM(nn.Module):
         inner = next(self.network.parameters(), x).dtype
         sigma = torch.as_tensor(sigma, dtype=dtype, device=x.device).expand(len(x))
         sigma = sigma.view(-1, 1, 1, 1)  # (B, 1, 1, 1), and so are the four
-        c_skip, c_out, c_in, c_noise = preconditioning(sigma, self.sigma_data)
+        c_skip, c_out, c_in, c_noise = self.precondition(sigma)
         given = {"labels": labels, "augment": augment}
         condition = {key: value for key, value in given.items() if value is not None}
         c_noise = c_noise.flatten().to(torch.promote_types(inner, torch.float32))  # (B,)
         output = self.network((c_in * x).to(inner), c_noise, **condition)
         # Eq. 7
         return c_skip * x + c_out * output
+
+
+class EDM(Denoiser):
+    """The denoiser D(x; σ) of a network of unit-variance input and output; see `Denoiser`."""
+
+    sigma_min, sigma_max = 0.002, 80.0  # Table 1, "Time steps"
+
+    def __init__(self, network: nn.Module, sigma_data: float = 0.5):
+        super().__init__(network)
+        self.sigma_data = sigma_data
+
+    def precondition(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        total = sigma**2 + self.sigma_data**2
+        # Table 1, column "Ours": network input and effective target have unit variance
+        c_skip = self.sigma_data**2 / total
+        c_out = sigma * self.sigma_data / total.sqrt()
+        c_in = 1 / total.sqrt()
+        c_noise = sigma.log() / 4
+        return c_skip, c_out, c_in, c_noise
 
 
 def sample_sigma(normal_draws: Tensor, config: EDMConfig) -> Tensor:

@@ -8,24 +8,18 @@ depth, and no bias or group norm is needed.
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Annotated, Literal
 
 import torch
 from einops import rearrange
-from pydantic import (
-    Field,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffusion.unet import UNetBase, check_divides
-from ldm.config import Config
+from diffusion.unet import UNetBase, UNetSizes, Way, resample
+
+Balance = Annotated[float, Field(ge=0, le=1)]
 
 EPSILON = 1e-4
 """Keeps a norm from being 0 where it divides (Appendix B.3 and B.4)."""
@@ -92,7 +86,7 @@ class MPFourier(nn.Module):
 
 
 class MPLayer(nn.Module):
-    """A weight (out, …) whose `out` filters are used at norm 1, without a bias.
+    """A weight (out, in, …) whose `out` filters are used at norm 1, without a bias.
 
     A filter is stored at the norm √N, N its fan-in: its values then have magnitude 1 in every
     layer, and one learning rate is the same relative change everywhere. `normalize_` restores this
@@ -101,9 +95,9 @@ class MPLayer(nn.Module):
     valid.
     """
 
-    def __init__(self, *shape: int) -> None:
+    def __init__(self, in_width: int, out_width: int, *kernel: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(shape))
+        self.weight = nn.Parameter(torch.randn(out_width, in_width, *kernel))
         self.normalize_()
 
     def filters(self, gain: Tensor | float = 1.0) -> Tensor:
@@ -135,55 +129,40 @@ class MPLinear(MPLayer):
     the paper leaves in full precision (Appendix D.2).
     """
 
-    def __init__(self, in_width: int, out_width: int) -> None:
-        super().__init__(out_width, in_width)
-
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
-        with _without_autocast(x.device):
+        device = x.device.type
+        known = torch.amp.is_autocast_available(device)  # not on "meta"
+        with torch.autocast(device, enabled=False) if known else nullcontext():
             return F.linear(x.to(self.weight.dtype), self.filters(gain))
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager:
-    """Disable autocast on devices that support it ("meta" does not)."""
-    known = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 class MPConv2d(MPLayer):
     """Convolution of an odd kernel that keeps H and W: (B, in, H, W) → (B, out, H, W)."""
 
     def __init__(self, in_width: int, out_width: int, kernel: int) -> None:
-        super().__init__(out_width, in_width, kernel, kernel)
+        super().__init__(in_width, out_width, kernel, kernel)
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
         return F.conv2d(x, self.filters(gain), padding=self.weight.shape[-1] // 2)
 
 
-def normalize_weights(module: nn.Module) -> None:
-    """Forced weight normalisation of every `MPLayer` in a module, in place (Eq. 66)."""
-    for layer in module.modules():
-        if isinstance(layer, MPLayer):
-            layer.normalize_()
+class MPModule(nn.Module):
+    """A module with `MPLayer`s among its parts."""
+
+    def normalize_weights(self) -> None:
+        """Forced weight normalisation, in place (Eq. 66); call it after every optimiser step."""
+        for layer in self.modules():
+            if isinstance(layer, MPLayer):
+                layer.normalize_()
 
 
-Balance = Annotated[float, Field(ge=0, le=1)]
-
-
-class EDM2Config(Config):
+class EDM2Config(UNetSizes):
     """The defaults are EDM2-S: 280.2 M parameters with the 1000 classes of ImageNet."""
 
     type: Literal["edm2"] = "edm2"
     """Type of the network."""
-    latent_channels: PositiveInt = 4
-    """Channels of the latents, in and out; taken from stage one."""
-    classes: NonNegativeInt = 0
-    """Number of classes, 0: unconditional; taken from the data."""
-    augment_parameters: NonNegativeInt = 0
-    """Number of values that describe an augmentation, 0: none; taken from the recipe."""
     channels: PositiveInt = 192
     """Width at full resolution, in channels: 128 XS, 192 S, 256 M, 320 L, 384 XL, 448 XXL."""
-    multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 3, 4)
-    """Width of each level, in multiples of `channels`; every level halves the resolution."""
     blocks: PositiveInt = 3
     """Blocks a level on the way down; one more on the way up."""
     attention_factors: tuple[PositiveInt, ...] = (4, 8)
@@ -204,11 +183,6 @@ class EDM2Config(Config):
     clip: PositiveFloat = 256.0
     """Largest activation that leaves a block, in absolute value."""
 
-    @field_validator("head_width")
-    @classmethod
-    def _divides(cls, head_width: int, info: ValidationInfo) -> int:
-        return check_divides(head_width, info.data)
-
 
 class Embedding(nn.Module):
     """Noise level, class and augmentation as the vector (B, 4·channels) that every block reads.
@@ -227,19 +201,16 @@ class Embedding(nn.Module):
         augmented = config.augment_parameters
         self.augmentation = MPLinear(augmented, width) if augmented else None
 
-    def forward(self, c_noise: Tensor, labels: Tensor | None, augment: Tensor | None) -> Tensor:
+    def forward(self, c_noise: Tensor, labels: Tensor, augment: Tensor) -> Tensor:
+        """c_noise (B,), labels (B,), augment (B, A) → (B, 4·channels)."""
         embedding = self.noise(self.fourier(c_noise))
         if self.label is not None:
-            if labels is None:
-                labels = c_noise.new_full(c_noise.shape, -1)
             classes, labels = self.config.classes, labels.to(c_noise.device)
             one_hot = labels[:, None] == torch.arange(classes, device=labels.device)  # (B, N)
             # Appendix B.3: √N one-hot has magnitude 1
             label = self.label(math.sqrt(classes) * one_hot)
             embedding = mp_sum(embedding, label, self.config.label_balance)
         if self.augmentation is not None:
-            if augment is None:
-                augment = c_noise.new_zeros(len(c_noise), self.config.augment_parameters)
             embedding = embedding + self.augmentation(augment)
         return mp_silu(embedding)
 
@@ -285,29 +256,22 @@ class CosineAttention(nn.Module):
 class EDM2Block(nn.Module):
     """A residual branch, then attention where there is any: (B, in, H, W) → (B, out, H', W').
 
-    Args:
-        in_width, out_width: channels; a 1×1 convolution maps between them if they differ.
-        config: the network's.
-        encodes: a block of the encoder, which normalises its input.
-        attends: add attention.
-        scale: factor of both sides, applied first: 2 doubles them, 0.5 halves them.
+    A block of the encoder (`encodes`) normalises its input. A 1×1 convolution maps between
+    different numbers of channels.
     """
 
     def __init__(
         self, in_width: int, out_width: int, config: EDM2Config,
-        encodes: bool, attends: bool = False, scale: float = 1,
+        encodes: bool, attends: bool = False, way: Way | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.config, self.encodes, self.scale = config, encodes, scale
+        self.config, self.encodes, self.way = config, encodes, way
         self.fit = MPConv2d(in_width, out_width, 1) if in_width != out_width else nn.Identity()
         self.residual = Residual(out_width if encodes else in_width, out_width, config)
         self.attention = CosineAttention(out_width, config.head_width) if attends else None
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        if self.scale == 0.5:
-            x = F.avg_pool2d(x, 2)
-        elif self.scale == 2:
-            x = F.interpolate(x, scale_factor=2, mode="nearest")
+        x = resample(x, self.way)
         main = self.fit(x)
         if self.encodes:  # its residual branch follows the 1×1 convolution
             x = main = pixel_norm(main)
@@ -317,7 +281,7 @@ class EDM2Block(nn.Module):
         return x.clamp(-self.config.clip, self.config.clip)
 
 
-class EDM2UNet(UNetBase):
+class EDM2UNet(UNetBase, MPModule):
     """The network of EDM2; untrained, it answers 0.
 
     Blocks change the resolution. Every activation has about magnitude 1 where x has, as c_in(σ)
@@ -339,9 +303,8 @@ class EDM2UNet(UNetBase):
     ) -> EDM2Block:
         return EDM2Block(in_width, out_width, self.config, encodes, attends)
 
-    def make_resample(self, width: int, way: Literal["down", "up"]) -> EDM2Block:
-        down = way == "down"
-        return EDM2Block(width, width, self.config, encodes=down, scale=0.5 if down else 2)
+    def make_resample(self, width: int, way: Way) -> EDM2Block:
+        return EDM2Block(width, width, self.config, encodes=way == "down", way=way)
 
     def concat(self, x: Tensor, skip: Tensor) -> Tensor:
         return mp_cat(x, skip, self.config.concat_balance)
@@ -349,7 +312,3 @@ class EDM2UNet(UNetBase):
     def run_levels(self, x: Tensor, embedding: Tensor) -> Tensor:
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         return self.out(super().run_levels(x, embedding), self.gain)
-
-    def normalize_weights(self) -> None:
-        """Forced weight normalisation, in place; call it after every step of the optimiser."""
-        normalize_weights(self)

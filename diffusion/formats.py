@@ -21,35 +21,19 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from diffusion.unet import UNet, UNetConfig
-from ldm.checkpoint import Damaged, refuse_overstated, shown
+from diffusion.unet import UNet, UNetConfig, attending
+from ldm import foreign
+from ldm.checkpoint import shown
 from ldm.config import validate
 from ldm.errors import LdmError
-from ldm.foreign import (
-    OLD_ATTENTION,
-    Pairs,
-    as_multiples,
-    check_described,
-    find_prefix,
-    fit,
-    layer_sizes,
-    pick,
-    read_all,
-    read_described,
-    read_weights,
-    renamed,
-    weights_files,
-    write_folder,
-)
-
-CLASS_NAME = "UNet2DModel"
 
 # -------------------------------------------------------------------------- diffusers: config
 SIZES = (
-    "in_channels", "out_channels", "block_out_channels", "layers_per_block", "down_block_types",
-    "up_block_types",
+    "_class_name", "in_channels", "out_channels", "block_out_channels", "layers_per_block",
+    "down_block_types", "up_block_types",
 )  # fmt: skip
 FIXED: dict[str, tuple[Any, ...]] = {
+    "_class_name": ("UNet2DModel",),
     "center_input_sample": (False,),
     "time_embedding_type": ("positional",),
     "freq_shift": (0,),
@@ -69,18 +53,14 @@ FIXED: dict[str, tuple[Any, ...]] = {
 
 def diffusers_config(config: UNetConfig, sample_size: int | None = None) -> dict[str, Any]:
     """Turn our config into the config.json of a `UNet2DModel`, whose pipelines sample this size."""
-    widths = [config.channels * multiplier for multiplier in config.multipliers]
-    if widths[0] != config.channels:
+    widths, groups = [config.channels * m for m in config.multipliers], group_counts(config)
+    head_widths = {config.head_width_of(width) for width in attending(dict(config)).values()}
+    if config.multipliers[0] != 1:
         raise _cannot(f"multipliers begin with {config.multipliers[0]}")
-    groups = group_counts(config)
     if len(groups) > 1:
         raise _cannot(f"its widths are normalised in unequal numbers of groups, {groups}")
-    head_width: int | None = config.head_width
-    if config.heads:
-        head_widths = {width // config.heads for width in config.attending_widths()}
-        if config.heads > 1 and len(head_widths) > 1:
-            raise _cannot(f"heads={config.heads}, of unequal widths {sorted(head_widths)}")
-        head_width = None if config.heads == 1 else head_widths.pop()
+    if config.heads != 1 and len(head_widths) > 1:
+        raise _cannot(f"heads={config.heads}, of unequal widths {sorted(head_widths)}")
     by = "resnet" if config.resample_blocks else "conv"
     plain = "Resnet{}sampleBlock2D" if config.resample_blocks else "{}Block2D"
     kinds = [
@@ -88,11 +68,10 @@ def diffusers_config(config: UNetConfig, sample_size: int | None = None) -> dict
         for level in range(len(widths))
     ]
     return {
-        "_class_name": CLASS_NAME,
+        **{key: known[0] for key, known in FIXED.items()},
         "sample_size": sample_size,
         "in_channels": config.latent_channels,
         "out_channels": config.latent_channels,
-        **{key: known[0] for key, known in FIXED.items()},
         "down_block_types": [kind.format("Down") for kind in kinds],
         "up_block_types": [kind.format("Up") for kind in reversed(kinds)],
         "block_out_channels": widths,
@@ -100,7 +79,7 @@ def diffusers_config(config: UNetConfig, sample_size: int | None = None) -> dict
         "downsample_type": by,
         "upsample_type": by,
         "dropout": config.dropout,
-        "attention_head_dim": head_width,
+        "attention_head_dim": None if config.heads == 1 else head_widths.pop(),
         "norm_num_groups": groups[0],
         "attn_norm_num_groups": groups[0],
         "resnet_time_scale_shift": "scale_shift" if config.scale_shift else "default",
@@ -113,13 +92,9 @@ def config_from_diffusers(described: Mapping[str, Any]) -> UNetConfig:
 
     Each of its classes is one of ours: a model exported and imported again has one more.
     """
-    check_described(described, CLASS_NAME, SIZES, FIXED)
+    foreign.check_described(described, FIXED, SIZES)
     widths, size = described["block_out_channels"], described["in_channels"]
-    multipliers = as_multiples(widths, widths[0] if widths else 0)
-    if described.get("time_embedding_dim") not in (None, 4 * widths[0]):
-        raise LdmError("time_embedding_dim is not four times the first of block_out_channels")
-    if described["out_channels"] != size:
-        raise LdmError(f"it makes {described['out_channels']} channels of {size}")
+    multipliers = foreign.as_multiples(widths, widths[0] if widths else 0)
     attends, by_blocks = _levels(described)
     head_width = described.get("attention_head_dim", 8)
     config = validate(
@@ -140,16 +115,18 @@ def config_from_diffusers(described: Mapping[str, Any]) -> UNetConfig:
     groups, here = described.get("norm_num_groups", 32), group_counts(config)
     if here != [groups]:
         raise LdmError(f"norm_num_groups is {groups}, here its widths have {here}")
-    middle = described.get("attn_norm_num_groups")
-    if middle != groups and (middle is not None or config.scale_shift):
-        raise LdmError(f"attn_norm_num_groups is {middle}, only {groups} is supported")
+    known = {
+        "out_channels": (size,),
+        "time_embedding_dim": (None, 4 * widths[0]),
+        "attn_norm_num_groups": (groups,) if config.scale_shift else (groups, None),
+    }
+    foreign.check_described({"attn_norm_num_groups": None, **described}, known)
     return config
 
 
 def group_counts(config: UNetConfig) -> list[int]:
     """The numbers of groups in a network's GroupNorms, each once, rising."""
-    parts = _sketch(config).modules()
-    return sorted({part.num_groups for part in parts if isinstance(part, nn.GroupNorm)})
+    return sorted({m.num_groups for m in _sketch(config).modules() if isinstance(m, nn.GroupNorm)})
 
 
 def _sketch(config: UNetConfig) -> UNet:
@@ -161,16 +138,15 @@ def _sketch(config: UNetConfig) -> UNet:
 def _levels(described: Mapping[str, Any]) -> tuple[list[bool], bool]:
     """The levels with attention, the finest first, and whether blocks change the resolution."""
     found: list[list[tuple[bool, str]]] = []
-    for way in ("Down", "Up"):
-        key, by = f"{way.lower()}_block_types", described.get(f"{way.lower()}sample_type", "conv")
+    for way in ("down", "up"):
+        key, part = f"{way}_block_types", way.title()
         known = {  # (has attention, what changes the resolution)
-            f"{way}Block2D": (False, "conv"),
-            f"Attn{way}Block2D": (True, by),
-            f"Resnet{way}sampleBlock2D": (False, "resnet"),
+            f"{part}Block2D": (False, "conv"),
+            f"Attn{part}Block2D": (True, described.get(f"{way}sample_type", "conv")),
+            f"Resnet{part}sampleBlock2D": (False, "resnet"),
         }
-        other = next((name for name in described[key] if name not in known), None)
-        if other is not None:
-            raise LdmError(f"{key} has {shown(other)}, only {', '.join(known)} are supported")
+        if other := [name for name in described[key] if name not in known]:
+            raise LdmError(f"{key} has {shown(other[0])}, only {', '.join(known)} are supported")
         found.append([known[name] for name in described[key]])
     down, up = found[0], found[1][::-1]
     attends = [has for has, _ in down]
@@ -183,11 +159,11 @@ def _levels(described: Mapping[str, Any]) -> tuple[list[bool], bool]:
 
 
 def _cannot(why: str) -> LdmError:
-    return LdmError(f"no diffusers {CLASS_NAME} can express this network: {why}")
+    return LdmError(f"no diffusers UNet2DModel can express this network: {why}")
 
 
 # ------------------------------------------------------------------------- diffusers: weights
-DIFFUSERS_PARTS: Pairs = (
+DIFFUSERS_PARTS: foreign.Pairs = (
     ("enter.0", "conv_in"),
     ("embed.linear_in", "time_embedding.linear_1"),
     ("embed.linear_out", "time_embedding.linear_2"),
@@ -213,32 +189,28 @@ def to_diffusers(weights: Mapping[str, Tensor], config: UNetConfig) -> dict[str,
         classes = ours["embed.classes.weight"]
         none = classes.new_zeros(1, classes.shape[1])
         ours["embed.classes.weight"] = torch.cat([classes, none])
-    return renamed(_split_qkv(ours), list(_diffusers_names(config)))
+    return foreign.renamed(_split_qkv(ours), list(_diffusers_names(config)))
 
 
 def from_diffusers(weights: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
     """Turn the weights of a `UNet2DModel`, with old or new attention names, into ours."""
     expected = _split_qkv(_sketch(config).state_dict())
     names = list(_diffusers_names(config))
-    return _join_qkv(fit(renamed(weights, OLD_ATTENTION), expected, names))
+    return _join_qkv(foreign.fit(foreign.renamed(weights, foreign.OLD_ATTENTION), expected, names))
 
 
 def _diffusers_names(config: UNetConfig) -> Iterator[tuple[str, str]]:
     last = len(config.multipliers) - 1
-    for level in range(last + 1):
-        for ours, theirs, blocks in (
-            (f"encoder.{level}", f"down_blocks.{level}", config.blocks),
-            (f"decoder.{level}", f"up_blocks.{level}", config.blocks + 1),
-        ):
-            for index in range(blocks):
-                yield f"{ours}.{index}.residual", f"{theirs}.resnets.{index}"
-                yield f"{ours}.{index}.attention", f"{theirs}.attentions.{index}"
-    down = "downsamplers.0" if config.resample_blocks else "downsamplers.0.conv"
-    for level in range(last):
-        yield f"enter.{level + 1}", f"down_blocks.{level}.{down}"
-        yield f"leave.{level}", f"up_blocks.{level}.upsamplers.0"
     yield f"leave.{last}.0", "conv_norm_out"
     yield f"leave.{last}.2", "conv_out"
+    down = "downsamplers.0" if config.resample_blocks else "downsamplers.0.conv"
+    for level in range(last + 1):
+        for ours, theirs in (("encoder", "down_blocks"), ("decoder", "up_blocks")):
+            for index in range(config.blocks + 1):  # the encoder's last does not exist
+                yield f"{ours}.{level}.{index}.residual", f"{theirs}.{level}.resnets.{index}"
+                yield f"{ours}.{level}.{index}.attention", f"{theirs}.{level}.attentions.{index}"
+        yield f"enter.{level + 1}", f"down_blocks.{level}.{down}"
+        yield f"leave.{level}", f"up_blocks.{level}.upsamplers.0"
     yield from DIFFUSERS_PARTS
 
 
@@ -246,11 +218,9 @@ def _split_qkv(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Every `….qkv.…` as three of a third of its rows: to_q, to_k and to_v."""
     split = {}
     for name, tensor in weights.items():
-        if ".qkv." in name:
-            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                split[name.replace(".qkv.", f".to_{letter}.")] = part
-        else:
-            split[name] = tensor
+        parts = tensor.chunk(3) if ".qkv." in name else [tensor]
+        for letter, part in zip("qkv", parts, strict=False):
+            split[name.replace(".qkv.", f".to_{letter}.")] = part
     return split
 
 
@@ -258,33 +228,33 @@ def _join_qkv(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     joined: dict[str, list[Tensor]] = {}
     for name, tensor in weights.items():
         joined.setdefault(re.sub(r"\.to_[qkv]\.", ".qkv.", name), []).append(tensor)
-    return {
-        name: torch.cat(parts) if ".qkv." in name else parts[0] for name, parts in joined.items()
-    }
+    return {name: torch.cat(parts) for name, parts in joined.items()}
 
 
 # -------------------------------------------------------------------------- diffusers: folder
 def read_diffusers(folder: Path) -> tuple[UNetConfig, dict[str, Tensor]]:
     """Read a diffusers `UNet2DModel` folder: (our config, weights by our names)."""
-    described = read_described(folder / "config.json")
+    described = foreign.read_described(folder / "config.json")
     try:
         config = config_from_diffusers(described)
     except (ValueError, TypeError, KeyError, LdmError) as error:
         raise LdmError(f"{folder}/config.json describes no UNet to load here: {error}") from error
-    paths = weights_files(folder, pickled=True)
-    weights = read_all(paths)
+    paths = foreign.weights_files(folder, pickled=True)
+    weights = foreign.read_weights(*paths)
     try:
-        ours = from_diffusers(weights, config)
+        return config, from_diffusers(weights, config)
     except LdmError as error:
         raise LdmError(f"{paths[0]} does not fit its own config: {error}") from error
-    # cloned: they are to outlive the files that they lie in
-    return config, {name: tensor.clone() for name, tensor in ours.items()}
 
 
-def write_diffusers(folder: Path, network: UNet, sample_size: int | None = None) -> list[Path]:
-    """Write a folder for diffusers' `UNet2DModel.from_pretrained`, and return its files."""
+def write_diffusers(
+    folder: Path, network: UNet, sample_size: int | None = None, **notes: Any
+) -> list[Path]:
+    """Write a folder for diffusers' `UNet2DModel.from_pretrained`, with NAME.json of each note, and
+    return its files."""
     described = diffusers_config(network.config, sample_size)
-    return write_folder(folder, described, to_diffusers(network.state_dict(), network.config))
+    weights = to_diffusers(network.state_dict(), network.config)
+    return foreign.write_folder(folder, described, weights, **notes)
 
 
 # ------------------------------------------------------------------------------------ CompVis
@@ -293,7 +263,7 @@ AVERAGE = "model_ema.diffusion_model"
 FIRST = "input_blocks.0.0.weight"
 PARTS = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "out.", "label_emb.")
 GROUPS = 32
-COMPVIS_PARTS: Pairs = (
+COMPVIS_PARTS: foreign.Pairs = (
     ("embed.linear_in", "time_embed.0"),
     ("embed.linear_out", "time_embed.2"),
     ("embed.classes", "label_emb"),
@@ -312,49 +282,39 @@ COMPVIS_PARTS: Pairs = (
 
 
 def read_compvis(
-    path: Path, head_width: int = 32, heads: int | None = None
+    path: Path, head_width: int | None = None, heads: int | None = None
 ) -> tuple[UNetConfig, dict[str, Tensor]]:
     """Read the UNet of a CompVis checkpoint: (our config, weights by our names).
 
-    Its moving average is taken where there is one, as their samples do.
-
-    Args:
-        path: a `.ckpt`, `.pt` or `.safetensors`.
-        head_width: channels of an attention head (`num_head_channels` in their configs).
-        heads: heads of every attention, instead (`num_heads`, 8 for LSUN churches). No shape tells
-            either, nor `use_new_attention_order`, which must be off, as in all of their models.
+    Its moving average is taken where there is one, as their samples do. No shape tells the heads
+    of its attention: give their width (`num_head_channels` in their configs; None: 32), or their
+    number (`num_heads`, 8 for LSUN churches). `use_new_attention_order` must be off, as in all of
+    their models.
     """
-    weights = read_weights(path)
-    prefix = find_prefix(weights, PREFIXES, FIRST)
+    weights = foreign.read_weights(path)
+    prefix = foreign.find_prefix(weights, PREFIXES, FIRST)
     if prefix is None:
         raise LdmError(f"{path} holds no UNet of CompVis' latent diffusion")
     try:
-        theirs = pick_compvis(weights, prefix)
-        refuse_overstated(theirs, path)
+        theirs = _averaged(weights, foreign.pick(weights, prefix, PARTS))
         config = config_from_compvis(theirs, head_width, heads)
-        ours = from_compvis(theirs, config)
-    except Damaged:  # it names the path already
-        raise
+        return config, from_compvis(theirs, config)
     except LdmError as error:
         raise LdmError(f"{path} cannot be read: {error}") from error
-    # cloned: they are to outlive the file that they lie in
-    return config, {name: tensor.clone() for name, tensor in ours.items()}
 
 
-def pick_compvis(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The UNet alone, without the prefix; its moving average where there is one."""
-    theirs = pick(weights, prefix, PARTS)
-    averages = {name: f"{AVERAGE}{name.replace('.', '')}" for name in theirs}
+def _averaged(weights: Mapping[str, Tensor], plain: dict[str, Tensor]) -> dict[str, Tensor]:
+    averages = {name: f"{AVERAGE}{name.replace('.', '')}" for name in plain}
     lacking = [name for name, average in averages.items() if average not in weights]
-    if len(lacking) == len(theirs):
-        return theirs
+    if len(lacking) == len(plain):
+        return plain
     if lacking:
         raise LdmError(f"its moving average lacks {shown(lacking[0])}: the file is not whole")
     return {name: weights[average] for name, average in averages.items()}
 
 
 def config_from_compvis(
-    weights: Mapping[str, Tensor], head_width: int = 32, heads: int | None = None
+    weights: Mapping[str, Tensor], head_width: int | None = None, heads: int | None = None
 ) -> UNetConfig:
     """Find the config of a UNet in the shapes of CompVis's tensors (no prefix), or refuse them."""
     crossed = next((name for name in weights if ".transformer_blocks." in name), None)
@@ -363,8 +323,8 @@ def config_from_compvis(
             f"it has cross-attention ({shown(crossed)}): only unconditional and class-embedding "
             "models are supported, not a SpatialTransformer's"
         )
-    channels, latent_channels = layer_sizes(weights, FIRST)
-    answered, _ = layer_sizes(weights, "out.2.weight")
+    channels, latent_channels = foreign.layer_sizes(weights, FIRST)
+    answered, _ = foreign.layer_sizes(weights, "out.2.weight")
     if answered != latent_channels:
         raise LdmError(
             f"it answers {answered} channels to {latent_channels}: it also predicts a variance, or "
@@ -372,16 +332,16 @@ def config_from_compvis(
         )
     first_rows, blocks, by_blocks = _compvis_rows(weights)
     firsts = [f"input_blocks.{row}.0.out_layers.3.weight" for row in first_rows]
-    widths = [layer_sizes(weights, name)[0] for name in firsts]
-    embedded, _ = layer_sizes(weights, "input_blocks.1.0.emb_layers.1.weight", dimensions=2)
+    widths = [foreign.layer_sizes(weights, name)[0] for name in firsts]
+    embedded, _ = foreign.layer_sizes(weights, "input_blocks.1.0.emb_layers.1.weight", 2)
     labelled = "label_emb.weight" in weights
     config = validate(
         UNetConfig,
         {
             "latent_channels": latent_channels,
-            "classes": layer_sizes(weights, "label_emb.weight", 2)[0] if labelled else 0,
+            "classes": foreign.layer_sizes(weights, "label_emb.weight", 2)[0] if labelled else 0,
             "channels": channels,
-            "multipliers": as_multiples(widths, channels),
+            "multipliers": foreign.as_multiples(widths, channels),
             "blocks": blocks,
             "attention_factors": [
                 2**level
@@ -389,7 +349,7 @@ def config_from_compvis(
                 if f"input_blocks.{row}.1.qkv.weight" in weights
             ],
             "heads": heads,
-            "head_width": head_width,
+            **({"head_width": head_width} if head_width else {}),
             "scale_shift": embedded == 2 * widths[0],
             "resample_blocks": by_blocks,
         },
@@ -417,34 +377,27 @@ def from_compvis(weights: Mapping[str, Tensor], config: UNetConfig) -> dict[str,
         name: tensor[:, :, 0] if tensor.ndim == 3 and tensor.shape[2] == 1 else tensor
         for name, tensor in weights.items()
     }
-    ours = fit(theirs, _sketch(config).state_dict(), list(_compvis_names(config)))
+    ours = foreign.fit(theirs, _sketch(config).state_dict(), list(_compvis_names(config)))
     for name, rows in ours.items():
         if ".qkv." in name:
-            heads = config.heads or len(rows) // 3 // config.head_width
-            ours[name] = rearrange(
-                rows, "(heads qkv d) ... -> (qkv heads d) ...", heads=heads, qkv=3
-            )
+            d = config.head_width_of(len(rows) // 3)
+            ours[name] = rearrange(rows, "(heads qkv d) ... -> (qkv heads d) ...", qkv=3, d=d)
     return ours
 
 
 def _compvis_names(config: UNetConfig) -> Iterator[tuple[str, str]]:
-    last, row = len(config.multipliers) - 1, 0
-    down = ".0" if config.resample_blocks else ".0.op"
-    for level in range(last + 1):
-        yield f"enter.{level}", f"input_blocks.{row}{down if level > 0 else '.0'}"
-        for index in range(config.blocks):
-            row += 1
-            yield f"encoder.{level}.{index}.residual", f"input_blocks.{row}.0"
-            yield f"encoder.{level}.{index}.attention", f"input_blocks.{row}.1"
-        row += 1
-    for level in range(last + 1):
-        for index in range(config.blocks + 1):
-            row = level * (config.blocks + 1) + index
-            yield f"decoder.{level}.{index}.residual", f"output_blocks.{row}.0"
-            yield f"decoder.{level}.{index}.attention", f"output_blocks.{row}.1"
-        # after the level's last block, and its attention where it has one
-        place = 2 if 2 ** (last - level) in config.attention_factors else 1
-        if level < last:
-            yield f"leave.{level}", f"output_blocks.{row}.{place}"
+    last, per_level = len(config.multipliers) - 1, config.blocks + 1
     yield f"leave.{last}", "out"
+    for level in range(last + 1):
+        first = level * per_level
+        down = "0.op" if level > 0 and not config.resample_blocks else "0"
+        # after the level's last block, and its attention where it has one
+        up = 2 if 2 ** (last - level) in config.attention_factors else 1
+        yield f"enter.{level}", f"input_blocks.{first}.{down}"
+        yield f"leave.{level}", f"output_blocks.{first + config.blocks}.{up}"
+        for index in range(per_level):  # the encoder's last does not exist
+            yield f"encoder.{level}.{index}.residual", f"input_blocks.{first + index + 1}.0"
+            yield f"encoder.{level}.{index}.attention", f"input_blocks.{first + index + 1}.1"
+            yield f"decoder.{level}.{index}.residual", f"output_blocks.{first + index}.0"
+            yield f"decoder.{level}.{index}.attention", f"output_blocks.{first + index}.1"
     yield from COMPVIS_PARTS

@@ -3,7 +3,8 @@ skips, which the network of EDM2 shares."""
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Annotated, Any, Literal, cast
 
 import torch
@@ -15,8 +16,45 @@ from torch.nn import functional as F
 from ldm.config import Config
 from ldm.errors import LdmError
 
+Way = Literal["down", "up"]
+
 
 # ------------------------------------------------------------------------ levels and skips
+class UNetSizes(Config):
+    """The fields that the configs of both networks share."""
+
+    type: str
+    """Type of the network."""
+    latent_channels: PositiveInt = 4
+    """Channels of the latents, in and out; taken from stage one."""
+    classes: NonNegativeInt = 0
+    """Number of classes, 0: unconditional; taken from the data."""
+    augment_parameters: NonNegativeInt = 0
+    """Number of values that describe an augmentation, 0: none; taken from the recipe."""
+    channels: PositiveInt
+    """Width at full resolution, in channels."""
+    multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 3, 4)
+    """Width of each level, in multiples of `channels`; every level halves the resolution."""
+
+    @field_validator("heads", "head_width", check_fields=False)
+    @classmethod
+    def _divides(cls, count: int | None, info: ValidationInfo) -> int | None:
+        is_unused = info.field_name == "head_width" and info.data.get("heads")
+        if count is not None and not is_unused:
+            with suppress(KeyError):  # of a field that was itself refused
+                for factor, width in attending(info.data).items():
+                    if width % count:
+                        raise ValueError(f"must divide the {width} channels at factor {factor}")
+        return count
+
+
+def attending(sizes: Mapping[str, Any]) -> dict[int, int]:
+    """Width of every level with attention, by downsampling factor; the last is the middle's too."""
+    widths = {2**level: sizes["channels"] * m for level, m in enumerate(sizes["multipliers"])}
+    factors = {*sizes["attention_factors"], max(widths)}
+    return {factor: width for factor, width in widths.items() if factor in factors}
+
+
 class UNetBase(nn.Module, ABC):
     """F(x; c_noise), the network inside a denoiser: levels of blocks, and skips between them.
 
@@ -75,7 +113,7 @@ class UNetBase(nn.Module, ABC):
         """A block: x (B, in, H, W), embedding → (B, out, H, W)."""
 
     @abstractmethod
-    def make_resample(self, width: int, way: Literal["down", "up"]) -> nn.Module:
+    def make_resample(self, width: int, way: Way) -> nn.Module:
         """A layer between two levels: x, embedding → x of half or twice the sides."""
 
     def concat(self, x: Tensor, skip: Tensor) -> Tensor:
@@ -109,10 +147,31 @@ class UNetBase(nn.Module, ABC):
                 f"latents of {height}×{width} do not fit this UNet: "
                 f"both sides must be multiples of {self.factor}"
             )
-        check_condition(
-            len(x), labels, augment, self.config.classes, self.config.augment_parameters
-        )
+        self._check_condition(len(x), labels, augment)
+        # weights of classes and augmentations have a gradient in every step, as DDP expects
+        if labels is None:
+            labels = torch.full((len(x),), -1, device=x.device)
+        if augment is None:
+            augment = x.new_zeros(len(x), self.config.augment_parameters)
         return self.run_levels(x, self.embed(c_noise, labels, augment))
+
+    def _check_condition(self, batch: int, labels: Tensor | None, augment: Tensor | None) -> None:
+        classes, parameters = self.config.classes, self.config.augment_parameters
+        integers = torch.int32, torch.int64
+        if labels is not None and (labels.shape != (batch,) or labels.dtype not in integers):
+            raise LdmError(
+                f"labels are {labels.dtype} {tuple(labels.shape)}: they must be int64 ({batch},)"
+            )
+        if labels is not None and len(wrong := labels[(labels < -1) | (labels >= classes)]):
+            known = "leave labels out, or train a network on labelled images"
+            if classes:
+                known = f"use 0 to {classes - 1}, or −1 for none"
+            raise LdmError(f"label {wrong[0]} is none of this network's {classes} classes: {known}")
+        if augment is not None and augment.shape != (batch, parameters):
+            raise LdmError(
+                f"augmentation parameters are {tuple(augment.shape)}: for {batch} image(s) this "
+                f"network takes ({batch}, {parameters})"
+            )
 
     def run_levels(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Pass x (B, …, H, W) and embedding (B, 4·channels) through all levels."""
@@ -131,61 +190,34 @@ class UNetBase(nn.Module, ABC):
         return x
 
 
-def check_condition(
-    batch: int,
-    labels: Tensor | None,
-    augment: Tensor | None,
-    classes: int,
-    augment_parameters: int,
-) -> None:
-    """Refuse labels (B,) and augmentations (B, A) that a network does not know."""
-    if labels is not None:
-        if labels.shape != (batch,) or labels.dtype not in (torch.int32, torch.int64):
-            raise LdmError(
-                f"labels are {labels.dtype} {tuple(labels.shape)}: they must be int64 ({batch},)"
-            )
-        wrong = labels[(labels < -1) | (labels >= classes)]
-        if len(wrong) and not classes:
-            raise LdmError(
-                f"label {wrong[0]} was given to a network without classes: leave labels out, or "
-                "train one on labelled images"
-            )
-        if len(wrong):
-            raise LdmError(
-                f"label {wrong[0]} is not one of this network's classes: use 0 to {classes - 1}, "
-                "or −1 for none"
-            )
-    if augment is not None and augment.shape != (batch, augment_parameters):
-        raise LdmError(
-            f"augmentation parameters are {tuple(augment.shape)}: for {batch} image(s) this "
-            f"network takes ({batch}, {augment_parameters})"
-        )
+# ------------------------------------------------------------- the network of latent diffusion
+class UNetConfig(UNetSizes):
+    """The defaults are the network of FFHQ-256 and CelebA-HQ-256: 274 M parameters."""
+
+    type: Literal["ldm"] = "ldm"
+    """Type of the network."""
+    channels: Annotated[int, Field(gt=0, multiple_of=2)] = 224
+    """Width at full resolution, in channels."""
+    blocks: PositiveInt = 2
+    """Residual blocks a level on the way down; one more on the way up."""
+    attention_factors: tuple[PositiveInt, ...] = (2, 4, 8)
+    """Downsampling factors at which blocks have attention; the middle always has it."""
+    heads: PositiveInt | None = None
+    """Heads of every attention; null: as many as are `head_width` wide."""
+    head_width: PositiveInt = 32
+    """Channels of an attention head where `heads` is null; divides every width with attention."""
+    scale_shift: bool = False
+    """Let the noise embedding scale and shift normalised activations, instead of a sum before."""
+    resample_blocks: bool = False
+    """Halve and double the resolution by residual blocks, instead of single convolutions."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability of dropping a value inside a residual block."""
+
+    def head_width_of(self, width: int) -> int:
+        """Channels of a head of attention over `width` channels."""
+        return width // self.heads if self.heads else self.head_width
 
 
-def attending(
-    channels: int, multipliers: tuple[int, ...], attention_factors: tuple[int, ...]
-) -> Iterator[tuple[int, int]]:
-    """Downsampling factor and width of every level with attention; the last is the middle's too."""
-    for level, multiplier in enumerate(multipliers):
-        if level == len(multipliers) - 1 or 2**level in attention_factors:
-            yield 2**level, channels * multiplier
-
-
-def check_divides(count: int, sizes: Mapping[str, Any]) -> int:
-    """Return a number of heads, or their width, that divides the widths of levels with attention.
-
-    Args:
-        sizes: fields of the config; without one that was itself refused, nothing is checked.
-    """
-    names = ("channels", "multipliers", "attention_factors")
-    if all(name in sizes for name in names):
-        for factor, width in attending(*(sizes[name] for name in names)):
-            if width % count:
-                raise ValueError(f"must divide the {width} channels at factor {factor}")
-    return count
-
-
-# ---------------------------------------------------------------------------------- layers
 def group_norm(width: int) -> nn.GroupNorm:
     """32 groups where they divide the width, else the largest power of two that does.
 
@@ -193,6 +225,13 @@ def group_norm(width: int) -> nn.GroupNorm:
     and the noise embedding with it.
     """
     return nn.GroupNorm(min(math.gcd(32, width), width // 2), width, eps=1e-5)
+
+
+def resample(x: Tensor, way: Way | None) -> Tensor:
+    """Double H and W by nearest neighbours, or halve them by means; None: leave x as it is."""
+    if way == "down":
+        return F.avg_pool2d(x, 2)
+    return F.interpolate(x, scale_factor=2, mode="nearest") if way == "up" else x
 
 
 def zeroed(layer: nn.Module) -> nn.Module:
@@ -217,41 +256,29 @@ def sinusoids(positions: Tensor, width: int) -> Tensor:
 class NoiseEmbedding(nn.Module):
     """Noise level, class and augmentation as the vector (B, 4·channels) that every block reads.
 
-    Args:
-        channels: width of the UNet, and of the noise level's sinusoids.
-        classes: rows of the table of classes, added to the embedding (Dhariwal and Nichol 2021,
-            Section 3.1); 0: unconditional.
-        augment_parameters: values that describe an augmentation (Karras et al. 2022, Appendix F.2),
-            embedded linearly without a bias, so that zeros add nothing; 0: none.
+    A class adds its row of a table (Dhariwal and Nichol 2021, Section 3.1). An augmentation (Karras
+    et al. 2022, Appendix F.2) is embedded linearly without a bias, so that zeros add nothing.
     """
 
-    def __init__(self, channels: int, classes: int = 0, augment_parameters: int = 0):
+    def __init__(self, config: UNetConfig):
         super().__init__()
-        self.channels = channels
-        self.linear_in = nn.Linear(channels, 4 * channels)
-        self.linear_out = nn.Linear(4 * channels, 4 * channels)
-        self.classes = nn.Embedding(classes, 4 * channels) if classes else None
-        self.augment = (
-            nn.Linear(augment_parameters, 4 * channels, bias=False) if augment_parameters else None
-        )
+        self.channels, width = config.channels, 4 * config.channels
+        parameters = config.augment_parameters
+        self.linear_in = nn.Linear(config.channels, width)
+        self.linear_out = nn.Linear(width, width)
+        self.classes = nn.Embedding(config.classes, width) if config.classes else None
+        self.augment = nn.Linear(parameters, width, bias=False) if parameters else None
 
-    def forward(
-        self, c_noise: Tensor, labels: Tensor | None = None, augment: Tensor | None = None
-    ) -> Tensor:
-        """c_noise (B,), labels (B,) or None, augment (B, A) or None → (B, 4·channels)."""
+    def forward(self, c_noise: Tensor, labels: Tensor, augment: Tensor) -> Tensor:
+        """c_noise (B,), labels (B,), augment (B, A) → (B, 4·channels)."""
         weight = self.linear_in.weight
         waves = sinusoids(c_noise, self.channels).to(weight.dtype)
         embedding = self.linear_out(F.silu(self.linear_in(waves)))
-        # None becomes −1 or zeros: these weights have a gradient in every step, as DDP expects
         if self.classes is not None:
-            if labels is None:
-                labels = torch.full((len(c_noise),), -1, device=weight.device)
             labels = labels.to(weight.device)
             is_known = (labels >= 0).to(weight.dtype)[:, None]  # (B, 1)
             embedding = embedding + is_known * self.classes(labels.clamp(min=0))
         if self.augment is not None:
-            if augment is None:
-                augment = weight.new_zeros(len(c_noise), self.augment.in_features)
             embedding = embedding + self.augment(augment.to(weight))
         return F.silu(embedding)
 
@@ -259,43 +286,29 @@ class NoiseEmbedding(nn.Module):
 class UNetResidual(nn.Module):
     """Two 3×3 convolutions, the noise embedding between them: (B, in, H, W) → (B, out, H, W).
 
-    Args:
-        scale_shift: the embedding scales and shifts the normalised activations (AdaGN, Dhariwal and
-            Nichol 2021, Section 3.1) instead of being added before the normalisation.
-        resample: halve or double H and W, on the skip too, before the first convolution (BigGAN's
-            blocks, Brock et al. 2019, Appendix B).
+    With `scale_shift` the embedding scales and shifts the normalised activations (AdaGN, Dhariwal
+    and Nichol 2021, Section 3.1) instead of being added before the normalisation. With a `way` H
+    and W are doubled or halved, on the skip too, before the first convolution (BigGAN's blocks,
+    Brock et al. 2019, Appendix B).
     """
 
-    def __init__(
-        self,
-        in_width: int,
-        out_width: int,
-        embedding_width: int,
-        dropout: float,
-        scale_shift: bool = False,
-        resample: Literal["down", "up"] | None = None,
-    ):
+    def __init__(self, in_width: int, out_width: int, config: UNetConfig, way: Way | None = None):
         super().__init__()
-        self.scale_shift, self.resample = scale_shift, resample
+        self.scale_shift, self.way = config.scale_shift, way
         self.norm1 = group_norm(in_width)
         self.conv1 = nn.Conv2d(in_width, out_width, 3, padding=1)
-        self.shift = nn.Linear(embedding_width, (2 if scale_shift else 1) * out_width)
+        self.shift = nn.Linear(4 * config.channels, (2 if config.scale_shift else 1) * out_width)
         self.norm2 = group_norm(out_width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(config.dropout)
         self.conv2 = zeroed(nn.Conv2d(out_width, out_width, 3, padding=1))
         same = in_width == out_width
         self.skip = nn.Identity() if same else nn.Conv2d(in_width, out_width, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """x (B, in, H, W), embedding (B, 4·channels) → (B, out, H, W), or half or twice as large.
-
-        Sums are written to the convolutions' own output, which no gradient needs: on a CPU new
-        memory costs more than the sum.
-        """
+        # sums are written to the convolutions' own output, which no gradient needs: on a CPU new
+        # memory costs more than the sum
         h = F.silu(self.norm1(x))
-        if self.resample:
-            x, h = self._resampled(x), self._resampled(h)
-        h = self.conv1(h)
+        h = self.conv1(resample(h, self.way))
         shift = self.shift(embedding)[:, :, None, None]
         if self.scale_shift:
             scale, shift = shift.chunk(2, dim=1)
@@ -304,12 +317,7 @@ class UNetResidual(nn.Module):
         else:
             h = self.norm2(h.add_(shift))
         h = self.conv2(self.dropout(F.silu(h)))
-        return h.add_(self.skip(x))
-
-    def _resampled(self, x: Tensor) -> Tensor:
-        if self.resample == "down":
-            return F.avg_pool2d(x, 2)
-        return F.interpolate(x, scale_factor=2, mode="nearest")
+        return h.add_(self.skip(resample(x, self.way)))
 
 
 class UNetAttention(nn.Module):
@@ -323,7 +331,6 @@ class UNetAttention(nn.Module):
         self.proj = zeroed(nn.Linear(width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, width, H, W) → (B, width, H, W)."""
         tokens = rearrange(self.norm(x), "b c h w -> b (h w) c")
         query, key, value = rearrange(
             self.qkv(tokens), "b n (qkv heads d) -> qkv b heads n d", qkv=3, d=self.head_width
@@ -352,49 +359,7 @@ class UNetUpsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-
-
-# --------------------------------------------------------------------------------- network
-class UNetConfig(Config):
-    """The defaults are the network of FFHQ-256 and CelebA-HQ-256: 274 M parameters."""
-
-    type: Literal["ldm"] = "ldm"
-    """Type of the network."""
-    latent_channels: PositiveInt = 4
-    """Channels of the latents, in and out."""
-    classes: NonNegativeInt = 0
-    """Number of classes, 0: unconditional; taken from the data."""
-    augment_parameters: NonNegativeInt = 0
-    """Number of values that describe an augmentation, 0: none; taken from the recipe."""
-    channels: Annotated[int, Field(gt=0, multiple_of=2)] = 224
-    """Width at full resolution, in channels."""
-    multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 3, 4)
-    """Width of each level, in multiples of `channels`; every level halves the resolution."""
-    blocks: PositiveInt = 2
-    """Residual blocks a level on the way down; one more on the way up."""
-    attention_factors: tuple[PositiveInt, ...] = (2, 4, 8)
-    """Downsampling factors at which blocks have attention; the middle always has it."""
-    heads: PositiveInt | None = None
-    """Heads of every attention; null: as many as are `head_width` wide."""
-    head_width: PositiveInt = 32
-    """Channels of an attention head where `heads` is null; divides every width with attention."""
-    scale_shift: bool = False
-    """Let the noise embedding scale and shift normalised activations, instead of a sum before."""
-    resample_blocks: bool = False
-    """Halve and double the resolution by residual blocks, instead of single convolutions."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Probability of dropping a value inside a residual block."""
-
-    @field_validator("heads", "head_width")
-    @classmethod
-    def _divides(cls, count: int | None, info: ValidationInfo) -> int | None:
-        is_unused = info.field_name == "head_width" and info.data.get("heads")
-        return count if count is None or is_unused else check_divides(count, info.data)
-
-    def attending_widths(self) -> set[int]:
-        """Widths, in channels, of the levels with attention."""
-        return {w for _, w in attending(self.channels, self.multipliers, self.attention_factors)}
+        return self.conv(resample(x, "up"))
 
 
 class UNetBlock(nn.Module):
@@ -402,30 +367,25 @@ class UNetBlock(nn.Module):
 
     def __init__(self, in_width: int, out_width: int, attends: bool, config: UNetConfig):
         super().__init__()
-        sizes = 4 * config.channels, config.dropout, config.scale_shift
-        self.residual = UNetResidual(in_width, out_width, *sizes)
-        head_width = out_width // config.heads if config.heads else config.head_width
+        self.residual = UNetResidual(in_width, out_width, config)
+        head_width = config.head_width_of(out_width)
         self.attention = UNetAttention(out_width, head_width) if attends else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """x (B, in, H, W), embedding (B, 4·channels) → (B, out, H, W)."""
         return self.attention(self.residual(x, embedding))
 
 
 class UNet(UNetBase):
     """The UNet of latent diffusion; untrained, it answers 0.
 
-    Convolutions change the resolution, or residual blocks with `resample_blocks`.
-
-    Attributes:
-        config: its `UNetConfig`.
-        factor: both sides of a latent must be multiples of it.
+    Convolutions change the resolution, or residual blocks with `resample_blocks`. Both sides of a
+    latent must be multiples of its `factor`.
     """
 
     config: UNetConfig
 
     def __init__(self, config: UNetConfig):
-        embed = NoiseEmbedding(config.channels, config.classes, config.augment_parameters)
+        embed = NoiseEmbedding(config)
         first = nn.Conv2d(config.latent_channels, config.channels, 3, padding=1)
         super().__init__(config, embed, first)
         width = config.channels * config.multipliers[0]
@@ -437,10 +397,9 @@ class UNet(UNetBase):
     ) -> UNetBlock:
         return UNetBlock(in_width, out_width, attends, self.config)
 
-    def make_resample(self, width: int, way: Literal["down", "up"]) -> nn.Module:
+    def make_resample(self, width: int, way: Way) -> nn.Module:
         if self.config.resample_blocks:
-            sizes = 4 * self.config.channels, self.config.dropout, self.config.scale_shift
-            return UNetResidual(width, width, *sizes, way)
+            return UNetResidual(width, width, self.config, way)
         return UNetDownsample(width) if way == "down" else UNetUpsample(width)
 
     def run_levels(self, x: Tensor, embedding: Tensor) -> Tensor:

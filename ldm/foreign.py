@@ -78,13 +78,17 @@ def pick(weights: Mapping[str, Tensor], prefix: str, parts: tuple[str, ...]) -> 
 def fit(
     theirs: Mapping[str, Tensor], expected: Mapping[str, Tensor], pairs: Pairs
 ) -> dict[str, Tensor]:
-    """Weights under our names, in the order of `expected`; others are refused."""
+    """Copies of weights under our names, ordered and typed as `expected`; others are refused."""
     if difference := first_difference(theirs, renamed(expected, pairs)):
         raise LdmError(difference)
     for name, tensor in theirs.items():
         if not tensor.is_floating_point():
             raise LdmError(f"tensor {name} is of {tensor.dtype}, not floating point")
-    return {name: theirs[rename(name, pairs)] for name in expected}
+    # copied: they are to outlive the file that they lie in
+    return {
+        name: theirs[rename(name, pairs)].to(tensor.dtype, copy=True)
+        for name, tensor in expected.items()
+    }
 
 
 def layer_sizes(weights: Mapping[str, Tensor], name: str, dimensions: int = 4) -> tuple[int, int]:
@@ -112,34 +116,22 @@ def read_described(path: Path) -> dict[str, Any]:
 
 
 def check_described(
-    described: Mapping[str, Any],
-    class_name: str,
-    sizes: Iterable[str],
-    fixed: Mapping[str, Sequence[Any]],
+    described: Mapping[str, Any], fixed: Mapping[str, Sequence[Any]], needed: Iterable[str] = ()
 ) -> None:
-    """Refuse a diffusers config.json of another class, or of another structure than ours.
-
-    Args:
-        sizes: keys that it must have.
-        fixed: values that a key may have; the first is meant where it is left out.
-    """
-    if described.get("_class_name") != class_name:
-        raise LdmError(f"its _class_name is not {class_name}")
-    for key in sizes:
-        if key not in described:
-            raise LdmError(f"it has no {key}")
+    """Refuse a config of another toolkit that lacks a needed key, or is of another structure than
+    ours: `fixed` has the values that a key may have; the first is meant where it is left out."""
     for key, known in fixed.items():
         if described.get(key, known[0]) not in known:
             only = " or ".join(repr(value) for value in known)
             raise LdmError(f"{key} is {described[key]!r}, only {only} is supported")
+    for key in needed:
+        if key not in described:
+            raise LdmError(f"it has no {key}")
 
 
 def weights_files(folder: Path, pickled: bool = False) -> list[Path]:
-    """Find the weights in a diffusers folder: the plain file, else its shards, else a variant.
-
-    Args:
-        pickled: take a `.bin`, too, where no safetensors but of a variant, such as fp16, is there.
-    """
+    """Find the weights in a diffusers folder: the plain file, else its shards, else (with
+    `pickled`) a `.bin`, else a variant, such as fp16."""
     # by (variant, number of shards, 0 where it is whole), then by the shard's own number
     found: dict[tuple[str, int], dict[int, Path]] = {}
     for path in sorted(folder.glob(f"{STEM}*.safetensors")):
@@ -164,36 +156,32 @@ def weights_files(folder: Path, pickled: bool = False) -> list[Path]:
     return list(paths.values())
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors`, or of a checkpoint that `torch.save` wrote, by their names.
+def read_weights(*paths: Path) -> dict[str, Tensor]:
+    """The tensors in `.safetensors` or checkpoints of `torch.save`, by their names.
 
-    They may lie in a mapping of the file: clone those that are to outlive it, after
-    `refuse_overstated`.
+    None is larger than its file. They may lie in a mapping of it: clone those that are to outlive
+    it.
     """
-    if is_safetensors(path):
-        return read_safetensors(path)
-    tree: Any = read_foreign(path)
-    tree = tree.get("state_dict", tree) if isinstance(tree, dict) else {}
-    return {
-        name: value
-        for name, value in (tree.items() if isinstance(tree, dict) else ())
-        if isinstance(name, str) and isinstance(value, Tensor)
-    }
-
-
-def read_all(paths: Iterable[Path]) -> dict[str, Tensor]:
-    """The tensors of several files, such as the shards of a model, none overstated."""
     weights: dict[str, Tensor] = {}
     for path in paths:
-        weights |= (read := read_weights(path))
+        tree = read_safetensors(path) if is_safetensors(path) else read_foreign(path)
+        if isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict):
+            tree = tree["state_dict"]
+        items = tree.items() if isinstance(tree, dict) else ()
+        read = {k: v for k, v in items if isinstance(k, str) and isinstance(v, Tensor)}
         refuse_overstated(read, path)
+        weights |= read
     return weights
 
 
 def write_folder(
-    folder: Path, described: Mapping[str, Any], weights: Mapping[str, Tensor]
+    folder: Path, described: Mapping[str, Any], weights: Mapping[str, Tensor], **notes: Any
 ) -> list[Path]:
-    """Write a diffusers model's config.json and weights, both or none, and return the two paths."""
-    paths = [folder / "config.json", folder / WEIGHTS_FILE]
-    write_together({paths[1]: to_safetensors(weights, format="pt"), paths[0]: to_json(described)})
-    return paths
+    """Write a diffusers model's config.json, weights and `notes` (NAME=tree: NAME.json), all or
+    none, and return their paths."""
+    trees = {"config": described, **notes}
+    files = {folder / f"{name}.json": to_json(tree) for name, tree in trees.items()}
+    files |= {folder / WEIGHTS_FILE: to_safetensors(weights, format="pt")}
+    # in reverse: config.json describes the others, and so is the last to be replaced
+    write_together({path: files[path] for path in reversed(files)})
+    return list(files)

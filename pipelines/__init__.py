@@ -1,8 +1,8 @@
 """Floor 2: the jobs. They build models, move data through them, and write what comes out.
 
-The jobs are the modules here and the packages `analysis`, `doctor`, `exchange`, `report` and
-`reproduce`. `sampling` and `measuring` hold what several jobs share. `latent_diffusion`, and the
-codec in `latents`, are for Python users, too.
+The jobs are the modules here and the packages `analysis`, `doctor`, `report` and `reproduce`.
+`sampling` and `measuring` hold what several jobs share. `latent_diffusion`, and the codec in
+`latents`, are for Python users, too.
 """
 
 from typing import Any

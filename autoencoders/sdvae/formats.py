@@ -33,7 +33,7 @@ from ldm.foreign import (
     check_described,
     layer_sizes,
     pick,
-    read_all,
+    read_weights,
     rename,
     renamed,
     reverse,
@@ -80,8 +80,9 @@ def from_diffusers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 # -------------------------------------------------------------------------- diffusers: config
-SIZES = ("latent_channels", "block_out_channels", "layers_per_block")
+SIZES = ("_class_name", "latent_channels", "block_out_channels", "layers_per_block")
 FIXED: dict[str, tuple[Any, ...]] = {
+    "_class_name": ("AutoencoderKL",),
     "in_channels": (3,),
     "out_channels": (3,),
     "act_fn": ("silu",),
@@ -97,7 +98,7 @@ SETTINGS = (
 
 def tree_from_diffusers(described: Mapping[str, Any]) -> dict[str, Any]:
     """Turn a diffusers config.json into the tree of an `AutoencoderConfig`, or refuse it."""
-    check_described(described, "AutoencoderKL", SIZES, FIXED)
+    check_described(described, FIXED, SIZES)
     for key, level in LEVELS.items():
         other = next((name for name in described.get(key, ()) if name != level), None)
         if other:
@@ -130,7 +131,6 @@ def diffusers_config(
         raise _cannot("diffusers", f"widths {widths} are normalised in unequal numbers of groups")
     given = {} if scaling_factor is None else {"scaling_factor": scaling_factor}
     return {
-        "_class_name": "AutoencoderKL",
         **{key: known[0] for key, known in FIXED.items()},
         **{key: [level] * len(widths) for key, level in LEVELS.items()},
         "block_out_channels": widths,
@@ -168,7 +168,7 @@ def read_diffusers(
         tree = tree_from_diffusers(described)
     except (LdmError, TypeError, KeyError) as error:
         raise LdmError(f"{folder}/config.json describes no SD-VAE to load here: {error}") from error
-    return tree, from_diffusers(read_all(weights_files(folder)))
+    return tree, from_diffusers(read_weights(*weights_files(folder)))
 
 
 def write_diffusers(

@@ -58,13 +58,13 @@ def import_model(
     ldm import lsun-churches.ckpt churches.pt --diffusion --heads 8
     """
     if diffusion:
-        from pipelines.exchange.diffusion import import_diffusion
+        from pipelines.exchange import import_diffusion
 
         _refuse("applies to autoencoders only", subfolder=subfolder, revision=revision)
         options = (resolution, head_width, heads, scale_factor, force)
         written, notes = import_diffusion(source, out, *options)
         return _print(written, *notes, f"next: ldm sample {out}")
-    from pipelines.exchange.autoencoders import import_autoencoder
+    from pipelines.exchange import import_autoencoder
 
     _refuse(
         "needs --diffusion", resolution=resolution, head_width=head_width, heads=heads,
@@ -111,7 +111,7 @@ def export_model(
     *model, out = paths
     named = model[0] if model else None
     if form == "unet":
-        from pipelines.exchange.diffusion import export_network
+        from pipelines.exchange import export_network
 
         _refuse("needs --format diffusers", scaling_factor=scaling_factor)
         return _print(
@@ -120,7 +120,7 @@ def export_model(
             "standard deviation of the latents",
             f"next: diffusers.UNet2DModel.from_pretrained({str(out)!r})",
         )
-    from pipelines.exchange.autoencoders import export_autoencoder
+    from pipelines.exchange import export_autoencoder
 
     usage = {
         "diffusers": [f"next: diffusers.AutoencoderKL.from_pretrained({str(out)!r})"],

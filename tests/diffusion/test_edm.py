@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from diffusion import EDM, EDMConfig, EDMLoss, UNet, UNetConfig, edm_loss, sample_sigma
-from diffusion.edm import Uncertainty, preconditioning, weigh
+from diffusion.edm import Uncertainty, weigh
 
 SIGMAS = torch.logspace(-3, 2, 21, dtype=torch.float64)
 
@@ -36,7 +36,7 @@ def normal(*shape, seed=0, dtype=torch.float32):
 
 @pytest.mark.parametrize("sigma_data", [0.5, 1.0])
 def test_preconditioning_gives_unit_variance(sigma_data):
-    c_skip, c_out, c_in, c_noise = preconditioning(SIGMAS, sigma_data)
+    c_skip, c_out, c_in, c_noise = EDM(Zero(), sigma_data).precondition(SIGMAS)
     # input: c_in (y + n), with Var y = σ_data² and Var n = σ²
     torch.testing.assert_close(c_in**2 * (sigma_data**2 + SIGMAS**2), torch.ones_like(SIGMAS))
     # effective target: (y − c_skip (y + n)) / c_out

@@ -117,17 +117,19 @@ def test_cosine_attention_follows_its_formula():
 
 
 @pytest.mark.parametrize(
-    "encodes, widths, scale",
-    [(True, (8, 12), 1), (True, (12, 12), 0.5), (False, (20, 12), 1), (False, (12, 12), 2)],
-)
-def test_blocks_follow_figure_22(encodes, widths, scale):
+    "encodes, widths, way",
+    [(True, (8, 12), None), (True, (12, 12), "down"), (False, (20, 12), None),
+     (False, (12, 12), "up")],
+)  # fmt: skip
+def test_blocks_follow_figure_22(encodes, widths, way):
     torch.manual_seed(1)
     config = EDM2Config(channels=4, multipliers=(3,), head_width=6, attention_balance=0.4, clip=2.0)
-    block = EDM2Block(*widths, config, encodes, attends=True, scale=scale).double()
+    block = EDM2Block(*widths, config, encodes, attends=True, way=way).double()
     nn.init.constant_(block.residual.gain, 0.8)
     x, embedding = normal(2, widths[0], 4, 6).double(), normal(2, 16, seed=1).double()
 
-    y = {0.5: F.avg_pool2d(x, 2), 1: x, 2: x.repeat_interleave(2, 2).repeat_interleave(2, 3)}[scale]
+    doubled = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    y = {"down": F.avg_pool2d(x, 2), None: x, "up": doubled}[way]
     main = y if widths[0] == widths[1] else convolve(y, block.fit)
     if encodes:
         y = main = standardise(main, dim=1)

@@ -13,6 +13,7 @@ from diffusion.unet import (
     UNetDownsample,
     UNetResidual,
     UNetUpsample,
+    attending,
     group_norm,
     sinusoids,
 )
@@ -68,7 +69,8 @@ def test_group_count(width, groups):
 
 
 def test_the_embedding_is_the_sum_of_what_is_known():
-    embed = scrambled(NoiseEmbedding(4, classes=3, augment_parameters=2))
+    config = UNetConfig(channels=4, multipliers=(1,), head_width=4, classes=3, augment_parameters=2)
+    embed = scrambled(NoiseEmbedding(config))
     c_noise, labels = torch.tensor([0.5, -1.0]).double(), torch.tensor([2, -1])
     augment = torch.randn(2, 2).double()
     into, out = embed.linear_in, embed.linear_out
@@ -78,18 +80,24 @@ def test_the_embedding_is_the_sum_of_what_is_known():
     torch.testing.assert_close(embed(c_noise, labels, augment), silu(expected))
 
 
-@pytest.mark.parametrize("resample", [None, "down", "up"])
+def residual(in_width, out_width, scale_shift, way):
+    """A block of a UNet of 2 channels, whose embedding is 8 wide."""
+    config = UNetConfig(channels=2, multipliers=(1,), head_width=2, scale_shift=scale_shift)
+    return scrambled(UNetResidual(in_width, out_width, config, way))
+
+
+@pytest.mark.parametrize("way", [None, "down", "up"])
 @pytest.mark.parametrize("scale_shift", [False, True])
 @pytest.mark.parametrize("out_width", [8, 12])
-def test_residual_block_is_its_formula(out_width, scale_shift, resample):
-    block = scrambled(UNetResidual(8, out_width, 6, 0.0, scale_shift, resample))
-    x, embedding = torch.randn(2, 8, 4, 6).double(), torch.randn(2, 6).double()
+def test_residual_block_is_its_formula(out_width, scale_shift, way):
+    block = residual(8, out_width, scale_shift, way)
+    x, embedding = torch.randn(2, 8, 4, 6).double(), torch.randn(2, 8).double()
     before = x.clone()
 
     def resized(x):
-        if resample == "down":  # means of 2×2
+        if way == "down":  # means of 2×2
             return x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean(dim=(3, 5))
-        return x.repeat_interleave(2, 2).repeat_interleave(2, 3) if resample == "up" else x
+        return x.repeat_interleave(2, 2).repeat_interleave(2, 3) if way == "up" else x
 
     def conv(x, layer):
         return torch.conv2d(x, layer.weight, layer.bias, padding=layer.kernel_size[0] // 2)
@@ -110,9 +118,9 @@ def test_residual_block_is_its_formula(out_width, scale_shift, resample):
 
 
 def test_sums_in_place_leave_the_gradients_right():
-    for scale_shift, resample in ((False, None), (True, "down")):
-        block = scrambled(UNetResidual(4, 8, 3, 0.0, scale_shift, resample))
-        x, embedding = torch.randn(1, 4, 2, 2).double(), torch.randn(1, 3).double()
+    for scale_shift, way in ((False, None), (True, "down")):
+        block = residual(4, 8, scale_shift, way)
+        x, embedding = torch.randn(1, 4, 2, 2).double(), torch.randn(1, 8).double()
         inputs = x.requires_grad_(), embedding.requires_grad_()
         assert torch.autograd.gradcheck(block, inputs)
 
@@ -302,8 +310,8 @@ def test_blocks_that_resample_stand_between_the_levels():
     network = build(FULL)
     assert [type(layer) for layer in network.enter] == [nn.Conv2d, UNetResidual]
     assert [type(layer) for layer in network.leave] == [UNetResidual, nn.Sequential]
-    assert [network.enter[1].resample, network.leave[0].resample] == ["down", "up"]
-    assert network.middle_in.residual.resample is None
+    assert [network.enter[1].way, network.leave[0].way] == ["down", "up"]
+    assert network.middle_in.residual.way is None
 
 
 def test_sides_that_cannot_be_halved_are_refused():
@@ -333,7 +341,7 @@ def test_a_network_that_cannot_be_built_is_refused(tree, message):
 
 def test_head_width_is_ignored_where_heads_are_counted():
     config = validate(UNetConfig, {"channels": 48, "multipliers": [1, 2], "heads": 8})
-    assert config.attending_widths() == {96}
+    assert attending(dict(config)) == {2: 96}
 
 
 def test_heads_must_fit_the_middle_even_without_other_attention():
@@ -368,9 +376,9 @@ SIZES = {"channels": 16, "multipliers": (1, 2), "blocks": 1, "head_width": 16}
 @pytest.mark.parametrize(
     ("knows", "labels", "augment", "message"),
     [
-        ({"classes": 3}, [0, 3], None, "^label 3 is not one of this network's classes: use 0"),
-        ({"classes": 3}, [-2, 0], None, "^label -2 is not one"),
-        ({}, [-1, 0], None, "^label 0 was given to a network without classes: leave labels out"),
+        ({"classes": 3}, [0, 3], None, "^label 3 is none of this network's 3 classes: use 0"),
+        ({"classes": 3}, [-2, 0], None, "^label -2 is none of"),
+        ({}, [-1, 0], None, "^label 0 is none of this network's 0 classes: leave labels out"),
         (
             {"augment_parameters": 9},
             None,

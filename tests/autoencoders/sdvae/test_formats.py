@@ -281,7 +281,7 @@ def refusal(folder, config, weights=None):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"_class_name": "VQModel"}, "_class_name is not AutoencoderKL"),
+        ({"_class_name": "VQModel"}, "_class_name is 'VQModel', only 'AutoencoderKL' is"),
         (
             {"norm_num_groups": 16},
             "norm_num_groups is 16; here widths [32, 64] are normalised in 32",

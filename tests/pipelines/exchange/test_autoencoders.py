@@ -18,7 +18,7 @@ from ldm.checkpoint import ModelFile, load_model, save_model
 from ldm.cli.exchange import export_model, import_model
 from ldm.config import to_tree
 from ldm.errors import LdmError, UsageError
-from pipelines.exchange.autoencoders import export_autoencoder, import_autoencoder
+from pipelines.exchange import export_autoencoder, import_autoencoder
 from pipelines.latents import Codec, measure_latents
 from tests import small
 
@@ -304,8 +304,3 @@ def test_wrong_arguments_are_refused_in_a_line(tmp_path, sdvae, words, kind, tol
         run(*words)
     assert "\n" not in str(caught.value)
     assert {path.name for path in tmp_path.iterdir()} == {"vae"}
-
-
-def test_unknown_format_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="must be one of diffusers, compvis, hub"):
-        export_autoencoder(tmp_path / "a", "onnx")

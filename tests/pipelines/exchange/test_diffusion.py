@@ -13,7 +13,7 @@ from ldm.checkpoint import load_model
 from ldm.errors import LdmError, UsageError
 from ldm.seeds import normal
 from pipelines import LatentDiffusionPipeline
-from pipelines.exchange.diffusion import export_network, import_diffusion
+from pipelines.exchange import export_network, import_diffusion, latent_statistics
 from pipelines.sample import sample_images
 from pipelines.sampling.settings import Sampling
 from tests.diffusion.compvis_unet import answer, checkpoint
@@ -197,7 +197,55 @@ def test_statistics_of_each_channel_are_undone():
     torch.testing.assert_close(pipe.codec.decode(z), expected, rtol=0, atol=1e-4)
 
 
+SAID = {"scaling_factor": SCALE}
+
+
+@pytest.mark.parametrize(
+    ("settings", "given", "expected"),
+    [
+        (SAID, None, (SCALE, [0.0] * 4, [1.0] * 4)),
+        (SAID, 0.5, (0.5, [0.0] * 4, [1.0] * 4)),
+        ({}, 1.0, (1.0, [0.0] * 4, [1.0] * 4)),
+        (SAID | {"shift_factor": 0.1}, None, (SCALE, [0.1] * 4, [1.0] * 4)),
+        (
+            SAID | {"latents_mean": [0, 1, 2, 3.5], "latents_std": [1, 2, 3, 4]}, None,
+            (SCALE, [0, 1, 2, 3.5], [1, 2, 3, 4]),
+        ),
+    ],
+)  # fmt: skip
+def test_statistics_of_latents(settings, given, expected):
+    assert latent_statistics(settings, given, 4, Path("model")) == expected
+
+
 # -------------------------------------------------------------------------------- refusals
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, "model has no scale for its latents: give --scale-factor"),
+        ({"scaling_factor": 0}, "model scales its latents by 0, not above 0: give"),
+        ({"scaling_factor": float("nan")}, "by nan, not above 0"),
+        ({"scaling_factor": [1]}, "by [1], not above 0"),
+        ({"scaling_factor": [1.0, 1.0]}, "by [1.0, 1.0], not above 0"),
+        (SAID | {"latents_mean": [0.0]}, "are not 4 numbers"),
+        (SAID | {"latents_std": [1, 1, 1, 0]}, "are not 4 numbers"),
+        (SAID | {"shift_factor": "x"}, "are not 4 numbers"),
+    ],
+)
+def test_other_statistics_are_refused_in_a_line(settings, told):
+    with pytest.raises(LdmError, match=r"^model") as caught:
+        latent_statistics(settings, None, 4, Path("model"))
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_source_without_a_scale_needs_one():
+    state = {name: t for name, t in compvis_tensors().items() if name != "scale_factor"}
+    write_compvis(Path("model.ckpt"), state)
+    with pytest.raises(LdmError, match=r"model\.ckpt has no scale for its latents: give --scale"):
+        import_diffusion("model.ckpt", Path("out.pt"), SIZE)
+    import_diffusion("model.ckpt", Path("out.pt"), SIZE, scale_factor=1.0)
+    assert load_model("out.pt", "diffusion").statistics["std"] == [1.0] * 4
+
+
 @pytest.mark.parametrize(
     ("source", "options", "kind", "told"),
     [
@@ -366,13 +414,9 @@ def test_folder_of_the_model_is_never_overwritten():
         export_network(Path("loose"), Path("loose/a.pt"), force=True)
 
 
-def test_a_full_disk_leaves_no_network_without_its_description(monkeypatch):
+def test_a_network_is_written_with_its_description_or_not_at_all():
     make_model(Path("one"), 0, settings=(WIDE,))
-
-    def full(*_args):
-        raise LdmError("could not write")
-
-    monkeypatch.setattr("pipelines.exchange.diffusion.write_json", full)
-    with pytest.raises(LdmError, match="could not write"):
-        export_network(Path("unet"), Path("one"))
-    assert not list(Path("unet").iterdir())
+    Path("unet/ldm.json").mkdir(parents=True)
+    with pytest.raises(LdmError, match=r"could not write unet/ldm\.json"):
+        export_network(Path("unet"), Path("one"), force=True)
+    assert list(Path("unet").iterdir()) == [Path("unet/ldm.json")]

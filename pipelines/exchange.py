@@ -1,0 +1,436 @@
+"""Models in and out: those of diffusers and CompVis as a `ckpt.pt` of ours, and ours as theirs.
+
+A latent diffusion model of theirs is a UNet of discrete time, the noise levels it was trained with,
+a KL autoencoder, and the scaling of latents between the two: z = (latents − mean) · scale ÷ std, in
+most by the scale alone.
+"""
+
+import math
+import re
+from collections.abc import Iterable
+from contextlib import suppress
+from hashlib import file_digest
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autoencoders.autoencoder import Autoencoder, assemble
+from autoencoders.pretrained import AutoencoderFile, find_pretrained, read_autoencoder
+from autoencoders.sdvae import formats as sdvae
+from diffusion import formats
+from diffusion.discrete import DiscreteConfig, DiscreteDenoiser, find_schedule
+from diffusion.unet import UNet, UNetConfig
+from ldm.checkpoint import Kind, ModelFile, load_model, save_model, shown
+from ldm.config import to_tree, validate
+from ldm.data import DataConfig
+from ldm.errors import LdmError, UsageError, check_at_least
+from ldm.foreign import check_described, find_prefix, read_described, read_weights, weights_files
+from ldm.run_folder import newest_run, provenance
+from pipelines.recipes import DiffusionRecipe, latent_shape
+from pipelines.sampling.model import LatentModel
+
+
+# --------------------------------------------------------------------------------- autoencoders
+def import_autoencoder(
+    source: str,
+    out: Path,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    force: bool = False,
+) -> list[Path]:
+    """Convert any autoencoder that `load_autoencoder` or the Hub has to a model file of ours and
+    its `.safetensors` twin, and return both paths.
+
+    The file records where its weights come from, not how they were trained.
+    """
+    paths = _import_paths(source, out, force)
+    path = find_pretrained(source, revision, subfolder)
+    found = read_autoencoder(path)
+    ae, before = assemble(found, path), found.provenance.get("imported", {})
+    # of a folder in the Hub's cache
+    commit = re.search(r"/snapshots/([0-9a-f]{40})(/|$)", path.absolute().as_posix())
+    details = {
+        "subfolder": (subfolder or "").strip("/"),
+        "revision": revision,
+        "commit": commit and commit[1],
+        "imported": "source" in before and before,  # it was imported once already
+    }
+    origin = {
+        "source": source,
+        "format": found.format,
+        "sha256": {file.name: _sha256(file) for file in found.files},
+        **{key: value for key, value in details.items() if value},
+        **sdvae.pick_settings(before),
+    }
+    known = provenance() | {"imported": origin}
+    save_model(out, ModelFile("autoencoder", to_tree(ae.config), ae.state_dict(), provenance=known))
+    return paths
+
+
+def export_autoencoder(
+    out: Path,
+    form: Literal["diffusers", "compvis", "hub"],
+    model: Path | None = None,
+    scaling_factor: float | None = None,
+    force: bool = False,
+) -> list[Path]:
+    """Write an autoencoder (default: of the newest run) in the format of another toolkit, and
+    return the files.
+
+    Args:
+        out: a folder for diffusers and hub, a `.safetensors` or `.ckpt` for compvis.
+        scaling_factor: 1 ÷ the standard deviation of its latents, which diffusers stores. Default:
+            that of an imported model, else SD-VAE's.
+    """
+    if scaling_factor is not None and not 0 < scaling_factor < math.inf:
+        raise UsageError(f"--scaling-factor {scaling_factor}: must be above 0 and finite")
+    _check_out(out, form, model, force)
+    path = model or newest_run("autoencoder")
+    found = read_autoencoder(path)
+    _refuse_own_folder(out, found.files)
+    ae, imported = assemble(found, path), found.provenance.get("imported")
+    if form == "hub":
+        return ae.save_pretrained(out, imported)
+    if form == "compvis":
+        return sdvae.write_compvis(out, ae)
+    return sdvae.write_diffusers(out, ae, scaling_factor, imported)
+
+
+# ------------------------------------------------------------------------- diffusion models in
+class ForeignModel(NamedTuple):
+    """A latent diffusion model of another toolkit, its weights by our names."""
+
+    format: Literal["compvis", "diffusers"]
+    network: UNetConfig
+    weights: dict[str, Tensor]
+    files: tuple[Path, ...]
+    """The files that hold weights."""
+    autoencoder: AutoencoderFile
+    denoiser: DiscreteConfig
+    settings: dict[str, Any]
+    """Of its latents, by diffusers' names: scaling_factor, latents_mean, …"""
+    side: int | None = None
+    """Side of the latents it was trained on, if known."""
+    notes: tuple[str, ...] = ()
+    """Assumptions made, a line each."""
+
+
+def import_diffusion(
+    source: str,
+    out: Path,
+    resolution: int | None = None,
+    head_width: int | None = None,
+    heads: int | None = None,
+    scale_factor: float | None = None,
+    force: bool = False,
+) -> tuple[list[Path], list[str]]:
+    """Convert a latent diffusion model to a model file of ours and its `.safetensors` twin.
+
+    Args:
+        source: a CompVis checkpoint with its first stage, or the folder of a diffusers pipeline.
+        resolution: side of its images, in pixels. Default: the folder's, else 256.
+        head_width, heads: of a checkpoint's attention, one of them. Default: heads 32 wide.
+        scale_factor: factor that multiplies its latents. Default: the source's.
+
+    Returns:
+        The files written, and lines to print: a summary of the model, and the assumptions made.
+    """
+    paths, path = _import_paths(source, out, force), Path(source)
+    check_at_least(1, resolution=resolution, head_width=head_width, heads=heads)
+    if scale_factor is not None and not 0 < scale_factor < math.inf:
+        raise UsageError(f"--scale-factor {scale_factor}: must be above 0 and finite")
+    found = _read_model(path, head_width, heads)
+    ae, network, levels = assemble(found.autoencoder, path), found.network, found.denoiser
+    recipe = _make_recipe(found, resolution, ae, path)
+    shape, side = latent_shape(recipe, ae), recipe.resolution
+    scale, mean, std = latent_statistics(found.settings, scale_factor, shape[0], path)
+    statistics = {
+        # their z = (latents − mean) · scale ÷ std is the codec's, of σ_data = 1
+        "mean": mean, "std": [value / scale for value in std],
+        "sigma_data": DiscreteDenoiser.sigma_data,
+        "classes": [str(number) for number in range(network.classes)],
+    }  # fmt: skip
+    inner = ModelFile("autoencoder", to_tree(ae.config), ae.state_dict())
+    root = path if path.is_dir() else path.parent
+    sums = {file.relative_to(root).as_posix(): _sha256(file) for file in found.files}
+    imported = {"source": source, "format": found.format, "scale_factor": scale, "sha256": sums}
+    origin = provenance() | {"imported": imported, "autoencoder_sha256": inner.sha256}
+    model = ModelFile("diffusion", to_tree(recipe), found.weights, statistics, origin, inner)
+    save_model(out, model)
+    parameters = sum(tensor.numel() for tensor in found.weights.values())
+    return paths, [
+        f"UNet of {parameters:,} parameters, {network.classes or 'no'} classes; latents "
+        f"{' × '.join(map(str, shape))}, times {scale:.5g}; images {side}×{side}",
+        f"it predicts {levels.prediction}; {levels.timesteps} noise levels, β {levels.beta_start:g}"
+        f" to {levels.beta_end:g} ({levels.schedule})",
+        *found.notes,
+    ]
+
+
+def _read_model(path: Path, head_width: int | None, heads: int | None) -> ForeignModel:
+    if head_width and heads:
+        raise UsageError("--head-width and --heads exclude each other: give one of them")
+    if path.is_file():
+        return read_checkpoint(path, head_width, heads)
+    if not path.is_dir():
+        raise LdmError(f"no model at {path}: --diffusion takes a file or a folder on this machine")
+    if head_width or heads:
+        raise UsageError(f"{path} says its heads: leave out --head-width and --heads")
+    return read_folder(path)
+
+
+def _make_recipe(
+    found: ForeignModel, resolution: int | None, ae: Autoencoder, path: Path
+) -> DiffusionRecipe:
+    network, n_z, f = found.network, ae.config.latent_channels, ae.downsampling
+    if network.latent_channels != n_z:
+        raise LdmError(
+            f"{path} does not fit together: its UNet is for latents of {network.latent_channels} "
+            f"channels, its autoencoder's have {n_z}"
+        )
+    side = resolution or (found.side * f if found.side else 256)  # that of CompVis's models
+    multiple = f * 2 ** (len(network.multipliers) - 1)
+    if side % multiple:
+        raise UsageError(
+            f"resolution {side}: must be a multiple of {multiple}, by which its autoencoder and "
+            "UNet divide"
+        )
+    data = DataConfig(source="unknown")  # so that nobody measures it against the photographs
+    return DiffusionRecipe(resolution=side, network=network, denoiser=found.denoiser, data=data)
+
+
+def latent_statistics(
+    settings: dict[str, Any], scale_factor: float | None, n_z: int, path: Path
+) -> tuple[float, list[float], list[float]]:
+    """The scale of latents, their mean and their divisor besides the scale, per channel."""
+    given = settings.get("scaling_factor") if scale_factor is None else scale_factor
+    if given is None:
+        raise LdmError(
+            f"{path} has no scale for its latents: give --scale-factor, the scale_factor of its "
+            "yaml, or 1 if there is none"
+        )
+    scale = math.nan
+    with suppress(TypeError, ValueError):
+        scale = float(given)
+    if not 0 < scale < math.inf:
+        value = shown(str(given))
+        raise LdmError(f"{path} scales its latents by {value}, not above 0: give --scale-factor")
+    mean = settings.get("latents_mean", [settings.get("shift_factor", 0.0)] * n_z)
+    table = np.empty(0)
+    with suppress(TypeError, ValueError):
+        table = np.array([mean, settings.get("latents_std", [1.0] * n_z)], dtype=float)
+    if table.shape != (2, n_z) or not (np.isfinite(table).all() and table[1].min() > 0):
+        raise LdmError(f"{path}: latents_mean, latents_std or shift_factor are not {n_z} numbers")
+    return scale, table[0].tolist(), table[1].tolist()
+
+
+# ------------------------------------------------------------------------------------ CompVis
+def read_checkpoint(
+    path: Path, head_width: int | None = None, heads: int | None = None
+) -> ForeignModel:
+    """Read a CompVis checkpoint of a whole latent diffusion model; averaged weights come first."""
+    tensors = read_weights(path)
+    network, weights = formats.read_compvis(path, head_width, heads)
+    prefix = find_prefix(tensors, sdvae.COMPVIS_PREFIXES, sdvae.COMPVIS_FIRST)
+    if prefix != "first_stage_model.":
+        raise LdmError(
+            f"{path} holds a UNet without its autoencoder (first_stage_model.…): give the "
+            "checkpoint of the whole model"
+        )
+    betas, alpha_bars = tensors.get("betas"), tensors.get("alphas_cumprod")
+    denoiser, notes, settings = DiscreteConfig(), [], {}
+    if betas is None and alpha_bars is None:
+        notes.append("it has no table of noise levels: those of CompVis' models are assumed")
+    else:
+        try:
+            denoiser = find_schedule(betas, alpha_bars)
+        except LdmError as error:
+            raise LdmError(f"{path} cannot be used: {error}") from error
+    if not (head_width or heads):
+        notes.append(
+            f"attention heads are assumed to be {network.head_width} channels wide: compare "
+            "num_head_channels or num_heads in its yaml, and give --head-width or --heads"
+        )
+    if "scale_factor" in tensors:
+        settings = {"scaling_factor": tensors["scale_factor"].tolist()}
+    return ForeignModel(
+        "compvis", network, weights, (path,), read_autoencoder(path), denoiser, settings,
+        notes=tuple(notes),
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------- diffusers
+def read_folder(folder: Path) -> ForeignModel:
+    """Read the folder of a diffusers pipeline: `unet/`, `scheduler/`, and an `AutoencoderKL` in
+    `vae/` or, as their `LDMPipeline` calls it, `vqvae/`."""
+    unet, scheduler = folder / "unet", folder / "scheduler/scheduler_config.json"
+    vae = next((at for at in (folder / "vae", folder / "vqvae") if at.is_dir()), folder / "vae")
+    for path in (unet / "config.json", vae / "config.json", scheduler):
+        if not path.is_file():
+            raise LdmError(
+                f"{path} is missing: --diffusion takes the folder of a diffusers pipeline, with "
+                "unet/, vae/ and scheduler/, or a CompVis checkpoint"
+            )
+    network, weights = formats.read_diffusers(unet)
+    denoiser, autoencoder = _read_scheduler(scheduler), read_autoencoder(vae)
+    settings = {"scaling_factor": sdvae.SCALING_FACTOR, **autoencoder.provenance["imported"]}
+    side = read_described(unet / "config.json").get("sample_size")
+    files = (*weights_files(unet, pickled=True), *autoencoder.files)
+    return ForeignModel(
+        "diffusers", network, weights, files, autoencoder, denoiser, settings,
+        side if isinstance(side, int) and side > 0 else None,
+    )  # fmt: skip
+
+
+def _read_scheduler(path: Path) -> DiscreteConfig:
+    """The noise levels and the prediction of a diffusers scheduler."""
+    described = read_described(path)
+    try:
+        predictions = ("epsilon", "v_prediction")
+        fixed = {"prediction_type": predictions, "rescale_betas_zero_snr": (False, None)}
+        check_described(described, fixed)
+        if described.get("trained_betas"):
+            config = find_schedule(torch.tensor(described["trained_betas"], dtype=torch.float64))
+        else:
+            spaced = {"beta_schedule": ("linear", "scaled_linear")}
+            check_described(described, spaced, needed=spaced)
+            tree = {  # with the defaults of diffusers' schedulers
+                "timesteps": described.get("num_train_timesteps", 1000),
+                "beta_start": described.get("beta_start", 0.0001),
+                "beta_end": described.get("beta_end", 0.02),
+                "schedule": described["beta_schedule"],
+            }
+            config = validate(DiscreteConfig, tree)
+    except (LdmError, TypeError, ValueError) as error:
+        raise LdmError(f"{path} cannot be used: {error}") from error
+    prediction = described.get("prediction_type", "epsilon").removesuffix("_prediction")
+    return config.model_copy(update={"prediction": prediction})
+
+
+# ------------------------------------------------------------------------ diffusion models out
+DISCRETE_INPUT = {
+    "c_in": "1 / sqrt(sigma^2 + 1)",
+    "timestep": "t between 0 and timesteps - 1 of which sqrt((1 - alpha_bar_t) / alpha_bar_t) = "
+    "sigma, interpolated in ln(sigma)",
+}
+# D(x; σ) of a network F, as ldm.json writes it
+TERMS = {
+    "edm": {  # Karras et al. 2022, Table 1, column "Ours"
+        "c_skip": "sigma_data^2 / (sigma^2 + sigma_data^2)",
+        "c_out": "sigma sigma_data / sqrt(sigma^2 + sigma_data^2)",
+        "c_in": "1 / sqrt(sigma^2 + sigma_data^2)",
+        "timestep": "ln(sigma) / 4",
+    },
+    # Karras et al. 2022, Table 1, column "VP"
+    "epsilon": {"c_skip": "1", "c_out": "-sigma", **DISCRETE_INPUT},
+    "v": {  # Salimans and Ho 2022, Section 4
+        "c_skip": "1 / (sigma^2 + 1)",
+        "c_out": "-sigma / sqrt(sigma^2 + 1)",
+        **DISCRETE_INPUT,
+    },
+}
+
+
+def export_network(out: Path, model: Path | None = None, force: bool = False) -> list[Path]:
+    """Write a stage-two network (default: of the newest run) as a folder for diffusers'
+    `UNet2DModel.from_pretrained`, with an `ldm.json` that describes its inputs and its answer, and
+    return the files."""
+    _check_out(out, "unet", model, force)
+    path = model or newest_run("diffusion")
+    _refuse_own_folder(out, [path])
+    found = LatentModel.from_pretrained(path, "cpu")
+    network = found.denoiser.network
+    if not isinstance(network, UNet):
+        raise LdmError(
+            f"{path} has a network of type {found.recipe.network.type}, which no diffusers "
+            "UNet2DModel can express: only type ldm can be exported"
+        )
+    return formats.write_diffusers(out, network, found.latent_shape[1], ldm=_describe(found))
+
+
+def _describe(model: LatentModel) -> dict[str, Any]:
+    """All that sampling with the network alone needs."""
+    config, classes = model.recipe.denoiser, model.classes
+    return {
+        "denoiser": {
+            "equation": "D(x; sigma) = c_skip x + c_out F(c_in x, timestep)",
+            **TERMS[config.prediction if isinstance(config, DiscreteConfig) else "edm"],
+            "sigma_min": model.denoiser.sigma_min,
+            "sigma_max": model.denoiser.sigma_max,
+            "config": to_tree(config),
+        },
+        "latents": {
+            "equation": "x = (latents - mean) sigma_data / std + sigma noise",
+            **model.codec.statistics(),
+            "shape": list(model.latent_shape),
+        },
+        "classes": {
+            "names": list(classes.names),
+            # diffusers' UNet2DModel wants a class each time
+            "class_of_none": classes.count or None,
+        },
+        "images": {
+            "resolution": model.recipe.resolution,
+            "autoencoder_sha256": model.autoencoder_sha256,
+        },
+        "sha256": model.sha256,
+        **provenance(),
+    }
+
+
+# -------------------------------------------------------------------------------------- paths
+def _import_paths(source: str, out: Path, force: bool) -> list[Path]:
+    """The files that an import writes, `out` and its `.safetensors` twin, if it may."""
+    if out.suffix != ".pt":
+        raise UsageError(f"{out}: the file to write must end in .pt, such as {out.stem}.pt")
+    paths = [out, out.with_suffix(".safetensors")]
+    same = next((path for path in paths if path.resolve() == Path(source).resolve()), None)
+    if same:
+        raise UsageError(f"{same} is the model to import: give OUT.pt another name")
+    _refuse_to_overwrite(paths, force)
+    return paths
+
+
+def _check_out(out: Path, form: str, model: Path | None, force: bool) -> None:
+    """Refuse to export to a path of another kind, over a run or a model of ours, forced or not, and
+    over other files unless forced."""
+    if _is_ours(out) and model is None:  # `out` may be meant as the model
+        raise UsageError(f"{out} is a model, and OUT is missing: ldm export {out} OUT")
+    if _is_ours(out):
+        raise UsageError(f"{out} is a run or a model of yours: give OUT another name")
+    is_file = out.suffix in (".safetensors", ".ckpt")
+    if is_file != (form == "compvis") or out.suffix == ".pt":
+        kind = "a .safetensors or .ckpt file" if form == "compvis" else "a folder"
+        raise UsageError(f"{out}: --format {form} writes {kind}")
+    _refuse_to_overwrite([out] if is_file else sorted(out.glob("*")), force)
+
+
+def _refuse_own_folder(out: Path, files: Iterable[Path]) -> None:
+    """Refuse to export a model of these files over it."""
+    if any(out.resolve() in (file.resolve(), file.resolve().parent) for file in files):
+        raise UsageError(f"{out} is the folder of the model to export: give OUT another name")
+
+
+def _refuse_to_overwrite(paths: Iterable[Path], force: bool) -> None:
+    there = next((path for path in paths if path.exists()), None)
+    if there and not force:
+        raise LdmError(f"{there} exists: give another name, or --force to overwrite it")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
+def _is_ours(path: Path) -> bool:
+    """Return whether a path is a run's folder or a model file of ours."""
+    if path.is_dir():
+        return any((path / name).exists() for name in ("run.json", "ckpt.pt"))
+    for kind in get_args(Kind):
+        with suppress(LdmError):
+            load_model(path, kind)
+            return True
+    return False
