@@ -265,8 +265,7 @@ class Bench:
 
     def write(self, folder: Path) -> None:
         """Write `bench.md` and `bench.json`."""
-        text = self.as_markdown().encode()
-        write_atomically(folder / "bench.md", lambda file: file.write(text))
+        write_atomically(folder / "bench.md", self.as_markdown().encode())
         write_json(folder / "bench.json", self.to_tree())
 
 

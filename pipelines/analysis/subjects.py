@@ -244,5 +244,5 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) 
     writer.writerow(header)
     for row in rows:
         writer.writerow([f"{cell:.9g}" if isinstance(cell, float) else cell for cell in row])
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    write_atomically(path, text.getvalue().encode())
     return path

@@ -186,9 +186,8 @@ class Result:
 
 def write_result(result: Result) -> None:
     """Write `table.md` and `table.json`, both or neither."""
-    text, tree = result.as_markdown().encode(), to_json(result.to_tree())
     page, values = result.files
-    write_together({page: lambda file: file.write(text), values: lambda file: file.write(tree)})
+    write_together({page: result.as_markdown().encode(), values: to_json(result.to_tree())})
 
 
 # --------------------------------------------------------------------------------- the table

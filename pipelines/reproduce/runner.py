@@ -25,7 +25,7 @@ from ldm.data import open_source
 from ldm.device import name_device, resolve_device
 from ldm.distributed import from_main, join_processes
 from ldm.errors import LdmError, UsageError
-from ldm.files import read_json, to_json, write_together
+from ldm.files import Content, read_json, to_json, write_together
 from ldm.logbook import console
 from ldm.metrics.inception import SHA256, digest, published_weights
 from ldm.run_folder import provenance
@@ -370,8 +370,8 @@ def _write_record(target: Target, record: Record, each: Mapping[str, NDArray]) -
         np.savez(file, **dict(each))  # type: ignore[arg-type]
 
     whole = to_json({"format": FORMAT, "state": "done", "each": sorted(each), **record})
-    files = {target.folder / EACH: write_each} if each else {}
-    write_together(files | {target.folder / RECORD: lambda file: file.write(whole)})
+    files: dict[Path, Content] = {target.folder / EACH: write_each} if each else {}
+    write_together(files | {target.folder / RECORD: whole})
 
 
 def _read_each(folder: Path) -> dict[str, NDArray]:

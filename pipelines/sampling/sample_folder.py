@@ -121,7 +121,7 @@ def is_same_model(named: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
 def write_labels(out: Path, labels: Sequence[int], names: Sequence[str]) -> None:
     """Write the class of each image, in order, and the names of the classes."""
     text = json.dumps({"classes": list(names), "labels": list(labels)}, ensure_ascii=False)
-    write_atomically(out / LABELS, lambda file: file.write(text.encode()))
+    write_atomically(out / LABELS, text.encode())
 
 
 def newest_samples() -> Path:
