@@ -17,12 +17,7 @@ from autoencoders.dwt import DWTEncoder, DWTEncoderConfig
 from autoencoders.layers import fuse
 from autoencoders.litevae.encoder import LiteVAEEncoder, LiteVAEEncoderConfig
 from autoencoders.pretrained import AutoencoderFile, HubMixin, find_pretrained, read_autoencoder
-from autoencoders.sdvae.nets import (
-    SDVAEDecoder,
-    SDVAEDecoderConfig,
-    SDVAEEncoder,
-    SDVAEEncoderConfig,
-)
+from autoencoders.sdvae import SDVAEDecoder, SDVAEDecoderConfig, SDVAEEncoder, SDVAEEncoderConfig
 from autoencoders.wavelet import check_size
 from ldm.checkpoint import build_with
 from ldm.config import Config, load_preset, merge, to_tree, validate

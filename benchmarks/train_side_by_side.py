@@ -21,7 +21,7 @@ import torch
 
 from autoencoders import Autoencoder
 from autoencoders.discriminators import build_discriminator
-from autoencoders.sdvae.nets import SDVAEDecoder
+from autoencoders.sdvae import SDVAEDecoder
 from benchmarks.comparison import add_out, describe_machine, make_parser
 from ldm.config import load_preset, resolve, to_tree
 from ldm.data import Batch, Source, batches, open_source, sheet_images

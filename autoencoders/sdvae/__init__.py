@@ -1,1 +1,133 @@
-"""SD-VAE, the KL autoencoder of latent diffusion (Rombach et al. 2022, arXiv 2112.10752)."""
+"""SD-VAE, the KL autoencoder of latent diffusion (Rombach et al. 2022, arXiv 2112.10752).
+
+The encoder is the baseline of LiteVAE's, which keeps the decoder, with GroupNorm or without.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from autoencoders.cpu import chain, channels_last
+from autoencoders.layers import Downsample, Norm, ResidualBlock, Upsample, group_norm, middle
+from autoencoders.wavelet import haar_idwt
+from ldm.config import Config
+
+
+# --------------------------------------------------------------------------------- encoder
+class SDVAEEncoderConfig(Config):
+    """Widths and depth of SD-VAE's encoder; the defaults are the published kl-f8's."""
+
+    type: Literal["sdvae"] = "sdvae"
+    """Strided convolutions, with attention in the middle."""
+    channels: PositiveInt = 128
+    """Base width, in feature maps."""
+    multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4, 4)
+    """Width of each resolution, as a multiple of `channels`; between two, the image is halved."""
+    blocks: PositiveInt = 2
+    """Residual blocks at each resolution."""
+
+    @property
+    def downsampling(self) -> int:
+        """f, pixels per latent along each side."""
+        return 2 ** (len(self.multipliers) - 1)
+
+
+class SDVAEEncoder(nn.Module):
+    """Images (B, 3, H, W) in [−1, 1] → moments (B, 2·n_z, H/f, W/f): mean, log-variance."""
+
+    def __init__(self, config: SDVAEEncoderConfig, latent_channels: int) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
+        widths = [config.channels, *(config.channels * m for m in config.multipliers)]
+        self.levels = _levels(widths, config.blocks, "group", "downsample", Downsample)
+        self.middle = middle(widths[-1])
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 2 * latent_channels, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = chain(channels_last(images), self.conv_in, *self.levels, self.middle)
+        return chain(x, self.norm_out, F.silu, self.conv_out)
+
+
+# --------------------------------------------------------------------------------- decoder
+class SDVAEDecoderConfig(Config):
+    """Widths, depth and normalisation of the decoder; the defaults are the published kl-f8's."""
+
+    channels: PositiveInt = 128
+    """Base width, in feature maps."""
+    multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4, 4)
+    """Width of each resolution, the highest first, as a multiple of `channels`."""
+    blocks: PositiveInt = 2
+    """Residual blocks at each resolution, as the encoder counts them: the decoder has one more."""
+    norm: Norm = "group"
+    """group: GroupNorm before each convolution. smc: self-modulated convolution instead."""
+    output: Literal["image", "wavelet"] = "image"
+    """image; wavelet: Haar sub-bands at half the size, then their inverse; one multiplier fewer."""
+
+    @property
+    def upsampling(self) -> int:
+        """f, pixels per latent along each side."""
+        doublings = len(self.multipliers) - 1
+        return 2 ** (doublings + 1 if self.output == "wavelet" else doublings)
+
+
+class SDVAEDecoder(nn.Module):
+    """Latents (B, n_z, h, w) → images (B, 3, f·h, f·w), about [−1, 1], not clipped.
+
+    With `norm="smc"` self-modulated convolution takes the place of GroupNorm and convolution in
+    every residual block. The paper is silent on the two norms outside them; here
+    - the **output norm** is left out: just before the pixels it would undo what self-modulation
+      keeps, and make every pixel depend on the statistics of the whole image, hence on its size;
+    - the **attention's norm** stays: it is on a branch, so the sum keeps the input's magnitudes;
+      attention reads the whole image anyway; and without it the attention logits grow with the
+      square of the features.
+
+    With `output="wavelet"` the last convolution returns the sub-bands LL, H, V and D of three
+    colours at half the size, divided by 2 like those that LiteVAE's encoder reads, and the image is
+    their inverse Haar transform in float32.
+    """
+
+    def __init__(self, config: SDVAEDecoderConfig, latent_channels: int) -> None:
+        super().__init__()
+        widths = [config.channels * m for m in reversed(config.multipliers)]
+        self.conv_in = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
+        self.middle = middle(widths[0], config.norm)
+        self.levels = _levels(
+            [widths[0], *widths], config.blocks + 1, config.norm, "upsample", Upsample
+        )
+        self.norm_out = group_norm(widths[-1]) if config.norm == "group" else nn.Identity()
+        self.wavelet = config.output == "wavelet"
+        self.conv_out = nn.Conv2d(widths[-1], 4 * 3 if self.wavelet else 3, 3, padding=1)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        x = chain(channels_last(latents), self.conv_in, self.middle, *self.levels)
+        x = chain(x, self.norm_out, F.silu, self.conv_out)
+        if not self.wavelet:
+            return x
+        # times 2, since LL has twice the range of the image
+        low, horizontal, vertical, diagonal = (2 * x.float()).chunk(4, dim=1)
+        return haar_idwt((low, horizontal, vertical, diagonal))  # 4 × (B, 3, f·h/2, …) → (B, 3, …)
+
+
+# ---------------------------------------------------------------------------------- levels
+def _levels(
+    widths: Sequence[int], blocks: int, norm: Norm, change: str, resample: type[nn.Module]
+) -> nn.ModuleList:
+    """Residual blocks at each resolution; `resample`, named `change`, between two resolutions.
+
+    Args:
+        widths: of the input, then of each resolution.
+    """
+    levels = nn.ModuleList()
+    for in_width, out_width in pairwise(widths):
+        if levels:
+            levels[-1].add_module(change, resample(in_width))
+        layers = [in_width] + blocks * [out_width]
+        level = nn.Sequential()
+        level.blocks = nn.Sequential(*(ResidualBlock(a, b, norm) for a, b in pairwise(layers)))
+        levels.append(level)
+    return levels

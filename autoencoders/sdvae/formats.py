@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoencoders.sdvae.nets import SDVAEEncoderConfig
+from autoencoders.sdvae import SDVAEEncoderConfig
 from ldm.checkpoint import refuse_overstated, shown, to_safetensors
 from ldm.errors import LdmError
 from ldm.files import write_atomically

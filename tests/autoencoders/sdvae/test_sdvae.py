@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from autoencoders import build_autoencoder
 from autoencoders.layers import SelfModulatedConv2d, fuse
-from autoencoders.sdvae.nets import SDVAEDecoder, SDVAEDecoderConfig
+from autoencoders.sdvae import SDVAEDecoder, SDVAEDecoderConfig
 from tests.autoencoders.parameters import count
 from tests.golden import (
     DECODER_GMAC_256,
