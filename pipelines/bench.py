@@ -40,11 +40,6 @@ OTHER_IMAGES = (
 )
 
 
-def _format_rate(images_per_second: float) -> str:
-    digits = ",.0f" if images_per_second >= 100 else ".3g"
-    return f"{images_per_second:{digits}}"
-
-
 TITLES = [
     "encoder", "weights, M", f"{PAPERS} weights, M", "GMAC", f"{PAPERS} GMAC", "MiB",
     f"{PAPERS} MB", "images/s", f"{PAPERS} images/s",
@@ -53,7 +48,10 @@ RATIO_TITLES = [
     "encoder", "weights", f"{PAPERS} weights", "GMAC", "memory", f"{PAPERS} memory", "images/s",
     f"{PAPERS} images/s",
 ]  # fmt: skip
-FORMS = ("{:.2f}".format, "{:.2f}".format, "{:,.0f}".format, _format_rate)
+FORMS = (
+    "{:.2f}".format, "{:.2f}".format, "{:,.0f}".format,
+    lambda rate: f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}",
+)  # fmt: skip
 
 
 class PaperCosts(NamedTuple):
@@ -61,23 +59,18 @@ class PaperCosts(NamedTuple):
 
     parameters: float
     """Millions."""
+    gmac: float | None
+    """10⁹ multiply-accumulates of a 256² image, which the paper calls GFLOPs."""
     peak_mb: float
     images_per_second: float
-    gmac: float | None = None
-    """10⁹ multiply-accumulates of a 256² image, which the paper calls GFLOPs."""
-
-    @property
-    def numbers(self) -> tuple[float | None, ...]:
-        """In the order of `TITLES`."""
-        return self.parameters, self.gmac, self.peak_mb, self.images_per_second
 
 
 PAPER = {
-    "sdvae": PaperCosts(34.16, 8860, 68, gmac=135.59),  # of Stable Diffusion 2.1's encoder
-    "litevae-s": PaperCosts(1.03, 1324, 384),
-    "litevae-b": PaperCosts(6.75, 3155, 129),
-    "litevae-m": PaperCosts(32.75, 12130, 42.24),
-    "litevae-l": PaperCosts(41.425, 12130, 41.6),
+    "sdvae": PaperCosts(34.16, 135.59, 8860, 68),  # of Stable Diffusion 2.1's encoder
+    "litevae-s": PaperCosts(1.03, None, 1324, 384),
+    "litevae-b": PaperCosts(6.75, None, 3155, 129),
+    "litevae-m": PaperCosts(32.75, None, 12130, 42.24),
+    "litevae-l": PaperCosts(41.425, None, 12130, 41.6),
 }
 
 
@@ -95,7 +88,7 @@ class EncoderCost(NamedTuple):
 
     @property
     def numbers(self) -> tuple[float, ...]:
-        """In the order of `TITLES`."""
+        """In the order of `PaperCosts`."""
         return self.parameters / 1e6, self.gmac, self.peak_mib, self.images_per_second
 
 
@@ -150,7 +143,8 @@ def bench_encoders(
         **provenance(),
     })  # fmt: skip
     if out is not None:
-        result.write(out)
+        write_atomically(out / "bench.md", result.as_markdown().encode())
+        write_json(out / "bench.json", result.to_tree())
     return result
 
 
@@ -263,16 +257,11 @@ class Bench:
             tables.append((f"as multiples of {REFERENCE}'s", RATIO_TITLES, ratios))
         return tables
 
-    def write(self, folder: Path) -> None:
-        """Write `bench.md` and `bench.json`."""
-        write_atomically(folder / "bench.md", self.as_markdown().encode())
-        write_json(folder / "bench.json", self.to_tree())
-
 
 def _measured(cost: EncoderCost) -> list[str]:
     """An encoder's costs, the paper's beside each."""
-    paper = PAPER[cost.name].numbers if cost.name in PAPER else (None,) * 4
     cells = [cost.name]
+    paper = PAPER.get(cost.name, (None,) * 4)
     for ours, published, form in zip(cost.numbers, paper, FORMS, strict=True):
         cells += [form(ours), "" if published is None else form(published)]
     return cells
@@ -283,8 +272,7 @@ def _ratios(cost: EncoderCost, reference: EncoderCost) -> list[str]:
     ours = [a / b for a, b in zip(cost.numbers, reference.numbers, strict=True)]
     weights, gmac, memory, speed = (f"{ratio:.2f}" for ratio in ours)
     paper = ["", "", ""]
-    if cost.name in PAPER:
-        # the paper has the GMAC of the VAE alone
-        pairs = zip(PAPER[cost.name][:3], PAPER[REFERENCE][:3], strict=True)
-        paper = [f"{a / b:.2f}" for a, b in pairs]
+    if theirs := PAPER.get(cost.name):
+        pairs = zip(theirs, PAPER[REFERENCE], strict=True)
+        paper = [f"{a / b:.2f}" for a, b in pairs if a is not None and b is not None]
     return [cost.name, weights, paper[0], gmac, memory, paper[1], speed, paper[2]]

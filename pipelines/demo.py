@@ -13,7 +13,7 @@ from torch import Tensor
 
 from autoencoders import load_autoencoder
 from ldm.config import load_preset, resolve
-from ldm.data import Source, batches, open_source
+from ldm.data import batches, open_source
 from ldm.files import write_json
 from ldm.images import save_grid, to_uint8
 from ldm.logbook import console, read_rows
@@ -85,7 +85,10 @@ def _report(out: Path, ae_folder: Path, ldm_folder: Path, recipe: DiffusionRecip
     save_grid(drawn[:SAMPLES], out / "samples.png", 8)
     train = open_source(recipe.data, "train", resolution)
     # two sets of other crops of the training images: the reference, and one to show its floor
-    crops, others = (_crops(train, recipe, seed) for seed in (1001, 1002))
+    streams = (
+        batches(train, recipe.data, resolution, seed, 0, SWD_IMAGES, 32) for seed in (1001, 1002)
+    )
+    crops, others = (torch.cat([batch.images for batch in stream]) for stream in streams)
     swd = sliced_wasserstein(to_uint8(drawn), crops)["mean"]
     floor = sliced_wasserstein(others, crops)["mean"]
 
@@ -104,7 +107,7 @@ def _report(out: Path, ae_folder: Path, ldm_folder: Path, recipe: DiffusionRecip
             numbers,
             page.picture(sheet, columns, "original · reconstruction · latent"),
             page.picture(drawn[:SAMPLES], 8, f"images 0 to {SAMPLES - 1} of seed 0"),
-            _curves(ae_folder, ldm_folder),
+            _curves(*(read_rows(f / "metrics.jsonl") for f in (ae_folder, ldm_folder))),
         ),
     )
 
@@ -138,7 +141,15 @@ def _sections(
             "that of the averaged weights.",
             curves,
         ),
-        page.section("Numbers", "The measurements and their conditions.", _table(numbers)),
+        page.section("Numbers", "The measurements and their conditions.", page.table([
+            ("PSNR, SSIM", f"{numbers['psnr']:.3f} dB, {numbers['ssim']:.4f}: mean over "
+             f"{numbers['held_out_crops']} held-out crops, averaged weights, posterior mean, "
+             "8 bit"),
+            ("Sliced Wasserstein distance", f"{numbers['swd']:.2f} ×10³: {numbers['swd_images']} "
+             "samples (seed 0, 18 Heun steps) against as many random crops"),
+            ("The same for real crops", f"{numbers['swd_floor']:.2f} ×10³: a floor: "
+             "other crops of the same photographs"),
+        ])),
         page.section(
             "Commands",
             "The same, step by step; every setting is key=value (`ldm show ae/tiny`).",
@@ -153,40 +164,20 @@ def _sections(
     ]  # fmt: skip
 
 
-def _crops(source: Source, recipe: DiffusionRecipe, seed: int) -> Tensor:
-    loaded = batches(source, recipe.data, recipe.resolution, seed, 0, SWD_IMAGES, 32)
-    return torch.cat([batch.images for batch in loaded])
+def _curves(one: list[dict[str, float]], two: list[dict[str, float]]) -> str:
+    """Charts of both stages' rows of metrics."""
 
+    def chart(title: str, rows: list[dict[str, float]], log: bool = False, **names: str) -> str:
+        lines = {
+            label: [(row["images_seen"], row[name]) for row in rows if name in row]
+            for label, name in names.items()
+        }
+        return page.chart(title, lines, "images seen", log)
 
-def _curves(ae_folder: Path, ldm_folder: Path) -> str:
-    one, two = (read_rows(folder / "metrics.jsonl") for folder in (ae_folder, ldm_folder))
-
-    def points(rows: list[dict[str, float]], name: str) -> page.Points:
-        return [(row["images_seen"], row[name]) for row in rows if name in row]
-
+    terms = {name: name for name in ("l1", "gaussian", "wavelet")}
     return page.charts(
-        page.chart("held-out PSNR, dB", {"psnr": points(one, "val_psnr")}, "images seen"),
-        page.chart(
-            "reconstruction terms",
-            {name: points(one, name) for name in ("l1", "gaussian", "wavelet")},
-            "images seen",
-            log=True,
-        ),
-        page.chart(
-            "discriminator's logits",
-            {name: points(one, f"logit_{name}") for name in ("real", "fake")},
-            "images seen",
-        ),
-        page.chart("diffusion loss", {"loss": points(two, "loss")}, "images seen"),
+        chart("held-out PSNR, dB", one, psnr="val_psnr"),
+        chart("reconstruction terms", one, log=True, **terms),
+        chart("discriminator's logits", one, real="logit_real", fake="logit_fake"),
+        chart("diffusion loss", two, loss="loss"),
     )
-
-
-def _table(numbers: dict[str, Any]) -> str:
-    return page.table([
-        ("PSNR, SSIM", f"{numbers['psnr']:.3f} dB, {numbers['ssim']:.4f}: mean over "
-         f"{numbers['held_out_crops']} held-out crops, averaged weights, posterior mean, 8 bit"),
-        ("Sliced Wasserstein distance", f"{numbers['swd']:.2f} ×10³: {numbers['swd_images']} "
-         "samples (seed 0, 18 Heun steps) against as many random crops"),
-        ("The same for real crops", f"{numbers['swd_floor']:.2f} ×10³: a floor: "
-         "other crops of the same photographs"),
-    ])  # fmt: skip

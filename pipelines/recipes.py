@@ -116,9 +116,6 @@ class AutoencoderRecipe(AutoencoderConfig):
         return AutoencoderConfig(**{name: getattr(self, name) for name in fields})
 
 
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
 class DiffusionRecipe(Config):
     """A latent diffusion model and its training."""
 
@@ -134,7 +131,7 @@ class DiffusionRecipe(Config):
     """Training images; data.labels=true conditions the model on their classes."""
     augment: AugmentConfig = AugmentConfig()
     """EDM's augmentation of the pixels; the network is conditioned on its parameters."""
-    label_dropout: Share = 0.1
+    label_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Fraction of images trained without their label, for classifier-free guidance."""
     posterior: Literal["sample", "mean"] = "sample"
     """Train on samples of the posterior, or on its mean."""
@@ -208,9 +205,6 @@ def fit(recipe: DiffusionRecipe, autoencoder: Autoencoder, classes: int) -> Diff
 
     Args:
         classes: number of the data's classes; ignored without `data.labels`.
-
-    Raises:
-        UsageError: the recipe has other sizes, or a resolution that the networks do not divide.
     """
     denoiser, n_z = recipe.edm, autoencoder.config.latent_channels
     classes = classes if recipe.data.labels else 0
@@ -249,9 +243,6 @@ def find_stage_one(recipe: DiffusionRecipe, preset: str, out: Path | None = None
     Args:
         preset: name of the stage-two preset.
         out: folder of the run, if given.
-
-    Raises:
-        LdmError: no run of that name, or none at all.
     """
     given = Path(recipe.autoencoder).expanduser()
     if recipe.autoencoder and given.exists():

@@ -264,16 +264,17 @@ def _validate(run: Run, state: DiffusionState, codec: Codec, logbook: Logbook) -
 
 def _export(run: Run, state: DiffusionState, codec: Codec, source: Source) -> None:
     """Write `ckpt.pt`: the averaged network, the latents' statistics, and the autoencoder."""
-    if run.is_main:
-        recipe, ae = state.recipe, codec.autoencoder
-        inner = ModelFile("autoencoder", to_tree(ae.config), ae.state_dict())
-        origin = {"images_seen": state.images_seen, "autoencoder_sha256": inner.sha256}
-        classes = list(source.classes) if recipe.data.labels else []
-        statistics = codec.statistics() | {"classes": classes}
-        weights, config = cast(EDM, state.ema.model).network.state_dict(), to_tree(recipe)
-        model = ModelFile("diffusion", config, weights, statistics, provenance() | origin, inner)
-        save_model(run.folder / "ckpt.pt", model)
-    run.accelerator.wait_for_everyone()
+    if not run.is_main:
+        return
+    recipe, ae = state.recipe, codec.autoencoder
+    inner = ModelFile("autoencoder", to_tree(ae.config), ae.state_dict())
+    origin = provenance() | {"images_seen": state.images_seen, "autoencoder_sha256": inner.sha256}
+    statistics = codec.statistics() | {
+        "classes": list(source.classes) if recipe.data.labels else []
+    }
+    weights, config = cast(EDM, state.ema.model).network.state_dict(), to_tree(recipe)
+    model = ModelFile("diffusion", config, weights, statistics, origin, inner)
+    save_model(run.folder / "ckpt.pt", model)
 
 
 def _opening(run: Run, state: DiffusionState, codec: Codec) -> str:

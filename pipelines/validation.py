@@ -46,9 +46,6 @@ def reconstruct(
 
     Args:
         ae: on `device`; in eval mode while this runs.
-
-    Raises:
-        LdmError: a reconstruction is not finite, or an image is too small for the autoencoder.
     """
     was_training = ae.training
     ae.eval()
@@ -135,10 +132,6 @@ def evaluate_autoencoder(
 
     Returns:
         Means over images: `psnr` (dB), `ssim`, and `lpips` if `perceptual` is given; and `count`.
-
-    Raises:
-        LdmError: no image, a resolution below SSIM's window, or a reconstruction that is not
-            finite.
     """
     scores = Scores()
     stream = evaluation_batches(source, resolution, batch_size, limit, workers=workers)

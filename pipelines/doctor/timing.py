@@ -103,12 +103,6 @@ class StepTimer:
                 part.register_step_pre_hook(self._begin_update)
                 part.register_step_post_hook(self._end_update)
 
-    def shrink(self, side: int, most: int) -> int:
-        """Halve a side until it is at most `most`, as far as the recipe accepts it."""
-        while side > most and side % 2 == 0 and self.training.accepts(side // 2):
-            side //= 2
-        return side
-
     def grow(
         self, stretch: Stretch, side: int, images: int, deadline: float
     ) -> tuple[int, int, list[tuple[float, float]], bool]:
@@ -183,9 +177,6 @@ def time_training(
         stretches: of each resolution, the one with the discriminator first.
         processes: processes that train together, assumed never to wait for each other.
         seconds: time to spend, about.
-
-    Raises:
-        LdmError: not even the smallest images fit into memory.
     """
     began, costs, on_gpu = time.monotonic(), timer.costs, timer.device.type == "cuda"
     speeds: list[Speed] = []
@@ -196,8 +187,9 @@ def time_training(
         now, active = time.monotonic(), stretch.adversarial_active
         deadline = now + (began + seconds - now) / (len(stretches) - number)
         if stretch.resolution != resolution:
-            resolution, images = stretch.resolution, 1
-            side = timer.shrink(resolution, side)
+            resolution, images, most, side = stretch.resolution, 1, side, stretch.resolution
+            while side > most and side % 2 == 0 and timer.training.accepts(side // 2):
+                side //= 2
         if not speeds and timer.fits(side, images):
             timer.step(side, images, active)  # a warm-up
         side, images, times, full = timer.grow(stretch, side, images, deadline)
