@@ -13,6 +13,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -147,8 +148,7 @@ def batches(
     """
     at_random = config.crop == "random" or isinstance(source, PhotoSource)
     load = partial(_training_image, source, resolution, seed, at_random, config.flip)
-    stop -= (stop - start) % batch_size
-    numbers = _shares(start, stop, batch_size, rank, world)
+    numbers = _shares(start, stop - (stop - start) % batch_size, batch_size, rank, world)
     return _load(source, resolution, load, numbers, config.workers)
 
 
@@ -249,8 +249,8 @@ def load_in_workers(
 ) -> Generator[Any]:
     """Yield `work(key)` for each key, in order, from worker processes; 0 works in this one.
 
-    `work` is picklable and sent once to each worker. `advice` is what to do if memory runs out.
-    With `pin`, tensors are in pinned memory.
+    `work` is pickled once for each worker; `advice` is what to do if memory runs out; `pin` puts
+    tensors into pinned memory.
     """
     workers = min(workers, _cores())  # more would wait for each other
     loader: DataLoader = DataLoader(
@@ -260,11 +260,12 @@ def load_in_workers(
         num_workers=workers,
         pin_memory=pin,
         multiprocessing_context=_start_method() if workers else None,
-        worker_init_fn=_leave_signals_to_parent,
+        worker_init_fn=_begin_worker,
         generator=torch.Generator(),  # else the global one would seed the workers
     )
+    results: Any = iter(loader)
     try:
-        for result in loader:
+        for result in results:
             if isinstance(result, LdmError):
                 raise result
             yield result
@@ -275,6 +276,9 @@ def load_in_workers(
             f"a loader worker was killed, usually because memory ran out: {advice}; or it could "
             'not start, because the script lacks `if __name__ == "__main__":`'
         ) from error
+    finally:
+        if workers:  # a traceback may hold the iterator until Python exits, which waits for them
+            results._shutdown_workers()
 
 
 def _cores() -> int:
@@ -290,7 +294,15 @@ def _start_method() -> str:
     return "forkserver"
 
 
-def _leave_signals_to_parent(*_: object) -> None:
-    """Ignore Ctrl-C and a cluster's warning, which reach all processes of a job."""
+def _begin_worker(_: int) -> None:
+    # Ctrl-C and a cluster's warning reach all processes of a job; the parent handles them
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parent: Any = multiprocessing.parent_process()
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    # DataLoader's own check cannot end a worker that waits to hand over a result
+    threading.Thread(target=end_with_parent, daemon=True).start()
