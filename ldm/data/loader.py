@@ -249,8 +249,7 @@ def load_in_workers(
 ) -> Generator[Any]:
     """Yield `work(key)` for each key, in order, from worker processes; 0 works in this one.
 
-    `work` is pickled once for each worker; `advice` is what to do if memory runs out; `pin` puts
-    tensors into pinned memory.
+    `work` is pickled once per worker. `advice` is for a lack of memory. `pin` pins tensors' memory.
     """
     workers = min(workers, _cores())  # more would wait for each other
     loader: DataLoader = DataLoader(

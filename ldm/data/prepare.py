@@ -1,8 +1,7 @@
 """Preparation of a data set: images of any kind → square PNGs in tar shards, with a manifest.
 
-Worker processes read, crop and encode the images; this process writes the shards one by one, each
-whole or not at all. The same call resumes an interrupted preparation, and the result is the same
-to the byte.
+Worker processes read, crop and encode; this process writes one shard after the other, each whole or
+not at all. The same call resumes an interrupted preparation, and gives the same bytes.
 """
 
 import io
@@ -183,12 +182,12 @@ def _write_shard(
     tar: Path, images: Iterable[Prepared], settings: dict[str, Any], advance: Callable[[int], None]
 ) -> Report:
     """Write a tar and the sidecar beside it. The same images give the same bytes."""
-    report: Report = {"name": tar.name, "settings": settings, "resized": 0, "skipped": []}
+    report: Report = {"name": tar.name, "settings": settings, "skipped": []}
+    report["count"] = report["resized"] = 0
 
     def write(file: IO[bytes]) -> None:
         from webdataset import TarWriter
 
-        count = 0
         with TarWriter(file, encoder=False, mtime=0) as writer:
             for image in images:
                 if image.fault is not None:
@@ -196,12 +195,12 @@ def _write_shard(
                 else:
                     writer.write(image.sample)
                     report["resized"] += image.resized
-                    count += 1
+                    report["count"] += 1
                 advance(1)
         file.flush()
         with Path(file.name).open("rb") as written:
             report["sha256"] = file_digest(written, "sha256").hexdigest()
-        report["bytes"], report["count"] = file.tell(), count
+        report["bytes"] = file.tell()
         # before the tar gets its name, so that a tar without a sidecar is never ours
         write_json(sidecar(tar), report)
 
