@@ -114,7 +114,7 @@ def _list(out: Path) -> None:
     tables = all_tables()
     width = max(len(row.name) for table in tables for row in table.rows)
     for table in tables:
-        typer.secho(f"{table.number:<4} {table.config.title}", bold=True)
+        typer.secho(f"{table.number:<4} {table.title}", bold=True)
         for row in table.rows:
             states = "  ".join(f"{scale} {s:<5}" for scale, s in row_states(out, row).items())
             typer.echo(f"     {row.name:<{width}}  {states.rstrip()}")

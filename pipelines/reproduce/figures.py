@@ -4,22 +4,20 @@
 """
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ldm.errors import UsageError
 from ldm.tables import text_table
 from pipelines.reproduce.plan import BuildPlan, Target, check_settings
-from pipelines.reproduce.rows import Checkpoint, check_images, is_main, make_model
+from pipelines.reproduce.rows import check_images, is_main, make_model
 from pipelines.reproduce.tables import all_tables
 
 IMAGES = 64
 """Samples in a grid."""
 
 
-@dataclass(frozen=True)
-class Figure:
+class Figure(NamedTuple):
     """A figure of the paper."""
 
     title: str
@@ -46,19 +44,16 @@ FIGURES = {
 }
 
 
-@dataclass(frozen=True)
-class Drawing:
+class Drawing(NamedTuple):
     """A drawn figure."""
 
-    name: str
-    figure: Figure
     files: tuple[Path, ...]
-    lines: tuple[str, ...] = ()
-    """Its numbers and notes."""
+    lines: tuple[str, ...]
+    """Its title, numbers and notes."""
 
-    def summary(self) -> list[str]:
+    def summary(self) -> tuple[str, ...]:
         """Return the lines to print."""
-        return [f"# {self.name.upper()}: {self.figure.title}", "", *self.lines]
+        return self.lines
 
 
 def find_figure(word: str) -> str | None:
@@ -78,13 +73,13 @@ def draw_figure(name: str, plan: BuildPlan) -> Drawing:
     for target in targets.values():  # before hours of training the first of them
         check_images(target)
     models = {
-        label: make_model(target, substitutes=not published) for label, target in targets.items()
+        label: make_model(target, substitutes=not published).path
+        for label, target in targets.items()
     }
     first = next(iter(targets.values()))
-    if figure.drawn_by == "samples":
-        [model] = models.values()
-        return _draw_samples(name, first, model.path, plan)
-    return _analyze(name, first, models, plan)
+    draw = _draw_samples if figure.drawn_by == "samples" else _analyze
+    files, lines = draw(name, first, models, plan)
+    return Drawing(files, (f"# {name.upper()}: {figure.title}", "", *lines))
 
 
 def _find_target(plan: BuildPlan, preset: str) -> Target:
@@ -92,41 +87,44 @@ def _find_target(plan: BuildPlan, preset: str) -> Target:
     return next(target for target in plan.targets(table) if target.row.preset == preset)
 
 
-def _analyze(name: str, target: Target, models: dict[str, Checkpoint], plan: BuildPlan) -> Drawing:
-    figure, folder, device = FIGURES[name], plan.folder(name), target.device
-    given = [f"{label}={model.path}" for label, model in models.items()]
-    if figure.drawn_by == "gradients":
+def _analyze(
+    name: str, target: Target, models: dict[str, Path], plan: BuildPlan
+) -> tuple[tuple[Path, ...], list[str]]:
+    kind, folder, device = FIGURES[name].drawn_by, plan.folder(name), target.device
+    given = [f"{label}={path}" for label, path in models.items()]
+    if kind == "gradients":
         from pipelines.analysis.gradients import analyze_gradients
 
-        runs = [f"{label}={model.path.parent}" for label, model in models.items()]
+        runs = [f"{label}={path.parent}" for label, path in models.items()]
         found = analyze_gradients(runs, folder) if is_main() else None
-    elif figure.drawn_by != "scale":
-        from pipelines.analysis.features import analyze_features
-        from pipelines.analysis.latents import analyze_latents
-        from pipelines.analysis.subjects import open_analysis
-
-        analyze = analyze_latents if figure.drawn_by == "latents" else analyze_features
-        opened = open_analysis(given, resolution=target.resolution, device=device)
-        found = analyze(*opened, out=folder)
-    else:
+    elif kind == "scale":
         from pipelines.analysis.scale import analyze_scale
 
         found = analyze_scale(
             given, weights=plan.weights, device=device, force=plan.force, out=folder
         )
+    else:
+        from pipelines.analysis.features import analyze_features
+        from pipelines.analysis.latents import analyze_latents
+        from pipelines.analysis.subjects import open_analysis
+
+        analyze = analyze_latents if kind == "latents" else analyze_features
+        opened = open_analysis(given, resolution=target.resolution, device=device)
+        found = analyze(*opened, out=folder)
     if found is None:  # the main process reports it
-        return Drawing(name, figure, ())
-    lines = (found.title, *text_table(found.header, found.rows), *found.notes)
-    return Drawing(name, figure, found.files, lines)
+        return (), []
+    return found.files, [found.title, *text_table(found.header, found.rows), *found.notes]
 
 
-def _draw_samples(name: str, target: Target, model: Path, plan: BuildPlan) -> Drawing:
+def _draw_samples(
+    name: str, target: Target, models: dict[str, Path], plan: BuildPlan
+) -> tuple[tuple[Path, ...], list[str]]:
     from pipelines.sample import sample_images
     from pipelines.sampling.sample_folder import GRID
 
     protocol, folder = plan.scale.protocol, plan.folder(name)
-    count = min(IMAGES, protocol.samples)
+    [model] = models.values()
+    count, steps = min(IMAGES, protocol.samples), protocol.sampler_steps
     seed = int(name == "f9")  # F9 shows other samples than F6
-    steps = protocol.sampler_steps
     sample_images(model, count, folder, seed, steps=steps, device=target.device)
-    return Drawing(name, FIGURES[name], (folder / GRID,), (f"{count} samples, seed {seed}",))
+    return (folder / GRID,), [f"{count} samples, seed {seed}"]

@@ -18,17 +18,25 @@ from ldm.data.dataset import PHOTOS
 from ldm.files import to_json, write_together
 from ldm.run_folder import provenance
 from ldm.tables import markdown_table
-from pipelines.reproduce.claims import Comparison, Each, JudgedClaim, judge
 from pipelines.reproduce.plan import (
     DECISIVE,
     BuildPlan,
     Recipe,
     Target,
-    kind_of_stage_one,
     published_recipe,
     setting_key,
 )
-from pipelines.reproduce.tables import COLUMNS, Claim, Number, Row, Table
+from pipelines.reproduce.tables import (
+    COLUMNS,
+    Claim,
+    Comparison,
+    Each,
+    JudgedClaim,
+    Number,
+    Row,
+    Table,
+    judge,
+)
 
 FORMAT = 1
 MARKDOWN, JSON = "table.md", "table.json"
@@ -64,33 +72,56 @@ class Result:
     @property
     def numbers(self) -> dict[str, dict[str, Any]]:
         """Our numbers, by row and column."""
-        return {name: dict(record["numbers"]) for name, record in self.records.items()}
+        return {name: record["numbers"] for name, record in self.records.items()}
 
     @cached_property
     def claims(self) -> tuple[JudgedClaim, ...]:
         """The paper's claims, judged by our numbers."""
-        missing = {name: record["missing"] for name, record in self.records.items()}
         scale = self.plan.scale
         why = "" if scale.judges else f"scale {scale.name} is too short for the claims"
         if undone := undone_differences(self.targets, self.plan.settings):
             why = why or f"the settings remove what the rows differ in: {', '.join(undone)}"
-        counted = {name for r in self.records.values() for name in r.get("counted", ())}
-        return judge(self.table, self.numbers, missing, why, self.each, counted)
+        return judge(self.table, self.records, self.each, why)
 
     @cached_property
     def deviations(self) -> list[str]:
-        """The differences from the paper's conditions."""
-        return deviations(self.table, self.targets, self.plan.settings, self.records)
+        """A line for every difference from the paper's conditions."""
+        lines = []
+        if self.table.measure == "encoder":
+            lines.append("The machine: see below; the paper's is a Quadro RTX 6000.")
+        else:
+            lines += _compare_recipes([target for target in self.targets if target.taken is None])
+            lines += [
+                f"Row {name} is {record['taken']['path']}, given by --take: its training is its "
+                "own."
+                for name, record in self.records.items()
+                if record["taken"]
+            ]
+            lines += _shared_trainings(self.targets)
+            lines += STANDING
+            lines += [EDM] if self.table.measure == "generation" else []
+        if self.plan.settings:
+            lines.append(f"Settings: {', '.join(self.plan.settings)}.")
+        notes = (note for record in self.records.values() for note in record["notes"])
+        return [*lines, *dict.fromkeys(notes)]
 
     def summary(self) -> list[str]:
         """Return the lines of the table, the claims, and the reasons for missing numbers."""
-        title = f"{self.table.number}: {self.table.config.title}"
-        lines = [f"# {title}", "", *table_lines(self.table, self.numbers), ""]
-        listed = {why for record in self.records.values() for why in record["missing"].values()}
-        claims = claim_lines(self.claims, self.table, listed)
-        lines += ["Do the paper's claims hold here?", "", *claims]
-        if missing := self._missing():
-            lines += ["", "Missing, or not used for the claims:", "", *missing]
+        # columns and rows by reason
+        missing: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+        for name, record in self.records.items():
+            for column, why in record["missing"].items():
+                missing[why][COLUMNS[column].title].append(name)
+        lines = [f"# {self.table.number}: {self.table.title}", ""]
+        lines += [*table_lines(self.table, self.numbers), ""]
+        lines += ["Do the paper's claims hold here?", ""]
+        lines += claim_lines(self.claims, self.table, missing)
+        if missing:
+            lines += ["", "Missing, or not used for the claims:", ""]
+        for why, columns in missing.items():
+            rows = next(iter(columns.values()))
+            which = "" if len(rows) == len(self.records) else f" of {', '.join(rows)}"
+            lines.append(f"- {', '.join(columns)}{which}: {why}")
         return lines
 
     def as_markdown(self) -> str:
@@ -110,17 +141,17 @@ class Result:
         return {
             "format": FORMAT,
             "table": self.table.number,
-            "title": self.table.config.title,
+            "title": self.table.title,
             "paper": PAPER,
             "scale": self.plan.scale.name,
-            "columns": {name: asdict(COLUMNS[name]) for name in self.table.columns},
+            "columns": {name: asdict(COLUMNS[name]) for name in self.table.all_columns},
             "rows": [
                 {"name": r.name, "label": r.label, "preset": r.preset, "paper": r.paper}
                 | {"here": self.records.get(r.name)}
                 for r in self.table.rows
             ],
             "claims": [
-                {**judged.claim.model_dump(mode="json"), "verdict": judged.verdict}
+                {**to_tree(judged.claim), "verdict": judged.verdict}
                 | {"findings": [asdict(comparison) for comparison in judged.comparisons]}
                 for judged in self.claims
             ],
@@ -132,19 +163,6 @@ class Result:
             **provenance(),
         }
 
-    def _missing(self) -> list[str]:
-        """A line for every reason, with its columns and rows."""
-        reasons: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-        for name, record in self.records.items():
-            for column, why in record["missing"].items():
-                reasons[why][COLUMNS[column].title].append(name)
-        lines = []
-        for why, columns in reasons.items():
-            rows = next(iter(columns.values()))
-            which = "" if len(rows) == len(self.records) else f" of {', '.join(rows)}"
-            lines.append(f"- {', '.join(columns)}{which}: {why}")
-        return lines
-
     def _provenance(self) -> Iterator[str]:
         """Command, machine and versions of the measurements, once where rows agree; and of this."""
         for what in ("command", "machine", "versions"):
@@ -152,7 +170,7 @@ class Result:
             for value, rows in found.items():
                 which = f" of {', '.join(rows)}" if len(found) > 1 else ""
                 yield f"{what}{which}: {value}"
-        if self.table.config.measure != "encoder":
+        if self.table.measure != "encoder":
             yield "these describe the measurements; each training run has its own run.json"
             yield f"data: {self._data()}"
         now = provenance()
@@ -193,33 +211,27 @@ def write_result(result: Result) -> None:
 # --------------------------------------------------------------------------------- the table
 def table_lines(table: Table, numbers: Numbers) -> list[str]:
     """Format a table in Markdown, laid out as in the paper, ours beside theirs."""
-    config = table.config
-    header, rows = list(config.header), []
-    if config.transposed:
+
+    def both(row: Row, column: str) -> tuple[str, str]:
+        ours = numbers.get(row.name, {}).get(column)
+        return show(column, row.paper.get(column), of_paper=True), show(column, ours)
+
+    header = [*table.header]
+    if table.transposed:
+        rows = [[COLUMNS[column].title] for column in table.columns]
         for row in table.rows:
             header += [f"{row.label[0]} paper", "here"]
-        for column in config.columns:
-            cells = [COLUMNS[column].title]
-            for row in table.rows:
-                cells += _both(row, column, numbers)
-            rows.append(cells)
+            for column, cells in zip(table.columns, rows, strict=True):
+                cells += both(row, column)
         return markdown_table(header, rows)
-    for column in table.columns:
+    rows = [[*row.label] for row in table.rows]
+    for column in table.all_columns:
         title = f"{COLUMNS[column].title}{ARROWS[COLUMNS[column].better]}"
-        header += [f"{title} paper", "here"] if column in config.columns else [f"{title} here"]
-    for row in table.rows:
-        cells = list(row.label)
-        for column in table.columns:
-            both = _both(row, column, numbers)
-            cells += both if column in config.columns else both[1:]
-        rows.append(cells)
-    return markdown_table(header, rows, left=len(config.header))
-
-
-def _both(row: Row, column: str, numbers: Numbers) -> tuple[str, str]:
-    """The paper's number and ours."""
-    ours = numbers.get(row.name, {}).get(column)
-    return show(column, row.paper.get(column), of_paper=True), show(column, ours)
+        ours_alone = column not in table.columns
+        header += [f"{title} here"] if ours_alone else [f"{title} paper", "here"]
+        for row, cells in zip(table.rows, rows, strict=True):
+            cells += both(row, column)[ours_alone:]
+    return markdown_table(header, rows, left=len(table.header))
 
 
 def show(column: str, value: Number | None, of_paper: bool = False) -> str:
@@ -276,8 +288,8 @@ def _show_both(claim: Claim, comparison: Comparison, table: Table) -> str:
             ours += f" ({_show_difference(column, here[0] - here[1], error)})"
         text = f"{ours}, {text}"
     title = COLUMNS[column].title
-    if table.config.transposed:
-        title = f"{table.config.header[0]} = {title}"
+    if table.transposed:
+        title = f"{table.header[0]} = {title}"
     return f"{title}: {text}"
 
 
@@ -336,59 +348,29 @@ KNOWN = {
 }
 
 
-def deviations(
-    table: Table,
-    targets: Sequence[Target],
-    settings: Sequence[str],
-    records: Mapping[str, Mapping[str, Any]],
-) -> list[str]:
-    """Return a line for every difference from the paper's conditions.
-
-    `settings` are the user's, `records` those of the finished rows.
-    """
-    lines = []
-    if table.config.measure == "encoder":
-        lines.append("The machine: see below; the paper's is a Quadro RTX 6000.")
-    else:
-        trained = [t for t in targets if not (records.get(t.row.name) or {}).get("taken")]
-        lines += _compare_recipes(trained)
-        lines += [
-            f"Row {name} is {record['taken']['path']}, given by --take: its training is its own."
-            for name, record in records.items()
-            if record["taken"]
-        ]
-        lines += _shared_trainings(targets)
-        lines += STANDING
-        lines += [EDM] if table.config.measure == "generation" else []
-    if settings:
-        lines.append(f"Settings: {', '.join(settings)}.")
-    notes = (note for record in records.values() for note in record["notes"])
-    return [*lines, *dict.fromkeys(notes)]
-
-
 def undone_differences(targets: Sequence[Target], settings: Sequence[str]) -> list[str]:
     """Return the keys in which the paper's rows differ, and by the user's settings ours do not."""
     trained = [target for target in targets if target.taken is None]
     here = [flatten(to_tree(target.training.recipe)) for target in trained]
-    rows = (target.row for target in trained)
-    paper = [flatten(to_tree(published_recipe(row.kind, row.preset))) for row in rows]
-    return [
-        key
-        for key in dict.fromkeys(map(setting_key, settings))
-        if _differ(paper, key) and not _differ(here, key)
-    ]
+    paper = [flatten(to_tree(published_recipe(target.row.preset))) for target in trained]
 
+    def differ(trees: Sequence[Mapping[str, Any]], key: str) -> bool:
+        return any(tree.get(key) != trees[0].get(key) for tree in trees)
 
-def _differ(trees: Sequence[Mapping[str, Any]], key: str) -> bool:
-    return any(tree.get(key) != trees[0].get(key) for tree in trees)
+    keys = dict.fromkeys(map(setting_key, settings))
+    return [key for key in keys if differ(paper, key) and not differ(here, key)]
 
 
 def _compare_recipes(targets: Sequence[Target]) -> Iterator[str]:
     """A line for every key in which the rows' recipes differ from the paper's."""
     found: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
     for target in targets:
-        for stage, here, paper in _recipes(target):
-            ours, theirs = _settings(here), _settings(paper)
+        stages = [("", target.training.recipe, target.row.preset)]
+        if target.stage_two is not None:
+            preset = target.stage_two.recipe.autoencoder
+            stages.append(("stage one, ", target.stage_one.recipe, preset))
+        for stage, recipe, preset in stages:
+            ours, theirs = _settings(recipe), _settings(published_recipe(preset))
             for key in ours | theirs:
                 if is_reported(key) and ours.get(key) != theirs.get(key):
                     values = _words(key, ours.get(key)), _words(key, theirs.get(key))
@@ -399,16 +381,6 @@ def _compare_recipes(targets: Sequence[Target]) -> Iterator[str]:
         if key == "loss.lpips" and any(way.startswith("0 ") for way in ways):
             line += " (no VGG-16 is needed; ℓ1 and the row's other terms remain)"
         yield f"{line}."
-
-
-def _recipes(target: Target) -> Iterator[tuple[str, Recipe, Recipe]]:
-    """Each stage, its recipe, and the paper's."""
-    row = target.row
-    yield "", target.training.recipe, published_recipe(row.kind, row.preset)
-    if target.stage_two is not None and target.taken is None:
-        name = target.stage_two.recipe.autoencoder
-        published = published_recipe(kind_of_stage_one(name), name)
-        yield "stage one, ", target.stage_one.recipe, published
 
 
 def is_reported(key: str) -> bool:

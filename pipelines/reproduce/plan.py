@@ -17,11 +17,13 @@ first of them in the paper's order.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Generic, TypeVar
+
+from pydantic import Field
 
 from ldm.config import (
     Config,
@@ -33,6 +35,7 @@ from ldm.config import (
     parse_override,
     resolve,
     to_tree,
+    validate,
 )
 from ldm.data import DataConfig
 from ldm.data.dataset import PHOTOS
@@ -49,8 +52,7 @@ DATA_SETS = ("ffhq", "imagenet", "celebahq", "deepfashion")
 """The paper's data sets: the first letters of the folders in its recipes."""
 
 
-@dataclass(frozen=True)
-class Protocol:
+class Protocol(Config):
     """The settings of a scale's measurements."""
 
     images: int | None = None
@@ -74,9 +76,8 @@ class Protocol:
     """Timed runs of encoders; None: the default of `ldm bench`."""
 
 
-@dataclass(frozen=True)
-class Scale:
-    """A size at which tables are built."""
+class Scale(Config):
+    """A size at which tables are built, as written in `configs/scales/`."""
 
     name: str
     summary: str
@@ -93,7 +94,7 @@ class Scale:
     """Divides the batch size."""
     rate: float = 1.0
     """Multiplies the learning rate."""
-    also: Mapping[str, Any] = field(default_factory=dict)
+    also: Tree = Field(default_factory=dict)
     """Merged over every scaled recipe that has such keys."""
     protocol: Protocol = Protocol()
     judges: bool = True
@@ -105,55 +106,10 @@ class Scale:
         return self.widths == 1 and self.steps == 1.0
 
 
-# A short training needs a larger learning rate, and these settings to be stable at it: those of
-# the preset litevae-b-quarter, whose rate is five times the paper's.
-BRISK = {"betas": [0.9, 0.99], "warmup_images": 800, "clip_norm": 1.0}
-
 SCALES = {
-    scale.name: scale
-    for scale in (
-        Scale(
-            "smoke",
-            "a test run of about a minute a table on a CPU; its numbers mean nothing",
-            # 12, as 40 below: GroupNorm has groups of three
-            widths=8, decoder=12, halvings=2, steps=1 / 12_500, batch=4, rate=5.0,
-            also=BRISK | {
-                "warmup_images": 0,
-                "data": {"workers": 0},
-                "loss": {"lpips": 0},  # no network of published weights is needed
-                "validate_images": 8,
-                "statistics_images": 32,
-                "run": {"log_every_steps": 4},
-            },
-            protocol=Protocol(
-                images=32, published=False, samples=16, sampler_steps=4, latents=32, draws=2,
-                encoder_side=64, encoder_batch=2, encoder_repeats=1,
-            ),
-            judges=False,
-        ),
-        Scale(
-            "small",
-            "about an hour a table on a GPU or a night on a CPU, on a folder of photographs",
-            # 40, not 32, a quarter of 128: of 32 channels GroupNorm would normalise each alone, and
-            # lose the overall brightness; of 40 it has groups of five (the paper's: four or more)
-            widths=4, decoder=40, halvings=1, steps=1 / 50, batch=2, rate=5.0,
-            also=BRISK | {
-                # after a fifth of so few steps, reconstructions are too poor for a discriminator
-                "adversarial": {"start": 0.5, "ramp": 0.1},
-                "run": {"validate_every_steps": 1000, "save_every_steps": 500},
-            },
-            protocol=Protocol(samples=2048, latents=1000),
-        ),
-        Scale("paper", "the full recipes, on the paper's data"),
-    )
-}  # fmt: skip
-
-
-def find_scale(name: str) -> Scale:
-    """Find a scale by its name."""
-    if name not in SCALES:
-        raise UsageError(f"--scale {name}: it must be one of {', '.join(SCALES)}")
-    return SCALES[name]
+    name: validate(Scale, load_preset("scales", name) | {"name": name})
+    for name in ("smoke", "small", "paper")
+}
 
 
 def scale_recipe(
@@ -197,8 +153,7 @@ def _keys(config_class: type[Config]) -> frozenset[str]:
 
 def setting_key(text: str) -> str:
     """Return the dotted key of `key=value`, without list indices."""
-    path, _ = parse_override(text)
-    return ".".join(part for part in path if not part.isdigit())
+    return ".".join(part for part in parse_override(text)[0] if not part.isdigit())
 
 
 # --------------------------------------------------------------------------------- the rules
@@ -304,22 +259,20 @@ class Target:
         return self.training.recipe.run.device
 
 
+@dataclass
 class BuildPlan:
     """The conditions under which tables are built, as of `reproduce`, and their targets."""
 
-    def __init__(
-        self,
-        scale: Scale,
-        data: Sequence[str] = (),
-        settings: Sequence[str] = (),
-        out: Path = Path("reproduce"),
-        weights: Path | None = None,
-        force: bool = False,
-    ) -> None:
-        check_settings(settings)
-        self.scale, self.settings, self.out = scale, tuple(settings), out
-        self.weights, self.force = weights, force
-        self._data = parse_data(data)
+    scale: Scale
+    data: Sequence[str] = ()
+    settings: Sequence[str] = ()
+    out: Path = Path("reproduce")
+    weights: Path | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        check_settings(self.settings)
+        self._sources = parse_data(self.data)
 
     def folder(self, name: str) -> Path:
         """Return the folder of a table or figure."""
@@ -337,26 +290,25 @@ class BuildPlan:
                 )
         return targets
 
-    def recipe_of(self, row: Row) -> Recipe:
-        """Return a row's recipe at this scale."""
-        return self._resolve(row.kind, row.preset)
+    def recipe_of(self, preset: str) -> Recipe:
+        """Return a recipe at this scale, on this data, with these settings."""
+        published = published_recipe(preset)
+        source = self._source(published.data.source)
+        return scale_recipe(published, self.scale, self.settings, source)
 
     def _target(self, row: Row, taken: Path | None) -> Target:
-        recipe, folder = self.recipe_of(row), self.folder(row.table) / row.name
+        recipe, folder = self.recipe_of(row.preset), self.folder(row.table) / row.name
+        run = self._training(row.preset, recipe, folder)
         if isinstance(recipe, AutoencoderRecipe):
             side = recipe.phases[-1].resolution
             if row.resolution is not None:
                 side = _side(row.resolution, self.scale)
-            stage_one = self._training(row.preset, recipe, folder)
-            return Target(row, folder, side, stage_one, None, taken)
+            return Target(row, folder, side, run, None, taken)
         name = recipe.autoencoder
-        first = self._resolve(kind_of_stage_one(name), name)
-        assert isinstance(first, AutoencoderRecipe)
-        stage_one = self._training(name, first, self.folder("ae") / name)
-        stage_two = self._training(row.preset, recipe, folder)
-        return Target(row, folder, recipe.resolution, stage_one, stage_two, taken)
+        stage_one = self._training(name, self.recipe_of(name), self.folder("ae") / name)
+        return Target(row, folder, recipe.resolution, stage_one, run, taken)
 
-    def _training(self, preset: str, recipe: RecipeT, folder: Path) -> Training[RecipeT]:
+    def _training(self, preset: str, recipe: Recipe, folder: Path) -> Training[Any]:
         """The recipe's run, with the first row of the same recipe."""
         first = self._first_rows.get(_identity(recipe))
         if first is not None:
@@ -367,35 +319,25 @@ class BuildPlan:
     @cached_property
     def _first_rows(self) -> dict[str, Row]:
         first: dict[str, Row] = {}
-        trained = (table for table in all_tables() if table.config.measure != "encoder")
-        for row in (row for table in trained for row in table.rows):
+        for row in (row for t in all_tables() if t.measure != "encoder" for row in t.rows):
             with suppress(UsageError):  # a row of another table, which the settings do not fit
-                first.setdefault(_identity(self.recipe_of(row)), row)
+                first.setdefault(_identity(self.recipe_of(row.preset)), row)
         return first
-
-    def _resolve(self, kind: str, preset: str) -> Recipe:
-        published = published_recipe(kind, preset)
-        source = self._source(published.data.source)
-        return scale_recipe(published, self.scale, self.settings, source)
 
     def _source(self, of_recipe: str) -> str | None:
         """The data in place of a recipe's; None: the recipe's own."""
-        for name, path in self._data.items():
+        for name, path in self._sources.items():
             if name and Path(of_recipe).name.startswith(name):
                 return path
-        return self._data.get("") or (None if self.scale.is_paper else PHOTOS)
+        return self._sources.get("") or (None if self.scale.is_paper else PHOTOS)
 
 
 @cache
-def published_recipe(kind: str, preset: str) -> Recipe:
-    """Return the paper's recipe."""
+def published_recipe(preset: str) -> Recipe:
+    """Return the paper's recipe: that of a row, or of a stage one that belongs to no row."""
+    kind = next(kind for kind in ("recipes", "diffusion", "ae") if preset in list_presets(kind))
     config_class: type[Recipe] = DiffusionRecipe if kind == "diffusion" else AutoencoderRecipe
     return resolve(config_class, load_preset(kind, preset))
-
-
-def kind_of_stage_one(preset: str) -> str:
-    """Return the folder of a preset that a stage-two recipe names."""
-    return "recipes" if preset in list_presets("recipes") else "ae"
 
 
 def parse_data(words: Sequence[str]) -> dict[str, str]:
@@ -437,5 +379,5 @@ def _identity(recipe: Recipe) -> str:
 def _differ_in_data(one: Target, other: Target) -> bool:
     """Return true if the paper's rows differ in their data alone, which may be the same here."""
     rows = (one.row, other.row)
-    trees = [to_tree(published_recipe(row.kind, row.preset)) | {"data": None} for row in rows]
+    trees = [to_tree(published_recipe(row.preset)) | {"data": None} for row in rows]
     return trees[0] == trees[1]

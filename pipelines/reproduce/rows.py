@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from autoencoders import load_autoencoder
 from autoencoders.losses import LPIPS, find_lpips, load_esrgan
 from autoencoders.losses.perceptual import CONV5_4, ESRGANPerceptual, backbone_file, has_backbone
 from autoencoders.pretrained import read_autoencoder
-from ldm.checkpoint import fingerprint, load_model
+from ldm.checkpoint import Kind, fingerprint, load_model
 from ldm.data.dataset import PHOTOS, listing_identity
 from ldm.device import name_device, resolve_device
 from ldm.distributed import join_processes
@@ -35,9 +35,9 @@ from pipelines.bench import bench_encoders
 from pipelines.doctor.costs import count_parameters
 from pipelines.evaluate import evaluate_checkpoints
 from pipelines.measuring.evaluation import plan_jobs
-from pipelines.recipes import AutoencoderRecipe, DiffusionRecipe
+from pipelines.recipes import AutoencoderRecipe
 from pipelines.reproduce.plan import BuildPlan, Protocol, Target, Training
-from pipelines.reproduce.tables import SIGMAS, Number, Table
+from pipelines.reproduce.tables import Number, Table
 from pipelines.train_autoencoder import train_autoencoder
 from pipelines.train_diffusion import train_diffusion
 
@@ -61,7 +61,7 @@ class Checkpoint:
     path: Path
     sha256: str
     """Identity of its weights."""
-    stage: Literal["autoencoder", "diffusion"]
+    stage: Kind
     taken: bool = False
     """It was passed to --take, not trained here."""
     stage_one: "Checkpoint | None" = None
@@ -102,7 +102,6 @@ def make_model(
     autoencoder, on which the diffusion model is then trained. With `substitutes`, random weights
     take the place of those of ESRGAN's loss if they are missing.
     """
-    check_images(target, taken)
     model = taken
     for training in trainings_of(target, taken):
         model = _train(training, model, substitutes)
@@ -123,10 +122,9 @@ def trainings_of(target: Target, taken: Checkpoint | None = None) -> tuple[Train
 
 def missing_weights(recipe: AutoencoderRecipe) -> str | None:
     """Return why ESRGAN's loss, of one row, has no weights, after trying to fetch them."""
-    if not recipe.loss.esrgan:
-        return None
     try:
-        backbone_file(ESRGAN_BACKBONE, "go without this row, as here")
+        if recipe.loss.esrgan:
+            backbone_file(ESRGAN_BACKBONE, "go without this row, as here")
     except LdmError as error:
         return str(error)
     return None
@@ -134,16 +132,13 @@ def missing_weights(recipe: AutoencoderRecipe) -> str | None:
 
 def _train(training: Training[Any], stage_one: Checkpoint | None, substitutes: bool) -> Checkpoint:
     folder, recipe, preset = training.folder, training.recipe, training.preset
-    stage: Literal["autoencoder", "diffusion"] = "autoencoder"
+    stage: Kind = "autoencoder" if stage_one is None else "diffusion"
     with _noting(training):
-        if isinstance(recipe, DiffusionRecipe):
-            assert stage_one is not None
+        if stage_one is not None:
             recipe = recipe.model_copy(update={"autoencoder": str(stage_one.path)})
-            stage = "diffusion"
             train_diffusion(recipe, preset, folder)
         else:
-            substitute = substitutes and recipe.loss.esrgan
-            perceptual = {"esrgan": smoke_esrgan()} if substitute else {}
+            perceptual = {"esrgan": smoke_esrgan()} if substitutes and recipe.loss.esrgan else {}
             train_autoencoder(recipe, preset, folder, perceptual)
     path = folder / "ckpt.pt"
     if not path.is_file():
@@ -241,16 +236,14 @@ class RowNumbers:
 def measure(table: Table, target: Target, model: Checkpoint, plan: BuildPlan) -> RowNumbers:
     """Measure one row."""
     kinds = {"reconstruction": _reconstruction, "mmd": _latents, "generation": _samples}
-    found = kinds[table.config.measure](target, model, plan)
-    wanted = {"params", "aggregator_params"} & set(table.config.columns)
-    if wanted:
+    found = kinds[table.measure](target, model, plan)
+    columns = table.all_columns
+    if "params" in columns or "aggregator_params" in columns:
         encoder = load_autoencoder(model.path).encoder
         parts = {"params": encoder, "aggregator_params": getattr(encoder, "aggregator", None)}
-        for name in wanted:
-            part = parts[name]
-            found.numbers[name] = None if part is None else count_parameters(part) / 1e6
-    found.numbers = {name: found.numbers.get(name) for name in table.columns}
-    found.missing = {name: why for name, why in found.missing.items() if name in table.columns}
+        found.numbers |= {n: count_parameters(p) / 1e6 for n, p in parts.items() if p is not None}
+    found.numbers = {name: found.numbers.get(name) for name in columns}
+    found.missing = {name: why for name, why in found.missing.items() if name in columns}
     if all(found.numbers.get(name) is None for name in OF_FEATURES):
         found.extractor = None
     if found.each and target.data.source == PHOTOS:
@@ -267,8 +260,9 @@ def measure_costs(table: Table, device: str, protocol: Protocol) -> dict[str, Ro
     costs = bench_encoders(names, side, batch, device, protocol.encoder_repeats).costs
     where = resolve_device(device)
     notes = [f"Measured on {name_device(where)}, {batch} images of {side}²."]
-    counted = where.type != "cuda"
-    if counted:
+    counted: tuple[str, ...] = ()
+    if where.type != "cuda":
+        counted = ("memory",)
         notes.append(
             "Memory: counted, as the bytes alive between two operations; the speed is of a few "
             "images at a time, as suits a CPU."
@@ -281,8 +275,7 @@ def measure_costs(table: Table, device: str, protocol: Protocol) -> dict[str, Ro
             "images_per_second": cost.images_per_second,
             "gmac": cost.gmac,
         }
-        memory = ("memory",) if counted else ()
-        found[cost.name] = RowNumbers(numbers, notes=notes, counted=memory)
+        found[cost.name] = RowNumbers(numbers, notes=notes, counted=counted)
     return found
 
 
@@ -315,7 +308,7 @@ def _reconstruction(target: Target, model: Checkpoint, plan: BuildPlan) -> RowNu
 
 
 def _latents(target: Target, model: Checkpoint, plan: BuildPlan) -> RowNumbers:
-    from pipelines.analysis.mmd import MmdSettings, latents_mmd
+    from pipelines.analysis.mmd import SIGMAS, MmdSettings, latents_mmd
     from pipelines.analysis.subjects import open_analysis
 
     protocol, data, side = plan.scale.protocol, target.data, target.resolution

@@ -8,8 +8,8 @@
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -39,7 +39,6 @@ from pipelines.reproduce.plan import (
     Target,
     Training,
     check_settings,
-    find_scale,
     setting_key,
 )
 from pipelines.reproduce.rows import (
@@ -104,7 +103,9 @@ def reproduce(
     listing_of.cache_clear()  # data sets may have changed since an earlier call
     figure = find_figure(word)
     tables = [] if figure else find_tables(word)
-    plan = BuildPlan(find_scale(scale), data, settings, out, weights, force)
+    if scale not in SCALES:
+        raise UsageError(f"--scale {scale}: it must be one of {', '.join(SCALES)}")
+    plan = BuildPlan(SCALES[scale], data, settings, out, weights, force)
     if figure:
         if take:
             raise UsageError(f"--take is for tables: draw {figure} of checkpoints by `ldm analyze`")
@@ -133,7 +134,7 @@ def row_states(out: Path, row: Row) -> dict[str, State]:
 
 def _build_table(table: Table, targets: Sequence[Target], plan: BuildPlan) -> Result:
     start = time.monotonic()
-    if table.config.measure == "encoder":
+    if table.measure == "encoder":
         records = _build_costs(table, targets, plan)
     else:
         ranks, _ = join_processes(targets[0].device)
@@ -214,7 +215,7 @@ def request_of(target: Target, protocol: Protocol) -> dict[str, Any]:
         stages["stage_one"] = _decisive(target.stage_one)
     data = to_tree(target.data)
     data.pop("workers")
-    measured = {"resolution": target.resolution, "data": data, **asdict(protocol)}
+    measured = {"resolution": target.resolution, "data": data, **to_tree(protocol)}
     # as JSON, to compare with what was read from JSON
     return json.loads(json.dumps({"trained": stages, "measured": measured}))
 
@@ -285,27 +286,24 @@ def _build_row(table: Table, row: _Status, plan: BuildPlan, ranks: PartialState)
         why = from_main(ranks, lambda: missing_weights(target.stage_one.recipe))
         if why is not None:  # not written: tried again next time
             _say(f"  left out: {why}")
-            columns = table.config.columns
-            empty = RowNumbers(dict.fromkeys(columns), dict.fromkeys(columns, why))
-            return _record(empty, row.request)
+            empty = RowNumbers(dict.fromkeys(table.columns), dict.fromkeys(table.columns, why))
+            return _fields(empty, row.request)
     if target.training.folder.parent != target.folder and taken is None:
         training = target.training
         _say(f"  same recipe as {training.preset}: trained once for both, in {training.folder}")
         target.folder.mkdir(parents=True, exist_ok=True)  # begun
     model = make_model(target, taken, substitutes)
-    target.folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     measured = measure(table, target, model, plan)
-    record = _record(
-        measured, row.request, model.seconds, round(time.monotonic() - start, 2),
+    seconds = {"training": model.seconds, "measuring": round(time.monotonic() - start, 2)}
+    return _write_record(
+        target, measured, row.request,
+        seconds=seconds,
         lacked=[] if substitutes else _lacking(measured.missing, plan.weights),
         model=model.to_tree(),
         taken=taken and {"path": str(taken.path), "sha256": taken.sha256},
         trained_in=None if model.taken else str(target.training.folder),
-        **_origin(target.device),
     )  # fmt: skip
-    _write_record(target, record, measured.each)
-    return record
 
 
 def _build_costs(table: Table, targets: Sequence[Target], plan: BuildPlan) -> dict[str, Record]:
@@ -318,60 +316,48 @@ def _build_costs(table: Table, targets: Sequence[Target], plan: BuildPlan) -> di
             "setting is run.device"
         )
     device, protocol = targets[0].device, plan.scale.protocol
-    request = {target.row.name: request_of(target, protocol) for target in targets}
-    found = {t.row.name: up_to_date(t, request[t.row.name], None, plan) for t in targets}
-    records = {name: record for name, record in found.items() if record is not None}
+    requests = [request_of(target, protocol) for target in targets]
+    pairs = list(zip(targets, requests, strict=True))
+    records: dict[str, Any] = {t.row.name: up_to_date(t, asked, None, plan) for t, asked in pairs}
     machine = name_device(resolve_device(device))  # costs are of the machine
-    if len(records) == len(targets) and all(r["machine"] == machine for r in records.values()):
+    if all(record and record["machine"] == machine for record in records.values()):
         _say("  done already")
         return records
     if not is_main():
         return {}
     start = time.monotonic()
     costs = measure_costs(table, device, protocol)
-    seconds = round(time.monotonic() - start, 2)
-    records = {  # in the table's order
-        name: _record(costs[name], request[name], None, seconds, **_origin(device))
-        for name in request
-    }
-    for target in targets:
-        _write_record(target, records[target.row.name], {})
-    return records
-
-
-def _record(
-    measured: RowNumbers,
-    request: dict[str, Any],
-    training: float | None = None,
-    measuring: float | None = None,
-    **about: Any,
-) -> Record:
-    """Compose a record: numbers, settings, seconds of training and measuring, and origin."""
-    numbers = {name: value for name, value in vars(measured).items() if name != "each"}
+    seconds = {"training": None, "measuring": round(time.monotonic() - start, 2)}
     return {
-        **numbers,
-        "asked": request,
-        **{"lacked": [], "model": None, "taken": None, "trained_in": None},
-        "seconds": {"training": training, "measuring": measuring},
-        **about,
+        t.row.name: _write_record(t, costs[t.row.name], asked, seconds=seconds)
+        for t, asked in pairs
     }
 
 
-def _origin(device: str) -> dict[str, Any]:
-    return {"machine": name_device(resolve_device(device)), **provenance()}
+def _fields(measured: RowNumbers, request: dict[str, Any]) -> Record:
+    """The fields of a record, as of a row without a model."""
+    fields = {name: value for name, value in vars(measured).items() if name != "each"}
+    fields |= dict.fromkeys(("model", "taken", "trained_in"))
+    seconds = {"training": None, "measuring": None}
+    return fields | {"asked": request, "lacked": [], "seconds": seconds}
 
 
-def _write_record(target: Target, record: Record, each: Mapping[str, NDArray]) -> None:
-    """Write the record of a finished row, and the numbers of every image."""
-    if not is_main():
-        return
+def _write_record(
+    target: Target, measured: RowNumbers, request: dict[str, Any], **about: Any
+) -> Record:
+    """Write and return the record of a finished row, and write the numbers of every image."""
+    each = measured.each
+    record = {"format": FORMAT, "state": "done", "each": sorted(each)}
+    record |= _fields(measured, request) | about
+    record |= {"machine": name_device(resolve_device(target.device)), **provenance()}
 
     def write_each(file: IO[bytes]) -> None:
-        np.savez(file, **dict(each))  # type: ignore[arg-type]
+        np.savez(file, **each)  # type: ignore[arg-type]
 
-    whole = to_json({"format": FORMAT, "state": "done", "each": sorted(each), **record})
-    files: dict[Path, Content] = {target.folder / EACH: write_each} if each else {}
-    write_together(files | {target.folder / RECORD: whole})
+    if is_main():
+        files: dict[Path, Content] = {target.folder / EACH: write_each} if each else {}
+        write_together(files | {target.folder / RECORD: to_json(record)})
+    return record
 
 
 def _read_each(folder: Path) -> dict[str, NDArray]:

@@ -1,10 +1,19 @@
-"""The paper's tables: their rows, their columns, and the claims that the paper makes."""
+"""The paper's tables: rows, columns and published numbers; and its claims, judged by our numbers.
+
+Two rows are compared image by image: an image is about as hard for one autoencoder as for the
+other, so that the differences spread far less than the numbers of either.
+"""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from math import isfinite
+from types import MappingProxyType
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import model_validator
 
 from ldm.config import Config, did_you_mean, list_presets, load_preset, published, validate
@@ -63,15 +72,11 @@ COLUMNS = {
         for sigma in (25, 50, 100, 250, 500)
     },
 }
-
-SIGMAS = (25.0, 50.0, 100.0, 250.0, 500.0)
-"""Kernel widths of Table 6."""
 BESIDE = {
     "reconstruction": ("psnr", "swd"), "generation": ("swd",), "mmd": (), "encoder": ("gmac",)
 }  # fmt: skip
 """Our columns beside the paper's, by the table's measure."""
 
-Measure = Literal["reconstruction", "encoder", "mmd", "generation"]
 Number = float | tuple[float, float]  # or a mean with its ±
 Relation = Literal["better", "no_worse", "similar"]
 
@@ -93,54 +98,18 @@ class Claim(Config):
     """The columns that it is about; none: all with a better end."""
 
 
-class TableConfig(Config):
-    """A table as written in `configs/tables/`."""
-
-    title: str
-    """Its subject."""
-    measure: Measure = "reconstruction"
-    """The kind of its measurements."""
-    header: tuple[str, ...]
-    """Titles of the parts of a row's label, which is split at its commas."""
-    rows: tuple[str, ...]
-    """Row names in the paper's order: the recipe's name without the table's."""
-    columns: tuple[str, ...]
-    """The paper's columns, as named in `COLUMNS`."""
-    transposed: bool = False
-    """The paper prints the rows as columns."""
-    claims: tuple[Claim, ...]
-    """The paper's claims about it."""
-
-    @model_validator(mode="after")
-    def _check_names(self) -> "TableConfig":
-        for name in self.columns:
-            if name not in COLUMNS:
-                raise ValueError(f"columns: no '{name}'{did_you_mean(name, list(COLUMNS))}")
-        for claim in self.claims:
-            for name, known in (
-                *((row, self.rows) for row in (claim.row, claim.than)),
-                *((column, self.columns) for column in claim.columns),
-            ):
-                if name not in known:
-                    raise ValueError(f"claims: no '{name}'{did_you_mean(name, known)}")
-        return self
-
-
-@dataclass(frozen=True)
-class Row:
+class Row(Config):
     """A row of a table: one recipe, and the paper's numbers."""
 
     table: str
     """The table's name, such as t09."""
     name: str
     """Its own name, such as gaussian."""
-    kind: str
-    """The folder of its recipe: `recipes` or `diffusion`."""
     label: tuple[str, ...]
     """Its label in the paper, one part for each of the table's header."""
     paper: dict[str, Number]
     """The paper's numbers, by column."""
-    resolution: int | None
+    resolution: int | None = None
     """Image size of the measurement in pixels; None: that at which its training ends."""
 
     @property
@@ -149,14 +118,40 @@ class Row:
         return f"{self.table}-{self.name}"
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table of the paper."""
+class Table(Config):
+    """A table of the paper, as written in `configs/tables/`."""
 
     name: str
-    """Such as t09 or t02a."""
-    config: TableConfig
+    """Such as t09 or t02a: the name of its file."""
+    title: str
+    """Its subject."""
+    measure: Literal["reconstruction", "encoder", "mmd", "generation"] = "reconstruction"
+    """The kind of its measurements."""
+    header: tuple[str, ...]
+    """Titles of the parts of a row's label, which is split at its commas."""
     rows: tuple[Row, ...]
+    """In the paper's order; the file gives their names, and a row's recipe gives its numbers."""
+    columns: tuple[str, ...]
+    """The paper's columns, as named in `COLUMNS`."""
+    transposed: bool = False
+    """The paper prints the rows as columns."""
+    claims: tuple[Claim, ...]
+    """The paper's claims about it."""
+
+    @model_validator(mode="after")
+    def _check_names(self) -> "Table":
+        for name in self.columns:
+            if name not in COLUMNS:
+                raise ValueError(f"columns: no '{name}'{did_you_mean(name, list(COLUMNS))}")
+        rows = [row.name for row in self.rows]
+        for claim in self.claims:
+            for name, known in (
+                *((row, rows) for row in (claim.row, claim.than)),
+                *((column, self.columns) for column in claim.columns),
+            ):
+                if name not in known:
+                    raise ValueError(f"claims: no '{name}'{did_you_mean(name, known)}")
+        return self
 
     @property
     def number(self) -> str:
@@ -164,20 +159,33 @@ class Table:
         return f"T{self.name[1:].lstrip('0')}"
 
     @property
-    def columns(self) -> tuple[str, ...]:
+    def all_columns(self) -> tuple[str, ...]:
         """The paper's columns, then ours."""
-        theirs = self.config.columns
-        return (*theirs, *(name for name in BESIDE[self.config.measure] if name not in theirs))
+        return tuple(dict.fromkeys(self.columns + BESIDE[self.measure]))
 
     def claimed(self, claim: Claim) -> tuple[str, ...]:
         """Return the columns that a claim is about."""
-        return claim.columns or tuple(c for c in self.config.columns if COLUMNS[c].better)
+        return claim.columns or tuple(name for name in self.columns if COLUMNS[name].better)
 
 
 @cache
 def all_tables() -> tuple[Table, ...]:
     """Return every table, in the paper's order."""
-    return tuple(_read(name) for name in list_presets("tables"))
+    return tuple(map(_read, list_presets("tables")))
+
+
+def _read(name: str) -> Table:
+    tree = load_preset("tables", name)
+    kind = "diffusion" if tree.get("measure") == "generation" else "recipes"
+    parts = 1 if tree.get("transposed") else len(tree["header"])
+    rows = []
+    for row in tree["rows"]:
+        paper = published(kind, f"{name}-{row}")
+        label = paper["row"].split(", ", parts - 1)
+        numbers = {column: paper[column] for column in tree["columns"] if column in paper}
+        of_row = {"table": name, "name": row, "label": label, "paper": numbers}
+        rows.append(of_row | {"resolution": paper.get("resolution")})
+    return validate(Table, tree | {"name": name, "rows": rows})
 
 
 def find_tables(word: str) -> list[Table]:
@@ -197,26 +205,144 @@ def find_tables(word: str) -> list[Table]:
 def find_row(table: Table, word: str) -> Row:
     """Find the row of a table that a word names: gaussian, t09-gaussian or t09/gaussian."""
     name = word.removeprefix(f"{table.name}-").removeprefix(f"{table.name}/")
-    for row in table.rows:
-        if row.name == name:
-            return row
-    known = [row.name for row in table.rows]
-    raise UsageError(f"{table.number} has no row '{word}'; its rows are: {', '.join(known)}")
+    rows = {row.name: row for row in table.rows}
+    if name not in rows:
+        raise UsageError(f"{table.number} has no row '{word}'; its rows are: {', '.join(rows)}")
+    return rows[name]
 
 
-def _read(name: str) -> Table:
-    config = validate(TableConfig, load_preset("tables", name))
-    kind = "diffusion" if config.measure == "generation" else "recipes"
-    return Table(name, config, tuple(_read_row(name, row, kind, config) for row in config.rows))
+# -------------------------------------------------------------------------------- the claims
+FEWEST = 30
+"""Images below which two standard errors are too few: Student's t is 2.05 there."""
+UNKNOWN = "its error is unknown"
+
+Verdict = Literal["holds", "does not hold", "cannot be judged"]
+Each = Mapping[str, NDArray]
+"""By column the numbers of every image of a row, and the images' indices as `k`."""
 
 
-def _read_row(table: str, name: str, kind: str, config: TableConfig) -> Row:
-    paper: dict[str, Any] = published(kind, f"{table}-{name}")
-    parts = len(config.header) if not config.transposed else 1
-    label = tuple(paper["row"].split(", ", parts - 1))
-    numbers = {c: _number(paper[c]) for c in config.columns if c in paper}
-    return Row(table, name, kind, label, numbers, paper.get("resolution"))
+@dataclass(frozen=True)
+class Comparison:
+    """Two rows in one column."""
+
+    column: str
+    verdict: Verdict
+    here: tuple[float, float] | None = None
+    """The numbers of the two rows, if both were measured."""
+    error: float | None = None
+    """Standard error of their difference over images, if both rows have the same images."""
+    why: str = ""
+    """Why the claim was not judged, or a caveat."""
 
 
-def _number(value: float | list[float]) -> Number:
-    return (value[0], value[1]) if isinstance(value, list) else float(value)
+@dataclass(frozen=True)
+class JudgedClaim:
+    """A claim, and the comparison that decides it in each column."""
+
+    claim: Claim
+    comparisons: tuple[Comparison, ...]
+
+    @property
+    def verdict(self) -> Verdict:
+        """Does not hold: in at least one column. Holds: in all of them."""
+        verdicts = {comparison.verdict for comparison in self.comparisons}
+        if "does not hold" in verdicts:
+            return "does not hold"
+        return "holds" if verdicts == {"holds"} else "cannot be judged"
+
+
+def judge(
+    table: Table,
+    records: Mapping[str, Mapping[str, Any]],
+    each: Mapping[str, Each] = MappingProxyType({}),
+    not_judged: str = "",
+) -> tuple[JudgedClaim, ...]:
+    """Judge every claim of a table by the records of its rows.
+
+    No column stands in for another: a claim about rFID cannot be judged without rFID, whatever the
+    other columns show. In columns that are means over images, a claim that another choice of images
+    might reverse is not judged either. In the others the error is unknown, unless they are counts:
+    any difference decides, and the comparison carries a caveat.
+
+    Args:
+        each: the numbers of every image, by row.
+        not_judged: why no claim is judged, if so.
+    """
+
+    def compare(claim: Claim, column: str) -> Comparison:
+        kind, rows = COLUMNS[column], (claim.row, claim.than)
+        found = [records[row] for row in rows if row in records]
+        numbers = [record["numbers"].get(column) for record in found]
+        here = None
+        if len(found) == 2 and None not in numbers:
+            here = (_mean(numbers[0]), _mean(numbers[1]))
+        pair = _pair_images(each.get(claim.row, {}), each.get(claim.than, {}), column)
+        error = None if pair is None else _standard_error(pair[0] - pair[1])
+        reasons = [not_judged, *(record["missing"].get(column) for record in found)]
+        why = next(filter(None, reasons), "") or _why_undecided(claim.relation, kind, here, pair)
+        if here is None or why:
+            return Comparison(column, "cannot be judged", here, error, why)
+        holds = _margins(claim.relation, kind, *here) > 0
+        counted = kind.counted or any(column in record.get("counted", ()) for record in found)
+        why = "" if kind.of_each_image or counted else UNKNOWN
+        return Comparison(column, "holds" if holds else "does not hold", here, error, why)
+
+    return tuple(
+        JudgedClaim(claim, tuple(compare(claim, column) for column in table.claimed(claim)))
+        for claim in table.claims
+    )
+
+
+def _mean(number: Number) -> float:
+    return number[0] if isinstance(number, (tuple, list)) else number
+
+
+def _pair_images(ours: Each, other: Each, column: str) -> tuple[NDArray, NDArray] | None:
+    """A column's numbers of the same images in two rows, float64 (n,) each, if there are any."""
+    if column not in ours or column not in other or not np.array_equal(ours["k"], other["k"]):
+        return None
+    return ours[column].astype(np.float64), other[column].astype(np.float64)
+
+
+def _margins(relation: Relation, kind: TableColumn, ours: Any, other: Any) -> Any:
+    """The margins, of numbers or of each image (n,), whose mean is positive if a claim holds.
+
+    A claim of similarity can fail on either side: the margins are those of the nearer one.
+    """
+    gain, yardstick = kind.gain(ours, other), kind.yardstick(other)
+    if relation == "better":
+        return gain
+    if relation == "no_worse":
+        return yardstick + gain
+    return min(yardstick + gain, yardstick - gain, key=np.mean)
+
+
+def _why_undecided(
+    relation: Relation,
+    kind: TableColumn,
+    here: tuple[float, float] | None,
+    pair: tuple[NDArray, NDArray] | None,
+) -> str:
+    """Why numbers cannot decide a claim; "" if they can."""
+    if here is None:
+        return "not measured"
+    if not all(map(isfinite, here)):
+        return "not a finite number"
+    if not kind.of_each_image:
+        return ""
+    if pair is None:
+        return "not measured over the same images"
+    if len(pair[0]) < FEWEST:
+        return f"over fewer than {FEWEST} images"
+    margins = _margins(relation, kind, *pair)
+    error = _standard_error(margins) or 0.0
+    uncertain = error > 0 and abs(margins.mean()) <= 2 * error
+    return "within two standard errors" if uncertain else ""
+
+
+def _standard_error(values: NDArray) -> float | None:
+    """The standard error of the mean of (n,); None if n < 2."""
+    if len(values) < 2:
+        return None
+    with np.errstate(invalid="ignore"):  # infinite values have none, and are reported elsewhere
+        return float(values.std(ddof=1) / np.sqrt(len(values)))

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 
 from ldm.config import flatten, to_tree
-from pipelines.reproduce.claims import judge
 from pipelines.reproduce.output import (
     EDM,
     STANDING,
+    Result,
     claim_lines,
-    deviations,
     is_reported,
     show,
     table_lines,
@@ -20,7 +19,7 @@ from pipelines.reproduce.output import (
 from pipelines.reproduce.plan import SCALES, BuildPlan, published_recipe
 from pipelines.reproduce.runner import request_of
 from pipelines.reproduce.tables import all_tables, find_tables
-from tests.pipelines.reproduce.images import equal_images
+from tests.pipelines.reproduce.images import equal_images, judge_numbers
 
 
 def test_our_numbers_stand_beside_the_papers():
@@ -45,7 +44,7 @@ def test_psnr_and_swd_stand_beside_a_missing_rfid():
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (header, dwt)]
     assert cells[0][3:] == ["rFID ↓ paper", "here", "PSNR ↑ here", "SWD ×10³ ↓ here"]
     assert cells[1] == ["ImageNet", "DWT", "12", "1.65", "–", "20.00", "10.0"]
-    claimed = table.claimed(table.config.claims[0])
+    claimed = table.claimed(table.claims[0])
     assert claimed == ("rfid",)
 
 
@@ -63,7 +62,7 @@ def test_every_table_is_rectangular_and_has_the_papers_rows(table):
     lines = table_lines(table, {})
     assert len({len(line) for line in lines}) == 1
     assert len({line.count("|") for line in lines}) == 1
-    if not table.config.transposed:
+    if not table.transposed:
         assert len(lines) == 2 + len(table.rows)
         for line, row in zip(lines[2:], table.rows, strict=True):
             cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -79,7 +78,7 @@ def test_claims_are_compared_column_by_column():
     missing = {name: {"rfid": "no weights"} for name in numbers}
     each = equal_images(numbers)
     each["constant"]["psnr"] = each["constant"]["psnr"] + np.tile([0.011, -0.011], 20)
-    lines = claim_lines(judge(table, numbers, missing, each=each), table)
+    lines = claim_lines(judge_numbers(table, numbers, missing, each=each), table)
     assert lines == [
         "- **does not hold**: a constant weight does as well as the adaptive one",
         "  - rFID: the paper's 1.01 against 1.01: cannot be judged (no weights)",
@@ -97,7 +96,7 @@ def test_claims_are_compared_column_by_column():
 def test_an_unknown_error_is_noted_once_a_claim():
     [table] = find_tables("t10")
     numbers = {"unet": {"rfid": 50.001}, "stylegan": {"rfid": 50.002}, "patchgan": {"rfid": 50.0}}
-    lines = claim_lines(judge(table, numbers, {}), table)
+    lines = claim_lines(judge_numbers(table, numbers, {}), table)
     assert lines[:4] == [
         "- **holds** (its error is unknown): a U-Net discriminator gives a better rFID than "
         "StyleGAN's",
@@ -109,26 +108,26 @@ def test_an_unknown_error_is_noted_once_a_claim():
     [table] = find_tables("t3")
     numbers = {row.name: {"memory": 100.0, "images_per_second": 1.0} for row in table.rows}
     numbers["litevae-b"] = {"memory": 99.0, "images_per_second": 0.9}
-    lines = claim_lines(judge(table, numbers, {}), table)
+    lines = claim_lines(judge_numbers(table, numbers, {}), table)
     assert lines[0].startswith("- **does not hold** (its error is unknown): ")
     assert lines[1].endswith(": holds") and lines[2].endswith(": does not hold")
-    lines = claim_lines(judge(table, numbers, {}, counted={"memory"}), table)
+    lines = claim_lines(judge_numbers(table, numbers, {}, counted={"memory"}), table)
     assert lines[0].startswith("- **does not hold**: ") and lines[1].endswith(": holds")
     assert lines[2].endswith(": does not hold (its error is unknown)")
 
 
 def test_a_common_reason_is_given_once():
     [table] = find_tables("t9")
-    lines = claim_lines(judge(table, {}, {}, "too short"), table)
+    lines = claim_lines(judge_numbers(table, {}, {}, "too short"), table)
     assert (
         lines[0] == "- **cannot be judged** (too short): the Gaussian loss improves PSNR and SSIM"
     )
-    assert "\n".join(lines).count("too short") == len(table.config.claims)
+    assert "\n".join(lines).count("too short") == len(table.claims)
 
 
 def test_a_long_reason_is_shortened_only_where_it_is_printed_below():
     [table] = find_tables("t9")
-    claims, why = judge(table, {}, {}, "long " * 20), "long " * 20
+    claims, why = judge_numbers(table, {}, {}, "long " * 20), "long " * 20
     assert why in claim_lines(claims, table)[0]
     assert "(see below)" in claim_lines(claims, table, {why})[0]
 
@@ -153,30 +152,32 @@ def plan_of(scale, settings=()):
     return BuildPlan(SCALES[scale], settings=settings)
 
 
-def lines(word, scale, records=None, settings=()):
-    [table] = find_tables(word)
+def deviations(table, scale, records=None, settings=()):
     plan = plan_of(scale, settings)
-    return deviations(table, plan.targets(table), plan.settings, records or {})
+    return Result(table, plan, plan.targets(table), records or {}, {}, 0.0).deviations
+
+
+def lines(word, *how, **options):
+    [table] = find_tables(word)
+    return deviations(table, *how, **options)
 
 
 @pytest.mark.parametrize("table", all_tables(), ids=lambda table: table.number)
 def test_the_full_recipe_has_no_deviations(table):
-    plan = plan_of("paper")
-    found = deviations(table, plan.targets(table), (), {})
-    if table.config.measure != "encoder":
-        edm = (EDM,) if table.config.measure == "generation" else ()
+    found = deviations(table, "paper")
+    if table.measure != "encoder":
+        edm = (EDM,) if table.measure == "generation" else ()
         assert tuple(found) == STANDING + edm
 
 
 @pytest.mark.parametrize("table", all_tables(), ids=lambda table: table.number)
 def test_every_differing_key_is_reported(table):
-    if table.config.measure == "encoder":
+    if table.measure == "encoder":
         return
-    plan = plan_of("small")
-    found = deviations(table, plan.targets(table), (), {})
+    plan, found = plan_of("small"), deviations(table, "small")
     for row in table.rows:
-        ours = flatten(to_tree(plan.recipe_of(row)))
-        theirs = flatten(to_tree(published_recipe(row.kind, row.preset)))
+        ours = flatten(to_tree(plan.recipe_of(row.preset)))
+        theirs = flatten(to_tree(published_recipe(row.preset)))
         keys = [k for k in ours if ours[k] != theirs.get(k) and is_reported(k)]
         assert len(found) >= len(keys) + len(STANDING) > len(STANDING)
 

@@ -375,7 +375,7 @@ def test_bad_words_are_refused_before_anything_is_written(faked):
     ):
         with pytest.raises(UsageError, match=told):
             reproduce(scale="smoke", **how)
-    with pytest.raises(UsageError, match="--scale huge"):
+    with pytest.raises(UsageError, match="--scale huge: it must be one of smoke, small, paper"):
         reproduce("t4", "huge")
     assert not Path("reproduce").exists()
 
