@@ -76,9 +76,18 @@ def draw_figure(name: str, plan: BuildPlan) -> Drawing:
         label: make_model(target, substitutes=not published).path
         for label, target in targets.items()
     }
-    first = next(iter(targets.values()))
-    draw = _draw_samples if figure.drawn_by == "samples" else _analyze
-    files, lines = draw(name, first, models, plan)
+    first, folder = next(iter(targets.values())), plan.folder(name)
+    if figure.drawn_by == "samples":
+        from pipelines.sample import sample_images
+        from pipelines.sampling.sample_folder import GRID
+
+        [model] = models.values()
+        count, steps = min(IMAGES, plan.scale.protocol.samples), plan.scale.protocol.sampler_steps
+        seed = int(name == "f9")  # F9 shows other samples than F6
+        sample_images(model, count, folder, seed, steps=steps, device=first.device)
+        files, lines = (folder / GRID,), [f"{count} samples, seed {seed}"]
+    else:
+        files, lines = _analyze(figure.drawn_by, models, first, folder, plan)
     return Drawing(files, (f"# {name.upper()}: {figure.title}", "", *lines))
 
 
@@ -88,10 +97,9 @@ def _find_target(plan: BuildPlan, preset: str) -> Target:
 
 
 def _analyze(
-    name: str, target: Target, models: dict[str, Path], plan: BuildPlan
+    kind: str, models: dict[str, Path], target: Target, folder: Path, plan: BuildPlan
 ) -> tuple[tuple[Path, ...], list[str]]:
-    kind, folder, device = FIGURES[name].drawn_by, plan.folder(name), target.device
-    given = [f"{label}={path}" for label, path in models.items()]
+    given, device = [f"{label}={path}" for label, path in models.items()], target.device
     if kind == "gradients":
         from pipelines.analysis.gradients import analyze_gradients
 
@@ -114,17 +122,3 @@ def _analyze(
     if found is None:  # the main process reports it
         return (), []
     return found.files, [found.title, *text_table(found.header, found.rows), *found.notes]
-
-
-def _draw_samples(
-    name: str, target: Target, models: dict[str, Path], plan: BuildPlan
-) -> tuple[tuple[Path, ...], list[str]]:
-    from pipelines.sample import sample_images
-    from pipelines.sampling.sample_folder import GRID
-
-    protocol, folder = plan.scale.protocol, plan.folder(name)
-    [model] = models.values()
-    count, steps = min(IMAGES, protocol.samples), protocol.sampler_steps
-    seed = int(name == "f9")  # F9 shows other samples than F6
-    sample_images(model, count, folder, seed, steps=steps, device=target.device)
-    return (folder / GRID,), [f"{count} samples, seed {seed}"]

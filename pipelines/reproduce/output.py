@@ -13,19 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from autoencoders.discriminators import StyleGANConfig
-from ldm.config import flatten, to_tree
+from ldm.config import Config, flatten, to_tree
 from ldm.data.dataset import PHOTOS
 from ldm.files import to_json, write_together
 from ldm.run_folder import provenance
 from ldm.tables import markdown_table
-from pipelines.reproduce.plan import (
-    DECISIVE,
-    BuildPlan,
-    Recipe,
-    Target,
-    published_recipe,
-    setting_key,
-)
+from pipelines.reproduce.plan import DECISIVE, BuildPlan, Target, published_recipe, setting_key
 from pipelines.reproduce.tables import (
     COLUMNS,
     Claim,
@@ -39,14 +32,11 @@ from pipelines.reproduce.tables import (
 )
 
 FORMAT = 1
-MARKDOWN, JSON = "table.md", "table.json"
 PAPER = "Sadat et al. 2024 (arXiv 2405.14477)"
 NOTHING = "–"
 ARROWS = {"lower": " ↓", "higher": " ↑", None: ""}
 LONG = 60
 """Characters of a reason that is still printed beside a claim."""
-
-Numbers = Mapping[str, Mapping[str, Number | None]]
 
 
 @dataclass(frozen=True)
@@ -67,7 +57,7 @@ class Result:
     def files(self) -> tuple[Path, ...]:
         """The page, and its values."""
         folder = self.plan.folder(self.table.name)
-        return folder / MARKDOWN, folder / JSON
+        return folder / "table.md", folder / "table.json"
 
     @property
     def numbers(self) -> dict[str, dict[str, Any]]:
@@ -97,7 +87,15 @@ class Result:
                 for name, record in self.records.items()
                 if record["taken"]
             ]
-            lines += _shared_trainings(self.targets)
+            rows_by_run: dict[Path, list[str]] = defaultdict(list)
+            for target in self.targets:
+                rows_by_run[target.training.folder].append(target.row.name)
+            lines += [
+                f"Rows {', '.join(names)} differ in their data alone, which is the same here: they "
+                "share one training."
+                for names in rows_by_run.values()
+                if len(names) > 1
+            ]
             lines += STANDING
             lines += [EDM] if self.table.measure == "generation" else []
         if self.plan.settings:
@@ -133,8 +131,7 @@ class Result:
         lines += [f"- {line}" for line in self._provenance()]
         header = ("row", "trained in", "training, s", "measured over", "measuring, s", "finished")
         rows = [self._provenance_of(target.row.name) for target in self.targets]
-        lines += ["", *markdown_table(header, rows, left=2)]
-        return "\n".join(lines) + "\n"
+        return "\n".join([*lines, "", *markdown_table(header, rows, left=2), ""])
 
     def to_tree(self) -> dict[str, Any]:
         """Return plain values."""
@@ -189,14 +186,12 @@ class Result:
         return dict(rows)
 
     def _provenance_of(self, row: str) -> tuple[str, ...]:
-        record = self.records.get(row) or {}
-        seconds, count = record.get("seconds") or {}, record.get("count")
-        where = record.get("trained_in") or NOTHING
-        if record.get("taken"):
-            where = f"taken: {record['taken']['path']}"
+        record = self.records[row]
+        taken, count = record["taken"], record["count"]
+        where = f"taken: {taken['path']}" if taken else record["trained_in"] or NOTHING
         training, measuring = (
-            NOTHING if value is None else f"{value:,.1f}"
-            for value in (seconds.get("training"), seconds.get("measuring"))
+            NOTHING if seconds is None else f"{seconds:,.1f}"
+            for seconds in map(record["seconds"].get, ("training", "measuring"))
         )
         images = f"{count:,} images" if count else NOTHING
         return row, where, training, images, measuring, record.get("created", NOTHING)
@@ -209,7 +204,7 @@ def write_result(result: Result) -> None:
 
 
 # --------------------------------------------------------------------------------- the table
-def table_lines(table: Table, numbers: Numbers) -> list[str]:
+def table_lines(table: Table, numbers: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Format a table in Markdown, laid out as in the paper, ours beside theirs."""
 
     def both(row: Row, column: str) -> tuple[str, str]:
@@ -277,28 +272,23 @@ def claim_lines(
 
 
 def _show_both(claim: Claim, comparison: Comparison, table: Table) -> str:
-    """Two rows in one column: ours, and the paper's."""
+    """Two rows in one column: ours, their difference, and the paper's."""
     column, here, error = comparison.column, comparison.here, comparison.error
     papers = {row.name: row.paper[column] for row in table.rows}
     theirs = (show(column, papers[name], of_paper=True) for name in (claim.row, claim.than))
     text = f"the paper's {' against '.join(theirs)}"
+    title, digits = COLUMNS[column].title, COLUMNS[column].digits
     if here is not None:
         ours = " against ".join(show(column, value) for value in here)
         if error is not None:
-            ours += f" ({_show_difference(column, here[0] - here[1], error)})"
+            if 0 < error < 10 ** (1 - digits):  # two figures of the error
+                digits = min(6, 1 - floor(log10(error)))
+            difference = f"{here[0] - here[1]:+.{digits}f} ± {error:.{digits}f}"
+            ours += f" ({difference.replace('-', '−')})"
         text = f"{ours}, {text}"
-    title = COLUMNS[column].title
     if table.transposed:
         title = f"{table.header[0]} = {title}"
     return f"{title}: {text}"
-
-
-def _show_difference(column: str, difference: float, error: float) -> str:
-    """A difference with its standard error, to two figures of the error."""
-    digits = COLUMNS[column].digits
-    if 0 < error < 10 ** (1 - digits):
-        digits = min(6, 1 - floor(log10(error)))
-    return f"{difference:+.{digits}f} ± {error:.{digits}f}".replace("-", "−")
 
 
 # --------------------------------------------------------- the differences from the paper
@@ -388,7 +378,7 @@ def is_reported(key: str) -> bool:
     return key in DECISIVE or not key.startswith(UNREPORTED)
 
 
-def _settings(recipe: Recipe) -> dict[str, Any]:
+def _settings(recipe: Config) -> dict[str, Any]:
     """A recipe's values by dotted keys."""
     settings = flatten(to_tree(recipe))
     discriminator = getattr(recipe, "discriminator", None)
@@ -407,15 +397,3 @@ def _words(key: str, value: Any) -> str:
     if isinstance(value, (int, float)):
         return f"{value:,}" if isinstance(value, int) else f"{value:,g}"
     return str(value)
-
-
-def _shared_trainings(targets: Sequence[Target]) -> Iterator[str]:
-    by_folder: dict[Path, list[str]] = defaultdict(list)
-    for target in targets:
-        by_folder[target.training.folder].append(target.row.name)
-    for names in by_folder.values():
-        if len(names) > 1:
-            yield (
-                f"Rows {', '.join(names)} differ in their data alone, which is the same here: "
-                "they share one training."
-            )

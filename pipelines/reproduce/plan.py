@@ -14,8 +14,7 @@ first of them in the paper's order.
 <out>/<scale>/ae/<preset>/    a stage one that belongs to no row
 """
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -23,15 +22,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from pydantic import Field
-
 from ldm.config import (
     Config,
     Tree,
     key_paths,
     list_presets,
     load_preset,
-    merge,
     parse_override,
     resolve,
     to_tree,
@@ -84,8 +80,6 @@ class Scale(Config):
     """Its purpose."""
     widths: int = 1
     """Divides the widths of all networks."""
-    decoder: int | None = None
-    """Width of the decoder; None: the recipe's."""
     halvings: int = 0
     """Number of times that image sizes are halved."""
     steps: float = 1.0
@@ -94,41 +88,19 @@ class Scale(Config):
     """Divides the batch size."""
     rate: float = 1.0
     """Multiplies the learning rate."""
-    also: Tree = Field(default_factory=dict)
-    """Merged over every scaled recipe that has such keys."""
+    settings: tuple[str, ...] = ()
+    """`key=value` over every recipe that has the key, before the user's."""
+    data: str | None = PHOTOS
+    """The data by default; null: the recipes' own."""
     protocol: Protocol = Protocol()
     judges: bool = True
     """The training is long enough for the paper's claims."""
-
-    @property
-    def is_paper(self) -> bool:
-        """True if recipes stay as they are."""
-        return self.widths == 1 and self.steps == 1.0
 
 
 SCALES = {
     name: validate(Scale, load_preset("scales", name) | {"name": name})
     for name in ("smoke", "small", "paper")
 }
-
-
-def scale_recipe(
-    published: Recipe, scale: Scale, settings: Sequence[str] = (), source: str | None = None
-) -> Recipe:
-    """Bring a recipe of the paper to a scale, with `source` in place of its data if given.
-
-    `settings`, each `key=value`, are applied last; keys that the recipe lacks are left out.
-    """
-    config_class: type[Recipe] = type(published)
-    tree = to_tree(published)
-    if not scale.is_paper:
-        tree = merge(_shrink(tree, scale), _known(scale.also, tree))
-        if decoder := tree.get("decoder"):
-            decoder["channels"] = scale.decoder
-    if source is not None:
-        tree["data"] = tree["data"] | {"source": source}
-    keys = _keys(config_class) if settings else ()
-    return resolve(config_class, tree, [s for s in settings if setting_key(s) in keys])
 
 
 def check_settings(
@@ -191,32 +163,19 @@ def _shrink(tree: Tree, scale: Scale) -> Tree:
             discriminator["multipliers"] = discriminator["multipliers"][:kept]
         elif discriminator["type"] == "patchgan":
             discriminator["layers"] = max(1, discriminator["layers"] - scale.halvings)
-        elif discriminator["channels"] is None:  # StyleGAN's default, 32768 / resolution
+        elif discriminator["channels"] is None and scale.widths > 1:  # 32768 / resolution
             full = 2**15 // tree["discriminator"]["resolution"]
             discriminator["channels"] = _width(full, scale)
     return small
 
 
-def _by_rules(node: Any, scale: Scale) -> Any:
+def _by_rules(node: Any, scale: Scale, key: str = "") -> Any:
+    if isinstance(node, dict):
+        return {name: _by_rules(value, scale, name) for name, value in node.items()}
     if isinstance(node, list):
         return [_by_rules(item, scale) for item in node]
-    if not isinstance(node, dict):
-        return node
-    return {
-        key: RULES[key](value, scale)
-        if key in RULES and isinstance(value, (int, float))
-        else _by_rules(value, scale)
-        for key, value in node.items()
-    }
-
-
-def _known(over: Mapping[str, Any], tree: Tree) -> Tree:
-    """Keep the keys that a tree has: stage two has no loss.lpips."""
-    return {
-        key: _known(value, tree[key]) if isinstance(value, Mapping) else value
-        for key, value in over.items()
-        if key in tree
-    }
+    has_rule = key in RULES and isinstance(node, (int, float))
+    return RULES[key](node, scale) if has_rule else node
 
 
 # -------------------------------------------------------------------------------- the targets
@@ -258,6 +217,23 @@ class Target:
         """The device of training and measurement."""
         return self.training.recipe.run.device
 
+    def request(self, protocol: Protocol) -> dict[str, Any]:
+        """Return the settings that the row's numbers depend on, as plain values."""
+        trained = {"recipe": _decisive(self.training.recipe)}
+        measured = {"resolution": self.resolution, "data": trained["recipe"]["data"]}
+        if self.stage_two is not None:
+            trained["stage_one"] = _decisive(self.stage_one.recipe)
+        return {"trained": trained, "measured": measured | to_tree(protocol)}
+
+
+def _decisive(recipe: Recipe) -> Tree:
+    """A recipe's keys that numbers depend on."""
+    tree = to_tree(recipe)
+    tree["run"] = {k: value for k, value in tree["run"].items() if f"run.{k}" in DECISIVE}
+    tree["data"].pop("workers")
+    tree.pop("validate_images", None)
+    return tree
+
 
 @dataclass
 class BuildPlan:
@@ -283,18 +259,32 @@ class BuildPlan:
         taken = parse_take(table, take)
         targets = [self._target(row, taken.get(row.name)) for row in table.rows]
         for one, other in combinations(targets, 2):
-            if one.training.folder == other.training.folder and not _differ_in_data(one, other):
+            if one.training.folder != other.training.folder:
+                continue
+            rows = (one.row, other.row)
+            papers = [to_tree(published_recipe(row.preset)) | {"data": None} for row in rows]
+            if papers[0] != papers[1]:  # the data alone may be the same here
                 raise UsageError(
-                    f"these settings make rows '{one.row.name}' and '{other.row.name}' of "
+                    f"these settings make rows '{rows[0].name}' and '{rows[1].name}' of "
                     f"{table.number} the same: omit the keys that the table varies"
                 )
         return targets
 
     def recipe_of(self, preset: str) -> Recipe:
-        """Return a recipe at this scale, on this data, with these settings."""
+        """Return a recipe at this scale, on this data, with those of the settings that it has."""
         published = published_recipe(preset)
-        source = self._source(published.data.source)
-        return scale_recipe(published, self.scale, self.settings, source)
+        config_class: type[Recipe] = type(published)
+        tree = _shrink(to_tree(published), self.scale)
+        tree["data"]["source"] = self._source(published.data.source)
+        keys, settings = _keys(config_class), (*self.scale.settings, *self.settings)
+        return resolve(config_class, tree, [s for s in settings if setting_key(s) in keys])
+
+    def _source(self, of_recipe: str) -> str:
+        """The data in place of a recipe's."""
+        for name, path in self._sources.items():
+            if name and Path(of_recipe).name.startswith(name):
+                return path
+        return self._sources.get("") or self.scale.data or of_recipe
 
     def _target(self, row: Row, taken: Path | None) -> Target:
         recipe, folder = self.recipe_of(row.preset), self.folder(row.table) / row.name
@@ -310,26 +300,18 @@ class BuildPlan:
 
     def _training(self, preset: str, recipe: Recipe, folder: Path) -> Training[Any]:
         """The recipe's run, with the first row of the same recipe."""
-        first = self._first_rows.get(_identity(recipe))
-        if first is not None:
+        if first := self._first_rows.get(recipe):
             preset, folder = first.preset, self.folder(first.table) / first.name
         stage = "diffusion" if isinstance(recipe, DiffusionRecipe) else "autoencoder"
         return Training(preset, recipe, folder / stage)
 
     @cached_property
-    def _first_rows(self) -> dict[str, Row]:
-        first: dict[str, Row] = {}
+    def _first_rows(self) -> dict[Recipe, Row]:
+        first: dict[Recipe, Row] = {}
         for row in (row for t in all_tables() if t.measure != "encoder" for row in t.rows):
             with suppress(UsageError):  # a row of another table, which the settings do not fit
-                first.setdefault(_identity(self.recipe_of(row.preset)), row)
+                first.setdefault(self.recipe_of(row.preset), row)
         return first
-
-    def _source(self, of_recipe: str) -> str | None:
-        """The data in place of a recipe's; None: the recipe's own."""
-        for name, path in self._sources.items():
-            if name and Path(of_recipe).name.startswith(name):
-                return path
-        return self._sources.get("") or (None if self.scale.is_paper else PHOTOS)
 
 
 @cache
@@ -370,14 +352,3 @@ def parse_take(table: Table, words: Sequence[str]) -> dict[str, Path]:
         if not taken[row.name].exists():
             raise LdmError(f"--take {word}: {path} does not exist")
     return taken
-
-
-def _identity(recipe: Recipe) -> str:
-    return json.dumps(to_tree(recipe), sort_keys=True)
-
-
-def _differ_in_data(one: Target, other: Target) -> bool:
-    """Return true if the paper's rows differ in their data alone, which may be the same here."""
-    rows = (one.row, other.row)
-    trees = [to_tree(published_recipe(row.preset)) | {"data": None} for row in rows]
-    return trees[0] == trees[1]

@@ -6,8 +6,7 @@ The model is trained, resumed, reused from a finished run, or the checkpoint pas
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -29,7 +28,7 @@ from ldm.device import name_device, resolve_device
 from ldm.distributed import join_processes
 from ldm.errors import LdmError
 from ldm.files import read_json, write_json
-from ldm.metrics.inception import FeatureExtractor
+from ldm.metrics.inception import FeatureExtractor, published_weights
 from ldm.run_folder import is_finished
 from pipelines.bench import bench_encoders
 from pipelines.doctor.costs import count_parameters
@@ -112,8 +111,7 @@ def make_model(
 def trainings_of(target: Target, taken: Checkpoint | None = None) -> tuple[Training[Any], ...]:
     """Return the runs that a row's model needs, in order."""
     if taken is None:
-        stages = (target.stage_one, target.stage_two)
-        return tuple(training for training in stages if training is not None)
+        return tuple(filter(None, (target.stage_one, target.stage_two)))
     if taken.stage == "diffusion" or target.stage_two is None:
         return ()
     # in a folder of its own: other rows with this recipe have another stage one
@@ -130,16 +128,35 @@ def missing_weights(recipe: AutoencoderRecipe) -> str | None:
     return None
 
 
+def has_weights(number: str, weights: Path | None) -> bool:
+    """Return true if the weights that a number needs, if any, are on this machine."""
+    if number == "lpips":
+        return has_backbone("VGG-16")
+    return number not in OF_FEATURES or weights is not None or published_weights() is not None
+
+
 def _train(training: Training[Any], stage_one: Checkpoint | None, substitutes: bool) -> Checkpoint:
     folder, recipe, preset = training.folder, training.recipe, training.preset
     stage: Kind = "autoencoder" if stage_one is None else "diffusion"
-    with _noting(training):
+    start, notes, finished = time.monotonic(), _notes(folder), is_finished(folder)
+    listing = notes.get("listing") or listing_of(recipe.data.source)
+
+    def note() -> None:
+        """Note the images of the run, and its time over all starts."""
+        seconds = round(notes.get("seconds", 0.0) + time.monotonic() - start, 2)
+        if is_main() and not finished:
+            write_json(folder / NOTES, {"seconds": seconds, "listing": listing})
+
+    note()
+    try:
         if stage_one is not None:
             recipe = recipe.model_copy(update={"autoencoder": str(stage_one.path)})
             train_diffusion(recipe, preset, folder)
         else:
             perceptual = {"esrgan": smoke_esrgan()} if substitutes and recipe.loss.esrgan else {}
             train_autoencoder(recipe, preset, folder, perceptual)
+    finally:
+        note()
     path = folder / "ckpt.pt"
     if not path.is_file():
         raise LdmError(
@@ -168,37 +185,13 @@ def check_images(target: Target, taken: Checkpoint | None = None) -> None:
             )
 
 
-@cache
-def listing_of(data: str) -> str | None:
-    """Return the identity of a data set's list of images, read once; None if it is missing."""
-    return listing_identity(data)
+listing_of = cache(listing_identity)
+"""Identity of a data set's list of images, read once; None if the data set is missing."""
 
 
 def same_listing(before: str | None, now: str | None) -> bool:
     """Return true if two listings are equal, or one is unknown."""
     return None in (before, now) or before == now
-
-
-@contextmanager
-def _noting(training: Training[Any]) -> Iterator[None]:
-    """Note a run's images before it starts, and afterwards its time over all starts."""
-    folder, start = training.folder, time.monotonic()
-    if is_finished(folder):
-        yield
-        return
-    notes = _notes(folder)
-    listing = notes.get("listing") or listing_of(training.recipe.data.source)
-
-    def write() -> None:
-        seconds = notes.get("seconds", 0.0) + time.monotonic() - start
-        if is_main():
-            write_json(folder / NOTES, {"seconds": round(seconds, 2), "listing": listing})
-
-    write()
-    try:
-        yield
-    finally:
-        write()
 
 
 def _notes(folder: Path) -> dict[str, Any]:
@@ -317,7 +310,7 @@ def _latents(target: Target, model: Checkpoint, plan: BuildPlan) -> RowNumbers:
     [planned] = plan_jobs([model.path], data, "val", [side], None, ranks, plan.force)
     [subject], images = open_analysis([model.path], data, "val", side, target.device)
     found = latents_mmd(subject, images, MmdSettings(protocol.latents, SIGMAS, protocol.draws))
-    autoencoder = load_autoencoder(model.path)
+    autoencoder = subject.autoencoder
     values = autoencoder.config.latent_channels * (side // autoencoder.downsampling) ** 2
     few = f" (all; {protocol.latents:,} requested)" if found.count < protocol.latents else ""
     notes = [
@@ -338,6 +331,7 @@ def _latents(target: Target, model: Checkpoint, plan: BuildPlan) -> RowNumbers:
 
 
 def _samples(target: Target, model: Checkpoint, plan: BuildPlan) -> RowNumbers:
+    from pipelines.fid import measure_fid
     from pipelines.sample import sample_images
 
     protocol = plan.scale.protocol
@@ -346,7 +340,18 @@ def _samples(target: Target, model: Checkpoint, plan: BuildPlan) -> RowNumbers:
         folder = target.training.folder.parent / "samples"  # shared by rows with this recipe
     steps = protocol.sampler_steps
     folder = sample_images(model.path, protocol.samples, folder, steps=steps, device=target.device)
-    found = _compare(folder, target, plan)
+    written = folder / "fid.json"
+    written.unlink(missing_ok=True)
+    found: dict[str, Any] | None
+    try:
+        found = measure_fid(
+            folder, target.data, "train", weights=plan.weights, device=target.device, force=True,
+            features=None if protocol.published else FEATURES,
+        )  # fmt: skip
+    except LdmError:  # without Inception's weights: the other numbers
+        found = read_json(written)
+        if not found:  # another problem
+            raise
     reference = found["reference"]
     numbers: dict[str, Number | None] = {"fid": None, "swd": (found.get("swd") or {}).get("mean")}
     missing = {}
@@ -364,25 +369,6 @@ def _samples(target: Target, model: Checkpoint, plan: BuildPlan) -> RowNumbers:
         missing["fid"] = f"over {few:,} images: below {ENOUGH:,} the covariance is singular"
     notes += found["warnings"]
     return RowNumbers(numbers, missing, notes, protocol.samples, extractor=found["extractor"])
-
-
-def _compare(folder: Path, target: Target, plan: BuildPlan) -> dict[str, Any]:
-    """Run `measure_fid`; without Inception's weights, return its other numbers."""
-    from pipelines.fid import measure_fid
-
-    features = None if plan.scale.protocol.published else FEATURES
-    written = folder / "fid.json"
-    written.unlink(missing_ok=True)
-    try:
-        return measure_fid(
-            folder, target.data, "train", weights=plan.weights, device=target.device, force=True,
-            features=features,
-        )  # fmt: skip
-    except LdmError:
-        found = read_json(written)
-        if not found:  # another problem
-            raise
-        return found
 
 
 # --------------------------------------------------------------------- smoke-test substitutes

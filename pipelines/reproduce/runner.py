@@ -6,9 +6,8 @@
 <out>/<scale>/<table>/table.md, .json    the result, see `output`
 """
 
-import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -19,8 +18,6 @@ import numpy as np
 from accelerate import PartialState
 from numpy.typing import NDArray
 
-from autoencoders.losses.perceptual import has_backbone
-from ldm.config import to_tree
 from ldm.data import open_source
 from ldm.device import name_device, resolve_device
 from ldm.distributed import from_main, join_processes
@@ -31,21 +28,13 @@ from ldm.metrics.inception import SHA256, digest, published_weights
 from ldm.run_folder import provenance
 from pipelines.reproduce.figures import Drawing, draw_figure, find_figure
 from pipelines.reproduce.output import Result, write_result
-from pipelines.reproduce.plan import (
-    DECISIVE,
-    SCALES,
-    BuildPlan,
-    Protocol,
-    Target,
-    Training,
-    check_settings,
-    setting_key,
-)
+from pipelines.reproduce.plan import SCALES, BuildPlan, Target, check_settings, setting_key
 from pipelines.reproduce.rows import (
     OF_FEATURES,
     Checkpoint,
     RowNumbers,
     check_images,
+    has_weights,
     is_main,
     listing_of,
     load_taken,
@@ -91,12 +80,6 @@ def reproduce(
 
     Returns:
         A result for each table, also written to its folder; or the drawn figure.
-
-    Raises:
-        UsageError: an unknown table, scale, row or setting; settings that undo what a table varies;
-            or `out` is a file.
-        LdmError: training or measuring failed; finished rows are kept.
-        Interrupted: a request to stop during training; the same call resumes.
     """
     if out.is_file():
         raise UsageError(f"--out {out}: is a file, give a folder")
@@ -172,8 +155,8 @@ def _check_rows(targets: Sequence[Target], plan: BuildPlan) -> list[_Status]:
     """Find the rows to build, and raise now what would fail after hours of training."""
     rows = [_check_row(target, plan) for target in targets]
     to_build = [row for row in rows if row.record is None]
-    needed = {(row.target.data.source, row.target.resolution): row.target.data for row in to_build}
-    for (_, resolution), data in needed.items():
+    needed = dict.fromkeys((row.target.data, row.target.resolution) for row in to_build)
+    for data, resolution in needed:
         open_source(data, "train", resolution)
     for row in to_build:
         check_images(row.target, row.taken)
@@ -181,52 +164,24 @@ def _check_rows(targets: Sequence[Target], plan: BuildPlan) -> list[_Status]:
 
 
 def _check_row(target: Target, plan: BuildPlan) -> _Status:
-    request, taken = request_of(target, plan.scale.protocol), load_taken(target)
-    request["listings"] = {
-        source: listing_of(source)
-        for source in (run.recipe.data.source for run in (target.stage_one, target.training))
-    }
+    request, taken = target.request(plan.scale.protocol), load_taken(target)
+    sources = {run.recipe.data.source for run in (target.stage_one, target.training)}
+    request["listings"] = {source: listing_of(source) for source in sorted(sources)}
     record = up_to_date(target, request, taken, plan)
     before = (read_json(target.folder / RECORD) or {}).get("taken")
     if taken is None and before:
-        target = replace(target, taken=Path(before["path"]))
+        path = Path(before["path"])
+        target = replace(target, taken=path)
         if record is None:  # measure it again, rather than train
-            taken = _take_again(target, before["sha256"])
+            taken = load_taken(target) if path.exists() else None
+            if taken is None or taken.sha256 != before["sha256"]:
+                change = "is missing" if taken is None else "is another model now"
+                name = target.row.name
+                raise LdmError(
+                    f"row '{name}' was measured with {path}, which {change}: give --take "
+                    f"{name}=PATH, or remove {target.folder / RECORD} to train the row"
+                )
     return _Status(target, request, taken, record)
-
-
-def _take_again(target: Target, sha256: str) -> Checkpoint:
-    """Read the checkpoint that a row was measured with before."""
-    assert target.taken is not None
-    now = load_taken(target) if target.taken.exists() else None
-    if now is not None and now.sha256 == sha256:
-        return now
-    change = "is missing" if now is None else "is another model now"
-    raise LdmError(
-        f"row '{target.row.name}' was measured with {target.taken}, which {change}: give --take "
-        f"{target.row.name}=PATH, or remove {target.folder / RECORD} to train the row"
-    )
-
-
-def request_of(target: Target, protocol: Protocol) -> dict[str, Any]:
-    """Return the settings that a row's numbers depend on, as plain values."""
-    stages = {"recipe": _decisive(target.training)}
-    if target.stage_two is not None:
-        stages["stage_one"] = _decisive(target.stage_one)
-    data = to_tree(target.data)
-    data.pop("workers")
-    measured = {"resolution": target.resolution, "data": data, **to_tree(protocol)}
-    # as JSON, to compare with what was read from JSON
-    return json.loads(json.dumps({"trained": stages, "measured": measured}))
-
-
-def _decisive(training: Training[Any]) -> dict[str, Any]:
-    """A recipe's keys that numbers depend on."""
-    tree = to_tree(training.recipe)
-    tree["run"] = {k: value for k, value in tree["run"].items() if f"run.{k}" in DECISIVE}
-    tree["data"].pop("workers")
-    tree.pop("validate_images", None)
-    return tree
 
 
 def up_to_date(
@@ -251,7 +206,7 @@ def up_to_date(
         and _read_each(target.folder).keys() >= set(record["each"])
         and _is_same_network(record, plan.weights)
         and record.get("force") in (None, plan.force)
-        and _lacking(record["lacked"], plan.weights) == record["lacked"]
+        and not any(has_weights(number, plan.weights) for number in record["lacked"])
     )
     return record if current else None
 
@@ -264,17 +219,6 @@ def _is_same_network(record: Record, weights: Path | None) -> bool:
         return True  # no network here could measure them again
     now = SHA256 if weights is None else digest(weights)
     return (record.get("extractor") or {}).get("sha256") == now
-
-
-def _lacking(numbers: Iterable[str], weights: Path | None) -> list[str]:
-    """The numbers whose weights are not on this machine."""
-
-    def is_there(number: str) -> bool:
-        if number == "lpips":
-            return has_backbone("VGG-16")
-        return number not in OF_FEATURES or weights is not None or published_weights() is not None
-
-    return [number for number in numbers if not is_there(number)]
 
 
 # -------------------------------------------------------------------------------------- build
@@ -296,10 +240,11 @@ def _build_row(table: Table, row: _Status, plan: BuildPlan, ranks: PartialState)
     start = time.monotonic()
     measured = measure(table, target, model, plan)
     seconds = {"training": model.seconds, "measuring": round(time.monotonic() - start, 2)}
+    lacked = [name for name in measured.missing if not has_weights(name, plan.weights)]
     return _write_record(
         target, measured, row.request,
         seconds=seconds,
-        lacked=[] if substitutes else _lacking(measured.missing, plan.weights),
+        lacked=[] if substitutes else lacked,
         model=model.to_tree(),
         taken=taken and {"path": str(taken.path), "sha256": taken.sha256},
         trained_in=None if model.taken else str(target.training.folder),
@@ -316,9 +261,11 @@ def _build_costs(table: Table, targets: Sequence[Target], plan: BuildPlan) -> di
             "setting is run.device"
         )
     device, protocol = targets[0].device, plan.scale.protocol
-    requests = [request_of(target, protocol) for target in targets]
-    pairs = list(zip(targets, requests, strict=True))
-    records: dict[str, Any] = {t.row.name: up_to_date(t, asked, None, plan) for t, asked in pairs}
+    requests = {target.row.name: target.request(protocol) for target in targets}
+    records: dict[str, Any] = {
+        target.row.name: up_to_date(target, requests[target.row.name], None, plan)
+        for target in targets
+    }
     machine = name_device(resolve_device(device))  # costs are of the machine
     if all(record and record["machine"] == machine for record in records.values()):
         _say("  done already")
@@ -328,10 +275,10 @@ def _build_costs(table: Table, targets: Sequence[Target], plan: BuildPlan) -> di
     start = time.monotonic()
     costs = measure_costs(table, device, protocol)
     seconds = {"training": None, "measuring": round(time.monotonic() - start, 2)}
-    return {
-        t.row.name: _write_record(t, costs[t.row.name], asked, seconds=seconds)
-        for t, asked in pairs
-    }
+    for target in targets:
+        name = target.row.name
+        records[name] = _write_record(target, costs[name], requests[name], seconds=seconds)
+    return records
 
 
 def _fields(measured: RowNumbers, request: dict[str, Any]) -> Record:
@@ -364,11 +311,9 @@ def _read_each(folder: Path) -> dict[str, NDArray]:
     """The numbers of every image of a row; {} if there are none."""
     try:
         with np.load(folder / EACH, allow_pickle=False) as file:
-            each = dict(file)
+            return dict(file)
     except (OSError, EOFError, ValueError, BadZipFile):
         return {}
-    whole = "k" in each and len({values.shape for values in each.values()}) == 1
-    return each if whole else {}
 
 
 def _say(text: str) -> None:

@@ -17,7 +17,6 @@ from pipelines.reproduce.output import (
     undone_differences,
 )
 from pipelines.reproduce.plan import SCALES, BuildPlan, published_recipe
-from pipelines.reproduce.runner import request_of
 from pipelines.reproduce.tables import all_tables, find_tables
 from tests.pipelines.reproduce.images import equal_images, judge_numbers
 
@@ -204,7 +203,7 @@ def test_only_decisive_keys_of_a_run_are_reported():
     assert "Precision of the training: bf16 instead of auto." in found
     assert not any("steps: 3 in" in line or "keep_states: " in line for line in found)
     [target, *_] = plan_of("small", settings).targets(find_tables("t4")[0])
-    kept = request_of(target, SCALES["small"].protocol)["trained"]["recipe"]["run"]
+    kept = target.request(SCALES["small"].protocol)["trained"]["recipe"]["run"]
     assert kept == {"seed": 1, "precision": "bf16"}
 
 

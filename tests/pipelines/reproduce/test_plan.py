@@ -16,7 +16,6 @@ from pipelines.reproduce.plan import (
     parse_data,
     parse_take,
     published_recipe,
-    scale_recipe,
 )
 from pipelines.reproduce.tables import all_tables, find_tables
 
@@ -150,7 +149,7 @@ def test_a_bad_value_is_refused():
 
 
 def test_settings_index_lists():
-    recipe = scale_recipe(AutoencoderRecipe(), SCALES["small"], ["phases.0.steps=7"])
+    recipe = BuildPlan(SCALES["small"], settings=["phases.0.steps=7"]).recipe_of("t04-smc")
     assert recipe.total_steps == 7
 
 

@@ -19,6 +19,12 @@ from tests.ldm.data.pictures import encode, noise, png_folder
 ROOT = Path("reproduce/smoke")
 
 
+def patch_weights(monkeypatch, find):
+    """Let `find` say whether Inception's published weights are on this machine."""
+    for module in (rows, runner):
+        monkeypatch.setattr(module, "published_weights", find)
+
+
 def run(word="t9", **how):
     [result] = reproduce(word, "smoke", **how)
     return result
@@ -175,7 +181,7 @@ def test_lacking_numbers_are_measured_once_weights_are_there(faked, monkeypatch)
     assert result.numbers["smc"]["rfid"] is None and len(faked.measured) == 2
     reproduce("t4", "small")
     assert len(faked.measured) == 2
-    monkeypatch.setattr(runner, "has_backbone", lambda network: network == "VGG-16")
+    monkeypatch.setattr(rows, "has_backbone", lambda network: network == "VGG-16")
     faked.lacks = ("rfid",)
     [result] = reproduce("t4", "small")
     assert len(faked.measured) == 4 and len(faked.trained) == 2
@@ -190,7 +196,7 @@ def test_lacking_numbers_are_measured_once_weights_are_there(faked, monkeypatch)
 def test_no_table_mixes_two_networks(faked, monkeypatch):
     """rFIDs of the published Inception and of another file do not compare."""
     faked.lacks = ()
-    monkeypatch.setattr(runner, "published_weights", lambda: Path("inception.pt"))
+    patch_weights(monkeypatch, lambda: Path("inception.pt"))
     other = Path("other.pt")
     other.write_bytes(b"other")
     reproduce("t4", "small")
@@ -206,7 +212,7 @@ def test_no_table_mixes_two_networks(faked, monkeypatch):
     assert {record["extractor"]["sha256"] for record in result.records.values()} == {SHA256}
     # which network it would be is of no matter where no number is of one
     faked.lacks = ("rfid",)
-    monkeypatch.setattr(runner, "published_weights", lambda: None)
+    patch_weights(monkeypatch, lambda: None)
     reproduce("t9", "small")
     reproduce("t9", "small", weights=other)
     assert len(faked.measured) == 8 + 3 + 3  # lacked for want of weights, and these are there
@@ -220,7 +226,7 @@ def test_an_rfid_is_kept_while_no_network_could_replace_it(faked, monkeypatch):
     other = Path("other.pt")
     other.write_bytes(b"other")
     reproduce("t4", "small", weights=other)
-    monkeypatch.setattr(runner, "published_weights", lambda: None)
+    patch_weights(monkeypatch, lambda: None)
     [result] = reproduce("t4", "small")
     assert len(faked.measured) == 2 and result.numbers["smc"]["rfid"]
 
