@@ -8,4 +8,13 @@ rows      build one row: get its model, and measure it
 runner    the cache and the loop: target → up to date? → build → judge → print
 output    a result as text, Markdown and JSON
 figures   the paper's figures, drawn from trained rows
+
+<out>/<scale>/<table>/
+  table.md, table.json   the result
+  <row>/row.json         the record: numbers, settings, model, machine, versions, command, time
+  <row>/images.npz       the numbers of every image, to compare rows by
+  <row>/autoencoder/     the run of stage one, if this row is the first with its recipe
+  <row>/diffusion/       likewise the run of stage two; its samples in samples/
+<out>/<scale>/ae/<preset>/   a stage one that belongs to no row
+<out>/<scale>/<figure>/      the pictures of a figure, and their numbers
 """

@@ -1,7 +1,4 @@
-"""The paper's figures that show measurements or trained rows, drawn by `pipelines.analysis`.
-
-<out>/<scale>/<figure>/    the pictures and their numbers
-"""
+"""The paper's figures that show measurements or trained rows, drawn by `pipelines.analysis`."""
 
 import re
 from pathlib import Path

@@ -1,7 +1,6 @@
 """The result of a table: ours beside the paper's, the claims, and every difference in conditions.
 
-<out>/<scale>/<table>/table.md     the table, the claims, the differences, the provenance
-<out>/<scale>/<table>/table.json   the same as numbers, with the recipes of all rows
+`table.md` is the page, `table.json` holds the same as numbers, with the recipes of all rows.
 """
 
 from collections import defaultdict
@@ -128,10 +127,21 @@ class Result:
         lines = [*self.summary(), "", "## Differences from the paper", ""]
         lines += [f"- {line}" for line in self.deviations]
         lines += ["", "## Provenance", "", f"- scale: {scale.name}, {scale.summary}"]
-        lines += [f"- {line}" for line in self._provenance()]
+        for what in ("command", "machine", "versions"):  # of the measurements, once if rows agree
+            found = self._rows_by(what)
+            for value, names in found.items():
+                which = f" of {', '.join(names)}" if len(found) > 1 else ""
+                lines.append(f"- {what}{which}: {value}")
+        if self.table.measure != "encoder":
+            lines += [
+                "- these describe the measurements; each training run has its own run.json",
+                f"- data: {self._data()}",
+            ]
+        now = provenance()
+        lines += [f"- this page: {now['command']}, {now['created']}, {self.seconds:,.1f} s", ""]
+        rows = [self._provenance_of(name) for name in self.records]
         header = ("row", "trained in", "training, s", "measured over", "measuring, s", "finished")
-        rows = [self._provenance_of(target.row.name) for target in self.targets]
-        return "\n".join([*lines, "", *markdown_table(header, rows, left=2), ""])
+        return "\n".join([*lines, *markdown_table(header, rows, left=2), ""])
 
     def to_tree(self) -> dict[str, Any]:
         """Return plain values."""
@@ -159,19 +169,6 @@ class Result:
             "data": self._data(),
             **provenance(),
         }
-
-    def _provenance(self) -> Iterator[str]:
-        """Command, machine and versions of the measurements, once where rows agree; and of this."""
-        for what in ("command", "machine", "versions"):
-            found = self._rows_by(what)
-            for value, rows in found.items():
-                which = f" of {', '.join(rows)}" if len(found) > 1 else ""
-                yield f"{what}{which}: {value}"
-        if self.table.measure != "encoder":
-            yield "these describe the measurements; each training run has its own run.json"
-            yield f"data: {self._data()}"
-        now = provenance()
-        yield f"this page: {now['command']}, {now['created']}, {self.seconds:,.1f} s"
 
     def _data(self) -> str:
         return ", ".join(dict.fromkeys(target.data.source for target in self.targets))
@@ -308,7 +305,6 @@ KNOWN = {
     "data.source": "data",
     "data.held_out": "held-out images",
     "phases": "training",
-    "steps": "steps",
     "batch_size": "batch size",
     "lr": "learning rate",
     "betas": "Adam's betas",

@@ -6,19 +6,12 @@ sizes; norms, losses, levels and parts stay as they are.
 
 Rows that resolve to the same recipe, of one table or of several, share one training: that of the
 first of them in the paper's order.
-
-<out>/<scale>/<table>/<row>/
-  row.json        the record of the row, once it is finished
-  autoencoder/    the run of stage one, if this row is the first with its recipe
-  diffusion/      likewise the run of stage two; its samples in samples/
-<out>/<scale>/ae/<preset>/    a stage one that belongs to no row
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import combinations
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -258,12 +251,11 @@ class BuildPlan:
         """Return the targets of a table's rows; `take` is as of `reproduce`."""
         taken = parse_take(table, take)
         targets = [self._target(row, taken.get(row.name)) for row in table.rows]
-        for one, other in combinations(targets, 2):
-            if one.training.folder != other.training.folder:
-                continue
-            rows = (one.row, other.row)
+        first: dict[Path, Row] = {}
+        for target in targets:
+            rows = (first.setdefault(target.training.folder, target.row), target.row)
             papers = [to_tree(published_recipe(row.preset)) | {"data": None} for row in rows]
-            if papers[0] != papers[1]:  # the data alone may be the same here
+            if papers[0] != papers[1]:  # their data alone may be the same here
                 raise UsageError(
                     f"these settings make rows '{rows[0].name}' and '{rows[1].name}' of "
                     f"{table.number} the same: omit the keys that the table varies"

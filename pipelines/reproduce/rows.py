@@ -352,23 +352,26 @@ def _samples(target: Target, model: Checkpoint, plan: BuildPlan) -> RowNumbers:
         found = read_json(written)
         if not found:  # another problem
             raise
-    reference = found["reference"]
-    numbers: dict[str, Number | None] = {"fid": None, "swd": (found.get("swd") or {}).get("mean")}
-    missing = {}
+    reference, fid, why = found["reference"], found["fid"], ""
+    few = min(protocol.samples, reference["count"])
+    if not protocol.published:
+        fid, why = None, NOT_PUBLISHED
+    elif fid is None:
+        why = found["fid_missing"] or "not measured"
+    elif few < ENOUGH:
+        why = f"over {few:,} images: below {ENOUGH:,} the covariance is singular"
     notes = [
         f"{protocol.samples:,} samples, {steps} steps of Heun's sampler, against "
-        f"{reference['what']}."
+        f"{reference['what']}.",
+        *(found["warnings"] if protocol.published else []),
     ]
-    if not protocol.published:
-        return RowNumbers(numbers, {"fid": NOT_PUBLISHED}, notes, protocol.samples)
-    numbers["fid"] = found["fid"]
-    few = min(protocol.samples, reference["count"])
-    if found["fid"] is None:
-        missing["fid"] = found["fid_missing"] or "not measured"
-    elif few < ENOUGH:
-        missing["fid"] = f"over {few:,} images: below {ENOUGH:,} the covariance is singular"
-    notes += found["warnings"]
-    return RowNumbers(numbers, missing, notes, protocol.samples, extractor=found["extractor"])
+    return RowNumbers(
+        {"fid": fid, "swd": (found.get("swd") or {}).get("mean")},
+        {"fid": why} if why else {},
+        notes,
+        protocol.samples,
+        extractor=found["extractor"],
+    )
 
 
 # --------------------------------------------------------------------- smoke-test substitutes

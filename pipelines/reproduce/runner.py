@@ -1,10 +1,4 @@
-"""`ldm reproduce`, a build cache: target → up to date? → build → measure → judge → print.
-
-<out>/<scale>/<table>/<row>/row.json     the record: numbers, settings, model, machine, versions,
-                                         command, time
-<out>/<scale>/<table>/<row>/images.npz   the numbers of every image, to compare rows by
-<out>/<scale>/<table>/table.md, .json    the result, see `output`
-"""
+"""`ldm reproduce`, a build cache: target → up to date? → build → measure → judge → print."""
 
 import time
 from collections.abc import Sequence

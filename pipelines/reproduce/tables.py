@@ -140,17 +140,14 @@ class Table(Config):
 
     @model_validator(mode="after")
     def _check_names(self) -> "Table":
-        for name in self.columns:
-            if name not in COLUMNS:
-                raise ValueError(f"columns: no '{name}'{did_you_mean(name, list(COLUMNS))}")
         rows = [row.name for row in self.rows]
+        names = [("columns", name, [*COLUMNS]) for name in self.columns]
         for claim in self.claims:
-            for name, known in (
-                *((row, rows) for row in (claim.row, claim.than)),
-                *((column, self.columns) for column in claim.columns),
-            ):
-                if name not in known:
-                    raise ValueError(f"claims: no '{name}'{did_you_mean(name, known)}")
+            names += [("claims", name, rows) for name in (claim.row, claim.than)]
+            names += [("claims", name, [*self.columns]) for name in claim.columns]
+        for key, name, known in names:
+            if name not in known:
+                raise ValueError(f"{key}: no '{name}'{did_you_mean(name, known)}")
         return self
 
     @property
