@@ -30,7 +30,7 @@ from ldm.data import DataConfig
 from ldm.data.dataset import PHOTOS
 from ldm.errors import LdmError, UsageError
 from pipelines.recipes import AutoencoderRecipe, DiffusionRecipe
-from pipelines.reproduce.tables import Row, Table, all_tables, find_row
+from pipelines.reproduce.tables import Row, Table, all_tables
 
 Recipe = AutoencoderRecipe | DiffusionRecipe
 RecipeT = TypeVar("RecipeT", bound=Recipe)
@@ -331,16 +331,20 @@ def parse_data(words: Sequence[str]) -> dict[str, str]:
 
 
 def parse_take(table: Table, words: Sequence[str]) -> dict[str, Path]:
-    """Parse --take: checkpoints by the name of their row."""
+    """Parse --take: checkpoints by row, which is named gaussian, t09-gaussian or t09/gaussian."""
     taken: dict[str, Path] = {}
+    rows = [row.name for row in table.rows]
     for word in words:
         name, equals, path = word.partition("=")
         if not equals or not path:
             raise UsageError(f"--take {word}: must have the form ROW=PATH")
-        row = find_row(table, name)
-        if row.name in taken:
-            raise UsageError(f"--take gives row '{row.name}' twice: give one checkpoint")
-        taken[row.name] = Path(path).expanduser()
-        if not taken[row.name].exists():
+        row = name.removeprefix(f"{table.name}-").removeprefix(f"{table.name}/")
+        if row not in rows:
+            known = ", ".join(rows)
+            raise UsageError(f"{table.number} has no row '{name}'; its rows are: {known}")
+        if row in taken:
+            raise UsageError(f"--take gives row '{row}' twice: give one checkpoint")
+        taken[row] = Path(path).expanduser()
+        if not taken[row].exists():
             raise LdmError(f"--take {word}: {path} does not exist")
     return taken

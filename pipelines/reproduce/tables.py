@@ -199,15 +199,6 @@ def find_tables(word: str) -> list[Table]:
     return found
 
 
-def find_row(table: Table, word: str) -> Row:
-    """Find the row of a table that a word names: gaussian, t09-gaussian or t09/gaussian."""
-    name = word.removeprefix(f"{table.name}-").removeprefix(f"{table.name}/")
-    rows = {row.name: row for row in table.rows}
-    if name not in rows:
-        raise UsageError(f"{table.number} has no row '{word}'; its rows are: {', '.join(rows)}")
-    return rows[name]
-
-
 # -------------------------------------------------------------------------------- the claims
 FEWEST = 30
 """Images below which two standard errors are too few: Student's t is 2.05 there."""

@@ -266,10 +266,11 @@ def test_data_is_parsed(tmp_path):
 def test_take_is_parsed(tmp_path):
     [table] = find_tables("t4")
     (tmp_path / "x.pt").touch()
-    assert parse_take(table, [f"smc={tmp_path}/x.pt"]) == {"smc": tmp_path / "x.pt"}
+    for name in ("smc", "t04-smc", "t04/smc"):
+        assert parse_take(table, [f"{name}={tmp_path}/x.pt"]) == {"smc": tmp_path / "x.pt"}
     for words, kind, told in (
         (["smc"], UsageError, "must have the form ROW=PATH"),
-        ([f"gauss={tmp_path}/x.pt"], UsageError, "its rows are: group, smc"),
+        ([f"gauss={tmp_path}/x.pt"], UsageError, "T4 has no row 'gauss'; its rows are: group, smc"),
         ([f"smc={tmp_path}/x.pt", f"t04-smc={tmp_path}/x.pt"], UsageError, "twice"),
         (["smc=nowhere.pt"], LdmError, "nowhere.pt does not exist"),
     ):

@@ -15,7 +15,6 @@ from pipelines.reproduce.tables import (
     Row,
     Table,
     all_tables,
-    find_row,
     find_tables,
 )
 from tests.pipelines.reproduce.images import equal_images, judge_numbers
@@ -89,14 +88,6 @@ def test_an_unknown_table_lists_all(word):
     told = str(caught.value)
     assert "\n" not in told
     assert all(f" {table.number}" in told for table in TABLES)
-
-
-def test_rows_are_found_by_any_name():
-    [table] = find_tables("t9")
-    for word in ("gaussian", "t09-gaussian", "t09/gaussian"):
-        assert find_row(table, word).preset == "t09-gaussian"
-    with pytest.raises(UsageError, match="no row 'smc'; its rows are: baseline, gaussian, wavelet"):
-        find_row(table, "smc")
 
 
 @pytest.mark.parametrize(
