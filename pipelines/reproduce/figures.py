@@ -74,6 +74,7 @@ def draw_figure(name: str, plan: BuildPlan) -> Drawing:
         for label, target in targets.items()
     }
     first, folder = next(iter(targets.values())), plan.folder(name)
+    files: tuple[Path, ...]
     if figure.drawn_by == "samples":
         from pipelines.sample import sample_images
         from pipelines.sampling.sample_folder import GRID
