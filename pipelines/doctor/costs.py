@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.distributed import make_accelerator
 from ldm.run import Run, RunConfig
@@ -30,37 +30,12 @@ that travel back, kernels' buffers, gaps."""
 
 
 # -------------------------------------------------------------------------------- counting
-class FlopCounter(TorchDispatchMode):
-    """Counts the operations inside by PyTorch's own formulas.
-
-    Its `FlopCounterMode` attributes them to modules too, and takes one and a half times as long.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._flops = 0
-
-    @property
-    def gmac(self) -> float:
-        """10⁹ multiply-accumulates so far: of convolutions, matrix products and attention."""
-        return self._flops / 2e9
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if (formula := flop_registry.get(func._overloadpacket)) is not None:
-            self._flops += formula(*args, **kwargs, out_val=out)
-        return out
-
-
 def count_gmac(call: Callable[[], Any]) -> float:
-    """Count the 10⁹ multiply-accumulates of a call."""
+    """Count the 10⁹ multiply-accumulates of a call: convolutions, matrix products, attention."""
     # attention as its two products: not every PyTorch has a formula for its fused kernels
-    with sdpa_kernel(SDPBackend.MATH), FlopCounter() as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
-    return counter.gmac
+    return counter.get_total_flops() / 2e9
 
 
 class AllocationTracker(TorchDispatchMode):
@@ -199,9 +174,9 @@ class Costs:
         key = (resolution, active, batch or self.batch)
         if key not in self._steps:
             own = [*self.training.trained, *self.training.frozen]
-            with self.run.fake, self.run.record(own), FlopCounter() as counter:
+            with self.run.fake, self.run.record(own), FlopCounterMode(display=False) as counter:
                 self.training.step(resolution, key[-1], active)
-            self._steps[key] = StepCost(self.run.kept, counter.gmac / key[-1])
+            self._steps[key] = StepCost(self.run.kept, counter.get_total_flops() / 2e9 / key[-1])
         return self._steps[key]
 
     def gmac(self, resolution: int) -> dict[str, float]:
