@@ -18,10 +18,13 @@ PIXELS_AT_ONCE = defaultdict(lambda: 2 * 256**2, sdvae=256**2, decoder=256**2)
 def in_small_batches(
     network: Callable[[Tensor], Tensor], x: Tensor, pixels: int, at_once: int
 ) -> Tensor:
-    """`network(x)`, where an image has so many pixels.
+    """Apply `network` to x.
 
-    On a CPU only as many images at a time as have `at_once` pixels, or one: the features of more
-    leave its caches.
+    On a CPU, to at most `at_once` ÷ `pixels` images at a time, and at least one: the features of
+    more leave its caches.
+
+    Args:
+        pixels: of one image.
     """
     few = max(at_once // max(pixels, 1), 1)
     if x.device.type != "cpu" or torch.is_grad_enabled() or len(x) <= few:

@@ -73,6 +73,8 @@ def fuse(module: nn.Module) -> nn.Module:
     Self-modulated convolutions become plain ones, and upsampling convolutions read the small image.
     The copy is frozen, and refuses to be saved: its tensors are not those its config describes.
     """
+    if isinstance(module, SelfModulatedConv2d | Upsample):
+        return module.fused().eval().requires_grad_(False)
     copy = deepcopy(module)
     for parent in list(copy.modules()):
         for name, child in parent.named_children():

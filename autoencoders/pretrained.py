@@ -8,7 +8,7 @@ README.md           the model card
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
@@ -140,7 +140,7 @@ def _read_compvis(path: Path) -> AutoencoderFile | None:
     return AutoencoderFile(*read_compvis(weights, prefix, path), "compvis", (path,), {})
 
 
-def _refuse_other_names(names: Iterable[str], path: Path) -> None:
+def _refuse_other_names(names: Collection[str], path: Path) -> None:
     """Refuse weights that lack a config, or have an unknown prefix."""
     for name in names:
         if name.endswith(f".{COMPVIS_FIRST}"):
@@ -157,7 +157,9 @@ def _refuse_other_names(names: Iterable[str], path: Path) -> None:
         folder = "the folder of the model, with its config.json"
         if (path.parent / "config.json").is_file():
             folder = f"its folder, {path.parent}"
-        raise LdmError(f"{path} holds weights without a config: give {folder}")
+        theirs = any(name.endswith(DIFFUSERS_FIRST) for name in names)
+        kind = "weights of diffusers," if theirs else "weights"
+        raise LdmError(f"{path} holds {kind} without a config: give {folder}")
 
 
 # ----------------------------------------------------------------------------------- the Hub

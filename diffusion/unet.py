@@ -163,10 +163,15 @@ class UNetBase(nn.Module, ABC):
                 f"labels are {labels.dtype} {tuple(labels.shape)}: they must be int64 ({batch},)"
             )
         if labels is not None and len(wrong := labels[(labels < -1) | (labels >= classes)]):
-            known = "leave labels out, or train a network on labelled images"
-            if classes:
-                known = f"use 0 to {classes - 1}, or −1 for none"
-            raise LdmError(f"label {wrong[0]} is none of this network's {classes} classes: {known}")
+            if not classes:
+                raise LdmError(
+                    f"label {wrong[0]} was given to a network without classes: leave labels out, "
+                    "or train a network on labelled images"
+                )
+            raise LdmError(
+                f"label {wrong[0]} is none of this network's {classes} classes: use 0 to "
+                f"{classes - 1}, or −1 for none"
+            )
         if augment is not None and augment.shape != (batch, parameters):
             raise LdmError(
                 f"augmentation parameters are {tuple(augment.shape)}: for {batch} image(s) this "

@@ -162,7 +162,7 @@ def _edited(tree: Any, path: Sequence[str], value: Any, above: str = "") -> Any:
         at = int(part)
         return [*tree[:at], _edited(tree[at], rest, value, f"{above}{part}."), *tree[at + 1 :]]
     section = tree if isinstance(tree, Mapping) else {}
-    if part == "type" and section.get("type") not in (None, value):
+    if part == "type" and not rest and section.get("type") not in (None, value):
         return {"type": value}
     return merge(section, {part: _edited(section.get(part), rest, value, f"{above}{part}.")})
 

@@ -295,6 +295,10 @@ def synthesize_ema(run: Path, std: float, at: int | None = None, out: Path | Non
     return out
 
 
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.is_floating_point() == other.is_floating_point()
+
+
 def combine(fit: Fit, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Sum the snapshots of a fit, on the CPU: the average of the network whose weights are `like`.
 
@@ -308,7 +312,7 @@ def combine(fit: Fit, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
             names = [*file.keys()]
             for name in [*names, *(name for name in like if name not in names)]:
                 tensor = file.get_tensor(name) if name in names else None
-                if tensor is None or name not in like or tensor.shape != like[name].shape:
+                if tensor is None or name not in like or not _alike(tensor, like[name]):
                     raise LdmError(
                         f"{snapshot.path} is not of the network in the run's ckpt.pt: tensor "
                         f"{shown(name)} differs; delete the snapshots of another run"

@@ -15,7 +15,6 @@ from ldm.checkpoint import (
     first_difference,
     is_safetensors,
     read_safetensors,
-    refuse_overstated,
     shown,
     to_safetensors,
 )
@@ -159,8 +158,8 @@ def weights_files(folder: Path, pickled: bool = False) -> list[Path]:
 def read_weights(*paths: Path) -> dict[str, Tensor]:
     """The tensors in `.safetensors` or checkpoints of `torch.save`, by their names.
 
-    None is larger than its file. They may lie in a mapping of it: clone those that are to outlive
-    it.
+    They may lie in a mapping of the file: clone those that are to outlive it, and refuse those that
+    are larger than it first (`refuse_overstated`).
     """
     weights: dict[str, Tensor] = {}
     for path in paths:
@@ -168,9 +167,7 @@ def read_weights(*paths: Path) -> dict[str, Tensor]:
         if isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict):
             tree = tree["state_dict"]
         items = tree.items() if isinstance(tree, dict) else ()
-        read = {k: v for k, v in items if isinstance(k, str) and isinstance(v, Tensor)}
-        refuse_overstated(read, path)
-        weights |= read
+        weights |= {k: v for k, v in items if isinstance(k, str) and isinstance(v, Tensor)}
     return weights
 
 

@@ -209,6 +209,9 @@ def clear_leftovers(folder: Path) -> None:
     for place in ("", "pictures/", "ema/", "state/*/"):
         for beside in folder.glob(f"{place}.*.partial"):
             beside.unlink(missing_ok=True)
+    for state in (folder / "state").glob("[0-9]*"):
+        with suppress(OSError):  # it is empty only if its writing was killed
+            state.rmdir()
 
 
 def save_state(folder: Path, images_seen: int, tree: dict[str, Any], keep: int = 2) -> Path:

@@ -23,7 +23,7 @@ from autoencoders.sdvae import formats as sdvae
 from diffusion import formats
 from diffusion.discrete import DiscreteConfig, DiscreteDenoiser, find_schedule
 from diffusion.unet import UNet, UNetConfig
-from ldm.checkpoint import Kind, ModelFile, load_model, save_model, shown
+from ldm.checkpoint import Kind, ModelFile, load_model, refuse_overstated, save_model, shown
 from ldm.config import to_tree, validate
 from ldm.data import DataConfig
 from ldm.errors import LdmError, UsageError, check_at_least
@@ -31,6 +31,8 @@ from ldm.foreign import check_described, find_prefix, read_described, read_weigh
 from ldm.run_folder import newest_run, provenance
 from pipelines.recipes import DiffusionRecipe, latent_shape
 from pipelines.sampling.model import LatentModel
+
+ExportFormat = Literal["diffusers", "compvis", "hub"]
 
 
 # --------------------------------------------------------------------------------- autoencoders
@@ -49,7 +51,8 @@ def import_autoencoder(
     paths = _import_paths(source, out, force)
     path = find_pretrained(source, revision, subfolder)
     found = read_autoencoder(path)
-    ae, before = assemble(found, path), found.provenance.get("imported", {})
+    ae, before = assemble(found, path), found.provenance.get("imported")
+    before = before if isinstance(before, dict) else {}
     # of a folder in the Hub's cache
     commit = re.search(r"/snapshots/([0-9a-f]{40})(/|$)", path.absolute().as_posix())
     details = {
@@ -72,7 +75,7 @@ def import_autoencoder(
 
 def export_autoencoder(
     out: Path,
-    form: Literal["diffusers", "compvis", "hub"],
+    form: ExportFormat,
     model: Path | None = None,
     scaling_factor: float | None = None,
     force: bool = False,
@@ -85,6 +88,8 @@ def export_autoencoder(
         scaling_factor: 1 ÷ the standard deviation of its latents, which diffusers stores. Default:
             that of an imported model, else SD-VAE's.
     """
+    if form not in get_args(ExportFormat):
+        raise UsageError(f"--format {form}: must be one of {', '.join(get_args(ExportFormat))}")
     if scaling_factor is not None and not 0 < scaling_factor < math.inf:
         raise UsageError(f"--scaling-factor {scaling_factor}: must be above 0 and finite")
     _check_out(out, form, model, force)
@@ -146,7 +151,8 @@ def import_diffusion(
     ae, network, levels = assemble(found.autoencoder, path), found.network, found.denoiser
     recipe = _make_recipe(found, resolution, ae, path)
     shape, side = latent_shape(recipe, ae), recipe.resolution
-    scale, mean, std = latent_statistics(found.settings, scale_factor, shape[0], path)
+    where = found.autoencoder.files[0].parent / "config.json" if path.is_dir() else path
+    scale, mean, std = latent_statistics(found.settings, scale_factor, shape[0], where)
     statistics = {
         # their z = (latents − mean) · scale ÷ std is the codec's, of σ_data = 1
         "mean": mean, "std": [value / scale for value in std],
@@ -221,13 +227,17 @@ def latent_statistics(
     mean = settings.get("latents_mean", [settings.get("shift_factor", 0.0)] * n_z)
     table = np.empty(0)
     with suppress(TypeError, ValueError):
-        table = np.array([mean, settings.get("latents_std", [1.0] * n_z)], dtype=float)
-    if table.shape != (2, n_z) or not (np.isfinite(table).all() and table[1].min() > 0):
+        table = np.array([mean, settings.get("latents_std", [1.0] * n_z)])
+    are_numbers = table.shape == (2, n_z) and table.dtype.kind in "iuf"
+    if not (are_numbers and np.isfinite(table).all() and table[1].min() > 0):
         raise LdmError(f"{path}: latents_mean, latents_std or shift_factor are not {n_z} numbers")
-    return scale, table[0].tolist(), table[1].tolist()
+    return scale, *table.astype(float).tolist()
 
 
 # ------------------------------------------------------------------------------------ CompVis
+CHECKPOINT_TABLES = ("betas", "alphas_cumprod", "scale_factor")
+
+
 def read_checkpoint(
     path: Path, head_width: int | None = None, heads: int | None = None
 ) -> ForeignModel:
@@ -240,7 +250,9 @@ def read_checkpoint(
             f"{path} holds a UNet without its autoencoder (first_stage_model.…): give the "
             "checkpoint of the whole model"
         )
-    betas, alpha_bars = tensors.get("betas"), tensors.get("alphas_cumprod")
+    tables = {name: tensors[name] for name in CHECKPOINT_TABLES if name in tensors}
+    refuse_overstated(tables, path)
+    betas, alpha_bars = tables.get("betas"), tables.get("alphas_cumprod")
     denoiser, notes, settings = DiscreteConfig(), [], {}
     if betas is None and alpha_bars is None:
         notes.append("it has no table of noise levels: those of CompVis' models are assumed")
@@ -254,8 +266,9 @@ def read_checkpoint(
             f"attention heads are assumed to be {network.head_width} channels wide: compare "
             "num_head_channels or num_heads in its yaml, and give --head-width or --heads"
         )
-    if "scale_factor" in tensors:
-        settings = {"scaling_factor": tensors["scale_factor"].tolist()}
+    if "scale_factor" in tables:
+        factor = tables["scale_factor"]
+        settings = {"scaling_factor": factor.item() if factor.numel() == 1 else factor.tolist()}
     return ForeignModel(
         "compvis", network, weights, (path,), read_autoencoder(path), denoiser, settings,
         notes=tuple(notes),
@@ -274,9 +287,17 @@ def read_folder(folder: Path) -> ForeignModel:
                 f"{path} is missing: --diffusion takes the folder of a diffusers pipeline, with "
                 "unet/, vae/ and scheduler/, or a CompVis checkpoint"
             )
+    if read_described(vae / "config.json").get("_class_name") == "VQModel":
+        raise LdmError(
+            f"{vae} has a vector-quantised autoencoder, as most of diffusers' LDMPipelines: only "
+            "KL autoencoders are supported"
+        )
     network, weights = formats.read_diffusers(unet)
     denoiser, autoencoder = _read_scheduler(scheduler), read_autoencoder(vae)
-    settings = {"scaling_factor": sdvae.SCALING_FACTOR, **autoencoder.provenance["imported"]}
+    settings = {
+        "scaling_factor": sdvae.SCALING_FACTOR,
+        **sdvae.pick_settings(autoencoder.provenance.get("imported")),
+    }
     side = read_described(unet / "config.json").get("sample_size")
     files = (*weights_files(unet, pickled=True), *autoencoder.files)
     return ForeignModel(
@@ -397,9 +418,9 @@ def _import_paths(source: str, out: Path, force: bool) -> list[Path]:
 def _check_out(out: Path, form: str, model: Path | None, force: bool) -> None:
     """Refuse to export to a path of another kind, over a run or a model of ours, forced or not, and
     over other files unless forced."""
-    if _is_ours(out) and model is None:  # `out` may be meant as the model
-        raise UsageError(f"{out} is a model, and OUT is missing: ldm export {out} OUT")
     if _is_ours(out):
+        if model is None:  # `out` may be meant as the model
+            raise UsageError(f"{out} is a model, and OUT is missing: ldm export {out} OUT")
         raise UsageError(f"{out} is a run or a model of yours: give OUT another name")
     is_file = out.suffix in (".safetensors", ".ckpt")
     if is_file != (form == "compvis") or out.suffix == ".pt":

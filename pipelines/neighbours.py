@@ -255,6 +255,6 @@ def _windows(shape: tuple[int, ...], side: int) -> list[tuple[int, int]]:
 def _cut(train: Source, crop: Crop, side: int) -> np.ndarray:
     """Load a training image again, (R, R, 3) uint8."""
     index, row, column, mirrored = crop
-    image = train.load(index)
+    image = train.load_at_least(index, side)
     image = center_crop(image, side) if row < 0 else image[row:, column:][:side, :side]
     return image[:, ::-1] if mirrored else image

@@ -106,16 +106,15 @@ def tree_from_diffusers(described: Mapping[str, Any]) -> dict[str, Any]:
     conv1x1 = described.get("use_quant_conv", True)
     if conv1x1 != described.get("use_post_quant_conv", True):
         raise LdmError("it has one of the two 1×1 convolutions around the latent, not both")
-    widths = described["block_out_channels"]
-    n_z, blocks = described["latent_channels"], described["layers_per_block"]
-    tree = _tree(n_z, conv1x1, widths[0] if widths else 0, widths, blocks)
+    widths, blocks = described["block_out_channels"], described["layers_per_block"]
+    sizes = _sizes(widths[0] if widths else 0, widths, blocks)
     groups = described.get("norm_num_groups", GROUPS)
     if groups_of(widths) != groups:
         raise LdmError(
             f"norm_num_groups is {groups}; here widths {widths} are normalised in "
             f"{groups_of(widths) or 'unequal numbers of'} groups"
         )
-    return tree
+    return _tree(described["latent_channels"], conv1x1, sizes, sizes)
 
 
 def diffusers_config(
@@ -168,7 +167,10 @@ def read_diffusers(
         tree = tree_from_diffusers(described)
     except (LdmError, TypeError, KeyError) as error:
         raise LdmError(f"{folder}/config.json describes no SD-VAE to load here: {error}") from error
-    return tree, from_diffusers(read_weights(*weights_files(folder)))
+    paths = weights_files(folder)
+    weights = read_weights(*paths)
+    refuse_overstated(weights, paths[0])
+    return tree, from_diffusers(weights)
 
 
 def write_diffusers(
@@ -272,10 +274,15 @@ def tree_from_compvis(weights: Mapping[str, Tensor]) -> dict[str, Any]:
             f"its encoder has {moments} channels for {n_z} latent ones: it has no variance "
             "(double_z is false), and is no KL autoencoder"
         )
-    levels = range(_count(weights, "encoder.down"))
-    widths = [layer_sizes(weights, f"encoder.down.{i}.block.0.conv1.weight")[0] for i in levels]
-    blocks = _count(weights, "encoder.down.0.block")
-    return _tree(n_z, "quant_conv.weight" in weights, channels, widths, blocks)
+
+    def sizes(levels: str, more: int = 0) -> dict[str, Any]:
+        firsts = [f"{levels}.{i}.block.0.conv1.weight" for i in range(_count(weights, levels))]
+        widths = [layer_sizes(weights, name)[0] for name in firsts]
+        return _sizes(channels, widths, _count(weights, f"{levels}.0.block") - more)
+
+    # a level of the decoder has one block more
+    encoder, decoder = sizes("encoder.down"), sizes("decoder.up", more=1)
+    return _tree(n_z, "quant_conv.weight" in weights, encoder, decoder)
 
 
 def _count(names: Iterable[str], numbered: str) -> int:
@@ -303,16 +310,19 @@ def write_compvis(path: Path, ae: nn.Module) -> list[Path]:
 
 
 # ---------------------------------------------------------------------- what both can express
+def _sizes(channels: int, widths: Sequence[int], blocks: int) -> dict[str, Any]:
+    return {"channels": channels, "multipliers": as_multiples(widths, channels), "blocks": blocks}
+
+
 def _tree(
-    latent_channels: int, conv1x1: bool, channels: int, widths: Sequence[int], blocks: int
+    latent_channels: int, conv1x1: bool, encoder: dict[str, Any], decoder: dict[str, Any]
 ) -> dict[str, Any]:
-    """The tree of an `AutoencoderConfig` whose decoder mirrors its encoder."""
-    sizes = {"channels": channels, "multipliers": as_multiples(widths, channels), "blocks": blocks}
+    """The tree of an `AutoencoderConfig`, from the sizes of its two parts."""
     return {
         "latent_channels": latent_channels,
         "conv1x1": conv1x1,
-        "encoder": {"type": "sdvae", **sizes},
-        "decoder": {**sizes, "norm": "group"},
+        "encoder": {"type": "sdvae", **encoder},
+        "decoder": {**decoder, "norm": "group"},
     }
 
 

@@ -262,7 +262,13 @@ def load_in_workers(
         worker_init_fn=_begin_worker,
         generator=torch.Generator(),  # else the global one would seed the workers
     )
-    results: Any = iter(loader)
+    before = set(multiprocessing.active_children())
+    try:
+        results: Any = iter(loader)
+    except BaseException:
+        for worker in set(multiprocessing.active_children()) - before:
+            worker.kill()  # they ignore SIGTERM, and Python would wait for them at its exit
+        raise
     try:
         for result in results:
             if isinstance(result, LdmError):

@@ -12,7 +12,7 @@ from functools import partial
 from hashlib import file_digest, sha256
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, get_args
 
 from PIL import Image
 
@@ -21,7 +21,7 @@ from ldm.data.loader import FaultCount, load_in_workers
 from ldm.data.shards import MANIFEST, MANIFEST_FORMAT, sidecar
 from ldm.data.sources import Indices, Source, held_out_count, printable, split_indices
 from ldm.data.transforms import NOT_RESIZED, CorruptImage, Filter, center_crop
-from ldm.errors import LdmError, UsageError
+from ldm.errors import LdmError, UsageError, check_at_least
 from ldm.files import read_json, write_atomically, write_json
 from ldm.logbook import show_progress
 
@@ -58,7 +58,7 @@ def prepare(
         `NOT_RESIZED` if every image had its size already.
     """
     path, destination = Path(source_path).expanduser(), Path(destination).expanduser()
-    _check(path, destination)
+    _check(path, destination, filter, size, shard_size)
     source = open_images(path, labels)
     names = [source.name(i).removeprefix(f"{path}/") for i in range(len(source))]
     held_out = held_out_count(len(source), held_out)
@@ -89,7 +89,10 @@ def prepare(
     return manifest
 
 
-def _check(source: Path, destination: Path) -> None:
+def _check(source: Path, destination: Path, filter: Filter, size: int, shard_size: int) -> None:
+    if filter not in get_args(Filter):
+        raise UsageError(f"no filter '{filter}': choose one of {', '.join(get_args(Filter))}")
+    check_at_least(1, size=size, shard_size=shard_size)
     if not source.exists():
         raise LdmError(f"{source} does not exist: give a folder of images, a .zip or a .tar")
     if destination.exists() and not destination.is_dir():

@@ -199,6 +199,8 @@ class FeatureSet:
                     complete = count < features.total or len(ks) == len(features._chosen)
                     if rows.shape != (len(ks), features.dim) or not complete:
                         raise ValueError("the sample does not fit the numbers")
+                    if not np.isfinite(rows).all():
+                        raise ValueError("the sample holds values that are not finite")
                     features.statistics = FeatureStatistics.from_moments(
                         count, parts["mu"], parts["sigma"]
                     )

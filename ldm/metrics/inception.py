@@ -206,7 +206,10 @@ class FunctionExtractor(Extractor):
         function = _find_function(spec)
         self.sha256 = _source_hash(function)
         make = _with_device(function, self._device)
-        self._extract = self._call("to be made", make)
+        self._extract = self._call(f"to be made, as {EXPECTED}", make)
+        if not callable(self._extract):
+            kind = type(self._extract).__name__
+            raise LdmError(f"--features {spec} gave {kind}: it must be {EXPECTED}")
         if isinstance(self._extract, nn.Module):
             self._extract = self._extract.to(self._device).eval()
         self.dim = 0  # unknown before the first images
@@ -232,9 +235,7 @@ class FunctionExtractor(Extractor):
         except LdmError:
             raise
         except Exception as error:
-            raise LdmError(
-                f"--features {self.name} failed {what}: {_one_line(error)}; it must be {EXPECTED}"
-            ) from error
+            raise LdmError(f"--features {self.name} failed {what}: {_one_line(error)}") from error
 
 
 def _find_function(spec: str) -> Callable[..., Any]:

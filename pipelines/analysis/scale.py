@@ -104,12 +104,17 @@ def _fitting(config: DataConfig, split: Split, limit: int | None) -> list[int]:
     if prepared is None:
         source = open_source(config, split, 1)
         count = min(len(source), limit or len(source))
-        sides = [side for _, side in shorter_sides(source, range(count), count)]
-    smallest = prepared["size"] if prepared else min(sides, default=RESOLUTIONS[-1])
+        smallest = RESOLUTIONS[-1]
+        for _, side in shorter_sides(source, range(count), count):
+            smallest = min(smallest, side)
+            if smallest < RESOLUTIONS[0]:
+                break
+    else:
+        smallest = prepared["size"]
     fitting = [side for side in RESOLUTIONS if side <= smallest]
     if not fitting:
         raise LdmError(
-            f"{config.source}: the smallest image has {smallest} pixels, below {RESOLUTIONS[0]}: "
+            f"{config.source}: an image has {smallest} pixels, below {RESOLUTIONS[0]}: "
             "use --resolutions"
         )
     return fitting

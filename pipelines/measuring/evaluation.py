@@ -205,8 +205,8 @@ def find_overlap(
         return {
             "shared": len(found),
             "example": chosen.name(found[0]) if found else None,
-            "held_out": len(ours),  # compared,
-            "held_out_of": total,  # of so many
+            "held_out": len(ours),  # images compared
+            "held_out_of": total,  # images there are
             "train": len(theirs),
             "train_of": len(train),
         }

@@ -276,7 +276,8 @@ class SetStatistics:
     def merge(self, other: "SetStatistics") -> None:
         """Take in another process's share of the same set."""
         kept: list[Any] = [(self.features, other.features), (self.patches, other.patches)]
-        if any((mine is None) != (theirs is None) for mine, theirs in kept):
+        apart = [(mine is None) != (theirs is None) for mine, theirs in kept]
+        if any(apart) or self.hashing != other.hashing:
             raise ValueError("cannot merge statistics that keep different things")
         for mine, theirs in kept:
             if mine is not None:

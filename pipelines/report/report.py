@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
 from html import escape
 from pathlib import Path
 
@@ -176,7 +175,6 @@ def _reconstructions(
     side = resolution or max(record.resolution for record in records)
     latents: list[tuple[str, Tensor]] = []
 
-    @cache
     def load() -> tuple[str, Tensor]:
         if config is None or not side:
             lacking = "data" if config is None else "resolution"
@@ -184,11 +182,19 @@ def _reconstructions(
         images = to_float(sheet_images(open_source(config, "val", side), side, count))
         return f"Originals: {config.source}, {len(images)} held-out images at {side}²", images
 
+    row: tuple[str, Tensor] | LdmError
+    try:
+        row = load()
+    except LdmError as error:  # once for all runs
+        row = LdmError(f"the held-out images could not be read: {error}")
+
     @torch.no_grad()
     def reconstruct(record: Record) -> tuple[str, Tensor]:
         file = read_autoencoder(record.folder)
         record.sha256 = fingerprint(file.weights)
-        _, originals = load()
+        if isinstance(row, LdmError):
+            raise row
+        _, originals = row
         autoencoder = assemble(file, record.folder).to(device).eval()
         z = autoencoder.encode(originals.to(device)).mode()
         recon = autoencoder.decode(z, originals.shape[-2:])
@@ -203,10 +209,10 @@ def _reconstructions(
         return caption, recon
 
     rows, missing = _pictures(records, "recon", reconstruct)
-    if not rows:
+    if not rows or isinstance(row, LdmError):
         return "".join(missing)
     folded = page.folded("Latents: the first three channels as RGB", page.strips(latents))
-    return "".join([page.strips([load(), *rows]), folded, *missing])
+    return "".join([page.strips([row, *rows]), folded, *missing])
 
 
 # ----------------------------------------------------------------------------------- samples
@@ -250,7 +256,7 @@ def _pictures(
 
 def _training_picture(record: Record, prefix: str, error: LdmError) -> str:
     """Return the newest picture from training, and print and show why there is no better one."""
-    why = f"No pictures of the model ({error})"
+    why = f"Could not draw the model's pictures ({error})"
     console.print(f"note: {record.label}: {why}", markup=False)
     head = f"<p><b>{record.title}</b></p>"
     found = sorted((record.folder / "pictures").glob(f"{prefix}-*.png"))  # by images seen

@@ -104,7 +104,7 @@ def row_states(out: Path, row: Row) -> dict[str, State]:
         done = (read_json(folder / RECORD) or {}).get("state") == "done"
         # a folder without a run shares the training of another row
         runs = [path for path in folder.glob("*") if path.is_dir()]
-        begun = folder.is_dir() and all(any(run.glob("state/*")) for run in runs)
+        begun = folder.is_dir() and all(any(run.glob("state/*/state.pt")) for run in runs)
         states[scale] = "done" if done else "begun" if begun else "–"
     return states
 

@@ -70,8 +70,8 @@ class LatentModel:
             "statistics": self.codec.statistics(),
             "resolution": recipe.resolution,
         }
-        identity = new_sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-        self.identifiers = {"sha256": self.sha256, "identity": identity}
+        self.identity = new_sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        self.identifiers = {"sha256": self.sha256, "identity": self.identity}
         self.device, self.precision, self._requested = torch.device("cpu"), "fp32", "auto"
 
     @classmethod

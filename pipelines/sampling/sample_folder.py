@@ -160,7 +160,8 @@ class SampleStore:
 
     def begin(self) -> None:
         """Get ready for more images."""
-        (self.out / MANIFEST).unlink(missing_ok=True)  # it lists shards that will grow
+        if self.files == "shards":
+            (self.out / MANIFEST).unlink(missing_ok=True)  # it lists shards that will grow
 
     def write(self, i: int, picture: Image.Image) -> None:
         """Write image i as a PNG, whole or not at all."""
@@ -195,7 +196,7 @@ class SampleStore:
         """Return the images as a source, ordered by number."""
         if archives := self._archives():
             return ZipSource(archives[0]) if self.files == "zip" else ShardSource(archives)
-        folders = self._folders() if self.files == "png" else []
+        folders = [] if self.files in ("zip", "shards") else self._folders()
         loose = sorted(png for folder in folders for png in _loose(folder).values())
         return PngSource(self.out, [png.relative_to(self.out).as_posix() for png in loose])
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from math import inf, sqrt
 from operator import index
@@ -174,18 +175,19 @@ class Classes:
         """Return the number of a class."""
         if not self.count:
             raise UsageError(f"label {label!r}: this model has no classes; omit labels")
-        label = _plain(label)
-        if isinstance(label, str):
-            for name in (label, label.strip()):
+        given: Any = _plain(label)
+        if isinstance(given, str):
+            for name in (given, given.strip()):
                 if name in self.names:
                     return self.names.index(name)
-            if re.fullmatch(r"\s*[+-]?[0-9]{1,9}\s*", label):
-                label = int(label)
-        if isinstance(label, int) and not isinstance(label, bool) and -1 <= label < self.count:
-            return int(label)
+            if re.fullmatch(r"\s*[+-]?[0-9]{1,9}\s*", given):
+                given = int(given)
+        with suppress(TypeError):
+            if not isinstance(given, bool) and -1 <= index(given) < self.count:
+                return index(given)
         names = f" ({', '.join(self.names[:12])}{' …' if self.count > 12 else ''})"
         raise UsageError(
-            f"label {label!r}: classes are 0 to {self.count - 1}{names if self.names else ''}, "
+            f"label {given!r}: classes are 0 to {self.count - 1}{names if self.names else ''}, "
             "or -1 for none"
         )
 
@@ -219,7 +221,8 @@ class Classes:
 
 
 def _is_one(labels: Any) -> bool:
-    return isinstance(labels, str) or not isinstance(_plain(labels), Iterable)
+    plain = _plain(labels)
+    return isinstance(plain, str) or not isinstance(plain, Iterable)
 
 
 def _plain(labels: Any) -> Any:

@@ -172,7 +172,7 @@ def test_a_fused_upsampling_is_the_same_in_any_layout_and_at_any_border():
         x = torch.randn(2, 5, *size)
         expected = upsample(x)
         for layout in (torch.contiguous_format, torch.channels_last):
-            fused = fuse(nn.Sequential(upsample)).to(memory_format=layout)
+            fused = fuse(upsample).to(memory_format=layout)
             answer = fused(x.contiguous(memory_format=layout))
             torch.testing.assert_close(answer, expected, rtol=0, atol=1e-6)
 
@@ -198,6 +198,7 @@ def test_fuse_makes_a_frozen_copy_and_leaves_the_module_alone():
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert type(fused[1][0]) is nn.Conv2d
+    assert type(fuse(SelfModulatedConv2d(2, 2))) is nn.Conv2d
     kept = {id(p) for p in module.parameters()}
     assert not kept & {id(p) for p in fused.parameters()}
 

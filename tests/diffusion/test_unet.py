@@ -378,7 +378,7 @@ SIZES = {"channels": 16, "multipliers": (1, 2), "blocks": 1, "head_width": 16}
     [
         ({"classes": 3}, [0, 3], None, "^label 3 is none of this network's 3 classes: use 0"),
         ({"classes": 3}, [-2, 0], None, "^label -2 is none of"),
-        ({}, [-1, 0], None, "^label 0 is none of this network's 0 classes: leave labels out"),
+        ({}, [-1, 0], None, "^label 0 was given to a network without classes: leave labels out"),
         (
             {"augment_parameters": 9},
             None,

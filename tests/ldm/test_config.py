@@ -119,6 +119,7 @@ def test_malformed_overrides_are_refused():
 def test_a_key_below_a_value_is_refused():
     assert "'stages.0.steps': input should be a valid integer" in refused("stages.0.steps.more=1")
     assert "'lr': input should be a valid number" in refused("lr.more=1")
+    assert "'shape': input tag" in refused("shape.type=round", "shape.type.more=square")
 
 
 def test_overrides_are_yaml():

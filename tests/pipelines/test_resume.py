@@ -54,7 +54,7 @@ def stage(name: str, unbroken) -> list:
 
 
 def states(folder) -> set[int]:
-    return {int(p.name) for p in (folder / "state").glob("[0-9]*")}
+    return {int(p.parent.name) for p in (folder / "state").glob("[0-9]*/state.pt")}
 
 
 def same_as_unbroken(name: str, folder, unbroken) -> None:

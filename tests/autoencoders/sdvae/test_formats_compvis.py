@@ -6,8 +6,9 @@ from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from safetensors.torch import save_file
 
-from autoencoders import load_autoencoder
+from autoencoders import Autoencoder, AutoencoderConfig, load_autoencoder
 from autoencoders.pretrained import read_autoencoder
+from autoencoders.sdvae import SDVAEDecoderConfig, SDVAEEncoderConfig
 from autoencoders.sdvae.formats import (
     COMPVIS_FIRST,
     COMPVIS_PREFIXES,
@@ -99,6 +100,25 @@ def test_config_follows_from_tensor_shapes(tmp_path, sizes):
             sizes["ch"], sizes["mult"], sizes["blocks"]
         )  # fmt: skip
     agree(model, ours)
+
+
+def test_decoder_of_other_sizes_is_found(tmp_path):
+    sizes = {"channels": 32, "multipliers": (1, 2), "blocks": 1}
+    decoder = SDVAEDecoderConfig(channels=32, multipliers=(1, 3), blocks=2)
+    encoder = SDVAEEncoderConfig(type="sdvae", **sizes)
+    ae = Autoencoder(
+        AutoencoderConfig(encoder=encoder, decoder=decoder, conv1x1=True, latent_channels=4)
+    )
+    torch.save(to_compvis(ae.state_dict()), tmp_path / "vae.ckpt")
+    assert load_autoencoder(tmp_path / "vae.ckpt").config.decoder == decoder
+
+
+def test_extras_need_not_be_whole(tmp_path):
+    path = write(tmp_path / "vae.ckpt", KL(32, (1, 2), 1, 4))
+    tree = torch.load(path, weights_only=False)
+    tree["state_dict"]["loss.mask"] = torch.zeros(1).expand(8)
+    torch.save(tree, path)
+    assert load_autoencoder(path).config.latent_channels == 4
 
 
 def test_published_sizes_are_found(tmp_path):

@@ -37,11 +37,14 @@ def test_fallbacks_are_printed(report_command, tmp_path, capsys):
     run = stage_one(tmp_path / "a")
     done = report_command("a", "--images", 1, "--data", "nowhere", "--device", "cpu")
     said = done.output + capsys.readouterr().out
-    assert "note: a: No pictures of the model (data.source: nowhere does not exist" in said
+    assert (
+        "note: a: Could not draw the model's pictures (the held-out images could not be read: data."
+        in said
+    )
     assert done.exit_code == 0 and "done: open report.html" in said
     (run / "ckpt.pt").unlink()
     said = report_command("a", "--images", 1, "--device", "cpu").output + capsys.readouterr().out
-    assert "note: a: No pictures of the model (a holds no ckpt.pt" in said
+    assert "note: a: Could not draw the model's pictures (a holds no ckpt.pt" in said
 
 
 def test_invalid_arguments_of_report_are_refused(report_command, tmp_path):
@@ -106,7 +109,9 @@ def test_what_is_left_out(run, monkeypatch):
 def test_the_list_has_every_table_and_how_far_its_rows_are(run, tmp_path):
     done = {"format": FORMAT, "state": "done"}
     write_json(tmp_path / "reproduce/small/t04/smc/row.json", done)
-    (tmp_path / "reproduce/smoke/t04/smc/autoencoder/state/8").mkdir(parents=True)
+    state = tmp_path / "reproduce/smoke/t04/smc/autoencoder/state/8/state.pt"
+    state.parent.mkdir(parents=True)
+    state.touch()
     (tmp_path / "reproduce/smoke/t04/group/autoencoder").mkdir(parents=True)  # no step yet
     lines = run("--list").splitlines()
     for number in ("T1 ", "T2a ", "T2b ", "T13 ", "T22 "):

@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import signal
 import time
+from multiprocessing.context import ForkServerProcess
 
 import numpy as np
 import pytest
@@ -257,6 +258,23 @@ def test_leaving_early_ends_the_workers():
     while multiprocessing.active_children() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not multiprocessing.active_children()
+
+
+def test_ctrl_c_while_workers_start_ends_those_that_have(monkeypatch):
+    start, started = ForkServerProcess.start, []
+
+    def interrupted(process):
+        if started:
+            raise KeyboardInterrupt
+        start(process)
+        started.append(process)
+
+    monkeypatch.setattr(ForkServerProcess, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(batches(Coded(20), DataConfig(source="/", workers=2), 16, 0, 0, 40, 4))
+    [worker] = started
+    worker.join(20)
+    assert not worker.is_alive()
 
 
 def test_every_epoch_visits_every_image_once_in_an_order_of_its_own():

@@ -217,6 +217,11 @@ def test_what_makes_no_sense_is_refused(images, tmp_path):
         here(images, images / "0000.png")
     with pytest.raises(UsageError, match="holding out 25 of 25 images leaves none"):
         here(images, tmp_path / "out", held_out=25)
+    with pytest.raises(UsageError, match="no filter 'nearest': choose one of lanczos, box"):
+        here(images, tmp_path / "out", filter="nearest")
+    for name in ("size", "shard_size"):
+        with pytest.raises(UsageError, match="must be at least 1"):
+            here(images, tmp_path / "out", **{name: 0})
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "train-00000.tar").write_bytes(b"somebody's")
     with pytest.raises(

@@ -308,12 +308,13 @@ def rewritten(path, **changes) -> None:
 def test_parts_that_do_not_fit_each_other(tmp_path):
     path = tmp_path / "features.npz"
     some = filled(range(50), 16)
-    for name, value in {
-        "sample": some.sample()[:3],
-        "sample_ks": np.arange(3),
-        "mu": np.zeros(DIM + 1),
-        "sigma": np.full((DIM, DIM), np.nan),
-    }.items():
+    for name, value in (
+        ("sample", some.sample()[:3]),
+        ("sample", np.full_like(some.sample(), np.nan)),
+        ("sample_ks", np.arange(3)),
+        ("mu", np.zeros(DIM + 1)),
+        ("sigma", np.full((DIM, DIM), np.nan)),
+    ):
         some.save(path, {})
         rewritten(path, **{name: value})
         assert "is damaged" in error_of(path)

@@ -44,7 +44,7 @@ def test_prepared_data_know_their_size(folder, tmp_path):
 
 def test_images_below_all_resolutions_are_refused(tmp_path):
     Image.new("RGB", (40, 20)).save(tmp_path / "small.png")
-    with pytest.raises(LdmError, match="smallest image has 20 pixels, below 32"):
+    with pytest.raises(LdmError, match="an image has 20 pixels, below 32"):
         _fitting(DataConfig(source=str(tmp_path)), "all", None)
 
 
@@ -91,5 +91,5 @@ def test_photographs_come_with_a_warning(tmp_path):
 
 
 def test_a_limit_below_one_is_refused(tmp_path):
-    with pytest.raises(UsageError, match=r"--limit 0: .*must be at least 1"):
+    with pytest.raises(UsageError, match="--limit 0: must be at least 1"):
         analyze_scale([save(tmp_path)], limit=0)

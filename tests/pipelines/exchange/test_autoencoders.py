@@ -304,3 +304,8 @@ def test_wrong_arguments_are_refused_in_a_line(tmp_path, sdvae, words, kind, tol
         run(*words)
     assert "\n" not in str(caught.value)
     assert {path.name for path in tmp_path.iterdir()} == {"vae"}
+
+
+def test_unknown_format_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="must be one of diffusers, compvis, hub"):
+        export_autoencoder(tmp_path / "a", "onnx")

@@ -229,6 +229,7 @@ def test_statistics_of_latents(settings, given, expected):
         (SAID | {"latents_mean": [0.0]}, "are not 4 numbers"),
         (SAID | {"latents_std": [1, 1, 1, 0]}, "are not 4 numbers"),
         (SAID | {"shift_factor": "x"}, "are not 4 numbers"),
+        (SAID | {"shift_factor": "0.5"}, "are not 4 numbers"),
     ],
 )
 def test_other_statistics_are_refused_in_a_line(settings, told):

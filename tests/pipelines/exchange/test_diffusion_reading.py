@@ -164,8 +164,8 @@ def test_unknown_size_of_a_folder_is_none(folder):
         (SCHEDULER, {"trained_betas": ["x"]}, "cannot be used: "),
         (SCHEDULER, {"beta_end": 0.001}, "cannot be used: 'beta_end'"),
         (SCHEDULER, {"num_train_timesteps": "many"}, "cannot be used: 'timesteps'"),
-        ("vae/config.json", {"_class_name": "VQModel"}, "_class_name is 'VQModel', "
-         "only 'AutoencoderKL' is supported"),
+        ("vae/config.json", {"_class_name": "VQModel"}, "/vae has a vector-quantised "
+         "autoencoder, as most of diffusers' LDMPipelines: only KL autoencoders"),
         ("unet/config.json", {"_class_name": "UNet2DConditionModel"}, "only 'UNet2DModel' is"),
     ],
 )  # fmt: skip
@@ -191,5 +191,5 @@ def test_a_folder_without_a_part_is_refused(folder, file, content):
 def test_vector_quantised_pipeline_is_refused(folder):
     (folder / "vae").rename(folder / "vqvae")
     edit(folder / "vqvae/config.json", _class_name="VQModel")
-    with pytest.raises(LdmError, match=r"vqvae/config\.json .* _class_name is 'VQModel', only"):
+    with pytest.raises(LdmError, match="vqvae has a vector-quantised autoencoder"):
         read_folder(folder)

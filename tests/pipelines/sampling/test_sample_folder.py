@@ -384,6 +384,14 @@ def test_unlabelled_images_have_no_label_on_disk(tmp_path):
         open_source(data.model_copy(update={"labels": True}), "train", 4)
 
 
+def test_png_folder_keeps_another_manifest(tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    SampleStore(tmp_path, "png").begin()
+    assert (tmp_path / "manifest.json").exists()
+    SampleStore(tmp_path, "shards").begin()
+    assert not (tmp_path / "manifest.json").exists()
+
+
 def test_no_classes_are_written_without_classes(tmp_path):
     for files in ("zip", "shards"):
         store = SampleStore(tmp_path / files, files)
