@@ -206,10 +206,13 @@ class FunctionExtractor(Extractor):
         function = _find_function(spec)
         self.sha256 = _source_hash(function)
         make = _with_device(function, self._device)
-        self._extract = self._call(f"to be made, as {EXPECTED}", make)
+        self._extract = self._call("to be made", make, advice=f"; it must be {EXPECTED}")
         if not callable(self._extract):
             kind = type(self._extract).__name__
-            raise LdmError(f"--features {spec} gave {kind}: it must be {EXPECTED}")
+            raise LdmError(
+                f"--features {spec} returned {kind}, which cannot be called with images: it must "
+                f"be {EXPECTED}"
+            )
         if isinstance(self._extract, nn.Module):
             self._extract = self._extract.to(self._device).eval()
         self.dim = 0  # unknown before the first images
@@ -229,13 +232,15 @@ class FunctionExtractor(Extractor):
             f"tensor ({len(images)}, {self.dim or 'dim'})"
         )
 
-    def _call(self, what: str, function: Callable[..., Any], *args: Any) -> Any:
+    def _call(self, what: str, function: Callable[..., Any], *args: Any, advice: str = "") -> Any:
         try:
             return function(*args)
         except LdmError:
             raise
         except Exception as error:
-            raise LdmError(f"--features {self.name} failed {what}: {_one_line(error)}") from error
+            raise LdmError(
+                f"--features {self.name} failed {what}: {_one_line(error)}{advice}"
+            ) from error
 
 
 def _find_function(spec: str) -> Callable[..., Any]:

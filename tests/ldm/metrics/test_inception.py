@@ -327,7 +327,7 @@ def test_invalid_specs(write):
     assert f"'build' is not in {name}" in error_of(f"{name}:build", UsageError)
     assert "is int, which cannot be called" in error_of(f"{name}:number", UsageError)
     returned = error_of(f"{name}:make")
-    assert "TypeError: 'int' object is not callable; it must be function(device)" in returned
+    assert "returned int, which cannot be called with images: it must be function(dev" in returned
 
 
 def test_modules_that_cannot_be_imported(write):
