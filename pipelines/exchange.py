@@ -52,14 +52,13 @@ def import_autoencoder(
     path = find_pretrained(source, revision, subfolder)
     found = read_autoencoder(path)
     ae, before = assemble(found, path), found.provenance.get("imported")
-    before = before if isinstance(before, dict) else {}
     # of a folder in the Hub's cache
     commit = re.search(r"/snapshots/([0-9a-f]{40})(/|$)", path.absolute().as_posix())
     details = {
         "subfolder": (subfolder or "").strip("/"),
         "revision": revision,
         "commit": commit and commit[1],
-        "imported": "source" in before and before,  # it was imported once already
+        "imported": isinstance(before, dict) and "source" in before and before,  # once already
     }
     origin = {
         "source": source,
@@ -235,9 +234,6 @@ def latent_statistics(
 
 
 # ------------------------------------------------------------------------------------ CompVis
-CHECKPOINT_TABLES = ("betas", "alphas_cumprod", "scale_factor")
-
-
 def read_checkpoint(
     path: Path, head_width: int | None = None, heads: int | None = None
 ) -> ForeignModel:
@@ -250,7 +246,8 @@ def read_checkpoint(
             f"{path} holds a UNet without its autoencoder (first_stage_model.…): give the "
             "checkpoint of the whole model"
         )
-    tables = {name: tensors[name] for name in CHECKPOINT_TABLES if name in tensors}
+    names = {"betas", "alphas_cumprod", "scale_factor"} & tensors.keys()
+    tables = {name: tensors[name] for name in names}
     refuse_overstated(tables, path)
     betas, alpha_bars = tables.get("betas"), tables.get("alphas_cumprod")
     denoiser, notes, settings = DiscreteConfig(), [], {}
@@ -267,8 +264,7 @@ def read_checkpoint(
             "num_head_channels or num_heads in its yaml, and give --head-width or --heads"
         )
     if "scale_factor" in tables:
-        factor = tables["scale_factor"]
-        settings = {"scaling_factor": factor.item() if factor.numel() == 1 else factor.tolist()}
+        settings = {"scaling_factor": tables["scale_factor"].squeeze().tolist()}
     return ForeignModel(
         "compvis", network, weights, (path,), read_autoencoder(path), denoiser, settings,
         notes=tuple(notes),
@@ -288,10 +284,7 @@ def read_folder(folder: Path) -> ForeignModel:
                 "unet/, vae/ and scheduler/, or a CompVis checkpoint"
             )
     if read_described(vae / "config.json").get("_class_name") == "VQModel":
-        raise LdmError(
-            f"{vae} has a vector-quantised autoencoder, as most of diffusers' LDMPipelines: only "
-            "KL autoencoders are supported"
-        )
+        raise LdmError(f"{vae} has a vector-quantised autoencoder: only KL ones are supported")
     network, weights = formats.read_diffusers(unet)
     denoiser, autoencoder = _read_scheduler(scheduler), read_autoencoder(vae)
     settings = {

@@ -81,10 +81,9 @@ def measure_fid(
 ) -> dict[str, Any]:
     """Measure samples against one split of a data set, or statistics; write and return the result.
 
-    The reference's images are centre-cropped to the samples' size, never mirrored; of the eight
-    built-in photographs there are as many random crops as samples (split val: its tiles).
-    Statistics of other data are kept, and reused where the data is the same to the byte (see
-    `pipelines.measuring.reference`).
+    The reference's images are centre-cropped to the samples' size, never mirrored; of the built-in
+    photographs there are as many random crops as samples (split val: its tiles). Statistics of
+    other data are kept, and reused where the data is the same to the byte.
 
     FID (Heusel et al. 2017) is over all images of both sides, KID (Bińkowski et al. 2018) and
     precision and recall (Kynkäänniemi et al. 2019) over at most 10,000 features of either, the

@@ -165,7 +165,7 @@ def test_unknown_size_of_a_folder_is_none(folder):
         (SCHEDULER, {"beta_end": 0.001}, "cannot be used: 'beta_end'"),
         (SCHEDULER, {"num_train_timesteps": "many"}, "cannot be used: 'timesteps'"),
         ("vae/config.json", {"_class_name": "VQModel"}, "/vae has a vector-quantised "
-         "autoencoder, as most of diffusers' LDMPipelines: only KL autoencoders"),
+         "autoencoder: only KL ones are supported"),
         ("unet/config.json", {"_class_name": "UNet2DConditionModel"}, "only 'UNet2DModel' is"),
     ],
 )  # fmt: skip
