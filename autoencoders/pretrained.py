@@ -194,7 +194,7 @@ class HubMixin(nn.Module):
         if settings := pick_settings(imported):
             described["imported"] = settings
         files, readme = {}, Path(folder, "README.md")
-        if not readme.exists():  # keep a card that somebody wrote
+        if not readme.exists():  # an existing card stays
             parameters = sum(p.numel() for p in self.parameters())
             files[readme] = CARD.format(ae=self, parameters=parameters).encode()
         files[Path(folder, WEIGHTS_FILE)] = to_safetensors(self.state_dict(), format="pt")

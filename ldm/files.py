@@ -15,7 +15,7 @@ from typing import IO, Any
 from ldm.errors import LdmError
 
 Content = bytes | Callable[[IO[bytes]], Any]
-"""What a file shall hold, or a function that writes it into the open file."""
+"""Bytes of a file, or a function that writes them into the open file."""
 
 
 def write_atomically(path: Path, content: Content) -> None:

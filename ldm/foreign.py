@@ -11,13 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.checkpoint import (
-    first_difference,
-    is_safetensors,
-    read_safetensors,
-    shown,
-    to_safetensors,
-)
+from ldm.checkpoint import first_difference, is_safetensors, read_safetensors, shown, to_safetensors
 from ldm.errors import LdmError
 from ldm.files import read_json, to_json, write_together
 from ldm.safe_pickle import read_foreign

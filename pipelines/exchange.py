@@ -203,7 +203,7 @@ def _make_recipe(
             f"resolution {side}: must be a multiple of {multiple}, by which its autoencoder and "
             "UNet divide"
         )
-    data = DataConfig(source="unknown")  # so that nobody measures it against the photographs
+    data = DataConfig(source="unknown")  # not the default, the photographs
     return DiffusionRecipe(resolution=side, network=network, denoiser=found.denoiser, data=data)
 
 

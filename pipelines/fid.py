@@ -227,7 +227,7 @@ def find_issues(
 ) -> Iterator[str]:
     """Check a comparison before anything is computed; images of another size are an LdmError.
 
-    `own` is the training data of the samples' model, as far as known; `split` the one named.
+    `own` is the training data of the samples' model, if known; `split` the requested one.
     """
     side, other = samples.resolution, reference.resolution
     if side != other:
@@ -302,7 +302,7 @@ def find_compressed(source: Source, resolution: int) -> str | None:
 
 
 def find_copies(samples: Samples, fake: SetStatistics, real: SetStatistics) -> Iterator[str]:
-    """Check that no sample is an image of the reference, as far as its images are known."""
+    """Check that no sample is an image of the reference, if its images are known."""
     copies = find_shared(fake.hashes, real.hashes)
     if copies:
         yield (

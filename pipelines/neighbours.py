@@ -68,7 +68,7 @@ def find_neighbours(
     Args:
         samples: None: the newest.
         data: None: the training data of the samples' model. Crops, flips and the split are as in
-            its training, as far as this data allows.
+            its training, where this data allows it.
         model: of the samples, for "latents"; None: the one that they name.
     """
     check_at_least(1, count=count, nearest=nearest, batch_size=batch_size)

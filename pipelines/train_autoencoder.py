@@ -16,13 +16,7 @@ from torch import Tensor, nn
 from autoencoders import Autoencoder
 from autoencoders.discriminators import build_discriminator, split
 from autoencoders.layers import checkpoint_blocks
-from autoencoders.losses import (
-    LPIPS,
-    Objective,
-    find_lpips,
-    load_esrgan,
-    load_lpips,
-)
+from autoencoders.losses import LPIPS, Objective, find_lpips, load_esrgan, load_lpips
 from autoencoders.losses.adversarial import (
     adaptive_weight,
     cutmix_consistency,

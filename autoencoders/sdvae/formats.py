@@ -198,7 +198,7 @@ COMPVIS_ATTENTION = (".q.weight", ".k.weight", ".v.weight", ".proj_out.weight")
 
 
 def compvis_names(levels: int) -> Pairs:
-    """Our names and CompVis's of a decoder of so many levels, and of any encoder."""
+    """Our names and CompVis's of a decoder of `levels` levels, and of any encoder."""
     return [
         *((f"decoder.levels.{i}", f"decoder.up.{levels - 1 - i}") for i in range(levels)),
         ("encoder.levels", "encoder.down"),

@@ -83,7 +83,8 @@ def main() -> NoReturn:
         if hasattr(stream, "reconfigure"):  # for terminals without σ and ²
             stream.reconfigure(errors="replace")
     try:
-        code = app(standalone_mode=False, prog_name="ldm")
+        color = False if os.environ.get("NO_COLOR") else None  # https://no-color.org
+        code = app(standalone_mode=False, prog_name="ldm", color=color)
     except USAGE_ERROR as error:
         _exit_with_usage(error)
     except Interrupted as error:

@@ -55,7 +55,7 @@ class MeasureOptions:
         mode: Inception's resizing: clean-fid's, or that of the first FIDs.
         features: `module:function` of a user's own extractor; None: Inception.
         weights: `inception-2015-12-05.pt`; None: searched for, else fetched.
-        limit: only the first so many images of either side.
+        limit: use only the first `limit` images of either side.
         bootstrap: resamplings for the interval about FID; 0: no interval.
         force: measure in spite of refusals, and store them with the result.
         out: the file to write; None: one beside the samples or the model.
@@ -253,7 +253,7 @@ class SetStatistics:
 
     @classmethod
     def of_features(cls, features: FeatureSet, hashes: Hashes) -> "SetStatistics":
-        """Wrap the features, and the hashes as far as known, of images that are not here."""
+        """Wrap the features, and any known hashes, of images that are not here."""
         found = cls(0, 0, swd_images=0)
         found.features, found.hashes, found.count = features, hashes, features.count
         return found

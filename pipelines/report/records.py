@@ -294,7 +294,7 @@ def _relevant(data: Tree) -> Tree:
 
 
 def _images(count: Any, what: str, side: Any = None) -> str:
-    """Return such as "38 images at 64²", as far as known."""
+    """Return such as "38 images at 64²", if known."""
     many = f"{count:,} {what}" if isinstance(count, int) else ""
     at = f"at {side}²" if isinstance(side, int) and side > 0 else ""
     return " ".join(filter(None, (many, at)))

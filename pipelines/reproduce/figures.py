@@ -61,7 +61,7 @@ def find_figure(word: str) -> str | None:
 
 
 def draw_figure(name: str, plan: BuildPlan) -> Drawing:
-    """Train the rows that a figure shows, as far as they are not, and draw it."""
+    """Train the rows of a figure that are not trained yet, and draw it."""
     figure, published = FIGURES[name], plan.scale.protocol.published
     if figure.drawn_by == "scale" and not published:
         raise UsageError(f"{name} measures LPIPS: use --scale small or paper")

@@ -156,9 +156,7 @@ def _shrink(tree: Tree, scale: Scale) -> Tree:
             discriminator["multipliers"] = discriminator["multipliers"][:kept]
         elif discriminator["type"] == "patchgan":
             discriminator["layers"] = max(1, discriminator["layers"] - scale.halvings)
-        elif discriminator["channels"] is None and (
-            scale.widths > 1 or scale.halvings
-        ):  # 32768 / resolution
+        elif discriminator["channels"] is None and (scale.widths > 1 or scale.halvings):
             full = 2**15 // tree["discriminator"]["resolution"]
             discriminator["channels"] = _width(full, scale)
     return small

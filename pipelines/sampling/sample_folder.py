@@ -318,7 +318,7 @@ class SampleFolder(Source):
     every image in the shards, or every PNG at any depth except our own sheets.
 
     Args:
-        limit: only the first so many, by name.
+        limit: use only the first `limit` images, by name.
         least: the number of images required; a covariance needs two.
         archives: also accept a .zip, a .tar, or several tars as a/{000..009}.tar.
 

@@ -4,15 +4,7 @@ import re
 import pytest
 import torch
 
-from benchmarks.comparison import (
-    Row,
-    Target,
-    as_markdown,
-    compare,
-    describe_machine,
-    judge,
-    write,
-)
+from benchmarks.comparison import Row, Target, as_markdown, compare, describe_machine, judge, write
 from ldm.device import name_device
 
 ROWS = [

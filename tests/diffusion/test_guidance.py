@@ -5,14 +5,7 @@ import math
 import pytest
 import torch
 
-from diffusion.samplers import (
-    SAMPLERS,
-    guide,
-    inpaint,
-    make_churn,
-    sample_euler,
-    sample_heun,
-)
+from diffusion.samplers import SAMPLERS, guide, inpaint, make_churn, sample_euler, sample_heun
 from diffusion.schedules import karras_sigmas
 from ldm.errors import UsageError
 from ldm.seeds import normal

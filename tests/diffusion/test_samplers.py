@@ -9,13 +9,7 @@ import torch
 from scipy.integrate import solve_ivp
 
 from diffusion import EDM, UNet, UNetConfig
-from diffusion.samplers import (
-    SAMPLERS,
-    make_churn,
-    sample_dpmpp_2m,
-    sample_euler,
-    sample_heun,
-)
+from diffusion.samplers import SAMPLERS, make_churn, sample_dpmpp_2m, sample_euler, sample_heun
 from diffusion.schedules import SCHEDULES, karras_sigmas
 from ldm.errors import UsageError
 from ldm.seeds import normal

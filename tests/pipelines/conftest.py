@@ -5,11 +5,7 @@ import pytest
 from ldm.data import DataConfig
 from ldm.metrics import inception
 from pipelines.fid import measure_fid
-from tests.pipelines.measuring.fid_sides import (
-    pictures,
-    write_folder,
-    write_samples,
-)
+from tests.pipelines.measuring.fid_sides import pictures, write_folder, write_samples
 
 
 @pytest.fixture

@@ -11,11 +11,7 @@ from ldm.config import published
 from ldm.errors import UsageError
 from pipelines import bench
 from pipelines.bench import PAPER, SOURCE, Bench, EncoderCost, bench_encoders
-from tests.golden import (
-    ENCODER_GMAC_256,
-    LITEVAE_ENCODER_PARAMETERS,
-    SDVAE_ENCODER_PARAMETERS,
-)
+from tests.golden import ENCODER_GMAC_256, LITEVAE_ENCODER_PARAMETERS, SDVAE_ENCODER_PARAMETERS
 
 QUICK = {"resolution": 32, "batch": 2, "device": "cpu", "repeats": 1}
 VAE = EncoderCost("sdvae", 34_163_592, 136.36, 8000.0, 50.0)

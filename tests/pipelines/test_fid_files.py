@@ -12,12 +12,7 @@ from ldm.errors import LdmError, UsageError
 from ldm.files import write_json
 from pipelines.fid import fid_path, measure_fid, path_without_fid
 from pipelines.measuring.statistics import MeasureOptions
-from tests.pipelines.measuring.fid_sides import (
-    SIZE,
-    enlarged,
-    pictures,
-    write_folder,
-)
+from tests.pipelines.measuring.fid_sides import SIZE, enlarged, pictures, write_folder
 
 OURS = pictures(10, seed=0)
 THEIRS = pictures(15, seed=1, blur=1.3)

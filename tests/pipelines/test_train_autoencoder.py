@@ -14,12 +14,7 @@ from ldm.distributed import make_accelerator
 from ldm.errors import LdmError
 from ldm.logbook import read_rows
 from ldm.run import Run, RunConfig
-from pipelines.train_autoencoder import (
-    AutoencoderState,
-    draw,
-    train_autoencoder,
-    train_step,
-)
+from pipelines.train_autoencoder import AutoencoderState, draw, train_autoencoder, train_step
 from tests.small import ROOT, autoencoder_recipe
 
 SHORT = "phases=[{resolution: 32, steps: 2}, {resolution: 64, steps: 2}]"

@@ -69,6 +69,14 @@ def test_presets_are_listed_with_summaries(run):
         assert re.search(rf"^ *{name} +\S+", out, re.MULTILINE), name
 
 
+@pytest.mark.parametrize("value", ["", "1"])
+def test_no_color_is_honoured(run, monkeypatch, value):
+    monkeypatch.setenv("NO_COLOR", value)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    _, out, _ = run("show", "ae/tiny")
+    assert ("\x1b[" in out) == (not value)
+
+
 def test_show_prints_resolved_settings_with_docs(run):
     code, out, _ = run("show", "litevae-b", "batch_size=32")
     assert code == 0

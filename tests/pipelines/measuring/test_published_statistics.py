@@ -11,18 +11,9 @@ from ldm.errors import LdmError, UsageError
 from ldm.metrics import frechet_distance, inception
 from pipelines.fid import measure_fid
 from pipelines.measuring import reference as references
-from pipelines.measuring.reference import (
-    PUBLISHED,
-    open_statistics,
-    statistics_folders,
-)
+from pipelines.measuring.reference import PUBLISHED, open_statistics, statistics_folders
 from tests.ldm.metrics.fake_inception import FakeInception, save_script
-from tests.pipelines.measuring.fid_sides import (
-    DIM,
-    direct_features,
-    pictures,
-    write_folder,
-)
+from tests.pipelines.measuring.fid_sides import DIM, direct_features, pictures, write_folder
 
 pytestmark = pytest.mark.usefixtures("cache")
 

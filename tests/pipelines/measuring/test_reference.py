@@ -18,19 +18,9 @@ from ldm.errors import LdmError
 from ldm.metrics import inception
 from ldm.metrics.features import FeatureSet
 from pipelines.measuring import reference as references
-from pipelines.measuring.reference import (
-    ImageReference,
-    identify,
-    statistics_path,
-)
+from pipelines.measuring.reference import ImageReference, identify, statistics_path
 from pipelines.measuring.statistics import SetStatistics, compare_sets
-from tests.pipelines.measuring.fid_sides import (
-    SIZE,
-    enlarged,
-    pictures,
-    to_nchw,
-    write_folder,
-)
+from tests.pipelines.measuring.fid_sides import SIZE, enlarged, pictures, to_nchw, write_folder
 
 pytestmark = pytest.mark.usefixtures("cache")
 

@@ -8,15 +8,7 @@ from scipy import stats
 
 from ldm.config import list_presets, validate
 from ldm.errors import UsageError
-from pipelines.reproduce.tables import (
-    COLUMNS,
-    UNKNOWN,
-    Claim,
-    Row,
-    Table,
-    all_tables,
-    find_tables,
-)
+from pipelines.reproduce.tables import COLUMNS, UNKNOWN, Claim, Row, Table, all_tables, find_tables
 from tests.pipelines.reproduce.images import equal_images, judge_numbers
 
 TABLES = all_tables()

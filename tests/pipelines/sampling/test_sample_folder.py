@@ -384,12 +384,11 @@ def test_unlabelled_images_have_no_label_on_disk(tmp_path):
         open_source(data.model_copy(update={"labels": True}), "train", 4)
 
 
-def test_png_folder_keeps_another_manifest(tmp_path):
-    (tmp_path / "manifest.json").write_text("{}")
-    SampleStore(tmp_path, "png").begin()
-    assert (tmp_path / "manifest.json").exists()
-    SampleStore(tmp_path, "shards").begin()
-    assert not (tmp_path / "manifest.json").exists()
+def test_only_shards_have_a_manifest_of_ours(tmp_path):
+    for files in FORMS:
+        (tmp_path / "manifest.json").touch()
+        SampleStore(tmp_path, files).begin()
+        assert (tmp_path / "manifest.json").exists() == (files != "shards")
 
 
 def test_no_classes_are_written_without_classes(tmp_path):

@@ -13,12 +13,7 @@ from PIL import Image
 
 from ldm.data.prepare import prepare
 from ldm.errors import LdmError
-from pipelines.sampling.sample_folder import (
-    SampleFolder,
-    SampleStore,
-    image_name,
-    newest_samples,
-)
+from pipelines.sampling.sample_folder import SampleFolder, SampleStore, image_name, newest_samples
 from tests.pipelines.measuring.fid_sides import write_folder
 
 
