@@ -208,13 +208,14 @@ def long_functions(sources: Sequence[Source]) -> Iterator[str]:
 
 
 def indirect_docstrings(sources: Sequence[Source]) -> Iterator[str]:
-    """Docstrings of modules, classes and functions that begin with an indirect question."""
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    """Docstrings that begin with an indirect question, those of fields and constants too."""
     for source in sources:
         for node in ast.walk(source.tree):
-            words = (ast.get_docstring(node) or "").split() if isinstance(node, kinds) else []
-            if words and words[0].strip(",:'") in INDIRECT:
-                yield f"{source.path}:{getattr(node, 'lineno', 1)}: {' '.join(words[:8])} …"
+            match node:
+                case ast.Expr(value=ast.Constant(value=str(text))):
+                    words = text.split()
+                    if words and words[0].strip(",:'") in INDIRECT:
+                        yield f"{source.path}:{node.lineno}: {' '.join(words[:8])} …"
 
 
 def repeated_classes(sources: Sequence[Source]) -> Iterator[str]:

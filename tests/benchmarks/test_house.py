@@ -65,9 +65,11 @@ def test_docstrings_that_begin_with_a_question_word(tree):
     root = tree({
         "ldm.a": '"""How it works."""\n\n\nclass C:\n    """What it is."""\n',
         "ldm.b": '"""However it works."""\n\n\ndef f():\n    """Whether: a word."""\n',
+        "ldm.c": 'X = "What?"\n"""Which it is."""\nY = 1\n"""Whichever it is."""\n',
     })  # fmt: skip
     assert figures(root)["docstrings that begin with a question word"].places == (
-        "ldm/a.py:1: How it works. …", "ldm/a.py:4: What it is. …", "ldm/b.py:4: Whether: a word. …"
+        "ldm/a.py:1: How it works. …", "ldm/a.py:5: What it is. …",
+        "ldm/b.py:5: Whether: a word. …", "ldm/c.py:2: Which it is. …",
     )  # fmt: skip
 
 
