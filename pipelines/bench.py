@@ -6,6 +6,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import nan
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -39,15 +40,27 @@ OTHER_IMAGES = (
     "not the numbers themselves"
 )
 
-
 TITLES = [
-    "encoder", "weights, M", f"{PAPERS} weights, M", "GMAC", f"{PAPERS} GMAC", "MiB",
-    f"{PAPERS} MB", "images/s", f"{PAPERS} images/s",
-]  # fmt: skip
-RATIO_TITLES = [
-    "encoder", "weights", f"{PAPERS} weights", "GMAC", "memory", f"{PAPERS} memory", "images/s",
+    "encoder",
+    "weights, M",
+    f"{PAPERS} weights, M",
+    "GMAC",
+    f"{PAPERS} GMAC",
+    "MiB",
+    f"{PAPERS} MB",
+    "images/s",
     f"{PAPERS} images/s",
-]  # fmt: skip
+]
+RATIO_TITLES = [
+    "encoder",
+    "weights",
+    f"{PAPERS} weights",
+    "GMAC",
+    "memory",
+    f"{PAPERS} memory",
+    "images/s",
+    f"{PAPERS} images/s",
+]
 FORMS = (
     "{:.2f}".format, "{:.2f}".format, "{:,.0f}".format,
     lambda rate: f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}",
@@ -104,10 +117,9 @@ def bench_encoders(
 ) -> "Bench":
     """Measure presets' encoders: images (B, 3, R, R) to posteriors, random weights, eager.
 
-    Parameters and multiply-accumulates are counted on tensors without values. So is memory on a
-    CPU, which does not report its allocations: the bytes alive between two operations when the
-    whole batch is encoded at once, as on a GPU. On a GPU the allocator measures it, with scratch
-    memory.
+    Parameters and multiply-accumulates are counted on tensors without values. On a GPU the
+    allocator measures the memory, scratch included. A CPU does not report its allocations: there
+    the bytes alive between two operations are counted, as if it encoded the whole batch at once.
 
     Args:
         names: presets of stage one; each is measured once.
@@ -158,21 +170,15 @@ def _measure(
 ) -> list[EncoderCost]:
     """Complete counted costs by measurements on the device."""
     try:
-        placed = {cost.name: _place(cost.name, resolution, batch, device) for cost in counted}
+        placed = [_place(cost, resolution, batch, device) for cost in counted]
         images = _images(timed, resolution, device)
-        calls = {name: lambda ae=ae: ae.encode(images) for name, (ae, _) in placed.items()}
+        calls = {cost.name: partial(ae.encode, images) for ae, cost in placed}
         seconds = time_interleaved(calls, repeats, device)
     except torch.OutOfMemoryError as error:
         raise LdmError(
             f"{batch} images of {resolution}² do not fit into the memory of {device}: lower --batch"
         ) from error
-    return [
-        cost._replace(
-            peak_mib=placed[cost.name][1] or cost.peak_mib,
-            images_per_second=timed / seconds[cost.name],
-        )
-        for cost in counted
-    ]
+    return [cost._replace(images_per_second=timed / seconds[cost.name]) for _, cost in placed]
 
 
 def _count(name: str, resolution: int, batch: int) -> EncoderCost:
@@ -194,12 +200,12 @@ def _count(name: str, resolution: int, batch: int) -> EncoderCost:
 
 
 def _place(
-    name: str, resolution: int, batch: int, device: torch.device
-) -> tuple[Autoencoder, float | None]:
-    """Move an encoder to the device; on a GPU, measure the MiB that encoding a batch takes."""
-    autoencoder = _without_decoder(name)
+    cost: EncoderCost, resolution: int, batch: int, device: torch.device
+) -> tuple[Autoencoder, EncoderCost]:
+    """Move an encoder to the device; on a GPU, measure its peak memory."""
+    autoencoder = _without_decoder(cost.name)
     if device.type != "cuda":
-        return autoencoder, None
+        return autoencoder, cost
     before = torch.cuda.memory_allocated(device)
     autoencoder.to(device).to(memory_format=memory_format(device))
     images = _images(batch, resolution, device)
@@ -207,7 +213,8 @@ def _place(
     synchronise(device)
     torch.cuda.reset_peak_memory_stats(device)
     autoencoder.encode(images)
-    return autoencoder, (torch.cuda.max_memory_allocated(device) - before) / MIB
+    peak = torch.cuda.max_memory_allocated(device) - before
+    return autoencoder, cost._replace(peak_mib=peak / MIB)
 
 
 def _without_decoder(name: str) -> Autoencoder:

@@ -162,11 +162,11 @@ class ESRGANPerceptual:
     """
 
     def __init__(self, features: nn.Module) -> None:
-        self.features = features.eval().requires_grad_(False)
+        self.network = features.eval().requires_grad_(False)
 
     def __call__(self, recon: Tensor, images: Tensor) -> Tensor:
         """Two batches (B, 3, H, W) in [−1, 1] → scalar, in float32 under autocast too."""
-        network = _on(self.features, recon.device)
+        network = _on(self.network, recon.device)
         with torch.autocast(recon.device.type, enabled=False):
             # Wang et al. 2018, Section 3.3: ‖φ(x̂) − φ(x)‖₁, φ before activation
             return (network(_normalise(recon)) - network(_normalise(images))).abs().mean()

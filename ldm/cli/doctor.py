@@ -35,7 +35,7 @@ def doctor(
 
     ldm doctor ffhq256 --ae runs/x/ckpt.pt
     """
-    from pipelines.doctor.doctor import SECONDS, diagnose_autoencoder, diagnose_diffusion
+    from pipelines.doctor.doctor import SECONDS, diagnose
 
     found = options.find_presets(preset, options.KINDS if ae is None else options.STAGE_TWO)
     kind, name = found[0]
@@ -43,7 +43,6 @@ def doctor(
     if device != "auto":
         words.append(f"run.device={device}")
     options.add_autoencoder(words, ae)
-    diagnose = diagnose_autoencoder if kind in options.STAGE_ONE else diagnose_diffusion
     recipe = options.resolve_recipe(kind, name, words)
     diagnosis = diagnose(recipe, name, processes, SECONDS if trial else 0)
 

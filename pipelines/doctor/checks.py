@@ -15,10 +15,9 @@ from urllib.request import Request, urlopen
 
 import torch
 
-from autoencoders import Autoencoder, AutoencoderConfig, load_autoencoder
+from autoencoders import Autoencoder, load_autoencoder
 from autoencoders.losses.perceptual import BACKBONES, backbone_path, backbone_url, has_backbone
-from ldm.checkpoint import fingerprint
-from ldm.config import list_presets, load_preset, validate
+from ldm.config import list_presets, load_preset, resolve
 from ldm.data import DataConfig, Source, holds_out, open_source
 from ldm.data.transforms import CorruptImage
 from ldm.device import resolve_precision
@@ -26,15 +25,12 @@ from ldm.errors import LdmError
 from ldm.metrics.inception import WEIGHTS, published_weights, weight_folders
 from ldm.run import RunConfig
 from ldm.weights import from_home
-from pipelines.latents import check_cache
 from pipelines.recipes import PRESETS, AutoencoderRecipe, DiffusionRecipe, find_stage_one
 
 TIMEOUT = 5
 """Seconds to wait for a server that is asked for a file's size."""
 CPU_WORK = 1e7
 """10⁹ multiply-accumulates that a CPU with a dozen cores does in about a day."""
-FALLBACK = "litevae-b"
-"""Preset of the autoencoder that is assumed if there is none."""
 
 Level = Literal["error", "warning", "note"]
 
@@ -50,13 +46,12 @@ class Problem:
     """One line: what is wrong, where, and what to do."""
 
 
-def errors_of(call: Callable[..., Any], *args: Any) -> list[Problem]:
-    """Call a function; return the LdmError that it raises, if any."""
+def attempt(call: Callable[..., Any], *args: Any) -> tuple[Any, list[Problem]]:
+    """Call a function; return its result, or None and the LdmError that it raises."""
     try:
-        call(*args)
+        return call(*args), []
     except LdmError as error:
-        return [Problem("error", str(error))]
-    return []
+        return None, [Problem("error", str(error))]
 
 
 # ------------------------------------------------------------------------------------- data
@@ -144,7 +139,7 @@ def ask_size(url: str) -> int | None:
 # -------------------------------------------------------------------------------- stage one
 def check_autoencoder(
     recipe: DiffusionRecipe, preset: str
-) -> tuple[Autoencoder | None, AutoencoderConfig, str, list[Problem]]:
+) -> tuple[Autoencoder, str, list[Problem]]:
     """Load stage one as training would.
 
     Args:
@@ -152,39 +147,18 @@ def check_autoencoder(
             names no preset.
 
     Returns:
-        The autoencoder, if found; its config, or the one assumed; the path, or what was assumed;
-        and the problems.
+        The autoencoder, without values if only assumed; its path, or its preset; the problems.
     """
     try:
         path = find_stage_one(recipe, preset)
-        autoencoder = load_autoencoder(path)
+        return load_autoencoder(path), str(path), []
     except LdmError as error:
         presets = {name: kind for kind in PRESETS for name in list_presets(kind)}
-        assumed = next(n for n in (recipe.autoencoder, preset, FALLBACK) if n in presets)
-        tree = load_preset(presets[assumed], assumed)
-        fields = {key: tree[key] for key in AutoencoderConfig.model_fields if key in tree}
-        config = validate(AutoencoderConfig, fields)
-        return None, config, f"none yet; {assumed} is assumed", [Problem("error", str(error))]
-    return autoencoder, autoencoder.config, str(path), []
-
-
-def find_latents(
-    recipe: DiffusionRecipe, autoencoder: Autoencoder | None, source: Source | None, precision: str
-) -> tuple[int, list[Problem]]:
-    """Count the images missing from a recipe's cache of latents, and check its folder.
-
-    Args:
-        autoencoder, source: None if missing; without a source nothing is counted.
-        precision: of the run, "fp32" or "bf16".
-    """
-    if not recipe.cache or source is None:
-        return 0, []
-    known = None if autoencoder is None else fingerprint(autoencoder.state_dict())
-    try:
-        missing = check_cache(recipe, source, precision, known)
-    except LdmError as error:
-        return 0, [Problem("error", str(error))]
-    return sum(map(len, missing)), []
+        assumed = next(n for n in (recipe.autoencoder, preset, "litevae-b") if n in presets)
+        stage_one = resolve(AutoencoderRecipe, load_preset(presets[assumed], assumed))
+        with torch.device("meta"):
+            autoencoder = Autoencoder(stage_one.model)
+        return autoencoder, f"none yet; {assumed} is assumed", [Problem("error", str(error))]
 
 
 # ------------------------------------------------------------------------------ the machine

@@ -80,7 +80,7 @@ def module_bytes(module: nn.Module) -> int:
 
 
 def adam_bytes(module: nn.Module) -> int:
-    """Bytes of Adam's state: two moments of every parameter, and a counter of every tensor."""
+    """Bytes of Adam's state: two moments, and a counter of every tensor."""
     return 2 * parameter_bytes(module) + 4 * sum(1 for _ in module.parameters())
 
 
@@ -187,7 +187,7 @@ class Costs:
             return {name: count_gmac(call) / self.batch for name, call in calls.items()}
 
     def encoding(self, resolution: int, batch: int | None = None) -> int:
-        """Bytes that stage one holds at the worst moment while it encodes for stage two."""
+        """Most bytes that stage one holds while it encodes for stage two."""
         if isinstance(self.training, AutoencoderTraining):
             return 0
         with self.run.fake, AllocationTracker() as tracker:
@@ -259,8 +259,8 @@ class Disk:
 def training_memory(
     costs: Costs,
     resolutions: Sequence[int],
-    accumulate: int = 1,
     processes: int = 1,
+    accumulate: int = 1,
     batch: int | None = None,
 ) -> Memory:
     """Memory of one of the processes that train together.

@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from math import ceil, prod
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-from autoencoders import Autoencoder
+from ldm.checkpoint import fingerprint
 from ldm.data import Source, holds_out
 from ldm.device import resolve_device, resolve_precision
 from ldm.distributed import make_accelerator
@@ -36,9 +35,8 @@ from pipelines.doctor.costs import (
 )
 from pipelines.doctor.timing import SECONDS, StepTimer, Stretch, Timing, stretches, time_training
 from pipelines.doctor.training import AutoencoderTraining, DiffusionTraining, Training
+from pipelines.latents import check_cache
 from pipelines.recipes import AutoencoderRecipe, DiffusionRecipe, fit, latent_shape
-
-Stage = Literal["autoencoder", "diffusion"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class Machine:
     disk: int
     """Bytes free in the place of run folders."""
     cache_disk: int | None = None
-    """Bytes free in the place of cached latents; None if that is the same disk."""
+    """Bytes free in the place of cached latents; None if on the same disk."""
     compiles: bool = False
     """True if the run compiles its networks; timing does not."""
 
@@ -95,7 +93,8 @@ class Diagnosis:
     """
 
     preset: str
-    stage: Stage
+    stage: str
+    """autoencoder or diffusion."""
     source: str
     """The requested data."""
     autoencoder: str | None
@@ -118,86 +117,87 @@ class Diagnosis:
 
 
 Recipe = AutoencoderRecipe | DiffusionRecipe
-MemoryOf = Callable[..., Memory]  # of (micro-batches, images of each, their sides or all)
+Build = Callable[[Run], Training]
+DiskOf = Callable[[Training], Disk]
+MemoryOf = Callable[[int, int], Memory]  # of (micro-batches, images of each)
 
-UNKNOWN_CLASSES = 1000
-"""Classes assumed of labelled images that are missing: ImageNet's."""
 
-
-def diagnose_autoencoder(
-    recipe: AutoencoderRecipe,
-    preset: str = "autoencoder",
-    processes: int = 1,
-    seconds: float = SECONDS,
+def diagnose(
+    recipe: Recipe, preset: str, processes: int = 1, seconds: float = SECONDS
 ) -> Diagnosis:
-    """Diagnose a recipe of stage one.
+    """Diagnose a recipe of either stage.
 
     Args:
+        recipe: if its autoencoder is missing, in stage two, the preset's is assumed.
         processes: processes that would train together.
         seconds: time to spend on timing its steps, about; 0: none.
-    """
-    problems = checks.errors_of(resolve_device, recipe.run.device)
-    device = None if problems else resolve_device(recipe.run.device)
-    # the largest first: its message about missing data then suits every phase
-    sides = sorted({phase.resolution for phase in recipe.phases}, reverse=True)
-    source, faults = checks.check_data(recipe.data, sides, validates=True)
-    problems += faults + checks.check_perceptual(recipe) + checks.check_inception()
-    d = _begin(
-        recipe, preset, "autoencoder", recipe.total_steps, processes, source, device, problems
-    )
-    if device is not None:
-        build = partial(AutoencoderTraining, recipe)
-        costs = Costs(build, recipe.run, device, d.length.each)
-        disk = training_disk(costs.training, recipe.run, source is None or holds_out(recipe.data))
-        _complete(d, recipe, costs, disk, build, seconds)
-    return d
-
-
-def diagnose_diffusion(
-    recipe: DiffusionRecipe,
-    preset: str = "diffusion",
-    processes: int = 1,
-    seconds: float = SECONDS,
-) -> Diagnosis:
-    """Diagnose a recipe of stage two.
-
-    Args:
-        recipe: its autoencoder a path, a preset of stage one (its newest run), or empty (the
-            newest run of all). If there is none, the preset's is assumed.
-        processes, seconds: as for `diagnose_autoencoder`.
 
     Raises:
         UsageError: settings that do not fit the autoencoder or each other.
     """
-    problems = checks.errors_of(resolve_device, recipe.run.device)
-    device = None if problems else resolve_device(recipe.run.device)
-    trained, config, where, faults = checks.check_autoencoder(recipe, preset)
-    problems += faults
-    source, faults = checks.check_data(recipe.data, [recipe.resolution], validates=False)
-    problems += faults + checks.check_inception()
-    d = _begin(recipe, preset, "diffusion", recipe.steps, processes, source, device, problems)
-    d.autoencoder = where
-    uncached, faults = checks.find_latents(recipe, trained, source, d.machine.precision)
-    problems += faults
-    classes = UNKNOWN_CLASSES if source is None else len(source.classes)
-    if source is None and recipe.data.labels:
-        text = f"the data's classes are not known: {classes:,} are assumed"
-        problems.append(Problem("note", text))
-    with torch.device("meta"):
-        shapes = Autoencoder(config)
-    recipe = fit(recipe, shapes, classes)
-    if device is not None:
-        build = partial(DiffusionTraining, recipe, config)
-        costs = Costs(build, recipe.run, device, d.length.each)
-        # float32 mean and deviation of every image and of its mirror image
-        moments = 2 * prod(latent_shape(recipe, shapes)) * (1 + recipe.data.flip)
-        snapshots, cache = min(recipe.steps, recipe.snapshots), uncached * moments * 4
-        disk = training_disk(costs.training, recipe.run, False, snapshots, cache)
-        _complete(d, recipe, costs, disk, build, seconds)
+    accelerator, problems = checks.attempt(make_accelerator, recipe.run.device)
+    # without the device, the CPU stands for the machine
+    device = resolve_device("cpu" if accelerator is None else recipe.run.device)
+    machine = _machine(recipe, device)
+    if isinstance(recipe, AutoencoderRecipe):
+        stage, where = "autoencoder", None
+        source, build, disk_of = _stage_one(recipe, problems)
+    else:
+        stage = "diffusion"
+        source, build, disk_of, where = _stage_two(recipe, preset, machine.precision, problems)
+    batch_size, accumulate = recipe.batch_size, recipe.accumulate
+    problems += checks.attempt(check_batch, batch_size, accumulate, processes)[1]
+    problems += checks.check_compiler(recipe.run)
+    steps = sum(stretch.steps for stretch in stretches(recipe))
+    each = ceil(batch_size / (accumulate * processes))
+    count = None if source is None else len(source)
+    length = Length(steps, batch_size, processes, accumulate, each, steps * batch_size, count)
+    d = Diagnosis(preset, stage, recipe.data.source, where, machine, length, problems)
+    if accelerator is not None:
+        costs = Costs(build, recipe.run, device, each)
+        _complete(d, recipe, costs, disk_of(costs.training), build, seconds)
     return d
 
 
-# ------------------------------------------------------------------------------ the machine
+# -------------------------------------------------------------------------- the two stages
+def _stage_one(
+    recipe: AutoencoderRecipe, problems: list[Problem]
+) -> tuple[Source | None, Build, DiskOf]:
+    # the largest first: its message about missing data then suits every phase
+    sides = sorted({phase.resolution for phase in recipe.phases}, reverse=True)
+    source, faults = checks.check_data(recipe.data, sides, validates=True)
+    problems += faults + checks.check_perceptual(recipe) + checks.check_inception()
+    keeps_best = source is None or holds_out(recipe.data)
+    disk_of = partial(training_disk, config=recipe.run, keeps_best=keeps_best)
+    return source, partial(AutoencoderTraining, recipe), disk_of
+
+
+def _stage_two(
+    recipe: DiffusionRecipe, preset: str, precision: str, problems: list[Problem]
+) -> tuple[Source | None, Build, DiskOf, str]:
+    autoencoder, where, missing = checks.check_autoencoder(recipe, preset)
+    source, faults = checks.check_data(recipe.data, [recipe.resolution], validates=False)
+    problems += missing + faults + checks.check_inception()
+    uncached = 0  # images
+    if recipe.cache and source is not None:
+        sha256 = None if missing else fingerprint(autoencoder.state_dict())
+        parts, faults = checks.attempt(check_cache, recipe, source, precision, sha256)
+        problems += faults
+        uncached = sum(map(len, parts or []))
+    classes = 1000 if source is None else len(source.classes)  # as many as ImageNet's
+    if source is None and recipe.data.labels:
+        text = f"the data's classes are not known: {classes:,} are assumed"
+        problems.append(Problem("note", text))
+    recipe = fit(recipe, autoencoder, classes)
+    # float32 mean and deviation of every image and of its mirror image
+    moments = 2 * prod(latent_shape(recipe, autoencoder)) * (1 + recipe.data.flip)
+    snapshots, cache = min(recipe.steps, recipe.snapshots), uncached * moments * 4
+    disk_of = partial(
+        training_disk, config=recipe.run, keeps_best=False, snapshots=snapshots, cache=cache
+    )
+    return source, partial(DiffusionTraining, recipe, autoencoder.config), disk_of, where
+
+
 def _machine(recipe: Recipe, device: torch.device) -> Machine:
     if device.type == "cuda":
         name, memory = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[0]
@@ -207,77 +207,38 @@ def _machine(recipe: Recipe, device: torch.device) -> Machine:
         name, memory = f"{os.cpu_count()} cores", psutil.virtual_memory().available
     precision = resolve_precision(recipe.run.precision, device)
     cache = Path(getattr(recipe, "cache", "") or RUNS).expanduser()  # stage one has none
-    apart = None if same_disk(cache, RUNS) else free_disk(cache)
-    return Machine(str(device), name, precision, memory, free_disk(RUNS), apart, recipe.run.compile)
+    (disk, free), (other, there) = disk_at(RUNS), disk_at(cache)
+    apart = None if other == disk else there
+    return Machine(str(device), name, precision, memory, free, apart, recipe.run.compile)
 
 
-def free_disk(folder: Path) -> int:
-    """Bytes free where a folder is, or would be made."""
-    return shutil.disk_usage(_nearest(folder)).free
-
-
-def same_disk(one: Path, other: Path) -> bool:
-    """True if two folders are, or would be made, on one disk."""
-    return _nearest(one).stat().st_dev == _nearest(other).stat().st_dev
-
-
-def _nearest(folder: Path) -> Path:
-    """The folder, or the nearest above it that exists."""
+def disk_at(folder: Path) -> tuple[int, int]:
+    """Number and free bytes of the disk where a folder is, or would be made."""
     while not folder.exists():
         folder = folder.absolute().parent
-    return folder
+    return folder.stat().st_dev, shutil.disk_usage(folder).free
 
 
-# ---------------------------------------------------------------------- a diagnosis in steps
-def _begin(
-    recipe: Recipe,
-    preset: str,
-    stage: Stage,
-    steps: int,
-    processes: int,
-    source: Source | None,
-    device: torch.device | None,
-    problems: list[Problem],
-) -> Diagnosis:
-    """A diagnosis without costs; without the device, the CPU stands for the machine."""
-    batch_size, micro_batches = recipe.batch_size, recipe.accumulate * processes
-    each, count = ceil(batch_size / micro_batches), None if source is None else len(source)
-    length = Length(
-        steps, batch_size, processes, recipe.accumulate, each, steps * batch_size, count
-    )
-    problems += checks.errors_of(check_batch, batch_size, recipe.accumulate, processes)
-    problems += checks.check_compiler(recipe.run)
-    machine = _machine(recipe, device or torch.device("cpu"))
-    return Diagnosis(preset, stage, recipe.data.source, None, machine, length, problems)
-
-
+# ------------------------------------------------------------------------ costs and timing
 def _complete(
-    d: Diagnosis,
-    recipe: Recipe,
-    costs: Costs,
-    disk: Disk,
-    build: Callable[[Run], Training],
-    seconds: float,
+    d: Diagnosis, recipe: Recipe, costs: Costs, disk: Disk, build: Build, seconds: float
 ) -> None:
-    """Add the costs and the timing to a diagnosis, and the problems that they show."""
+    """Add the costs and the timing, and the problems that they show."""
     length, parts = d.length, stretches(recipe)
-    sides = sorted({stretch.resolution for stretch in parts}, reverse=True)
-
-    def memory_of(accumulate: int, each: int, *of: int) -> Memory:
-        return training_memory(costs, of or sides, accumulate, length.processes, each)
-
-    d.memory, d.disk = memory_of(length.accumulate, length.each), disk
-    d.problems += _check_memory(d.memory, memory_of, d) + _check_disk(disk, d.machine)
+    sides = sorted({part.resolution for part in parts}, reverse=True)
+    memory_of = partial(training_memory, costs, sides, length.processes)
+    memory = memory_of(length.accumulate, length.each)
+    d.memory, d.disk = memory, disk
+    d.problems += _check_memory(memory, memory_of, d) + _check_disk(disk, d.machine)
     d.step_gmac = {side: costs.step(side).gmac for side in sides}
     gmac = {side: costs.gmac(side) for side in sides}
     for name, network in costs.training.networks.items():
         each = {side: gmac[side][name] for side in sides}
         d.parts.append(NetworkCost(name, count_parameters(network), each))
-    work = sum(stretch.steps * d.step_gmac[stretch.resolution] for stretch in parts)
-    device = costs.run.device
-    d.problems += checks.check_machine(recipe.run, device, work * length.batch_size)
+    work = sum(part.steps * d.step_gmac[part.resolution] for part in parts) * length.batch_size
+    d.problems += checks.check_machine(recipe.run, costs.run.device, work)
     # a CPU whose memory does not suffice would kill the process
-    if seconds > 0 and (_on_gpu(d) or d.memory.lasting <= d.machine.memory):
+    if seconds > 0 and (_on_gpu(d) or memory.lasting <= d.machine.memory):
         _time(d, costs, memory_of, parts, build, seconds)
 
 
@@ -327,24 +288,25 @@ def _time(
     costs: Costs,
     memory_of: MemoryOf,
     parts: Sequence[Stretch],
-    build: Callable[[Run], Training],
+    build: Build,
     seconds: float,
 ) -> None:
-    """Add the timing to a diagnosis, and the problems that it shows."""
-    began, length, free = time.monotonic(), d.length, d.machine.memory
-    on_gpu = _on_gpu(d)
+    """Add the timing, and the problems that it shows."""
+    deadline = time.monotonic() + seconds
+    length, free = d.length, d.machine.memory
+    on_gpu = _on_gpu(d)  # which reports by itself that it is full
     fits_whole = on_gpu or memory_of(length.accumulate, length.each).total <= free
 
     def fits(side: int, images: int) -> bool:
-        # a GPU reports by itself that it does not
-        return fits_whole or memory_of(1, images, side).total <= free
+        if fits_whole:
+            return True
+        return training_memory(costs, [side], length.processes, 1, images).total <= free
 
     try:
         with torch.random.fork_rng(devices=[]):
-            training = build(Run(Path(), costs.run.config, make_accelerator(str(costs.run.device))))
+            training = build(Run(Path(), costs.run.config, costs.run.accelerator))
             timer = StepTimer(training, costs, fits)
-            left = began + seconds - time.monotonic()
-            d.trial = time_training(timer, parts, length.accumulate, length.processes, left)
+            d.trial = time_training(timer, parts, length.accumulate, length.processes, deadline)
     except (LdmError, torch.OutOfMemoryError) as error:
         text = f"not timed: {str(error).partition(chr(10))[0]}"
         d.problems.append(Problem("warning", text))

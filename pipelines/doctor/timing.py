@@ -112,8 +112,8 @@ class StepTimer:
             side, images: size of the first.
 
         Returns:
-            The size of the last; the seconds of steps on it, as from `step`; and True if there is
-            no memory for larger ones.
+            The size of the last; the times of its steps, as from `step`; and True if memory
+            ended the growth.
         """
         times: list[tuple[float, float]] = []
         size, out_of_memory = (side, images), False
@@ -169,23 +169,23 @@ def time_training(
     stretches: Sequence[Stretch],
     accumulate: int,
     processes: int,
-    seconds: float = SECONDS,
+    end: float,
 ) -> Timing:
     """Time the stretches of a run, each as near to its own size as time and memory allow.
 
     Args:
         stretches: of each resolution, the one with the discriminator first.
-        processes: processes that train together, assumed never to wait for each other.
-        seconds: time to spend, about.
+        processes: processes that train together, assumed never to wait.
+        end: time to be done, about.
     """
-    began, costs, on_gpu = time.monotonic(), timer.costs, timer.device.type == "cuda"
+    costs, on_gpu = timer.costs, timer.device.type == "cuda"
     speeds: list[Speed] = []
     resolution, side, images, out_of_memory = 0, SMALLEST, 1, False
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(timer.device)
     for number, stretch in enumerate(stretches):
         now, active = time.monotonic(), stretch.adversarial_active
-        deadline = now + (began + seconds - now) / (len(stretches) - number)
+        deadline = now + (end - now) / (len(stretches) - number)
         if stretch.resolution != resolution:
             resolution, images, most, side = stretch.resolution, 1, side, stretch.resolution
             while side > most and side % 2 == 0 and timer.training.accepts(side // 2):

@@ -7,6 +7,7 @@ networks that are `exported` into a model file.
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Any, cast
 
 import numpy as np
@@ -42,10 +43,7 @@ class AutoencoderTraining:
         self.updated = self.trained if recipe.adversarial.weight else self.trained[:1]
         if recipe.adversarial.weight:
             self.networks["discriminator"] = discriminator
-        self.frozen = [
-            loss.network if isinstance(loss, LPIPS) else loss.features
-            for loss in perceptual.values()
-        ]
+        self.frozen = [loss.network for loss in perceptual.values()]
 
     def accepts(self, resolution: int) -> bool:
         """True if the recipe could train on images of this side, in pixels."""
@@ -93,7 +91,7 @@ class DiffusionTraining:
         self.networks: dict[str, nn.Module] = {"network": network, "encoder": encoder}
         self.trained = self.updated = [self.state.objective]
         self.frozen, self.exported = [self.autoencoder], [network, self.autoencoder]
-        self._streams: dict[tuple[int, int], Iterator[tuple[int, LatentBatch]]] = {}
+        self._stream_of = cache(self._stream)  # one of a size, for all its steps
 
     def accepts(self, resolution: int) -> bool:
         """True if the recipe could train on images of this side, in pixels."""
@@ -104,20 +102,17 @@ class DiffusionTraining:
         if isinstance(next(self.autoencoder.parameters()), FakeTensor):
             with sdpa_kernel(SDPBackend.MATH):  # as in `pipelines.doctor.costs.count_gmac`
                 self.encode(resolution, batch)
-            z, sigma, noise = self._latents(resolution, batch)
-            latents = LatentBatch(z, sigma, noise, labels=None, augment=None)
+            latents = self._random_latents(resolution, batch)
         else:
-            if (resolution, batch) not in self._streams:
-                self._streams[resolution, batch] = self._stream(resolution, batch)
-            _, latents = next(self._streams[resolution, batch])
+            _, latents = next(self._stream_of(resolution, batch))
         train_diffusion.train_step(self.run, self.state, latents)
 
     def calls(self, resolution: int, batch: int) -> Mapping[str, Callable[[], Any]]:
         """Forward passes of the reported networks."""
         images = _images(self.run, resolution, batch)
-        z, sigma, _ = self._latents(resolution, batch)
+        latents = self._random_latents(resolution, batch)
         return {
-            "network": lambda: self.state.network(z, sigma),
+            "network": lambda: self.state.network(latents.z, latents.sigma),
             "encoder": lambda: self.autoencoder.encode(images),
         }
 
@@ -128,21 +123,21 @@ class DiffusionTraining:
                 self.autoencoder.encode(_images(self.run, resolution, batch))
 
     def _stream(self, resolution: int, batch: int) -> Iterator[tuple[int, LatentBatch]]:
-        """The training's own batches, of one image of noise, or of a cache without values."""
+        """The training's own batches, of one image of noise or a blank cache."""
         n_z, classes = self.recipe.network.latent_channels, self.recipe.network.classes
         data = self.recipe.data.model_copy(update={"workers": 0})
         sizes = {"resolution": resolution, "batch_size": batch, "accumulate": 1, "data": data}
         recipe = self.recipe.model_copy(update={**sizes, "steps": 10**6})  # without end
         codec = Codec(self.autoencoder, torch.zeros(n_z), torch.ones(n_z), recipe.edm.sigma_data)
         source, side = _Noise(resolution, classes), resolution // self.autoencoder.downsampling
-        cache = _BlankCache(source, (n_z, side, side)) if recipe.cache else None
-        return latent_batches(self.run, recipe, self.run.place(codec), source, cache, 0)
+        blank = _BlankCache(source, (n_z, side, side)) if recipe.cache else None
+        return latent_batches(self.run, recipe, self.run.place(codec), source, blank, 0)
 
-    def _latents(self, resolution: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Random latents (b, n_z, h, w), noise levels (b,), and noise of the latents' shape."""
+    def _random_latents(self, resolution: int, batch: int) -> LatentBatch:
         side, device = resolution // self.autoencoder.downsampling, self.run.device
         z = torch.randn(batch, self.recipe.network.latent_channels, side, side, device=device)
-        return z, torch.ones(batch, device=device), torch.randn_like(z)
+        sigma = torch.ones(batch, device=device)
+        return LatentBatch(z, sigma, noise=torch.randn_like(z), labels=None, augment=None)
 
 
 class _Noise(Source):
@@ -179,7 +174,7 @@ Training = AutoencoderTraining | DiffusionTraining
 
 
 def random_perceptual(recipe: AutoencoderRecipe) -> dict[str, LPIPS | ESRGANPerceptual]:
-    """Build the perceptual losses of a recipe with random weights, which cost the same."""
+    """Build a recipe's perceptual losses with random weights, which cost the same."""
     losses: dict[str, LPIPS | ESRGANPerceptual] = {}
     if recipe.loss.lpips:
         import lpips

@@ -69,7 +69,7 @@ def test_frozen_asleep_and_out_of_every_tree(published, pair):
     parent.perceptual = published()
     assert torch.equal(torch.random.get_rng_state(), state_before)
     assert not parent.state_dict()
-    assert not any(p.requires_grad for p in parent.perceptual.features.parameters())
+    assert not any(p.requires_grad for p in parent.perceptual.network.parameters())
     recon = pair[0].clone().requires_grad_()
     parent.perceptual(recon, pair[1]).backward()
     assert recon.grad.isfinite().all()

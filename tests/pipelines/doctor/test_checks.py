@@ -202,8 +202,9 @@ def test_the_newest_run_or_a_presets_or_a_path(tmp_path):
     config = save_run(tmp_path / "runs" / "a", "tiny")
     for named in ("", "tiny", "runs/a", "runs/a/ckpt.pt"):
         asked = diffusion_recipe(named)
-        autoencoder, found, where, problems = checks.check_autoencoder(asked, "ffhq256")
-        assert autoencoder is not None and found == config and problems == []
+        autoencoder, where, problems = checks.check_autoencoder(asked, "ffhq256")
+        assert autoencoder.config == config and problems == []
+        assert not autoencoder.decoder.conv_out.weight.is_meta
         assert where == "runs/a/ckpt.pt"
 
 
@@ -211,15 +212,15 @@ def test_a_path_below_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     save_run(tmp_path / "mine", "tiny")
     asked = diffusion_recipe("~/mine")
-    assert checks.check_autoencoder(asked, "tiny")[2] == str(tmp_path / "mine" / "ckpt.pt")
+    assert checks.check_autoencoder(asked, "tiny")[1] == str(tmp_path / "mine" / "ckpt.pt")
 
 
 def test_the_run_that_would_go_on_keeps_its_stage_one(tmp_path):
     save_run(tmp_path / "runs" / "a", "tiny")
     describe_run(tmp_path / "runs" / "b", "diffusion", "tiny", diffusion_recipe("runs/a/ckpt.pt"))
     save_run(tmp_path / "runs" / "c", "tiny")
-    assert checks.check_autoencoder(diffusion_recipe(""), "tiny")[2] == "runs/a/ckpt.pt"
-    assert checks.check_autoencoder(diffusion_recipe(""), "other")[2] == "runs/c/ckpt.pt"
+    assert checks.check_autoencoder(diffusion_recipe(""), "tiny")[1] == "runs/a/ckpt.pt"
+    assert checks.check_autoencoder(diffusion_recipe(""), "other")[1] == "runs/c/ckpt.pt"
 
 
 @pytest.mark.parametrize(
@@ -232,30 +233,18 @@ def test_the_run_that_would_go_on_keeps_its_stage_one(tmp_path):
     ],
 )
 def test_without_stage_one_another_is_assumed(named, preset, channels, assumed, told):
-    autoencoder, config, where, problems = checks.check_autoencoder(diffusion_recipe(named), preset)
-    assert autoencoder is None and where == f"none yet; {assumed} is assumed"
-    assert config.encoder.extractor.channels == channels
+    autoencoder, where, problems = checks.check_autoencoder(diffusion_recipe(named), preset)
+    assert autoencoder.decoder.conv_out.weight.is_meta
+    assert where == f"none yet; {assumed} is assumed"
+    assert autoencoder.config.encoder.extractor.channels == channels
     problem = only(problems)
     assert problem.level == "error" and told in problem.text
 
 
 def test_a_row_of_the_paper_is_assumed_too():
-    _, config, where, _ = checks.check_autoencoder(diffusion_recipe("t11-ffhq-dwt"), "t13-ffhq-dwt")
-    assert config.encoder.type == "dwt" and "t11-ffhq-dwt" in where
-
-
-def test_a_cache_of_others_is_told_and_nothing_is_written(tmp_path):
-    save_images(tmp_path / "images", 32, count=5)
-    recipe = diffusion_recipe("", "cache=kept", "data={source: images, held_out: 1, crop: center}")
-    source = open_source(recipe.data, "train", 32)
-    assert checks.find_latents(recipe, None, source, "fp32") == (4, [])
-    assert checks.find_latents(recipe, None, None, "fp32") == (0, [])
-    assert not (tmp_path / "kept").exists()
-    (tmp_path / "kept").mkdir()
-    (tmp_path / "kept" / "thesis.txt").write_text("mine")
-    images, problems = checks.find_latents(recipe, None, source, "fp32")
-    assert images == 0 and "is not empty and holds no cache" in only(problems).text
-    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["thesis.txt"]
+    recipe = diffusion_recipe("t11-ffhq-dwt")
+    autoencoder, where, _ = checks.check_autoencoder(recipe, "t13-ffhq-dwt")
+    assert autoencoder.config.encoder.type == "dwt" and "t11-ffhq-dwt" in where
 
 
 # ------------------------------------------------------------------------------ the machine

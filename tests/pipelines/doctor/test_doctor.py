@@ -15,12 +15,12 @@ from autoencoders.discriminators import build_discriminator
 from diffusion import build_network
 from ldm.checkpoint import fingerprint
 from ldm.data import open_source
-from ldm.errors import UsageError
+from ldm.errors import LdmError, UsageError
 from ldm.run import start_run
 from pipelines.doctor import checks, doctor
 from pipelines.doctor.checks import Problem
 from pipelines.doctor.costs import count_parameters
-from pipelines.doctor.doctor import diagnose_autoencoder, diagnose_diffusion
+from pipelines.doctor.doctor import diagnose
 from pipelines.doctor.timing import Stretch, Timing
 from pipelines.latents import Codec, open_cache
 from tests.pipelines.doctor.dry_runs import costs as cached_costs
@@ -50,13 +50,13 @@ def test_a_diagnosis_leaves_the_random_generator_alone(seconds):
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    diagnose_autoencoder(autoencoder_recipe(), "tiny", seconds=seconds)
+    diagnose(autoencoder_recipe(), "tiny", seconds=seconds)
     assert torch.equal(torch.rand(1), expected)
 
 
 def test_stage_one():
     recipe = autoencoder_recipe()
-    found = diagnose_autoencoder(recipe, "tiny", seconds=0)
+    found = diagnose(recipe, "tiny", seconds=0)
     assert found.ready and not found.problems and found.trial is None
     networks = {part.name: part for part in found.parts}
     ae, discriminator = Autoencoder(recipe.model), build_discriminator(recipe.discriminator)
@@ -74,14 +74,14 @@ def test_stage_one():
 
 
 def test_without_a_discriminator_there_is_none():
-    found = diagnose_autoencoder(autoencoder_recipe("adversarial.weight=0", ONE_PHASE), seconds=0)
+    found = diagnose(autoencoder_recipe("adversarial.weight=0", ONE_PHASE), "tiny", seconds=0)
     assert [part.name for part in found.parts] == ["encoder", "decoder"]
 
 
 def test_stage_two(tmp_path):
     model = save_run(tmp_path / "runs" / "a", "tiny")
     recipe = diffusion_recipe("", "data.labels=true")
-    found = diagnose_diffusion(recipe, "tiny", seconds=0)
+    found = diagnose(recipe, "tiny", seconds=0)
     assert found.ready and found.autoencoder == "runs/a/ckpt.pt"
     networks = {part.name: part for part in found.parts}
     encoder = count_parameters(Autoencoder(model).encoder)
@@ -94,7 +94,7 @@ def test_stage_two(tmp_path):
 
 def test_everything_missing_is_told_at_once():
     recipe = diffusion_recipe("", "data.source=nowhere", "data.labels=true", "batch_size=6")
-    found = diagnose_diffusion(recipe, "tiny", processes=4, seconds=0)
+    found = diagnose(recipe, "tiny", processes=4, seconds=0)
     assert not found.ready and found.length.data is None
     told = errors(found)
     assert len(told) == 3 and all("\n" not in text for text in told)
@@ -107,23 +107,32 @@ def test_everything_missing_is_told_at_once():
 def test_settings_that_do_not_fit_stage_one_are_refused(tmp_path):
     save_run(tmp_path / "runs" / "a", "tiny")
     with pytest.raises(UsageError, match="multiple of 16"):
-        diagnose_diffusion(diffusion_recipe("", "resolution=40"), seconds=0)
+        diagnose(diffusion_recipe("", "resolution=40"), "tiny", seconds=0)
 
 
 def test_a_device_that_is_not_there():
-    found = diagnose_autoencoder(autoencoder_recipe("run.device=cuda"), seconds=0)
+    found = diagnose(autoencoder_recipe("run.device=cuda"), "tiny", seconds=0)
     assert errors(found) == ["device 'cuda' requested, but PyTorch sees no CUDA device: use cpu"]
     assert found.machine.device == "cpu"
 
 
+def test_a_process_that_uses_another_device(monkeypatch):
+    def used(device):
+        raise LdmError("this Python process already uses cpu")
+
+    monkeypatch.setattr(doctor, "make_accelerator", used)
+    found = diagnose(autoencoder_recipe(), "tiny", seconds=0)
+    assert errors(found) == ["this Python process already uses cpu"] and found.memory is None
+
+
 @pytest.mark.parametrize(
-    ("diagnose", "recipe"),
+    "recipe",
     [
-        (diagnose_autoencoder, autoencoder_recipe("run={device: cuda, compile: true}")),
-        (diagnose_diffusion, diffusion_recipe("", "run={device: cuda, compile: true}")),
+        autoencoder_recipe("run={device: cuda, compile: true}"),
+        diffusion_recipe("", "run={device: cuda, compile: true}"),
     ],
 )
-def test_without_the_device_all_else_is_told_and_no_cost_worked_out(diagnose, recipe, monkeypatch):
+def test_without_the_device_all_else_is_told_and_no_cost_worked_out(recipe, monkeypatch):
     monkeypatch.setattr(doctor, "Costs", None)
     monkeypatch.setattr(checks.shutil, "which", lambda _: None)
     found = diagnose(recipe, "tiny")
@@ -137,7 +146,7 @@ def test_without_the_device_all_else_is_told_and_no_cost_worked_out(diagnose, re
 
 def test_data_of_a_size_that_suits_every_phase():
     recipe = autoencoder_recipe("data.source=nowhere")
-    (told,) = errors(diagnose_autoencoder(recipe, seconds=0))
+    (told,) = errors(diagnose(recipe, "tiny", seconds=0))
     assert "--size 64" in told  # not the first phase's 32, which would not do for the second
 
 
@@ -151,12 +160,12 @@ def pretend(monkeypatch, **properties):
 
 def test_too_little_memory(monkeypatch):
     recipe = autoencoder_recipe(ONE_PHASE, "adversarial.weight=0")
-    memory = diagnose_autoencoder(recipe, seconds=0).memory
+    memory = diagnose(recipe, "tiny", seconds=0).memory
 
     def scarce(free):
         with monkeypatch.context() as patch:
             pretend(patch, memory=free)
-            return diagnose_autoencoder(recipe, seconds=0)
+            return diagnose(recipe, "tiny", seconds=0)
 
     assert not scarce(memory.total).problems
     (problem,) = scarce(memory.total - 1).problems
@@ -170,18 +179,18 @@ def test_advice_that_its_own_sum_bears_out(monkeypatch):
     """Of EDM2's activations, the normalised filters are there for one image as for many."""
     network = "network={type: edm2, channels: 16, multipliers: [1], blocks: 1, head_width: 8}"
 
-    def diagnose(*settings):
+    def found(*settings):
         recipe = diffusion_recipe("", network, *settings)
-        return diagnose_diffusion(recipe, "tiny", seconds=0)
+        return diagnose(recipe, "tiny", seconds=0)
 
-    totals = {n: diagnose(f"accumulate={n}").memory.total for n in (2, 4)}
+    totals = {n: found(f"accumulate={n}").memory.total for n in (2, 4)}
     for fewest, after in ((2, 4), (4, None)):
         with monkeypatch.context() as patch:
             pretend(patch, memory=totals[fewest])
-            told = [p.text for p in diagnose().problems if p.level == "warning"]
+            told = [p.text for p in found().problems if p.level == "warning"]
             assert told[0].endswith(f"accumulate={fewest} makes micro-batches of {4 // fewest}")
             pretend(patch, memory=totals[fewest] - 1)
-            told = [p.text for p in diagnose().problems if p.level == "warning"]
+            told = [p.text for p in found().problems if p.level == "warning"]
             smaller = "use smaller images or networks"
             assert told[0].endswith(f"makes micro-batches of {4 // after}" if after else smaller)
 
@@ -196,22 +205,20 @@ def test_a_cpu_is_not_tried_beyond_its_memory(monkeypatch):
         return Timing((), 1.0, peak=None, out_of_memory=False)
 
     monkeypatch.setattr(doctor, "time_training", tried)
-    memory = diagnose_diffusion(recipe, "tiny", seconds=1).memory
-    one = diagnose_diffusion(
-        diffusion_recipe("", network, "accumulate=4"), "tiny", seconds=0
-    ).memory  # fmt: skip
+    memory = diagnose(recipe, "tiny", seconds=1).memory
+    one = diagnose(diffusion_recipe("", network, "accumulate=4"), "tiny", seconds=0).memory
     for free in (one.total, one.total - 1, memory.lasting - 1):
         with monkeypatch.context() as patch:
             pretend(patch, memory=free)
-            diagnose_diffusion(recipe, "tiny", seconds=1)
+            diagnose(recipe, "tiny", seconds=1)
     everything, first, nothing = asked  # and without room for the weights no trial is begun
     assert all(everything.values()) and not any(nothing.values())
     assert first == {1: True, 2: False, 4: False}
 
 
 def test_too_little_disk(monkeypatch):
-    monkeypatch.setattr(doctor, "free_disk", lambda folder: 1000)
-    (told,) = errors(diagnose_autoencoder(autoencoder_recipe(), seconds=0))
+    monkeypatch.setattr(doctor, "disk_at", lambda folder: (0, 1000))
+    (told,) = errors(diagnose(autoencoder_recipe(), "tiny", seconds=0))
     assert told.startswith("disk: ") and "run.keep_states" in told
 
 
@@ -224,16 +231,15 @@ def cached(source):
 
 def test_a_cache_on_another_disk(tmp_path, monkeypatch):
     save_images(tmp_path / "images", 32)
-    apart = diagnose_diffusion(cached("images"), "tiny", seconds=0)
+    apart = diagnose(cached("images"), "tiny", seconds=0)
     assert apart.machine.cache_disk is None
     # mean and deviation of every image and of its mirror image, as in the cache's files
     assert apart.disk.cache == np.empty((3, 2, 2, 4, 4, 4), np.float32).nbytes
-    monkeypatch.setattr(doctor, "same_disk", lambda one, other: False)
     free = {doctor.RUNS: apart.disk.run, Path("kept"): apart.disk.cache}
-    monkeypatch.setattr(doctor, "free_disk", free.__getitem__)
-    assert len(errors(diagnose_diffusion(cached("images"), "tiny", seconds=0))) == 1  # stage one
+    monkeypatch.setattr(doctor, "disk_at", lambda folder: (folder, free[folder]))
+    assert len(errors(diagnose(cached("images"), "tiny", seconds=0))) == 1  # stage one
     free[Path("kept")] -= 1
-    found = diagnose_diffusion(cached("images"), "tiny", seconds=0)
+    found = diagnose(cached("images"), "tiny", seconds=0)
     assert found.machine.cache_disk == free[Path("kept")]
     assert errors(found)[-1].startswith("the cache's disk: ")
 
@@ -247,11 +253,23 @@ def test_a_cache_that_is_there_needs_no_more_room(tmp_path):
     sha, source = fingerprint(model.state_dict()), open_source(recipe.data, "train", 32)
     with start_run("diffusion", "tiny", recipe, recipe.run, 1, tmp_path / "run") as run:
         open_cache(recipe, codec, sha, source, run)
-    found = diagnose_diffusion(recipe, "tiny", seconds=0)
+    found = diagnose(recipe, "tiny", seconds=0)
     assert found.disk.cache == 0 and not errors(found)
     save_run(tmp_path / "runs" / "b", "tiny", bias=1.0)
-    (told,) = errors(diagnose_diffusion(recipe, "tiny", seconds=0))
+    (told,) = errors(diagnose(recipe, "tiny", seconds=0))
     assert "kept holds latents of another autoencoder" in told
+
+
+def test_a_cache_of_others_is_told_and_nothing_is_written(tmp_path):
+    save_images(tmp_path / "images", 32)
+    assert diagnose(cached("images"), "tiny", seconds=0).disk.cache > 0
+    assert diagnose(cached("nowhere"), "tiny", seconds=0).disk.cache == 0
+    assert not (tmp_path / "kept").exists()
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "thesis.txt").write_text("mine")
+    found = diagnose(cached("images"), "tiny", seconds=0)
+    assert "is not empty and holds no cache" in errors(found)[-1] and found.disk.cache == 0
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["thesis.txt"]
 
 
 @pytest.mark.parametrize(
@@ -267,19 +285,16 @@ def test_only_an_error_stops_a_run(levels, ready):
     assert found.ready == ready and found.memory is None
 
 
-def test_free_disk_of_a_folder_that_does_not_exist(tmp_path):
+def test_the_disk_of_a_folder_that_does_not_exist(tmp_path, monkeypatch):
     missing = tmp_path / "not" / "yet"
-    assert doctor.free_disk(missing) == pytest.approx(doctor.free_disk(tmp_path), rel=0.1)
-
-
-def test_folders_on_one_disk(tmp_path, monkeypatch):
-    assert doctor.same_disk(tmp_path / "not" / "yet", tmp_path)
+    (number, free), (same, near) = doctor.disk_at(missing), doctor.disk_at(tmp_path)
+    assert number == same and free == pytest.approx(near, rel=0.1)
     stat = os.stat
     monkeypatch.setattr(
         doctor.Path, "stat",
         lambda path, **how: SimpleNamespace(st_dev=path.name, st_mode=stat(path).st_mode),
     )  # fmt: skip
-    assert not doctor.same_disk(tmp_path, tmp_path.parent)
+    assert doctor.disk_at(missing)[0] == tmp_path.name
 
 
 def test_micro_batches_that_divide_and_fit():
@@ -311,7 +326,7 @@ def test_a_gpu_that_runs_out_in_the_trial(monkeypatch):
 
     pretend(monkeypatch, device="cuda:0")
     monkeypatch.setattr(doctor, "time_training", tried)
-    (told,) = errors(diagnose_autoencoder(recipe, seconds=1))
+    (told,) = errors(diagnose(recipe, "tiny", seconds=1))
     assert told == (
         "micro-batches of 4 do not fit into this GPU's memory: "
         "accumulate=2 makes micro-batches of 2"
@@ -320,11 +335,11 @@ def test_a_gpu_that_runs_out_in_the_trial(monkeypatch):
 
 def test_a_trial_of_both_stages(tmp_path):
     recipe = autoencoder_recipe(ONE_PHASE)
-    found = diagnose_autoencoder(recipe, seconds=0.01)
+    found = diagnose(recipe, "tiny", seconds=0.01)
     assert found.ready and [s.load.steps for s in found.trial.speeds] == [3, 1]
     assert found.trial.seconds > 0 and not list(tmp_path.iterdir())  # nothing was written
     # stage one is not there: its shape is enough
-    found = diagnose_diffusion(diffusion_recipe("", "resolution=32"), "tiny", seconds=0.01)
+    found = diagnose(diffusion_recipe("", "resolution=32"), "tiny", seconds=0.01)
     assert not found.ready and found.trial.speeds[0].load == Stretch(32, 8)
     assert not list(tmp_path.iterdir())
 
@@ -334,6 +349,6 @@ def test_a_trial_without_room_is_left_out(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
     monkeypatch.setattr(doctor, "StepTimer", full)
-    found = diagnose_autoencoder(autoencoder_recipe(), seconds=1)
+    found = diagnose(autoencoder_recipe(), "tiny", seconds=1)
     assert found.trial is None
     assert [p.text for p in found.problems] == ["not timed: CUDA out of memory."]

@@ -35,12 +35,12 @@ class Pretended:
         self.tried.append((side, images, adversarial_active))
         self.pass_time(self.pace * images * self.gmac(side, adversarial_active))
 
-    def time(self, loads, batch, accumulate=1, processes=1, fits=lambda *_: True, seconds=1000):
+    def time(self, loads, batch, accumulate=1, processes=1, fits=lambda *_: True, end=1000):
         costs = SimpleNamespace(
             batch=batch, step=lambda side, active: SimpleNamespace(gmac=self.gmac(side, active))
         )
         timer = StepTimer(self, costs, fits)
-        return time_training(timer, loads, accumulate, processes, seconds)
+        return time_training(timer, loads, accumulate, processes, end)
 
 
 def test_the_recipes_own_step_is_timed_where_there_is_time(monkeypatch):
@@ -79,7 +79,7 @@ def test_updates_of_optimisers_are_timed_separately(monkeypatch):
 
 def test_steps_that_take_too_long_are_scaled_from_smaller_images(monkeypatch):
     pretended = Pretended(monkeypatch)
-    (speed,) = pretended.time((Stretch(512, 10),), 16, seconds=30).speeds
+    (speed,) = pretended.time((Stretch(512, 10),), 16, end=30).speeds
     assert speed.measured_side < 512 and speed.measured_batch == 1
     # exactly, since these steps follow their arithmetic
     assert speed.seconds == pytest.approx(10 * (0.25 + 16 * 64))
@@ -87,7 +87,7 @@ def test_steps_that_take_too_long_are_scaled_from_smaller_images(monkeypatch):
 
 
 def test_a_smaller_batch_is_scaled_as_well(monkeypatch):
-    (speed,) = Pretended(monkeypatch).time((Stretch(64, 10),), 64, seconds=40).speeds
+    (speed,) = Pretended(monkeypatch).time((Stretch(64, 10),), 64, end=40).speeds
     assert speed.measured_side == 64 and 1 <= speed.measured_batch < 64
     assert speed.seconds == pytest.approx(10 * (0.25 + 64))
 
@@ -95,7 +95,7 @@ def test_a_smaller_batch_is_scaled_as_well(monkeypatch):
 def test_the_next_phase_starts_where_the_last_one_ended(monkeypatch):
     pretended = Pretended(monkeypatch)
     loads = (Stretch(64, 10, True), Stretch(128, 10, True))
-    found = pretended.time(loads, 4, seconds=10_000)
+    found = pretended.time(loads, 4, end=10_000)
     assert [s.measured_side for s in found.speeds] == [64, 128]
     assert pretended.tried.count((32, 1, True)) == 2  # to warm up, and the first size
     second = pretended.tried[pretended.tried.index((128, 1, True)) - 1 :]
@@ -104,7 +104,7 @@ def test_the_next_phase_starts_where_the_last_one_ended(monkeypatch):
 
 def test_a_phase_without_memory_is_scaled_from_smaller_images(monkeypatch):
     loads = (Stretch(64, 10, True), Stretch(128, 10, True))
-    found = Pretended(monkeypatch).time(loads, 4, fits=lambda side, _: side < 128, seconds=10_000)
+    found = Pretended(monkeypatch).time(loads, 4, fits=lambda side, _: side < 128, end=10_000)
     assert [s.measured_side for s in found.speeds] == [64, 64] and found.out_of_memory
     assert found.speeds[1].seconds == pytest.approx(10 * (0.25 + 4 * 8))
 
@@ -140,11 +140,11 @@ def test_a_later_phase_without_memory_names_its_own_size(monkeypatch):
     pretended = Pretended(monkeypatch, smallest=64)
     loads = (Stretch(64, 10, True), Stretch(96, 10, True))
     with pytest.raises(LdmError, match="not enough memory for one image of 96²"):
-        pretended.time(loads, 16, fits=lambda side, _: side < 96, seconds=10_000)
+        pretended.time(loads, 16, fits=lambda side, _: side < 96, end=10_000)
 
 
 def test_without_time_one_step_is_still_timed(monkeypatch):
-    (speed,) = Pretended(monkeypatch).time((Stretch(64, 10),), 8, seconds=0).speeds
+    (speed,) = Pretended(monkeypatch).time((Stretch(64, 10),), 8, end=0).speeds
     assert (speed.measured_side, speed.measured_batch) == (32, 1)
     assert speed.seconds == pytest.approx(10 * (0.25 + 8))
 
