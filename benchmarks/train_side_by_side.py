@@ -59,7 +59,7 @@ class Contender:
 
     @property
     def averaged(self) -> Autoencoder:
-        return self.training.ema.model
+        return self.training.ema.ema_model
 
     def state(self) -> dict[str, Any]:
         parts = {name: part.state_dict() for name, part in self.training.parts.items()}
@@ -129,7 +129,7 @@ def make(run: Run, name: str, recipe: AutoencoderRecipe, losses: PerceptualLosse
         torch.manual_seed(torch_seed(recipe.run.seed, f"weights of the {what}", 0))
         nets[what] = building()
     nets["autoencoder"].decoder.load_state_dict(nets["decoder"].state_dict())
-    for network in (training.autoencoder, training.ema.model):
+    for network in (training.autoencoder, training.ema.ema_model):
         network.load_state_dict(nets["autoencoder"].state_dict())
     training.discriminator.load_state_dict(nets["critic"].state_dict())
     return Contender(name, recipe, training)

@@ -12,9 +12,9 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,74 +31,56 @@ LARGEST_STD = math.sqrt(1 / 12)
 """Relative width of the mean over a whole run (γ = 0)."""
 
 TOLERANCE = 0.05
-"""Largest residual of a fit that is accepted; see `Fit`."""
+"""Largest residual of a fit that is accepted; see `solve_coefficients`."""
 
 SNAPSHOT = re.compile(r"(\d{12,})-(\d+(?:\.\d+)?(?:e-\d+)?)\.safetensors")
 
 
-class Average(ABC):
-    """A copy of a model whose weights average the model's.
+class Average(EMA, ABC):
+    """A copy of a model, `ema_model`, whose weights average the model's.
 
-    Updates depend on the model and the count of images alone, so that processes with equal weights
-    keep equal averages without communication.
+    It is in eval mode and without gradients. Updates depend on the model and the count of images
+    alone, so that processes with equal weights keep equal averages without communication.
 
     Args:
         model: the module on its device, before DDP wraps it.
     """
 
     def __init__(self, model: nn.Module):
-        self._ema = EMA(model, include_online_model=False, use_foreach=True)
-        self.model.eval().requires_grad_(False)
+        super().__init__(model, include_online_model=False, use_foreach=True)
+        self.ema_model.eval().requires_grad_(False)
 
     @abstractmethod
     def decay(self, images_seen: int, batch_size: int) -> float:
         """Return the weight that the average keeps in the update after `images_seen` images, of
         which `batch_size` came after the update before."""
 
-    @property
-    def model(self) -> nn.Module:
-        """The averaged model, in eval mode and without gradients."""
-        return self._ema.ema_model
-
     def update(self, images_seen: int, batch_size: int) -> None:
         """Update after a step of `batch_size` images, which `images_seen` includes, both over all
         processes. The first update copies the model."""
-        first = not self._ema.initted
-        decay = 0.0 if first else self.decay(images_seen, batch_size)
-        self._ema.update_moving_average(self._ema.ema_model, self._ema.model, decay)
-        self._ema.initted.fill_(True)
-        for average, online in zip(self.model.buffers(), self._ema.model.buffers(), strict=True):
+        decay = self.decay(images_seen, batch_size) if self.initted else 0.0
+        self.update_moving_average(self.ema_model, self.model, decay)
+        self.initted.fill_(True)
+        for average, online in zip(self.ema_model.buffers(), self.model.buffers(), strict=True):
             if not average.is_floating_point():  # counters have no mean
                 average.copy_(online)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the state for an exact resume."""
-        return dict(self._ema.state_dict())
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state."""
-        self._ema.load_state_dict(state)
 
 
 class Ema(Average):
     """Exponential moving average.
 
     Args:
-        half_life_images: images after which an update has half its weight; 0 copies the model.
-        ramp_up: bound on the half-life as a fraction of the images seen, so that the initial
-            weights fade quickly; None for no bound.
+        half_life_images: images after which an update has half its weight, at most 5 % of those
+            seen, so that the initial weights fade quickly; 0 copies the model.
     """
 
-    def __init__(self, model: nn.Module, half_life_images: float, ramp_up: float | None = 0.05):
+    def __init__(self, model: nn.Module, half_life_images: float):
         super().__init__(model)
         self.half_life_images = half_life_images
-        self.ramp_up = ramp_up
 
     def decay(self, images_seen: int, batch_size: int) -> float:
-        half_life = self.half_life_images
-        if self.ramp_up is not None:
-            half_life = min(half_life, self.ramp_up * images_seen)
         # Karras et al. 2022, appendix on training: half-life in images, ramped up with them
+        half_life = min(self.half_life_images, 0.05 * images_seen)
         return 0.5 ** (batch_size / half_life) if half_life > 0 else 0.0
 
 
@@ -134,8 +116,7 @@ def gamma_of_std(std: float) -> float:
 
 
 # ------------------------------------------------------------------------------- snapshots
-@dataclass(frozen=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """A power-function average of width `std` after `images_seen`."""
 
     images_seen: int
@@ -145,7 +126,7 @@ class Snapshot:
 
 def save_snapshot(
     folder: Path, images_seen: int, std: float, weights: Mapping[str, Tensor]
-) -> Snapshot:
+) -> None:
     """Write a snapshot to the run's `ema/` folder, atomically; on the main process alone.
 
     The tensors keep their type. Half precision would save half the space, but for an average of
@@ -154,7 +135,6 @@ def save_snapshot(
     """
     path = folder / f"{images_seen:012d}-{float(std)}.safetensors"
     write_atomically(path, to_safetensors(weights))
-    return Snapshot(images_seen, float(std), path)
 
 
 def list_snapshots(folder: Path) -> list[Snapshot]:
@@ -169,30 +149,16 @@ def list_snapshots(folder: Path) -> list[Snapshot]:
             f"no snapshots of averages in {folder}: train with ema_stds, such as "
             "ema_stds=[0.05, 0.1], to keep them"
         )
-    return sorted(found, key=lambda snapshot: (snapshot.images_seen, snapshot.std))
+    return sorted(found)
 
 
-@dataclass(frozen=True)
-class Fit:
-    """The sum of snapshots nearest to an average.
-
-    `residual` is ‖p − Σ xᵢ pᵢ‖ / ‖p‖ over the profiles p, in L2. If the weights of the steps were
-    noise around a mean, the noise of the average would be off by this fraction. If they move slowly
-    the error is far smaller, because the coefficients sum to 1.
-    """
-
-    images_seen: int
-    snapshots: tuple[Snapshot, ...]
-    coefficients: tuple[float, ...]
-    residual: float
-
-
-def fit_snapshots(snapshots: Sequence[Snapshot], std: float, at: int | None = None) -> Fit:
+def fit_snapshots(
+    snapshots: Sequence[Snapshot], std: float, at: int | None = None
+) -> tuple[dict[Snapshot, float], float]:
     """Fit the average of width `std` after `at` images by a run's snapshots up to then.
 
-    Args:
-        std: see `PowerEma`.
-        at: images seen at one of the snapshots; by default the newest.
+    `at` is the time of one of the snapshots, by default the newest. Return the coefficients of
+    those used, and the residual of `solve_coefficients`.
     """
     gamma = gamma_of_std(std)
     times = sorted({snapshot.images_seen for snapshot in snapshots})
@@ -203,7 +169,7 @@ def fit_snapshots(snapshots: Sequence[Snapshot], std: float, at: int | None = No
             f"no snapshot at {at} images: there are {len(times)}, from {times[0]} to {times[-1]}, "
             f"the nearest at {near}"
         )
-    used = tuple(snapshot for snapshot in snapshots if snapshot.images_seen <= at)
+    used = [snapshot for snapshot in snapshots if snapshot.images_seen <= at]
     coefficients, residual = solve_coefficients(
         [gamma_of_std(each.std) for each in used], [each.images_seen for each in used], gamma, at
     )
@@ -214,7 +180,7 @@ def fit_snapshots(snapshots: Sequence[Snapshot], std: float, at: int | None = No
             f"({len(used)}, of std {stds}): it would be off by {residual:.0%}, {TOLERANCE:.0%} is "
             "allowed; choose a std nearer to those, or a later time"
         )
-    return Fit(at, used, tuple(coefficients.tolist()), residual)
+    return dict(zip(used, coefficients.tolist(), strict=True)), residual
 
 
 def solve_coefficients(
@@ -223,7 +189,9 @@ def solve_coefficients(
     """Find the coefficients (n,), of sum 1, with which profiles (γᵢ, tᵢ) best fit (γ, t) in L2.
 
     Returns:
-        The coefficients, and the relative residual of `Fit`.
+        The coefficients, and the residual ‖p − Σ xᵢ pᵢ‖ / ‖p‖ over the profiles p, in L2. If the
+        weights of the steps were noise around a mean, the noise of the average would be off by this
+        fraction. If they move slowly the error is far smaller, because the coefficients sum to 1.
     """
     gammas = np.asarray(gammas, np.float64)
     times = np.asarray(times, np.float64) / time  # a residual does not depend on the unit
@@ -247,9 +215,7 @@ def inner_product(
 ) -> NDArray[np.float64]:
     """∫ p_a(τ) p_b(τ) dτ of the profiles p_{γ,t}(τ) = (γ+1) τ^γ / t^(γ+1) on [0, t].
 
-    Args:
-        gamma_a, gamma_b: exponents, ≥ 0; all arguments are broadcast.
-        time_a, time_b: ends of the profiles, above 0, in the same unit.
+    Exponents γ are ≥ 0, ends t above 0 and in one unit; all are broadcast.
     """
     ga, ta, gb, tb = (np.asarray(v, np.float64) for v in (gamma_a, time_a, gamma_b, time_b))
     # Karras et al. 2023, Eq. 151: with t the earlier end and T the later one, of exponent γ_T, the
@@ -263,17 +229,10 @@ def inner_product(
 def synthesize_ema(run: Path, std: float, at: int | None = None, out: Path | None = None) -> Path:
     """Write a copy of a run's `ckpt.pt` whose weights are a power-function average.
 
-    Its provenance states the average: `ema_std`, `ema_images` and `ema_residual` (see `Fit`).
-
-    Args:
-        run: the folder of a stage-two run that kept snapshots (`ema_stds`).
-        std: width of the average as a fraction of the images seen (EDM2's σ_rel), in (0, 0.2886].
-        at: images seen at the end of the average, those of a snapshot; None: the newest.
-        out: the `.pt` to write, which must not exist; None: `ckpt-ema<std>.pt` in the run's
-            folder, with `-<at>` if that is given, replacing an earlier one.
-
-    Returns:
-        The `.pt`; its `.safetensors` twin is beside it.
+    Its provenance states the average: `ema_std`, `ema_images` and `ema_residual`, as returned by
+    `fit_snapshots`. The file `out` must be new; by default it is `ckpt-ema<std>.pt` in the run's
+    folder, with `-<at>` if that is given, and replaces an earlier one. Return the `.pt`; its
+    `.safetensors` twin is beside it.
     """
     if out is not None and out.suffix != ".pt":
         raise UsageError(f"{out}: the file must end in .pt, such as {out.stem}.pt")
@@ -282,14 +241,15 @@ def synthesize_ema(run: Path, std: float, at: int | None = None, out: Path | Non
             raise LdmError(f"{path} already exists: give --out another name")
     if not run.is_dir():
         raise LdmError(f"no run folder at {run}")
-    fit = fit_snapshots(list_snapshots(run / "ema"), std, at)
+    coefficients, residual = fit_snapshots(list_snapshots(run / "ema"), std, at)
+    images_seen = max(snapshot.images_seen for snapshot in coefficients)
     file = load_model(run, "diffusion")
     print(
-        f"{run / 'ema'}: average of std {std} at {fit.images_seen:,} images, from "
-        f"{len(fit.snapshots)} snapshots, exact to {fit.residual:.1%}"
+        f"{run / 'ema'}: average of std {std} at {images_seen:,} images, from "
+        f"{len(coefficients)} snapshots, exact to {residual:.1%}"
     )
-    weights = combine(fit, file.weights)
-    average = {"ema_std": std, "ema_images": fit.images_seen, "ema_residual": fit.residual}
+    weights = combine(coefficients, file.weights)
+    average = {"ema_std": std, "ema_images": images_seen, "ema_residual": residual}
     out = out or run / (f"ckpt-ema{std}.pt" if at is None else f"ckpt-ema{std}-{at}.pt")
     save_model(out, replace(file, weights=weights, provenance=file.provenance | average))
     return out
@@ -299,15 +259,16 @@ def _alike(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and one.is_floating_point() == other.is_floating_point()
 
 
-def combine(fit: Fit, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Sum the snapshots of a fit, on the CPU: the average of the network whose weights are `like`.
+def combine(
+    coefficients: Mapping[Snapshot, float], like: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Sum snapshots on the CPU: the average of the network whose weights are `like`.
 
     Integers (counters) are the newest snapshot's. One tensor is read at a time and summed in
     float64: memory is 8 bytes per weight.
     """
-    terms = zip(fit.snapshots, fit.coefficients, strict=True)
     sums: dict[str, Tensor] = {}
-    for snapshot, coefficient in sorted(terms, key=lambda term: -term[0].images_seen):
+    for snapshot in sorted(coefficients, key=lambda snapshot: -snapshot.images_seen):
         with open_safetensors(snapshot.path, "delete it to use the others") as file:
             names = [*file.keys()]
             for name in [*names, *(name for name in like if name not in names)]:
@@ -322,6 +283,6 @@ def combine(fit: Fit, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
                     continue
                 if name not in sums:
                     sums[name] = torch.zeros_like(tensor, dtype=torch.float64)
-                sums[name].add_(tensor.double(), alpha=coefficient)
+                sums[name].add_(tensor.double(), alpha=coefficients[snapshot])
     # one by one, to free the float64 sums early
     return {name: sums.pop(name).to(tensor.dtype) for name, tensor in like.items()}

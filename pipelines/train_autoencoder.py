@@ -67,7 +67,7 @@ class AutoencoderState(TrainingState):
         self.averages = [self.ema]
         # without an average, the two would be equal up to rounding
         compared = self.objective.needs_averaged and recipe.ema_half_life_images > 0
-        self.averaged = self.ema.model if compared else None
+        self.averaged = self.ema.ema_model if compared else None
         self.opt_autoencoder, self.opt_discriminator = (
             torch.optim.Adam(net.parameters(), recipe.lr, recipe.betas, fused=True)
             for net in (self.autoencoder, self.discriminator)
@@ -357,7 +357,7 @@ def _validate(
     state.validated_at = state.images_seen
     if held_out is None or not run.is_main:
         return
-    recipe, ae = state.recipe, cast(Autoencoder, state.ema.model)
+    recipe, ae = state.recipe, cast(Autoencoder, state.ema.ema_model)
     by, resolution = recipe.best_by, recipe.phases[-1].resolution
     numbers = evaluate_autoencoder(
         ae, held_out, resolution, BATCH, run.device, recipe.validate_images, lpips and lpips.each
@@ -383,7 +383,7 @@ def _export(run: Run, state: AutoencoderState, name: str, **more: Any) -> None:
         return
     recipe = to_tree(state.recipe)
     origin = provenance() | {"images_seen": state.images_seen, "recipe": recipe} | more
-    config, weights = to_tree(state.recipe.model), state.ema.model.state_dict()
+    config, weights = to_tree(state.recipe.model), state.ema.ema_model.state_dict()
     save_model(run.folder / name, ModelFile("autoencoder", config, weights, {}, origin))
 
 

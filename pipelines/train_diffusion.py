@@ -83,7 +83,7 @@ class DiffusionState(TrainingState):
     def save_snapshots(self) -> None:
         """Keep the power-function averages as they are now, for `ldm ema`."""
         for std, power in self.powers.items():
-            save_snapshot(self.folder / "ema", self.images_seen, std, power.model.state_dict())
+            save_snapshot(self.folder / "ema", self.images_seen, std, power.ema_model.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"row": self.row}
@@ -252,7 +252,7 @@ def _validate(run: Run, state: DiffusionState, codec: Codec, logbook: Logbook) -
     noise = normal(run.seed, "sample", range(SAMPLES), shape).to(run.device)
     labels = torch.arange(SAMPLES, device=run.device) % classes if classes else None
     with run.autocast():
-        denoise = partial(state.ema.model, labels=labels)
+        denoise = partial(state.ema.ema_model, labels=labels)
         images = codec.decode(sample_heun(denoise, noise, karras_sigmas(SAMPLING_STEPS))).cpu()
     pictures = run.folder / "pictures"
     save_grid(images, pictures / f"samples-{state.images_seen:08d}.png", COLUMNS)
@@ -272,7 +272,7 @@ def _export(run: Run, state: DiffusionState, codec: Codec, source: Source) -> No
     statistics = codec.statistics() | {
         "classes": list(source.classes) if recipe.data.labels else []
     }
-    weights, config = cast(EDM, state.ema.model).network.state_dict(), to_tree(recipe)
+    weights, config = cast(EDM, state.ema.ema_model).network.state_dict(), to_tree(recipe)
     model = ModelFile("diffusion", config, weights, statistics, origin, inner)
     save_model(run.folder / "ckpt.pt", model)
 

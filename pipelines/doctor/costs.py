@@ -280,7 +280,7 @@ def training_memory(
         gradients=sum(gradients) if accumulate > 1 else max(gradients),
         buckets=sum(map(parameter_bytes, training.trained)) if processes > 1 else 0,
         adam=sum(map(adam_bytes, training.updated)),
-        averages=sum(module_bytes(average.model) for average in training.state.averages),
+        averages=sum(module_bytes(average.ema_model) for average in training.state.averages),
         frozen=sum(map(module_bytes, training.frozen)),
         activations=int(OVERHEAD * kept),
         encoding=int(OVERHEAD * held),
@@ -297,7 +297,7 @@ def training_disk(
         snapshots: of each power-function average.
         cache: bytes of latents that are still to be cached.
     """
-    averages = [module_bytes(average.model) for average in training.state.averages]
+    averages = [module_bytes(average.ema_model) for average in training.state.averages]
     state = sum(map(module_bytes, training.trained)) + sum(averages)
     state += sum(map(adam_bytes, training.updated))
     model = sum(map(module_bytes, training.exported))

@@ -54,7 +54,7 @@ def train(network, draw, steps, batch, lr):
         objective(z, sigma, noise)[0].mean().backward()
         optimizer.step()
         ema.update((step + 1) * batch, batch)
-    return ema.model
+    return ema.ema_model
 
 
 @torch.no_grad()

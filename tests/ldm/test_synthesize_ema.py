@@ -35,13 +35,13 @@ def make_run(folder, tracked_std: float = 0.07):
             ema.update(step * BATCH, BATCH)
         if step % EVERY == 0:
             for std, ema in kept.items():
-                save_snapshot(folder / "ema", step * BATCH, std, ema.model.state_dict())
+                save_snapshot(folder / "ema", step * BATCH, std, ema.ema_model.state_dict())
     inner = ModelFile("autoencoder", to_tree(autoencoder.config), autoencoder.state_dict())
     statistics = {"mean": [0.0] * 4, "std": [1.0] * 4, "sigma_data": 0.5}
     origin = {"autoencoder_sha256": inner.sha256, "images_seen": STEPS * BATCH}
     model = ModelFile("diffusion", to_tree(recipe), network.state_dict(), statistics, origin, inner)
     save_model(folder / "ckpt.pt", model)
-    return folder, tracked.model.state_dict()
+    return folder, tracked.ema_model.state_dict()
 
 
 @pytest.fixture(scope="module")

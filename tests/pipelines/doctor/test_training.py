@@ -41,14 +41,14 @@ def stage_two(*settings, classes=0):
 def test_a_step_of_stage_one_trains_both_networks_and_the_average():
     training = stage_one("ema_half_life_images=10", "loss.ldl=1", "adversarial.cutmix=1")
     state = training.state
-    nets = state.autoencoder, state.discriminator, state.ema.model
+    nets = state.autoencoder, state.discriminator, state.ema.ema_model
     before = [weights(net) for net in nets]
     training.step(32, 2, adversarial_active=False)
     state.advance()
     assert [same(*pair) for pair in zip(before, nets, strict=True)] == [False, True, False]
     training.step(32, 2)
     assert not same(before[1], state.discriminator)
-    assert state.averaged is state.ema.model
+    assert state.averaged is state.ema.ema_model
     assert training.run.skipped.total() == 0
 
 
