@@ -27,7 +27,7 @@ FORMER_NAMES = {"critic": "discriminator", "critic_gradient_norm": "discriminato
 """Names of metrics in earlier versions."""
 
 
-def progress_bar(unit: str = "steps") -> Progress:
+def progress_bar(unit: str, visible: bool = True) -> Progress:
     """Create a progress bar; tasks give its fields `speed` and `note`."""
     return Progress(
         TextColumn("[bold]{task.description}"),
@@ -38,7 +38,7 @@ def progress_bar(unit: str = "steps") -> Progress:
         TextColumn("{task.fields[note]}"),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=not (visible and console.is_terminal),
     )
 
 
@@ -47,9 +47,7 @@ def show_progress(
     what: str, total: int, visible: bool = True, unit: str = "images"
 ) -> Iterator[Callable[[int], None]]:
     """Show a progress bar of `total` units, if it is visible; call the result with each count."""
-    bar = progress_bar(unit)
-    bar.disable = bar.disable or not visible
-    with bar:
+    with progress_bar(unit, visible) as bar:
         task = bar.add_task(what, total=total, speed="", note="")
 
         def advance(count: int) -> None:
@@ -76,8 +74,6 @@ class Logbook:
 
             cut_rows(folder / "metrics.jsonl", resume_at)
             with _writing(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                self._rows = (folder / "metrics.jsonl").open("a", encoding="utf-8")
                 self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_at + 1)
 
     def add(self, **values: Tensor | float) -> None:
@@ -101,8 +97,8 @@ class Logbook:
         self._pending.clear()
         if self._folder is not None:
             with _writing(self._folder):
-                self._rows.write(json.dumps({k: _short(v) for k, v in row.items()}) + "\n")
-                self._rows.flush()
+                with (self._folder / "metrics.jsonl").open("a", encoding="utf-8") as rows:
+                    rows.write(json.dumps({k: _short(v) for k, v in row.items()}) + "\n")
                 for name, value in row.items():
                     if name != "images_seen" and math.isfinite(value):
                         self._board.add_scalar(name, value, images_seen)
@@ -115,10 +111,9 @@ class Logbook:
                 self._board.add_image(name, (sheet + 1).clamp(0, 2) / 2, images_seen)
 
     def close(self) -> None:
-        """Flush and close the files."""
+        """Flush and close TensorBoard's file."""
         if self._folder is not None:
             with _writing(self._folder):
-                self._rows.close()
                 self._board.close()
 
 

@@ -164,10 +164,6 @@ class Run:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
-    def accumulate(self, *modules: nn.Module) -> AbstractContextManager:
-        """Return the context of a micro-batch; the last one of a batch syncs and updates."""
-        return self.accelerator.accumulate(*modules)
-
     def seed_dropout(self, image: int) -> None:
         """Seed torch's own generators by (seed, image), so that no state has to be saved."""
         torch.manual_seed(torch_seed(self.seed, f"dropout {self.rank}", image))
@@ -225,14 +221,6 @@ class Run:
         """Return the sum of a tensor over the processes, on all of them."""
         return self.accelerator.reduce(tensor, "sum") if self.world > 1 else tensor
 
-    def gather(self, tensor: Tensor) -> Tensor:
-        """Concatenate the processes' tensors (b, …), on all of them."""
-        return self.accelerator.gather(tensor) if self.world > 1 else tensor
-
-    def from_main(self, make: Callable[[], Any]) -> Any:
-        """Call `make` on the main process and return its result, or raise its error, on all."""
-        return from_main(self.accelerator, make)
-
     # -------------------------------------------------------------------------------- saving
     def save(self, tree: dict[str, Any]) -> None:
         """Save the state to resume from (main process), atomically."""
@@ -244,7 +232,7 @@ class Run:
     def resume(self) -> dict[str, Any] | None:
         """Load the newest saved state, the same on every process; None for a new run."""
         # one process looks it up for all: a shared disk may show them different files
-        state = self.from_main(lambda: latest_state(self.folder / "state"))
+        state = from_main(self.accelerator, lambda: latest_state(self.folder / "state"))
         if state is None:
             return None
         with fail_together(self.accelerator):
@@ -281,9 +269,7 @@ class Run:
     @contextmanager
     def progress(self, state: TrainingState) -> Iterator[Callable[[float, str], None]]:
         """Show a progress bar on the main process; yield show(images per second, note)."""
-        bar = progress_bar()
-        bar.disable = bar.disable or not self.is_main
-        with bar:
+        with progress_bar("steps", self.is_main) as bar:
             task = bar.add_task(
                 "training", total=state.total_steps, completed=state.step, speed="", note=""
             )

@@ -34,6 +34,7 @@ from ldm.data.loader import FaultCount, image_index
 from ldm.data.sources import Part
 from ldm.data.transforms import CorruptImage
 from ldm.device import memory_format
+from ldm.distributed import from_main
 from ldm.errors import Interrupted, LdmError
 from ldm.files import read_json, write_atomically, write_json
 from ldm.images import assert_range, to_float
@@ -320,7 +321,7 @@ def open_cache(
             write_json(folder / MANIFEST, identity | {"source": recipe.data.source})
         return missing
 
-    missing = run.from_main(prepare)
+    missing = from_main(run.accelerator, prepare)
     if missing:
         run.say(f"encoding {len(source):,} images into {folder}")
     faults = FaultCount(len(source))

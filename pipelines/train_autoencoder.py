@@ -151,7 +151,7 @@ def train_step(
         The named, unweighted terms; the adversarial weight; and the gradients' norms at the last
         micro-batch of a step.
     """
-    with run.accumulate(state.autoencoder, state.discriminator):
+    with run.accelerator.accumulate(state.autoencoder, state.discriminator):
         terms, recon = _update_generator(run, state, images, draws, ramp, log_gradients)
         if ramp * state.recipe.adversarial.weight > 0:
             terms |= _update_discriminator(run, state, images, recon, draws)

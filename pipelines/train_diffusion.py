@@ -108,7 +108,7 @@ def train_step(run: Run, state: DiffusionState, batch: LatentBatch) -> tuple[Ten
         Every image's loss (b,), without the uncertainty's term; and the gradient's norm if an
         update was made.
     """
-    with run.accumulate(state.objective):
+    with run.accelerator.accumulate(state.objective):
         with run.autocast():
             total, loss = state.objective(*batch)
         optimizer, clip_norm = state.optimizer, state.recipe.clip_norm
@@ -191,7 +191,7 @@ def _train(
             lr = state.set_learning_rate()
             run.seed_dropout(k)
             loss, norm = train_step(run, state, batch)
-            loss, sigma = run.gather(loss), run.gather(batch.sigma)
+            loss, sigma = run.accelerator.gather((loss, batch.sigma))
             logbook.add(loss=loss.mean(), **band_losses(loss, sigma))
             if norm is None:
                 continue

@@ -12,7 +12,7 @@ from ldm.config import Config
 from ldm.data.shards import ShardSource, open_shards, read_manifest
 from ldm.data.sources import FolderSource, PhotoSource, Source, Split, ZipSource, take_split
 from ldm.errors import LdmError, UsageError
-from ldm.logbook import progress_bar
+from ldm.logbook import show_progress
 
 PHOTOS = "photos"
 HASHED_AT_ONCE = 8  # files; one at a time is limited by the processor
@@ -110,11 +110,11 @@ def content_identity(source: Source, count: int) -> str:
         file = source.file(index)
         number = files.setdefault(file, len(files))
         chosen.update(f"{number}{source.name(index).removeprefix(str(file))}\0".encode(*UTF8))
-    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool, progress_bar("files") as bar:
-        task = bar.add_task("hashing the data", total=len(files), speed="", note="")
+    progress = show_progress("hashing the data", len(files), unit="files")
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool, progress as advance:
         for digest in pool.map(_digest, files):
             chosen.update(digest)
-            bar.update(task, advance=1)
+            advance(1)
     return chosen.hexdigest()
 
 

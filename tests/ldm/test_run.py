@@ -25,7 +25,7 @@ def one_step(run, factor: float = 1.0, clip_norm: float | None = None):
     module = nn.Linear(3, 1)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     before = module.weight.clone()
-    with run.accumulate(module):
+    with run.accelerator.accumulate(module):
         loss = module(torch.ones(2, 3)).square().mean() * factor
         norm = run.step(loss, module, optimizer, "it", clip_norm)
     return module.weight.detach() - before, norm
@@ -52,7 +52,7 @@ def test_an_infinite_loss_with_finite_gradients_is_skipped(run):
     module = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     before = module.weight.clone()
-    with run.accumulate(module):
+    with run.accelerator.accumulate(module):
         run.step(module(torch.ones(1, 1)).sum() + float("inf"), module, optimizer, "it", None)
     assert torch.equal(module.weight, before) and run.skipped.total() == 1
 
@@ -79,7 +79,7 @@ def test_accumulated_micro_batches_make_one_update(tmp_path):
     optimizer = torch.optim.SGD(apart.parameters(), lr=0.1)
     norms = []
     for half in data.chunk(2):
-        with run.accumulate(apart):
+        with run.accelerator.accumulate(apart):
             loss = apart(half).square().mean()
             norms.append(run.step(loss, apart, optimizer, "it", None))
     assert norms[0] is None and norms[1] is not None
@@ -94,7 +94,7 @@ def test_an_infinite_loss_in_any_micro_batch_skips_the_step(tmp_path):
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     before = module.weight.clone()
     for extra in (float("inf"), 0.0):
-        with run.accumulate(module):
+        with run.accelerator.accumulate(module):
             run.step(module(torch.ones(1, 1)).sum() + extra, module, optimizer, "it", None)
     assert torch.equal(module.weight, before) and run.skipped["it"] == 1
 

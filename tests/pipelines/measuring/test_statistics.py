@@ -135,8 +135,8 @@ def test_one_process_gathers_itself():
 def test_a_failing_pass_ends_its_progress_bar(monkeypatch):
     bars = []
 
-    def bar(unit):
-        bars.append(original(unit))
+    def bar(*args):
+        bars.append(original(*args))
         return bars[-1]
 
     class Broken:
