@@ -27,11 +27,11 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def assert_range(images: Tensor, what: str = "images") -> None:
+def assert_range(images: Tensor) -> None:
     """Raise a ValueError for pixels in [0, 255], or a NaN, instead of values in [−1, 1]."""
     low, high = torch.stack(torch.aminmax(images)).tolist()  # one synchronisation
     if not (low >= -1.5 and high <= 1.5):
-        raise ValueError(f"{what} must lie in [−1, 1], not [{low:.3g}, {high:.3g}]")
+        raise ValueError(f"images must lie in [−1, 1], not [{low:.3g}, {high:.3g}]")
 
 
 def grid(images: Tensor, columns: int, gap: int = 2) -> Tensor:
