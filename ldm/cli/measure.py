@@ -25,13 +25,6 @@ Reference = Annotated[
         "SWD."
     ),
 ]
-Bootstrap = Annotated[
-    int, Option(help="Resamplings for a 95 % interval of FID, such as 100; one process.")
-]
-SampledModel = Annotated[
-    Path | None,
-    Option(help="Sample from this stage-two ckpt.pt or run folder, without writing images."),
-]
 ResultFile = Annotated[
     Path | None,
     Option(
@@ -105,7 +98,10 @@ def fid(
         Option(help="Part of the data to compare with. Default: all, as in papers."),
     ] = None,
     reference: Reference = None,
-    model: SampledModel = None,
+    model: Annotated[
+        Path | None,
+        Option(help="Sample from this stage-two ckpt.pt or run folder, without writing images."),
+    ] = None,
     n: Annotated[int | None, Option(help="With --model: images. Default: 50,000.")] = None,
     seed: Annotated[int | None, Option(help="With --model: seed. Default: 0.")] = None,
     steps: Annotated[int | None, Option(help="With --model: sampling steps. Default: 18.")] = None,
@@ -119,7 +115,9 @@ def fid(
     mode: options.Resize = "clean",
     features: options.Features = None,
     weights: options.InceptionWeights = None,
-    bootstrap: Bootstrap = 0,
+    bootstrap: Annotated[
+        int, Option(help="Resamplings for a 95 % interval of FID, such as 100; one process.")
+    ] = 0,
     force: Annotated[
         bool, Option("--force", help="Compare despite warnings; they are stored with the result.")
     ] = False,

@@ -12,12 +12,6 @@ from ldm.errors import UsageError
 
 CHURN = ("S_churn", "S_min", "S_max", "S_noise")
 
-Labels = Annotated[
-    str | None, Option(help="Classes to cycle through: 3, or cat,dog. Default: drawn at random.")
-]
-Churn = Annotated[
-    str, Option(help="EDM's stochastic sampling: S_churn, or S_churn,S_min,S_max,S_noise.")
-]
 Format = Annotated[
     Literal["png", "zip", "shards"],
     Option("--format", help="PNG files, one zip, or tar shards for training."),
@@ -130,8 +124,13 @@ def sample(
     ] = None,
     interval: Annotated[str, Option(help="Noise levels σ to guide in, such as 0.2,3.")] = "0,inf",
     guide: options.Guide = None,
-    labels: Labels = None,
-    churn: Churn = "0",
+    labels: Annotated[
+        str | None,
+        Option(help="Classes to cycle through: 3, or cat,dog. Default: drawn at random."),
+    ] = None,
+    churn: Annotated[
+        str, Option(help="EDM's stochastic sampling: S_churn, or S_churn,S_min,S_max,S_noise.")
+    ] = "0",
     files: Format = "png",
     batch_size: options.BatchSize = 64,
     out: Annotated[Path | None, Option(help="Folder. Default: samples/ next to the model.")] = None,
