@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm.files import write_atomically
-from ldm.images import to_uint8
+from ldm.images import to_pil
 
 WIDTH = 8.0  # inches: in a picture of 1000 pixels, 10 points are 17 pixels high
 DPI = 150
@@ -121,7 +121,7 @@ def lines_svg(lines: Mapping[str, Points], colours: Mapping[str, str], x: str, l
 
 def show_image(axes: Axes, image: Tensor) -> None:
     """Show a float image (3, H, W) in [−1, 1] with square pixels."""
-    axes.imshow(to_uint8(image).permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+    axes.imshow(to_pil(image), interpolation="nearest")
 
 
 def picture_rows(

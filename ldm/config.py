@@ -24,9 +24,6 @@ class Config(BaseModel):
     )
 
 
-MANY = 12
-"""Most names that an error message lists."""
-
 ConfigT = TypeVar("ConfigT", bound=Config)
 Tree = dict[str, Any]
 
@@ -137,14 +134,14 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
     """Merge `over` into `base`, section by section; a section of another `type` replaces it."""
     merged = dict(base)
     for key, value in over.items():
-        old = merged.get(key)
-        if isinstance(value, Mapping):
-            typed = "type" in value and isinstance(old, Mapping) and old.get("type") is not None
-            if not isinstance(old, Mapping) or (typed and old["type"] != value["type"]):
-                old = {}
-            merged[key] = merge(old, value)
-        else:
+        if not isinstance(value, Mapping):
             merged[key] = value
+            continue
+        old = merged.get(key)
+        section = old if isinstance(old, Mapping) else {}
+        kind = section.get("type")
+        is_another = kind not in (None, value.get("type", kind))
+        merged[key] = merge({} if is_another else section, value)
     return merged
 
 
@@ -173,9 +170,10 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
     close = get_close_matches(name, known, n=1, cutoff=0.5)
     if close:
         return f"; did you mean '{close[0]}'?"
-    shown = sorted(set(known))
-    if len(shown) > MANY:
-        shown = [*shown[:MANY], f"and {len(shown) - MANY} more"]
+    names = sorted(set(known))
+    shown, others = names[:12], names[12:]
+    if others:
+        shown.append(f"and {len(others)} more")
     return f"; there are: {', '.join(shown)}" if shown else ""
 
 
@@ -207,19 +205,15 @@ def _explain(config_class: type[Config], error: ValidationError) -> str:
 def _path(loc: tuple[int | str, ...], config_class: type[Config]) -> str:
     """Pydantic's location as the dotted path of an override, without the tags of unions."""
     names = {key.rpartition(".")[2] for key in key_paths(config_class)}
-    parts = [str(part) for part in loc]
-    is_tag = [
-        isinstance(part, str) and part not in names and 0 < i < len(parts) - 1
-        for i, part in enumerate(loc)
-    ]
-    return ".".join(part for part, tag in zip(parts, is_tag, strict=True) if not tag)
+    ends = (0, len(loc) - 1)
+    kept = (p for i, p in enumerate(loc) if i in ends or isinstance(p, int) or p in names)
+    return ".".join(map(str, kept))
 
 
 def key_paths(config_class: type[Config], prefix: str = "", index: str = "") -> Iterator[str]:
     """All dotted keys of a config, over all variants of its unions.
 
-    Args:
-        index: what follows the name of a list of sections, such as "0.".
+    After the name of a list of sections comes `index`, such as "0.".
     """
     for name, field in config_class.model_fields.items():
         yield f"{prefix}{name}"

@@ -76,16 +76,14 @@ def time_interleaved(
     All are called in turn, repeatedly, so that other load on the machine affects them alike.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for repeat in range(repeats + 1):
+    for _ in range(repeats + 1):
         for name, call in calls.items():
             synchronise(device)
             start = time.perf_counter()
             call()
             synchronise(device)
-            elapsed = time.perf_counter() - start
-            if repeat > 0:
-                seconds[name].append(elapsed)
-    return {name: median(values) for name, values in seconds.items()}
+            seconds[name].append(time.perf_counter() - start)
+    return {name: median(values[1:]) for name, values in seconds.items()}
 
 
 def synchronise(device: torch.device) -> None:

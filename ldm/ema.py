@@ -97,7 +97,7 @@ class PowerEma(Average):
     """
 
     def __init__(self, model: nn.Module, std: float):
-        self.std, self.gamma = std, gamma_of_std(std)  # checks std before the model is copied
+        self.gamma = gamma_of_std(std)  # checks std before the model is copied
         super().__init__(model)
 
     def decay(self, images_seen: int, batch_size: int) -> float:

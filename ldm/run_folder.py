@@ -102,13 +102,9 @@ def installed_version(package: str) -> str:
 
 def newest_run(kind: str, needs: str = "ckpt.pt", preset: str | None = None) -> Path:
     """Find the newest run of a kind, or of one preset, that holds `needs`; finished ones first."""
-    runs = [
-        folder
-        for folder in _all_runs(kind)
-        if (folder / needs).exists() and preset in (None, preset_of(folder))
-    ]
+    runs = [run for run in _all_runs(kind, preset) if (run / needs).exists()]
     if runs:
-        return ([folder for folder in runs if is_finished(folder)] or runs)[-1]
+        return ([run for run in runs if is_finished(run)] or runs)[-1]
     command = {"autoencoder": "ldm train-ae", "diffusion": "ldm train-diffusion"}[kind]
     name, command = (kind, command) if preset is None else (preset, f"{command} {preset}")
     raise LdmError(f"no {name} run with {needs} under {RUNS}/: give its path, or `{command}` first")
@@ -116,8 +112,7 @@ def newest_run(kind: str, needs: str = "ckpt.pt", preset: str | None = None) -> 
 
 def unfinished_runs(kind: str, preset: str) -> list[Path]:
     """List the unfinished runs of a preset, newest first."""
-    runs = reversed(_all_runs(kind))
-    return [r for r in runs if not is_finished(r) and preset_of(r) == preset]
+    return [run for run in reversed(_all_runs(kind, preset)) if not is_finished(run)]
 
 
 def preset_of(folder: Path) -> str | None:
@@ -170,11 +165,15 @@ def _new_folder(preset: str) -> Path:
             ) from error
 
 
-def _all_runs(kind: str) -> list[Path]:
-    """List the runs of a kind, oldest first; only where runs are, for samples are many files."""
+def _all_runs(kind: str, preset: str | None) -> list[Path]:
+    """List the runs of a kind, or of one preset, oldest first.
+
+    It looks only where runs are, for samples are many files.
+    """
     files = [*RUNS.glob("*/run.json"), *RUNS.glob("demo/*/run.json")]
     ours = [file for file in files if _describe(file.parent).get("kind") == kind]
-    return [file.parent for file in sorted(ours, key=lambda file: file.stat().st_mtime)]
+    runs = [file.parent for file in sorted(ours, key=lambda file: file.stat().st_mtime)]
+    return [run for run in runs if preset in (None, preset_of(run))]
 
 
 def _describe(folder: Path) -> dict[str, Any]:

@@ -251,7 +251,9 @@ def load_in_workers(
 
     `work` is pickled once per worker. `advice` is for a lack of memory. `pin` pins tensors' memory.
     """
-    workers = min(workers, _cores())  # more would wait for each other
+    affinity = getattr(os, "sched_getaffinity", None)  # the cores that this process may use
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    workers = min(workers, cores)  # more would wait for each other
     loader: DataLoader = DataLoader(
         _Worker(work),
         batch_size=None,  # each key is a whole piece of work
@@ -284,11 +286,6 @@ def load_in_workers(
     finally:
         if workers:  # a traceback may hold the iterator until Python exits, which waits for them
             results._shutdown_workers()
-
-
-def _cores() -> int:
-    affinity = getattr(os, "sched_getaffinity", None)  # those that this process may use
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _start_method() -> str:

@@ -23,8 +23,6 @@ MANIFEST_FORMAT = 1
 SIDECAR = ".tar.json"
 """Suffix of the description that preparation writes beside each finished shard."""
 
-_LONGEST_CLASS = 32  # bytes of a .cls that are read: six digits, and white space
-
 
 class Member(NamedTuple):
     """An image in a tar: its name, the position of its bytes, and its class, if that was read."""
@@ -149,14 +147,17 @@ def index_shard(path: Path, expected: int | None = None, labels: bool = False) -
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in filter(tarfile.TarInfo.isfile, tar):
-                key, suffix = _key_and_suffix(member.name)
-                if is_image(member.name) and suffix:
+                inside = PurePosixPath(member.name)
+                if inside.name.count(".") > 1:  # to webdataset, a.seg.png is no image of a
+                    continue
+                key = member.name.rpartition(".")[0]
+                if is_image(member.name):
                     image = Member(member.name, member.offset_data, member.size)
                     members.append((key, image))
-                elif labels and suffix == ".cls":
+                elif labels and inside.suffix.lower() == ".cls":
                     content = tar.extractfile(member)
                     assert content is not None  # as of every regular file
-                    text = content.read(_LONGEST_CLASS)
+                    text = content.read(32)  # six digits, and white space
                     classes[key] = _class_number(text, f"{path}/{member.name}")
             file.seek(tar.offset)
             # cut between two members, or with a broken header, a tar reads as a shorter one
@@ -171,15 +172,6 @@ def index_shard(path: Path, expected: int | None = None, labels: bool = False) -
             f"shard {path} is truncated or corrupt ({error}): copy or prepare it again"
         ) from error
     return [image._replace(label=classes.get(key)) for key, image in members]
-
-
-def _key_and_suffix(name: str) -> tuple[str, str]:
-    """The key that the members of a sample share, and the suffix, "" for a member of no sample.
-
-    Webdataset's key ends at the first dot of the last part: `a.seg.png` is no image of `a`.
-    """
-    path = PurePosixPath(name)
-    return name.rpartition(".")[0], path.suffix.lower() if path.name.count(".") == 1 else ""
 
 
 def _class_number(text: bytes, where: str) -> int:
