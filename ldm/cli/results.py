@@ -102,12 +102,12 @@ def reproduce(
     from pipelines.reproduce.runner import reproduce as run
 
     for result in run(table, scale, data or (), take or (), words, out, weights, force):
-        options.say("", *result.summary(), "", f"done: {', '.join(map(str, result.files))}")
+        options.say("", *result.lines, "", f"done: {', '.join(map(str, result.files))}")
 
 
 def _list(out: Path) -> None:
     """List every table with the state of its rows at each scale."""
-    from pipelines.reproduce.plan import SCALES
+    from pipelines.reproduce.plan import SCALES, load_scale
     from pipelines.reproduce.runner import row_states
     from pipelines.reproduce.tables import all_tables
 
@@ -118,5 +118,5 @@ def _list(out: Path) -> None:
         for row in table.rows:
             states = "  ".join(f"{scale} {s:<5}" for scale, s in row_states(out, row).items())
             typer.echo(f"     {row.name:<{width}}  {states.rstrip()}")
-    for scale in SCALES.values():
+    for scale in map(load_scale, SCALES):
         typer.echo(f"{scale.name}: {scale.summary}")

@@ -102,8 +102,9 @@ class Result:
         notes = (note for record in self.records.values() for note in record["notes"])
         return [*lines, *dict.fromkeys(notes)]
 
-    def summary(self) -> list[str]:
-        """Return the lines of the table, the claims, and the reasons for missing numbers."""
+    @property
+    def lines(self) -> list[str]:
+        """The table, the claims, and the reasons for missing numbers."""
         # columns and rows by reason
         missing: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
         for name, record in self.records.items():
@@ -124,7 +125,7 @@ class Result:
     def as_markdown(self) -> str:
         """Format the result as a page."""
         scale = self.plan.scale
-        lines = [*self.summary(), "", "## Differences from the paper", ""]
+        lines = [*self.lines, "", "## Differences from the paper", ""]
         lines += [f"- {line}" for line in self.deviations]
         lines += ["", "## Provenance", "", f"- scale: {scale.name}, {scale.summary}"]
         for what in ("command", "machine", "versions"):  # of the measurements, once if rows agree
@@ -244,8 +245,7 @@ def claim_lines(
 ) -> list[str]:
     """Format claims: a line for each, and below it one for each of its columns.
 
-    Args:
-        listed: reasons that are printed below the claims: long ones are not repeated in them.
+    Long reasons that are `listed` below the claims are not repeated in them.
     """
 
     def short(why: str) -> str:

@@ -90,15 +90,16 @@ class Scale(Config):
     """The training is long enough for the paper's claims."""
 
 
-SCALES = {
-    name: validate(Scale, load_preset("scales", name) | {"name": name})
-    for name in ("smoke", "small", "paper")
-}
+SCALES = ("smoke", "small", "paper")
 
 
-def check_settings(
-    settings: Sequence[str], kinds: Sequence[type[Config]] = (AutoencoderRecipe, DiffusionRecipe)
-) -> None:
+@cache
+def load_scale(name: str) -> Scale:
+    """Load a scale by its name, one of `SCALES`."""
+    return validate(Scale, load_preset("scales", name) | {"name": name})
+
+
+def check_settings(settings: Sequence[str], kinds: Sequence[type[Config]]) -> None:
     """Refuse settings that no recipe of these kinds has, and those that a row or an option sets."""
     known = frozenset[str]().union(*map(_keys, kinds))
     for text in settings:
@@ -240,7 +241,6 @@ class BuildPlan:
     force: bool = False
 
     def __post_init__(self) -> None:
-        check_settings(self.settings)
         self._sources = parse_data(self.data)
 
     def folder(self, name: str) -> Path:
@@ -249,6 +249,8 @@ class BuildPlan:
 
     def targets(self, table: Table, take: Sequence[str] = ()) -> list[Target]:
         """Return the targets of a table's rows; `take` is as of `reproduce`."""
+        kinds = (AutoencoderRecipe, DiffusionRecipe)
+        check_settings(self.settings, kinds if table.measure == "generation" else kinds[:1])
         taken = parse_take(table, take)
         targets = [self._target(row, taken.get(row.name)) for row in table.rows]
         first: dict[Path, Row] = {}

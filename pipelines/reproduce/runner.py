@@ -1,11 +1,14 @@
-"""`ldm reproduce`, a build cache: target → up to date? → build → measure → judge → print."""
+"""`ldm reproduce`, a build cache: target → up to date? → build → measure → judge → print.
 
+Figures are drawn by `pipelines.analysis`, of models that the same cache trains.
+"""
+
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
@@ -20,9 +23,16 @@ from ldm.files import Content, read_json, to_json, write_together
 from ldm.logbook import console
 from ldm.metrics.inception import SHA256, digest, published_weights
 from ldm.run_folder import provenance
-from pipelines.reproduce.figures import Drawing, draw_figure, find_figure
+from ldm.tables import text_table
 from pipelines.reproduce.output import Result, write_result
-from pipelines.reproduce.plan import SCALES, BuildPlan, Target, check_settings, setting_key
+from pipelines.reproduce.plan import (
+    SCALES,
+    BuildPlan,
+    Target,
+    check_settings,
+    load_scale,
+    setting_key,
+)
 from pipelines.reproduce.rows import (
     OF_FEATURES,
     Checkpoint,
@@ -38,7 +48,7 @@ from pipelines.reproduce.rows import (
     missing_weights,
     same_listing,
 )
-from pipelines.reproduce.tables import Row, Table, find_tables
+from pipelines.reproduce.tables import Row, Table, all_tables, find_tables
 
 FORMAT = 3
 RECORD, EACH = "row.json", "images.npz"
@@ -55,25 +65,11 @@ def reproduce(
     out: Path = Path("reproduce"),
     weights: Path | None = None,
     force: bool = False,
-) -> list[Result | Drawing]:
-    """Build the tables or the figure that a word names.
+) -> "list[Result | Drawing]":
+    """Build the tables or draw the figure that a word names, and write them to their folders.
 
     After an interruption the same call resumes: finished rows are reused, and a row in training
-    continues from its last saved state.
-
-    Args:
-        word: t9; t2 names both halves of Table 2; f5 is Figure 5.
-        scale: smoke, small or paper.
-        data: PATH, or NAME=PATH for one of the paper's data sets; none: the built-in photographs,
-            or at scale paper the recipes' data.
-        take: ROW=PATH, a checkpoint to measure instead of training.
-        settings: `key=value` over the recipes of all rows.
-        out: the folder of all tables.
-        weights: Inception's weights; None: from the usual places, or downloaded.
-        force: measure images that were trained on, too, and note it.
-
-    Returns:
-        A result for each table, also written to its folder; or the drawn figure.
+    continues from its last saved state. The other arguments are as of `ldm reproduce`.
     """
     if out.is_file():
         raise UsageError(f"--out {out}: is a file, give a folder")
@@ -82,17 +78,15 @@ def reproduce(
     tables = [] if figure else find_tables(word)
     if scale not in SCALES:
         raise UsageError(f"--scale {scale}: it must be one of {', '.join(SCALES)}")
-    plan = BuildPlan(SCALES[scale], data, settings, out, weights, force)
+    plan = BuildPlan(load_scale(scale), data, settings, out, weights, force)
     if figure:
         if take:
             raise UsageError(f"--take is for tables: draw {figure} of checkpoints by `ldm analyze`")
-        return [draw_figure(figure, plan)]
+        return [_draw_figure(figure, plan)]
     if take and len(tables) > 1:
         numbers = " or ".join(table.number.lower() for table in tables)
         raise LdmError(f"--take is for one table: give {numbers}")
     targets = {table.name: plan.targets(table, take) for table in tables}
-    runs = [run for row in chain(*targets.values()) for run in (row.stage_one, row.training)]
-    check_settings(settings, [*{type(run.recipe): None for run in runs}])
     return [_build_table(table, targets[table.name], plan) for table in tables]
 
 
@@ -313,3 +307,108 @@ def _read_each(folder: Path) -> dict[str, NDArray]:
 def _say(text: str) -> None:
     if is_main():
         console.print(text, markup=False)
+
+
+# ------------------------------------------------------------------------------------ figures
+class Figure(NamedTuple):
+    """A figure of the paper."""
+
+    title: str
+    rows: dict[str, str]
+    """Its labels, and the presets of the rows whose models they are."""
+    drawn_by: Literal["latents", "features", "scale", "gradients", "samples"]
+
+
+# The paper does not say on which data and latent width its figures are; these rows are Table 1's
+# ImageNet-256, n_z 4, and the ablations'.
+BOTH = {"VAE": "t01-imagenet256-nz4-vae", "LiteVAE": "t01-imagenet256-nz4-litevae"}
+NORMS = {"GroupNorm": "t04-group", "SMC": "t04-smc"}
+WEIGHTS = {"constant": "t08-constant", "adaptive": "t08-adaptive"}
+FFHQ = {"FFHQ": "t07-ffhq-litevae"}
+FIGURES = {
+    "f2": Figure("SD-VAE's latents as colours", {"VAE": BOTH["VAE"]}, "latents"),
+    "f3": Figure("feature maps of the decoder, GroupNorm beside SMC", NORMS, "features"),
+    "f4": Figure("LiteVAE's latents as colours", {"LiteVAE": BOTH["LiteVAE"]}, "latents"),
+    "f5": Figure("metrics over resolutions, LiteVAE beside the VAE", BOTH, "scale"),
+    "f6": Figure("samples of FFHQ", FFHQ, "samples"),
+    "f7": Figure("adversarial against reconstruction gradient", WEIGHTS, "gradients"),
+    "f8": Figure("metrics over resolutions, SMC beside GroupNorm", NORMS, "scale"),
+    "f9": Figure("more samples of FFHQ", FFHQ, "samples"),
+}
+SAMPLES = 64
+"""Samples in a figure."""
+
+
+class Drawing(NamedTuple):
+    """A drawn figure."""
+
+    files: tuple[Path, ...]
+    lines: list[str]
+    """Its title, numbers and notes."""
+
+
+def find_figure(word: str) -> str | None:
+    """Find the figure that a word names (f5, F5, figure 5); None if it names none."""
+    match = re.fullmatch(r"f(?:ig(?:ure)?[ .-]*)?0*(\d)", word.strip().lower())
+    name = f"f{match[1]}" if match else ""
+    return name if name in FIGURES else None
+
+
+def _draw_figure(name: str, plan: BuildPlan) -> Drawing:
+    """Train the rows of a figure that are not trained yet, and draw it."""
+    figure, protocol = FIGURES[name], plan.scale.protocol
+    if figure.drawn_by == "scale" and not protocol.published:
+        raise UsageError(f"{name} measures LPIPS: use --scale small or paper")
+    targets = {label: _find_target(plan, preset) for label, preset in figure.rows.items()}
+    check_settings(plan.settings, [*{type(t.training.recipe): None for t in targets.values()}])
+    for target in targets.values():  # before hours of training the first of them
+        check_images(target)
+    models = {
+        label: make_model(target, substitutes=not protocol.published).path
+        for label, target in targets.items()
+    }
+    files, lines = _draw(name, models, next(iter(targets.values())), plan)
+    return Drawing(files, [f"# {name.upper()}: {figure.title}", "", *lines])
+
+
+def _find_target(plan: BuildPlan, preset: str) -> Target:
+    [table] = [table for table in all_tables() if preset.startswith(f"{table.name}-")]
+    return next(target for target in plan.targets(table) if target.row.preset == preset)
+
+
+def _draw(
+    name: str, models: dict[str, Path], target: Target, plan: BuildPlan
+) -> tuple[tuple[Path, ...], list[str]]:
+    given, kind = [f"{label}={path}" for label, path in models.items()], FIGURES[name].drawn_by
+    folder, device = plan.folder(name), target.device
+    if kind == "samples":
+        from pipelines.sample import sample_images
+        from pipelines.sampling.sample_folder import GRID
+
+        [model] = models.values()
+        protocol = plan.scale.protocol
+        count, steps = min(SAMPLES, protocol.samples), protocol.sampler_steps
+        seed = int(name == "f9")  # F9 shows other samples than F6
+        sample_images(model, count, folder, seed, steps=steps, device=device)
+        return (folder / GRID,), [f"{count} samples, seed {seed}"]
+    if kind == "gradients":
+        from pipelines.analysis.gradients import analyze_gradients
+
+        found = analyze_gradients(given, folder) if is_main() else None
+    elif kind == "scale":
+        from pipelines.analysis.scale import analyze_scale
+
+        found = analyze_scale(
+            given, weights=plan.weights, device=device, force=plan.force, out=folder
+        )
+    else:
+        from pipelines.analysis.features import analyze_features
+        from pipelines.analysis.latents import analyze_latents
+        from pipelines.analysis.subjects import open_analysis
+
+        analyze = analyze_latents if kind == "latents" else analyze_features
+        opened = open_analysis(given, resolution=target.resolution, device=device)
+        found = analyze(*opened, out=folder)
+    if found is None:  # the main process reports it
+        return (), []
+    return found.files, [found.title, *text_table(found.header, found.rows), *found.notes]

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import isfinite
-from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +17,9 @@ from pydantic import model_validator
 
 from ldm.config import Config, did_you_mean, list_presets, load_preset, published, validate
 from ldm.errors import UsageError
+
+Number = float | tuple[float, float]  # or a mean with its ±
+Relation = Literal["better", "no_worse", "similar"]
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,18 @@ class TableColumn:
     counted: bool = False
     """It is counted, and has no error."""
 
-    def gain(self, ours: Any, other: Any) -> Any:
-        """Return by how much numbers (floats or arrays) are better than others, in their unit."""
-        return other - ours if self.better == "lower" else ours - other
+    def margins(self, relation: Relation, ours: Any, other: Any) -> Any:
+        """Return margins of numbers or of images (n,): a claim holds if their mean is positive.
 
-    def yardstick(self, other: Any) -> Any:
-        """Return the largest difference from a number (float or array) that counts as similar."""
-        return self.share * abs(other) + self.width + 1e-9  # 0.88 − 0.86 is a hair above 0.02
+        A claim of similarity can fail on either side: the margins are those of the nearer one.
+        """
+        gain = other - ours if self.better == "lower" else ours - other
+        if relation == "better":
+            return gain
+        yardstick = self.share * abs(other) + self.width + 1e-9  # 0.88 − 0.86 is a hair above 0.02
+        if relation == "no_worse":
+            return yardstick + gain
+        return min(yardstick + gain, yardstick - gain, key=np.mean)
 
 
 # Similar: the widest differences for the worse that the paper itself calls similar, comparable or
@@ -76,9 +83,6 @@ BESIDE = {
     "reconstruction": ("psnr", "swd"), "generation": ("swd",), "mmd": (), "encoder": ("gmac",)
 }  # fmt: skip
 """Our columns beside the paper's, by the table's measure."""
-
-Number = float | tuple[float, float]  # or a mean with its ±
-Relation = Literal["better", "no_worse", "similar"]
 
 
 class Claim(Config):
@@ -242,19 +246,16 @@ class JudgedClaim:
 def judge(
     table: Table,
     records: Mapping[str, Mapping[str, Any]],
-    each: Mapping[str, Each] = MappingProxyType({}),
-    not_judged: str = "",
+    each: Mapping[str, Each],
+    not_judged: str,
 ) -> tuple[JudgedClaim, ...]:
     """Judge every claim of a table by the records of its rows.
 
     No column stands in for another: a claim about rFID cannot be judged without rFID, whatever the
     other columns show. In columns that are means over images, a claim that another choice of images
     might reverse is not judged either. In the others the error is unknown, unless they are counts:
-    any difference decides, and the comparison carries a caveat.
-
-    Args:
-        each: the numbers of every image, by row.
-        not_judged: why no claim is judged, if so.
+    any difference decides, and the comparison carries a caveat. With a reason in `not_judged`, no
+    claim is judged.
     """
 
     def compare(claim: Claim, column: str) -> Comparison:
@@ -270,7 +271,7 @@ def judge(
         why = next(filter(None, reasons), "") or _why_undecided(claim.relation, kind, here, pair)
         if here is None or why:
             return Comparison(column, "cannot be judged", here, error, why)
-        holds = _margins(claim.relation, kind, *here) > 0
+        holds = kind.margins(claim.relation, *here) > 0
         counted = kind.counted or any(column in record.get("counted", ()) for record in found)
         why = "" if kind.of_each_image or counted else UNKNOWN
         return Comparison(column, "holds" if holds else "does not hold", here, error, why)
@@ -292,19 +293,6 @@ def _pair_images(ours: Each, other: Each, column: str) -> tuple[NDArray, NDArray
     return ours[column].astype(np.float64), other[column].astype(np.float64)
 
 
-def _margins(relation: Relation, kind: TableColumn, ours: Any, other: Any) -> Any:
-    """The margins, of numbers or of each image (n,), whose mean is positive if a claim holds.
-
-    A claim of similarity can fail on either side: the margins are those of the nearer one.
-    """
-    gain, yardstick = kind.gain(ours, other), kind.yardstick(other)
-    if relation == "better":
-        return gain
-    if relation == "no_worse":
-        return yardstick + gain
-    return min(yardstick + gain, yardstick - gain, key=np.mean)
-
-
 def _why_undecided(
     relation: Relation,
     kind: TableColumn,
@@ -322,7 +310,7 @@ def _why_undecided(
         return "not measured over the same images"
     if len(pair[0]) < FEWEST:
         return f"over fewer than {FEWEST} images"
-    margins = _margins(relation, kind, *pair)
+    margins = kind.margins(relation, *pair)
     error = _standard_error(margins) or 0.0
     uncertain = error > 0 and abs(margins.mean()) <= 2 * error
     return "within two standard errors" if uncertain else ""

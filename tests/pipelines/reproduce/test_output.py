@@ -16,7 +16,7 @@ from pipelines.reproduce.output import (
     table_lines,
     undone_differences,
 )
-from pipelines.reproduce.plan import SCALES, BuildPlan, published_recipe
+from pipelines.reproduce.plan import BuildPlan, load_scale, published_recipe
 from pipelines.reproduce.tables import all_tables, find_tables
 from tests.pipelines.reproduce.images import equal_images, judge_numbers
 
@@ -148,7 +148,7 @@ def test_numbers_are_formatted_by_column(column, value, shown):
 # --------------------------------------------------------------- differences from the paper
 @cache
 def plan_of(scale, settings=()):
-    return BuildPlan(SCALES[scale], settings=settings)
+    return BuildPlan(load_scale(scale), settings=settings)
 
 
 def deviations(table, scale, records=None, settings=()):
@@ -203,7 +203,7 @@ def test_only_decisive_keys_of_a_run_are_reported():
     assert "Precision of the training: bf16 instead of auto." in found
     assert not any("steps: 3 in" in line or "keep_states: " in line for line in found)
     [target, *_] = plan_of("small", settings).targets(find_tables("t4")[0])
-    kept = target.request(SCALES["small"].protocol)["trained"]["recipe"]["run"]
+    kept = target.request(load_scale("small").protocol)["trained"]["recipe"]["run"]
     assert kept == {"seed": 1, "precision": "bf16"}
 
 

@@ -11,7 +11,7 @@ from ldm.errors import LdmError
 from ldm.files import write_json
 from ldm.metrics.inception import load_extractor
 from pipelines.reproduce import rows
-from pipelines.reproduce.plan import SCALES, BuildPlan
+from pipelines.reproduce.plan import BuildPlan, load_scale
 from pipelines.reproduce.rows import (
     FEATURES,
     Checkpoint,
@@ -39,7 +39,7 @@ def data(tmp_path):
 # ------------------------------------------------------------------------------- the model
 def target_of(word, *settings, data=()):
     [table] = find_tables(word)
-    return BuildPlan(SCALES["smoke"], data, settings).targets(table)[0]
+    return BuildPlan(load_scale("smoke"), data, settings).targets(table)[0]
 
 
 def test_runs_depend_on_the_checkpoint():
@@ -69,7 +69,7 @@ def test_changed_data_is_refused(word, taken, data, tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------ the measurements
 def latents(data, model, tmp_path, *settings, force=False):
-    plan = BuildPlan(SCALES["smoke"], [str(data)], settings, tmp_path / "out", force=force)
+    plan = BuildPlan(load_scale("smoke"), [str(data)], settings, tmp_path / "out", force=force)
     taken = Checkpoint(model / "ckpt.pt", "0" * 64, "autoencoder", taken=True)
     return measure(TABLE_6, plan.targets(TABLE_6)[0], taken, plan)
 

@@ -358,7 +358,7 @@ def test_a_missing_rfid_leaves_its_claim_open(faked):
     assert by_column["rfid"].why == "no weights"
     assert by_column["psnr"].verdict == "holds"
     assert claim.verdict == "cannot be judged"
-    text = "\n".join(result.summary())
+    text = "\n".join(result.lines)
     assert "- rFID, LPIPS: no weights" in text and "| SWD" in text.replace("  ", " ")
 
 

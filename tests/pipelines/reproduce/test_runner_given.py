@@ -95,7 +95,7 @@ def test_a_row_without_its_losses_weights_is_left_out(faked, monkeypatch):
     assert faked.trained == ["reproduce/small/t04/group/autoencoder"]
     assert result.numbers["esrgan"]["psnr"] is None
     assert all(claim.verdict == "cannot be judged" for claim in result.claims)
-    assert "VGG-19 is not on this machine" in "\n".join(result.summary())
+    assert "VGG-19 is not on this machine" in "\n".join(result.lines)
     [table] = find_tables("t14")
     assert row_states(Path("reproduce"), table.rows[1])["small"] == "–"
     # tried again when they are there

@@ -107,8 +107,9 @@ def test_yardsticks_are_the_widest_that_the_paper_calls_similar():
     widest = {"rfid": (1.71, 1.64), "lpips": (0.070, 0.063), "psnr": (29.24, 29.61),
               "ssim": (0.86, 0.88)}  # fmt: skip
     for name, (row, other) in widest.items():
-        needed = -COLUMNS[name].gain(row, other)
-        assert needed <= COLUMNS[name].yardstick(other) < 1.2 * needed, name
+        needed = -COLUMNS[name].margins("better", row, other)
+        yardstick = COLUMNS[name].margins("no_worse", other, other)
+        assert needed <= yardstick < 1.2 * needed, name
 
 
 # ---------------------------------------------------------------------------------- claims

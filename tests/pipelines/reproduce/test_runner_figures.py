@@ -3,8 +3,7 @@
 import pytest
 
 from ldm.errors import LdmError, UsageError
-from pipelines.reproduce.figures import FIGURES, find_figure
-from pipelines.reproduce.runner import reproduce
+from pipelines.reproduce.runner import FIGURES, find_figure, reproduce
 from pipelines.reproduce.tables import all_tables
 from tests.ldm.data.pictures import noise, png_folder
 
@@ -48,4 +47,4 @@ def test_figure_7_is_drawn_for_real(tmp_path, monkeypatch):
     [drawing] = reproduce("f7", "smoke", settings=["phases.0.steps=8"])
     assert [file.name for file in drawing.files if file.suffix == ".png"]
     assert all(file.is_file() and file.parent.name == "f7" for file in drawing.files)
-    assert drawing.summary()[0].startswith("# F7: ")
+    assert drawing.lines[0].startswith("# F7: ")
