@@ -16,7 +16,8 @@ of what it leaves open:
   σ = 500, where the table has 0.44; a factor of ten either way would be far off.
 - **Images and repetitions**: in `analyze_mmd` each draw takes other held-out images (if there are
   more), posterior noise and Gaussian samples, and ± is the standard deviation over draws. In
-  `latents_mmd`, for `ldm reproduce`, all draws take the same images, and ± is the standard error.
+  `latents_mmd`, for `ldm reproduce`, all draws take the same images, and ± is the standard error
+  over them: it is known for any number of images, and two models compare image by image.
 """
 
 import math
@@ -135,11 +136,7 @@ def analyze_mmd(
 def latents_mmd(
     subject: Subject, images: SharedImages, settings: MmdSettings = MmdSettings()
 ) -> LatentsMMD:
-    """Measure MMD² × 100 between a model's latents and N(0, I), for each width of the RBF kernel.
-
-    All draws take the same images, unlike in `analyze_mmd`: the standard error over images is known
-    for any number of them, and two models can be compared image by image.
-    """
+    """Measure MMD² × 100 of a model's latents to N(0, I), for each width of the RBF kernel."""
     ks, posterior = _encode(subject, images.draw(settings.n))
     if len(ks) < 3:
         raise LdmError(f"{images.what}: the standard error of an MMD needs three images")
@@ -193,14 +190,10 @@ def jackknife(
     """Measure statistics of images, also without each group (Efron & Tibshirani 1993, Chapter 11).
 
     A bootstrap would not do for an MMD: an image drawn twice is at distance 0 from itself, a bias
-    of about 1/n.
+    of about 1/n. `measure` maps ascending indices of images (m,), of `count`, to their statistics.
 
-    Args:
-        measure: maps ascending indices of images (m,), of `count`, to their statistics (s,).
-
-    Returns:
-        The statistics (s,), and pseudo-values (g, s): their mean is about the statistic, their
-        standard error is its standard error. Image i belongs to group i modulo g.
+    Returns the statistics (s,), and pseudo-values (g, s): their mean is about the statistic, their
+    standard error is its standard error. Image i belongs to group i modulo g.
     """
     images = np.arange(count)
     group = images % min(count, GROUPS)

@@ -86,9 +86,8 @@ class SharedImages:
     ) -> list[T]:
         """Encode every image once, in float32, and return what is measured of all, on all.
 
-        Args:
-            measure: called for each batch with the numbers of its images (b,), the images
-                (b, 3, R, R) in [−1, 1], and their posteriors.
+        `measure` takes the numbers of a batch's images (b,), the images (b, 3, R, R) in [−1, 1],
+        and their posteriors.
         """
         world, found = self.ranks.num_processes, []
         with fail_together(self.ranks):
@@ -121,10 +120,7 @@ def open_analysis(
 ) -> tuple[list[Subject], SharedImages]:
     """Load the models, and open the images for all of them, on every launched process.
 
-    Args:
-        models: PATH or NAME=PATH each; none stands for the newest run.
-        data: as for `agree_on_data`.
-        resolution: image size in pixels; None: the last of the training.
+    Data and resolution (pixels) default to those at the end of the models' training.
     """
     check_at_least(1, batch_size=batch_size)
     ranks, where = join_processes(device)
@@ -203,12 +199,9 @@ def distinct_names(given: Sequence[tuple[str, Path]]) -> list[str]:
 
 # -------------------------------------------------------------------------------- the images
 def agree_on_data(recipes: Mapping[str, Tree], data: str | DataConfig | None) -> DataConfig:
-    """Return the requested data, or the data that the models were trained on.
+    """Return the requested data, or the data that the models were trained on by their recipes.
 
-    Args:
-        recipes: the models' training recipes by name; {} where unknown.
-        data: `photos`, a folder, a zip or shards, split as in a model's training where it was
-            trained on them; or a complete `DataConfig`; or None.
+    A data set that is given by its path is split as in the training of a model that knows it.
     """
     if isinstance(data, DataConfig):
         return data
@@ -216,8 +209,8 @@ def agree_on_data(recipes: Mapping[str, Tree], data: str | DataConfig | None) ->
     if data is None:
         sources = {name: resolve_source(config.source) for name, config in configs.items()}
         return configs[_agreed(recipes, sources, "data")]
-    same = [config for config in configs.values() if is_same(config, data)]
-    return same[0] if same else DataConfig(source=data)
+    same = (config for config in configs.values() if is_same(config, data))
+    return next(same, DataConfig(source=data))
 
 
 def _agreed(models: Iterable[str], values: dict[str, Any], what: str) -> str:

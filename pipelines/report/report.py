@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from html import escape
 from pathlib import Path
 
@@ -66,14 +67,8 @@ def write_report(
 ) -> Path:
     """Write one self-contained HTML page about training runs, which are only read.
 
-    The page reports missing files, models and data instead of failing.
-
-    Args:
-        runs: PATH or NAME=PATH of run folders of either stage, or of folders of runs.
-        images: number of held-out images to reconstruct, and of samples.
-        seed, steps: seed and sampler steps of the samples.
-        data: `photos`, a folder, a zip or shards to reconstruct, instead of each run's own data.
-        resolution: size of the reconstructed images in pixels; None: the highest of the runs.
+    The page reports missing files, models and data instead of failing. Without `data` and
+    `resolution`, it shows each run's own held-out images, at the highest resolution of the runs.
     """
     check_at_least(1, images=images, steps=steps, resolution=resolution)
     if not runs:
@@ -175,26 +170,22 @@ def _reconstructions(
     side = resolution or max(record.resolution for record in records)
     latents: list[tuple[str, Tensor]] = []
 
+    @cache
     def load() -> tuple[str, Tensor]:
-        if config is None or not side:
-            lacking = "data" if config is None else "resolution"
-            raise LdmError(f"config.yaml does not record the {lacking}: use --{lacking}")
-        images = to_float(sheet_images(open_source(config, "val", side), side, count))
+        try:
+            if config is None or not side:
+                lacking = "data" if config is None else "resolution"
+                raise LdmError(f"config.yaml does not record the {lacking}: use --{lacking}")
+            images = to_float(sheet_images(open_source(config, "val", side), side, count))
+        except LdmError as error:
+            raise LdmError(f"the held-out images could not be read: {error}") from error
         return f"Originals: {config.source}, {len(images)} held-out images at {side}²", images
-
-    row: tuple[str, Tensor] | LdmError
-    try:
-        row = load()
-    except LdmError as error:  # once for all runs
-        row = LdmError(f"the held-out images could not be read: {error}")
 
     @torch.no_grad()
     def reconstruct(record: Record) -> tuple[str, Tensor]:
         file = read_autoencoder(record.folder)
         record.sha256 = fingerprint(file.weights)
-        if isinstance(row, LdmError):
-            raise row
-        _, originals = row
+        _, originals = load()
         autoencoder = assemble(file, record.folder).to(device).eval()
         z = autoencoder.encode(originals.to(device)).mode()
         recon = autoencoder.decode(z, originals.shape[-2:])
@@ -209,10 +200,10 @@ def _reconstructions(
         return caption, recon
 
     rows, missing = _pictures(records, "recon", reconstruct)
-    if not rows or isinstance(row, LdmError):
+    if not rows:
         return "".join(missing)
     folded = page.folded("Latents: the first three channels as RGB", page.strips(latents))
-    return "".join([page.strips([row, *rows]), folded, *missing])
+    return "".join([page.strips([load(), *rows]), folded, *missing])
 
 
 # ----------------------------------------------------------------------------------- samples

@@ -12,12 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from autoencoders.discriminators import StyleGANConfig
-from ldm.config import Config, flatten, to_tree
+from ldm.config import flatten, to_tree
 from ldm.data.dataset import PHOTOS
 from ldm.files import to_json, write_together
 from ldm.run_folder import provenance
 from ldm.tables import markdown_table
-from pipelines.reproduce.plan import DECISIVE, BuildPlan, Target, published_recipe, setting_key
+from pipelines.reproduce.plan import (
+    BuildPlan,
+    Recipe,
+    Target,
+    decisive,
+    published_recipe,
+    setting_key,
+)
 from pipelines.reproduce.tables import (
     COLUMNS,
     Claim,
@@ -289,8 +296,6 @@ def _show_both(claim: Claim, comparison: Comparison, table: Table) -> str:
 
 
 # --------------------------------------------------------- the differences from the paper
-UNREPORTED = ("run.", "validate_images", "data.workers", "autoencoder")
-"""Prefixes of keys that change no number (except `DECISIVE`), or are reported otherwise."""
 STANDING = (
     "Where the paper is silent (loss weights, widths of some networks, weight averaging), this "
     "toolkit's defaults: see docs/design.md.",
@@ -358,7 +363,7 @@ def _compare_recipes(targets: Sequence[Target]) -> Iterator[str]:
         for stage, recipe, preset in stages:
             ours, theirs = _settings(recipe), _settings(published_recipe(preset))
             for key in ours | theirs:
-                if is_reported(key) and ours.get(key) != theirs.get(key):
+                if ours.get(key) != theirs.get(key):
                     values = _words(key, ours.get(key)), _words(key, theirs.get(key))
                     found[stage, key][" instead of ".join(values)] = None
     for (stage, key), ways in found.items():
@@ -369,14 +374,10 @@ def _compare_recipes(targets: Sequence[Target]) -> Iterator[str]:
         yield f"{line}."
 
 
-def is_reported(key: str) -> bool:
-    """Return true if a difference in a dotted key is reported."""
-    return key in DECISIVE or not key.startswith(UNREPORTED)
-
-
-def _settings(recipe: Config) -> dict[str, Any]:
-    """A recipe's values by dotted keys."""
-    settings = flatten(to_tree(recipe))
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """A recipe's values by dotted keys, without its stage one, which is compared by its own."""
+    settings = flatten(decisive(recipe))
+    settings.pop("autoencoder", None)
     discriminator = getattr(recipe, "discriminator", None)
     if isinstance(discriminator, StyleGANConfig):  # resolve its default, null
         settings["discriminator.channels"] = discriminator.widths[0]

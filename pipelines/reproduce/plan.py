@@ -35,8 +35,6 @@ from pipelines.reproduce.tables import Row, Table, all_tables
 Recipe = AutoencoderRecipe | DiffusionRecipe
 RecipeT = TypeVar("RecipeT", bound=Recipe)
 
-DECISIVE = ("run.seed", "run.precision")
-"""Keys of a run that its numbers depend on; its others are about display and safety."""
 DATA_SETS = ("ffhq", "imagenet", "celebahq", "deepfashion")
 """The paper's data sets: the first letters of the folders in its recipes."""
 
@@ -213,17 +211,17 @@ class Target:
 
     def request(self, protocol: Protocol) -> dict[str, Any]:
         """Return the settings that the row's numbers depend on, as plain values."""
-        trained = {"recipe": _decisive(self.training.recipe)}
+        trained = {"recipe": decisive(self.training.recipe)}
         measured = {"resolution": self.resolution, "data": trained["recipe"]["data"]}
         if self.stage_two is not None:
-            trained["stage_one"] = _decisive(self.stage_one.recipe)
+            trained["stage_one"] = decisive(self.stage_one.recipe)
         return {"trained": trained, "measured": measured | to_tree(protocol)}
 
 
-def _decisive(recipe: Recipe) -> Tree:
-    """A recipe's keys that numbers depend on."""
+def decisive(recipe: Recipe) -> Tree:
+    """Return the settings that numbers depend on; the others are about display and safety."""
     tree = to_tree(recipe)
-    tree["run"] = {k: value for k, value in tree["run"].items() if f"run.{k}" in DECISIVE}
+    tree["run"] = {key: tree["run"][key] for key in ("seed", "precision")}
     tree["data"].pop("workers")
     tree.pop("validate_images", None)
     return tree

@@ -30,13 +30,16 @@ from ldm.errors import LdmError
 from ldm.files import read_json, write_json
 from ldm.metrics.inception import FeatureExtractor, published_weights
 from ldm.run_folder import is_finished
+from pipelines.analysis.subjects import open_analysis
 from pipelines.bench import bench_encoders
 from pipelines.doctor.costs import count_parameters
 from pipelines.evaluate import evaluate_checkpoints
+from pipelines.fid import measure_fid
 from pipelines.measuring.evaluation import plan_jobs
 from pipelines.recipes import AutoencoderRecipe
 from pipelines.reproduce.plan import BuildPlan, Protocol, Target, Training
 from pipelines.reproduce.tables import Number, Table
+from pipelines.sample import sample_images
 from pipelines.train_autoencoder import train_autoencoder
 from pipelines.train_diffusion import train_diffusion
 
@@ -302,7 +305,6 @@ def _reconstruction(target: Target, model: Checkpoint, plan: BuildPlan) -> RowNu
 
 def _latents(target: Target, model: Checkpoint, plan: BuildPlan) -> RowNumbers:
     from pipelines.analysis.mmd import SIGMAS, MmdSettings, latents_mmd
-    from pipelines.analysis.subjects import open_analysis
 
     protocol, data, side = plan.scale.protocol, target.data, target.resolution
     ranks, _ = join_processes(target.device)
@@ -331,9 +333,6 @@ def _latents(target: Target, model: Checkpoint, plan: BuildPlan) -> RowNumbers:
 
 
 def _samples(target: Target, model: Checkpoint, plan: BuildPlan) -> RowNumbers:
-    from pipelines.fid import measure_fid
-    from pipelines.sample import sample_images
-
     protocol = plan.scale.protocol
     folder = target.folder / f"samples-{model.sha256[:8]}"
     if not model.taken and not (model.stage_one and model.stage_one.taken):

@@ -24,6 +24,7 @@ from ldm.logbook import console
 from ldm.metrics.inception import SHA256, digest, published_weights
 from ldm.run_folder import provenance
 from ldm.tables import text_table
+from pipelines.analysis.subjects import open_analysis
 from pipelines.reproduce.output import Result, write_result
 from pipelines.reproduce.plan import (
     SCALES,
@@ -48,11 +49,12 @@ from pipelines.reproduce.rows import (
     missing_weights,
     same_listing,
 )
-from pipelines.reproduce.tables import Row, Table, all_tables, find_tables
+from pipelines.reproduce.tables import Row, Table, find_tables
+from pipelines.sample import sample_images
+from pipelines.sampling.sample_folder import GRID
 
 FORMAT = 3
 RECORD, EACH = "row.json", "images.npz"
-State = Literal["done", "begun", "–"]
 Record = dict[str, Any]
 
 
@@ -90,9 +92,9 @@ def reproduce(
     return [_build_table(table, targets[table.name], plan) for table in tables]
 
 
-def row_states(out: Path, row: Row) -> dict[str, State]:
-    """Return the state of a row, by scale."""
-    states: dict[str, State] = {}
+def row_states(out: Path, row: Row) -> dict[str, str]:
+    """Return the state of a row by scale: done, begun, or a dash."""
+    states = {}
     for scale in SCALES:
         folder = out / scale / row.table / row.name
         done = (read_json(folder / RECORD) or {}).get("state") == "done"
@@ -251,8 +253,7 @@ def _build_costs(table: Table, targets: Sequence[Target], plan: BuildPlan) -> di
     device, protocol = targets[0].device, plan.scale.protocol
     requests = {target.row.name: target.request(protocol) for target in targets}
     records: dict[str, Any] = {
-        target.row.name: up_to_date(target, requests[target.row.name], None, plan)
-        for target in targets
+        t.row.name: up_to_date(t, requests[t.row.name], None, plan) for t in targets
     }
     machine = name_device(resolve_device(device))  # costs are of the machine
     if all(record and record["machine"] == machine for record in records.values()):
@@ -372,7 +373,7 @@ def _draw_figure(name: str, plan: BuildPlan) -> Drawing:
 
 
 def _find_target(plan: BuildPlan, preset: str) -> Target:
-    [table] = [table for table in all_tables() if preset.startswith(f"{table.name}-")]
+    [table] = find_tables(preset.partition("-")[0])
     return next(target for target in plan.targets(table) if target.row.preset == preset)
 
 
@@ -382,9 +383,6 @@ def _draw(
     given, kind = [f"{label}={path}" for label, path in models.items()], FIGURES[name].drawn_by
     folder, device = plan.folder(name), target.device
     if kind == "samples":
-        from pipelines.sample import sample_images
-        from pipelines.sampling.sample_folder import GRID
-
         [model] = models.values()
         protocol = plan.scale.protocol
         count, steps = min(SAMPLES, protocol.samples), protocol.sampler_steps
@@ -404,7 +402,6 @@ def _draw(
     else:
         from pipelines.analysis.features import analyze_features
         from pipelines.analysis.latents import analyze_latents
-        from pipelines.analysis.subjects import open_analysis
 
         analyze = analyze_latents if kind == "latents" else analyze_features
         opened = open_analysis(given, resolution=target.resolution, device=device)
