@@ -17,7 +17,7 @@ of what it leaves open:
 - **Images and repetitions**: in `analyze_mmd` each draw takes other held-out images (if there are
   more), posterior noise and Gaussian samples, and ± is the standard deviation over draws. In
   `latents_mmd`, for `ldm reproduce`, all draws take the same images, and ± is the standard error
-  over them: it is known for any number of images, and two models compare image by image.
+  over them. It is known for any number of images, and two models compare image by image.
 """
 
 import math
@@ -136,7 +136,7 @@ def analyze_mmd(
 def latents_mmd(
     subject: Subject, images: SharedImages, settings: MmdSettings = MmdSettings()
 ) -> LatentsMMD:
-    """Measure MMD² × 100 of a model's latents to N(0, I), for each width of the RBF kernel."""
+    """Measure MMD² × 100 of a model's latents to N(0, I), for each kernel width."""
     ks, posterior = _encode(subject, images.draw(settings.n))
     if len(ks) < 3:
         raise LdmError(f"{images.what}: the standard error of an MMD needs three images")
@@ -190,10 +190,11 @@ def jackknife(
     """Measure statistics of images, also without each group (Efron & Tibshirani 1993, Chapter 11).
 
     A bootstrap would not do for an MMD: an image drawn twice is at distance 0 from itself, a bias
-    of about 1/n. `measure` maps ascending indices of images (m,), of `count`, to their statistics.
+    of about 1/n.
 
-    Returns the statistics (s,), and pseudo-values (g, s): their mean is about the statistic, their
-    standard error is its standard error. Image i belongs to group i modulo g.
+    `measure` maps ascending indices of images (m,), of `count`, to statistics (s,). These are
+    returned with pseudo-values (g, s): their mean is about the statistic, their standard
+    error is its standard error. Image i belongs to group i modulo g.
     """
     images = np.arange(count)
     group = images % min(count, GROUPS)

@@ -86,8 +86,8 @@ class SharedImages:
     ) -> list[T]:
         """Encode every image once, in float32, and return what is measured of all, on all.
 
-        `measure` takes the numbers of a batch's images (b,), the images (b, 3, R, R) in [−1, 1],
-        and their posteriors.
+        `measure` takes the images' numbers (b,), the images (b, 3, R, R) in [−1, 1], and
+        their posteriors.
         """
         world, found = self.ranks.num_processes, []
         with fail_together(self.ranks):
@@ -120,7 +120,7 @@ def open_analysis(
 ) -> tuple[list[Subject], SharedImages]:
     """Load the models, and open the images for all of them, on every launched process.
 
-    Data and resolution (pixels) default to those at the end of the models' training.
+    Data and resolution (pixels) default to those of the models' training.
     """
     check_at_least(1, batch_size=batch_size)
     ranks, where = join_processes(device)
@@ -199,9 +199,9 @@ def distinct_names(given: Sequence[tuple[str, Path]]) -> list[str]:
 
 # -------------------------------------------------------------------------------- the images
 def agree_on_data(recipes: Mapping[str, Tree], data: str | DataConfig | None) -> DataConfig:
-    """Return the requested data, or the data that the models were trained on by their recipes.
+    """Return the requested data, or that of the models' recipes.
 
-    A data set that is given by its path is split as in the training of a model that knows it.
+    A path that a model was trained on is split as in its training.
     """
     if isinstance(data, DataConfig):
         return data

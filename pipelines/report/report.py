@@ -67,8 +67,8 @@ def write_report(
 ) -> Path:
     """Write one self-contained HTML page about training runs, which are only read.
 
-    The page reports missing files, models and data instead of failing. Without `data` and
-    `resolution`, it shows each run's own held-out images, at the highest resolution of the runs.
+    The page reports missing files, models and data instead of failing. By default it shows
+    each run's own held-out images, at the highest resolution of the runs.
     """
     check_at_least(1, images=images, steps=steps, resolution=resolution)
     if not runs:

@@ -5,7 +5,7 @@ A small build cache: each row of a table is a target, built unless its record is
 tables    the paper's tables: rows, columns, numbers, claims, and whether these hold here
 plan      what a table needs at a scale: recipes, and the folders of their runs
 rows      build one row: get its model, and measure it
-runner    the cache and the loop: target → up to date? → build → judge → print; the figures
+runner    the cache and the loop: target → up to date? → build → judge → print; figures
 output    a result as text, Markdown and JSON
 
 <out>/<scale>/<table>/

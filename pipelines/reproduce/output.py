@@ -252,7 +252,7 @@ def claim_lines(
 ) -> list[str]:
     """Format claims: a line for each, and below it one for each of its columns.
 
-    Long reasons that are `listed` below the claims are not repeated in them.
+    Long reasons that are `listed` below them are not repeated.
     """
 
     def short(why: str) -> str:
@@ -375,7 +375,7 @@ def _compare_recipes(targets: Sequence[Target]) -> Iterator[str]:
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
-    """A recipe's values by dotted keys, without its stage one, which is compared by its own."""
+    """A recipe's values by dotted keys, without the name of its stage one."""
     settings = flatten(decisive(recipe))
     settings.pop("autoencoder", None)
     discriminator = getattr(recipe, "discriminator", None)

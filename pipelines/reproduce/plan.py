@@ -219,7 +219,7 @@ class Target:
 
 
 def decisive(recipe: Recipe) -> Tree:
-    """Return the settings that numbers depend on; the others are about display and safety."""
+    """Return the settings that numbers depend on, not those of display and safety."""
     tree = to_tree(recipe)
     tree["run"] = {key: tree["run"][key] for key in ("seed", "precision")}
     tree["data"].pop("workers")
@@ -308,7 +308,7 @@ class BuildPlan:
 
 @cache
 def published_recipe(preset: str) -> Recipe:
-    """Return the paper's recipe: that of a row, or of a stage one that belongs to no row."""
+    """Return the paper's recipe of a row, or of a stage one that belongs to no row."""
     kind = next(kind for kind in ("recipes", "diffusion", "ae") if preset in list_presets(kind))
     config_class: type[Recipe] = DiffusionRecipe if kind == "diffusion" else AutoencoderRecipe
     return resolve(config_class, load_preset(kind, preset))

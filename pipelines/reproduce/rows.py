@@ -100,9 +100,9 @@ def make_model(
 ) -> Checkpoint:
     """Return a row's model, after the training that is left.
 
-    A checkpoint that was passed for it replaces the training. For a row of stage two it may be an
-    autoencoder, on which the diffusion model is then trained. With `substitutes`, random weights
-    take the place of those of ESRGAN's loss if they are missing.
+    A checkpoint that was passed for it replaces the training; for a row of stage two, an
+    autoencoder replaces that of stage one. With `substitutes`, random weights stand in for
+    missing ones of ESRGAN's loss.
     """
     model = taken
     for training in trainings_of(target, taken):
@@ -122,7 +122,7 @@ def trainings_of(target: Target, taken: Checkpoint | None = None) -> tuple[Train
 
 
 def missing_weights(recipe: AutoencoderRecipe) -> str | None:
-    """Return why ESRGAN's loss, of one row, has no weights, after trying to fetch them."""
+    """Return why ESRGAN's loss has no weights, after trying to fetch them."""
     try:
         if recipe.loss.esrgan:
             backbone_file(ESRGAN_BACKBONE, "go without this row, as here")
@@ -132,7 +132,7 @@ def missing_weights(recipe: AutoencoderRecipe) -> str | None:
 
 
 def has_weights(number: str, weights: Path | None) -> bool:
-    """Return true if the weights that a number needs, if any, are on this machine."""
+    """Return true if the weights that a number needs are on this machine."""
     if number == "lpips":
         return has_backbone("VGG-16")
     return number not in OF_FEATURES or weights is not None or published_weights() is not None
@@ -202,7 +202,7 @@ def _notes(folder: Path) -> dict[str, Any]:
 
 
 def is_main() -> bool:
-    """Return true in the process that writes and prints, among those launched together."""
+    """Return true in the one process that writes and prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -380,7 +380,7 @@ FEATURES = f"{__name__}:mean_colours"
 
 
 def smoke_lpips() -> LPIPS:
-    """LPIPS, of random weights where the published ones are not on this machine."""
+    """LPIPS, of random weights where the published ones are missing."""
     if published := find_lpips():
         return published
     import lpips
@@ -393,7 +393,7 @@ def smoke_lpips() -> LPIPS:
 
 
 def smoke_esrgan() -> ESRGANPerceptual:
-    """ESRGAN's loss, of random weights where the published ones are not on this machine."""
+    """ESRGAN's loss, of random weights where the published ones are missing."""
     if has_backbone(ESRGAN_BACKBONE):
         return load_esrgan()
     from torchvision.models import vgg19

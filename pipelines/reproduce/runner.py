@@ -1,6 +1,6 @@
 """`ldm reproduce`, a build cache: target → up to date? → build → measure → judge → print.
 
-Figures are drawn by `pipelines.analysis`, of models that the same cache trains.
+Figures are drawn of models of the same cache.
 """
 
 import re
@@ -68,10 +68,10 @@ def reproduce(
     weights: Path | None = None,
     force: bool = False,
 ) -> "list[Result | Drawing]":
-    """Build the tables or draw the figure that a word names, and write them to their folders.
+    """Build and write the tables or the figure that a word names.
 
     After an interruption the same call resumes: finished rows are reused, and a row in training
-    continues from its last saved state. The other arguments are as of `ldm reproduce`.
+    continues from its last saved state. Arguments are as of `ldm reproduce`.
     """
     if out.is_file():
         raise UsageError(f"--out {out}: is a file, give a folder")
@@ -142,7 +142,7 @@ class _Status:
 
 
 def _check_rows(targets: Sequence[Target], plan: BuildPlan) -> list[_Status]:
-    """Find the rows to build, and raise now what would fail after hours of training."""
+    """Find the rows to build, and raise now what would fail after hours."""
     rows = [_check_row(target, plan) for target in targets]
     to_build = [row for row in rows if row.record is None]
     needed = dict.fromkeys((row.target.data, row.target.resolution) for row in to_build)
@@ -179,9 +179,9 @@ def up_to_date(
 ) -> Record | None:
     """Return the record of a row that need not be built again.
 
-    A row that was measured with a --take checkpoint stays so until another one is given. A row is
-    measured again if weights that it lacked are there now, or if its numbers are of another
-    Inception than now, so that no table mixes two. Versions are recorded, and decide nothing.
+    A row that was measured with a --take checkpoint stays so until another one is given.
+    A row is measured again if weights that it lacked are there now, or if its numbers are
+    of another Inception than now: no table mixes two. Versions decide nothing.
     """
     record = read_json(target.folder / RECORD) or {}
     if record.get("format") != FORMAT or record.get("state") != "done":
@@ -202,7 +202,7 @@ def up_to_date(
 
 
 def _is_same_network(record: Record, weights: Path | None) -> bool:
-    """Return true unless the record has numbers of features that another Inception computed."""
+    """Return true unless another Inception computed the record's numbers."""
     if all(record["numbers"].get(name) is None for name in OF_FEATURES):
         return True
     if weights is None and published_weights() is None:
@@ -316,7 +316,7 @@ class Figure(NamedTuple):
 
     title: str
     rows: dict[str, str]
-    """Its labels, and the presets of the rows whose models they are."""
+    """Its labels, and the presets of their rows."""
     drawn_by: Literal["latents", "features", "scale", "gradients", "samples"]
 
 
@@ -349,14 +349,14 @@ class Drawing(NamedTuple):
 
 
 def find_figure(word: str) -> str | None:
-    """Find the figure that a word names (f5, F5, figure 5); None if it names none."""
+    """Find the figure that a word names (f5, F5, figure 5), if any."""
     match = re.fullmatch(r"f(?:ig(?:ure)?[ .-]*)?0*(\d)", word.strip().lower())
     name = f"f{match[1]}" if match else ""
     return name if name in FIGURES else None
 
 
 def _draw_figure(name: str, plan: BuildPlan) -> Drawing:
-    """Train the rows of a figure that are not trained yet, and draw it."""
+    """Train a figure's rows where needed, and draw it."""
     figure, protocol = FIGURES[name], plan.scale.protocol
     if figure.drawn_by == "scale" and not protocol.published:
         raise UsageError(f"{name} measures LPIPS: use --scale small or paper")

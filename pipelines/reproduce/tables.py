@@ -44,9 +44,9 @@ class TableColumn:
     """It is counted, and has no error."""
 
     def margins(self, relation: Relation, ours: Any, other: Any) -> Any:
-        """Return margins of numbers or of images (n,): a claim holds if their mean is positive.
+        """Return margins, one or (n,): a claim holds if their mean is positive.
 
-        A claim of similarity can fail on either side: the margins are those of the nearer one.
+        A claim of similarity can fail on either side: the nearer one decides.
         """
         gain = other - ours if self.better == "lower" else ours - other
         if relation == "better":
@@ -254,8 +254,8 @@ def judge(
     No column stands in for another: a claim about rFID cannot be judged without rFID, whatever the
     other columns show. In columns that are means over images, a claim that another choice of images
     might reverse is not judged either. In the others the error is unknown, unless they are counts:
-    any difference decides, and the comparison carries a caveat. With a reason in `not_judged`, no
-    claim is judged.
+    any difference decides, and the comparison carries a caveat.
+    No claim is judged if `not_judged` gives a reason.
     """
 
     def compare(claim: Claim, column: str) -> Comparison:
