@@ -37,7 +37,7 @@ TIMESTAMP = re.compile(r"^\d{8}-\d{6}-")  # a run folder's name begins with it
 class Analysis(NamedTuple):
     """Result of an analysis: a table to print, and the files that were written.
 
-    Under a distributed launch the processes share the images, and all but the main one get None.
+    Under a distributed launch, all processes but the main one get None.
     """
 
     title: str

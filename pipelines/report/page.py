@@ -147,7 +147,7 @@ def png(path: Path) -> str:
 def strips(rows: Sequence[tuple[str, Tensor]]) -> str:
     """Embed rows of captions and float images (N, 3, H, W) in [−1, 1] that scroll together.
 
-    All images are shown at one size, small ones enlarged by an integer factor.
+    Images are shown at one size, small ones enlarged by an integer factor.
     """
     widest = max(images.shape[-1] for _, images in rows)
     width = widest * max(1, round(160 / widest))

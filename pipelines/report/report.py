@@ -232,7 +232,7 @@ def _samples_section(
 def _pictures(
     records: Sequence[Record], prefix: str, draw: Callable[[Record], tuple[str, Tensor]]
 ) -> tuple[list[tuple[str, Tensor]], list[str]]:
-    """Return captions and images of each run's model, and pictures from training in their place."""
+    """Return captions and images of each run's model, or pictures from training."""
     rows: list[tuple[str, Tensor]] = []
     missing = []
     for record in records:
@@ -246,7 +246,7 @@ def _pictures(
 
 
 def _training_picture(record: Record, prefix: str, error: LdmError) -> str:
-    """Return the newest picture from training, and print and show why there is no better one."""
+    """Return the newest picture from training, and why there is no better one."""
     why = f"Could not draw the model's pictures ({error})"
     console.print(f"note: {record.label}: {why}", markup=False)
     head = f"<p><b>{record.title}</b></p>"

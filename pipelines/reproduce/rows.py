@@ -132,7 +132,7 @@ def missing_weights(recipe: AutoencoderRecipe) -> str | None:
 
 
 def has_weights(number: str, weights: Path | None) -> bool:
-    """Return true if the weights that a number needs are on this machine."""
+    """Return true if the weights that a number needs are here."""
     if number == "lpips":
         return has_backbone("VGG-16")
     return number not in OF_FEATURES or weights is not None or published_weights() is not None
