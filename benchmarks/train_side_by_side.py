@@ -37,7 +37,6 @@ from pipelines.recipes import AutoencoderRecipe
 from pipelines.train_autoencoder import (
     AutoencoderState,
     PerceptualLosses,
-    draw,
     load_perceptual,
     train_step,
 )
@@ -132,6 +131,7 @@ def make(run: Run, name: str, recipe: AutoencoderRecipe, losses: PerceptualLosse
     for network in (training.autoencoder, training.ema.ema_model):
         network.load_state_dict(nets["autoencoder"].state_dict())
     training.discriminator.load_state_dict(nets["critic"].state_dict())
+    training.prepare(run)
     return Contender(name, recipe, training)
 
 
@@ -187,9 +187,9 @@ def take_turn(run: Run, contender: Contender, images: list[Batch]) -> None:
     start = time.perf_counter()
     for batch in images:
         training.set_learning_rate()
-        draws = draw(run, recipe, batch.k.tolist(), recipe.phases[0].resolution)
         ramp = training.objective.ramp(training.step / recipe.total_steps)
-        train_step(run, training, to_float(run.place(batch.images)), draws, ramp)
+        images = to_float(run.place(batch.images))
+        train_step(run, training, images, batch.k.tolist(), ramp)
         training.advance()
     synchronise(run.device)
     contender.seconds += time.perf_counter() - start

@@ -154,10 +154,6 @@ class Run:
             return moved.contiguous(memory_format=layout)
         return tensor_or_module.to(self.device, memory_format=layout)
 
-    def unwrap(self, module: nn.Module) -> nn.Module:
-        """Return the module inside the wrapper of `prepare`."""
-        return self.accelerator.unwrap_model(module)
-
     def autocast(self) -> AbstractContextManager:
         """Return the context in which networks run: autocast for bf16."""
         if self.precision != "bf16":

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffusion.samplers import inpaint
+from ldm.config import validate
 from ldm.errors import UsageError
 from ldm.images import to_float, to_pil
 from ldm.logbook import show_progress
@@ -71,7 +72,7 @@ class LatentDiffusionPipeline(LatentModel):
         if count < 2:
             raise UsageError(f"count={count}: it must be at least 2, both ends are included")
         requested, sample = self._read(options, count, seed_a)
-        if requested.sampling.churn.S_churn > 0:
+        if requested.churn.S_churn > 0:
             raise UsageError("interpolate does not support churn: omit churn")
         if self.classes.count and requested.labels is None:
             raise UsageError("interpolate needs labels: the model has classes")
@@ -92,12 +93,11 @@ class LatentDiffusionPipeline(LatentModel):
         if not 0 <= strength <= 1:
             raise UsageError(f"strength={strength}: it must lie between 0 and 1")
         requested, sample = self._read(options, len(images), seed)
-        skip = requested.sampling.steps - round(strength * requested.sampling.steps)
+        skip = requested.steps - round(strength * requested.steps)
 
         def change(i: range) -> Tensor:
-            return sample(
-                i, skip=skip, from_z=self.encode(images[i.start : i.stop]) if skip else None
-            )
+            z = self.encode(images[i.start : i.stop]) if skip else None
+            return sample(i, skip=skip, from_z=z)
 
         return _in_batches(len(images), requested, change)
 
@@ -130,13 +130,13 @@ class LatentDiffusionPipeline(LatentModel):
     ) -> tuple[Options, Callable[..., Tensor]]:
         """Validate the options, and bind them to `LatentModel.sample`."""
         n, seed = integer("n=", n, least=1), integer("seed=", seed)
-        requested = Options.read(options)
+        requested = validate(Options, options)
         labels = self.classes.choose(requested.labels, n, seed)
-        guide = self.load_guide(requested.sampling, requested.guide, labels)
+        guide = self.load_guide(requested, requested.guide, labels)
 
         def sample(i: range, **how: Any) -> Tensor:
             chosen = None if labels is None else labels[i.start : i.stop]
-            return self.sample(i, seed, requested.sampling, chosen, guide, **how)
+            return self.sample(i, seed, requested, chosen, guide, **how)
 
         return requested, sample
 

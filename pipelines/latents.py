@@ -18,6 +18,7 @@ A corrupt image is NaN throughout; the next good one replaces it, as in training
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from hashlib import sha256
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -242,22 +243,17 @@ def one_ahead(
     side, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
     side.wait_stream(main)  # weights and statistics may still be on their way
 
-    def finish(prepared: Any, ready: torch.cuda.Event) -> Any:
+    def begin(item: Any) -> tuple[Any, torch.cuda.Event]:
+        with torch.cuda.stream(side):
+            return prepare(item), side.record_event()
+
+    begun: Iterator[Any] = chain(map(begin, raw), [None])  # the last one has no next
+    for (prepared, ready), _ in pairwise(begun):
         main.wait_event(ready)
         for leaf in tree_leaves(prepared):
             if isinstance(leaf, Tensor) and leaf.is_cuda:
                 leaf.record_stream(main)  # its memory is not reused before main has read it
-        return prepared
-
-    begun = None
-    for item in raw:
-        with torch.cuda.stream(side):
-            upcoming = prepare(item), side.record_event()
-        if begun is not None:
-            yield finish(*begun)
-        begun = upcoming
-    if begun is not None:
-        yield finish(*begun)
+        yield prepared
 
 
 def _on(device: torch.device, tensor: Tensor) -> Tensor:
@@ -273,7 +269,16 @@ class LatentCache:
 
     def __init__(self, folder: Path, source: Source, shape: tuple[int, ...]) -> None:
         self.source, self.mirrored = source, shape[0] == 2
-        self._blocks = [_read(folder, part, shape) for part in _parts(source)]
+        self._blocks = []
+        for part in _parts(source):
+            path = _block(folder, part)
+            try:
+                block = np.load(path, mmap_mode="r")
+                if (block.shape, block.dtype) != ((len(part), *shape), np.float32):
+                    raise ValueError(f"{block.dtype} {block.shape}")
+            except (OSError, ValueError) as error:
+                raise LdmError(f"{path} is damaged: delete it, and it is encoded again") from error
+            self._blocks.append(block)
 
     def load(self, seed: int, k: int) -> tuple[np.ndarray, int]:
         """Load image k of a run: mean and standard deviation (2, n_z, h, w), and its index."""
@@ -309,8 +314,6 @@ def open_cache(
     An interrupted call resumes, to the block of a thousand images.
     """
     folder = Path(recipe.cache).expanduser()
-    # of an image: mirrored or not, mean or deviation, n_z, h, w
-    shape = (1 + recipe.data.flip, 2, *latent_shape(recipe, codec.autoencoder))
 
     def prepare() -> list[range]:
         missing = check_cache(recipe, source, run.precision, ae_sha256)
@@ -327,27 +330,22 @@ def open_cache(
     faults = FaultCount(len(source))
     for turn in range(0, len(missing), run.world):  # all processes take as many turns
         for part in missing[turn:][run.rank : run.rank + 1]:
-            block = np.full((len(part), *shape), np.nan, dtype=np.float32)
-            _encode(codec, Part(source, part), recipe, run, faults, block)
+            block = _encode(codec, Part(source, part), recipe, run, faults)
             write_atomically(_block(folder, part), partial(np.save, arr=block))
         if run.stop_requested():
             raise Interrupted(f"stopped while encoding into {folder}")
         done = len(source) - sum(map(len, missing[turn + run.world :]))
         run.say(f"encoded {done:,} of {len(source):,} images")
     run.accelerator.wait_for_everyone()
-    return LatentCache(folder, source, shape)
+    return LatentCache(folder, source, _image_shape(recipe, codec))
 
 
 @torch.no_grad()
 def _encode(
-    codec: Codec,
-    part: Part,
-    recipe: DiffusionRecipe,
-    run: Run,
-    faults: FaultCount,
-    block: np.ndarray,
-) -> None:
-    """Encode some images into `block` (n, mirrored or not, 2, n_z, h, w): mean and deviation."""
+    codec: Codec, part: Part, recipe: DiffusionRecipe, run: Run, faults: FaultCount
+) -> np.ndarray:
+    """Encode some images, each to the `_image_shape`; corrupt ones stay NaN."""
+    block = np.full((len(part), *_image_shape(recipe, codec)), np.nan, dtype=np.float32)
     for batch in evaluation_batches(
         part, recipe.resolution, BATCH, workers=recipe.data.workers, faults=faults
     ):
@@ -363,6 +361,12 @@ def _encode(
                     "first, or try run.precision=fp32"
                 )
             block[batch.k.numpy(), mirror] = moments.numpy()
+    return block
+
+
+def _image_shape(recipe: DiffusionRecipe, codec: Codec) -> tuple[int, ...]:
+    """Shape of an image in the cache: mirrored or not, mean or deviation, n_z, h, w."""
+    return (1 + recipe.data.flip, 2, *latent_shape(recipe, codec.autoencoder))
 
 
 def check_cache(
@@ -418,17 +422,6 @@ def _parts(source: Source) -> list[range]:
 
 def _block(folder: Path, part: range) -> Path:
     return folder / f"latents-{part.start // BLOCK:05d}.npy"
-
-
-def _read(folder: Path, part: range, shape: tuple[int, ...]) -> np.ndarray:
-    path = _block(folder, part)
-    try:
-        block = np.load(path, mmap_mode="r")
-        if (block.shape, block.dtype) != ((len(part), *shape), np.float32):
-            raise ValueError(f"{block.dtype} {block.shape}")
-    except (OSError, ValueError) as error:
-        raise LdmError(f"{path} is damaged: delete it, and it is encoded again") from error
-    return block
 
 
 def _fingerprint(source: Source) -> str:

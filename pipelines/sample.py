@@ -3,6 +3,7 @@
 See `pipelines.sampling.sample_folder` for the files.
 """
 
+import json
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -12,16 +13,17 @@ from typing import Any, get_args
 from ldm.data import sheet_images
 from ldm.distributed import from_main
 from ldm.errors import UsageError
+from ldm.files import write_atomically
 from ldm.images import save_grid, to_float, to_pil
 from ldm.logbook import console, show_progress
 from pipelines.sampling.model import ModelSamples
 from pipelines.sampling.sample_folder import (
     GRID,
+    LABELS,
     Files,
     SampleFolder,
     SampleStore,
     open_for_writing,
-    write_labels,
 )
 from pipelines.sampling.settings import Label, integer
 
@@ -76,7 +78,7 @@ def sample_images(
         model, n, seed, labels=labels, guide=guide, device=device, precision=precision, **sampling
     )
     out, ranks = Path(out) if out else job.folder / "samples" / job.slug(files), job.ranks
-    store = SampleStore(out, files, job.label if job.model.classes.count else None)
+    store = SampleStore(out, files, job.label)
     with ExitStack() as held:
         # on the main process, so that its checks come before anyone writes and stop all of them
         missing = from_main(ranks, lambda: _begin(job, store, held))
@@ -95,7 +97,9 @@ def _begin(job: ModelSamples, store: SampleStore, held: ExitStack) -> list[int]:
     n, classes = len(job), job.model.classes
     announced = open_for_writing(store.out, job.made_with | {"files": store.files}, held)
     if classes.count:
-        write_labels(store.out, [job.label(i) for i in range(announced)], classes.names)
+        labels = [job.label(i) for i in range(announced)]
+        text = json.dumps({"classes": classes.names, "labels": labels}, ensure_ascii=False)
+        write_atomically(store.out / LABELS, text.encode())
     missing = store.missing(n)
     if len(missing) < n:
         there = f"{n - len(missing):,} of {n:,} images are in {store.out} already"

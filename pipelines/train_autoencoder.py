@@ -8,7 +8,7 @@ L = L_recon + λ_reg L_KL + λ_adv L_adv                                        
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,8 @@ class AutoencoderState(TrainingState):
     """Everything that stage one trains, built from its recipe where the run computes.
 
     Attributes:
-        autoencoder, discriminator: the networks; after `prepare`, wrapped so that processes
+        autoencoder, discriminator: the networks.
+        ddp_autoencoder, ddp_discriminator: the same after `prepare`, wrapped so that processes
             average their gradients.
         objective: the losses of both.
         ema: the autoencoder with averaged weights, which ckpt.pt is made from.
@@ -60,7 +61,7 @@ class AutoencoderState(TrainingState):
     def __init__(self, recipe: AutoencoderRecipe, run: Run, perceptual: PerceptualLosses) -> None:
         super().__init__(recipe.batch_size, recipe.total_steps)
         self.recipe, self.folder = recipe, run.folder
-        self.autoencoder: nn.Module = run.place(Autoencoder(recipe.model))
+        self.autoencoder: Autoencoder = run.place(Autoencoder(recipe.model))
         self.discriminator: nn.Module = run.place(build_discriminator(recipe.discriminator))
         self.objective = Objective(recipe.loss, recipe.adversarial, dict(perceptual))
         self.ema = Ema(self.autoencoder, recipe.ema_half_life_images)
@@ -87,11 +88,11 @@ class AutoencoderState(TrainingState):
         # after the average was copied from it: these change a module, not its weights
         if self.recipe.checkpointing:
             checkpoint_blocks(self.autoencoder)
-        ae = cast(Autoencoder, self.autoencoder)
+        ae = self.autoencoder
         # not the decoder's last layer, where gradients are taken; see `gradient_ratio`
         run.compile(ae.encoder, ae.decoder.middle, *ae.decoder.levels, self.discriminator)
-        self.autoencoder = run.prepare(ae)
-        self.discriminator = run.prepare(self.discriminator)
+        self.ddp_autoencoder = run.prepare(ae)
+        self.ddp_discriminator = run.prepare(self.discriminator)
 
     def set_learning_rate(self) -> float:
         """Set, and return, the learning rate of the next step."""
@@ -113,30 +114,11 @@ class AutoencoderState(TrainingState):
 
 
 # -------------------------------------------------------------------------------- one step
-class Draws(NamedTuple):
-    """The random numbers of one micro-batch, each a function of its image."""
-
-    noise: Tensor
-    """Posterior noise (b, n_z, h, w), standard normal."""
-    cutmix: Tensor | None
-    """Sizes and positions of CutMix's boxes (b, 3), in [0, 1); None without CutMix."""
-
-
-def draw(run: Run, recipe: AutoencoderRecipe, ks: Sequence[int], resolution: int) -> Draws:
-    """Draw the random numbers of images `ks` of the run."""
-    side = resolution // recipe.encoder.downsampling
-    noise = normal(run.seed, "posterior", ks, (recipe.latent_channels, side, side))
-    cutmix = uniform(run.seed, "cutmix", ks, (3,)) if recipe.adversarial.cutmix else None
-    if cutmix is not None:
-        cutmix = cutmix.to(run.device, non_blocking=True)
-    return Draws(noise.to(run.device, non_blocking=True), cutmix)
-
-
 def train_step(
     run: Run,
     state: AutoencoderState,
     images: Tensor,
-    draws: Draws,
+    ks: Sequence[int],
     ramp: float,
     log_gradients: bool = False,
 ) -> dict[str, Tensor | float]:
@@ -144,6 +126,7 @@ def train_step(
 
     Args:
         images: (b, 3, H, W) in [−1, 1].
+        ks: their numbers in the run; random numbers are functions of (seed, k).
         ramp: factor of the adversarial weight, in [0, 1]; at 0 the discriminator is not trained.
         log_gradients: return the ratio of the gradients' norms (Figure 7) even if it is unused.
 
@@ -151,10 +134,10 @@ def train_step(
         The named, unweighted terms; the adversarial weight; and the gradients' norms at the last
         micro-batch of a step.
     """
-    with run.accelerator.accumulate(state.autoencoder, state.discriminator):
-        terms, recon = _update_generator(run, state, images, draws, ramp, log_gradients)
+    with run.accelerator.accumulate(state.ddp_autoencoder, state.ddp_discriminator):
+        terms, recon = _update_generator(run, state, images, ks, ramp, log_gradients)
         if ramp * state.recipe.adversarial.weight > 0:
-            terms |= _update_discriminator(run, state, images, recon, draws)
+            terms |= _update_discriminator(run, state, images, recon, ks)
     return terms
 
 
@@ -162,7 +145,7 @@ def _update_generator(
     run: Run,
     state: AutoencoderState,
     images: Tensor,
-    draws: Draws,
+    ks: Sequence[int],
     ramp: float,
     log_gradients: bool,
 ) -> tuple[dict[str, Tensor | float], Tensor]:
@@ -170,18 +153,20 @@ def _update_generator(
     objective, adversarial = state.objective, state.objective.adversarial
     weight: Tensor | float = ramp * adversarial.weight
     logs: dict[str, Tensor | float] = {}
+    side = images.shape[-1] // state.autoencoder.downsampling
+    noise = normal(run.seed, "posterior", ks, (state.recipe.latent_channels, side, side))
+    noise = noise.to(run.device, non_blocking=True)
     with run.autocast():
-        out = state.autoencoder(images, draws.noise)
+        out = state.ddp_autoencoder(images, noise)
         with torch.no_grad():
-            averaged = state.averaged
-            ema_recon = None if averaged is None else averaged(images, draws.noise).recon
+            ema_recon = None if state.averaged is None else state.averaged(images, noise).recon
     terms = objective.reconstruction(out, images, ema_recon)  # l1, lpips, wavelet, kl, …
     if weight > 0:
         # unwrapped and frozen: gradients pass through it to the generator, and it gets none
-        with frozen(run.unwrap(state.discriminator)) as discriminator, run.autocast():
+        with frozen(state.discriminator) as discriminator, run.autocast():
             terms["adversarial"] = objective.generator_loss(discriminator(out.recon))
         if log_gradients or adversarial.weighting == "adaptive":
-            last = cast(Autoencoder, run.unwrap(state.autoencoder)).decoder.conv_out.weight
+            last = state.autoencoder.decoder.conv_out.weight
             recon_loss = objective.recon_total(terms)
             ratio = gradient_ratio(recon_loss, terms["adversarial"], last, run.mean)
             logs["gradient_ratio"] = ratio
@@ -196,16 +181,17 @@ def _update_generator(
 
 
 def _update_discriminator(
-    run: Run, state: AutoencoderState, images: Tensor, recon: Tensor, draws: Draws
+    run: Run, state: AutoencoderState, images: Tensor, recon: Tensor, ks: Sequence[int]
 ) -> dict[str, Tensor | float]:
     """Update the discriminator on real images and their reconstructions; return its terms."""
     batches_of_images = [images, recon]
-    if draws.cutmix is not None:
-        mask = cutmix_masks(draws.cutmix, *images.shape[-2:])  # (b, 1, H, W)
+    if state.recipe.adversarial.cutmix:
+        boxes = uniform(run.seed, "cutmix", ks, (3,)).to(run.device, non_blocking=True)
+        mask = cutmix_masks(boxes, *images.shape[-2:])  # (b, 1, H, W)
         batches_of_images.append(torch.where(mask, images, recon))
     # one forward pass, so that the power iteration of spectral norm runs once
     with run.autocast():
-        logits = state.discriminator(torch.cat(batches_of_images))
+        logits = state.ddp_discriminator(torch.cat(batches_of_images))
         real, fake, *mixed = split(logits, len(batches_of_images))
     total = state.objective.discriminator_loss(real, fake)
     terms: dict[str, Tensor | float] = {"discriminator": total}
@@ -273,28 +259,27 @@ def train_autoencoder(
 def _train(
     run: Run,
     state: AutoencoderState,
-    stream: Iterator[tuple[int, Batch]],
+    stream: Iterator[Batch],
     logbook: Logbook,
     validate: Callable[[], None],
 ) -> None:
     """Train from the state to the end of the recipe."""
     every = state.recipe.run
     with run.progress(state) as show:
-        for resolution, batch in stream:
+        for batch in stream:
             lr = state.set_learning_rate()
             run.seed_dropout(int(batch.k[0]))
             images = to_float(run.place(batch.images))
-            draws = draw(run, state.recipe, batch.k.tolist(), resolution)
             ramp = state.objective.ramp(state.step / state.total_steps)
             log_gradients = (state.step + 1) % every.log_every_steps == 0
-            logbook.add(**train_step(run, state, images, draws, ramp, log_gradients))
+            logbook.add(**train_step(run, state, images, batch.k.tolist(), ramp, log_gradients))
             if not run.accelerator.sync_gradients:
                 continue
 
             state.advance()
             stop = run.stop_requested() and not state.is_last
             if state.due(every.log_every_steps):
-                extra = {"lr": lr, "resolution": resolution, "skipped": run.skipped.total()}
+                extra = {"lr": lr, "resolution": images.shape[-1], "skipped": run.skipped.total()}
                 row = logbook.row(state.images_seen, **extra)
                 show(row["images_per_second"], f"l1 {row.get('l1', float('nan')):.3f}")
             if state.due(every.validate_every_steps) and not stop:
@@ -309,19 +294,18 @@ def _train(
 
 def _stream(
     run: Run, recipe: AutoencoderRecipe, sources: Mapping[int, Source], images_seen: int
-) -> Iterator[tuple[int, Batch]]:
-    """Yield (resolution, micro-batch) from image `images_seen` of the run to its last."""
+) -> Iterator[Batch]:
+    """Yield micro-batches from image `images_seen` of the run to its last."""
     stop = 0
     for phase in recipe.phases:
         stop += phase.steps * recipe.batch_size
         if images_seen >= stop:
             continue
-        for batch in batches(
+        yield from batches(
             sources[phase.resolution], recipe.data, phase.resolution, run.seed,
             start=images_seen, stop=stop, batch_size=recipe.batch_size // recipe.accumulate,
             rank=run.rank, world=run.world,
-        ):  # fmt: skip
-            yield phase.resolution, batch
+        )  # fmt: skip
         images_seen = stop
 
 
@@ -388,7 +372,7 @@ def _export(run: Run, state: AutoencoderState, name: str, **more: Any) -> None:
 
 
 def _opening(run: Run, state: AutoencoderState) -> str:
-    recipe, ae = state.recipe, cast(Autoencoder, run.unwrap(state.autoencoder))
+    recipe, ae = state.recipe, state.autoencoder
     phases = ", then ".join(f"{p.steps:,} steps at {p.resolution}²" for p in recipe.phases)
     each = recipe.batch_size // (recipe.accumulate * run.world)
     networks = (ae.encoder, ae.decoder, state.discriminator)

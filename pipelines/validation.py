@@ -20,6 +20,7 @@ from ldm.device import memory_format
 from ldm.errors import LdmError
 from ldm.images import latents_as_rgb, to_float, to_uint8
 from ldm.metrics import psnr, ssim
+from ldm.run import frozen
 
 # An exact reconstruction has an infinite PSNR, and would make the mean infinite. At 256² a single
 # value off by one level is below 102 dB.
@@ -47,9 +48,7 @@ def reconstruct(
     Args:
         ae: on `device`; in eval mode while this runs.
     """
-    was_training = ae.training
-    ae.eval()
-    try:
+    with frozen(ae):
         for batch in stream:
             pixels = batch.images.to(device).contiguous(memory_format=memory_format(device))
             recon = ae.decode(ae.encode(to_float(pixels)).mode(), pixels.shape[-2:])
@@ -57,8 +56,6 @@ def reconstruct(
             if not recon.isfinite().all():
                 raise LdmError("reconstructions are not finite: use an earlier checkpoint")
             yield Pair(pixels, to_uint8(recon), batch.k)
-    finally:
-        ae.train(was_training)
 
 
 class Scores:
@@ -117,7 +114,6 @@ def evaluate_autoencoder(
     device: torch.device,
     limit: int | None = None,
     perceptual: Perceptual | None = None,
-    workers: int = 0,
 ) -> dict[str, float]:
     """Reconstruct every image of a source once in float32, and average its scores.
 
@@ -128,13 +124,12 @@ def evaluate_autoencoder(
         resolution: side of the images, pixels.
         limit: only the first `limit` images.
         perceptual: distance of each pair, such as `load_lpips().each`.
-        workers: loader processes.
 
     Returns:
         Means over images: `psnr` (dB), `ssim`, and `lpips` if `perceptual` is given; and `count`.
     """
     scores = Scores()
-    stream = evaluation_batches(source, resolution, batch_size, limit, workers=workers)
+    stream = evaluation_batches(source, resolution, batch_size, limit)
     with closing(reconstruct(ae, stream, device)) as pairs:
         for pair in pairs:
             scores.add(pair, perceptual)

@@ -68,14 +68,17 @@ class ShardSource(Source):
         return self._shards[self._places[index, 0]]
 
     def load(self, index: int) -> np.ndarray:
+        return decode(self.read(index), Path(self._names[index]).suffix)
+
+    def read(self, index: int) -> bytes:
+        """Read the file of an image, or raise `CorruptImage`."""
         _, offset, size = self._places[index].tolist()
         try:
             with self.file(index).open("rb") as file:
                 file.seek(offset)
-                data = file.read(size)
+                return file.read(size)
         except OSError as error:
             raise CorruptImage(error.strerror or str(error)) from error
-        return decode(data, Path(self._names[index]).suffix)
 
     def _read_labels(
         self, members: Sequence[int | None], manifest: Mapping[str, Any] | None

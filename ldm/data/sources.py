@@ -86,12 +86,11 @@ class PathSource(Source):
         return f"{self.path}/{self._names[index]}"
 
     def load(self, index: int) -> np.ndarray:
-        name = self._names[index]
-        return decode(self.read(name), Path(name).suffix)
+        return decode(self.read(index), Path(self._names[index]).suffix)
 
     @abstractmethod
-    def read(self, name: str) -> bytes:
-        """Read a file by its relative path, or raise `CorruptImage`."""
+    def read(self, index: int) -> bytes:
+        """Read the file of an image, or raise `CorruptImage`."""
 
 
 class FolderSource(PathSource):
@@ -100,9 +99,9 @@ class FolderSource(PathSource):
     def __init__(self, path: Path, labels: bool = False) -> None:
         super().__init__(path, _walk(path), labels)
 
-    def read(self, name: str) -> bytes:
+    def read(self, index: int) -> bytes:
         try:
-            return (self.path / name).read_bytes()
+            return (self.path / self._names[index]).read_bytes()
         except OSError as error:
             raise CorruptImage(error.strerror or str(error)) from error
 
@@ -134,12 +133,12 @@ class ZipSource(PathSource):
     def file(self, index: int) -> Path:
         return self.path
 
-    def read(self, name: str) -> bytes:
+    def read(self, index: int) -> bytes:
         try:
             # one handle per process: forked ones would share, and move, one position in the file
             if self._handle is None or self._handle[0] != os.getpid():
                 self._handle = os.getpid(), zipfile.ZipFile(self.path)
-            return self._handle[1].read(name)
+            return self._handle[1].read(self._names[index])
         except Exception as error:  # encryption and damage make zipfile raise nearly anything
             raise CorruptImage(str(error) or type(error).__name__) from error
 

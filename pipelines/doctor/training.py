@@ -8,7 +8,7 @@ networks that are `exported` into a model file.
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,8 +36,7 @@ class AutoencoderTraining:
         perceptual = random_perceptual(recipe)
         self.state = AutoencoderState(recipe, run, perceptual)
         self.state.prepare(run)
-        ae = self.autoencoder = cast(Autoencoder, run.unwrap(self.state.autoencoder))
-        discriminator = self.state.discriminator
+        ae, discriminator = self.state.autoencoder, self.state.discriminator
         self.networks: dict[str, nn.Module] = {"encoder": ae.encoder, "decoder": ae.decoder}
         self.trained, self.exported = [ae, discriminator], [ae]
         self.updated = self.trained if recipe.adversarial.weight else self.trained[:1]
@@ -56,10 +55,8 @@ class AutoencoderTraining:
     def step(self, resolution: int, batch: int, adversarial_active: bool = True) -> None:
         """Train on a micro-batch, with an update of each network."""
         images = _images(self.run, resolution, batch)
-        draws = train_autoencoder.draw(self.run, self.recipe, range(batch), resolution)
-        train_autoencoder.train_step(
-            self.run, self.state, images, draws, ramp=float(adversarial_active)
-        )
+        ramp = float(adversarial_active)
+        train_autoencoder.train_step(self.run, self.state, images, range(batch), ramp)
 
     def calls(self, resolution: int, batch: int) -> Mapping[str, Callable[[], Any]]:
         """Forward passes of the reported networks."""
@@ -67,8 +64,8 @@ class AutoencoderTraining:
         images = _images(self.run, resolution, batch)
         latents = torch.randn(batch, self.recipe.latent_channels, side, side, device=images.device)
         calls = {
-            "encoder": lambda: self.autoencoder.encode(images),
-            "decoder": lambda: self.autoencoder.decode(latents),
+            "encoder": lambda: self.state.autoencoder.encode(images),
+            "decoder": lambda: self.state.autoencoder.decode(latents),
             "discriminator": lambda: self.state.discriminator(images),
         }
         return {name: calls[name] for name in self.networks}

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from hashlib import sha256 as new_sha256
 from pathlib import Path
 from typing import Any, Self
@@ -70,8 +71,8 @@ class LatentModel:
             "statistics": self.codec.statistics(),
             "resolution": recipe.resolution,
         }
-        self.identity = new_sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-        self.identifiers = {"sha256": self.sha256, "identity": self.identity}
+        identity = new_sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        self.identifiers = {"sha256": self.sha256, "identity": identity}
         self.device, self.precision, self._requested = torch.device("cpu"), "fp32", "auto"
 
     @classmethod
@@ -192,20 +193,16 @@ class LatentModel:
         return guide.to(self.device)
 
     def _check_classifier_free(self, labels: Sequence[int] | None) -> None:
+        problem, advice = None, "a guide, or omit guidance"
         if not self.classes.count:
-            raise UsageError(
-                "a model without classes cannot guide itself: give a guide, or omit guidance"
-            )
-        if self.recipe.label_dropout == 0:
-            raise UsageError(
-                "this model was trained with label_dropout=0 and has no unconditional branch: "
-                "give a guide, or omit guidance"
-            )
-        if labels is not None and -1 in labels:
-            raise UsageError(
-                "label -1 is the unconditional model, which guidance leads away from: give "
-                "another label or a guide, or omit guidance"
-            )
+            problem = "a model without classes cannot guide itself"
+        elif self.recipe.label_dropout == 0:
+            problem = "this model was trained with label_dropout=0 and has no unconditional branch"
+        elif labels is not None and -1 in labels:
+            problem = "label -1 is the unconditional model, which guidance leads away from"
+            advice = f"another label or {advice}"
+        if problem is not None:
+            raise UsageError(f"{problem}: give {advice}")
 
     def _difference(self, guide: "LatentModel") -> str | None:
         """The first property of the guide's latents or classes that differs from this model's."""
@@ -228,17 +225,13 @@ class LatentModel:
     ) -> Denoise:
         # on the CPU, where the network's check of them makes no GPU wait at every step
         chosen = None if labels is None else torch.tensor(labels)
-
-        def strong(x: Tensor, sigma: Tensor) -> Tensor:
-            return self.denoiser(x, sigma, chosen)
-
-        def weak(x: Tensor, sigma: Tensor) -> Tensor:
-            if guide is None:
-                return self.denoiser(x, sigma, None)
-            return guide.denoiser(x, sigma, chosen if guide.classes.count else None)
-
+        strong = partial(self.denoiser, labels=chosen)
         if sampling.guidance is None:
             return strong
+        if guide is None:
+            weak: Denoise = self.denoiser
+        else:
+            weak = partial(guide.denoiser, labels=chosen if guide.classes.count else None)
         return samplers.guide(strong, weak, sampling.guidance, sampling.interval)
 
     def encode(self, images: Tensor) -> Tensor:
@@ -310,10 +303,8 @@ class ModelSamples:
 
     def label(self, i: int) -> int:
         """Return the class of image i, −1 for none."""
-        if not self.model.classes.count:
-            return -1
         if self._labels is None:
-            return self.model.classes.draw(self.seed, [i])[0]
+            return self.model.classes.draw(self.seed, i)
         return self._labels[i % len(self._labels)]
 
     def batches(

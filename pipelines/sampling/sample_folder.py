@@ -30,7 +30,7 @@ from PIL import Image
 from ldm.config import to_tree, validate
 from ldm.data import Batch, DataConfig, Source, evaluation_batches
 from ldm.data.dataset import open_images
-from ldm.data.shards import MANIFEST, MANIFEST_FORMAT, Member, ShardSource, index_shard, sidecar
+from ldm.data.shards import MANIFEST, MANIFEST_FORMAT, ShardSource, sidecar
 from ldm.data.sources import FolderSource, ZipSource
 from ldm.data.transforms import NOT_RESIZED, CorruptImage
 from ldm.errors import LdmError
@@ -118,12 +118,6 @@ def is_same_model(named: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
     return all(named.get(key, ours.get(key)) == ours.get(key) for key in ("sha256", "identity"))
 
 
-def write_labels(out: Path, labels: Sequence[int], names: Sequence[str]) -> None:
-    """Write the class of each image, in order, and the names of the classes."""
-    text = json.dumps({"classes": list(names), "labels": list(labels)}, ensure_ascii=False)
-    write_atomically(out / LABELS, text.encode())
-
-
 def newest_samples() -> Path:
     """Return the sample folder under `runs/` whose manifest was written last."""
     # as deep as those of a demo's run lie, and no deeper: among the images there is none
@@ -144,11 +138,11 @@ class SampleStore:
     Every process writes images; one of them calls the other methods.
 
     Args:
-        label: the class of image i, −1 for none; None for a model without classes.
+        label: image i → its class, −1 for none.
     """
 
     def __init__(
-        self, out: Path, files: str = "png", label: Callable[[int], int] | None = None
+        self, out: Path, files: str = "png", label: Callable[[int], int] = lambda i: -1
     ) -> None:
         self.out, self.files, self.label = out, files, label
 
@@ -195,7 +189,7 @@ class SampleStore:
     def images(self) -> Source:
         """Return the images as a source, ordered by number."""
         if archives := self._archives():
-            return ZipSource(archives[0]) if self.files == "zip" else ShardSource(archives)
+            return _open_archives(archives)
         folders = [] if self.files in ("zip", "shards") else self._folders()
         loose = sorted(png for folder in folders for png in _loose(folder).values())
         return PngSource(self.out, [png.relative_to(self.out).as_posix() for png in loose])
@@ -212,9 +206,12 @@ class SampleStore:
         return sorted(self.out.glob(patterns[self.files])) if self.files in patterns else []
 
     def _packed(self, archive: Path) -> Packed:
+        if not archive.is_file():
+            return {}
         try:
-            return _read_archive(archive) if archive.is_file() else {}
-        except (LdmError, zipfile.BadZipFile, ValueError) as error:
+            images = _open_archives([archive])
+            return {_number(images.name(k)): partial(images.read, k) for k in range(len(images))}
+        except (LdmError, ValueError) as error:
             raise LdmError(f"{archive} is damaged: delete it and sample again") from error
 
     def _pack(self, archive: Path, folders: Sequence[Path]) -> None:
@@ -223,7 +220,7 @@ class SampleStore:
         loose = {i: png for folder in folders for i, png in _loose(folder).items()}
         if loose.keys() - packed.keys():
             images = sorted(({i: png.read_bytes for i, png in loose.items()} | packed).items())
-            labels = [self.label(i) if self.label else -1 for i, _ in images]
+            labels = [self.label(i) for i, _ in images]
             write = _write_zip if self.files == "zip" else _write_shard
             write_atomically(archive, lambda file: write(file, archive, images, labels))
         for folder in folders:
@@ -240,20 +237,15 @@ class PngSource(FolderSource):
 def _loose(folder: Path) -> dict[int, Path]:
     """The PNGs in a folder by their numbers."""
     found = folder.glob("img" + "[0-9]" * 8 + ".png")
-    return {int(path.stem[3:]): path for path in found if path.is_file()}
+    return {_number(path.name): path for path in found if path.is_file()}
 
 
-def _read_archive(archive: Path) -> Packed:
-    def read(member: Member) -> bytes:
-        with archive.open("rb") as file:
-            file.seek(member.offset)
-            return file.read(member.size)
+def _number(name: str) -> int:
+    return int(Path(name).stem.removeprefix("img"))
 
-    if archive.suffix == ".tar":
-        return {int(Path(m.name).stem): partial(read, m) for m in index_shard(archive)}
-    pack = zipfile.ZipFile(archive)
-    names = [name for name in pack.namelist() if "/" in name]
-    return {int(Path(name).stem[3:]): partial(pack.read, name) for name in names}
+
+def _open_archives(archives: Sequence[Path]) -> ZipSource | ShardSource:
+    return ZipSource(archives[0]) if archives[0].suffix == ".zip" else ShardSource(archives)
 
 
 Images = Sequence[tuple[int, Callable[[], bytes]]]

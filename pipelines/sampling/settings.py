@@ -1,9 +1,9 @@
 """Sampling settings: their validation, their short name, the noise levels and the classes."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass
 from math import inf, sqrt
 from operator import index
 from typing import Annotated, Any, Literal
@@ -13,7 +13,7 @@ from pydantic import Field, PlainSerializer, field_validator, model_validator
 from torch import Tensor
 
 from diffusion.schedules import SCHEDULES
-from ldm.config import Config, did_you_mean, to_tree, validate
+from ldm.config import Config, to_tree
 from ldm.errors import UsageError
 from ldm.seeds import generator
 
@@ -83,32 +83,20 @@ class Sampling(Config):
         return self
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(Sampling):
     """The keyword options shared by the methods of `LatentDiffusionPipeline`."""
 
-    sampling: Sampling = field(default_factory=Sampling)
     labels: Any = None
     guide: Any = None
-    batch_size: int = 64
+    batch_size: Any = 64
     callback: Callable[[int], None] | None = None
     progress: bool = False
     output: Literal["tensor", "pil"] = "tensor"
 
+    @field_validator("batch_size")
     @classmethod
-    def read(cls, given: Mapping[str, Any]) -> "Options":
-        """Validate a call's keywords: the fields of this class and of `Sampling`."""
-        own = {part.name for part in fields(cls)} - {"sampling"}
-        known = own | Sampling.model_fields.keys()
-        for name in given:
-            if name not in known:
-                raise UsageError(f"unknown option '{name}'{did_you_mean(name, sorted(known))}")
-        mine = {name: given[name] for name in given if name in own}
-        rest = {name: given[name] for name in given if name not in own}
-        options = cls(validate(Sampling, rest), **mine)
-        if options.output not in ("tensor", "pil"):
-            raise UsageError(f"output={options.output!r}: it must be 'tensor' or 'pil'")
-        return replace(options, batch_size=integer("batch_size=", options.batch_size, least=1))
+    def _count(cls, given: Any) -> int:
+        return integer("batch_size=", given, least=1)
 
 
 def integer(name: str, value: Any, least: int | None = None) -> int:
@@ -207,7 +195,7 @@ class Classes:
         `labels` is one for all images, one for each, or None to draw them uniformly.
         """
         if labels is None:
-            return tuple(self.draw(seed, range(n))) if self.count else None
+            return tuple(self.draw(seed, i) for i in range(n)) if self.count else None
         chosen = self.read(labels)
         if _is_one(labels):
             return chosen * n
@@ -215,9 +203,9 @@ class Classes:
             raise UsageError(f"{len(chosen)} labels for {n} images: give one, or one per image")
         return chosen
 
-    def draw(self, seed: int, indices: Iterable[int]) -> list[int]:
-        """Draw each image's class uniformly, as a function of (seed, i) alone."""
-        return [int(generator(seed, "class", i).integers(self.count)) for i in indices]
+    def draw(self, seed: int, i: int) -> int:
+        """Draw the class of image i, as a function of (seed, i) alone; −1 without classes."""
+        return int(generator(seed, "class", i).integers(self.count)) if self.count else -1
 
 
 def _is_one(labels: Any) -> bool:

@@ -92,7 +92,7 @@ def test_output_as_pil_images(pipe):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"stepz": 3}, "unknown option 'stepz'; did you mean 'steps'?"),
+        ({"stepz": 3}, "unknown key 'stepz'; did you mean 'steps'?"),
         ({"steps": 0}, "'steps': input should be greater than 0 (got 0)"),
         ({"sampler": "magic"}, "'sampler': input should be 'heun', 'euler' or 'dpmpp-2m'"),
         ({"n": 0}, "n=0: it must be at least 1"),
@@ -101,7 +101,7 @@ def test_output_as_pil_images(pipe):
         ({"batch_size": "4"}, "batch_size='4': it must be a whole number"),
         ({"n": 1.0}, "n=1.0: it must be a whole number"),
         ({"seed": 0.5}, "seed=0.5: it must be a whole number"),
-        ({"output": "numpy"}, "output='numpy': it must be 'tensor' or 'pil'"),
+        ({"output": "numpy"}, "'output': input should be 'tensor' or 'pil' (got 'numpy')"),
         ({"sigma_max": 81}, "sigma_max=81: this model denoises σ from 0.002 to 80"),
         ({"sigma_min": 2, "sigma_max": 1}, "noise must fall"),
         (
@@ -148,7 +148,7 @@ def test_labels_by_number_by_name_and_per_image(conditional):
 
 
 def test_omitted_labels_are_drawn_uniformly(conditional):
-    drawn = conditional.classes.draw(5, range(600))
+    drawn = conditional.classes.choose(None, 600, 5)
     assert [drawn.count(label) / 600 for label in range(3)] == pytest.approx([1 / 3] * 3, abs=0.06)
     assert drawn[3] == generator(5, "class", 3).integers(3)
     given = conditional(3, 5, labels=drawn[:3], **FEW)
@@ -157,7 +157,7 @@ def test_omitted_labels_are_drawn_uniformly(conditional):
 
 # ------------------------------------------------------------------------------ not finite
 def test_images_that_are_not_finite_are_an_error(pipe, monkeypatch):
-    monkeypatch.setattr(pipe.denoiser, "forward", lambda x, *_: x * torch.nan)
+    monkeypatch.setattr(pipe.denoiser, "forward", lambda x, *_, **__: x * torch.nan)
     with pytest.raises(LdmError) as error:
         pipe(3, batch_size=2, **FEW)
     assert "images 0 to 1 are not finite" in str(error.value)
@@ -305,9 +305,9 @@ def test_churn_stays_within_the_levels_of_a_discrete_model(images, mask, tmp_pat
     pipe = load(make_model(tmp_path, 0, settings=("denoiser={type: discrete}",)))
     asked, denoise = [], pipe.denoiser.forward
 
-    def watched(x, sigma, *how):
+    def watched(x, sigma, **how):
         asked.append(float(sigma))
-        return denoise(x, sigma, *how)
+        return denoise(x, sigma, **how)
 
     monkeypatch.setattr(pipe.denoiser, "forward", watched)
     pipe.inpaint(images, mask, **FEW)

@@ -14,7 +14,7 @@ from ldm.distributed import make_accelerator
 from ldm.errors import LdmError
 from ldm.logbook import read_rows
 from ldm.run import Run, RunConfig
-from pipelines.train_autoencoder import AutoencoderState, draw, train_autoencoder, train_step
+from pipelines.train_autoencoder import AutoencoderState, train_autoencoder, train_step
 from tests.small import ROOT, autoencoder_recipe
 
 SHORT = "phases=[{resolution: 32, steps: 2}, {resolution: 64, steps: 2}]"
@@ -206,6 +206,7 @@ def gradients(tmp_path, ramp: float, *settings: str, log_gradients: bool = False
     recipe = autoencoder_recipe("adversarial.weight=1", "clip_norm=null", *settings)
     run = Run(tmp_path, RunConfig(device="cpu"), make_accelerator("cpu"))
     state = AutoencoderState(recipe, run, {})
+    state.prepare(run)
     off = dict.fromkeys(recipe.loss.weights, 0.0)
     objective = state.objective = Objective(
         recipe.loss.model_copy(update=off | loss), recipe.adversarial,
@@ -216,7 +217,7 @@ def gradients(tmp_path, ramp: float, *settings: str, log_gradients: bool = False
     ae, discriminator = state.autoencoder, state.discriminator
     opt_ae = state.opt_autoencoder = Recorder(ae.parameters())
     opt_discriminator = state.opt_discriminator = Recorder(discriminator.parameters())
-    terms = train_step(run, state, images, draw(run, recipe, [0, 1], 32), ramp, log_gradients)
+    terms = train_step(run, state, images, [0, 1], ramp, log_gradients)
     encoder = len(list(ae.encoder.parameters()))
     return opt_ae.gradients[:encoder], opt_ae, opt_discriminator, terms, ae, discriminator
 

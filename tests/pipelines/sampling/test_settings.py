@@ -159,14 +159,14 @@ def test_number_of_labels_must_fit():
 
 
 def test_omitted_labels_are_drawn_uniformly():
-    drawn = CLASSES.draw(5, range(600))
+    drawn = [CLASSES.draw(5, i) for i in range(600)]
     assert [drawn.count(label) / 600 for label in range(3)] == pytest.approx([1 / 3] * 3, abs=0.06)
     assert drawn[3] == generator(5, "class", 3).integers(3)
     assert CLASSES.choose(None, 4, seed=5) == tuple(drawn[:4])
 
 
 def test_model_without_classes_takes_no_label():
-    assert Classes().choose(None, 2, seed=0) is None
+    assert Classes().choose(None, 2, seed=0) is None and Classes().draw(0, 5) == -1
     with pytest.raises(UsageError, match="label -1: this model has no classes; omit labels"):
         Classes().number(-1)
 
