@@ -6,23 +6,23 @@ not at all. The same call resumes an interrupted preparation, and gives the same
 
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 from PIL import Image
 
 from ldm.data.dataset import open_images
 from ldm.data.loader import FaultCount, load_in_workers
-from ldm.data.shards import MANIFEST, MANIFEST_FORMAT, sidecar
+from ldm.data.shards import MANIFEST, MANIFEST_FORMAT, PNG, sidecar, write_shard
 from ldm.data.sources import Indices, Source, held_out_count, printable, split_indices
 from ldm.data.transforms import NOT_RESIZED, CorruptImage, Filter, center_crop
 from ldm.errors import LdmError, UsageError, check_at_least
-from ldm.files import read_json, write_atomically, write_json
+from ldm.files import read_json, write_json
 from ldm.logbook import show_progress
 
 Report = dict[str, Any]
@@ -129,7 +129,7 @@ def _write_all(
     with show_progress("preparing", total) as advance, closing(images):
         for name, indices in missing.items():
             part = islice(images, len(indices))
-            reports[name] = report = _write_shard(destination / name, part, settings, advance)
+            reports[name] = report = _write_images(destination / name, part, settings, advance)
             faults.add(dict(report["skipped"]))
     return [reports[name] for name in shards]
 
@@ -161,10 +161,9 @@ def _manifest(reports: Sequence[Report], settings: dict[str, Any], source: Path)
 
 # ------------------------------------------------------------------------------------ shards
 class Prepared(NamedTuple):
-    """An image as a sample of a shard; or its name and the reason if it is corrupt."""
+    """An image for a shard; or its name and the reason if it is corrupt."""
 
-    sample: dict[str, Any]
-    """By webdataset's keys: `png`, and `cls` as decimal text if it has a class."""
+    image: PNG | None = None
     resized: bool = False
     fault: tuple[str, str] | None = None
 
@@ -173,41 +172,30 @@ def _prepare_image(source: Source, size: int, filter: Filter, index: int) -> Pre
     try:
         image = source.load_at_least(index, size)
     except CorruptImage as error:
-        return Prepared({}, fault=(printable(source.name(index)), str(error)))
-    file, label = io.BytesIO(), source.label(index)
+        return Prepared(fault=(printable(source.name(index)), str(error)))
+    file = io.BytesIO()
     Image.fromarray(center_crop(image, size, filter)).save(file, "PNG")
-    labelled = {} if label < 0 else {"cls": b"%d" % label}
-    sample = {"__key__": f"{index:08d}", "png": file.getvalue()} | labelled
-    return Prepared(sample, resized=min(image.shape[:2]) != size)
+    prepared = index, file.getvalue(), source.label(index)
+    return Prepared(prepared, resized=min(image.shape[:2]) != size)
 
 
-def _write_shard(
+def _write_images(
     tar: Path, images: Iterable[Prepared], settings: dict[str, Any], advance: Callable[[int], None]
 ) -> Report:
-    """Write a tar and the sidecar beside it. The same images give the same bytes."""
+    """Write the good images to a shard; return its description, with the corrupt ones."""
     report: Report = {"name": tar.name, "settings": settings, "skipped": []}
     report["count"] = report["resized"] = 0
 
-    def write(file: IO[bytes]) -> None:
-        from webdataset import TarWriter
+    def good() -> Iterator[PNG]:
+        for image, resized, fault in images:
+            if fault is not None:
+                report["skipped"].append(list(fault))
+            if image is not None:
+                yield image
+                report["resized"] += resized
+            advance(1)
 
-        with TarWriter(file, encoder=False, mtime=0) as writer:
-            for image in images:
-                if image.fault is not None:
-                    report["skipped"].append(list(image.fault))
-                else:
-                    writer.write(image.sample)
-                    report["resized"] += image.resized
-                    report["count"] += 1
-                advance(1)
-        file.flush()
-        with Path(file.name).open("rb") as written:
-            report["sha256"] = file_digest(written, "sha256").hexdigest()
-        report["bytes"] = file.tell()
-        # before the tar gets its name, so that a tar without a sidecar is never ours
-        write_json(sidecar(tar), report)
-
-    write_atomically(tar, write)
+    write_shard(tar, good(), report)
     return report
 
 

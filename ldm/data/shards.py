@@ -8,15 +8,17 @@ processes. A class is a number in a `.cls` member beside its image, read with th
 import json
 import re
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import file_digest
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from ldm.data.sources import Source
 from ldm.data.transforms import SUFFIXES, CorruptImage, decode, is_image
 from ldm.errors import LdmError, UsageError
+from ldm.files import write_atomically, write_json
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
@@ -191,6 +193,35 @@ def _counts(manifest: Mapping[str, Any]) -> dict[str, int]:
     """Images per shard, by its name: training shards first."""
     splits = manifest["splits"]
     return {s["name"]: s["count"] for split in ("train", "val") for s in splits[split]["shards"]}
+
+
+PNG = tuple[int, bytes, int]
+"""An image for a shard: its number, its file, and its class, −1 for none."""
+
+
+def write_shard(tar: Path, images: Iterable[PNG], report: dict[str, Any]) -> None:
+    """Write a tar, and a sidecar beside it with `report`, which gets the tar's size and hash.
+
+    The same images give the same bytes. A class is written as webdataset's `.cls`.
+    """
+    report |= {"name": tar.name, "count": 0}
+
+    def write(file: IO[bytes]) -> None:
+        from webdataset import TarWriter
+
+        with TarWriter(file, encoder=False, mtime=0) as writer:
+            for number, png, label in images:
+                labelled = {} if label < 0 else {"cls": b"%d" % label}
+                writer.write({"__key__": f"{number:08d}", "png": png} | labelled)
+                report["count"] += 1
+        file.flush()
+        with Path(file.name).open("rb") as written:
+            report["sha256"] = file_digest(written, "sha256").hexdigest()
+        report["bytes"] = file.tell()
+        # before the tar gets its name, so that a tar without a sidecar is never ours
+        write_json(sidecar(tar), report)
+
+    write_atomically(tar, write)
 
 
 def sidecar(tar: Path) -> Path:

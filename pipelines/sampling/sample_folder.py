@@ -17,9 +17,8 @@ import json
 import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
-from hashlib import file_digest
 from itertools import groupby
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -30,7 +29,7 @@ from PIL import Image
 from ldm.config import to_tree, validate
 from ldm.data import Batch, DataConfig, Source, evaluation_batches
 from ldm.data.dataset import open_images
-from ldm.data.shards import MANIFEST, MANIFEST_FORMAT, ShardSource, sidecar
+from ldm.data.shards import MANIFEST, MANIFEST_FORMAT, ShardSource, sidecar, write_shard
 from ldm.data.sources import FolderSource, ZipSource
 from ldm.data.transforms import NOT_RESIZED, CorruptImage
 from ldm.errors import LdmError
@@ -172,12 +171,13 @@ class SampleStore:
         """Pack and describe the whole set of images of a size, once all are written."""
         if self.files == "png":
             return
-        for archive, folders in groupby(self._folders(), self._archive):
-            self._pack(archive, list(folders))
+        parts: dict[Path, list[Path]] = {archive: [] for archive in self._archives()}
+        parts |= {path: list(group) for path, group in groupby(self._folders(), self._archive)}
+        for archive, folders in parts.items():
+            self._pack(archive, folders)
         if self.files == "zip":
             return
-        tars = self._archives()
-        shards = [_read_note(tar) or _write_note(tar, tar, len(self._packed(tar))) for tar in tars]
+        shards = [read_json(sidecar(tar)) or {} for tar in self._archives()]
         count = sum(shard["count"] for shard in shards)
         splits = {"train": {"count": count, "shards": shards}, "val": {"count": 0, "shards": []}}
         manifest = {
@@ -215,14 +215,18 @@ class SampleStore:
             raise LdmError(f"{archive} is damaged: delete it and sample again") from error
 
     def _pack(self, archive: Path, folders: Sequence[Path]) -> None:
-        """Add the PNGs of some folders to an archive, then remove the folders."""
+        """Add the PNGs of some folders to an archive, then remove the folders.
+
+        A shard whose sidecar is lost, damaged or of another shard is written again.
+        """
         packed = self._packed(archive)
-        loose = {i: png for folder in folders for i, png in _loose(folder).items()}
-        if loose.keys() - packed.keys():
-            images = sorted(({i: png.read_bytes for i, png in loose.items()} | packed).items())
-            labels = [self.label(i) for i, _ in images]
-            write = _write_zip if self.files == "zip" else _write_shard
-            write_atomically(archive, lambda file: write(file, archive, images, labels))
+        loose = {i: png.read_bytes for folder in folders for i, png in _loose(folder).items()}
+        images = dict(sorted((loose | packed).items()))
+        has_grown = len(images) > len(packed)
+        if self.files == "zip" and has_grown:
+            write_atomically(archive, partial(_write_zip, images, self.label))
+        if self.files == "shards" and (has_grown or (packed and not _is_described(archive))):
+            write_shard(archive, ((i, read(), self.label(i)) for i, read in images.items()), {})
         for folder in folders:
             shutil.rmtree(folder)
 
@@ -248,58 +252,26 @@ def _open_archives(archives: Sequence[Path]) -> ZipSource | ShardSource:
     return ZipSource(archives[0]) if archives[0].suffix == ".zip" else ShardSource(archives)
 
 
-Images = Sequence[tuple[int, Callable[[], bytes]]]
-
-
-def _write_shard(file: IO[bytes], tar: Path, images: Images, labels: Sequence[int]) -> None:
-    """Write a tar in the format of `ldm data prepare`.
-
-    The class of an image is stored beside it as webdataset's `.cls`; an image without one has none.
-    """
-    from webdataset import TarWriter
-
-    with TarWriter(file, encoder=False, mtime=0) as writer:
-        for (i, read), label in zip(images, labels, strict=True):
-            labelled = {} if label < 0 else {"cls": b"%d" % label}
-            writer.write({"__key__": f"{i:08d}", "png": read()} | labelled)
-    file.flush()
-    # before the tar gets its name, so that every shard has a note; a stop between the two
-    # leaves the folder, and the shard is packed again
-    _write_note(tar, Path(file.name), len(images))
-
-
-def _write_zip(file: IO[bytes], _: Path, images: Images, labels: Sequence[int]) -> None:
+def _write_zip(images: Packed, label: Callable[[int], int], file: IO[bytes]) -> None:
     """Write a zip laid out as by EDM's dataset tool.
 
     If every image has a class, `dataset.json` lists them in EDM's format, which cannot express an
     image without one.
     """
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as pack:
-        for i, read in images:
+        for i, read in images.items():
             pack.writestr(zipfile.ZipInfo(image_name(i), MIDNIGHT), read())
-        if min(labels) >= 0:
-            named = [[image_name(i), label] for (i, _), label in zip(images, labels, strict=True)]
-            text = json.dumps({"labels": named})
+        labels = [(image_name(i), label(i)) for i in images]
+        if all(number >= 0 for _, number in labels):
+            text = json.dumps({"labels": labels})
             pack.writestr(zipfile.ZipInfo("dataset.json", MIDNIGHT), text)
 
 
-def _write_note(tar: Path, file: Path, count: int) -> dict[str, Any]:
-    """Describe a shard in its sidecar; until the shard has its name, it is in `file`."""
-    with file.open("rb") as written:
-        digest = file_digest(written, "sha256").hexdigest()
-    note = {"name": tar.name, "count": count, "sha256": digest, "bytes": file.stat().st_size}
-    write_json(sidecar(tar), note)
-    return note
-
-
-def _read_note(tar: Path) -> dict[str, Any] | None:
-    """Read a shard's sidecar; None if it is lost, damaged or of another shard."""
-    with suppress(OSError, KeyError):
-        content = read_json(sidecar(tar)) or {}
-        note = {key: content[key] for key in ("name", "count", "sha256", "bytes")}
-        if (note["name"], note["bytes"]) == (tar.name, tar.stat().st_size):
-            return note
-    return None
+def _is_described(tar: Path) -> bool:
+    """Test for a sidecar that is whole and of this shard."""
+    note = read_json(sidecar(tar)) or {}
+    about = (note.get("name"), note.get("bytes")) == (tar.name, tar.stat().st_size)
+    return about and {"count", "sha256"} <= note.keys()
 
 
 # ------------------------------------------------------------------------------ reading

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.data import DataConfig, open_source
+from ldm.data import DataConfig, open_source, shards
 from ldm.errors import LdmError
 from ldm.run_folder import lock
 from pipelines.sample import sample_images
@@ -325,9 +325,12 @@ def test_kill_while_packing_loses_nothing(tmp_path, monkeypatch, files, name):
                     return original(path, write)
                 return original(path, lambda file: (write(file), kill()))
 
-            patch.setattr(sample_folder, "write_atomically", before_rename)
+            for module in (sample_folder, shards):
+                patch.setattr(module, "write_atomically", before_rename)
+        elif name == "rmtree":
+            patch.setattr(sample_folder.shutil, name, kill)
         else:
-            patch.setattr(sample_folder.shutil if name == "rmtree" else sample_folder, name, kill)
+            patch.setattr(shards, name, kill)
         make(tmp_path / "killed", files, 10)
         if files == "zip":  # which has no note
             kill()
