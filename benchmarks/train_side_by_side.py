@@ -180,12 +180,12 @@ def train(run: Run, contenders: list[Contender], chunk: int, every: int) -> Sour
     return held_out
 
 
-def take_turn(run: Run, contender: Contender, images: list[Batch]) -> None:
+def take_turn(run: Run, contender: Contender, stream: list[Batch]) -> None:
     """Take a chunk of steps, timed."""
     recipe, training = contender.recipe, contender.training
     synchronise(run.device)
     start = time.perf_counter()
-    for batch in images:
+    for batch in stream:
         training.set_learning_rate()
         ramp = training.objective.ramp(training.step / recipe.total_steps)
         images = to_float(run.place(batch.images))

@@ -41,26 +41,13 @@ OTHER_IMAGES = (
 )
 
 TITLES = [
-    "encoder",
-    "weights, M",
-    f"{PAPERS} weights, M",
-    "GMAC",
-    f"{PAPERS} GMAC",
-    "MiB",
-    f"{PAPERS} MB",
-    "images/s",
-    f"{PAPERS} images/s",
-]
+    "encoder", "weights, M", f"{PAPERS} weights, M", "GMAC", f"{PAPERS} GMAC", "MiB",
+    f"{PAPERS} MB", "images/s", f"{PAPERS} images/s",
+]  # fmt: skip
 RATIO_TITLES = [
-    "encoder",
-    "weights",
-    f"{PAPERS} weights",
-    "GMAC",
-    "memory",
-    f"{PAPERS} memory",
-    "images/s",
+    "encoder", "weights", f"{PAPERS} weights", "GMAC", "memory", f"{PAPERS} memory", "images/s",
     f"{PAPERS} images/s",
-]
+]  # fmt: skip
 FORMS = (
     "{:.2f}".format, "{:.2f}".format, "{:,.0f}".format,
     lambda rate: f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}",
