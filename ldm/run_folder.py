@@ -79,14 +79,14 @@ def describe_run(folder: Path, kind: str, preset: str, config: Config) -> None:
     write_json(folder / "run.json", {"kind": kind, "preset": preset} | provenance())
 
 
-def provenance() -> dict[str, Any]:
-    """Describe the origin of a file: command, time, versions and platform."""
+def provenance(*packages: str) -> dict[str, Any]:
+    """Describe the origin of a file: command, time, platform, versions (also of `packages`)."""
     return {
         "command": shlex.join(["ldm", *sys.argv[1:]]),
         "created": datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": {
             "python": platform.python_version(),
-            **{name: installed_version(name) for name in ("ldm", "torch", "numpy")},
+            **{name: installed_version(name) for name in ("ldm", "torch", "numpy", *packages)},
         },
         "platform": f"{platform.system()} {platform.machine()}",
     }

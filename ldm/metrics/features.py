@@ -195,7 +195,8 @@ class FeatureSet:
             with np.load(path, allow_pickle=False) as parts:
                 form, *settings, count = parts["numbers"].tolist()
                 if form == FORMAT:
-                    features, rows, ks = cls(*settings), parts["sample"], parts["sample_ks"]
+                    features = cls(*settings)
+                    rows, ks = parts["sample"], parts["sample_ks"]
                     complete = count < features.total or len(ks) == len(features._chosen)
                     if rows.shape != (len(ks), features.dim) or not complete:
                         raise ValueError("the sample does not fit the numbers")

@@ -88,7 +88,8 @@ def bootstrap_fid(
             found.append(frechet_distance(mean, covariance, *resampled))
             advance(1)
     # Efron & Tibshirani 1993, Sections 6.2 and 10.2
-    std, bias = float(np.std(found, ddof=1)), float(np.mean(found)) - fid
+    std = float(np.std(found, ddof=1))
+    bias = float(np.mean(found)) - fid
     reach = NORMAL_QUANTILE * std
     return FidInterval(max(fid - reach, 0.0), fid + reach, std, bias, draws)
 
@@ -108,7 +109,8 @@ def _resample(
     total, scatter = np.zeros(dim), np.zeros((dim, dim))
     for block, rows in _blocks(features):
         drawn = times[block] > 0
-        weights, deviations = times[block][drawn, None], rows[drawn] - centre
+        weights = times[block][drawn, None]
+        deviations = rows[drawn] - centre
         total += (weights * deviations).sum(0)
         scatter += deviations.T @ (weights * deviations)
     shift = total / count

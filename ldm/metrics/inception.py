@@ -81,12 +81,9 @@ def load_extractor(
     device: torch.device | str,
     resolution: int = 256,
 ) -> Extractor:
-    """Load Inception, or a user's function.
+    """Load Inception, or a user's `spec`: a `module:function`, installed or in the current folder.
 
-    Args:
-        spec: `module:function`, installed or in the current folder; None for Inception.
-        mode, weights: see `FeatureExtractor`.
-        resolution: size of the two grey images on which a function is tested.
+    The function is tested on two grey images of `resolution`.
     """
     if mode not in get_args(Mode):
         raise UsageError(f"mode '{mode}' does not exist: use {' or '.join(get_args(Mode))}")

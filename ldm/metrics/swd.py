@@ -7,7 +7,6 @@ structures. It needs no weights.
 """
 
 from collections.abc import Iterable, Sequence
-from itertools import chain
 
 import numpy as np
 import torch
@@ -184,13 +183,12 @@ def sliced_wasserstein(
     """
     sides = []
     for images in (images_a, images_b):
-        batches = iter([images] if isinstance(images, Tensor) else images)
-        first = next(batches, None)
-        if first is None:
-            raise LdmError("the sliced Wasserstein distance of no images: give both sets some")
-        side = PatchDescriptors(first.shape[-1], patches, seed)
-        for batch in chain([first], batches):
+        side = None
+        for batch in [images] if isinstance(images, Tensor) else images:
+            side = side or PatchDescriptors(batch.shape[-1], patches, seed)
             side.update(batch)
+        if side is None:
+            raise LdmError("the sliced Wasserstein distance of no images: give both sets some")
         sides.append(side)
     return compare_descriptors(sides[0], sides[1], seed, projections, repeats)
 
