@@ -26,32 +26,15 @@ from ldm.errors import check_at_least
 from ldm.files import write_json
 from ldm.logbook import console, show_progress
 from ldm.metrics.inception import Extractor
-from ldm.run_folder import installed_version, newest_run, provenance
-from pipelines.measuring.evaluation import (
-    FORMAT,
-    NUMBERS,
-    Evaluation,
-    EvaluationJob,
-    default_paths,
-    plan_jobs,
-)
+from ldm.run_folder import newest_run, provenance
+from pipelines.measuring import evaluation, statistics
+from pipelines.measuring.evaluation import NUMBERS, Evaluation, EvaluationJob
 from pipelines.measuring.reference import read_preparation
-from pipelines.measuring.statistics import (
-    NEAREST,
-    MeasureOptions,
-    SetStatistics,
-    check_writable,
-    compare_sets,
-    describe_extractor,
-    find_extractor,
-    gather_statistics,
-    load_on_all,
-)
+from pipelines.measuring.statistics import MeasureOptions, SetStatistics
 from pipelines.validation import Scores, reconstruct
 
 OF_FEATURES = ("rfid", "kid", "precision", "recall")  # the numbers that need an extractor
 NO_FID = "--no-fid"  # the reason for their absence where the user has left them out
-PACKAGES = ("clean-fid", "lpips", "pillow", "torchvision")  # that numbers depend on
 
 
 class Metrics(NamedTuple):
@@ -106,9 +89,9 @@ def evaluate_checkpoints(
     keep_freed_memory(device)
     chosen = list(dict.fromkeys(map(Path, models)))
     chosen = chosen or [from_main(ranks, lambda: newest_run("autoencoder"))]
-    jobs = plan_jobs(chosen, data, split, resolutions, how.limit, ranks, how.force)
-    paths = [how.out] * len(jobs) if how.out else default_paths(jobs, *how.words())
-    from_main(ranks, lambda: check_writable(*paths))
+    jobs = evaluation.plan_jobs(chosen, data, split, resolutions, how, ranks)
+    paths = [how.out] * len(jobs) if how.out else evaluation.default_paths(jobs, *how.words())
+    from_main(ranks, lambda: statistics.check_writable(*paths))
     metrics = load_metrics(how, jobs[0].resolution, device, ranks, lpips)
     _print_missing(metrics.missing, ranks)
     done: list[Evaluation] = []
@@ -118,7 +101,7 @@ def evaluate_checkpoints(
                 ae = load_autoencoder(job.model, device).to(memory_format=memory_format(device))
         done.append(_measure(ae, job, path, how, metrics, device, ranks))
         trees = [each.to_tree() for each in done]
-        tree = {"format": FORMAT, "evaluations": trees} if how.out else trees[-1]
+        tree = {"format": evaluation.FORMAT, "evaluations": trees} if how.out else trees[-1]
         from_main(ranks, partial(write_json, path, tree))
     return done
 
@@ -134,11 +117,11 @@ def load_metrics(
     missing = {}
     if lpips is None:
         load = partial(load_lpips, device, instead="continue without it, as here")
-        lpips, why = load_on_all(load, ranks)
+        lpips, why = statistics.load_on_all(load, ranks)
         missing = {} if why is None else {"lpips": why}
     extractor, why = None, NO_FID
     if how.fid:
-        extractor, why = find_extractor(how, resolution, device, ranks)
+        extractor, why = statistics.find_extractor(how, resolution, device, ranks)
     if why is not None:
         missing |= dict.fromkeys(OF_FEATURES, why)
     return Metrics(lpips, extractor, missing)
@@ -156,8 +139,10 @@ def _measure(
     """Measure this process's share of the images, and merge all shares."""
     size = f"{job.resolution}×{job.resolution}"
     _print(f"measuring {job.model} on the {job.split} split of {job.data.source} at {size}", ranks)
-    world, total = ranks.num_processes, min(len(job.source), how.limit or len(job.source))
-    scores, faults, extractor = Scores(), FaultCount(total), metrics.extractor
+    world = ranks.num_processes
+    total = min(len(job.source), how.limit or len(job.source))
+    scores, faults = Scores(), FaultCount(total)
+    extractor = metrics.extractor
     real, fake = (SetStatistics(total, job.resolution, extractor) for _ in range(2))
     stream = evaluation_batches(
         job.source, job.resolution, how.batch_size * world, how.limit, ranks.process_index, world,
@@ -174,7 +159,7 @@ def _measure(
             fake.update(pair.recon, pair.k, extractor)
             advance(len(pair.k) * world)
     shares = gather_object([(scores, faults.found)])
-    real, fake = (gather_statistics(side, ranks) for side in (real, fake))
+    real, fake = (statistics.gather_statistics(side, ranks) for side in (real, fake))
 
     def conclude() -> Evaluation:
         everything = Scores()
@@ -183,8 +168,9 @@ def _measure(
             everything.merge(share)
             corrupt |= found
         stop_if_too_many(corrupt, total)
-        means, count = everything.means(), everything.count  # no image at all is an error
-        distances = compare_sets(fake, real, device)
+        means = everything.means()  # no image at all is an error
+        count = everything.count
+        distances = statistics.compare_sets(fake, real, device)
         numbers, about = _conclude(job, means, distances, count, metrics, how.force)
         about |= {
             "limit": how.limit,
@@ -192,9 +178,8 @@ def _measure(
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "processes": world,
             "batch_size": how.batch_size,
-            **provenance(),
+            **provenance("clean-fid", "lpips", "pillow", "torchvision"),
         }
-        about["versions"] |= {name: installed_version(name) for name in PACKAGES}
         each = everything.in_order()
         return Evaluation(job.model, job.resolution, count, numbers, about, path, each)
 
@@ -215,9 +200,10 @@ def _conclude(
     """The numbers, without those that mean nothing, and what they depend on."""
     known = distances | means | {"rfid": distances["fid"], "swd": distances["swd"]["mean"]}
     numbers = {name: known.get(name) for name in NUMBERS}
-    missing, doubtful, extractor = dict(metrics.missing), {}, metrics.extractor
+    missing, doubtful = dict(metrics.missing), {}
+    extractor = metrics.extractor
     notes = [job.seen["note"]] if job.seen["note"] else []
-    if extractor is not None and count <= NEAREST:
+    if extractor is not None and count <= statistics.NEAREST:
         extractor = None
         numbers |= dict.fromkeys(OF_FEATURES)
         missing |= dict.fromkeys(OF_FEATURES, f"{count} image(s) have too few neighbours")
@@ -241,7 +227,7 @@ def _conclude(
         "seen": job.seen,
         "recon": "posterior's mode, float32, rounded to 8 bits",
         "lpips": metrics.lpips and "VGG-16",
-        "extractor": describe_extractor(extractor),
+        "extractor": statistics.describe_extractor(extractor),
         "missing": missing,
         "doubtful": doubtful,
         "notes": notes,

@@ -11,7 +11,6 @@
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,33 +26,10 @@ from ldm.files import read_json, write_json
 from ldm.logbook import console
 from ldm.metrics.inception import Extractor
 from ldm.run_folder import provenance
-from pipelines.measuring.reference import (
-    PUBLISHED,
-    ImageReference,
-    Reference,
-    choose_data,
-    find_filter,
-    is_same,
-    name_data,
-    native_size,
-    open_statistics,
-    read_preparation,
-    shorter_sides,
-)
-from pipelines.measuring.statistics import (
-    SWD_IMAGES,
-    MeasureOptions,
-    SetStatistics,
-    accumulate,
-    check_writable,
-    compare_sets,
-    describe_extractor,
-    find_extractor,
-    find_shared,
-    join_words,
-    pack_hashes,
-    refuse,
-)
+from pipelines.measuring import reference as references
+from pipelines.measuring import statistics
+from pipelines.measuring.reference import PUBLISHED, ImageReference, Reference, name_data
+from pipelines.measuring.statistics import SWD_IMAGES, MeasureOptions, SetStatistics, accumulate
 from pipelines.sampling.model import ModelSamples
 from pipelines.sampling.sample_folder import (
     SampleFolder,
@@ -122,7 +98,7 @@ def measure_fid(
     own, needed = None, data is None and reference is None
     with nullcontext() if needed else suppress(UsageError):  # settings of another version
         own = trained_on(fake)
-    against = reference or choose_data(data, own)
+    against = reference or references.choose_data(data, own)
     if against is None:
         raise UsageError(f"{fake.path} does not name its model's training data: give --data")
     out = how.out or fake.result_path
@@ -149,8 +125,8 @@ def _measure(
     ranks, device = join_processes(str(how.device))
     if how.bootstrap and ranks.num_processes > 1:
         raise UsageError("--bootstrap is for one process: run without torchrun")
-    from_main(ranks, lambda: check_writable(out))
-    extractor, missing = find_extractor(how, samples.resolution, device, ranks)
+    from_main(ranks, lambda: statistics.check_writable(out))
+    extractor, missing = statistics.find_extractor(how, samples.resolution, device, ranks)
     own = None
     with fail_together(ranks):
         with suppress(UsageError):  # settings of another version
@@ -159,8 +135,8 @@ def _measure(
             side, chosen = samples.resolution, split or DEFAULT_SPLIT
             reference: Reference = ImageReference(against, chosen, side, len(samples), how.limit)
         else:
-            reference = open_statistics(against, extractor, missing)
-        warnings = refuse(find_issues(samples, reference, own, extractor, split), how.force)
+            reference = references.open_statistics(against, extractor, missing)
+        warnings = how.refuse(find_issues(samples, reference, own, extractor, split))
     if ranks.is_main_process:
         console.print(f"measuring {samples.what} against {reference.what}", markup=False)
 
@@ -175,29 +151,29 @@ def _measure(
     fake = accumulate(samples, ranks, extractor, every_feature=how.bootstrap > 0, **one_pass)
 
     def conclude() -> dict[str, Any]:
-        copies = refuse(find_copies(samples, fake, real), how.force)
+        copies = how.refuse(find_copies(samples, fake, real))
+        count = len(real.hashes) or len(reference)  # published statistics have no hashes
         result = {
             "format": FORMAT,
-            **compare_sets(fake, real, device, how.bootstrap),
+            **statistics.compare_sets(fake, real, device, how.bootstrap),
             "fid_missing": missing,
             "mode": how.mode if how.features is None else None,
             "resolution": samples.resolution,
             "samples": {
                 "path": str(samples.path),
                 "what": samples.what,
-                "count": fake.count,
+                "count": len(fake.hashes),
                 "made_with": samples.made_with,
                 "filter": samples_preparation(samples, own)[0],
                 # equal for the same images in the same order
-                "fingerprint": sha256(pack_hashes(fake.hashes)).hexdigest(),
+                "fingerprint": sha256(statistics.pack_hashes(fake.hashes)).hexdigest(),
             },
-            "reference": reference.about | {"split_asked": split, "count": real.count},
-            "extractor": describe_extractor(extractor),
+            "reference": reference.about | {"split_asked": split, "count": count},
+            "extractor": statistics.describe_extractor(extractor),
             "forced": how.force,
             "warnings": [*warnings, *copies, *find_limits(reference, extractor)],
-            **provenance(),
+            **provenance("clean-fid", "pillow"),
         }
-        result["versions"] |= {name: version(name) for name in ("clean-fid", "pillow")}
         path = out if result["fid"] is not None else path_without_fid(out)
         write_json(path, result)
         return result | {"written": str(path)}
@@ -244,8 +220,8 @@ def find_issues(
     if (
         own is not None
         and split is None
-        and reference.split == "all"
-        and is_same(reference.config, own.source)
+        and reference.about["split"] == "all"
+        and references.is_same(reference.config, own.source)
         and not holds_out(own)
     ):
         yield (
@@ -281,15 +257,16 @@ def samples_preparation(samples: Samples, own: DataConfig | None) -> tuple[str |
     The built-in photographs do not count as crops: a reference of them is made of crops as well.
     """
     if samples.made_with is None and samples.path.is_dir():
-        prepared = read_preparation(DataConfig(source=str(samples.path.resolve())))
+        prepared = references.read_preparation(DataConfig(source=str(samples.path.resolve())))
         if prepared and prepared["filter"] != NOT_RESIZED:
             return prepared["filter"], False
     with suppress(LdmError):  # the data is gone
         if own is not None:
             source = open_source(own, "all", samples.resolution)
             if own.crop == "center":
-                return find_filter(own, source, samples.resolution), False
-            return None, own.source != PHOTOS and native_size(own, source) > samples.resolution
+                return references.find_filter(own, source, samples.resolution), False
+            if own.source != PHOTOS:
+                return None, references.native_size(own, source) > samples.resolution
     return None, False
 
 
@@ -297,13 +274,13 @@ def find_compressed(source: Source, resolution: int) -> str | None:
     """Return the name of an image that is lossy at the very size at which it is compared."""
     # downsampling removes the traces of compression with the details
     lossy = [i for i in range(len(source)) if is_lossy(source.name(i))]
-    sides = shorter_sides(source, lossy)
+    sides = references.shorter_sides(source, lossy)
     return next((source.name(i) for i, side in sides if side == resolution), None)
 
 
 def find_copies(samples: Samples, fake: SetStatistics, real: SetStatistics) -> Iterator[str]:
     """Check that no sample is an image of the reference, if its images are known."""
-    copies = find_shared(fake.hashes, real.hashes)
+    copies = statistics.find_shared(fake.hashes, real.hashes)
     if copies:
         yield (
             f"{len(copies):,} of {len(samples):,} samples (such as {samples.name(copies[0])}) are "
@@ -341,7 +318,7 @@ def fid_path(plain: Path, other: str | None, split: Split | None, how: MeasureOp
         *how.words(),
     ]
     # the result of an archive keeps the archive's full name
-    return plain.with_name("-".join([plain.stem, *map(join_words, words)]) + ".json")
+    return plain.with_name("-".join([plain.stem, *map(statistics.join_words, words)]) + ".json")
 
 
 def path_without_fid(path: Path) -> Path:

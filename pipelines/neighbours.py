@@ -26,14 +26,9 @@ from ldm.files import write_json
 from ldm.images import save_grid, to_float
 from ldm.logbook import console, progress_bar
 from ldm.run_folder import provenance
+from pipelines.sampling import sample_folder
 from pipelines.sampling.model import LatentModel
-from pipelines.sampling.sample_folder import (
-    NEIGHBOURS,
-    SampleFolder,
-    is_same_model,
-    newest_samples,
-    trained_on,
-)
+from pipelines.sampling.sample_folder import SampleFolder
 
 Space = Literal["latents", "pixels"]
 Embed = Callable[[Tensor], Tensor]
@@ -73,7 +68,7 @@ def find_neighbours(
     """
     check_at_least(1, count=count, nearest=nearest, batch_size=batch_size)
     where = resolve_device(device)
-    folder = SampleFolder(Path(samples or newest_samples()), count, least=1)
+    folder = SampleFolder(Path(samples or sample_folder.newest_samples()), count, least=1)
     config, train = _open_training_data(folder, data)
     embed = _embedding(space, folder, model, where)
     console.print(f"comparing {folder.path} with {config.source}", markup=False)
@@ -92,7 +87,7 @@ def find_neighbours(
         for i in range(len(folder))
     ]
     sheet = to_float(torch.from_numpy(np.stack([*chain(*rows)])).permute(0, 3, 1, 2))
-    save_grid(sheet, folder.path / NEIGHBOURS, columns=len(rows[0]))
+    save_grid(sheet, folder.path / sample_folder.NEIGHBOURS, columns=len(rows[0]))
     result = _describe(folder, config, train, space, distances, crops)
     write_json(folder.path / "neighbours.json", result)
     return result
@@ -118,7 +113,8 @@ def _describe(
             "mirrored": bool(mirrored),
         }
 
-    found, held_out = distances.tolist()[: len(folder)], distances[len(folder) :, 0].tolist()
+    found = distances[: len(folder)].tolist()
+    held_out = distances[len(folder) :, 0].tolist()
     return {
         "format": 1,
         "space": space,
@@ -141,7 +137,7 @@ def _describe(
 
 # --------------------------------------------------------------------------------- the space
 def _open_training_data(folder: SampleFolder, data: str | None) -> tuple[DataConfig, Source]:
-    own = trained_on(folder)
+    own = sample_folder.trained_on(folder)
     if data is None:
         if own is None:
             raise UsageError(f"{folder.path} does not name its model's training data: give --data")
@@ -177,7 +173,7 @@ def _load_model(folder: SampleFolder, path: Path | None, where: torch.device) ->
         raise UsageError(f"{folder.path} does not name its model: {instead}")
     path = path or Path(named["path"])
     model = LatentModel.from_pretrained(path, where, "fp32")
-    if not is_same_model(named, model.identifiers):
+    if not sample_folder.is_same_model(named, model.identifiers):
         raise LdmError(f"{path} is not the model that {folder.path} was sampled from: {instead}")
     side = folder.resolution // model.codec.autoencoder.downsampling
     if model.latent_shape[1:] != (side, side):

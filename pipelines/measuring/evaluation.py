@@ -6,9 +6,9 @@ autoencoder, data that is missing, sizes that do not fit, held-out images that w
 <run>/eval/<data>-<split>-<resolution>.json   the numbers, and all they depend on
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -29,15 +29,9 @@ from ldm.errors import LdmError, UsageError
 from ldm.files import to_json
 from ldm.seeds import generator
 from ldm.tables import latex_table, markdown_table, text_table
+from pipelines.measuring import statistics
 from pipelines.measuring.reference import choose_data, is_same, name_data
-from pipelines.measuring.statistics import (
-    CentreCrops,
-    Hashes,
-    accumulate,
-    find_shared,
-    join_words,
-    refuse,
-)
+from pipelines.measuring.statistics import CentreCrops, Hashes, MeasureOptions, accumulate
 
 # ---------------------------------------------------------------------------------------- jobs
 SMALLEST = 16  # pixels: LPIPS halves images four times, and SSIM's window has 11
@@ -68,9 +62,8 @@ def plan_jobs(
     data: str | DataConfig | None,
     split: Split,
     resolutions: Sequence[int] | None,
-    limit: int | None,
+    how: MeasureOptions,
     ranks: PartialState,
-    force: bool,
 ) -> list[EvaluationJob]:
     """Plan to measure every model at every resolution, in this order.
 
@@ -85,7 +78,8 @@ def plan_jobs(
             config, about = _read(path)
             recipe = about["trained"].get("recipe") or {}
             own = validate(DataConfig, recipe["data"]) if "data" in recipe else None
-            chosen, phases = choose_data(data, own), recipe.get("phases")
+            chosen = choose_data(data, own)
+            phases = recipe.get("phases")
             sides = resolutions or ([phases[-1]["resolution"]] if phases else [])
             if chosen is None or not sides:
                 option = "--data" if chosen is None else "--resolution"
@@ -94,13 +88,14 @@ def plan_jobs(
                 _check_resolution(path, config, side)
                 source = open_once(chosen, split, side)
                 jobs.append(EvaluationJob(path, about, own, chosen, split, side, source, {}))
-    compared: dict[Any, Any] = {}
-    return [replace(job, seen=_compare(job, limit, ranks, force, compared)) for job in jobs]
+    overlap = cache(partial(find_overlap, ranks=ranks, limit=how.limit))
+    return [replace(job, seen=_compare(job, overlap, how)) for job in jobs]
 
 
 def _read(path: Path) -> tuple[AutoencoderConfig, dict[str, Any]]:
     """A model's config, and its entry in the result; its weights are not kept in memory."""
-    file, names = read_autoencoder(path), ("images_seen", "recipe", "imported")
+    file = read_autoencoder(path)
+    names = ("images_seen", "recipe", "imported")
     return assemble(file, path).config, {
         "path": str(path),
         "sha256": fingerprint(file.weights),
@@ -121,17 +116,13 @@ def _check_resolution(path: Path, config: AutoencoderConfig, resolution: int) ->
 
 
 def _compare(
-    job: EvaluationJob,
-    limit: int | None,
-    ranks: PartialState,
-    force: bool,
-    compared: dict[Any, Any],
+    job: EvaluationJob, overlap_of: Callable[..., dict[str, Any]], how: MeasureOptions
 ) -> dict[str, Any]:
     """Find out whether a job's images were trained on.
 
     The images themselves are compared where they should be held out: those of "val", and all images
-    of other data than the model's own; once for two data sets, by `compared`. A model that does not
-    name its training data is taken to have been trained on the training split of the same data.
+    of other data than the model's own. A model that does not name its training data is taken to
+    have been trained on the training split of the same data.
     """
 
     def seen(held_out: bool | None, note: str | None = None, overlap: Any = None) -> dict[str, Any]:
@@ -145,18 +136,10 @@ def _compare(
     if PHOTOS in (against.source, job.data.source):
         # no file is one of the photographs, and their right thirds are never trained on
         return seen(True)
-    key = (job.data, against, job.resolution)
-    if key not in compared:
-        try:
-            with fail_together(ranks):
-                train = open_source(against, "train", job.resolution)
-            workers = job.data.workers
-            compared[key] = find_overlap(job.source, train, job.resolution, ranks, limit, workers)
-        except LdmError as error:
-            compared[key] = error
-    overlap = compared[key]
-    if isinstance(overlap, LdmError):
-        return seen(None, f"not known whether {job.model} was trained on these images: {overlap}")
+    try:
+        overlap = overlap_of(job.source, against, job.resolution, workers=job.data.workers)
+    except LdmError as error:
+        return seen(None, f"not known whether {job.model} was trained on these images: {error}")
     note = None
     if overlap["shared"]:
         note = (
@@ -164,7 +147,7 @@ def _compare(
             f"{job.split}, are also training images of {against.source}, such as "
             f"{overlap['example']}"
         )
-        refuse([f"{note}: measure other images"], force)
+        how.refuse([f"{note}: measure other images"])
     return seen(not overlap["shared"], note, overlap | {"against": against.source})
 
 
@@ -177,7 +160,7 @@ BATCH = 64
 
 def find_overlap(
     held_out: Source,
-    train: Source,
+    trained_on: DataConfig,
     resolution: int,
     ranks: PartialState,
     limit: int | None = None,
@@ -189,6 +172,8 @@ def find_overlap(
     another container or lossless format, is found; one that was compressed again is not. The
     processes share the work, and all return the result.
     """
+    with fail_together(ranks):
+        train = open_source(trained_on, "train", resolution)
     total = min(len(held_out), limit or len(held_out))
     chosen = _draw(held_out, total)
 
@@ -201,7 +186,7 @@ def find_overlap(
     ours, theirs = hashes(chosen, "held out"), hashes(_draw(train, len(train)), "trained on")
 
     def compare() -> dict[str, Any]:
-        found = find_shared(ours, theirs)
+        found = statistics.find_shared(ours, theirs)
         return {
             "shared": len(found),
             "example": chosen.name(found[0]) if found else None,
@@ -279,7 +264,7 @@ class Evaluation:
 
 def default_paths(jobs: Sequence[EvaluationJob], *settings: str) -> list[Path]:
     """Return the default file of each evaluation of one call; no two may share one."""
-    paths = [default_path(j.model, j.data, j.split, j.resolution, *settings) for j in jobs]
+    paths = [default_path(job, *settings) for job in jobs]
     taken: dict[Path, EvaluationJob] = {}
     for job, path in zip(jobs, paths, strict=True):
         other = taken.setdefault(path.resolve(), job)
@@ -291,17 +276,16 @@ def default_paths(jobs: Sequence[EvaluationJob], *settings: str) -> list[Path]:
     return paths
 
 
-def default_path(
-    model: Path, data: DataConfig, split: str, resolution: int, *settings: str
-) -> Path:
+def default_path(job: EvaluationJob, *settings: str) -> Path:
     """Return the default file of an evaluation, beside its model: `eval/photos-val-64.json`."""
-    words = [name_data(data.source), split, str(resolution), *settings]
+    model = job.model
+    words = [name_data(job.data.source), job.split, str(job.resolution), *settings]
     # best.pt lies beside ckpt.pt, and one of another format may beside either
     which = model.stem if model.suffix == ".pt" else model.name
     if model.is_file() and which != "ckpt":
         words.insert(0, which)
     folder = model if model.is_dir() else model.parent
-    return folder / "eval" / f"{join_words(*words)}.json"
+    return folder / "eval" / f"{statistics.join_words(*words)}.json"
 
 
 # --------------------------------------------------------------------------------------- table
@@ -321,7 +305,8 @@ def format_evaluations(evaluations: Sequence[Evaluation], layout: Layout = "tabl
     if layout == "json":
         return to_json([each.to_tree() for each in rows]).decode().rstrip()
     header, body = _cells(rows)
-    captions, left = _captions(rows), header.index("resolution")
+    captions = _captions(rows)
+    left = header.index("resolution")
     if layout == "latex":
         lines = [*(f"% {line}" for line in captions), *latex_table(header, body, left)]
     elif layout == "markdown":
@@ -364,7 +349,8 @@ def _captions(rows: Sequence[Evaluation]) -> list[str]:
     """Data and settings of the whole table, then the reasons for its stars, then notes."""
     lines = []
     for row in rows:
-        about, extractor = row.about, row.about["extractor"]
+        about = row.about
+        extractor = about["extractor"]
         features = f"features of {extractor['name']}; " if extractor else ""
         settings = f"{about['recon']}; {features}ldm {about['versions']['ldm']}"
         lines.append(f"measured on {_data(row)}: {settings}")

@@ -13,10 +13,10 @@ import base64
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -33,7 +33,7 @@ from ldm.errors import LdmError, UsageError
 from ldm.logbook import console
 from ldm.metrics import FeatureStatistics
 from ldm.metrics.features import FeatureSet
-from ldm.metrics.inception import Extractor, FeatureExtractor
+from ldm.metrics.inception import Extractor, FeatureExtractor, digest
 from ldm.run_folder import provenance
 from ldm.weights import cache_folder, find_or_fetch
 from pipelines.measuring.statistics import (
@@ -125,18 +125,18 @@ class Reference:
         about: the reference's entry in a result. `filter` is the filter that the images were
             downsampled with, where it is known.
         known: statistics of images that need not be here.
-        config, split, source: the data; None where only statistics are there.
+        config, source: the data; None where only statistics are there.
     """
 
     config: DataConfig | None = None
-    split: Split | None = None
     source: Source | None = None
 
     def __init__(
         self, resolution: int, about: dict[str, Any], known: SetStatistics | None = None
     ) -> None:
         self.resolution, self.about, self.known = resolution, about, known
-        self.what, self.filter = about["what"], about["filter"]
+        self.what = about["what"]
+        self.filter = about["filter"]
 
     def __len__(self) -> int:
         return self.about["count"]
@@ -168,15 +168,15 @@ class ImageReference(Reference):
         limit: int | None = None,
     ) -> None:
         prepared = read_preparation(config)
-        size = prepared["size"] if prepared else resolution
-        if size != resolution:
-            enlarged = "images are never enlarged for a comparison"
-            why = "resizing twice changes every number" if size > resolution else enlarged
+        if prepared and (size := prepared["size"]) != resolution:
+            why = "images are never enlarged for a comparison"
+            if size > resolution:
+                why = "resizing twice changes every number"
             raise LdmError(
                 f"{config.source} was prepared at {size}×{size} and the samples are "
                 f"{resolution}×{resolution}: {why}; prepare the data with --size {resolution}"
             )
-        self.config, self.split = config, split
+        self.config = config
         self.source = open_source(config, split, resolution)
         filtered = find_filter(config, self.source, resolution)
         self.is_crops = config.source == PHOTOS and split != "val"
@@ -238,7 +238,6 @@ class ImageReference(Reference):
             found = accumulate(self.part(drawn), ranks, swd_images=len(drawn), **how)
             if kept is not None:
                 found.features, found.hashes = kept
-                found.count = found.features.count
         else:
             found = accumulate(self, ranks, extractor, swd_images=swd_images, **how)
             if ranks.is_main_process and not _keep(path, identity, found, self):
@@ -261,7 +260,7 @@ def identify(reference: ImageReference, extractor: Extractor | None) -> dict[str
     return {
         "format": FORMAT,
         "content": content_identity(reference.source, len(reference)),
-        "split": reference.split,
+        "split": reference.about["split"],
         "images": len(reference),
         "resolution": reference.resolution,
         "crop": "center",
@@ -328,22 +327,13 @@ def _read_kept(path: Path) -> tuple[FeatureSet, Hashes, dict[str, Any]]:
 # -------------------------------------------------------------------------- statistics in a file
 ADDRESS = "https://www.cs.cmu.edu/~clean-fid/stats"
 
-
-class PublishedStatistics(NamedTuple):
-    """Statistics that clean-fid publishes; `split` is a part of their file's name."""
-
-    split: str
-    resolution: int
-    images: int
-    filter: str | None
-
-
 PUBLISHED = {
-    "ffhq256": PublishedStatistics("trainval70k", 256, 70_000, "box"),
-    "ffhq1024": PublishedStatistics("trainval70k", 1024, 70_000, None),
-    "ffhq256-50k": PublishedStatistics("trainval", 256, 50_000, "box"),
-    "ffhq1024-50k": PublishedStatistics("trainval", 1024, 50_000, None),
+    "ffhq256": ("trainval70k", 256, 70_000, "box"),
+    "ffhq1024": ("trainval70k", 1024, 70_000, None),
+    "ffhq256-50k": ("trainval", 256, 50_000, "box"),
+    "ffhq1024-50k": ("trainval", 1024, 50_000, None),
 }
+"""Statistics that clean-fid publishes: split, resolution, images, and filter of downsampling."""
 
 
 def open_statistics(
@@ -397,8 +387,6 @@ def _open_published(name: str, extractor: Extractor) -> Reference:
     try:
         with np.load(path, allow_pickle=False) as parts:
             moments = FeatureStatistics.from_moments(images, parts["mu"], parts["sigma"])
-        with path.open("rb") as opened:
-            digest = file_digest(opened, "sha256").hexdigest()
     except (OSError, KeyError, ValueError, EOFError, BadZipFile) as error:
         raise LdmError(f"{path} is damaged: delete it to have it fetched again") from error
     if moments.dim != extractor.dim:
@@ -411,7 +399,7 @@ def _open_published(name: str, extractor: Extractor) -> Reference:
         "count": images,
         "filter": filtered,
         "statistics": str(path),
-        "statistics_sha256": digest,
+        "statistics_sha256": digest(path),
     }
     return Reference(side, entry, SetStatistics.of_features(features, {}))
 

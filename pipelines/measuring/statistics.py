@@ -88,6 +88,15 @@ class MeasureOptions:
             *([self.mode] if self.mode != "clean" else []),
         ]
 
+    def refuse(self, issues: Iterable[str]) -> list[str]:
+        """Raise an LdmError for the first issue; with `force`, return all, for the result."""
+        forced = []
+        for issue in issues:
+            if not self.force:
+                raise LdmError(f"{issue}; --force measures anyway")
+            forced.append(issue)
+        return forced
+
 
 def find_extractor(
     how: MeasureOptions, resolution: int, device: torch.device, ranks: PartialState
@@ -128,16 +137,6 @@ def describe_extractor(extractor: Extractor | None) -> dict[str, Any] | None:
     """Return an extractor's entry in a result."""
     names = ("name", "sha256", "dim", "is_published")
     return {name: getattr(extractor, name) for name in names} if extractor else None
-
-
-def refuse(issues: Iterable[str], force: bool) -> list[str]:
-    """Raise an LdmError for the first issue; with `force`, return all, for the result."""
-    forced = []
-    for issue in issues:
-        if not force:
-            raise LdmError(f"{issue}; --force measures anyway")
-        forced.append(issue)
-    return forced
 
 
 def join_words(*words: str) -> str:
@@ -228,7 +227,6 @@ class SetStatistics:
         total: images that all processes together will bring, numbered 0 … total − 1.
         extractor: None leaves the features out.
         swd_images: images to take patches of; 0: none.
-        hashing: keep a hash of every image.
         every_feature: keep the features of all images, batch by batch, beside their moments.
     """
 
@@ -238,24 +236,23 @@ class SetStatistics:
         resolution: int,
         extractor: Extractor | None = None,
         swd_images: int = SWD_IMAGES,
-        hashing: bool = False,
         every_feature: bool = False,
     ) -> None:
         self.features = FeatureSet(extractor.dim, total, seed=SEED) if extractor else None
         self.patches = PatchDescriptors(resolution, seed=SEED) if swd_images else None
-        self.hashing, self.hashes = hashing, Hashes()
+        self.hashes: Hashes = {}  # `accumulate` fills them in
         self.every_feature: list[NDArray[np.float32]] | None = [] if every_feature else None
-        self.count = 0
         # The i-th of the images drawn gives patches at the same places in every set, so that equal
         # sets are at distance 0.
-        drawn, self._places = draw_images(total, swd_images), torch.full((total,), -1)
+        drawn = draw_images(total, swd_images)
+        self._places = torch.full((total,), -1)
         self._places[drawn] = torch.arange(len(drawn))
 
     @classmethod
     def of_features(cls, features: FeatureSet, hashes: Hashes) -> "SetStatistics":
         """Wrap the features, and any known hashes, of images that are not here."""
         found = cls(0, 0, swd_images=0)
-        found.features, found.hashes, found.count = features, hashes, features.count
+        found.features, found.hashes = features, hashes
         return found
 
     def update(self, images: Tensor, ks: Tensor, extractor: Extractor | None = None) -> None:
@@ -264,26 +261,21 @@ class SetStatistics:
             places = self._places[ks.cpu()]
             if (chosen := places >= 0).any():
                 self.patches.update(images[chosen], places[chosen])
-        self.count += len(images)
         if self.features is not None and extractor is not None:
             features = extractor(images)
             self.features.update(features, ks)
             if self.every_feature is not None:
                 self.every_feature.append(features.float().numpy())
-        if self.hashing:
-            self.hashes |= hash_images(images, ks)
 
     def merge(self, other: "SetStatistics") -> None:
         """Take in another process's share of the same set."""
         kept: list[Any] = [(self.features, other.features), (self.patches, other.patches)]
-        apart = [(mine is None) != (theirs is None) for mine, theirs in kept]
-        if any(apart) or self.hashing != other.hashing:
+        if any((mine is None) != (theirs is None) for mine, theirs in kept):
             raise ValueError("cannot merge statistics that keep different things")
         for mine, theirs in kept:
             if mine is not None:
                 mine.merge(theirs)
         self.hashes |= other.hashes
-        self.count += other.count
 
 
 def draw_images(total: int, count: int) -> Tensor:
@@ -308,7 +300,7 @@ def accumulate(
     `batch_size` is over all processes. The main process returns the statistics of all images, the
     others those of their share.
     """
-    mine = SetStatistics(len(images), images.resolution, extractor, swd_images, True, every_feature)
+    mine = SetStatistics(len(images), images.resolution, extractor, swd_images, every_feature)
     # starting processes for a single batch takes longer than loading it
     workers = min(workers, len(images) // batch_size)
     with (
@@ -318,6 +310,7 @@ def accumulate(
         rank, world = ranks.process_index, ranks.num_processes
         for batch in images.batches(batch_size, rank, world, workers):
             mine.update(batch.images.to(device), batch.k, extractor)
+            mine.hashes |= hash_images(batch.images, batch.k)
             advance(len(batch.k) * world)
     return gather_statistics(mine, ranks)
 

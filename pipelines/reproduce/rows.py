@@ -36,6 +36,7 @@ from pipelines.doctor.costs import count_parameters
 from pipelines.evaluate import evaluate_checkpoints
 from pipelines.fid import measure_fid
 from pipelines.measuring.evaluation import plan_jobs
+from pipelines.measuring.statistics import MeasureOptions
 from pipelines.recipes import AutoencoderRecipe
 from pipelines.reproduce.plan import BuildPlan, Protocol, Target, Training
 from pipelines.reproduce.tables import Number, Table
@@ -308,8 +309,8 @@ def _latents(target: Target, model: Checkpoint, plan: BuildPlan) -> RowNumbers:
 
     protocol, data, side = plan.scale.protocol, target.data, target.resolution
     ranks, _ = join_processes(target.device)
-    # it refuses images that were trained on
-    [planned] = plan_jobs([model.path], data, "val", [side], None, ranks, plan.force)
+    how = MeasureOptions(force=plan.force)  # to refuse images that were trained on
+    [planned] = plan_jobs([model.path], data, "val", [side], how, ranks)
     [subject], images = open_analysis([model.path], data, "val", side, target.device)
     found = latents_mmd(subject, images, MmdSettings(protocol.latents, SIGMAS, protocol.draws))
     autoencoder = subject.autoencoder

@@ -21,6 +21,7 @@ from ldm.errors import LdmError, UsageError
 from ldm.metrics import inception, sliced_wasserstein
 from pipelines import evaluate
 from pipelines.evaluate import NO_FID, OF_FEATURES, evaluate_checkpoints, load_metrics
+from pipelines.measuring import statistics
 from pipelines.measuring.statistics import MeasureOptions
 from tests.ldm.metrics.fake_inception import save_fake_inception
 from tests.pipelines.measuring.reconstructed import (
@@ -302,7 +303,7 @@ def test_available_metrics_are_loaded(no_weights, tmp_path, monkeypatch):
 
 
 def test_no_fid_loads_no_inception(no_weights, monkeypatch):
-    monkeypatch.setattr(evaluate, "find_extractor", None)  # calling it would be an error
+    monkeypatch.setattr(statistics, "find_extractor", None)  # calling it would be an error
     found = load(fid=False)
     assert found.extractor is None
     assert {found.missing[name] for name in OF_FEATURES} == {NO_FID}

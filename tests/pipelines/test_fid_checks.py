@@ -13,7 +13,7 @@ from ldm.data.prepare import prepare
 from ldm.errors import LdmError
 from pipelines.fid import find_compressed, find_limits, measure_fid, samples_preparation
 from pipelines.measuring.reference import find_filter, read_preparation
-from pipelines.measuring.statistics import check_writable, refuse
+from pipelines.measuring.statistics import MeasureOptions, check_writable
 from tests.pipelines.measuring.fid_sides import (
     SIZE,
     enlarged,
@@ -184,10 +184,10 @@ def test_force_does_not_help_against_compressed_samples(tmp_path, data, weights)
 
 # ----------------------------------------------------------------------------------- issues
 def test_force_overrides_refusals():
-    assert refuse([], force=False) == []
+    assert MeasureOptions().refuse([]) == []
     with pytest.raises(LdmError, match=r"^a doubt; --force measures anyway$"):
-        refuse(["a doubt", "another"], force=False)
-    assert refuse(["a doubt", "another"], force=True) == ["a doubt", "another"]
+        MeasureOptions().refuse(["a doubt", "another"])
+    assert MeasureOptions(force=True).refuse(["a doubt", "another"]) == ["a doubt", "another"]
 
 
 def test_another_network_than_inception_limits_the_numbers():

@@ -27,13 +27,14 @@ from pipelines.measuring.evaluation import (
     name_models,
     plan_jobs,
 )
+from pipelines.measuring.statistics import MeasureOptions
 from tests.pipelines.measuring.reconstructed import crops, save_images, save_run
 
 
 # -------------------------------------------------------------------------------------- jobs
-def plan(*models, data=None, split="val", resolutions=(32,), limit=None, force=False):
+def plan(*models, data=None, split="val", resolutions=(32,), **options):
     ranks = PartialState(cpu=True)
-    return plan_jobs(models, data, split, resolutions, limit, ranks, force)
+    return plan_jobs(models, data, split, resolutions, MeasureOptions(**options), ranks)
 
 
 @pytest.fixture
@@ -226,7 +227,8 @@ def ranks():
 def folders(tmp_path, ours: list[np.ndarray], theirs: list[np.ndarray]):
     save_images(tmp_path / "ours", ours, ".bmp")
     save_images(tmp_path / "theirs", theirs)
-    return FolderSource(tmp_path / "ours"), FolderSource(tmp_path / "theirs")
+    trained_on = DataConfig(source=str(tmp_path / "theirs"), held_out=0)
+    return FolderSource(tmp_path / "ours"), trained_on
 
 
 def test_copies_are_found_under_other_names_and_formats(tmp_path, ranks):
@@ -279,6 +281,11 @@ def test_training_images_too_small_are_an_error(tmp_path, ranks):
 
 
 # ---------------------------------------------------------------------------------- on disk
+def job(model: Path, source="photos", split="val", resolution=64) -> EvaluationJob:
+    data = DataConfig(source=source)
+    return EvaluationJob(model, {}, None, data, split, resolution, None, {})
+
+
 @pytest.mark.parametrize(
     ("source", "name"),
     [
@@ -292,20 +299,18 @@ def test_training_images_too_small_are_an_error(tmp_path, ranks):
 )
 def test_a_file_is_named_after_data_split_and_resolution(tmp_path, source, name):
     run = save_run(tmp_path / "run")
-    data = DataConfig(source=source)
-    path = default_path(run, data, "val", 64)
+    path, same = (default_path(job(model, source)) for model in (run, run / "ckpt.pt"))
     assert re.sub("-[0-9a-f]{6}-", "-#-", path.name) == f"{name}.json"
-    assert path == default_path(run / "ckpt.pt", data, "val", 64) and path.parent == run / "eval"
+    assert path == same and path.parent == run / "eval"
 
 
 def test_other_data_has_a_file_of_its_own(tmp_path, monkeypatch):
     sources = ("/a/x/val", "/b/x/val", "/a/x-val", "/faces", "/faces.zip", "./photos", "photos")
-    paths = {default_path(tmp_path, DataConfig(source=s), "val", 64) for s in sources}
+    paths = {default_path(job(tmp_path, source)) for source in sources}
     assert len(paths) == len(sources)
     monkeypatch.chdir(tmp_path)
     one, same = (
-        default_path(tmp_path, DataConfig(source=source), "val", 64)
-        for source in ("x/val", str(tmp_path / "x" / "val"))
+        default_path(job(tmp_path, source)) for source in ("x/val", str(tmp_path / "x" / "val"))
     )
     assert one == same
 
@@ -313,26 +318,23 @@ def test_other_data_has_a_file_of_its_own(tmp_path, monkeypatch):
 def test_other_weights_and_settings_have_files_of_their_own(tmp_path):
     run = save_run(tmp_path / "run")
     (run / "ckpt.pt").rename(run / "best.pt")
-    path = default_path(run / "best.pt", DataConfig(), "all", 32, "first8", "my_net:vit/b")
+    best = job(run / "best.pt", split="all", resolution=32)
+    path = default_path(best, "first8", "my_net:vit/b")
     assert path == run / "eval" / "best-photos-all-32-first8-my_net_vit_b.json"
-
-
-def jobs(*models: Path) -> list[EvaluationJob]:
-    return [EvaluationJob(model, {}, None, DataConfig(), "val", 64, None, {}) for model in models]
 
 
 def test_files_of_one_folder_do_not_overwrite_each_other(tmp_path, monkeypatch):
     names = ("vae.pt", "vae.safetensors", "vae.ckpt", "ckpt.pt", "ckpt.safetensors")
     for name in names:
         (tmp_path / name).touch()
-    paths = default_paths(jobs(*(tmp_path / name for name in names)), "no-fid")
+    paths = default_paths([job(tmp_path / name) for name in names], "no-fid")
     assert [path.name.removesuffix("photos-val-64-no-fid.json") for path in paths] == [
         "vae-", "vae.safetensors-", "vae.ckpt-", "", "ckpt.safetensors-"
     ]  # fmt: skip
     monkeypatch.chdir(tmp_path)
     for twice in (tmp_path / "ckpt.pt", Path("ckpt.pt")):
         with pytest.raises(UsageError) as refused:
-            default_paths(jobs(tmp_path, twice))
+            default_paths([job(tmp_path), job(twice)])
         told = f"{tmp_path} and {twice} would both be written to "
         assert str(refused.value).startswith(told) and "give --out" in str(refused.value)
 

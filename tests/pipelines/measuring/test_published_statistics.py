@@ -62,7 +62,8 @@ def test_published_statistics_are_found_by_name(cache, weights, published, name,
     found = open_statistics(name, inception.FeatureExtractor(weights, "cpu", mode))
     assert np.allclose(found.known.features.statistics.mean, features.mean(0))
     assert np.allclose(found.known.features.statistics.covariance, np.cov(features.T))
-    assert len(found) == PUBLISHED[name].images and found.resolution == int(name[4:].split("-")[0])
+    _, resolution, images, _ = PUBLISHED[name]
+    assert len(found) == images and found.resolution == resolution == int(name[4:].split("-")[0])
     assert len(found.about["statistics_sha256"]) == 64
     assert found.about["statistics"] == str(cache / file)
 

@@ -217,7 +217,7 @@ def test_features_are_computed_once(reference, extractor, cache):
     origin["kept"] = True
     assert sum(seen) == 12 and reference.about | origin == reference.about
     assert first.hashes == second.hashes
-    assert second.count == 12
+    assert second.features.count == 12
 
     images = to_nchw(pictures(9, 3))
     ours = SetStatistics(9, SIZE, extractor, 6)
@@ -261,7 +261,7 @@ def test_statistics_that_are_not_kept(tmp_path, reference, extractor, cache):
             return images.float().mean((2, 3))
 
     found = statistics(reference, Own())
-    assert found.count == 12 and "kept" not in reference.about and not cache.exists()
+    assert found.features.count == 12 and "kept" not in reference.about and not cache.exists()
 
 
 @pytest.mark.parametrize("damage", ["cut", "other", "prints"])
@@ -293,7 +293,7 @@ def test_a_full_disk_stops_no_measurement(reference, extractor, cache, monkeypat
 
     monkeypatch.setattr("os.fsync", full)
     found = statistics(reference, extractor)
-    assert found.count == 12 and reference.about["statistics"] is None
+    assert found.features.count == 12 and reference.about["statistics"] is None
     said = capsys.readouterr().out
     assert "note: the reference's statistics are not kept: could not write" in said
     assert list(cache.iterdir()) == []

@@ -44,6 +44,7 @@ def take_in(images: torch.Tensor, batches: list[list[int]], total: int | None = 
     found = SetStatistics(total or len(images), SIZE, Thumbnails(), **options)
     for ks in batches:
         found.update(images[ks], torch.tensor(ks), Thumbnails())
+        found.hashes |= hash_images(images[ks], torch.tensor(ks))
     return found
 
 
@@ -55,21 +56,20 @@ def test_numbers_are_those_of_the_sets():
     direct = frechet_distance(a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T))
     assert result["fid"] == pytest.approx(direct, rel=1e-9)
     assert result["swd"] == pytest.approx(sliced_wasserstein(OURS, THEIRS), rel=1e-9)
-    assert result["swd_images"] == 14 and ours.count == 14
+    assert result["swd_images"] == 14 and ours.features.count == 14
     assert 0 <= result["precision"] <= 1 and result["kid"] > 0 and result["kid_std"] >= 0
 
 
 def test_batches_order_and_processes_change_nothing():
-    options = {"swd_images": 6, "hashing": True}
-    whole = take_in(THEIRS, [list(range(20))], **options)
+    whole = take_in(THEIRS, [list(range(20))], swd_images=6)
     parts = [
-        take_in(THEIRS, ks, total=20, **options)
+        take_in(THEIRS, ks, total=20, swd_images=6)
         for ks in ([[3, 1], [19, 7, 8]], [[0, 2, *range(9, 19)]], [[4, 5, 6]])
     ]
     merged = pickle.loads(pickle.dumps(parts[0]))  # as another process's comes
     for other in parts[1:]:
         merged.merge(other)
-    assert merged.count == 20 and merged.hashes == whole.hashes
+    assert merged.features.count == 20 and merged.hashes == whole.hashes
     reference = take_in(OURS, [list(range(14))], swd_images=6)
     one, other = (compare_sets(side, reference, CPU) for side in (whole, merged))
     assert other["swd"] == one["swd"] and other["swd_images"] == 6

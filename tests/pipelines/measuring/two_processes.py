@@ -18,7 +18,7 @@ from ldm.files import write_json
 from pipelines import evaluate
 from pipelines.measuring import evaluation
 from pipelines.measuring.reference import ImageReference
-from pipelines.measuring.statistics import accumulate
+from pipelines.measuring.statistics import MeasureOptions, accumulate
 
 GOOD, ONE_SMALL = "good", "one_small"
 """Folders of images, all of 32×32, and one of 16×16 among those that the second process reads."""
@@ -55,7 +55,9 @@ def main(folder: Path) -> None:
         return done.count
 
     def note(run: str) -> str:
-        (job,) = evaluation.plan_jobs([folder / run], data(GOOD), "all", [32], None, ranks, False)
+        (job,) = evaluation.plan_jobs(
+            [folder / run], data(GOOD), "all", [32], MeasureOptions(), ranks
+        )
         return job.seen["note"]
 
     attempt("main", lambda: from_main(ranks, failing(KeyError("a bug"))))
