@@ -18,13 +18,10 @@ PIXELS_AT_ONCE = defaultdict(lambda: 2 * 256**2, sdvae=256**2, decoder=256**2)
 def in_small_batches(
     network: Callable[[Tensor], Tensor], x: Tensor, pixels: int, at_once: int
 ) -> Tensor:
-    """Apply `network` to x.
+    """Apply `network` to x: images of `pixels` pixels each, or their latents.
 
     On a CPU, to at most `at_once` ÷ `pixels` images at a time, and at least one: the features of
     more leave its caches.
-
-    Args:
-        pixels: of one image.
     """
     few = max(at_once // max(pixels, 1), 1)
     if x.device.type != "cpu" or torch.is_grad_enabled() or len(x) <= few:
@@ -56,8 +53,3 @@ def chain(x: Tensor, *parts: Callable[[Tensor], Tensor]) -> Tensor:
         else:
             h = part(h)
     return h
-
-
-def add(h: Tensor, x: Tensor) -> Tensor:
-    """h + x, written over h: the output of a convolution, which no gradient needs."""
-    return h.add_(x)

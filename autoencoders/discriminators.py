@@ -18,13 +18,21 @@ from ldm.errors import LdmError
 Logits = tuple[Tensor, ...]
 """Maps of logits in float32, the finest first: each (B, 1) or (B, 1, h, w), high is real."""
 
-LayerT = TypeVar("LayerT", nn.Conv2d, nn.Linear)
+LayerT = TypeVar("LayerT", nn.Conv2d, nn.Linear, nn.GroupNorm)
 
 
 def split(logits: Logits, parts: int) -> list[Logits]:
     """Split logits of a batch into those of its equal parts, in order: real, fake, …."""
     assert len(logits[0]) % parts == 0, f"{len(logits[0])} images in {parts} equal parts"
     return list(zip(*(maps.chunk(parts) for maps in logits), strict=True))
+
+
+def drawn(layer: LayerT, draw: Callable[..., Tensor], **options: float) -> LayerT:
+    """The layer, its weight filled by `draw`, its bias at 0."""
+    draw(layer.weight, **options)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
 
 
 def check_images(images: Tensor, check_resolution: Callable[[int], None]) -> None:
@@ -78,7 +86,8 @@ class UNetDiscriminator(nn.Module):
             UNetDownBlock(in_width, out_width, first=i == 0)
             for i, (in_width, out_width) in enumerate(pairwise([3, *down]))
         )
-        self.bottleneck = spectral_norm(_orthogonal(nn.Linear(down[-1], 1)))
+        bottleneck = drawn(nn.Linear(down[-1], 1), nn.init.orthogonal_)
+        self.bottleneck = spectral_norm(bottleneck)
         below, skips = [down[-1], *up[:-1]], [0, *reversed(down[:-1])]
         self.up = nn.ModuleList(
             UNetUpBlock(width + skip, out)
@@ -136,14 +145,8 @@ class UNetUpBlock(DiscriminatorBlock):
 
 
 def _conv(in_width: int, out_width: int, size: int) -> nn.Conv2d:
-    return _orthogonal(nn.Conv2d(in_width, out_width, size, padding=size // 2))
-
-
-def _orthogonal(layer: LayerT) -> LayerT:
-    assert layer.bias is not None
-    nn.init.orthogonal_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
+    layer = nn.Conv2d(in_width, out_width, size, padding=size // 2)
+    return drawn(layer, nn.init.orthogonal_)
 
 
 def spectral_norm(layer: LayerT) -> LayerT:
@@ -230,7 +233,8 @@ class PatchGAN(nn.Module):
             stride = 2 if i + 1 < config.layers else 1
             # no bias: the norm would remove it
             layers += [_patch_conv(widths[i], widths[i + 1], stride, bias=False)]
-            layers += [_patch_norm(widths[i + 1]), nn.LeakyReLU(0.2)]
+            norm = drawn(group_norm(widths[i + 1]), nn.init.normal_, mean=1, std=0.02)
+            layers += [norm, nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers, _patch_conv(widths[-1], 1, stride=1))
 
     def forward(self, images: Tensor) -> Logits:
@@ -242,16 +246,7 @@ class PatchGAN(nn.Module):
 def _patch_conv(in_width: int, out_width: int, stride: int, bias: bool = True) -> nn.Conv2d:
     layer = nn.Conv2d(in_width, out_width, 4, stride, padding=1, bias=bias)
     # Isola et al. 2017, Section 6.2: weights from N(0, 0.02²)
-    nn.init.normal_(layer.weight, std=0.02)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-    return layer
-
-
-def _patch_norm(width: int) -> nn.GroupNorm:
-    layer = group_norm(width)
-    nn.init.normal_(layer.weight, mean=1, std=0.02)
-    return layer
+    return drawn(layer, nn.init.normal_, std=0.02)
 
 
 # ------------------------------------------------------------------------------ StyleGAN 2
@@ -374,9 +369,7 @@ def _activate(x: Tensor) -> Tensor:
 
 
 def _equalize(layer: LayerT) -> LayerT:
-    nn.init.normal_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
+    drawn(layer, nn.init.normal_)
     register_parametrization(layer, "weight", EqualizedRate())
     return layer
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from autoencoders.cpu import add, chain
+from autoencoders.cpu import chain
 from ldm.errors import LdmError
 
 Norm = Literal["group", "smc"]
@@ -136,7 +136,8 @@ class ResidualBlock(Block):
     def transform(self, x: Tensor) -> Tensor:
         """(B, in, H, W) → (B, out, H, W)."""
         h = chain(x, self.norm1, F.silu, self.conv1, self.norm2, F.silu, self.conv2)
-        return add(h, self.skip(x))
+        # written over the convolution's output, which no gradient needs
+        return h.add_(self.skip(x))
 
 
 def _norm_and_conv(in_width: int, out_width: int, norm: Norm) -> tuple[nn.Module, nn.Module]:

@@ -142,24 +142,21 @@ def _read_compvis(path: Path) -> AutoencoderFile | None:
 
 def _refuse_other_names(names: Collection[str], path: Path) -> None:
     """Refuse weights that lack a config, or have an unknown prefix."""
-    for name in names:
-        if name.endswith(f".{COMPVIS_FIRST}"):
-            raise LdmError(
-                f"{path} holds an autoencoder's weights under the unknown prefix "
-                f"{name.removesuffix(COMPVIS_FIRST)!r}: save its state_dict without that prefix"
-            )
-        if name.endswith(DIFFUSERS_FIRST) and not is_safetensors(path):
-            raise LdmError(
-                f"{path} holds weights of diffusers, without a config: save the model as a folder "
-                "by diffusers' save_pretrained, and give that"
-            )
+    first = next((name for name in names if name.endswith(f".{COMPVIS_FIRST}")), None)
+    if first:
+        raise LdmError(
+            f"{path} holds an autoencoder's weights under the unknown prefix "
+            f"{first.removesuffix(COMPVIS_FIRST)!r}: save its state_dict without that prefix"
+        )
+    theirs = any(name.endswith(DIFFUSERS_FIRST) for name in names)
+    advice = "save the model as a folder by diffusers' save_pretrained, and give that"
     if is_safetensors(path):
-        folder = "the folder of the model, with its config.json"
+        advice = "give the folder of the model, with its config.json"
         if (path.parent / "config.json").is_file():
-            folder = f"its folder, {path.parent}"
-        theirs = any(name.endswith(DIFFUSERS_FIRST) for name in names)
+            advice = f"give its folder, {path.parent}"
+    if theirs or is_safetensors(path):
         kind = "weights of diffusers," if theirs else "weights"
-        raise LdmError(f"{path} holds {kind} without a config: give {folder}")
+        raise LdmError(f"{path} holds {kind} without a config: {advice}")
 
 
 # ----------------------------------------------------------------------------------- the Hub
@@ -251,21 +248,12 @@ def find_pretrained(
             f"no model at {name_or_path}: it is no file or folder here, nor the name of a "
             "repository on the Hugging Face Hub (owner/name)"
         )
-    path = _fetch(str(name_or_path), revision, subfolder) / subfolder
-    if not (path / "config.json").is_file():
-        raise LdmError(
-            f"{name_or_path} on the Hugging Face Hub holds no {subfolder or '.'}/config.json: "
-            "name the folder that has one, in a pipeline mostly vae, as its subfolder"
-        )
-    return path
-
-
-def _fetch(repo_id: str, revision: str | None, subfolder: str) -> Path:
     import huggingface_hub as hub
 
+    repo_id = str(name_or_path)
     wanted = [f"{subfolder}/{name}" if subfolder else name for name in FILES]
     try:
-        return Path(hub.snapshot_download(repo_id, revision=revision, allow_patterns=wanted))
+        folder = hub.snapshot_download(repo_id, revision=revision, allow_patterns=wanted)
     except Exception as error:  # the client lets through whatever its own libraries raise
         # the Hub asks for a login for a name that does not exist, too
         status = getattr(getattr(error, "response", None), "status_code", None)
@@ -274,6 +262,13 @@ def _fetch(repo_id: str, revision: str | None, subfolder: str) -> Path:
             f"Hub ({_brief(error)}): check name and connection, "
             f"{f'{LOG_IN}, ' if status in (401, 403) else ''}or give a folder on this machine"
         ) from error
+    path = Path(folder, subfolder)
+    if not (path / "config.json").is_file():
+        raise LdmError(
+            f"{name_or_path} on the Hugging Face Hub holds no {subfolder or '.'}/config.json: "
+            "name the folder that has one, in a pipeline mostly vae, as its subfolder"
+        )
+    return path
 
 
 def _brief(error: Exception) -> str:

@@ -129,9 +129,7 @@ def cut(side: int, tile: int, overlap: int, out_scale: int) -> list[tuple[int, i
 
     As few tiles as keep the overlap, spread evenly from border to border.
 
-    Args:
-        side, tile, overlap: in latents, as the starts and ends.
-        out_scale: weights per latent, as many as the output has values.
+    In latents, each of which has `out_scale` weights.
     """
     gaps = math.ceil(max(side - tile, 0) / (tile - overlap))
     tile = min(tile, side)

@@ -63,9 +63,7 @@ class AugmentConfig(Config):
     """Standard deviation of the shift along each axis, as a fraction of the side; 0: none."""
 
 
-def draw_augmentation(
-    seed: int, ks: Iterable[int], config: AugmentConfig, purpose: str = "augment"
-) -> Tensor:
+def draw_augmentation(seed: int, ks: Iterable[int], config: AugmentConfig) -> Tensor:
     """Draw augmentations (len(ks), 9) of images ks: float32, row i a function of (seed, ks[i]).
 
     The columns, and their values where a transform is enabled (Table 6, "Conditioning"):
@@ -87,8 +85,8 @@ def draw_augmentation(
     ks = list(ks)
     if config.probability == 0:
         return torch.zeros(len(ks), AUGMENT_PARAMETERS)
-    u = seeds.uniform(seed, f"{purpose}-uniform", ks, (9,)).double()
-    n = seeds.normal(seed, f"{purpose}-normal", ks, (4,)).double()
+    u = seeds.uniform(seed, "augment-uniform", ks, (9,)).double()
+    n = seeds.normal(seed, "augment-normal", ks, (4,)).double()
     chosen = u[:, :5] < config.probability  # y-flip, scaling, rotation, anisotropy, translation
     turn, axis = ((2 * u[:, 5:7] - 1) * math.pi).unbind(1)  # a3, a4 ~ U(−π, π)
     turn = turn * config.rotation * chosen[:, 2]

@@ -24,9 +24,6 @@ Balance = Annotated[float, Field(ge=0, le=1)]
 EPSILON = 1e-4
 """Keeps a norm from being 0 where it divides (Appendix B.3 and B.4)."""
 
-SILU_MAGNITUDE = 0.596
-"""Magnitude of silu(x) for x ~ N(0, 1), as printed in Eq. 80."""
-
 
 def pixel_norm(x: Tensor, dim: int = 1) -> Tensor:
     """Scale the vectors along `dim` to magnitude 1; shape and dtype stay.
@@ -41,8 +38,8 @@ def pixel_norm(x: Tensor, dim: int = 1) -> Tensor:
 
 def mp_silu(x: Tensor) -> Tensor:
     """SiLU, scaled so that the result has magnitude 1 for a standard normal x."""
-    # Eq. 81
-    return F.silu(x) / SILU_MAGNITUDE
+    # Eq. 81, with the magnitude of silu(x) for x ~ N(0, 1) as printed in Eq. 80
+    return F.silu(x) / 0.596
 
 
 def mp_sum(a: Tensor, b: Tensor, t: float) -> Tensor:

@@ -210,12 +210,9 @@ def _to_tree(model: ModelFile) -> dict[str, Any]:
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.weights.items()}
     return {
         "format": FORMAT,
-        "kind": model.kind,
-        "config": model.config,
+        **vars(model),
         "weights": weights,
-        "statistics": model.statistics,
-        "provenance": model.provenance,
-        "autoencoder": _to_tree(model.autoencoder) if model.autoencoder else None,
+        "autoencoder": model.autoencoder and _to_tree(model.autoencoder),
     }
 
 

@@ -10,9 +10,6 @@ from torch import Tensor, nn
 from autoencoders.wavelet import WaveletName, dwt_cascade
 from ldm.config import Config
 
-LOGVAR = -30.0
-"""Smallest log-variance that a posterior keeps: samples equal the mean to 3e-7."""
-
 
 class DWTEncoderConfig(Config):
     """Sub-bands that the encoder keeps of a wavelet transform; the defaults are the paper's."""
@@ -65,4 +62,5 @@ class DWTEncoder(nn.Module):
             bands = torch.cat(edges, dim=1) / 2**level
             latents.append(rearrange(bands, "b c (h i) (w j) -> b (c i j) h w", i=side, j=side))
         mean = torch.cat(latents, dim=1)  # (B, n_z, H/f, W/f)
-        return torch.cat([mean, torch.full_like(mean, LOGVAR)], dim=1)
+        # the smallest log-variance that a posterior keeps: samples equal the mean to 3e-7
+        return torch.cat([mean, torch.full_like(mean, -30.0)], dim=1)

@@ -16,9 +16,6 @@ from autoencoders.litevae.nets import (
 from autoencoders.wavelet import WaveletName, dwt_cascade
 from ldm.config import Config
 
-SUB_BAND_CHANNELS = 4 * 3
-"""LL, H, V and D of three colours."""
-
 
 class LiteVAEEncoderConfig(Config):
     """Wavelet transform of LiteVAE's encoder and the networks that read it; by default B's."""
@@ -68,7 +65,8 @@ class LiteVAEEncoder(nn.Module):
         super().__init__()
         self.config = config
         extract, aggregate = (FEATURE_NETS[c.type] for c in (config.extractor, config.aggregator))
-        levels, width = len(config.levels_read), SUB_BAND_CHANNELS
+        levels = len(config.levels_read)
+        width = 4 * 3  # LL, H, V and D of three colours
         self.extractors = nn.ModuleList(
             extract(config.extractor, width, width) for _ in range(1 if config.shared else levels)
         )

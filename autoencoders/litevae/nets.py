@@ -108,7 +108,7 @@ class NAFBlock(Block):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.spatial = nn.Sequential(
-            ChannelNorm(width),
+            ChannelNorm(width, eps=1e-6),
             nn.Conv2d(width, 2 * width, 1),
             nn.Conv2d(2 * width, 2 * width, 3, padding=1, groups=2 * width),
             SimpleGate(),
@@ -116,7 +116,7 @@ class NAFBlock(Block):
             nn.Conv2d(width, width, 1),
         )
         self.pointwise = nn.Sequential(
-            ChannelNorm(width),
+            ChannelNorm(width, eps=1e-6),
             nn.Conv2d(width, 2 * width, 1),
             SimpleGate(),
             nn.Conv2d(width, width, 1),
@@ -132,9 +132,6 @@ class NAFBlock(Block):
 
 class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of each pixel."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(width, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, width, H, W) → the same shape."""

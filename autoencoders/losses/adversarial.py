@@ -68,10 +68,6 @@ def _mean(maps: Iterable[Tensor]) -> Tensor:
 
 
 # ------------------------------------------------------------------------- adaptive weight
-MAX_WEIGHT = 1e4
-"""Largest adaptive weight; without a bound it diverges where the discriminator's gradient is 0."""
-
-
 def gradient_ratio(
     recon_loss: Tensor,
     adversarial_loss: Tensor,
@@ -99,8 +95,9 @@ def gradient_ratio(
 
 def adaptive_weight(weight: float, ratio: Tensor) -> Tensor:
     """λ_adv = weight × ratio, in [0, 10⁴]; a weight of 0.5 is the paper's Equation 2."""
-    # Sadat et al. 2024, Equation 2; the bound is Esser et al.'s (2021, arXiv 2012.09841)
-    return (weight * ratio).clamp(0, MAX_WEIGHT)
+    # Sadat et al. 2024, Equation 2; the bound is Esser et al.'s (2021, arXiv 2012.09841): without
+    # one the weight diverges where the discriminator's gradient is 0
+    return (weight * ratio).clamp(0, 1e4)
 
 
 # ---------------------------------------------------------------------------------- CutMix

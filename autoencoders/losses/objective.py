@@ -22,8 +22,6 @@ from ldm.config import Config
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Perceptual = Callable[[Tensor, Tensor], Tensor]
-PERCEPTUAL = ("lpips", "esrgan")
-"""Terms that need a network with published weights, which `load_<term>` loads."""
 
 
 class LossConfig(Config):
@@ -94,7 +92,7 @@ class Objective:
         adversarial: AdversarialConfig,
         perceptual: Mapping[str, Perceptual] = MappingProxyType({}),
     ) -> None:
-        for name in PERCEPTUAL:
+        for name in ("lpips", "esrgan"):
             if loss.weights[name] and name not in perceptual:
                 raise ValueError(
                     f"loss.{name} needs its network, perceptual={{'{name}': load_{name}()}}, "
@@ -120,8 +118,8 @@ class Objective:
         recon, images = out.recon.float(), images.float()
         averaged = averaged if averaged is None else averaged.float()
         terms = {
-            "l1": lambda: l1(recon, images),
-            "l2": lambda: l2(recon, images),
+            "l1": lambda: (recon - images).abs().mean(),
+            "l2": lambda: (recon - images).square().mean(),
             "lpips": lambda: self.perceptual["lpips"](recon, images),
             "esrgan": lambda: self.perceptual["esrgan"](recon, images),
             "ldl": lambda: ldl(recon, images, averaged),
@@ -157,17 +155,7 @@ class Objective:
         return self.total(recon, adversarial_weight=0.0)
 
 
-# ------------------------------------------------------------------------- reconstruction, KL
-def l1(recon: Tensor, images: Tensor) -> Tensor:
-    """Mean absolute difference of two (B, 3, H, W) (Section 3)."""
-    return (recon - images).abs().mean()
-
-
-def l2(recon: Tensor, images: Tensor) -> Tensor:
-    """Mean squared difference of two (B, 3, H, W)."""
-    return (recon - images).square().mean()
-
-
+# ----------------------------------------------------------------------------------- terms
 def kl(posterior: DiagonalGaussian, images: Tensor) -> Tensor:
     """KL to N(0, I) in nats per image value, averaged over the batch (L_reg of Equation 1).
 

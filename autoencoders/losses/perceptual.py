@@ -4,8 +4,8 @@ The networks' weights are read from torch hub's folder, where torchvision keeps 
 downloaded into it when missing.
 """
 
+import re
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,15 +57,16 @@ def backbone_file(network: str, instead: str) -> Path:
     return find_or_fetch(path.name, backbone_url(network), digits, [path.parent], instead)
 
 
-def _fill_backbone(
-    backbone: nn.Module, network: str, path: Path, rename: Callable[[str], str]
-) -> None:
-    """Load torchvision's file into a module; `rename` gives the name in the file of a tensor."""
+def _fill_backbone(backbone: nn.Module, network: str, path: Path) -> None:
+    """Load torchvision's file into a backbone."""
     tensors = read_tensors(path)
+    weights: dict[str, Tensor] = {}
     try:
-        backbone.load_state_dict(
-            {name: tensors[rename(name)] for name in backbone.state_dict()}, assign=True
-        )
+        for name in backbone.state_dict():
+            # the lpips package cuts the layers into slices: slice<n>.<layer>.…
+            theirs = re.sub(r"^(slice\d+\.)?", "features.", name)
+            weights[name] = tensors[theirs]
+        backbone.load_state_dict(weights, assign=True)
     except (KeyError, RuntimeError, TypeError) as error:
         raise LdmError(f"{path} is not torchvision's {network}: delete or replace it") from error
 
@@ -138,10 +139,7 @@ def load_lpips(
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # the package calls torchvision in an outdated way
         net = lpips.LPIPS(net=network, pnet_rand=True, verbose=False)
-    # the package cuts the layers into slices: slice<n>.<layer>.…
-    _fill_backbone(
-        net.net, BACKBONES[network], path, lambda name: f"features.{name.partition('.')[2]}"
-    )
+    _fill_backbone(net.net, BACKBONES[network], path)
     return LPIPS(net.to(device))
 
 
@@ -194,5 +192,5 @@ def load_esrgan(
     path = backbone_file("VGG-19", instead)
     with torch.device("meta"):  # no memory, no random numbers: every tensor comes from the file
         features = vgg19().features[: CONV5_4 + 1]
-    _fill_backbone(features, "VGG-19", path, lambda name: f"features.{name}")
+    _fill_backbone(features, "VGG-19", path)
     return ESRGANPerceptual(features.to(device))

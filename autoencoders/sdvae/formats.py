@@ -240,8 +240,12 @@ def read_compvis(
     weights: Mapping[str, Tensor], prefix: str, path: Path
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Take an autoencoder out of a checkpoint's weights: (tree of our config, weights)."""
+    theirs = pick(weights, prefix, COMPVIS_PARTS)  # no discriminator, LPIPS or diffusion model
     try:
-        theirs = pick_compvis(weights, prefix)
+        if any(name.startswith(f"{prefix}quantize.") for name in weights):
+            raise LdmError(
+                "it is a vector-quantised autoencoder: only KL autoencoders are supported"
+            )
         tree = tree_from_compvis(theirs)
     except LdmError as error:
         raise LdmError(f"{path} cannot be read: {error}") from error
@@ -250,22 +254,14 @@ def read_compvis(
     return tree, {name: tensor.clone() for name, tensor in from_compvis(theirs).items()}
 
 
-def pick_compvis(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The autoencoder alone, without the prefix: no discriminator, LPIPS or diffusion model."""
-    if any(name.startswith(f"{prefix}quantize.") for name in weights):
-        raise LdmError("it is a vector-quantised autoencoder: only KL autoencoders are supported")
-    picked = pick(weights, prefix, COMPVIS_PARTS)
-    inside = next((name for name in picked if re.search(r"\.(down|up)\.\d+\.attn\.", name)), None)
+def tree_from_compvis(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Find the tree of an `AutoencoderConfig` in the shapes of CompVis's tensors (no prefix)."""
+    inside = next((name for name in weights if re.search(r"\.(down|up)\.\d+\.attn\.", name)), None)
     if inside:
         raise LdmError(
             f"it has attention inside a level ({shown(inside)}), as kl-f16 and kl-f32: only models "
             "with attention in the middle alone are supported"
         )
-    return picked
-
-
-def tree_from_compvis(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Find the tree of an `AutoencoderConfig` in the shapes of CompVis's tensors (no prefix)."""
     channels, _ = layer_sizes(weights, "encoder.conv_in.weight")
     _, n_z = layer_sizes(weights, "decoder.conv_in.weight")
     moments, _ = layer_sizes(weights, "encoder.conv_out.weight")

@@ -261,8 +261,7 @@ def test_a_draw_is_a_function_of_seed_and_image():
     assert drawn.dtype == torch.float32
     assert torch.equal(draw_augmentation(7, [93, 4], ALWAYS), drawn[[93, 4]])
     assert torch.equal(draw_augmentation(7, torch.tensor([5]), ALWAYS), drawn[5:6])
-    for other in (draw_augmentation(8, [4], ALWAYS), draw_augmentation(7, [4], ALWAYS, "other")):
-        assert (other != drawn[4:5])[:, SCALE:].all()
+    assert (draw_augmentation(8, [4], ALWAYS) != drawn[4:5])[:, SCALE:].all()
 
 
 def test_no_probability_no_augmentation():

@@ -8,11 +8,11 @@ from scipy.ndimage import gaussian_filter
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
-from autoencoders import DiagonalGaussian, build_autoencoder
+from autoencoders import AutoencoderOutput, DiagonalGaussian, build_autoencoder
 from autoencoders.discriminators import UNetDiscriminator, UNetDiscriminatorConfig, split
 from autoencoders.losses import LPIPS, AdversarialConfig, LossConfig, Objective
 from autoencoders.losses.adversarial import ldl
-from autoencoders.losses.objective import blur, gaussian, kl, l1, l2, wavelet
+from autoencoders.losses.objective import blur, gaussian, kl, wavelet
 from autoencoders.losses.perceptual import ESRGANPerceptual
 from ldm.config import validate
 from ldm.errors import UsageError
@@ -191,14 +191,14 @@ def test_bad_values_are_refused(config_class, tree):
 
 
 # ------------------------------------------------------------------------- reconstruction, KL
-def test_l1_is_the_mean_over_everything():
+def test_l1_and_l2_are_means_over_everything():
     recon, images = torch.tensor([0.5, -1.0, 1.0]), torch.tensor([0.0, -1.0, -1.0])
-    assert l1(recon.view(1, 3, 1, 1), images.view(1, 3, 1, 1)).item() == pytest.approx(2.5 / 3)
-
-
-def test_l2_is_the_mean_square_over_everything():
-    recon, images = torch.tensor([0.5, -1.0, 1.0]), torch.tensor([0.0, -1.0, -1.0])
-    assert l2(recon.view(1, 3, 1, 1), images.view(1, 3, 1, 1)).item() == pytest.approx(4.25 / 3)
+    latents = torch.zeros(1, 4, 1, 1)
+    out = AutoencoderOutput(recon.view(1, 3, 1, 1), DiagonalGaussian(latents, latents), latents)
+    loss = LossConfig(l1=1, l2=1, lpips=0, kl=0, gaussian=0, wavelet=0)
+    terms = Objective(loss, AdversarialConfig()).reconstruction(out, images.view(1, 3, 1, 1))
+    assert terms["l1"].item() == pytest.approx(2.5 / 3)
+    assert terms["l2"].item() == pytest.approx(4.25 / 3)
 
 
 def test_kl_is_in_nats_per_image_value():

@@ -11,15 +11,15 @@ from autoencoders.pretrained import read_autoencoder
 from autoencoders.sdvae import SDVAEDecoderConfig, SDVAEEncoderConfig
 from autoencoders.sdvae.formats import (
     COMPVIS_FIRST,
+    COMPVIS_PARTS,
     COMPVIS_PREFIXES,
     diffusers_config,
     from_compvis,
-    pick_compvis,
     to_compvis,
     write_compvis,
 )
 from ldm.errors import LdmError
-from ldm.foreign import find_prefix
+from ldm.foreign import find_prefix, pick
 from tests.autoencoders.sdvae.compvis_model import KL
 from tests.golden import SDVAE_DECODER_PARAMETERS, SDVAE_ENCODER_PARAMETERS
 
@@ -227,5 +227,6 @@ def test_prefix_is_found_only_under_their_names():
         )
         == inside
     )
-    kept = pick_compvis({"encoder.conv_in.weight": torch.zeros(1), "loss.x": torch.zeros(1)}, "")
+    weights = {"encoder.conv_in.weight": torch.zeros(1), "loss.x": torch.zeros(1)}
+    kept = pick(weights, "", COMPVIS_PARTS)
     assert kept.keys() == {"encoder.conv_in.weight"}
