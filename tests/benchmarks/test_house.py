@@ -33,6 +33,13 @@ def test_files_lines_and_blanks_are_counted(tree):
     assert found["characters in a line, mean"].value == 6.0
 
 
+def test_lines_for_a_statement_are_those_of_code(tree):
+    text = '"""Two\nlines."""\n# why\nx = 1\n\nif x:\n    y = (\n        2\n    )\n'
+    found = figures(tree({"ldm.a": text, "ldm.b": "if 1: x = 1; y = 2\n"}))
+    # x =, if, y = over three lines; and three statements on one line
+    assert found["lines of code for a statement"].value == 1.0
+
+
 @pytest.mark.parametrize(
     ("lines", "long", "short"), [(59, 0, 1), (60, 0, 0), (450, 0, 0), (451, 1, 0)]
 )
