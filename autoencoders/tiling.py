@@ -127,9 +127,8 @@ def _blend(
 def cut(side: int, tile: int, overlap: int, out_scale: int) -> list[tuple[int, int, Tensor]]:
     """Cut a side into tiles: the start and end of each, and its weights, which add up to 1.
 
-    As few tiles as keep the overlap, spread evenly from border to border.
-
-    In latents, each of which has `out_scale` weights.
+    As few tiles as keep the overlap, spread evenly from border to border. Sides, tiles, overlaps,
+    starts and ends are in latents, each of which has `out_scale` weights.
     """
     gaps = math.ceil(max(side - tile, 0) / (tile - overlap))
     tile = min(tile, side)

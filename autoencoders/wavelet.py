@@ -89,6 +89,9 @@ def dwt_cascade(images: Tensor, depth: int, wavelet: str = "haar") -> list[SubBa
     """(B, C, H, W) → the sub-bands of levels 1 … depth, those of level l (B, C, H/2^l, W/2^l).
 
     Each level transforms the low-pass band of the one before.
+
+    Raises:
+        LdmError: H or W is not a multiple of 2^depth, or too small for the wavelet.
     """
     check_size(images.shape[-2:], depth, wavelet)
     levels: list[SubBands] = []

@@ -1,5 +1,10 @@
 """Errors for people to read: one line that says what, where and what to do."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
 
 class LdmError(Exception):
     """A file, device or value with which the job cannot continue; exit code 1."""
@@ -15,6 +20,14 @@ class UsageError(LdmError):
 
 class Interrupted(Exception):
     """A job was stopped by Ctrl-C or SIGTERM, and has saved its state."""
+
+
+def try_call(call: Callable[..., T], *args: object, **options: object) -> "T | LdmError":
+    """Call a function; return its result, or the LdmError that it raises."""
+    try:
+        return call(*args, **options)
+    except LdmError as error:
+        return error
 
 
 def check_at_least(least: int, **options: int | None) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffusion.samplers import inpaint
-from ldm.config import validate
+from ldm.config import did_you_mean, validate
 from ldm.errors import UsageError
 from ldm.images import to_float, to_pil
 from ldm.logbook import show_progress
@@ -130,6 +130,9 @@ class LatentDiffusionPipeline(LatentModel):
     ) -> tuple[Options, Callable[..., Tensor]]:
         """Validate the options, and bind them to `LatentModel.sample`."""
         n, seed = integer("n=", n, least=1), integer("seed=", seed)
+        known = list(Options.model_fields)
+        for name in options.keys() - known:
+            raise UsageError(f"unknown option '{name}'{did_you_mean(name, known)}")
         requested = validate(Options, options)
         labels = self.classes.choose(requested.labels, n, seed)
         guide = self.load_guide(requested, requested.guide, labels)

@@ -46,7 +46,7 @@ def reconstruct(
     """Yield images and their reconstructions from the posterior's mode, rounded to 8 bits.
 
     Args:
-        ae: on `device`; in eval mode while this runs.
+        ae: on `device`; in eval mode and frozen while this runs.
     """
     with frozen(ae):
         for batch in stream:
@@ -120,7 +120,7 @@ def evaluate_autoencoder(
     Reconstructions are rounded to 8 bits first, like a saved PNG. An exact one counts 100 dB.
 
     Args:
-        ae: on `device`; in eval mode while this runs.
+        ae: on `device`; in eval mode and frozen while this runs.
         resolution: side of the images, pixels.
         limit: only the first `limit` images.
         perceptual: distance of each pair, such as `load_lpips().each`.

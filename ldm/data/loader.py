@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from ldm.data.dataset import DataConfig
 from ldm.data.sources import PhotoSource, Source
 from ldm.data.transforms import CorruptImage, center_crop, random_crop
-from ldm.errors import LdmError, UsageError
+from ldm.errors import LdmError, UsageError, try_call
 from ldm.seeds import generator
 
 TOLERATED = 0.01
@@ -238,10 +238,8 @@ class _Worker(Dataset):
     work: Callable[[Any], Any]
 
     def __getitem__(self, key: Any) -> Any:
-        try:
-            return self.work(key)
-        except LdmError as error:
-            return error  # raised, it would reach the caller inside a worker's traceback
+        # an error raised here would reach the caller inside a worker's traceback
+        return try_call(self.work, key)
 
 
 def load_in_workers(

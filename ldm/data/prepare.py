@@ -175,7 +175,7 @@ def _prepare_image(source: Source, size: int, filter: Filter, index: int) -> Pre
         return Prepared(fault=(printable(source.name(index)), str(error)))
     file = io.BytesIO()
     Image.fromarray(center_crop(image, size, filter)).save(file, "PNG")
-    prepared = index, file.getvalue(), source.label(index)
+    prepared = int(index), file.getvalue(), source.label(index)
     return Prepared(prepared, resized=min(image.shape[:2]) != size)
 
 

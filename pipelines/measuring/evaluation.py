@@ -25,7 +25,7 @@ from ldm.data import DataConfig, Source, open_source
 from ldm.data.dataset import PHOTOS
 from ldm.data.sources import Part, Split
 from ldm.distributed import fail_together, from_main
-from ldm.errors import LdmError, UsageError
+from ldm.errors import LdmError, UsageError, try_call
 from ldm.files import to_json
 from ldm.seeds import generator
 from ldm.tables import latex_table, markdown_table, text_table
@@ -88,7 +88,7 @@ def plan_jobs(
                 _check_resolution(path, config, side)
                 source = open_once(chosen, split, side)
                 jobs.append(EvaluationJob(path, about, own, chosen, split, side, source, {}))
-    overlap = cache(partial(find_overlap, ranks=ranks, limit=how.limit))
+    overlap = cache(partial(try_call, find_overlap, ranks=ranks, limit=how.limit))
     return [replace(job, seen=_compare(job, overlap, how)) for job in jobs]
 
 
@@ -116,7 +116,7 @@ def _check_resolution(path: Path, config: AutoencoderConfig, resolution: int) ->
 
 
 def _compare(
-    job: EvaluationJob, overlap_of: Callable[..., dict[str, Any]], how: MeasureOptions
+    job: EvaluationJob, overlap_of: Callable[..., dict[str, Any] | LdmError], how: MeasureOptions
 ) -> dict[str, Any]:
     """Find out whether a job's images were trained on.
 
@@ -136,10 +136,9 @@ def _compare(
     if PHOTOS in (against.source, job.data.source):
         # no file is one of the photographs, and their right thirds are never trained on
         return seen(True)
-    try:
-        overlap = overlap_of(job.source, against, job.resolution, workers=job.data.workers)
-    except LdmError as error:
-        return seen(None, f"not known whether {job.model} was trained on these images: {error}")
+    overlap = overlap_of(job.source, against, job.resolution, workers=job.data.workers)
+    if isinstance(overlap, LdmError):
+        return seen(None, f"not known whether {job.model} was trained on these images: {overlap}")
     note = None
     if overlap["shared"]:
         note = (

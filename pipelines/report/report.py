@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
 from html import escape
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from ldm.checkpoint import fingerprint
 from ldm.config import Tree, flatten, to_flow, validate
 from ldm.data import DataConfig, open_source, sheet_images
 from ldm.device import resolve_device
-from ldm.errors import LdmError, UsageError, check_at_least
+from ldm.errors import LdmError, UsageError, check_at_least, try_call
 from ldm.images import latents_as_rgb, to_float, to_uint8
 from ldm.logbook import console
 from ldm.metrics import psnr
@@ -170,22 +169,22 @@ def _reconstructions(
     side = resolution or max(record.resolution for record in records)
     latents: list[tuple[str, Tensor]] = []
 
-    @cache
     def load() -> tuple[str, Tensor]:
-        try:
-            if config is None or not side:
-                lacking = "data" if config is None else "resolution"
-                raise LdmError(f"config.yaml does not record the {lacking}: use --{lacking}")
-            images = to_float(sheet_images(open_source(config, "val", side), side, count))
-        except LdmError as error:
-            raise LdmError(f"the held-out images could not be read: {error}") from error
+        if config is None or not side:
+            lacking = "data" if config is None else "resolution"
+            raise LdmError(f"config.yaml does not record the {lacking}: use --{lacking}")
+        images = to_float(sheet_images(open_source(config, "val", side), side, count))
         return f"Originals: {config.source}, {len(images)} held-out images at {side}²", images
+
+    row = try_call(load)  # once for all runs, a failure too
 
     @torch.no_grad()
     def reconstruct(record: Record) -> tuple[str, Tensor]:
         file = read_autoencoder(record.folder)
         record.sha256 = fingerprint(file.weights)
-        _, originals = load()
+        if isinstance(row, LdmError):
+            raise LdmError(f"the held-out images could not be read: {row}")
+        _, originals = row
         autoencoder = assemble(file, record.folder).to(device).eval()
         z = autoencoder.encode(originals.to(device)).mode()
         recon = autoencoder.decode(z, originals.shape[-2:])
@@ -200,10 +199,10 @@ def _reconstructions(
         return caption, recon
 
     rows, missing = _pictures(records, "recon", reconstruct)
-    if not rows:
+    if not rows or isinstance(row, LdmError):
         return "".join(missing)
     folded = page.folded("Latents: the first three channels as RGB", page.strips(latents))
-    return "".join([page.strips([load(), *rows]), folded, *missing])
+    return "".join([page.strips([row, *rows]), folded, *missing])
 
 
 # ----------------------------------------------------------------------------------- samples

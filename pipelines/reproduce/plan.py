@@ -229,7 +229,7 @@ def decisive(recipe: Recipe) -> Tree:
 
 @dataclass
 class BuildPlan:
-    """The conditions under which tables are built, as of `reproduce`, and their targets."""
+    """The conditions under which tables are built, as of `ldm reproduce`, and their targets."""
 
     scale: Scale
     data: Sequence[str] = ()
@@ -246,7 +246,7 @@ class BuildPlan:
         return self.out / self.scale.name / name
 
     def targets(self, table: Table, take: Sequence[str] = ()) -> list[Target]:
-        """Return the targets of a table's rows; `take` is as of `reproduce`."""
+        """Return the targets of a table's rows; `take` is as of `ldm reproduce`."""
         kinds = (AutoencoderRecipe, DiffusionRecipe)
         check_settings(self.settings, kinds if table.measure == "generation" else kinds[:1])
         taken = parse_take(table, take)

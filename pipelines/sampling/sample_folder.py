@@ -223,10 +223,13 @@ class SampleStore:
         loose = {i: png.read_bytes for folder in folders for i, png in _loose(folder).items()}
         images = dict(sorted((loose | packed).items()))
         has_grown = len(images) > len(packed)
-        if self.files == "zip" and has_grown:
-            write_atomically(archive, partial(_write_zip, images, self.label))
-        if self.files == "shards" and (has_grown or (packed and not _is_described(archive))):
-            write_shard(archive, ((i, read(), self.label(i)) for i, read in images.items()), {})
+        try:
+            if self.files == "zip" and has_grown:
+                write_atomically(archive, partial(_write_zip, images, self.label))
+            if self.files == "shards" and (has_grown or (packed and not _is_described(archive))):
+                write_shard(archive, ((i, read(), self.label(i)) for i, read in images.items()), {})
+        except CorruptImage as error:  # of an image packed before
+            raise LdmError(f"{archive} is damaged: delete it and sample again") from error
         for folder in folders:
             shutil.rmtree(folder)
 

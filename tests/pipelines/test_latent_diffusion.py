@@ -92,7 +92,8 @@ def test_output_as_pil_images(pipe):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"stepz": 3}, "unknown key 'stepz'; did you mean 'steps'?"),
+        ({"stepz": 3}, "unknown option 'stepz'; did you mean 'steps'?"),
+        ({"S_churn": 3}, "unknown option 'S_churn'; did you mean 'churn'?"),
         ({"steps": 0}, "'steps': input should be greater than 0 (got 0)"),
         ({"sampler": "magic"}, "'sampler': input should be 'heun', 'euler' or 'dpmpp-2m'"),
         ({"n": 0}, "n=0: it must be at least 1"),

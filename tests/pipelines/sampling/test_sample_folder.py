@@ -9,6 +9,9 @@ import pytest
 from PIL import Image
 
 from ldm.data import DataConfig, open_source, shards
+from ldm.data.shards import ShardSource
+from ldm.data.sources import ZipSource
+from ldm.data.transforms import CorruptImage
 from ldm.errors import LdmError
 from ldm.run_folder import lock
 from pipelines.sample import sample_images
@@ -410,6 +413,17 @@ def test_damaged_zip_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(LdmError, match=r"samples.zip is damaged: delete it and sample again"):
         store_of(tmp_path, "zip").missing(3)
+
+
+@pytest.mark.parametrize(("files", "name"), [("zip", "samples.zip"), ("shards", "train-00000.tar")])
+def test_damaged_image_in_an_archive_is_refused(tmp_path, monkeypatch, files, name):
+    def fail(*_):
+        raise CorruptImage("bad checksum")
+
+    make(tmp_path, files, 3)
+    monkeypatch.setattr({"zip": ZipSource, "shards": ShardSource}[files], "read", fail)
+    with pytest.raises(LdmError, match=rf"{name} is damaged: delete it and sample again"):
+        make(tmp_path, files, 4)
 
 
 def test_damaged_shard_is_refused(tmp_path):
