@@ -6,7 +6,7 @@ They are written atomically, see `ldm.files`; loading them runs no code.
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from hashlib import sha256
 from pathlib import Path
 from pickle import UnpicklingError
@@ -210,7 +210,7 @@ def _to_tree(model: ModelFile) -> dict[str, Any]:
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.weights.items()}
     return {
         "format": FORMAT,
-        **vars(model),
+        **{entry.name: getattr(model, entry.name) for entry in fields(model)},
         "weights": weights,
         "autoencoder": model.autoencoder and _to_tree(model.autoencoder),
     }

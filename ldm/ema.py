@@ -50,6 +50,10 @@ class Average(EMA, ABC):
         super().__init__(model, include_online_model=False, use_foreach=True)
         self.ema_model.eval().requires_grad_(False)
 
+    def train(self, mode: bool = True) -> "Average":
+        """Stay in eval mode."""
+        return self
+
     @abstractmethod
     def decay(self, images_seen: int, batch_size: int) -> float:
         """Return the weight that the average keeps in the update after `images_seen` images, of

@@ -75,6 +75,7 @@ class Logbook:
             cut_rows(folder / "metrics.jsonl", resume_at)
             with _writing(folder):
                 self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_at + 1)
+                (folder / "metrics.jsonl").touch()
 
     def add(self, **values: Tensor | float) -> None:
         """Add values of this step to the means of the next row."""

@@ -1,7 +1,7 @@
 """Stage one's losses: each a small function, and the objective that names and weighs them."""
 
 from autoencoders.losses.objective import AdversarialConfig, LossConfig, Objective
-from autoencoders.losses.perceptual import LPIPS, find_lpips, load_esrgan, load_lpips
+from autoencoders.losses.perceptual import LPIPS, find_lpips, load_esrgan, load_lpips, random_lpips
 
 __all__ = [
     "LPIPS",
@@ -11,4 +11,5 @@ __all__ = [
     "find_lpips",
     "load_esrgan",
     "load_lpips",
+    "random_lpips",
 ]

@@ -133,14 +133,20 @@ def load_lpips(
     Raises:
         LdmError: the backbone's weights are damaged, or missing and cannot be downloaded.
     """
-    import lpips
-
     path = backbone_file(BACKBONES[network], instead)
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")  # the package calls torchvision in an outdated way
-        net = lpips.LPIPS(net=network, pnet_rand=True, verbose=False)
+    with torch.random.fork_rng(devices=[]):
+        net = random_lpips(network)
     _fill_backbone(net.net, BACKBONES[network], path)
     return LPIPS(net.to(device))
+
+
+def random_lpips(network: LPIPSNetwork, **options: bool) -> Any:
+    """Build the network of the lpips package on a backbone of random weights."""
+    import lpips
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the package calls torchvision in an outdated way
+        return lpips.LPIPS(net=network, pnet_rand=True, verbose=False, **options)
 
 
 def find_lpips(device: str | torch.device = "cpu", network: LPIPSNetwork = "vgg") -> LPIPS | None:

@@ -147,7 +147,7 @@ def check_autoencoder(
             names no preset.
 
     Returns:
-        The autoencoder, without values if only assumed; its path, or its preset; the problems.
+        The autoencoder, without values if only assumed; its path, or what is assumed; the problems.
     """
     try:
         path = find_stage_one(recipe, preset)

@@ -80,7 +80,7 @@ def module_bytes(module: nn.Module) -> int:
 
 
 def adam_bytes(module: nn.Module) -> int:
-    """Bytes of Adam's state: two moments, and a counter of every tensor."""
+    """Bytes of Adam's state: two moments of every value, and a counter of every tensor."""
     return 2 * parameter_bytes(module) + 4 * sum(1 for _ in module.parameters())
 
 

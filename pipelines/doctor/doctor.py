@@ -128,7 +128,8 @@ def diagnose(
     """Diagnose a recipe of either stage.
 
     Args:
-        recipe: if its autoencoder is missing, in stage two, the preset's is assumed.
+        recipe: if stage two lacks its autoencoder, one is assumed; see `check_autoencoder`.
+        preset: name of the recipe's preset.
         processes: processes that would train together.
         seconds: time to spend on timing its steps, about; 0: none.
 

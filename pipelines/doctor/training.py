@@ -5,7 +5,6 @@ that are `trained`, those of them that are `updated`, and those in a step that a
 networks that are `exported` into a model file.
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any
@@ -17,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autoencoders import Autoencoder, AutoencoderConfig
-from autoencoders.losses import LPIPS
+from autoencoders.losses import LPIPS, random_lpips
 from autoencoders.losses.perceptual import CONV5_4, ESRGANPerceptual
 from ldm.data import Source
 from ldm.run import Run
@@ -174,12 +173,7 @@ def random_perceptual(recipe: AutoencoderRecipe) -> dict[str, LPIPS | ESRGANPerc
     """Build a recipe's perceptual losses with random weights, which cost the same."""
     losses: dict[str, LPIPS | ESRGANPerceptual] = {}
     if recipe.loss.lpips:
-        import lpips
-
-        options = {"pretrained": False, "pnet_rand": True, "verbose": False}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the package calls torchvision in an outdated way
-            losses["lpips"] = LPIPS(lpips.LPIPS(net=recipe.loss.lpips_network, **options))
+        losses["lpips"] = LPIPS(random_lpips(recipe.loss.lpips_network, pretrained=False))
     if recipe.loss.esrgan:
         from torchvision.models import vgg19
 

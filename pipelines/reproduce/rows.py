@@ -5,7 +5,6 @@ The model is trained, resumed, reused from a finished run, or the checkpoint pas
 
 import os
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoencoders import load_autoencoder
-from autoencoders.losses import LPIPS, find_lpips, load_esrgan
+from autoencoders.losses import LPIPS, find_lpips, load_esrgan, random_lpips
 from autoencoders.losses.perceptual import CONV5_4, ESRGANPerceptual, backbone_file, has_backbone
 from autoencoders.pretrained import read_autoencoder
 from ldm.checkpoint import Kind, fingerprint, load_model
@@ -384,11 +383,8 @@ def smoke_lpips() -> LPIPS:
     """LPIPS, of random weights where the published ones are missing."""
     if published := find_lpips():
         return published
-    import lpips
-
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")  # the package calls torchvision in an outdated way
-        network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    with torch.random.fork_rng(devices=[]):
+        network = random_lpips("vgg")
         _randomise(network.net)
     return LPIPS(network)
 
