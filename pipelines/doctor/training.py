@@ -87,7 +87,7 @@ class DiffusionTraining:
         self.networks: dict[str, nn.Module] = {"network": network, "encoder": encoder}
         self.trained = self.updated = [self.state.objective]
         self.frozen, self.exported = [self.autoencoder], [network, self.autoencoder]
-        self._stream_of = cache(self._stream)  # one of a size, for all its steps
+        self._stream_of = cache(self._stream)  # one stream for each size, over all its steps
 
     def accepts(self, resolution: int) -> bool:
         """True if the recipe could train on images of this side, in pixels."""

@@ -142,7 +142,7 @@ class _Status:
 
 
 def _check_rows(targets: Sequence[Target], plan: BuildPlan) -> list[_Status]:
-    """Find the rows to build, and raise now what would fail after hours."""
+    """Find the rows to build, and raise now what would fail after hours of training."""
     rows = [_check_row(target, plan) for target in targets]
     to_build = [row for row in rows if row.record is None]
     needed = dict.fromkeys((row.target.data, row.target.resolution) for row in to_build)
