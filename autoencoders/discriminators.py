@@ -106,7 +106,7 @@ class UNetDiscriminator(nn.Module):
         x = self.up[0](x)
         for block in self.up[1:]:
             x = block(torch.cat([x, skips.pop()], dim=1))
-        return self.pixels(F.relu(x)).float(), image_logits.float()
+        return self.pixels(x).float(), image_logits.float()
 
 
 class DiscriminatorBlock(nn.Module):

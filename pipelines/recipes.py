@@ -83,7 +83,7 @@ class AutoencoderRecipe(AutoencoderConfig):
             raise ValueError("batch_size must be a multiple of accumulate")
         if not any(getattr(self.loss, term) for term in ("l1", "l2", "lpips", "esrgan")):
             raise ValueError("loss: one of l1, l2, lpips, esrgan must be above 0")
-        if self.adversarial.cutmix and self.discriminator.type != "unet":
+        if self.adversarial.mixes and self.discriminator.type != "unet":
             raise ValueError("adversarial.cutmix needs per-pixel logits: discriminator.type=unet")
         for phase in self.phases:
             self.check_resolution(phase.resolution)

@@ -19,6 +19,7 @@ from autoencoders.layers import checkpoint_blocks
 from autoencoders.losses import LPIPS, Objective, find_lpips, load_esrgan, load_lpips
 from autoencoders.losses.adversarial import (
     adaptive_weight,
+    cutmix_augmentation,
     cutmix_consistency,
     cutmix_masks,
     gradient_ratio,
@@ -185,8 +186,9 @@ def _update_discriminator(
 ) -> dict[str, Tensor | float]:
     """Update the discriminator on real images and their reconstructions; return its terms."""
     batches_of_images = [images, recon]
-    if state.recipe.adversarial.cutmix:
-        boxes = uniform(run.seed, "cutmix", ks, (3,)).to(run.device, non_blocking=True)
+    adversarial = state.recipe.adversarial
+    if adversarial.mixes:
+        boxes = uniform(run.seed, "cutmix", ks, (4,)).to(run.device, non_blocking=True)
         mask = cutmix_masks(boxes, *images.shape[-2:])  # (b, 1, H, W)
         batches_of_images.append(torch.where(mask, images, recon))
     # one forward pass, so that the power iteration of spectral norm runs once
@@ -195,9 +197,12 @@ def _update_discriminator(
         real, fake, *mixed = split(logits, len(batches_of_images))
     total = state.objective.discriminator_loss(real, fake)
     terms: dict[str, Tensor | float] = {"discriminator": total}
-    if mixed:
+    if adversarial.cutmix:
         terms["cutmix"] = cutmix_consistency(mixed[0], real, fake, mask)
-        total = total + state.recipe.adversarial.cutmix * terms["cutmix"]
+        total = total + adversarial.cutmix * terms["cutmix"]
+    if adversarial.cutmix_augmentation:
+        terms["cutmix_augmentation"] = cutmix_augmentation(mixed[0], mask)
+        total = total + adversarial.cutmix_augmentation * terms["cutmix_augmentation"]
     terms["logit_real"], terms["logit_fake"] = real[0].mean(), fake[0].mean()
     optimizer, clip_norm = state.opt_discriminator, state.recipe.clip_norm
     norm = run.step(total, state.discriminator, optimizer, "discriminator", clip_norm)

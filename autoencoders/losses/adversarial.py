@@ -46,12 +46,12 @@ def logistic_discriminator(real: Logits, fake: Logits) -> Tensor:
 
 
 def bce_discriminator(real: Logits, fake: Logits) -> Tensor:
-    """Binary cross-entropy with labels 1 (real) and 0 (fake), over both sets together.
+    """Binary cross-entropy with labels 1 (real) and 0 (fake), as U-Net GAN trains with it.
 
-    Half the logistic loss, which adds the two sets instead of averaging them; the generator's loss
-    is the same. U-Net GAN trains with this one (Schönfeld et al. 2020, arXiv 2002.12655).
+    Real and fake images count half each, and the losses of the maps add up (Schönfeld et al. 2020,
+    arXiv 2002.12655, Equation 3); the generator's loss is the logistic one, as in their code.
     """
-    return logistic_discriminator(real, fake) / 2
+    return logistic_discriminator(real, fake) * len(real) / 2
 
 
 ADVERSARIAL = {
@@ -94,10 +94,10 @@ def gradient_ratio(
 
 
 def adaptive_weight(weight: float, ratio: Tensor) -> Tensor:
-    """λ_adv = weight × ratio, in [0, 10⁴]; a weight of 0.5 is the paper's Equation 2."""
+    """λ_adv = weight × ratio, the ratio at most 10⁴; a weight of 0.5 is the paper's Equation 2."""
     # Sadat et al. 2024, Equation 2; the bound is Esser et al.'s (2021, arXiv 2012.09841): without
     # one the weight diverges where the discriminator's gradient is 0
-    return (weight * ratio).clamp(0, 1e4)
+    return weight * ratio.clamp(0, 1e4)
 
 
 # ---------------------------------------------------------------------------------- CutMix
@@ -115,18 +115,31 @@ def cutmix_consistency(mixed: Logits, real: Logits, fake: Logits, mask: Tensor) 
     return (mixed_map - torch.where(mask, real_map, fake_map)).square().mean()
 
 
-def cutmix_masks(uniforms: Tensor, height: int, width: int) -> Tensor:
-    """Boxes of the image's proportions, anywhere in it: (B, 3) → bool (B, 1, height, width).
+def cutmix_augmentation(mixed: Logits, mask: Tensor) -> Tensor:
+    """Cross-entropy of the mixture: each pixel has its own label, the image as a whole is fake.
 
     Args:
-        uniforms: in [0, 1), three of each image: λ, then the box's position from the top and from
-            the left. The box covers 1 − λ of the image, to the nearest pixel, and lies inside.
+        mixed, mask: as for `cutmix_consistency`; the second map is the image's logit.
+    """
+    pixels, image = (logits.float() for logits in mixed)
+    # Schönfeld et al. 2020, Section 3.2: labels M for the decoder, 0 for the encoder
+    return F.binary_cross_entropy_with_logits(pixels, mask.float()) + F.softplus(image).mean()
+
+
+def cutmix_masks(uniforms: Tensor, height: int, width: int) -> Tensor:
+    """Boxes of the image's proportions, real or fake: (B, 4) → bool (B, 1, height, width).
+
+    Args:
+        uniforms: in [0, 1), four of each image: λ, then the box's position from the top and from
+            the left; below ½, the fourth inverts the mask. The box covers 1 − λ of the image, to
+            the nearest pixel, and lies inside.
     """
     # Yun et al. 2019 (arXiv 1905.04899), Equation 2: sides √(1 − λ), λ ~ Beta(1, 1), uniform
     share = (1 - uniforms[:, 0]).sqrt()
     rows = _interval(share, uniforms[:, 1], height)  # (B, H)
     columns = _interval(share, uniforms[:, 2], width)  # (B, W)
-    return (rows[:, :, None] & columns[:, None, :])[:, None]
+    box = rows[:, :, None] & columns[:, None, :]
+    return (box ^ (uniforms[:, 3, None, None] < 0.5))[:, None]
 
 
 def _interval(share: Tensor, start: Tensor, side: int) -> Tensor:

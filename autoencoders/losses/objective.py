@@ -36,7 +36,8 @@ class LossConfig(Config):
     esrgan: NonNegativeFloat = 0.0
     """ESRGAN's perceptual loss: VGG-19's features before activation (Table 14)."""
     ldl: NonNegativeFloat = 0.0
-    """LDL: ℓ1 weighted by the likelihood of adversarial artifacts (Table 15)."""
+    """LDL: ℓ1 weighted by the likelihood of adversarial artifacts (Table 15); twice its source's,
+    whose images are in [0, 1]."""
     kl: NonNegativeFloat = 1e-6
     """KL of the posterior to N(0, I), in nats per image value."""
     gaussian: NonNegativeFloat = 0.5
@@ -59,8 +60,8 @@ class AdversarialConfig(Config):
     """λ_adv after the ramp; 0 trains without a discriminator. With adaptive weighting it multiplies
     the ratio of the gradients' norms: 0.5 is the paper's Equation 2."""
     loss: Literal["hinge", "logistic", "bce"] = "hinge"
-    """hinge; logistic: the non-saturating one; bce: the same, with half the discriminator's loss
-    (Table 16)."""
+    """hinge; logistic: the non-saturating one; bce: U-Net GAN's (Table 16). The discriminator's
+    hinge and logistic losses are twice those of latent diffusion, which halves the sum."""
     weighting: Literal["constant", "adaptive"] = "constant"
     """constant; adaptive: λ_adv follows the ratio of the gradients' norms (Table 8)."""
     start: Fraction = 0.2
@@ -68,7 +69,14 @@ class AdversarialConfig(Config):
     ramp: Fraction = 0.05
     """Duration of the linear rise from 0, as a fraction of all generator steps."""
     cutmix: NonNegativeFloat = 0.0
-    """Weight of CutMix consistency in the discriminator's loss; with the U-Net only."""
+    """Weight of CutMix consistency in the discriminator's loss; U-Net GAN has 1. U-Net only."""
+    cutmix_augmentation: NonNegativeFloat = 0.0
+    """Weight of the adversarial loss of CutMix's mixtures; U-Net GAN has 1. U-Net only."""
+
+    @property
+    def mixes(self) -> bool:
+        """True if the discriminator also sees CutMix's mixtures."""
+        return self.cutmix > 0 or self.cutmix_augmentation > 0
 
 
 class Objective:

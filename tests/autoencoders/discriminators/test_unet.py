@@ -49,6 +49,14 @@ def test_two_heads_at_any_size_it_can_halve(size):
     assert [tuple(maps.shape) for maps in logits] == [(2, 1, *size), (2, 1)]
 
 
+def test_pixel_logits_are_linear_in_the_last_features():
+    net, features = small(), []
+    net.up[-1].register_forward_hook(lambda _m, _i, out: features.append(out))
+    pixels, _ = net(torch.randn(2, 3, 16, 16))
+    assert (features[0] < 0).any()  # U-Net GAN's code has no activation in between
+    torch.testing.assert_close(pixels, net.pixels(features[0]))
+
+
 def test_spectral_norm_everywhere_but_at_the_last_convolution():
     net = small()
     plain = [

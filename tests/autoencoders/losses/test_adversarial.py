@@ -18,6 +18,7 @@ from autoencoders.losses.adversarial import (
     adaptive_weight,
     artifact_map,
     bce_discriminator,
+    cutmix_augmentation,
     cutmix_consistency,
     cutmix_masks,
     gradient_ratio,
@@ -64,14 +65,14 @@ def test_logistic():
     assert logistic_discriminator(heads(REAL), heads(FAKE)).item() == pytest.approx(expected)
 
 
-def test_bce_is_the_cross_entropy_of_all_logits_with_their_labels():
+def test_bce_adds_the_heads_cross_entropies():
     real, fake = heads(REAL), heads(FAKE)
     per_head = []
     for r, f in zip(real, fake, strict=True):
         logits = torch.cat([r.flatten(), f.flatten()])
         labels = torch.cat([torch.ones(r.numel()), torch.zeros(f.numel())])
         per_head.append(F.binary_cross_entropy_with_logits(logits, labels))
-    torch.testing.assert_close(bce_discriminator(real, fake), sum(per_head) / 2)
+    torch.testing.assert_close(bce_discriminator(real, fake), sum(per_head))
     generator, discriminator = ADVERSARIAL["bce"]
     assert discriminator is bce_discriminator
     labels = [F.binary_cross_entropy_with_logits(head, torch.ones_like(head)) for head in fake]
@@ -168,7 +169,7 @@ def test_bf16_autocast_measures_in_float32(layer, features):
 def test_a_discriminator_without_gradient_gives_no_nan(layer, features):
     recon, adversarial = losses(layer, features)
     ratio = gradient_ratio(recon, 0 * adversarial, layer.weight, delta=1e-9)
-    assert adaptive_weight(0.5, ratio).item() == 1e4
+    assert adaptive_weight(0.5, ratio).item() == 0.5 * 1e4  # the ratio is bounded, as in taming
     assert gradient_ratio(0 * recon, 0 * adversarial, layer.weight).item() == 0
 
 
@@ -177,15 +178,16 @@ def test_half_of_the_ratio_is_the_papers_weight():
 
 
 def uniforms(count, seed=0):
-    return torch.rand(count, 3, generator=torch.Generator().manual_seed(seed))
+    return torch.rand(count, 4, generator=torch.Generator().manual_seed(seed))
 
 
-def test_every_mask_is_one_whole_box_of_the_area_drawn():
+def test_every_mask_is_one_whole_box_of_the_area_drawn_or_all_around_it():
     draws = uniforms(200)
     masks = cutmix_masks(draws, 24, 40)
     assert masks.shape == (200, 1, 24, 40)
     assert masks.dtype == torch.bool
-    for (mixing, *_), mask in zip(draws.tolist(), masks[:, 0], strict=True):
+    for (mixing, *_, kind), mask in zip(draws.tolist(), masks[:, 0], strict=True):
+        mask = mask if kind >= 0.5 else ~mask
         side = (1 - mixing) ** 0.5
         assert mask.any(1).sum().item() == round(side * 24)
         assert mask.any(0).sum().item() == round(side * 40)
@@ -197,7 +199,9 @@ def test_every_mask_is_one_whole_box_of_the_area_drawn():
 
 
 def test_areas_are_uniform_and_boxes_reach_every_corner():
-    masks = cutmix_masks(uniforms(4000), 32, 32).float()
+    draws = uniforms(4000)
+    draws[:, 3] = 1
+    masks = cutmix_masks(draws, 32, 32).float()
     areas = masks.mean(dim=(1, 2, 3)).sort().values
     # Beta(1, 1) is uniform: its quantiles are themselves
     torch.testing.assert_close(areas, torch.linspace(0, 1, 4000), rtol=0, atol=0.05)
@@ -205,7 +209,7 @@ def test_areas_are_uniform_and_boxes_reach_every_corner():
     torch.testing.assert_close(corners, corners.mean().expand(4), rtol=0, atol=0.03)
 
 
-@pytest.mark.parametrize("draw", [(0.0, 0.0, 0.0), (1 - 2**-24, 1 - 2**-24, 1 - 2**-24)])
+@pytest.mark.parametrize("draw", [(0.0, 0.0, 0.0, 0.5), (*[1 - 2**-24] * 3, 0.5)])
 def test_the_ends_of_the_interval(draw):
     mask = cutmix_masks(torch.tensor([draw]), 16, 16)
     assert mask.all() if draw[0] == 0 else not mask.any()
@@ -240,6 +244,20 @@ def test_what_judges_each_pixel_alone_is_consistent():
     judged = [(x.square().sum(1, keepdim=True),) for x in (images, recon)]
     mixed = (torch.where(mask, images, recon).square().sum(1, keepdim=True),)
     assert cutmix_consistency(mixed, *judged, mask).item() == 0
+
+
+def test_augmentation_labels_each_pixel_and_calls_the_image_fake():
+    rng = torch.Generator().manual_seed(0)
+    pixels, image = torch.randn(2, 1, 4, 6, generator=rng), torch.randn(2, 1, generator=rng)
+    mask = cutmix_masks(uniforms(2), 4, 6)
+    terms = [
+        -log_sigmoid(logit if label else -logit)
+        for logit, label in zip(pixels.flatten().tolist(), mask.flatten().tolist(), strict=True)
+    ]
+    whole = [-log_sigmoid(-logit) for logit in image.flatten().tolist()]
+    expected = sum(terms) / len(terms) + sum(whole) / len(whole)
+    assert cutmix_augmentation((pixels, image), mask).item() == pytest.approx(expected)
+    assert cutmix_augmentation((pixels.bfloat16(), image), mask).dtype == torch.float32
 
 
 def test_it_teaches_the_unet():

@@ -94,7 +94,7 @@ def test_a_name_of_both_stages(run, tmp_path):
 
 def test_a_batch_that_does_not_divide_is_no_equation(run):
     code, out = run("ae/tiny", *TINY, "--no-trial", "--processes", 4)
-    assert code == 1 and "make it a multiple of 4" in out
+    assert code == 1 and "use batch_size=4, or 1, 2 process(es)" in out
     assert "\n  batch      2\n" in out
 
 

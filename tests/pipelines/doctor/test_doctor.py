@@ -99,7 +99,7 @@ def test_everything_missing_is_told_at_once():
     told = errors(found)
     assert len(told) == 3 and all("\n" not in text for text in told)
     assert "no autoencoder run" in told[0] and "nowhere does not exist" in told[1]
-    assert "make it a multiple of 4" in told[2] and found.length.each == 2
+    assert "use batch_size=4 or 8, or " in told[2] and found.length.each == 2
     notes = [problem.text for problem in found.problems if problem.level == "note"]
     assert notes == ["the data's classes are not known: 1,000 are assumed"]
 
