@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,6 +35,7 @@ class DiffusionState(TrainingState):
 
     Args:
         recipe: with the network's sizes, from `fit`.
+        autoencoder: of its latents.
 
     Attributes:
         network: F, the network inside the denoiser.
@@ -45,7 +47,7 @@ class DiffusionState(TrainingState):
         row: the last row of metrics.
     """
 
-    def __init__(self, recipe: DiffusionRecipe, run: Run) -> None:
+    def __init__(self, recipe: DiffusionRecipe, run: Run, autoencoder: Autoencoder) -> None:
         super().__init__(recipe.batch_size, recipe.steps)
         self.recipe, self.folder = recipe, run.folder
         self.network = run.place(build_network(recipe.network))
@@ -55,8 +57,12 @@ class DiffusionState(TrainingState):
         self.ema = Ema(denoiser, recipe.ema_half_life_images)
         self.powers = {std: PowerEma(self.network, std) for std in recipe.ema_stds}
         self.averages = [self.ema, *self.powers.values()]
-        parameters = self.objective.parameters()
-        self.optimizer = torch.optim.Adam(parameters, recipe.lr, recipe.betas, fused=True)
+        # EDM and EDM2 sum the loss over a latent's values, by ε = 1e-8. The gradients of a mean are
+        # smaller by their number: with that ε, most layers of EDM2 would be held back, unevenly.
+        self.adam_eps = 1e-8 / prod(latent_shape(recipe, autoencoder))
+        self.optimizer = torch.optim.Adam(
+            self.objective.parameters(), recipe.lr, recipe.betas, self.adam_eps, fused=True
+        )
         for module in (self.network, uncertainty):
             if hasattr(module, "normalize_weights"):  # of a magnitude-preserving network
                 self.optimizer.register_step_post_hook(lambda *_, m=module: m.normalize_weights())
@@ -90,6 +96,8 @@ class DiffusionState(TrainingState):
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         super().load_state_dict(saved)
+        for group in self.optimizer.param_groups:
+            group["eps"] = self.adam_eps  # earlier versions saved 1e-8
         self.row = saved.get("row", {})
         if "row" not in saved:  # of an earlier version
             rows = read_rows(self.folder / "metrics.jsonl")
@@ -143,7 +151,7 @@ def train_diffusion(
             return run.folder
         check_batch(recipe.batch_size, recipe.accumulate, run.world)
 
-        state = DiffusionState(recipe, run)
+        state = DiffusionState(recipe, run, autoencoder)
         autoencoder = run.place(autoencoder)
         if saved := run.resume():
             if saved["autoencoder_sha256"] != ae_sha256:

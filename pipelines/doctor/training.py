@@ -81,7 +81,7 @@ class DiffusionTraining:
     def __init__(self, recipe: DiffusionRecipe, config: AutoencoderConfig, run: Run) -> None:
         self.recipe, self.run = recipe, run
         self.autoencoder = run.place(Autoencoder(config).eval().requires_grad_(False))
-        self.state = DiffusionState(recipe, run)
+        self.state = DiffusionState(recipe, run, self.autoencoder)
         self.state.prepare(run, self.autoencoder)
         network, encoder = self.state.network, self.autoencoder.encoder
         self.networks: dict[str, nn.Module] = {"network": network, "encoder": encoder}

@@ -152,6 +152,28 @@ def test_learning_rate_follows_the_schedule(trained):
     assert trained[0].optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 / 2**0.5)
 
 
+def test_adams_steps_are_those_of_the_summed_loss(trained):
+    """EDM and EDM2 sum over a latent's values, with ε = 1e-8; gradients as small as that occur."""
+    optimizer, values = trained[0].optimizer, 4 * 4 * 4
+    gradients, moved = torch.logspace(-12, 0, 13), []
+    for scale, eps in ((1, 1e-8), (1 / values, optimizer.param_groups[0]["eps"])):
+        weight = torch.nn.Parameter(torch.zeros(13))
+        adam = torch.optim.Adam([weight], lr=1, eps=eps)
+        for _ in range(3):
+            weight.grad = gradients * scale
+            adam.step()
+        moved.append(weight.detach())
+    torch.testing.assert_close(*moved)
+
+
+def test_a_state_of_another_epsilon_resumes_with_the_right_one(trained):
+    state, right = trained[0], trained[0].optimizer.param_groups[0]["eps"]
+    saved = deepcopy(state.state_dict())
+    saved["optimizer"]["param_groups"][0]["eps"] = 1e-8
+    state.load_state_dict(saved)
+    assert state.optimizer.param_groups[0]["eps"] == right < 1e-9
+
+
 def test_everything_learns_and_weights_keep_their_norm(trained):
     state, before = trained
     held = [name for name in before if name.endswith("weight")]
