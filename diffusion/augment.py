@@ -27,6 +27,7 @@ AUGMENT_PARAMETERS = 9
 SCALE_OCTAVES = 0.2
 ANISOTROPY_OCTAVES = 0.2
 TRANSLATION_SIDES = 0.125
+AXIS_PROBABILITY = 0.5  # of a stretch along an axis at random; the others are horizontal
 
 # The middle of eight equidistant samples by the polynomial through them, from the inner pair out.
 # Together with the samples it is the low-pass of the wavelet sym4 convolved with its mirror image:
@@ -58,7 +59,8 @@ class AugmentConfig(Config):
     rotation: Fraction = 1.0
     """Largest angle to either side, as a fraction of half a turn; 0: no rotation."""
     anisotropy: Fraction = ANISOTROPY_OCTAVES
-    """Standard deviation of log2 of the stretch along a random axis, in octaves; 0: none."""
+    """Standard deviation of log2 of the stretch along an axis, in octaves; 0: none. Half of the
+    axes are horizontal."""
     translation: Fraction = TRANSLATION_SIDES
     """Standard deviation of the shift along each axis, as a fraction of the side; 0: none."""
 
@@ -78,18 +80,21 @@ def draw_augmentation(seed: int, ks: Iterable[int], config: AugmentConfig) -> Te
     At the default strengths a₂ and a₅ … a₇ are standard normal where enabled. The x-flip is always
     enabled, which mirrors every second image. All columns are 0 if `probability` is 0.
 
-    In the paper (a₅ cos a₄, a₅ sin a₄) means a stretch along its own direction or, if a₅ < 0,
-    across it. Here it is always along: vectors and transforms have the paper's distributions, and
-    a vector determines its transform.
+    As in the paper's code, half of the axes are horizontal (a₄ = 0), which its Table 6 omits; the
+    others point anywhere. A negative a₅ shrinks along the axis, and so stretches across it. There
+    the code leaves some vectors ambiguous: (a₅ cos a₄, a₅ sin a₄) may belong to either sign of a₅.
+    Here a vector off the horizontal always means a stretch along itself: vectors and transforms
+    have the code's distributions, and a vector determines its transform.
     """
     ks = list(ks)
     if config.probability == 0:
         return torch.zeros(len(ks), AUGMENT_PARAMETERS)
-    u = seeds.uniform(seed, "augment-uniform", ks, (9,)).double()
+    u = seeds.uniform(seed, "augment-uniform", ks, (10,)).double()
     n = seeds.normal(seed, "augment-normal", ks, (4,)).double()
     chosen = u[:, :5] < config.probability  # y-flip, scaling, rotation, anisotropy, translation
     turn, axis = ((2 * u[:, 5:7] - 1) * math.pi).unbind(1)  # a3, a4 ~ U(−π, π)
     turn = turn * config.rotation * chosen[:, 2]
+    axis = axis * (u[:, 9] < AXIS_PROBABILITY)
     stretch = n[:, 1] * chosen[:, 3] * config.anisotropy / ANISOTROPY_OCTAVES
     shift = n[:, 2:] * chosen[:, 4:] * config.translation / TRANSLATION_SIDES
     columns = (
@@ -112,8 +117,11 @@ def augmentation_matrix(parameters: Tensor, height: int, width: int) -> Tensor:
     to the augmented image.
     """
     flip_x, flip_y, scale, cos, sin, along, across, right, down = parameters.double().unbind(1)
-    turn, axis = torch.atan2(sin, 1 + cos), torch.atan2(across, along)
-    stretch = 2 ** (ANISOTROPY_OCTAVES * torch.hypot(along, across))
+    turn = torch.atan2(sin, 1 + cos)
+    # a horizontal axis has a signed stretch, any other one along itself
+    is_level = across == 0
+    axis = torch.atan2(across, along).masked_fill(is_level, 0)
+    stretch = 2 ** (ANISOTROPY_OCTAVES * torch.where(is_level, along, torch.hypot(along, across)))
     # Table 6, from top to bottom: each is applied to the result of those above it
     matrix = _scale(1 - 2 * flip_x, 1 - 2 * flip_y)
     zoom = 2 ** (SCALE_OCTAVES * scale)

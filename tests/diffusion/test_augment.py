@@ -71,6 +71,8 @@ def table_six(row, height, width):
     a0, a1, a2 = a[:3]
     a3 = math.atan2(a[SIN], a[COS] + 1)
     a4, a5 = math.atan2(a[ACROSS], a[ALONG]), math.hypot(a[ALONG], a[ACROSS])
+    if a[ACROSS] == 0:  # along the horizontal, where the sign of a₅ is known
+        a4, a5 = 0.0, a[ALONG]
     x_flip = scale_2d(1 - 2 * a0, 1)
     y_flip = scale_2d(1, 1 - 2 * a1)
     scaling = scale_2d((2**0.2) ** a2, (2**0.2) ** a2)
@@ -168,6 +170,7 @@ def test_what_each_column_does_to_a_point():
     assert moved({SCALE: 5.0}, 3.0, 4.0) == pytest.approx([6, 8])
     assert moved(QUARTER, 3.0, 0.0) == pytest.approx([0, -3])  # from the right to the top
     assert moved({ALONG: 5.0}, 3.0, 4.0) == pytest.approx([6, 2])
+    assert moved({ALONG: -5.0}, 3.0, 4.0) == pytest.approx([1.5, 8])
     assert moved({ACROSS: 5.0}, 3.0, 4.0) == pytest.approx([1.5, 8])
     assert moved({RIGHT: 1.0, DOWN: -1.0}, 3.0, 4.0) == [3 + 20, 4 - 10]
 
@@ -278,7 +281,9 @@ def test_each_transform_is_enabled_on_its_own_with_its_probability():
     torch.testing.assert_close(enabled.mean(0), expected, atol=error, rtol=0)
     assert on[:, X_FLIP].double().mean() == pytest.approx(0.5, abs=4 * 0.5 / math.sqrt(8000))
     assert torch.equal(on[:, COS], on[:, SIN])
-    assert torch.equal(on[:, ALONG], on[:, ACROSS])
+    assert not (on[:, ACROSS] & ~on[:, ALONG]).any()
+    level = ~on[:, ACROSS][on[:, ALONG]]  # half of the axes are horizontal
+    assert level.double().mean() == pytest.approx(0.5, abs=2 / math.sqrt(len(level)))
     assert torch.equal(on[:, RIGHT], on[:, DOWN])
     correlation = torch.corrcoef(torch.cat([on[:, :1].double(), enabled], dim=1).T)
     assert (correlation - torch.eye(6)).abs().max() < 4 / math.sqrt(8000)
@@ -287,7 +292,8 @@ def test_each_transform_is_enabled_on_its_own_with_its_probability():
 def test_columns_are_distributed_as_in_the_paper():
     drawn = draw_augmentation(0, range(8000), ALWAYS).double()
     assert set(drawn[:, :2].unique().tolist()) == {0, 1}
-    for column, std in ((SCALE, 1), (RIGHT, 1), (DOWN, 1), (ALONG, 0.5**0.5), (ACROSS, 0.5**0.5)):
+    # half of the axes are horizontal: E[cos²] = ½ + ¼, E[sin²] = ¼
+    for column, std in ((SCALE, 1), (RIGHT, 1), (DOWN, 1), (ALONG, 0.75**0.5), (ACROSS, 0.5)):
         assert drawn[:, column].mean() == pytest.approx(0, abs=0.05)
         assert drawn[:, column].std() == pytest.approx(std, rel=0.05)
     angle = torch.atan2(drawn[:, SIN], 1 + drawn[:, COS])
@@ -301,6 +307,17 @@ def test_columns_are_distributed_as_in_the_paper():
     random = drawn[:, [X_FLIP, Y_FLIP, SCALE, SIN, ALONG, ACROSS, RIGHT, DOWN]]
     correlation = torch.corrcoef(random.T) - torch.eye(8)
     assert correlation.abs().max() < 4.5 / math.sqrt(8000)
+
+
+def test_horizontal_stretches_go_both_ways():
+    drawn = draw_augmentation(0, range(4000), ALWAYS)
+    level = drawn[drawn[:, ACROSS] == 0]
+    assert level[:, ALONG].double().mean() == pytest.approx(0, abs=4 / math.sqrt(len(level)))
+    alone = torch.zeros_like(level)
+    alone[:, ALONG] = level[:, ALONG]
+    matrix = augmentation_matrix(alone, 64, 64)
+    torch.testing.assert_close(matrix[:, 0, 0].log2(), 0.2 * level[:, ALONG].double())
+    assert not matrix[:, 0, 1].any()
 
 
 @pytest.mark.parametrize(
