@@ -143,7 +143,8 @@ def _measure(
     total = min(len(job.source), how.limit or len(job.source))
     scores, faults = Scores(), FaultCount(total)
     extractor = metrics.extractor
-    real, fake = (SetStatistics(total, job.resolution, extractor) for _ in range(2))
+    real = SetStatistics(total, job.resolution, extractor, patch_seed=statistics.SEED + 1)
+    fake = SetStatistics(total, job.resolution, extractor)
     stream = evaluation_batches(
         job.source, job.resolution, how.batch_size * world, how.limit, ranks.process_index, world,
         job.data.workers, faults,

@@ -83,8 +83,7 @@ DIRECTIONS_AT_ONCE = 16  # bounds the memory of sorting all points along directi
 class PatchDescriptors:
     """Patches of the images of a set.
 
-    Their positions in image k depend on (seed, k) alone, so that equal sets have distance 0, and
-    batches and processes do not matter.
+    Their positions in image k depend on (seed, k) alone: batches and processes do not matter.
 
     Args:
         resolution: size of the images in pixels, at least 7.
@@ -182,10 +181,12 @@ def sliced_wasserstein(
         LdmError: a set is empty, or its images are smaller than 7×7 pixels.
     """
     sides = []
-    for images in (images_a, images_b):
+    # as published, each set's patches are drawn apart: in the same places, an image and its
+    # reconstruction would show the same content
+    for own_seed, images in enumerate((images_a, images_b), start=seed):
         side = None
         for batch in [images] if isinstance(images, Tensor) else images:
-            side = side or PatchDescriptors(batch.shape[-1], patches, seed)
+            side = side or PatchDescriptors(batch.shape[-1], patches, own_seed)
             side.update(batch)
         if side is None:
             raise LdmError("the sliced Wasserstein distance of no images: give both sets some")

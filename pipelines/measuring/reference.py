@@ -226,6 +226,7 @@ class ImageReference(Reference):
 
         The numbers are the same either way, up to the last digits of float64.
         """
+        how["patch_seed"] = SEED + 1
         identity = from_main(ranks, lambda: identify(self, extractor))
         if identity is None:
             return accumulate(self, ranks, extractor, swd_images=swd_images, **how)

@@ -228,6 +228,8 @@ class SetStatistics:
         extractor: None leaves the features out.
         swd_images: images to take patches of; 0: none.
         every_feature: keep the features of all images, batch by batch, beside their moments.
+        patch_seed: of the patches' places: SEED in samples and reconstructions, SEED + 1 in what
+            they are compared with, for in the same places a reconstruction shows the same content.
     """
 
     def __init__(
@@ -237,13 +239,12 @@ class SetStatistics:
         extractor: Extractor | None = None,
         swd_images: int = SWD_IMAGES,
         every_feature: bool = False,
+        patch_seed: int = SEED,
     ) -> None:
         self.features = FeatureSet(extractor.dim, total, seed=SEED) if extractor else None
-        self.patches = PatchDescriptors(resolution, seed=SEED) if swd_images else None
+        self.patches = PatchDescriptors(resolution, seed=patch_seed) if swd_images else None
         self.hashes: Hashes = {}  # `accumulate` fills them in
         self.every_feature: list[NDArray[np.float32]] | None = [] if every_feature else None
-        # The i-th of the images drawn gives patches at the same places in every set, so that equal
-        # sets are at distance 0.
         drawn = draw_images(total, swd_images)
         self._places = torch.full((total,), -1)
         self._places[drawn] = torch.arange(len(drawn))
@@ -294,13 +295,16 @@ def accumulate(
     workers: int = 0,
     swd_images: int = SWD_IMAGES,
     every_feature: bool = False,
+    patch_seed: int = SEED,
 ) -> SetStatistics:
     """Take in every image of a set once, shared by all processes; for options see `SetStatistics`.
 
     `batch_size` is over all processes. The main process returns the statistics of all images, the
     others those of their share.
     """
-    mine = SetStatistics(len(images), images.resolution, extractor, swd_images, every_feature)
+    mine = SetStatistics(
+        len(images), images.resolution, extractor, swd_images, every_feature, patch_seed
+    )
     # starting processes for a single batch takes longer than loading it
     workers = min(workers, len(images) // batch_size)
     with (

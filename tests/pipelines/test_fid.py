@@ -105,7 +105,8 @@ def test_a_set_against_itself_is_at_zero(tmp_path, reference, measure):
     everything = reference.model_copy(update={"held_out": 0})
     result = measure(tmp_path / "data", everything, "all")
     assert result["fid"] < 1e-3
-    assert result["swd"] == {"24": 0.0, "mean": 0.0}
+    # its patches are drawn twice, as published
+    assert result["swd"]["mean"] > 0
     assert any(text.startswith("15 of 15 samples") for text in result["warnings"])
 
 

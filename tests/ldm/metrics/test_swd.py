@@ -168,10 +168,27 @@ def test_gaussian_images_have_a_closed_form():
     assert found["16"] == pytest.approx(1e3 * expected, rel=0.01)
 
 
-def test_equal_sets_are_at_zero():
+def in_the_same_places(images, others):
+    """The distance of two sets whose patches are cut from the same places."""
+    sides = [PatchDescriptors(32, patches=16) for _ in range(2)]
+    for side, batch in zip(sides, (images, others), strict=True):
+        side.update(batch)
+    return compare_descriptors(*sides, projections=16, repeats=2)
+
+
+def test_equal_patches_are_at_zero():
     images = textures(8, 0)
-    result = sliced_wasserstein(images, images, **SMALL)
-    assert result == {"32": 0.0, "16": 0.0, "mean": 0.0}
+    assert in_the_same_places(images, images) == {"32": 0.0, "16": 0.0, "mean": 0.0}
+
+
+def test_the_sets_patches_are_drawn_apart():
+    """Of an image and its blurred copy, patches in the same places are too near each other."""
+    images = textures(8, 0)
+    blurred = ndimage.gaussian_filter(images.numpy(), (0, 0, 1, 1))
+    blurred = torch.from_numpy(blurred)
+    assert sliced_wasserstein(images, images, **SMALL)["mean"] > 0
+    near, apart = in_the_same_places(images, blurred), sliced_wasserstein(images, blurred, **SMALL)
+    assert apart["16"] > near["16"]
 
 
 def test_it_sees_a_blur_where_the_detail_is_lost():
@@ -185,8 +202,7 @@ def test_it_sees_a_blur_where_the_detail_is_lost():
 
 def test_brightness_and_contrast_are_normalised_away():
     images = to_float(textures(8, 0))
-    result = sliced_wasserstein(images, images * 0.5 + 0.25, **SMALL)
-    assert result["mean"] < 1  # half precision alone
+    assert in_the_same_places(images, images * 0.5 + 0.25)["mean"] < 1  # half precision alone
 
 
 def test_the_seed_decides():
