@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -156,9 +156,16 @@ def _writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
+def stack_scalars(values: Sequence[Tensor | float]) -> Tensor:
+    """Stack numbers and tensors () of any type and device: (n,) float64, on a GPU if one is."""
+    devices = (value.device for value in values if isinstance(value, Tensor))
+    device = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
+    return torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
+
+
 def _mean(values: list[Tensor | float]) -> float:
     """Average the finite values (a skipped step's are not); NaN if there are none."""
-    all_values = torch.stack([torch.as_tensor(value).double() for value in values])
+    all_values = stack_scalars(values)
     return all_values[all_values.isfinite()].mean().item()
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from ldm.checkpoint import Damaged, read_tensors
 from ldm.config import Config, Tree, flatten, to_tree, validate
@@ -246,6 +247,8 @@ def restore(parts: Mapping[str, Any], tree: Mapping[str, Any]) -> None:
     for name, part in parts.items():
         try:
             part.load_state_dict(tree[name if name in tree else FORMER_PARTS.get(name, name)])
+            if isinstance(part, torch.optim.Optimizer):
+                match_layout(part)
         except torch.OutOfMemoryError:  # a RuntimeError that explains itself
             raise
         except (KeyError, RuntimeError, ValueError) as error:
@@ -253,6 +256,18 @@ def restore(parts: Mapping[str, Any], tree: Mapping[str, Any]) -> None:
                 f"the saved state of {name} does not fit: this run was started by another version "
                 "of the code (see its run.json): resume with that, or give --out another folder"
             ) from error
+
+
+def match_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Lay the state of an optimizer out in memory as its parameters are.
+
+    A state that was saved on another device may be laid out otherwise. Fused kernels walk through
+    parameters and moments alike, and would pair the wrong values.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _states(folder: Path) -> list[Path]:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ldm.errors import LdmError
-from ldm.logbook import Logbook, cut_rows, read_rows
+from ldm.logbook import Logbook, cut_rows, read_rows, stack_scalars
 from tests.small import file_size_limit
 
 
@@ -22,6 +22,15 @@ def test_a_row_is_the_mean_since_the_last(tmp_path):
     assert [r["images_seen"] for r in rows] == [32, 64]
     assert "l1" not in rows[1] and rows[1]["val_psnr"] == 20.0
     assert any((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_name_may_be_a_number_on_one_step_and_a_tensor_on_the_next():
+    weights = [0.5, torch.tensor(0.25, dtype=torch.bfloat16), torch.tensor(2)]
+    assert stack_scalars(weights).tolist() == [0.5, 0.25, 2]
+    # "meta" stands for a GPU: tensors of it do not mix with those of the CPU, either
+    weights.append(torch.empty((), device="meta"))
+    for values in (weights, weights[::-1]):
+        assert stack_scalars(values).device.type == "meta"
 
 
 def test_a_resumed_run_writes_the_lost_rows_again(tmp_path):

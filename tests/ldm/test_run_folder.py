@@ -255,6 +255,31 @@ def test_a_state_is_restored_part_by_part():
     assert torch.equal(fresh.weight, saved.weight)
 
 
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_moments_take_the_layout_of_their_parameters(layout):
+    def trained(steps, memory_format, state=None):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            conv = torch.nn.Conv2d(4, 6, 3).to(memory_format=memory_format)
+        optimizer = torch.optim.Adam(conv.parameters(), lr=0.1, fused=True)
+        if state is not None:
+            restore({"conv": conv, "optimizer": optimizer}, state)
+        images = torch.linspace(-1, 1, 2 * 4 * 8 * 8).reshape(2, 4, 8, 8)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            conv(images).square().sum().backward()
+            optimizer.step()
+        return conv, {"conv": conv.state_dict(), "optimizer": optimizer.state_dict()}
+
+    other = {torch.channels_last: torch.contiguous_format}.get(layout, torch.channels_last)
+    _, saved = trained(2, other)
+    whole, _ = trained(4, layout)
+    resumed, state = trained(2, layout, saved)
+    torch.testing.assert_close(resumed.weight, whole.weight)
+    moments = state["optimizer"]["state"][0]
+    assert moments["exp_avg"].stride() == moments["exp_avg_sq"].stride() == resumed.weight.stride()
+
+
 def test_restore_reads_the_former_names_of_parts():
     saved, fresh = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
     restore({"discriminator": fresh}, {"critic": saved.state_dict()})
