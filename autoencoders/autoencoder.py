@@ -203,9 +203,13 @@ class Autoencoder(HubMixin):
         return AutoencoderOutput(self.decode(latents, images.shape[-2:]), posterior, latents)
 
     def _moments(self, images: Tensor) -> Tensor:
-        return self.quant_conv(self.encoder(images))
+        moments = self.encoder(images)
+        if self.config.conv1x1:
+            moments = self.quant_conv(moments.to(self.quant_conv.weight.dtype))
+        return moments
 
     def _recon(self, latents: Tensor) -> Tensor:
+        latents = latents.to(self.decoder.conv_in.weight.dtype)
         return self.decoder(self.post_quant_conv(latents)).float()
 
     def fuse(self) -> "Autoencoder":

@@ -79,5 +79,6 @@ class LiteVAEEncoder(nn.Module):
             # LL grows twofold a level: dividing keeps it in the image's range
             sub_bands = torch.cat(transform[level - 1], dim=1) / 2**level  # (B, 12, H/2^l, W/2^l)
             extractor = self.extractors[0 if self.config.shared else i]
+            sub_bands = sub_bands.to(next(extractor.parameters()).dtype)  # from float32
             features.append(F.avg_pool2d(extractor(sub_bands), 2 ** (depth - level)))
         return self.aggregator(torch.cat(features, dim=1))  # (B, 12·levels, H/f, W/f) → moments

@@ -49,7 +49,8 @@ class SDVAEEncoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * latent_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = chain(channels_last(images), self.conv_in, *self.levels, self.middle)
+        x = channels_last(images.to(self.conv_in.weight.dtype))
+        x = chain(x, self.conv_in, *self.levels, self.middle)
         return chain(x, self.norm_out, F.silu, self.conv_out)
 
 
@@ -104,12 +105,13 @@ class SDVAEDecoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 4 * 3 if self.wavelet else 3, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
-        x = chain(channels_last(latents), self.conv_in, self.middle, *self.levels)
+        x = channels_last(latents.to(self.conv_in.weight.dtype))
+        x = chain(x, self.conv_in, self.middle, *self.levels)
         x = chain(x, self.norm_out, F.silu, self.conv_out)
         if not self.wavelet:
             return x
         # times 2, since LL has twice the range of the image
-        low, horizontal, vertical, diagonal = (2 * x.float()).chunk(4, dim=1)
+        low, horizontal, vertical, diagonal = (2 * x).chunk(4, dim=1)
         return haar_idwt((low, horizontal, vertical, diagonal))  # 4 × (B, 3, f·h/2, …) → (B, 3, …)
 
 
