@@ -278,11 +278,16 @@ class Run:
 
 def check_batch(batch_size: int, accumulate: int, processes: int) -> None:
     """Raise a UsageError unless a batch divides into micro-batches and over processes."""
-    if batch_size % (accumulate * processes):
-        raise UsageError(
-            f"batch_size={batch_size} does not divide into {accumulate} micro-batch(es) on "
-            f"{processes} process(es): make it a multiple of {accumulate * processes}"
-        )
+    whole = accumulate * processes
+    if batch_size % whole == 0:
+        return
+    near = [n for n in (batch_size // whole * whole, -(-batch_size // whole) * whole) if n]
+    counts = [str(n) for n in range(1, 65) if batch_size % (accumulate * n) == 0]
+    on = f", or {', '.join(counts)} process(es)" if counts else ""
+    raise UsageError(
+        f"batch_size={batch_size} does not divide into {accumulate} micro-batch(es) on "
+        f"{processes} process(es): use batch_size={' or '.join(map(str, near))}{on}"
+    )
 
 
 @contextmanager

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from ldm.distributed import make_accelerator
-from ldm.errors import LdmError
-from ldm.run import MAX_BAD_STEPS, Run, RunConfig, frozen, start_run
+from ldm.errors import LdmError, UsageError
+from ldm.run import MAX_BAD_STEPS, Run, RunConfig, check_batch, frozen, start_run
 from ldm.run_folder import load_state
 
 
@@ -29,6 +29,21 @@ def one_step(run, factor: float = 1.0, clip_norm: float | None = None):
         loss = module(torch.ones(2, 3)).square().mean() * factor
         norm = run.step(loss, module, optimizer, "it", clip_norm)
     return module.weight.detach() - before, norm
+
+
+@pytest.mark.parametrize(
+    ("sizes", "advice"),
+    [
+        ((42, 1, 8), "use batch_size=40 or 48, or 1, 2, 3, 6, 7, 14, 21, 42 process(es)"),
+        ((42, 2, 4), "use batch_size=40 or 48, or 1, 3, 7, 21 process(es)"),
+        ((3, 2, 1), "use batch_size=2 or 4"),
+        ((3, 1, 4), "use batch_size=4, or 1, 3 process(es)"),
+    ],
+)
+def test_a_batch_that_does_not_divide_names_those_that_do(sizes, advice):
+    with pytest.raises(UsageError) as refused:
+        check_batch(*sizes)
+    assert str(refused.value).endswith(advice)
 
 
 def test_a_step_updates_and_clears(run):
