@@ -20,6 +20,11 @@ from pipelines import LatentDiffusionPipeline
 
 ARCHIVE = Path(__file__).parent / "older_files" / "0.1.tar.xz"
 STEPS, BATCH = 8, 4
+OF_UNET_DISCRIMINATOR = {
+    "adversarial", "logit_real", "logit_fake", "gradient_ratio", "cutmix",
+    *("discriminator", "discriminator_gradient_norm", "critic", "critic_gradient_norm"),
+}  # fmt: skip
+"""Numbers that differ from version 0.1, whose U-Net discriminator had an activation too many."""
 ZIP = Path("stage_two/finished/samples/seed0-steps4-zip")
 
 
@@ -124,6 +129,8 @@ def test_a_stopped_run_resumes_and_ends_like_an_unbroken_one(ldm, run, twin):
     ours, theirs = last_rows(f"{run}/metrics.jsonl"), last_rows(twin)
     assert len(ours) == len(theirs)
     for one, other in zip(ours, theirs, strict=True):
+        for key in OF_UNET_DISCRIMINATOR if run == "stage_one/stopped" else ():
+            one.pop(key, None), other.pop(key, None)
         shared = one.keys() & other.keys()
         assert "l1" in shared or "loss" in shared or "val_psnr" in shared
         # a key may have a new name by now, and its value stays

@@ -217,6 +217,17 @@ class Target:
             trained["stage_one"] = decisive(self.stage_one.recipe)
         return {"trained": trained, "measured": measured | to_tree(protocol)}
 
+    def complete(self, then: Tree) -> Tree:
+        """Give an earlier request the defaults of settings that are newer than it."""
+        with suppress(UsageError):  # of settings that are gone
+            trained: dict[str, Tree] = {}
+            for name, tree in then["trained"].items():
+                run = self.training if name == "recipe" else self.stage_one
+                trained[name] = decisive(validate(type(run.recipe), tree))
+            measured = then["measured"] | {"data": trained["recipe"]["data"]}
+            return then | {"trained": trained, "measured": measured}
+        return then
+
 
 def decisive(recipe: Recipe) -> Tree:
     """Return the settings that numbers depend on, not those of display and safety."""

@@ -186,7 +186,7 @@ def up_to_date(
     record = read_json(target.folder / RECORD) or {}
     if record.get("format") != FORMAT or record.get("state") != "done":
         return None
-    then, before = record["asked"], record["taken"]
+    then, before = target.complete(record["asked"]), record["taken"]
     listings = then.get("listings", {})
     current = (
         then["measured"] == request["measured"]
