@@ -179,10 +179,17 @@ class EDM2Config(UNetSizes):
     """Share of the skip in the decoder's concatenation, 0 to 1."""
     clip: PositiveFloat = 256.0
     """Largest activation that leaves a block, in absolute value."""
+    embedding_multiplier: PositiveInt | None = None
+    """Width of the embedding, in multiples of `channels`; null: the widest level's."""
+
+    @property
+    def embedding_width(self) -> int:
+        """Width of the embedding, in channels."""
+        return self.channels * (self.embedding_multiplier or max(self.multipliers))
 
 
 class Embedding(nn.Module):
-    """Noise level, class and augmentation as the vector (B, 4·channels) that every block reads.
+    """Noise level, class and augmentation as the vector (B, width) that every block reads.
 
     An image without a label adds zeros to the sum of noise level and class; a network without
     classes has no sum, as the unconditional ones of the paper. The augmentation is not the paper's:
@@ -191,7 +198,7 @@ class Embedding(nn.Module):
 
     def __init__(self, config: EDM2Config) -> None:
         super().__init__()
-        width, self.config = 4 * config.channels, config
+        width, self.config = config.embedding_width, config
         self.fourier = MPFourier(config.channels)
         self.noise = MPLinear(config.channels, width)
         self.label = MPLinear(config.classes, width) if config.classes else None
@@ -199,7 +206,7 @@ class Embedding(nn.Module):
         self.augmentation = MPLinear(augmented, width) if augmented else None
 
     def forward(self, c_noise: Tensor, labels: Tensor, augment: Tensor) -> Tensor:
-        """c_noise (B,), labels (B,), augment (B, A) → (B, 4·channels)."""
+        """c_noise (B,), labels (B,), augment (B, A) → (B, width)."""
         embedding = self.noise(self.fourier(c_noise))
         if self.label is not None:
             classes, labels = self.config.classes, labels.to(c_noise.device)
@@ -218,7 +225,7 @@ class Residual(nn.Module):
     def __init__(self, in_width: int, out_width: int, config: EDM2Config) -> None:
         super().__init__()
         self.conv1 = MPConv2d(in_width, out_width, 3)
-        self.scale = MPLinear(4 * config.channels, out_width)
+        self.scale = MPLinear(config.embedding_width, out_width)
         self.gain = nn.Parameter(torch.zeros(()))
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = MPConv2d(out_width, out_width, 3)

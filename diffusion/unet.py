@@ -65,7 +65,7 @@ class UNetBase(nn.Module, ABC):
 
     Args:
         config: sizes of the network.
-        embed: (c_noise, labels, augment) → (B, 4·channels), which every block reads.
+        embed: (c_noise, labels, augment) → (B, width), which every block reads.
         first: the layer that enters the first level.
 
     Attributes:
@@ -179,7 +179,7 @@ class UNetBase(nn.Module, ABC):
             )
 
     def run_levels(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Pass x (B, …, H, W) and embedding (B, 4·channels) through all levels."""
+        """Pass x (B, …, H, W) and embedding (B, width) through all levels."""
         skips = []
         for level, blocks in enumerate(self.encoder):
             x = self.enter[level](x, embedding) if level > 0 else self.enter[0](x)

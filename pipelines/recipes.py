@@ -19,7 +19,7 @@ from diffusion import DenoiserConfig, NetworkConfig
 from diffusion.augment import AUGMENT_PARAMETERS, AugmentConfig
 from diffusion.edm import EDMConfig
 from diffusion.unet import UNetConfig
-from ldm.config import Config, list_presets
+from ldm.config import Config, Tree, list_presets, merge, validate
 from ldm.data import DataConfig
 from ldm.data.dataset import PHOTOS
 from ldm.ema import gamma_of_std
@@ -198,6 +198,15 @@ class DiffusionRecipe(Config):
         raise UsageError(
             f"denoiser.type={self.denoiser.type} is for imported models: use denoiser.type=edm"
         )
+
+
+def read_recipe(tree: Tree) -> DiffusionRecipe:
+    """Validate the recipe of a run or of a model file."""
+    network = tree.get("network", {})
+    if network.get("type") == "edm2":
+        # the width of earlier versions, whatever the multipliers
+        tree = merge({"network": {"type": "edm2", "embedding_multiplier": 4}}, tree)
+    return validate(DiffusionRecipe, tree)
 
 
 def fit(recipe: DiffusionRecipe, autoencoder: Autoencoder, classes: int) -> DiffusionRecipe:

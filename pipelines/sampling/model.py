@@ -22,7 +22,7 @@ from ldm.errors import LdmError, UsageError
 from ldm.images import to_uint8
 from ldm.seeds import normal
 from pipelines.latents import Codec
-from pipelines.recipes import DiffusionRecipe
+from pipelines.recipes import read_recipe
 from pipelines.sampling.settings import (
     Classes,
     Label,
@@ -47,7 +47,7 @@ class LatentModel:
 
     def __init__(self, file: ModelFile, path: str | Path) -> None:
         try:
-            recipe = validate(DiffusionRecipe, file.config)
+            recipe = read_recipe(file.config)
         except UsageError as error:
             raise LdmError(f"{path}: its config does not fit this version: {error}") from error
         inner, named = file.autoencoder, file.provenance.get("autoencoder_sha256")
@@ -64,8 +64,10 @@ class LatentModel:
         self.latent_shape = (recipe.network.latent_channels, side, side)
         self.classes = Classes(recipe.network.classes, tuple(file.statistics.get("classes", ())))
         self.recipe, self.sha256, self.autoencoder_sha256 = recipe, file.sha256, inner.sha256
+        network_tree = to_tree(recipe.network)
+        network_tree.pop("embedding_multiplier", None)  # earlier versions had none
         parts = {
-            "network": [self.sha256, to_tree(recipe.network)],
+            "network": [self.sha256, network_tree],
             "denoiser": to_tree(recipe.denoiser),
             "autoencoder": [self.autoencoder_sha256, to_tree(config)],
             "statistics": self.codec.statistics(),

@@ -126,7 +126,7 @@ def test_blocks_follow_figure_22(encodes, widths, way):
     config = EDM2Config(channels=4, multipliers=(3,), head_width=6, attention_balance=0.4, clip=2.0)
     block = EDM2Block(*widths, config, encodes, attends=True, way=way).double()
     nn.init.constant_(block.residual.gain, 0.8)
-    x, embedding = normal(2, widths[0], 4, 6).double(), normal(2, 16, seed=1).double()
+    x, embedding = normal(2, widths[0], 4, 6).double(), normal(2, 12, seed=1).double()
 
     doubled = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
     y = {"down": F.avg_pool2d(x, 2), None: x, "up": doubled}[way]
@@ -224,6 +224,14 @@ def test_no_label_is_minus_one_and_differs_from_every_class():
     for label in range(5):
         given = network(*batch, torch.tensor([label, label]))
         assert (given - without).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("multipliers", [(1, 2, 3, 4), (1, 2), (2, 1)])
+def test_the_embedding_is_as_wide_as_the_widest_level(multipliers):
+    config = TINY.model_copy(update={"multipliers": multipliers})
+    assert len(EDM2UNet(config).embed.noise.weight) == max(multipliers) * TINY.channels
+    config = config.model_copy(update={"embedding_multiplier": 3})
+    assert len(EDM2UNet(config).embed.noise.weight) == 3 * TINY.channels
 
 
 def test_class_and_noise_level_share_the_embedding():
