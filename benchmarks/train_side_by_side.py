@@ -31,7 +31,7 @@ from ldm.errors import LdmError, UsageError
 from ldm.files import write_json
 from ldm.images import save_grid, to_float
 from ldm.run import Run
-from ldm.run_folder import latest_state, load_state, save_state
+from ldm.run_folder import latest_state, load_state, restore, save_state
 from ldm.seeds import torch_seed
 from pipelines.recipes import AutoencoderRecipe
 from pipelines.train_autoencoder import (
@@ -65,8 +65,7 @@ class Contender:
         return {"parts": parts, "seconds": self.seconds, "curve": self.curve}
 
     def load(self, state: dict[str, Any]) -> None:
-        for name, part in self.training.parts.items():
-            part.load_state_dict(state["parts"][name])
+        restore(self.training.parts, state["parts"])
         self.seconds, self.curve = state["seconds"], state["curve"]
 
 
@@ -151,6 +150,7 @@ def train(run: Run, contenders: list[Contender], chunk: int, every: int) -> Sour
         for contender, state in zip(contenders, saved["contenders"], strict=True):
             contender.load(state)
             contender.training.images_seen = step * recipe.batch_size
+        del saved, state
         print(f"resuming from step {step}", flush=True)
     stream = batches(
         source, recipe.data, phase.resolution, run.seed, start=step * recipe.batch_size,

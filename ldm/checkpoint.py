@@ -182,10 +182,16 @@ def to_safetensors(weights: Mapping[str, Tensor], **metadata: str) -> bytes:
     return save(plain, metadata or None)
 
 
-def read_tensors(path: Path) -> Any:
-    """Call `torch.load` with `weights_only=True` and verify checksums; errors become LdmErrors."""
+def read_tensors(path: Path, mmap: bool = False) -> Any:
+    """Call `torch.load` with `weights_only=True` and verify checksums; errors become LdmErrors.
+
+    Args:
+        mmap: map the tensors into memory instead of reading them: all processes share one copy,
+            which the system drops when memory is short. Do not keep such tensors: they change with
+            the file.
+    """
     try:
-        tree = torch.load(path, map_location="cpu", weights_only=True)
+        tree = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         changed = None
         if is_zipfile(path):  # PyTorch's old format has no checksums
             with ZipFile(path) as archive:

@@ -233,9 +233,12 @@ def latest_state(folder: Path) -> Path | None:
 
 
 def load_state(state: Path) -> dict[str, Any]:
-    """Read a state written by `save_state`."""
+    """Map a state written by `save_state` into memory; copy its tensors, and let it go."""
+    file = state / "state.pt"
     try:
-        return read_tensors(state / "state.pt")
+        with suppress(Damaged):  # or on a file system that cannot map it
+            return read_tensors(file, mmap=True)
+        return read_tensors(file)
     except Damaged as error:
         raise Damaged(
             f"{state} is damaged: delete that folder to resume from the state before it"
@@ -248,7 +251,7 @@ def restore(parts: Mapping[str, Any], tree: Mapping[str, Any]) -> None:
         try:
             part.load_state_dict(tree[name if name in tree else FORMER_PARTS.get(name, name)])
             if isinstance(part, torch.optim.Optimizer):
-                match_layout(part)
+                copy_state(part)
         except torch.OutOfMemoryError:  # a RuntimeError that explains itself
             raise
         except (KeyError, RuntimeError, ValueError) as error:
@@ -258,16 +261,18 @@ def restore(parts: Mapping[str, Any], tree: Mapping[str, Any]) -> None:
             ) from error
 
 
-def match_layout(optimizer: torch.optim.Optimizer) -> None:
-    """Lay the state of an optimizer out in memory as its parameters are.
+def copy_state(optimizer: torch.optim.Optimizer) -> None:
+    """Replace the tensors of an optimiser's state by copies, laid out as its parameters are.
 
-    A state that was saved on another device may be laid out otherwise. Fused kernels walk through
-    parameters and moments alike, and would pair the wrong values.
+    The tensors that it was given may be those of the file. And a state that was saved on another
+    device may be laid out otherwise: fused kernels walk through parameters and moments alike, and
+    would pair the wrong values.
     """
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            if isinstance(value, Tensor):
+                like = parameter if value.shape == parameter.shape else value
+                state[name] = torch.empty_like(like, dtype=value.dtype).copy_(value)
 
 
 def _states(folder: Path) -> list[Path]:

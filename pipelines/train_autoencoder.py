@@ -248,6 +248,7 @@ def train_autoencoder(
         state = AutoencoderState(recipe, run, perceptual)
         if saved := run.resume():
             state.load_state_dict(saved)
+        del saved  # some gigabytes, and the file
         state.prepare(run)
         logbook = Logbook(run.folder if run.is_main else None, state.images_seen)
         run.say(_opening(run, state))

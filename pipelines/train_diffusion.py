@@ -168,6 +168,7 @@ def train_diffusion(
             state.load_state_dict(saved)
         else:
             codec = measure_codec(autoencoder, recipe, source, run)
+        del saved  # some gigabytes, and the file
         cache = open_cache(recipe, codec, ae_sha256, source, run) if recipe.cache else None
         state.prepare(run, autoencoder)
         logbook = Logbook(run.folder if run.is_main else None, state.images_seen)

@@ -4,15 +4,20 @@ import random
 import shutil
 import signal
 import time
+import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.utils._pytree import tree_leaves
 
 from ldm.checkpoint import load_model
 from ldm.errors import Interrupted
 from ldm.logbook import read_rows
 from ldm.run import Run
+from ldm.run_folder import load_state
 from pipelines import train_autoencoder, train_diffusion
 from tests.pipelines.kill import Killed, forget, kill, outcome
 from tests.small import AUTOENCODER, DIFFUSION, autoencoder_recipe, diffusion_recipe, ldm
@@ -231,6 +236,35 @@ def test_validation_skipped_by_a_stop_is_made_on_resume(stage, whole, tmp_path, 
         if (stage, part) != ("two", "pictures"):  # the losses' curve is drawn from the log
             assert found[part] == expected[part]
     assert found["pictures"].keys() == expected["pictures"].keys()
+
+
+@pytest.mark.parametrize("stage", ["one", "two"])
+def test_a_loaded_state_is_let_go_before_training(stage, whole, tmp_path, monkeypatch):
+    (tmp_path / "ae").symlink_to(whole[0] / "ae")
+    train, job, folder = {
+        "one": (train_one, train_autoencoder, "again"),
+        "two": (train_two, train_diffusion, "ldm"),
+    }[stage]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill(patch, Run, "save", 16)
+        train(tmp_path / folder)
+    loaded, alive, maps = [], [], Path("/proc/self/maps")  # of Linux
+
+    def load(path):
+        state = load_state(path)
+        loaded.extend(weakref.ref(leaf) for leaf in tree_leaves(state) if torch.is_tensor(leaf))
+        return state
+
+    def step(*arguments):
+        mapped = maps.is_file() and "state.pt" in maps.read_text()
+        alive.append(mapped or any(ref() is not None for ref in loaded))
+        return train_step(*arguments)
+
+    train_step = job.train_step
+    monkeypatch.setattr("ldm.run.load_state", load)
+    monkeypatch.setattr(job, "train_step", step)
+    train(tmp_path / folder)
+    assert loaded and alive and not any(alive)
 
 
 def test_last_state_of_an_earlier_version_still_ends(whole, tmp_path):
