@@ -41,9 +41,13 @@ def make_accelerator(device: str = "auto", accumulate: int = 1) -> Accelerator:
         mixed_precision="no",  # else the launcher's environment decides
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulate),
         # find_unused_parameters keeps DDP from rebuilding its buckets after the first step: a
-        # resumed run of three or more processes would then sum gradients in another order
+        # resumed run of three or more processes would then sum gradients in another order.
+        # Buffers are constants or functions of the weights alone (spectral norm's vectors), and so
+        # the same on all processes: no need to send them at every step.
         kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=True),
+            DistributedDataParallelKwargs(
+                find_unused_parameters=True, gradient_as_bucket_view=True, broadcast_buffers=False
+            ),
             InitProcessGroupKwargs(timeout=PATIENCE),
         ],
     )

@@ -13,16 +13,18 @@ from ldm.checkpoint import load_model
 from ldm.run_folder import latest_state, load_state
 from tests.small import AUTOENCODER, DIFFUSION, ROOT, ldm
 
-# A process prints what it holds when it is done: its weights' fingerprint, the images it saw.
+# A process prints what it holds when it is done: the fingerprint of its networks and averages,
+# buffers included, and the images it saw.
 SPY = """
 import sys
 from pathlib import Path
+from torch import nn
 import pipelines.{stage} as job
 from ldm.checkpoint import fingerprint
 seen, original = [], job.train_step
 def spy(run, *rest):
     result = original(run, *rest)
-    spy.run, spy.module = run, next(iter(rest[0].parts.values()))
+    spy.run, spy.parts = run, rest[0].parts
     return result
 job.train_step = spy
 batches = job.batches
@@ -35,7 +37,8 @@ from ldm.cli import main
 try:
     main()
 finally:
-    weights = fingerprint(spy.module.state_dict())
+    modules = {{n: part for n, part in spy.parts.items() if isinstance(part, nn.Module)}}
+    weights = fingerprint(nn.ModuleDict(modules).state_dict())
     path = Path(f"rank{{spy.run.rank}}-of-{{spy.run.world}}")
     path.write_text(weights + " " + " ".join(map(str, seen)))
 """
