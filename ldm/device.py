@@ -3,7 +3,8 @@
 import ctypes
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -48,6 +49,38 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return "bf16" if native() else "fp32"
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Compute float32 in full on a CUDA GPU inside the `with`, or the decorated function.
+
+    By default PyTorch lets convolutions round their factors to the 10 bits of TF32, and a setting
+    of the user's may let matrix products do so, too.
+    """
+    switches = _tf32_switches()
+    before = [getattr(owner, name) for owner, name, _ in switches]
+    for owner, name, off in switches:
+        setattr(owner, name, off)
+    try:
+        yield
+    finally:
+        for (owner, name, _), value in zip(switches, before, strict=True):
+            setattr(owner, name, value)
+
+
+def allows_tf32() -> bool:
+    """Return True if float32 on this machine's GPU may be computed in TF32 now."""
+    settings = (getattr(owner, name) for owner, name, _ in _tf32_switches())
+    return torch.cuda.is_available() and any(value in (True, "tf32") for value in settings)
+
+
+def _tf32_switches() -> list[tuple[Any, str, Any]]:
+    """Settings of TF32: where they are, their name, and the value that turns TF32 off."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    if hasattr(cudnn, "conv"):  # since PyTorch 2.9, which refuses a mixture of both kinds
+        return [(part, "fp32_precision", "ieee") for part in (matmul, cudnn.conv, cudnn.rnn)]
+    return [(part, "allow_tf32", False) for part in (matmul, cudnn)]
 
 
 def keep_freed_memory(device: torch.device) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ldm.checkpoint import Damaged, read_tensors
 from ldm.config import Config, Tree, flatten, to_tree, validate
+from ldm.device import allows_tf32
 from ldm.errors import LdmError, UsageError
 from ldm.files import read_json, write_atomically, write_json
 
@@ -81,7 +82,8 @@ def describe_run(folder: Path, kind: str, preset: str, config: Config) -> None:
 
 
 def provenance(*packages: str) -> dict[str, Any]:
-    """Describe the origin of a file: command, time, platform, versions (also of `packages`)."""
+    """Describe the origin of a file: command, time, platform, versions (also of `packages`), and
+    `tf32`, if float32 may be computed in it."""
     return {
         "command": shlex.join(["ldm", *sys.argv[1:]]),
         "created": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -90,6 +92,7 @@ def provenance(*packages: str) -> dict[str, Any]:
             **{name: installed_version(name) for name in ("ldm", "torch", "numpy", *packages)},
         },
         "platform": f"{platform.system()} {platform.machine()}",
+        "tf32": allows_tf32(),
     }
 
 

@@ -20,7 +20,7 @@ from ldm.config import to_tree
 from ldm.data import DataConfig, evaluation_batches
 from ldm.data.loader import FaultCount, stop_if_too_many
 from ldm.data.sources import Split
-from ldm.device import keep_freed_memory, memory_format
+from ldm.device import full_float32, keep_freed_memory, memory_format
 from ldm.distributed import fail_together, from_main, join_processes
 from ldm.errors import check_at_least
 from ldm.files import write_json
@@ -45,6 +45,7 @@ class Metrics(NamedTuple):
     missing: dict[str, str]
 
 
+@full_float32()
 def evaluate_checkpoints(
     models: Sequence[Path | str] = (),
     data: str | DataConfig | None = None,

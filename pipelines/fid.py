@@ -20,6 +20,7 @@ from ldm.data import DataConfig, Source, holds_out, open_source
 from ldm.data.dataset import PHOTOS
 from ldm.data.sources import Split
 from ldm.data.transforms import NOT_RESIZED
+from ldm.device import full_float32
 from ldm.distributed import fail_together, from_main, join_processes
 from ldm.errors import LdmError, UsageError
 from ldm.files import read_json, write_json
@@ -45,6 +46,7 @@ DEFAULT_SPLIT: Split = "all"
 
 
 # ------------------------------------------------------------------------------- measurement
+@full_float32()
 def measure_fid(
     samples: Path | None = None,
     data: DataConfig | str | None = None,

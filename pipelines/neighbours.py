@@ -20,7 +20,7 @@ from ldm.data import DataConfig, Source, evaluation_batches, holds_out, open_sou
 from ldm.data.loader import FaultCount
 from ldm.data.sources import PhotoSource
 from ldm.data.transforms import CorruptImage, center_crop
-from ldm.device import resolve_device
+from ldm.device import full_float32, resolve_device
 from ldm.errors import LdmError, UsageError, check_at_least
 from ldm.files import write_json
 from ldm.images import save_grid, to_float
@@ -40,6 +40,7 @@ SIDE = 64  # pixels are compared at this side at most: finer, a shift of one wou
 UNITS = {"latents": "standard deviations of the latents", "pixels": "levels of 255"}
 
 
+@full_float32()
 def find_neighbours(
     samples: Path | None = None,
     data: str | None = None,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ldm.data import sheet_images
+from ldm.device import full_float32
 from ldm.distributed import from_main
 from ldm.errors import UsageError
 from ldm.files import write_atomically
@@ -31,6 +32,7 @@ IN_GRID = 64
 WRITERS = 4
 
 
+@full_float32()
 def sample_images(
     model: Path | str,
     n: int,

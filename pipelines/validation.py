@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from autoencoders import Autoencoder
 from ldm.data import Batch, Source, evaluation_batches, sheet_images
-from ldm.device import memory_format
+from ldm.device import full_float32, memory_format
 from ldm.errors import LdmError
 from ldm.images import latents_as_rgb, to_float, to_uint8
 from ldm.metrics import psnr, ssim
@@ -105,6 +105,7 @@ class Scores:
         return {"k": ks.numpy(), **scores}
 
 
+@full_float32()
 @torch.no_grad()
 def evaluate_autoencoder(
     ae: Autoencoder,

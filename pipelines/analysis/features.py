@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from autoencoders import Autoencoder
 from ldm.charts import WIDTH, drawing, picture_rows, show_image
 from ldm.data import sheet_images
-from ldm.device import memory_format
+from ldm.device import full_float32, memory_format
 from ldm.errors import LdmError, check_at_least
 from ldm.images import to_float
 from pipelines.analysis.subjects import Analysis, SharedImages, Subject, analysis_folder, write_csv
@@ -31,6 +31,7 @@ TOP = 0.01  # fraction of the positions that count as the strongest
 RANGE = (0.25, 8.0)  # range of the colour scale, in means of the map
 
 
+@full_float32()
 def analyze_features(
     subjects: Sequence[Subject], images: SharedImages, count: int = 2, out: Path | None = None
 ) -> Analysis | None:

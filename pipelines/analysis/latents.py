@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from autoencoders import DiagonalGaussian
 from ldm.charts import DIM, INK, WIDTH, colour, drawing, picture_rows, show_image
 from ldm.data import sheet_images
+from ldm.device import full_float32
 from ldm.errors import UsageError, check_at_least
 from ldm.images import latents_as_rgb, to_float
 from pipelines.analysis.subjects import Analysis, SharedImages, Subject, analysis_folder, write_csv
@@ -35,6 +36,7 @@ FEW = 12  # up to this many channels, each has a tick
 VERY_FEW = 6  # up to this many, their correlations are printed
 
 
+@full_float32()
 def analyze_latents(
     subjects: Sequence[Subject],
     images: SharedImages,

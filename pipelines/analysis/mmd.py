@@ -35,6 +35,7 @@ from torch import Tensor
 
 from autoencoders import DiagonalGaussian
 from ldm.charts import drawing, line_style
+from ldm.device import full_float32
 from ldm.distributed import from_main
 from ldm.errors import LdmError, UsageError, check_at_least
 from ldm.metrics.mmd import rbf_mmd
@@ -99,6 +100,7 @@ class LatentsMMD:
     """For each σ the pseudo-values of the groups (g,); see `jackknife`."""
 
 
+@full_float32()
 def analyze_mmd(
     subjects: Sequence[Subject],
     images: SharedImages,

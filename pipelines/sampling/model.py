@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256 as new_sha256
 from pathlib import Path
@@ -16,7 +17,13 @@ from diffusion.samplers import SAMPLERS, Denoise, make_churn
 from ldm.checkpoint import ModelFile, build_with, load_model
 from ldm.config import to_tree, validate
 from ldm.data import Batch
-from ldm.device import keep_freed_memory, memory_format, resolve_device, resolve_precision
+from ldm.device import (
+    full_float32,
+    keep_freed_memory,
+    memory_format,
+    resolve_device,
+    resolve_precision,
+)
 from ldm.distributed import join_processes
 from ldm.errors import LdmError, UsageError
 from ldm.images import to_uint8
@@ -241,8 +248,11 @@ class LatentModel:
         with self._autocast():
             return self.codec.encode(images.to(self.device))
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+    @contextmanager
+    def _autocast(self) -> Iterator[None]:
+        is_bf16 = self.precision == "bf16"
+        with full_float32(), torch.autocast(self.device.type, torch.bfloat16, enabled=is_bf16):
+            yield
 
 
 class ModelSamples:
