@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from diffusion.unet import UNet, UNetConfig, attending
 from ldm import foreign
-from ldm.checkpoint import Damaged, refuse_overstated, shown
+from ldm.checkpoint import Damaged, refuse_damaged, shown
 from ldm.config import validate
 from ldm.errors import LdmError
 
@@ -241,7 +241,7 @@ def read_diffusers(folder: Path) -> tuple[UNetConfig, dict[str, Tensor]]:
         raise LdmError(f"{folder}/config.json describes no UNet to load here: {error}") from error
     paths = foreign.weights_files(folder, pickled=True)
     weights = foreign.read_weights(*paths)
-    refuse_overstated(weights, paths[0])
+    refuse_damaged(weights, paths[0])
     try:
         return config, from_diffusers(weights, config)
     except LdmError as error:
@@ -298,7 +298,7 @@ def read_compvis(
         raise LdmError(f"{path} holds no UNet of CompVis' latent diffusion")
     try:
         theirs = _averaged(weights, foreign.pick(weights, prefix, PARTS))
-        refuse_overstated(theirs, path)
+        refuse_damaged(theirs, path)
         config = config_from_compvis(theirs, head_width, heads)
         return config, from_compvis(theirs, config)
     except Damaged:

@@ -101,7 +101,7 @@ def build_with(
     expected = module.state_dict()
     if difference := first_difference(weights, expected):
         raise LdmError(f"{path} does not fit its own config: {difference}")
-    refuse_overstated(weights, path)
+    refuse_damaged(weights, path)
     typed = {name: weights[name].to(tensor.dtype) for name, tensor in expected.items()}
     module.load_state_dict(typed, assign=True)
     return module
@@ -119,10 +119,11 @@ def first_difference(given: Mapping[str, Any], expected: Mapping[str, Tensor]) -
     return None
 
 
-def refuse_overstated(weights: Mapping[str, Tensor], path: str | Path) -> None:
-    """Raise `Damaged` for a tensor larger than its storage (a stride of 0), or a sparse one.
+def refuse_damaged(weights: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raise `Damaged` for a tensor larger than its storage (a stride of 0), for a sparse one, or
+    for one with a NaN or an infinity.
 
-    A copy of such a tensor may need any amount of memory.
+    A copy of an overstated tensor may need any amount of memory.
     """
     for name, tensor in weights.items():
         if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
@@ -130,6 +131,19 @@ def refuse_overstated(weights: Mapping[str, Tensor], path: str | Path) -> None:
                 f"{path} is damaged: tensor {shown(name)} is {tuple(tensor.shape)}, more than the "
                 "file holds"
             )
+        if not _is_finite(tensor):
+            raise Damaged(
+                f"{path} is damaged: tensor {shown(name)} has values that are NaN or infinite: "
+                "copy, fetch or train it again"
+            )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not (tensor.is_floating_point() and tensor.numel()):
+        return True
+    # both ends are NaN if a value is; 25 times as fast as isfinite
+    low, high = (tensor.float() if tensor.itemsize == 1 else tensor).aminmax()
+    return bool(low.isfinite() and high.isfinite())
 
 
 def shown(name: Any) -> str:

@@ -153,7 +153,7 @@ def read_weights(*paths: Path) -> dict[str, Tensor]:
     """The tensors in `.safetensors` or checkpoints of `torch.save`, by their names.
 
     They may lie in a mapping of the file: clone those that are to outlive it, and refuse those that
-    are larger than it first (`refuse_overstated`).
+    are larger than it first (`refuse_damaged`).
     """
     weights: dict[str, Tensor] = {}
     for path in paths:

@@ -35,7 +35,7 @@ def read_foreign(path: Path) -> Any:
     """Read the tree in a file that `torch.save` wrote.
 
     The tensors of a zip file are views of a private memory map: clone those that must outlive the
-    file. Tensors of types that are not in `DTYPES` become an `Inert`.
+    file. Tensors of types that are not in `DTYPES` or `FLOAT8` become an `Inert`.
     """
     try:
         return _read_zip(path) if zipfile.is_zipfile(path) else _read_legacy(path)
@@ -76,11 +76,20 @@ def _view(flat: Any, offset: int, size: Any, stride: Any, *_: Any) -> Any:
     return flat.as_strided(size, stride, offset) if isinstance(flat, Tensor) else Inert()
 
 
+def _typed_view(
+    flat: Any, offset: int, size: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, *_: Any
+) -> Any:
+    known = isinstance(flat, Tensor) and isinstance(dtype, torch.dtype)
+    return _view(flat.view(dtype), offset, size, stride) if known else Inert()
+
+
 DTYPES = {
     "Double": torch.float64, "Float": torch.float32, "Half": torch.float16,
     "BFloat16": torch.bfloat16, "Long": torch.int64, "Int": torch.int32, "Short": torch.int16,
     "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool,
+    "Untyped": torch.uint8,  # bytes; the tensor names its type
 }  # fmt: skip
+FLOAT8 = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
 
 
 class _Unpickler(pickle.Unpickler):
@@ -97,9 +106,13 @@ class _Unpickler(pickle.Unpickler):
                 return _Dict
             case "torch._utils", "_rebuild_tensor_v2" | "_rebuild_tensor":
                 return lambda *args: _view(*args)
+            case "torch._utils", "_rebuild_tensor_v3":
+                return lambda *args: _typed_view(*args)
             case "torch._utils", "_rebuild_parameter":
                 return lambda tensor, *_: tensor
-            case "torch", _ if name.removesuffix("Storage") in DTYPES:
+            case "torch", _ if name in FLOAT8:
+                return getattr(torch, name)
+            case "torch" | "torch.storage", _ if name.removesuffix("Storage") in DTYPES:
                 return DTYPES[name.removesuffix("Storage")]
         return Inert
 

@@ -13,7 +13,6 @@ from hashlib import file_digest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from autoencoders.sdvae import formats as sdvae
 from diffusion import formats
 from diffusion.discrete import DiscreteConfig, DiscreteDenoiser, find_schedule
 from diffusion.unet import UNet, UNetConfig
-from ldm.checkpoint import Kind, ModelFile, load_model, refuse_overstated, save_model, shown
+from ldm.checkpoint import Kind, ModelFile, load_model, refuse_damaged, save_model
 from ldm.config import to_tree, validate
 from ldm.data import DataConfig
 from ldm.errors import LdmError, UsageError, check_at_least
@@ -52,6 +51,10 @@ def import_autoencoder(
     path = find_pretrained(source, revision, subfolder)
     found = read_autoencoder(path)
     ae, before = assemble(found, path), found.provenance.get("imported")
+    settings = sdvae.pick_settings(before)
+    scaled = {"scaling_factor": sdvae.SCALING_FACTOR, **settings}
+    sdvae.latent_statistics(scaled, None, ae.config.latent_channels, path)
+    sdvae.check_settings(settings, path)
     # of a folder in the Hub's cache
     commit = re.search(r"/snapshots/([0-9a-f]{40})(/|$)", path.absolute().as_posix())
     details = {
@@ -65,7 +68,7 @@ def import_autoencoder(
         "format": found.format,
         "sha256": {file.name: _sha256(file) for file in found.files},
         **{key: value for key, value in details.items() if value},
-        **sdvae.pick_settings(before),
+        **settings,
     }
     known = provenance() | {"imported": origin}
     save_model(out, ModelFile("autoencoder", to_tree(ae.config), ae.state_dict(), provenance=known))
@@ -151,7 +154,7 @@ def import_diffusion(
     recipe = _make_recipe(found, resolution, ae, path)
     shape, side = latent_shape(recipe, ae), recipe.resolution
     where = found.autoencoder.files[0].parent / "config.json" if path.is_dir() else path
-    scale, mean, std = latent_statistics(found.settings, scale_factor, shape[0], where)
+    scale, mean, std = sdvae.latent_statistics(found.settings, scale_factor, shape[0], where)
     statistics = {
         # their z = (latents − mean) · scale ÷ std is the codec's, of σ_data = 1
         "mean": mean, "std": [value / scale for value in std],
@@ -207,32 +210,6 @@ def _make_recipe(
     return DiffusionRecipe(resolution=side, network=network, denoiser=found.denoiser, data=data)
 
 
-def latent_statistics(
-    settings: dict[str, Any], scale_factor: float | None, n_z: int, path: Path
-) -> tuple[float, list[float], list[float]]:
-    """The scale of latents, their mean and their divisor besides the scale, per channel."""
-    given = settings.get("scaling_factor") if scale_factor is None else scale_factor
-    if given is None:
-        raise LdmError(
-            f"{path} has no scale for its latents: give --scale-factor, the scale_factor of its "
-            "yaml, or 1 if there is none"
-        )
-    scale = math.nan
-    with suppress(TypeError, ValueError):
-        scale = float(given)
-    if not 0 < scale < math.inf:
-        value = shown(str(given))
-        raise LdmError(f"{path} scales its latents by {value}, not above 0: give --scale-factor")
-    mean = settings.get("latents_mean", [settings.get("shift_factor", 0.0)] * n_z)
-    table = np.empty(0)
-    with suppress(TypeError, ValueError):
-        table = np.array([mean, settings.get("latents_std", [1.0] * n_z)])
-    are_numbers = table.shape == (2, n_z) and table.dtype.kind in "iuf"
-    if not (are_numbers and np.isfinite(table).all() and table[1].min() > 0):
-        raise LdmError(f"{path}: latents_mean, latents_std or shift_factor are not {n_z} numbers")
-    return scale, *table.astype(float).tolist()
-
-
 # ------------------------------------------------------------------------------------ CompVis
 def read_checkpoint(
     path: Path, head_width: int | None = None, heads: int | None = None
@@ -248,7 +225,7 @@ def read_checkpoint(
         )
     names = {"betas", "alphas_cumprod", "scale_factor"} & tensors.keys()
     tables = {name: tensors[name] for name in names}
-    refuse_overstated(tables, path)
+    refuse_damaged(tables, path)
     betas, alpha_bars = tables.get("betas"), tables.get("alphas_cumprod")
     denoiser, notes, settings = DiscreteConfig(), [], {}
     if betas is None and alpha_bars is None:
@@ -292,10 +269,12 @@ def read_folder(folder: Path) -> ForeignModel:
         **sdvae.pick_settings(autoencoder.provenance.get("imported")),
     }
     side = read_described(unet / "config.json").get("sample_size")
+    sdvae.check_settings({"sample_size": side}, unet / "config.json")
+    sdvae.check_settings(settings, vae / "config.json")
     files = (*weights_files(unet, pickled=True), *autoencoder.files)
     return ForeignModel(
         "diffusers", network, weights, files, autoencoder, denoiser, settings,
-        side if isinstance(side, int) and side > 0 else None,
+        side if isinstance(side, int) else None,
     )  # fmt: skip
 
 

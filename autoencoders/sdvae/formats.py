@@ -15,15 +15,17 @@ weights by our names, bit for bit: the class itself stands above this module.
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from autoencoders.sdvae import SDVAEEncoderConfig
-from ldm.checkpoint import refuse_overstated, shown, to_safetensors
+from ldm.checkpoint import refuse_damaged, shown, to_safetensors
 from ldm.errors import LdmError
 from ldm.files import write_atomically
 from ldm.foreign import (
@@ -100,9 +102,9 @@ def tree_from_diffusers(described: Mapping[str, Any]) -> dict[str, Any]:
     """Turn a diffusers config.json into the tree of an `AutoencoderConfig`, or refuse it."""
     check_described(described, FIXED, SIZES)
     for key, level in LEVELS.items():
-        other = next((name for name in described.get(key, ()) if name != level), None)
-        if other:
-            raise LdmError(f"{key} has {shown(other)}, only {level} is supported")
+        others = [name for name in described.get(key, ()) if name != level]
+        if others:
+            raise LdmError(f"{key} has {shown(others[0])}, only {level} is supported")
     conv1x1 = described.get("use_quant_conv", True)
     if conv1x1 != described.get("use_post_quant_conv", True):
         raise LdmError("it has one of the two 1×1 convolutions around the latent, not both")
@@ -152,6 +154,42 @@ def pick_settings(described: Any) -> dict[str, Any]:
     return {key: described[key] for key in SETTINGS if described.get(key) is not None}
 
 
+def latent_statistics(
+    settings: Mapping[str, Any], scale_factor: float | None, n_z: int, path: Path
+) -> tuple[float, list[float], list[float]]:
+    """The scale of latents, their mean and their divisor besides the scale, per channel."""
+    given: Any = settings.get("scaling_factor") if scale_factor is None else scale_factor
+    if given is None:
+        raise LdmError(
+            f"{path} has no scale for its latents: give --scale-factor, the scale_factor of its "
+            "yaml, or 1 if there is none"
+        )
+    is_number = isinstance(given, int | float) and not isinstance(given, bool)
+    if not (is_number and 0 < given < math.inf):
+        raise LdmError(
+            f"{path} scales its latents by {shown(str(given))}, not a number above 0: correct "
+            "scaling_factor there, or with --diffusion give --scale-factor"
+        )
+    mean = settings.get("latents_mean", [settings.get("shift_factor", 0.0)] * n_z)
+    table = np.empty(0)
+    with suppress(TypeError, ValueError):
+        table = np.array([mean, settings.get("latents_std", [1.0] * n_z)])
+    are_numbers = table.shape == (2, n_z) and table.dtype.kind in "iuf"
+    if not (are_numbers and np.isfinite(table).all() and table[1].min() > 0):
+        raise LdmError(f"{path}: latents_mean, latents_std or shift_factor are not {n_z} numbers")
+    return float(given), *table.astype(float).tolist()
+
+
+def check_settings(settings: Mapping[str, Any], path: Path) -> None:
+    """Refuse `SETTINGS` of images that cannot be; for latents see `latent_statistics`."""
+    size, upcast = settings.get("sample_size"), settings.get("force_upcast")
+    for side in size if isinstance(size, list) and size else [size]:
+        if not (side is None or (type(side) is int and side > 0)):
+            raise LdmError(f"{path}: sample_size is {size!r}, not a whole number above 0")
+    if upcast not in (None, True, False):
+        raise LdmError(f"{path}: force_upcast is {upcast!r}, neither true nor false")
+
+
 def groups_of(widths: Sequence[int]) -> int | None:
     """The number of groups in each of our GroupNorms of these widths; None where it varies."""
     found = {math.gcd(GROUPS, width) for width in widths}
@@ -169,7 +207,7 @@ def read_diffusers(
         raise LdmError(f"{folder}/config.json describes no SD-VAE to load here: {error}") from error
     paths = weights_files(folder)
     weights = read_weights(*paths)
-    refuse_overstated(weights, paths[0])
+    refuse_damaged(weights, paths[0])
     return tree, from_diffusers(weights)
 
 
@@ -249,7 +287,7 @@ def read_compvis(
         tree = tree_from_compvis(theirs)
     except LdmError as error:
         raise LdmError(f"{path} cannot be read: {error}") from error
-    refuse_overstated(theirs, path)
+    refuse_damaged(theirs, path)
     # cloned: they are to outlive the file that they lie in
     return tree, {name: tensor.clone() for name, tensor in from_compvis(theirs).items()}
 

@@ -192,6 +192,14 @@ def test_a_tensor_larger_than_what_the_file_holds_of_it(tmp_path):
         build_with(lambda: torch.nn.Linear(2, 2, bias=False), sparse, tmp_path)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16", "float8_e5m2"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_value_that_is_not_finite_is_damage(tmp_path, dtype, value):
+    weight = torch.tensor([[1.0, 2], [3, value]]).to(getattr(torch, dtype))
+    with pytest.raises(Damaged, match="tensor weight has values that are NaN or infinite: copy"):
+        build_with(lambda: torch.nn.Linear(2, 2, bias=False), {"weight": weight}, tmp_path)
+
+
 def test_safetensors_are_known_by_any_name(tmp_path):
     saved = model()
     save_model(tmp_path / "ckpt.pt", saved)

@@ -19,7 +19,7 @@ from torch import nn
 
 from ldm.checkpoint import Damaged
 from ldm.errors import LdmError
-from ldm.safe_pickle import Inert, read_foreign
+from ldm.safe_pickle import FLOAT8, Inert, read_foreign
 
 FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 
@@ -73,6 +73,16 @@ def test_tensors_come_out_bit_for_bit(tmp_path, zipped):
         assert torch.equal(read["state_dict"][name], tensor), name
     assert torch.equal(read["layer"]["weight"], state["weight"])
     assert isinstance(read["callback"], Inert)
+
+
+@FORMATS
+@pytest.mark.parametrize("name", FLOAT8)
+def test_eight_bit_floats_come_out_bit_for_bit(tmp_path, zipped, name):
+    expected = torch.tensor([[0.5, 1, 2], [4, 8, 16]]).to(getattr(torch, name))
+    tree = {"w": expected, "row": expected[1:], "after": torch.ones(2)}
+    read = read_foreign(write(tmp_path / "a.ckpt", tree, zipped))
+    for key, tensor in tree.items():
+        assert read[key].dtype == tensor.dtype and torch.equal(read[key].float(), tensor.float())
 
 
 @FORMATS

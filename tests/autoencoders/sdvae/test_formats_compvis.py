@@ -127,7 +127,9 @@ def test_published_sizes_are_found(tmp_path):
         model = KL(128, (1, 2, 4, 4), 2, 4)
     counts = [sum(p.numel() for p in part.parameters()) for part in (model.encoder, model.decoder)]
     assert counts == [SDVAE_ENCODER_PARAMETERS, SDVAE_DECODER_PARAMETERS]
-    ours = load_autoencoder(write(tmp_path / "kl-f8.ckpt", model.to_empty(device="cpu")))
+    state = {n: torch.zeros(t.shape) for n, t in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    ours = load_autoencoder(write(tmp_path / "kl-f8.ckpt", model))
     config = ours.config
     assert (config.encoder.channels, config.encoder.multipliers) == (128, (1, 2, 4, 4))
     assert (config.decoder.blocks, config.latent_channels) == (2, 4)

@@ -10,10 +10,11 @@ import pytest
 import torch
 import typer
 from diffusers import AutoencoderKL
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from autoencoders import build_autoencoder, load_autoencoder
-from autoencoders.sdvae.formats import write_compvis, write_diffusers
+from autoencoders.sdvae.formats import to_compvis, write_compvis, write_diffusers
 from ldm.checkpoint import ModelFile, load_model, save_model
 from ldm.cli.exchange import export_model, import_model
 from ldm.config import to_tree
@@ -145,6 +146,67 @@ def test_null_settings_are_dropped(sdvae):
     assert not SAID.keys() & load_model("a.pt", "autoencoder").provenance["imported"].keys()
     export_autoencoder(Path("out"), "diffusers", Path("a.pt"))
     assert AutoencoderKL.load_config("out")["scaling_factor"] == 0.18215
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("of_hub", [False, True])
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("scaling_factor", [NAN, float("inf"), 0, -1, "x", "1", [], {}, True]),
+        ("shift_factor", [NAN, float("inf"), "x", [], [1.0]]),
+        ("latents_mean", [NAN, 0, "x", [], [0.0], [NAN] * 4, ["0"] * 4]),
+        ("latents_std", [NAN, 0, "x", [], [1.0], [0.0] * 4, [-1.0] * 4, [NAN] * 4]),
+        ("sample_size", [NAN, 0, -1, 0.5, "x", [], [0], {}, True]),
+        ("force_upcast", [NAN, 2, "x", [], {}]),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_at_import(sdvae, of_hub, key, values):
+    if of_hub:
+        sdvae.save_pretrained("vae", {"scaling_factor": 0.3})
+    else:
+        write_diffusers(Path("vae"), sdvae)
+    path = Path("vae/config.json")
+    described = json.loads(path.read_text("utf-8"))
+    usage = described["imported"] if of_hub else described
+    for value in values:
+        usage[key] = value
+        path.write_text(json.dumps(described))
+        with pytest.raises(LdmError, match=f"vae.*{key}") as caught:
+            import_autoencoder("vae", Path("a.pt"))
+        assert "\n" not in str(caught.value) and not Path("a.pt").exists()
+
+
+@pytest.mark.parametrize("source", ["diffusers", "hub", "kl.ckpt", "kl.safetensors", "ours.pt"])
+def test_weights_that_are_not_finite_are_refused_at_import(sdvae, source):
+    with torch.no_grad():
+        sdvae.encoder.conv_in.bias[0] = NAN
+    if source == "diffusers":
+        write_diffusers(Path(source), sdvae)
+    elif source == "hub":
+        sdvae.save_pretrained(source)
+    elif source == "ours.pt":
+        ours(Path(source), sdvae)
+    else:
+        write_compvis(Path(source), sdvae)
+    told = rf"{source}.* is damaged: tensor encoder\.conv_in\.bias has values that are NaN"
+    with pytest.raises(LdmError, match=told):
+        import_autoencoder(source, Path("a.pt"))
+    assert not Path("a.pt").exists()
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+def test_weights_of_eight_bits_are_imported_as_float32(sdvae, suffix):
+    path = Path(f"kl{suffix}")
+    theirs = to_compvis(sdvae.state_dict())
+    eight = {n: t.contiguous().to(torch.float8_e4m3fn) for n, t in theirs.items()}
+    save_file(eight, path) if suffix == ".safetensors" else torch.save(eight, path)
+    import_autoencoder(str(path), Path("a.pt"))
+    loaded = to_compvis(load_autoencoder("a.pt").state_dict())
+    for name, tensor in eight.items():
+        assert torch.equal(loaded[name], tensor.float())
 
 
 def test_source_on_the_hub_is_recorded(tmp_path, sdvae, monkeypatch):

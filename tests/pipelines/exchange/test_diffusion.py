@@ -8,12 +8,13 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
+from autoencoders.sdvae.formats import latent_statistics
 from diffusion.schedules import SCHEDULES
 from ldm.checkpoint import load_model
 from ldm.errors import LdmError, UsageError
 from ldm.seeds import normal
 from pipelines import LatentDiffusionPipeline
-from pipelines.exchange import export_network, import_diffusion, latent_statistics
+from pipelines.exchange import export_network, import_diffusion
 from pipelines.sample import sample_images
 from pipelines.sampling.settings import Sampling
 from tests.diffusion.compvis_unet import answer, checkpoint
@@ -222,10 +223,12 @@ def test_statistics_of_latents(settings, given, expected):
     ("settings", "told"),
     [
         ({}, "model has no scale for its latents: give --scale-factor"),
-        ({"scaling_factor": 0}, "model scales its latents by 0, not above 0: give"),
-        ({"scaling_factor": float("nan")}, "by nan, not above 0"),
-        ({"scaling_factor": [1]}, "by [1], not above 0"),
-        ({"scaling_factor": [1.0, 1.0]}, "by [1.0, 1.0], not above 0"),
+        ({"scaling_factor": 0}, "model scales its latents by 0, not a number above 0: correct"),
+        ({"scaling_factor": float("nan")}, "by nan, not a number above 0"),
+        ({"scaling_factor": [1]}, "by [1], not a number above 0"),
+        ({"scaling_factor": [1.0, 1.0]}, "by [1.0, 1.0], not a number above 0"),
+        ({"scaling_factor": "1"}, "by 1, not a number above 0"),
+        ({"scaling_factor": True}, "by True, not a number above 0"),
         (SAID | {"latents_mean": [0.0]}, "are not 4 numbers"),
         (SAID | {"latents_std": [1, 1, 1, 0]}, "are not 4 numbers"),
         (SAID | {"shift_factor": "x"}, "are not 4 numbers"),

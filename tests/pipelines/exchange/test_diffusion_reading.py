@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from diffusion.discrete import DiscreteConfig
 from ldm.errors import LdmError
@@ -17,6 +18,11 @@ from tests.pipelines.exchange.foreign_models import (
     write_compvis,
     write_diffusers,
 )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_diffusers(tmp_path / "pipeline")
 
 
 def edited(changes, drop=()):
@@ -85,6 +91,36 @@ def test_other_checkpoints_are_refused_in_a_line(tmp_path, suffix, changes, drop
     assert told in said and str(path.with_suffix("")) in said and "\n" not in said
 
 
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+@pytest.mark.parametrize(
+    "name", ["model_ema.diffusion_modelout2bias", "first_stage_model.quant_conv.bias", "betas"]
+)
+def test_a_number_that_is_not_finite_is_damage(tmp_path, suffix, name):
+    tensors = compvis_tensors()
+    tensors[name].flatten()[0] = float("nan")
+    path = write_compvis(tmp_path / f"model{suffix}", tensors)
+    with pytest.raises(LdmError, match=r"damaged: tensor .* has values that are NaN"):
+        read_checkpoint(path)
+
+
+def test_a_number_that_is_not_finite_is_damage_in_a_folder(folder):
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["conv_in.bias"][0] = float("inf")
+    save_file(tensors, path)
+    with pytest.raises(LdmError, match=r"damaged: tensor conv_in\.bias has values that are NaN"):
+        read_folder(folder)
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+def test_weights_of_eight_bits_are_read(tmp_path, suffix):
+    tensors = compvis_tensors()
+    name = "model_ema.diffusion_modeltime_embed0weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    found = read_checkpoint(write_compvis(tmp_path / f"model{suffix}", tensors))
+    assert torch.equal(found.weights["embed.linear_in.weight"], tensors[name].float())
+
+
 def test_overstated_table_is_damage(tmp_path):
     tensors = edited({"betas": torch.zeros(1).expand(1000)})
     with pytest.raises(LdmError, match=r"damaged: tensor betas is \(1000,\), more than the file"):
@@ -100,11 +136,6 @@ def test_file_that_is_no_checkpoint_is_refused(tmp_path, suffix):
 
 
 # ------------------------------------------------------------------------- diffusers' folders
-@pytest.fixture
-def folder(tmp_path):
-    return write_diffusers(tmp_path / "pipeline")
-
-
 def edit(path, **changes):
     """Exchange what a config says; what is to be None is taken away."""
     tree = json.loads(path.read_text("utf-8")) | changes
@@ -164,6 +195,11 @@ def test_unknown_size_of_a_folder_is_none(folder):
         (SCHEDULER, {"trained_betas": ["x"]}, "cannot be used: "),
         (SCHEDULER, {"beta_end": 0.001}, "cannot be used: 'beta_end'"),
         (SCHEDULER, {"num_train_timesteps": "many"}, "cannot be used: 'timesteps'"),
+        *(
+            (f"{part}/config.json", {"sample_size": value}, f"sample_size is {value!r}, not a")
+            for part in ("unet", "vae")
+            for value in (0, -1, 0.5, float("nan"), "8", [], {}, True)
+        ),
         ("vae/config.json", {"_class_name": "VQModel"}, "/vae has a vector-quantised "
          "autoencoder: only KL ones are supported"),
         ("unet/config.json", {"_class_name": "UNet2DConditionModel"}, "only 'UNet2DModel' is"),
