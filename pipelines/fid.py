@@ -128,15 +128,18 @@ def _measure(
     if how.bootstrap and ranks.num_processes > 1:
         raise UsageError("--bootstrap is for one process: run without torchrun")
     from_main(ranks, lambda: statistics.check_writable(out))
-    extractor, missing = statistics.find_extractor(how, samples.resolution, device, ranks)
     own = None
-    with fail_together(ranks):
+    with fail_together(ranks):  # what was given comes before the weights, which may be fetched
         with suppress(UsageError):  # settings of another version
             own = trained_on(samples)
         if isinstance(against, DataConfig):
             side, chosen = samples.resolution, split or DEFAULT_SPLIT
             reference: Reference = ImageReference(against, chosen, side, len(samples), how.limit)
         else:
+            references.check_statistics(against)
+    extractor, missing = statistics.find_extractor(how, samples.resolution, device, ranks)
+    with fail_together(ranks):
+        if not isinstance(against, DataConfig):
             reference = references.open_statistics(against, extractor, missing)
         warnings = how.refuse(find_issues(samples, reference, own, extractor, split))
     if ranks.is_main_process:
@@ -161,15 +164,7 @@ def _measure(
             "fid_missing": missing,
             "mode": how.mode if how.features is None else None,
             "resolution": samples.resolution,
-            "samples": {
-                "path": str(samples.path),
-                "what": samples.what,
-                "count": len(fake.hashes),
-                "made_with": samples.made_with,
-                "filter": samples_preparation(samples, own)[0],
-                # equal for the same images in the same order
-                "fingerprint": sha256(statistics.pack_hashes(fake.hashes)).hexdigest(),
-            },
+            "samples": _describe(samples, fake, own),
             "reference": reference.about | {"split_asked": split, "count": count},
             "extractor": statistics.describe_extractor(extractor),
             "forced": how.force,
@@ -181,6 +176,18 @@ def _measure(
         return result | {"written": str(path)}
 
     return _report(from_main(ranks, conclude), ranks)
+
+
+def _describe(samples: Samples, fake: SetStatistics, own: DataConfig | None) -> dict[str, Any]:
+    return {
+        "path": str(samples.path),
+        "what": samples.what,
+        "count": len(fake.hashes),
+        "made_with": samples.made_with,
+        "filter": samples_preparation(samples, own)[0],
+        # equal for the same images in the same order
+        "fingerprint": sha256(statistics.pack_hashes(fake.hashes)).hexdigest(),
+    }
 
 
 def _report(result: dict[str, Any], ranks: PartialState) -> dict[str, Any]:

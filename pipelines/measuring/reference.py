@@ -344,20 +344,17 @@ def open_statistics(
 
     They are of features alone: without an extractor, `missing` is the error.
     """
+    check_statistics(name)
+    path = Path(name).expanduser()
+    if name not in PUBLISHED:
+        try:
+            features, hashes, about = _read_kept(path)
+        except LdmError as error:
+            raise LdmError(f"{error}: give another --reference, or --data") from error
     if extractor is None:
         raise LdmError(f"{name}: {missing}")
     if name in PUBLISHED:
         return _open_published(name, extractor)
-    path = Path(name).expanduser()
-    if path.suffix != ".npz" or not path.is_file():
-        raise UsageError(
-            f"no reference '{name}': give {', '.join(PUBLISHED)}, or a .npz of "
-            f"{cache_folder() / 'statistics'}; images are given with --data"
-        )
-    try:
-        features, hashes, about = _read_kept(path)
-    except LdmError as error:
-        raise LdmError(f"{error}: give another --reference, or --data") from error
     identity, entry = about["identity"], about["reference"]
     theirs, ours = identity["extractor"], _identify_extractor(extractor)
     if theirs != ours:
@@ -371,6 +368,16 @@ def open_statistics(
     entry |= origin | {"count": features.count}
     known = SetStatistics.of_features(features, hashes)
     return Reference(identity["resolution"], entry, known)
+
+
+def check_statistics(name: str) -> None:
+    """Raise a UsageError for a reference that is neither `PUBLISHED` nor an .npz on this disk."""
+    path = Path(name).expanduser()
+    if name not in PUBLISHED and (path.suffix != ".npz" or not path.is_file()):
+        raise UsageError(
+            f"no reference '{name}': give {', '.join(PUBLISHED)}, or a .npz of "
+            f"{cache_folder() / 'statistics'}; images are given with --data"
+        )
 
 
 def _open_published(name: str, extractor: Extractor) -> Reference:

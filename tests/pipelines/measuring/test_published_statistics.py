@@ -183,3 +183,22 @@ def test_files_that_are_no_statistics_are_errors(tmp_path, published):
     np.savez(path, mu=np.zeros(DIM), sigma=np.eye(DIM))
     with pytest.raises(LdmError, match="is damaged or no file of features: delete it"):
         open_statistics(str(path), published)
+
+
+@pytest.mark.parametrize("given", [{"reference": "nothere.npz"}, {"data": "nothere"}])
+def test_what_was_given_is_checked_before_weights_are_fetched(samples, monkeypatch, given):
+    def fetched(*_args):
+        pytest.fail("the weights were looked for first")
+
+    monkeypatch.setattr(inception, "FeatureExtractor", fetched)
+    with pytest.raises(LdmError, match="nothere"):
+        measure_fid(samples, device="cpu", **given)
+
+
+def test_damage_is_named_before_missing_weights(tmp_path):
+    path = tmp_path / "x.npz"
+    path.write_bytes(b"PK")
+    with pytest.raises(LdmError, match="give another --reference"):
+        open_statistics(str(path), None, "no Inception weights")
+    with pytest.raises(LdmError, match="ffhq256: no Inception weights"):
+        open_statistics("ffhq256", None, "no Inception weights")
