@@ -103,10 +103,13 @@ class MPLayer(nn.Module):
         return (self.weight * (gain / self._norm())).to(self.weight.dtype)
 
     @torch.no_grad()
-    def normalize_(self) -> None:
-        """Forced weight normalisation, in place."""
+    def normalize_(self, unless: Tensor | None = None) -> None:
+        """Forced weight normalisation, in place; `unless` () is not 0: leave every bit."""
         # Eq. 66: w ← √N w / ‖w‖
-        self.weight.copy_(self.weight * (math.sqrt(self.weight[0].numel()) / self._norm()))
+        scale = math.sqrt(self.weight[0].numel()) / self._norm()
+        if unless is not None:
+            scale = scale.masked_fill(unless != 0, 1)
+        self.weight.copy_(self.weight * scale)
 
     def _norm(self) -> Tensor:
         """Norm of every filter, (out, 1, …), at least float32, and at least ε.
@@ -146,11 +149,16 @@ class MPConv2d(MPLayer):
 class MPModule(nn.Module):
     """A module with `MPLayer`s among its parts."""
 
-    def normalize_weights(self) -> None:
-        """Forced weight normalisation, in place (Eq. 66); call it after every optimiser step."""
+    def normalize_weights(self, unless: Tensor | None = None) -> None:
+        """Forced weight normalisation, in place (Eq. 66); call it after every optimiser step.
+
+        Args:
+            unless: a number () on the weights' device; if it is not 0, the step was skipped, and
+                the weights stay as they are.
+        """
         for layer in self.modules():
             if isinstance(layer, MPLayer):
-                layer.normalize_()
+                layer.normalize_(unless)
 
 
 class EDM2Config(UNetSizes):

@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ldm.errors import LdmError
 
@@ -81,6 +82,31 @@ def _tf32_switches() -> list[tuple[Any, str, Any]]:
     if hasattr(cudnn, "conv"):  # since PyTorch 2.9, which refuses a mixture of both kinds
         return [(part, "fp32_precision", "ieee") for part in (matmul, cudnn.conv, cudnn.rnn)]
     return [(part, "allow_tf32", False) for part in (matmul, cudnn)]
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to the device without a wait: from the CPU through pinned memory."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+class HostCopy:
+    """A copy of a tensor on its way to the CPU, to be read later.
+
+    Reading it at once would wait until the device has finished everything begun before.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._copy = tensor.detach().to("cpu", non_blocking=True)  # from a GPU to pinned memory
+        stream = torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
+        self._copied = stream and stream.record_event()
+
+    def values(self) -> list[float]:
+        """The tensor's values, once they have arrived."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._copy.tolist()
 
 
 def keep_freed_memory(device: torch.device) -> None:

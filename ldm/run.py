@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +17,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from ldm.config import Config
-from ldm.device import memory_format, resolve_precision
+from ldm.device import HostCopy, memory_format, resolve_precision
 from ldm.distributed import fail_together, from_main, make_accelerator
 from ldm.ema import Average
 from ldm.errors import LdmError, UsageError
@@ -125,10 +125,11 @@ class Run:
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.is_main = accelerator.is_main_process
         self.precision = resolve_precision(config.precision, self.device)
-        self.skipped: Counter[str] = Counter()
+        self._skipped: Counter[str] = Counter()
         self._bad_in_a_row: Counter[str] = Counter()
         self._losses: dict[str, list[Tensor]] = {}
-        self._stop = False
+        self._flags: dict[str, HostCopy] = {}
+        self._stop = self._all_stop = False
 
     # ------------------------------------------------------------------------------ stepping
     def prepare(self, module: nn.Module) -> nn.Module:
@@ -175,7 +176,14 @@ class Run:
         """Run backward; at the end of a batch clip, update, and return the gradient norm.
 
         A step with a non-finite loss or gradient is skipped and counted under `name`. The tenth in
-        a row ends the run; weights and saved states are still good.
+        a row ends the run; weights and saved states are still good. The device skips it, and this
+        process learns of it in the next step: it never waits for the step that it has just begun.
+
+        Args:
+            optimizer: a fused one, which reads `found_inf` on the device as under a GradScaler.
+
+        Raises:
+            LdmError: the ten steps before this one were skipped.
         """
         self.accelerator.backward(loss)
         losses = self._losses.setdefault(name, [])
@@ -185,23 +193,42 @@ class Run:
         limit = float("inf") if clip_norm is None else clip_norm
         norm = nn.utils.clip_grad_norm_(module.parameters(), limit)
         # the losses too: an infinite one can have finite gradients
-        finite = torch.isfinite(torch.stack([norm, *losses])).all()
+        bad = torch.isfinite(torch.stack([norm, *losses])).all().logical_not().float()
         losses.clear()
-        if self.any_rank(not finite.item()):
-            self.skipped[name] += 1
-            self._bad_in_a_row[name] += 1
-            if self._bad_in_a_row[name] == MAX_BAD_STEPS:
-                last = latest_state(self.folder / "state")
-                raise LdmError(
-                    f"{name}: loss or gradient not finite in {MAX_BAD_STEPS} steps in a row; "
-                    f"stopped. Last good state: {last or 'none yet'}. Resuming would repeat it: "
-                    "start a new run with a lower lr or run.precision=fp32"
-                )
-        else:
-            optimizer.step()
-            self._bad_in_a_row[name] = 0
+        stop = torch.full_like(bad, self._stop)
+        flags = self.sum(torch.stack([bad, stop])).clamp(max=1)  # of any process
+        cast(Any, optimizer).found_inf = flags[0]
+        optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        self._read_flags(name)
+        self._flags[name] = HostCopy(flags)
         return norm
+
+    def _read_flags(self, name: str) -> None:
+        """Read the flags of the last step under `name`: skipped, and asked to stop."""
+        if name not in self._flags:
+            return
+        skipped, stop = self._flags.pop(name).values()
+        self._all_stop = self._all_stop or stop > 0
+        if not skipped:
+            self._bad_in_a_row[name] = 0
+            return
+        self._skipped[name] += 1
+        self._bad_in_a_row[name] += 1
+        if self._bad_in_a_row[name] == MAX_BAD_STEPS:
+            last = latest_state(self.folder / "state")
+            raise LdmError(
+                f"{name}: loss or gradient not finite in {MAX_BAD_STEPS} steps in a row; "
+                f"stopped. Last good state: {last or 'none yet'}. Resuming would repeat it: "
+                "start a new run with a lower lr or run.precision=fp32"
+            )
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """Steps skipped so far, by name; reading it waits for the last step."""
+        for name in list(self._flags):
+            self._read_flags(name)
+        return self._skipped
 
     def any_rank(self, flag: bool) -> bool:
         """Return True if the flag is set on any process."""
@@ -220,8 +247,8 @@ class Run:
     # -------------------------------------------------------------------------------- saving
     def save(self, tree: dict[str, Any]) -> None:
         """Save the state to resume from (main process), atomically."""
+        tree = {**tree, "skipped": dict(self.skipped)}  # which raises on all processes or none
         if self.is_main:
-            tree = {**tree, "skipped": dict(self.skipped)}
             save_state(self.folder / "state", tree["images_seen"], tree, self.config.keep_states)
         self.accelerator.wait_for_everyone()
 
@@ -246,8 +273,13 @@ class Run:
 
     # ------------------------------------------------------------------------------ stopping
     def stop_requested(self) -> bool:
-        """Return True if any process got Ctrl-C or SIGTERM; all agree on the step."""
+        """Return True if any process got Ctrl-C or SIGTERM; all agree, and wait for each other."""
         return self.any_rank(self._stop)
+
+    def stop_after_step(self) -> bool:
+        """`stop_requested` for a training loop, without a wait: several processes agree in `step`,
+        and learn of it one step late."""
+        return self._all_stop if self.world > 1 else self.stop_requested()
 
     def request_stop(self, number: int = signal.SIGTERM, *_: object) -> None:
         """Stop after this step and save. A second Ctrl-C stops at once; a second SIGTERM, which

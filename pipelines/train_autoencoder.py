@@ -283,7 +283,7 @@ def _train(
                 continue
 
             state.advance()
-            stop = run.stop_requested() and not state.is_last
+            stop = run.stop_after_step() and not state.is_last
             if state.due(every.log_every_steps):
                 extra = {"lr": lr, "resolution": images.shape[-1], "skipped": run.skipped.total()}
                 row = logbook.row(state.images_seen, **extra)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from autoencoders import Autoencoder, DiagonalGaussian, load_autoencoder
 from diffusion import build_network, karras_sigmas, sample_heun
 from diffusion.edm import EDM, EDMLoss, Uncertainty
+from diffusion.edm2 import MPModule
 from ldm.checkpoint import ModelFile, fingerprint, save_model
 from ldm.config import to_tree
 from ldm.data import Source, batches, open_source
@@ -64,8 +65,8 @@ class DiffusionState(TrainingState):
             self.objective.parameters(), recipe.lr, recipe.betas, self.adam_eps, fused=True
         )
         for module in (self.network, uncertainty):
-            if hasattr(module, "normalize_weights"):  # of a magnitude-preserving network
-                self.optimizer.register_step_post_hook(lambda *_, m=module: m.normalize_weights())
+            if isinstance(module, MPModule):
+                self.optimizer.register_step_post_hook(partial(_normalize, module))
         self.parts = {"objective": self.objective, "ema": self.ema, "optimizer": self.optimizer}
         self.parts |= {f"power_ema_{std}": power for std, power in self.powers.items()}
         self.row: dict[str, float] = {}
@@ -102,6 +103,11 @@ class DiffusionState(TrainingState):
         if "row" not in saved:  # of an earlier version
             rows = read_rows(self.folder / "metrics.jsonl")
             self.row = next((r for r in rows if r["images_seen"] == self.images_seen), {})
+
+
+def _normalize(module: MPModule, optimizer: Any, *_: Any) -> None:
+    # a step that `Run.step` has skipped must not change a bit
+    module.normalize_weights(getattr(optimizer, "found_inf", None))
 
 
 def snapshot_due(step: int, recipe: DiffusionRecipe) -> bool:
@@ -211,7 +217,7 @@ def _train(
 
             logbook.add(gradient_norm=norm)
             state.advance()
-            stop = run.stop_requested() and not state.is_last
+            stop = run.stop_after_step() and not state.is_last
             validates = state.due(every.validate_every_steps)
             if validates or state.due(every.log_every_steps):
                 extra = {"lr": lr, "skipped": run.skipped.total()}

@@ -1,6 +1,7 @@
 """Magnitude-preserving layers against the paper's formulas in float64."""
 
 import math
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -144,6 +145,19 @@ def test_convolution_follows_its_formula():
         patch = padded[b, :, i : i + 3, j : j + 3]
         expected = (patch * w).sum() / w.square().sum().sqrt()
         torch.testing.assert_close(out[b, c, i, j], expected)
+
+
+def test_weights_of_a_skipped_step_keep_every_bit():
+    layer = MPConv2d(5, 7, 3)
+    with torch.no_grad():
+        layer.weight.mul_(1.7)
+    before, twin = layer.weight.clone(), deepcopy(layer)
+    layer.normalize_(unless=torch.ones(()))
+    assert torch.equal(layer.weight, before)
+    layer.normalize_(unless=torch.zeros(()))
+    twin.normalize_()
+    assert torch.equal(layer.weight, twin.weight)
+    assert not torch.equal(layer.weight, before)
 
 
 @pytest.mark.parametrize("layer_class, shape", LAYERS)

@@ -23,7 +23,7 @@ def run(tmp_path):
 def one_step(run, factor: float = 1.0, clip_norm: float | None = None):
     torch.manual_seed(0)
     module = nn.Linear(3, 1)
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, fused=True)
     before = module.weight.clone()
     with run.accelerator.accumulate(module):
         loss = module(torch.ones(2, 3)).square().mean() * factor
@@ -65,7 +65,7 @@ def test_a_non_finite_step_is_skipped_and_counted(run, bad):
 
 def test_an_infinite_loss_with_finite_gradients_is_skipped(run):
     module = nn.Linear(1, 1)
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, fused=True)
     before = module.weight.clone()
     with run.accelerator.accumulate(module):
         run.step(module(torch.ones(1, 1)).sum() + float("inf"), module, optimizer, "it", None)
@@ -79,10 +79,47 @@ def test_ten_bad_steps_in_a_row_stop_the_run(run):
     for _ in range(MAX_BAD_STEPS - 1):
         one_step(run, float("nan"))
     run.save({"images_seen": 8, "w": torch.ones(1)})
+    one_step(run, float("nan"))
     with pytest.raises(LdmError, match=r"not finite in 10 steps in a row.*state/8"):
-        one_step(run, float("nan"))
+        one_step(run)  # the step after the tenth
     assert run.skipped["it"] == 2 * MAX_BAD_STEPS - 1
     assert torch.equal(load_state(run.folder / "state" / "8")["w"], torch.ones(1))
+
+
+@pytest.mark.parametrize("before", [0, 2])
+def test_a_skipped_step_leaves_no_trace(run, before):
+    """Weights and Adam's state are those of a run without the step, from the first step on."""
+    outcomes = []
+    for steps in ([1.0] * (before + 2), [1.0] * before + [float("nan")] + [1.0] * 2):
+        torch.manual_seed(0)
+        module = nn.Linear(3, 1)
+        optimizer = torch.optim.Adam(module.parameters(), 0.1, fused=True)
+        for number, factor in enumerate(steps):
+            with run.accelerator.accumulate(module):
+                loss = module(torch.ones(2, 3)).square().mean() * factor
+                run.step(loss, module, optimizer, "it", 1.0)
+            if factor != factor and number == 0:
+                assert all(torch.equal(s, torch.zeros_like(s)) for s in states(optimizer))
+        outcomes.append([*module.parameters(), *states(optimizer)])
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+
+
+def states(optimizer) -> list[torch.Tensor]:
+    return [tensor for state in optimizer.state.values() for tensor in state.values()]
+
+
+def test_processes_skip_a_step_and_stop_together(run, monkeypatch):
+    theirs = torch.zeros(2)  # the other process's flags: not finite, asked to stop
+    monkeypatch.setattr(run, "world", 2)
+    monkeypatch.setattr(run, "sum", lambda flags: flags + theirs)
+    theirs[0] = 1
+    change, _ = one_step(run)
+    assert change.abs().max() == 0 and run.skipped["it"] == 1
+    theirs[:] = torch.tensor([0, 1])
+    change, _ = one_step(run)
+    assert change.abs().max() > 0 and not run.stop_after_step()
+    one_step(run)
+    assert run.stop_after_step() and run.skipped["it"] == 1
 
 
 def test_accumulated_micro_batches_make_one_update(tmp_path):
@@ -91,7 +128,7 @@ def test_accumulated_micro_batches_make_one_update(tmp_path):
     together, apart = nn.Linear(3, 1), nn.Linear(3, 1)
     apart.load_state_dict(together.state_dict())
     data = torch.randn(4, 3)
-    optimizer = torch.optim.SGD(apart.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(apart.parameters(), lr=0.1, fused=True)
     norms = []
     for half in data.chunk(2):
         with run.accelerator.accumulate(apart):
@@ -106,7 +143,7 @@ def test_accumulated_micro_batches_make_one_update(tmp_path):
 def test_an_infinite_loss_in_any_micro_batch_skips_the_step(tmp_path):
     run = Run(tmp_path, RunConfig(device="cpu"), make_accelerator("cpu", accumulate=2))
     module = nn.Linear(1, 1)
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, fused=True)
     before = module.weight.clone()
     for extra in (float("inf"), 0.0):
         with run.accelerator.accumulate(module):
