@@ -6,10 +6,10 @@ Both training loops share this module; it does not know what they compute.
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -17,10 +17,11 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from ldm.config import Config
+from ldm.data.workers import stopping
 from ldm.device import HostCopy, memory_format, resolve_precision
 from ldm.distributed import fail_together, from_main, make_accelerator
 from ldm.ema import Average
-from ldm.errors import LdmError, UsageError
+from ldm.errors import Interrupted, LdmError, UsageError
 from ldm.files import write_json
 from ldm.logbook import console, progress_bar
 from ldm.run_folder import (
@@ -33,6 +34,8 @@ from ldm.run_folder import (
     save_state,
 )
 from ldm.seeds import torch_seed
+
+T = TypeVar("T")
 
 MAX_BAD_STEPS = 10
 
@@ -287,6 +290,20 @@ class Run:
         if self._stop and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._stop = True
+        stopping.set()
+
+    def until_stopped(self, stream: Iterable[T], save: Callable[[], None]) -> Iterator[T]:
+        """Yield from a stream of batches; save if a signal ends its wait for a loader worker.
+
+        Several processes cannot agree on the step then: they resume from the last saved state.
+        """
+        try:
+            yield from stream
+        except Interrupted as error:
+            if self.world > 1 or not self.accelerator.sync_gradients:  # in the middle of a step
+                raise
+            save()
+            raise Interrupted(f"{error}, saved in {self.folder}") from None
 
     # ------------------------------------------------------------------------------ printing
     def say(self, text: str) -> None:
@@ -345,16 +362,9 @@ def start_run(
         if threading.current_thread() is threading.main_thread():  # others may set no handlers
             for number in (signal.SIGINT, signal.SIGTERM):
                 held.callback(signal.signal, number, signal.signal(number, run.request_stop))
+            held.callback(stopping.clear)
         torch.manual_seed(torch_seed(config.seed, "weights", 0))
-        try:
-            yield run
-        except RuntimeError as error:  # raised by PyTorch's handler of SIGCHLD, at any point
-            if "DataLoader worker" not in str(error):
-                raise
-            raise LdmError(
-                "a loader worker was killed, usually because it ran out of memory: lower "
-                "data.workers; the same command resumes from the last saved state"
-            ) from error
+        yield run
 
 
 @contextmanager

@@ -271,8 +271,14 @@ def _train(
 ) -> None:
     """Train from the state to the end of the recipe."""
     every = state.recipe.run
+
+    def save() -> None:
+        # the model first, so that a run whose last state is complete always has one
+        _export(run, state, "ckpt.pt")
+        run.save(state.state_dict())
+
     with run.progress(state) as show:
-        for batch in stream:
+        for batch in run.until_stopped(stream, save):
             lr = state.set_learning_rate()
             run.seed_dropout(int(batch.k[0]))
             images = to_float(run.place(batch.images))
@@ -291,9 +297,7 @@ def _train(
             if state.due(every.validate_every_steps) and not stop:
                 validate()
             if state.due(every.save_every_steps) or stop:
-                # the model first, so that a run whose last state is complete always has one
-                _export(run, state, "ckpt.pt")
-                run.save(state.state_dict())
+                save()
             if stop:
                 raise Interrupted(f"stopped after step {state.step}, saved in {run.folder}")
 

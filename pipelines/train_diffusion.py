@@ -206,7 +206,7 @@ def _train(
     """Train from the state to the end of the recipe."""
     every = state.recipe.run
     with run.progress(state) as show:
-        for k, batch in stream:
+        for k, batch in run.until_stopped(stream, save):
             lr = state.set_learning_rate()
             run.seed_dropout(k)
             loss, norm = train_step(run, state, batch)

@@ -83,8 +83,7 @@ class Scores:
                 raise ValueError("perceptual must give the distance of each pair, (B,)")
         for name, values in scores.items():
             self._of.setdefault(name, []).append(values.cpu().float())
-        # a copy, since a loader's own tensor keeps a file open
-        self._ks.append(pair.k.clone())
+        self._ks.append(pair.k)
 
     def merge(self, other: "Scores") -> None:
         """Add another process's scores."""

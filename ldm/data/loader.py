@@ -3,33 +3,24 @@
 The images are the same whatever the batch size, the workers and the processes: in a training run,
 image k, its crop and its flip are functions of (seed, k) alone, so resuming means starting at
 another k.
-
-Workers start by forkserver (else spawn), never by fork: a lock that one of the training process's
-threads holds at a fork stays locked in the child. A script that uses workers therefore needs the
-usual `if __name__ == "__main__":`.
 """
 
 import logging
-import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from ldm.data.dataset import DataConfig
 from ldm.data.sources import PhotoSource, Source
 from ldm.data.transforms import CorruptImage, center_crop, random_crop
-from ldm.errors import LdmError, UsageError, try_call
+from ldm.data.workers import load_in_workers
+from ldm.errors import LdmError, UsageError
 from ldm.seeds import generator
 
 TOLERATED = 0.01
@@ -230,79 +221,3 @@ def _batch(
 def _stack(images: Sequence[np.ndarray], side: int) -> Tensor:
     stacked = np.stack(images) if images else np.empty((0, side, side, 3), np.uint8)
     return rearrange(torch.from_numpy(stacked), "b h w c -> b c h w")
-
-
-# ------------------------------------------------------------------------------------ workers
-@dataclass(frozen=True)
-class _Worker(Dataset):
-    work: Callable[[Any], Any]
-
-    def __getitem__(self, key: Any) -> Any:
-        # an error raised here would reach the caller inside a worker's traceback
-        return try_call(self.work, key)
-
-
-def load_in_workers(
-    work: Callable[[Any], Any], keys: Iterable[Any], workers: int, advice: str, pin: bool = False
-) -> Generator[Any]:
-    """Yield `work(key)` for each key, in order, from worker processes; 0 works in this one.
-
-    `work` is pickled once per worker. `advice` is for a lack of memory. `pin` pins tensors' memory.
-    """
-    affinity = getattr(os, "sched_getaffinity", None)  # the cores that this process may use
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    workers = min(workers, cores)  # more would wait for each other
-    loader: DataLoader = DataLoader(
-        _Worker(work),
-        batch_size=None,  # each key is a whole piece of work
-        sampler=keys,
-        num_workers=workers,
-        pin_memory=pin,
-        multiprocessing_context=_start_method() if workers else None,
-        worker_init_fn=_begin_worker,
-        generator=torch.Generator(),  # else the global one would seed the workers
-    )
-    before = set(multiprocessing.active_children())
-    try:
-        results: Any = iter(loader)
-    except BaseException:
-        for worker in set(multiprocessing.active_children()) - before:
-            worker.kill()  # they ignore SIGTERM, and Python would wait for them at its exit
-        raise
-    try:
-        for result in results:
-            if isinstance(result, LdmError):
-                raise result
-            yield result
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):
-            raise
-        raise LdmError(
-            f"a loader worker was killed, usually because memory ran out: {advice}; or it could "
-            'not start, because the script lacks `if __name__ == "__main__":`'
-        ) from error
-    finally:
-        if workers:  # a traceback may hold the iterator until Python exits, which waits for them
-            results._shutdown_workers()
-
-
-def _start_method() -> str:
-    """`forkserver`, with a server that imports torch once for all workers, or else `spawn`."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return "spawn"
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["ldm.data.loader"])
-    return "forkserver"
-
-
-def _begin_worker(_: int) -> None:
-    # Ctrl-C and a cluster's warning reach all processes of a job; the parent handles them
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    parent: Any = multiprocessing.parent_process()
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    # DataLoader's own check cannot end a worker that waits to hand over a result
-    threading.Thread(target=end_with_parent, daemon=True).start()

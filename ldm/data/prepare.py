@@ -17,10 +17,11 @@ from typing import Any, NamedTuple, get_args
 from PIL import Image
 
 from ldm.data.dataset import open_images
-from ldm.data.loader import FaultCount, load_in_workers
+from ldm.data.loader import FaultCount
 from ldm.data.shards import MANIFEST, MANIFEST_FORMAT, PNG, sidecar, write_shard
 from ldm.data.sources import Indices, Source, held_out_count, printable, split_indices
 from ldm.data.transforms import NOT_RESIZED, CorruptImage, Filter, center_crop
+from ldm.data.workers import load_in_workers
 from ldm.errors import LdmError, UsageError, check_at_least
 from ldm.files import read_json, write_json
 from ldm.logbook import show_progress

@@ -31,12 +31,12 @@ def test_a_name_too_long(tmp_path):
 
 
 def test_only_a_failed_write_is_called_one(tmp_path):
-    """A loader's worker that dies raises a RuntimeError wherever the process just is."""
+    """What is written may come from a function that raises an error of its own."""
 
     def fail(file):
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+        raise RuntimeError("in a loader worker: a bug")
 
-    with pytest.raises(RuntimeError, match="DataLoader worker"):
+    with pytest.raises(RuntimeError, match="in a loader worker"):
         write_atomically(tmp_path / "file", fail)
     assert not list(tmp_path.iterdir())
 

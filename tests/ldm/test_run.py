@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
+from ldm.data import workers
 from ldm.distributed import make_accelerator
-from ldm.errors import LdmError, UsageError
+from ldm.errors import Interrupted, LdmError, UsageError
 from ldm.run import MAX_BAD_STEPS, Run, RunConfig, check_batch, frozen, start_run
 from ldm.run_folder import load_state
 
@@ -207,12 +208,30 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path):
         pass
 
 
-def test_a_killed_loader_worker_is_one_line(tmp_path):
-    with (
-        pytest.raises(LdmError, match=r"lower data\.workers"),
-        start_run("autoencoder", "x", Recipe(), RunConfig(device="cpu"), folder=tmp_path / "run"),
-    ):
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+def stop_at_three(key):
+    """Stop the process that works on three."""
+    if key == 3:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return key
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_wait_for_a_stopped_worker_and_saves(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(workers, "PATIENCE", 0)
+    config, saved, seen = RunConfig(device="cpu"), [], []
+    with start_run("autoencoder", "x", Recipe(), config, folder=tmp_path / "run") as run:
+        stream = workers.load_in_workers(stop_at_three, range(9), 1, "")
+        with pytest.raises(Interrupted, match=f"waiting for a loader worker, saved in {tmp_path}"):
+            for batch in run.until_stopped(stream, lambda: saved.append(seen[-1])):
+                seen.append(batch)
+                if batch == 2:
+                    os.kill(os.getpid(), number)
+        monkeypatch.setattr(type(run.accelerator), "sync_gradients", False)
+        stream = workers.load_in_workers(stop_at_three, range(3, 9), 1, "")
+        with pytest.raises(Interrupted, match=r"waiting for a loader worker$"):
+            list(run.until_stopped(stream, lambda: saved.append("the middle of a step")))
+    assert (seen, saved) == ([0, 1, 2], [2])
+    assert not workers.stopping.is_set()
 
 
 def test_dropout_depends_on_the_image_number(run):

@@ -1,0 +1,265 @@
+"""Work done by other processes, handed over in order, with a limit on every wait.
+
+Each worker process has a socket of its own, and a thread of this process that starts it and
+receives its results. PyTorch's DataLoader uses shared memory and locks instead: it waits for ever
+when /dev/shm is full, which Docker limits to 64 MB, or when a worker is stopped.
+
+Workers start by forkserver (else spawn), never by fork: a lock that one of the training process's
+threads holds at a fork stays locked in the child. A script that uses workers therefore needs the
+usual `if __name__ == "__main__":`.
+"""
+
+import atexit
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import suppress
+from io import BufferedRWPair, BytesIO
+from itertools import cycle, islice
+from queue import Empty, SimpleQueue
+from threading import Event, Thread
+from traceback import format_exc
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from ldm.errors import Interrupted, LdmError
+
+LIMIT = 600
+"""Seconds that a result may take: a worker may have to start first, and disks may be slow."""
+PATIENCE = 10
+"""Seconds that a result may take in a process that was asked to stop."""
+TO_END = 5
+"""Seconds that a killed worker may take to end."""
+AHEAD = 2  # keys that each worker has at a time
+
+stopping = Event()
+"""Set while this process has been asked to stop: a wait for a worker is then cut short."""
+
+
+def load_in_workers(
+    work: Callable[[Any], Any], keys: Iterable[Any], workers: int, advice: str, pin: bool = False
+) -> Generator[Any]:
+    """Yield `work(key)` for each key, in order, from worker processes; 0 works in this one.
+
+    Args:
+        work: pickled once per worker; its results travel by pickle, tensors in their layout.
+        advice: against a lack of memory, for the error of a worker that was killed.
+        pin: move tensors into pinned memory.
+
+    Raises:
+        LdmError: raised by `work`; or a worker was killed, could not start, or was silent for ten
+            minutes.
+        Interrupted: `stopping` was set in a long wait.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)  # the cores that this process may use
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    if workers == 0:
+        results = map(work, keys)
+        yield from map(_pinned, results) if pin else results
+        return
+    count = min(workers, cores)  # more would wait for each other
+    pool = [_Worker(work, pin) for _ in range(count)]
+
+    def end() -> None:
+        for worker in pool:
+            worker.kill()
+        for worker in pool:
+            worker.join()
+
+    atexit.register(end)  # a traceback may hold this generator until then
+    try:
+        for worker in pool:
+            worker.start()
+        yield from _in_order(pool, keys, advice)
+    finally:
+        end()
+        atexit.unregister(end)
+
+
+def _in_order(pool: "list[_Worker]", keys: Iterable[Any], advice: str) -> Iterator[Any]:
+    waiting: deque[_Worker] = deque()
+    turns = zip(keys, cycle(pool))
+
+    def request(count: int) -> None:
+        for key, worker in islice(turns, count):
+            worker.request(key)
+            waiting.append(worker)
+
+    request(AHEAD * len(pool))
+    while waiting:
+        result = waiting.popleft().result(advice)
+        request(1)
+        yield result
+
+
+def _pinned(result: Any) -> Any:
+    return tree_map_only(Tensor, Tensor.pin_memory, result)
+
+
+class _Worker:
+    """A worker process, and the thread of this one that starts it and receives its results."""
+
+    def __init__(self, work: Callable[[Any], Any], pin: bool) -> None:
+        self._results: SimpleQueue[Any] = SimpleQueue()
+        self._killed = False
+        self._socket, theirs = socket.socketpair()
+        self._file = self._socket.makefile("rwb")
+        context: Any = multiprocessing.get_context(_start_method())
+        self._process = context.Process(target=_serve, args=(theirs, work), daemon=True)
+        device = torch.cuda.current_device() if pin else None
+        self._thread = Thread(target=self._run, args=(theirs, device), daemon=True)
+
+    def start(self) -> None:
+        """Begin to start the process."""
+        self._thread.start()
+
+    def request(self, key: Any) -> None:
+        """Hand over a key; it is small, and waits in the socket until the worker takes it."""
+        with suppress(OSError):  # it was killed, as `result` will say
+            _send(self._file, key)
+
+    def result(self, advice: str) -> Any:
+        """Wait for the next result."""
+        # seconds are counted here, since a clock goes on while this process itself is stopped
+        for waited in range(LIMIT):
+            try:
+                result = self._results.get(timeout=1)
+            except Empty:
+                if stopping.is_set() and waited >= PATIENCE:
+                    break
+                continue
+            if isinstance(result, EOFError) and stopping.is_set():  # by the same signal
+                break
+            if isinstance(result, EOFError | MemoryError):
+                raise LdmError(
+                    f"a loader worker was killed, usually because memory ran out: {advice}; or it "
+                    'could not start, because the script lacks `if __name__ == "__main__":`'
+                )
+            if isinstance(result, Exception):
+                raise result
+            return result
+        if stopping.is_set():
+            raise Interrupted("stopped while waiting for a loader worker")
+        raise LdmError(
+            f"a loader worker gave no result for {LIMIT} s: its process is stopped, or the disk "
+            "does not answer; see to it, or load without workers, and run the same command again"
+        )
+
+    def kill(self) -> None:
+        """End the process, even if it is stopped; and the thread."""
+        self._killed = True
+        if self._process.pid:
+            self._process.kill()
+        with suppress(OSError):  # the worker may have closed it
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
+
+    def join(self) -> None:
+        """Wait a little for the end of both after `kill`."""
+        if self._thread.is_alive():
+            self._thread.join(TO_END)
+        if self._process.pid:
+            self._process.join(TO_END)
+            if self._process.is_alive():  # in a broken disk: Python's exit may not wait for it
+                processes: Any = multiprocessing.process
+                processes._children.discard(self._process)
+        if not self._thread.is_alive():
+            with suppress(OSError):  # a request that it did not take
+                self._file.close()
+            self._socket.close()
+
+    def _run(self, theirs: socket.socket, device: int | None) -> None:
+        try:
+            with theirs:
+                self._process.start()
+            if self._killed:  # while it started
+                self._process.kill()
+            if device is not None:
+                torch.cuda.set_device(device)
+            while True:
+                result = _receive(self._file)
+                self._results.put(result if device is None else _pinned(result))
+        except (OSError, EOFError, pickle.UnpicklingError):  # it ended, perhaps amid a result
+            self._results.put(EOFError())
+        except Exception as error:  # such as work that cannot be pickled
+            self._results.put(error)
+
+
+def _start_method() -> str:
+    """`forkserver`, with a server that imports torch once for all workers, or else `spawn`."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return "spawn"
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["ldm.data.loader"])
+    return "forkserver"
+
+
+# ----------------------------------------------------------------------- in a worker process
+def _serve(connection: socket.socket, work: Callable[[Any], Any]) -> None:
+    # Ctrl-C and a cluster's warning reach all processes of a job; the parent handles them
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    parent: Any = multiprocessing.parent_process()
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    # the socket's end is noticed between two pieces of work alone
+    Thread(target=end_with_parent, daemon=True).start()
+    with connection, connection.makefile("rwb") as file:
+        try:
+            while True:
+                _send(file, _attempt(work, _receive(file)))
+        except (OSError, EOFError, pickle.UnpicklingError):
+            os._exit(0)  # the parent has closed its end, perhaps amid a message
+
+
+def _attempt(work: Callable[[Any], Any], key: Any) -> Any:
+    try:
+        return work(key)
+    except LdmError as error:
+        return error
+    except MemoryError:
+        return MemoryError()
+    except Exception as error:
+        return RuntimeError(f"in a loader worker: {error!r}\n{format_exc()}")
+
+
+# ---------------------------------------------------------------------------------- messages
+class _Pickler(pickle.Pickler):
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return NotImplemented
+        # as an array without gaps, whose bytes need not be copied into the pickle
+        order = sorted(range(value.ndim), key=value.stride, reverse=True)
+        return _tensor, (value.permute(order).numpy(), order)
+
+
+def _tensor(array: np.ndarray, order: list[int]) -> Tensor:
+    return torch.from_numpy(array).permute([order.index(dim) for dim in range(array.ndim)])
+
+
+def _send(file: BufferedRWPair, value: Any) -> None:
+    pickled, arrays = BytesIO(), list[pickle.PickleBuffer]()
+    _Pickler(pickled, 5, buffer_callback=arrays.append).dump(value)
+    parts = [array.raw() for array in arrays]
+    pickle.dump((pickled.getvalue(), [len(part) for part in parts]), file)
+    for part in parts:
+        file.write(part)
+    file.flush()
+
+
+def _receive(file: BufferedRWPair) -> Any:
+    pickled, sizes = pickle.load(file)
+    parts = [bytearray(size) for size in sizes]
+    if any(file.readinto(part) < len(part) for part in parts):
+        raise EOFError
+    return pickle.loads(pickled, buffers=parts)
