@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoint import load_model, open_safetensors, save_model, shown, to_safetensors
 from ldm.errors import LdmError, UsageError
-from ldm.files import write_atomically
+from ldm.files import check_writable, write_atomically
 
 LARGEST_STD = math.sqrt(1 / 12)
 """Relative width of the mean over a whole run (γ = 0)."""
@@ -245,6 +245,7 @@ def synthesize_ema(run: Path, std: float, at: int | None = None, out: Path | Non
             raise LdmError(f"{path} already exists: give --out another name")
     if not run.is_dir():
         raise LdmError(f"no run folder at {run}")
+    check_writable(out or run / "ckpt-ema.pt")
     coefficients, residual = fit_snapshots(list_snapshots(run / "ema"), std, at)
     images_seen = max(snapshot.images_seen for snapshot in coefficients)
     file = load_model(run, "diffusion")

@@ -59,6 +59,26 @@ def write_together(files: Mapping[Path, Content]) -> None:
                 partial.unlink()
 
 
+def check_writable(*paths: Path, advice: str = "give --out another file") -> None:
+    """Raise an LdmError for files that could not be written, before hours of work.
+
+    Nothing is created: a file that is removed at once is written where the folders begin that are
+    missing. `advice` ends the error message.
+    """
+    for path in paths:
+        if path.is_dir():
+            inside = path / f"result{path.suffix or '.json'}"
+            raise LdmError(f"{path} is a folder: give a file, such as {inside}")
+        folder = next(folder for folder in path.absolute().parents if os.access(folder, os.F_OK))
+        beside = folder / f".{path.name}.{os.getpid()}.partial"
+        try:
+            beside.touch()
+            beside.unlink()
+        except OSError as error:
+            reason = f"{folder} is a file" if folder.is_file() else error.strerror
+            raise LdmError(f"could not write {path} ({reason}): {advice}") from error
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """Read the JSON object in a file; None if it is absent, unreadable or not an object."""
     try:

@@ -193,7 +193,13 @@ def lock(folder: Path) -> Iterator[None]:
     except ImportError:  # this system has no such locks
         yield
         return
-    with (folder / ".lock").open("w") as file:
+    try:
+        opened = (folder / ".lock").open("w")
+    except OSError as error:
+        raise LdmError(
+            f"could not write in {folder} ({error.strerror}): give --out another folder"
+        ) from error
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:  # EAGAIN or EACCES: it is locked

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from autoencoders import Autoencoder, build_autoencoder
 from ldm.device import memory_format, name_device, resolve_device, synchronise, time_interleaved
 from ldm.errors import LdmError, UsageError, check_at_least
-from ldm.files import write_atomically, write_json
+from ldm.files import check_writable, write_atomically, write_json
 from ldm.logbook import console
 from ldm.run_folder import provenance
 from ldm.tables import markdown_table
@@ -122,6 +122,8 @@ def bench_encoders(
     if not names:
         raise UsageError(f"no encoder to measure: name one or more, such as {', '.join(ENCODERS)}")
     check_at_least(1, resolution=resolution, batch=batch, repeats=repeats, timed=timed)
+    if out is not None:
+        check_writable(out / "bench.json", advice="give --out another folder")
     timed = timed or (batch if where.type == "cuda" else min(batch, CPU_BATCH))
     repeats = repeats or REPEATS[where.type]
     with torch.no_grad(), torch.autocast(where.type, torch.bfloat16, precision == "bf16"):

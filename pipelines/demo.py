@@ -14,7 +14,7 @@ from torch import Tensor
 from autoencoders import load_autoencoder
 from ldm.config import load_preset, resolve
 from ldm.data import batches, open_source
-from ldm.files import write_json
+from ldm.files import check_writable, write_json
 from ldm.images import save_grid, to_uint8
 from ldm.logbook import console, read_rows
 from ldm.metrics import sliced_wasserstein
@@ -44,6 +44,7 @@ def run_demo(
         fresh: remove an earlier demo from `out` first.
         stage_one, stage_two: `key=value` settings over the two presets.
     """
+    check_writable(out / "report.html", advice="give --out another folder")
     if fresh:
         for name in ("autoencoder", "diffusion"):
             shutil.rmtree(out / name, ignore_errors=True)

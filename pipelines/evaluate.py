@@ -23,7 +23,7 @@ from ldm.data.sources import Split
 from ldm.device import full_float32, keep_freed_memory, memory_format
 from ldm.distributed import fail_together, from_main, join_processes
 from ldm.errors import check_at_least
-from ldm.files import write_json
+from ldm.files import check_writable, write_json
 from ldm.logbook import console, show_progress
 from ldm.metrics.inception import Extractor
 from ldm.run_folder import newest_run, provenance
@@ -92,7 +92,7 @@ def evaluate_checkpoints(
     chosen = chosen or [from_main(ranks, lambda: newest_run("autoencoder"))]
     jobs = evaluation.plan_jobs(chosen, data, split, resolutions, how, ranks)
     paths = [how.out] * len(jobs) if how.out else evaluation.default_paths(jobs, *how.words())
-    from_main(ranks, lambda: statistics.check_writable(*paths))
+    from_main(ranks, lambda: check_writable(*paths))
     metrics = load_metrics(how, jobs[0].resolution, device, ranks, lpips)
     _print_missing(metrics.missing, ranks)
     done: list[Evaluation] = []

@@ -26,11 +26,13 @@ from ldm.checkpoint import Kind, ModelFile, load_model, refuse_damaged, save_mod
 from ldm.config import to_tree, validate
 from ldm.data import DataConfig
 from ldm.errors import LdmError, UsageError, check_at_least
+from ldm.files import check_writable
 from ldm.foreign import check_described, find_prefix, read_described, read_weights, weights_files
 from ldm.run_folder import newest_run, provenance
 from pipelines.recipes import DiffusionRecipe, latent_shape
 from pipelines.sampling.model import LatentModel
 
+ANOTHER = "give OUT another name"
 ExportFormat = Literal["diffusers", "compvis", "hub"]
 
 
@@ -384,6 +386,7 @@ def _import_paths(source: str, out: Path, force: bool) -> list[Path]:
     if same:
         raise UsageError(f"{same} is the model to import: give OUT.pt another name")
     _refuse_to_overwrite(paths, force)
+    check_writable(*paths, advice=ANOTHER)
     return paths
 
 
@@ -399,6 +402,7 @@ def _check_out(out: Path, form: str, model: Path | None, force: bool) -> None:
         kind = "a .safetensors or .ckpt file" if form == "compvis" else "a folder"
         raise UsageError(f"{out}: --format {form} writes {kind}")
     _refuse_to_overwrite([out] if is_file else sorted(out.glob("*")), force)
+    check_writable(out if is_file else out / "config.json", advice=ANOTHER)
 
 
 def _refuse_own_folder(out: Path, files: Iterable[Path]) -> None:

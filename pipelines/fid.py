@@ -23,7 +23,7 @@ from ldm.data.transforms import NOT_RESIZED
 from ldm.device import full_float32
 from ldm.distributed import fail_together, from_main, join_processes
 from ldm.errors import LdmError, UsageError
-from ldm.files import read_json, write_json
+from ldm.files import check_writable, read_json, write_json
 from ldm.logbook import console
 from ldm.metrics.inception import Extractor
 from ldm.run_folder import provenance
@@ -127,7 +127,7 @@ def _measure(
     ranks, device = join_processes(str(how.device))
     if how.bootstrap and ranks.num_processes > 1:
         raise UsageError("--bootstrap is for one process: run without torchrun")
-    from_main(ranks, lambda: statistics.check_writable(out))
+    from_main(ranks, lambda: check_writable(out))
     own = None
     with fail_together(ranks):  # what was given comes before the weights, which may be fetched
         with suppress(UsageError):  # settings of another version

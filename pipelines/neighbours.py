@@ -22,7 +22,7 @@ from ldm.data.sources import PhotoSource
 from ldm.data.transforms import CorruptImage, center_crop
 from ldm.device import full_float32, resolve_device
 from ldm.errors import LdmError, UsageError, check_at_least
-from ldm.files import write_json
+from ldm.files import check_writable, write_json
 from ldm.images import save_grid, to_float
 from ldm.logbook import console, progress_bar
 from ldm.run_folder import provenance
@@ -70,6 +70,7 @@ def find_neighbours(
     check_at_least(1, count=count, nearest=nearest, batch_size=batch_size)
     where = resolve_device(device)
     folder = SampleFolder(Path(samples or sample_folder.newest_samples()), count, least=1)
+    check_writable(folder.path / "neighbours.json", advice="copy the samples to another folder")
     config, train = _open_training_data(folder, data)
     embed = _embedding(space, folder, model, where)
     console.print(f"comparing {folder.path} with {config.source}", markup=False)

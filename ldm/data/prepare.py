@@ -23,7 +23,7 @@ from ldm.data.sources import Indices, Source, held_out_count, printable, split_i
 from ldm.data.transforms import NOT_RESIZED, CorruptImage, Filter, center_crop
 from ldm.data.workers import load_in_workers
 from ldm.errors import LdmError, UsageError, check_at_least
-from ldm.files import read_json, write_json
+from ldm.files import check_writable, read_json, write_json
 from ldm.logbook import show_progress
 
 Report = dict[str, Any]
@@ -100,6 +100,7 @@ def _check(source: Path, destination: Path, filter: Filter, size: int, shard_siz
         raise UsageError(f"{destination} is a file: the destination must be a folder")
     if destination.exists() and destination.samefile(source):
         raise UsageError(f"{destination} is the source: choose another folder for the shards")
+    check_writable(destination / MANIFEST, advice="choose another folder for the shards")
     foreign = [tar for tar in sorted(destination.glob("*.tar")) if not sidecar(tar).is_file()]
     if foreign:
         raise UsageError(

@@ -39,6 +39,7 @@ def analyze_features(
     check_at_least(1, images=count)
     if not images.ranks.is_main_process:
         return None
+    folder = analysis_folder(out, subjects[0].path)
     pixels = sheet_images(images.source, images.resolution, count).to(images.device)
     shown = to_float(pixels.contiguous(memory_format=memory_format(images.device)))
     what = f"the first {'image' if len(shown) == 1 else f'{len(shown)} images'} of {images.what}"
@@ -61,7 +62,6 @@ def analyze_features(
             cells.append((name, NORMS[norm], str(number), shape, f"{peak:.2f}", f"{energy:.2%}"))
     header = ("model", "norm", "image", "level", "height", "width", "peak_over_mean",
               "top_1_percent_energy", "rms")  # fmt: skip
-    folder = analysis_folder(out, subjects[0].path)
     files = (folder / "features.png", write_csv(folder / "features.csv", header, rows))
     _draw(files[0], shown, maps, norms, what)
     return Analysis(

@@ -53,10 +53,10 @@ def analyze_latents(
                 f"--resolution {images.resolution}: too small for a spectrum of the latents of "
                 f"{s.name}, {f}×{f} pixels each: use at least {LEAST * f}"
             )
+    folder = analysis_folder(out, subjects[0].path)
     found = {s.name: measure(s, images.draw(n)) for s in subjects}
     if not images.ranks.is_main_process:
         return None
-    folder = analysis_folder(out, subjects[0].path)
     pictures = (folder / "latents.png", folder / "latents-statistics.png")
     rows = {s.name: _pictures(s, found[s.name], images, count) for s in subjects}
     draw_sheet(pictures[0], rows, images.what)

@@ -108,6 +108,7 @@ def analyze_mmd(
     out: Path | None = None,
 ) -> Analysis | None:
     """Measure MMD² × 100 to N(0, I) of the latents of one or several models, as in Table 6."""
+    folder = analysis_folder(out, subjects[0].path)
     found = {s.name: measure_draws(s, images, settings) for s in subjects}
     if not images.ranks.is_main_process:
         return None
@@ -124,7 +125,6 @@ def analyze_mmd(
         for sigma, numbers in distances.items()
     ]
     header = ("model", "d", "sigma", "mmd2_x100", "std", "draws", "images", "data", "latents")
-    folder = analysis_folder(out, subjects[0].path)
     files = (folder / "mmd.png", write_csv(folder / "mmd.csv", header, rows))
     _draw(files[0], found, dims, what, settings)
     cells = [

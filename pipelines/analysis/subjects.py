@@ -23,7 +23,7 @@ from ldm.data.sources import Part, Split
 from ldm.device import memory_format
 from ldm.distributed import fail_together, join_processes
 from ldm.errors import LdmError, UsageError, check_at_least
-from ldm.files import write_atomically
+from ldm.files import check_writable, write_atomically
 from ldm.images import to_float
 from ldm.run_folder import newest_run
 from ldm.seeds import generator
@@ -226,8 +226,10 @@ def _agreed(models: Iterable[str], values: dict[str, Any], what: str) -> str:
 
 # ------------------------------------------------------------------------------------- files
 def analysis_folder(out: Path | None, model: Path) -> Path:
-    """Return the requested folder, or `analysis/` next to the model."""
-    return out or (model if model.is_dir() else model.parent) / "analysis"
+    """Return the requested folder, or `analysis/` next to the model, if it can be written."""
+    folder = out or (model if model.is_dir() else model.parent) / "analysis"
+    check_writable(folder / "numbers.csv", advice="give --out another folder")
+    return folder
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Path:

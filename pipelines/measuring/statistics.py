@@ -144,21 +144,6 @@ def join_words(*words: str) -> str:
     return re.sub(r"[^\w.=-]+", "_", "-".join(words)).strip("_-")
 
 
-def check_writable(*paths: Path) -> None:
-    """Refuse result files that could not be written, before hours of work."""
-    for path in paths:
-        if path.is_dir():
-            raise LdmError(f"{path} is a folder: give --out a file, such as {path / 'eval.json'}")
-        beside = path.with_name(f".{path.name}.partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            beside.touch()
-            beside.unlink()
-        except OSError as error:
-            message = f"could not write {path} ({error.strerror}): give --out another file"
-            raise LdmError(message) from error
-
-
 # --------------------------------------------------------------------------------- image hashes
 Hashes = dict[int, int]
 """The number of an image in its set → 64 bits of the SHA-256 of its pixels, as compared."""

@@ -16,6 +16,7 @@ from ldm.config import Tree, flatten, to_flow, validate
 from ldm.data import DataConfig, open_source, sheet_images
 from ldm.device import resolve_device
 from ldm.errors import LdmError, UsageError, check_at_least, try_call
+from ldm.files import check_writable
 from ldm.images import latents_as_rgb, to_float, to_uint8
 from ldm.logbook import console
 from ldm.metrics import psnr
@@ -74,6 +75,7 @@ def write_report(
         raise UsageError("no run to report on: pass one or several run folders")
     if out.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--out {out}: must be an .html file, such as {out.with_suffix('.html')}")
+    check_writable(out)
     records = read_records(runs)
     where = resolve_device(device)
     sections, counts = [], []

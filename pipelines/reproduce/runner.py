@@ -19,7 +19,7 @@ from ldm.data import open_source
 from ldm.device import name_device, resolve_device
 from ldm.distributed import from_main, join_processes
 from ldm.errors import LdmError, UsageError
-from ldm.files import Content, read_json, to_json, write_together
+from ldm.files import Content, check_writable, read_json, to_json, write_together
 from ldm.logbook import console
 from ldm.metrics.inception import SHA256, digest, published_weights
 from ldm.run_folder import provenance
@@ -73,8 +73,7 @@ def reproduce(
     After an interruption the same call resumes: finished rows are reused, and a row in training
     continues from its last saved state. Arguments are as of `ldm reproduce`.
     """
-    if out.is_file():
-        raise UsageError(f"--out {out}: is a file, give a folder")
+    check_writable(out / "table.md", advice="give --out another folder")
     listing_of.cache_clear()  # data sets may have changed since an earlier call
     figure = find_figure(word)
     tables = [] if figure else find_tables(word)

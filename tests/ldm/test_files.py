@@ -1,7 +1,9 @@
+from pathlib import Path
+
 import pytest
 
 from ldm.errors import LdmError
-from ldm.files import read_json, write_atomically, write_json, write_together
+from ldm.files import check_writable, read_json, write_atomically, write_json, write_together
 
 
 def test_write_atomically_keeps_the_previous_file_on_failure(tmp_path):
@@ -90,3 +92,18 @@ def test_read_json_gives_an_object_or_none(tmp_path):
     for other in (b"[1]", b"{", b"\xff", b""):
         path.write_bytes(other)
         assert read_json(path) is None
+
+
+def test_a_path_that_cannot_be_written_is_refused_and_nothing_is_created(tmp_path):
+    check_writable(tmp_path / "new" / "deep" / "x.json")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    told = r"could not write .*x\.json \(.*/file is a file\): give --out another file"
+    for below in ("x.json", "deep/x.json"):
+        with pytest.raises(LdmError, match=told):
+            check_writable(tmp_path / "x.json", tmp_path / "file" / below)
+    with pytest.raises(LdmError, match=r"is a folder: .*such as .*/result.json"):
+        check_writable(tmp_path)
+    with pytest.raises(LdmError, match=r"could not write /proc/none/x \(.*\): elsewhere"):
+        check_writable(Path("/proc/none/x"), advice="elsewhere")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -257,7 +257,7 @@ def test_a_result_that_could_not_be_written(tmp_path):
     (run / "eval").write_text("a file where the folder would be")
     with pytest.raises(LdmError, match=r"could not write .*eval/photos-val-16.*give --out another"):
         measure(run, data="photos", resolutions=[16], fid=False)
-    with pytest.raises(LdmError, match="is a folder: give --out a file, such as"):
+    with pytest.raises(LdmError, match="is a folder: give a file, such as"):
         measure(run, data="photos", resolutions=[16], fid=False, out=tmp_path)
 
 

@@ -13,7 +13,7 @@ from ldm.data.prepare import prepare
 from ldm.errors import LdmError
 from pipelines.fid import find_compressed, find_limits, measure_fid, samples_preparation
 from pipelines.measuring.reference import find_filter, read_preparation
-from pipelines.measuring.statistics import MeasureOptions, check_writable
+from pipelines.measuring.statistics import MeasureOptions
 from tests.pipelines.measuring.fid_sides import (
     SIZE,
     enlarged,
@@ -202,16 +202,6 @@ def test_another_network_than_inception_limits_the_numbers():
     assert "the features are of a:b" in note
     [note] = limits(False, "clean")
     assert "not the published Inception" in note
-
-
-def test_a_path_that_cannot_be_written_is_refused(tmp_path):
-    check_writable(tmp_path / "new" / "x.json")
-    assert list((tmp_path / "new").iterdir()) == []  # nothing is left of the trial
-    (tmp_path / "file").write_text("")
-    with pytest.raises(LdmError, match=r"could not write .*: give --out another file"):
-        check_writable(tmp_path / "new" / "x.json", tmp_path / "file" / "x.json")
-    with pytest.raises(LdmError, match=r"is a folder: .*such as .*eval.json"):
-        check_writable(tmp_path)
 
 
 # ----------------------------------------------------------------- facts about a data set
