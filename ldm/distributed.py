@@ -1,6 +1,7 @@
 """Helpers for several processes: join them, share a result, fail together."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,6 +22,9 @@ from ldm.errors import LdmError
 
 PATIENCE = timedelta(hours=1)
 """Time that processes wait for the others, such as while the main one computes metrics."""
+
+SHOWN_WITHIN = 60.0
+"""Seconds after which a shared disk shows all machines what one has written."""
 
 
 def join_processes(device: str) -> tuple[PartialState, torch.device]:
@@ -68,6 +72,17 @@ def from_main(accelerator: Accelerator | PartialState, make: Callable[[], Any]) 
     if accelerator.num_processes > 1:
         broadcast_object_list(result)
     return result[0]
+
+
+def wait_for_files(missing: Callable[[], list[Any]], processes: int) -> list[Any]:
+    """Call `missing` until nothing is, for a minute at most; return what is missing still.
+
+    A shared disk (NFS) may show the files of another machine late, one that is not shared never.
+    """
+    end = time.monotonic() + SHOWN_WITHIN
+    while (found := missing()) and processes > 1 and time.monotonic() < end:
+        time.sleep(1)
+    return found
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from ldm.data.loader import FaultCount, image_index
 from ldm.data.sources import Part
 from ldm.data.transforms import CorruptImage
 from ldm.device import memory_format
-from ldm.distributed import from_main
+from ldm.distributed import fail_together, from_main, wait_for_files
 from ldm.errors import Interrupted, LdmError
 from ldm.files import read_json, write_atomically, write_json
 from ldm.images import assert_range, to_float
@@ -337,6 +337,12 @@ def open_cache(
         done = len(source) - sum(map(len, missing[turn + run.world :]))
         run.say(f"encoded {done:,} of {len(source):,} images")
     run.accelerator.wait_for_everyone()
+    with fail_together(run.accelerator):
+        if lacking := wait_for_files(partial(_lacking, folder, source), run.world):
+            raise LdmError(
+                f"{folder} lacks {len(lacking)} of its files, which other processes wrote: it is "
+                "not on a disk that all machines share: give --cache a folder that is"
+            )
     return LatentCache(folder, source, _image_shape(recipe, codec))
 
 
@@ -398,6 +404,10 @@ def check_cache(
         ours = set(folder.glob(".*.partial"))  # of a process that was killed
         if not folder.is_dir() or set(folder.iterdir()) - ours:
             raise LdmError(f"{folder} is not empty and holds no cache: {another}")
+    return _lacking(folder, source)
+
+
+def _lacking(folder: Path, source: Source) -> list[range]:
     return [part for part in _parts(source) if not _block(folder, part).is_file()]
 
 

@@ -7,13 +7,14 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 from ldm.data import sheet_images
 from ldm.device import full_float32
-from ldm.distributed import from_main
-from ldm.errors import UsageError
+from ldm.distributed import from_main, wait_for_files
+from ldm.errors import LdmError, UsageError
 from ldm.files import write_atomically
 from ldm.images import save_grid, to_float, to_pil
 from ldm.logbook import console, show_progress
@@ -87,10 +88,7 @@ def sample_images(
         batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
         _write_batches(job, store, batches[ranks.process_index :: ranks.num_processes])
         ranks.wait_for_everyone()
-        if ranks.is_main_process:
-            origin = f"samples of model {job.model.sha256[:12]}, seed {job.seed}"
-            store.finish(job.resolution, origin, job.model.classes.names)
-            _draw_grid(store)
+        from_main(ranks, lambda: _finish(job, store))
     return out
 
 
@@ -128,6 +126,19 @@ def _write_batches(job: ModelSamples, store: SampleStore, batches: Sequence[Sequ
                 writing.append(pool.submit(store.tidy))
             advance(len(indices))
         _wait(writing)
+
+
+def _finish(job: ModelSamples, store: SampleStore) -> None:
+    """Pack, describe and draw the images, if all of them are here."""
+    if missing := wait_for_files(partial(store.missing, len(job)), job.ranks.num_processes):
+        raise LdmError(
+            f"{store.out} lacks {len(missing):,} of {len(job):,} images, which other processes "
+            "wrote: it is not on a disk that all machines share. Give --out a folder that is, or "
+            "copy the other machines' images into it and run the same command again"
+        )
+    origin = f"samples of model {job.model.sha256[:12]}, seed {job.seed}"
+    store.finish(job.resolution, origin, job.model.classes.names)
+    _draw_grid(store)
 
 
 def _wait(writing: Sequence[Future]) -> None:

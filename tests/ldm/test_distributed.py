@@ -109,3 +109,16 @@ def test_a_launchers_environment_does_not_change_the_recipe(monkeypatch):
     accelerator = make_accelerator("cpu")
     assert accelerator.mixed_precision == "no"
     assert accelerator.gradient_accumulation_steps == 1
+
+
+def test_files_of_other_machines_may_show_late(monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    shown = [[1, 2], [2], []]
+    assert processes.wait_for_files(lambda: shown.pop(0), 2) == [] == shown
+    monkeypatch.setattr(processes, "SHOWN_WITHIN", 0.0)
+    assert processes.wait_for_files(lambda: [1], 2) == [1]
+
+
+def test_one_process_does_not_wait_for_its_own_files(monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("waited"))
+    assert processes.wait_for_files(lambda: [1], 1) == [1]

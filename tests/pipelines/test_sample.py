@@ -10,13 +10,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from ldm.checkpoint import load_model, save_model
 from ldm.errors import LdmError, UsageError
 from pipelines.sample import sample_images
-from pipelines.sampling.sample_folder import SampleFolder, image_name
+from pipelines.sampling.sample_folder import SampleFolder, SampleStore, image_name
 from tests.pipelines.untrained import CLASSES, pipeline
 from tests.small import ROOT, ldm
 
@@ -258,6 +257,30 @@ def test_failed_write_is_an_error(model, tmp_path, monkeypatch):
         draw(model, out, n=4)
 
 
+def forget_every_other_image(monkeypatch):
+    """Write every other image elsewhere, as another machine without the shared disk would."""
+    write = SampleStore.write
+    here = lambda store, i, picture: None if i % 2 else write(store, i, picture)  # noqa: E731
+    monkeypatch.setattr(SampleStore, "write", here)
+
+
+@pytest.mark.parametrize("files", ["png", "shards", "zip"])
+def test_images_that_are_not_here_are_no_success(model, tmp_path, monkeypatch, files):
+    with monkeypatch.context() as patch:
+        forget_every_other_image(patch)
+        with pytest.raises(LdmError) as error:
+            draw(model, tmp_path / "out", files=files)
+    assert "lacks 3 of 6 images, which other processes wrote: it is not on" in str(error.value)
+    assert "\n" not in str(error.value) and not (tmp_path / "out" / "grid.png").exists()
+    draw(model, tmp_path / "whole", files=files)
+    again, whole = (
+        SampleFolder(draw(model, tmp_path / "out", files=files)),
+        SampleFolder(tmp_path / "whole"),
+    )
+    assert len(again) == 6
+    assert all(np.array_equal(again.load(i), whole.load(i)) for i in range(6))
+
+
 def test_paths_may_be_strings(model, tmp_path):
     out = draw(str(model), str(tmp_path / "out"), n=1)
     assert (out / image_name(0)).is_file() and draw(model, out, n=1) == out
@@ -265,7 +288,7 @@ def test_paths_may_be_strings(model, tmp_path):
 
 def test_images_that_are_not_finite_are_not_written(model, tmp_path):
     whole = load_model(model, "diffusion")
-    weights = {name: tensor * torch.nan for name, tensor in whole.weights.items()}
+    weights = {name: tensor * 1e30 for name, tensor in whole.weights.items()}
     (tmp_path / "nan").mkdir()
     save_model(tmp_path / "nan" / "ckpt.pt", replace(whole, weights=weights))
     with pytest.raises(LdmError, match="images 0 to 3 are not finite"):
