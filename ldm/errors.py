@@ -19,7 +19,7 @@ class UsageError(LdmError):
 
 
 class Interrupted(Exception):
-    """A job was stopped by Ctrl-C or SIGTERM, and has saved its state."""
+    """A job was stopped by Ctrl-C, SIGTERM or SIGHUP, and has saved its state."""
 
 
 def try_call(call: Callable[..., T], *args: object, **options: object) -> "T | LdmError":

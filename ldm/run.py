@@ -17,6 +17,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from ldm.config import Config
+from ldm.console import HANGUP
 from ldm.data.workers import stopping
 from ldm.device import HostCopy, memory_format, resolve_precision
 from ldm.distributed import fail_together, from_main, make_accelerator
@@ -54,7 +55,7 @@ class RunConfig(Config):
     validate_every_steps: PositiveInt = 1000
     """Steps between validations, on held-out images or samples (numbers and a picture)."""
     save_every_steps: PositiveInt = 1000
-    """Steps between saved states; a stop by Ctrl-C or SIGTERM saves as well."""
+    """Steps between saved states; a stop by Ctrl-C, SIGTERM or SIGHUP saves as well."""
     keep_states: PositiveInt = 2
     """Number of saved states to keep, the newest."""
     compile: bool = False
@@ -276,7 +277,7 @@ class Run:
 
     # ------------------------------------------------------------------------------ stopping
     def stop_requested(self) -> bool:
-        """Return True if any process got Ctrl-C or SIGTERM; all agree, and wait for each other."""
+        """Return True if a signal asked any process to stop; all agree, and wait for each other."""
         return self.any_rank(self._stop)
 
     def stop_after_step(self) -> bool:
@@ -285,8 +286,8 @@ class Run:
         return self._all_stop if self.world > 1 else self.stop_requested()
 
     def request_stop(self, number: int = signal.SIGTERM, *_: object) -> None:
-        """Stop after this step and save. A second Ctrl-C stops at once; a second SIGTERM, which
-        launchers send, does not interrupt the saving."""
+        """Stop after this step and save. A second Ctrl-C stops at once; a second SIGTERM or SIGHUP,
+        which launchers and a lost console send, does not interrupt the saving."""
         if self._stop and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._stop = True
@@ -360,7 +361,8 @@ def start_run(
 
         run = Run(from_main(accelerator, claim), config, accelerator)
         if threading.current_thread() is threading.main_thread():  # others may set no handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
+            ignored = signal.getsignal(HANGUP) == signal.SIG_IGN  # as by nohup
+            for number in {signal.SIGINT, signal.SIGTERM} | (set() if ignored else {HANGUP}):
                 held.callback(signal.signal, number, signal.signal(number, run.request_stop))
             held.callback(stopping.clear)
         torch.manual_seed(torch_seed(config.seed, "weights", 0))

@@ -76,8 +76,15 @@ def fill_disk_after_one_file(monkeypatch) -> None:
     monkeypatch.setattr("os.fsync", full)
 
 
-def ldm(*words: str, cwd: Path, processes: int = 1, start: bool = False, **environment: str):
-    """Run `ldm …` as a person would; `start` hands out the running process instead."""
+def ldm(
+    *words: str,
+    cwd: Path,
+    processes: int = 1,
+    start: bool = False,
+    stdout: int = subprocess.DEVNULL,
+    **environment: str,
+):
+    """Run `ldm …` as a person would; `start` hands out the running process, with `stdout`."""
     command = [sys.executable, "-m"]
     if processes > 1:
         command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
@@ -88,7 +95,5 @@ def ldm(*words: str, cwd: Path, processes: int = 1, start: bool = False, **envir
     env |= {"ACCELERATE_USE_CPU": "true"} | environment
     how = {"cwd": cwd, "env": env, "text": True}
     if start:
-        return subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **how
-        )
+        return subprocess.Popen(command, stdout=stdout, stderr=subprocess.DEVNULL, **how)
     return subprocess.run(command, capture_output=True, **how)

@@ -12,6 +12,7 @@ import typer
 from typer import Option
 
 from ldm.cli import analyze, data, doctor, exchange, measure, results, train
+from ldm.console import outlast_console
 from ldm.errors import Interrupted, LdmError
 
 INTERRUPTED = 130
@@ -79,9 +80,7 @@ def main() -> NoReturn:
         warnings.filterwarnings("ignore")
         os.environ.setdefault("PYTHONWARNINGS", "ignore")
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # for terminals without σ and ²
-            stream.reconfigure(errors="replace")
+    outlast_console()
     try:
         color = False if os.environ.get("NO_COLOR") else None  # https://no-color.org
         code = app(standalone_mode=False, prog_name="ldm", color=color)

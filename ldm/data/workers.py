@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from ldm.console import HANGUP
 from ldm.errors import Interrupted, LdmError
 
 LIMIT = 600
@@ -203,8 +204,8 @@ def _start_method() -> str:
 # ----------------------------------------------------------------------- in a worker process
 def _serve(connection: socket.socket, work: Callable[[Any], Any]) -> None:
     # Ctrl-C and a cluster's warning reach all processes of a job; the parent handles them
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, HANGUP):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     parent: Any = multiprocessing.parent_process()
 

@@ -1,5 +1,6 @@
 """A run killed at any step and resumed gives the bits of one that never stopped."""
 
+import os
 import random
 import shutil
 import signal
@@ -102,7 +103,7 @@ def test_resume_is_bit_exact(name, seed, unbroken, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signal_saves_the_current_step(number, unbroken, tmp_path):
     # saved by the signal alone: no periodic state would be due before the end
     words = [*stage("autoencoder", unbroken), "run.save_every_steps=1000"]
@@ -118,6 +119,39 @@ def test_signal_saves_the_current_step(number, unbroken, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "resuming from" in done.stdout
     same_as_unbroken("autoencoder", folder, unbroken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["autoencoder", "diffusion", "cached"])
+@pytest.mark.parametrize("lost", ["pipe", "/dev/full"])
+def test_lost_console_saves_the_work(name, lost, unbroken, tmp_path):
+    (tmp_path / "images").symlink_to(unbroken / "images")
+    words = [*stage(name, unbroken), "run.save_every_steps=1000"]
+    read, write = os.pipe()
+    os.close(read)
+    output = write if lost == "pipe" else os.open(lost, os.O_WRONLY)
+    process = ldm(*words, cwd=tmp_path, start=True, stdout=output)
+    assert process.wait(120) == 130
+    folder = tmp_path / "again"
+    assert not (folder / "result.json").exists()
+    # the cache is written before the first step, and its files are kept
+    assert states(folder) or any((tmp_path / "cache").glob("latents-*.npy"))
+    done = ldm(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "resuming from" in done.stdout or not states(folder)
+    same_as_unbroken(name, folder, unbroken)
+
+
+@pytest.mark.slow
+def test_hangup_under_torchrun_saves_the_current_step(unbroken, tmp_path):
+    words = [*stage("autoencoder", unbroken), "run.save_every_steps=1000"]
+    process = ldm(*words, cwd=tmp_path, start=True, processes=2)
+    folder, patience = tmp_path / "again", time.monotonic() + 120
+    while not read_rows(folder / "metrics.jsonl") and time.monotonic() < patience:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGHUP)
+    process.wait(120)
+    assert len(states(folder)) == 1 and not (folder / "result.json").exists()
 
 
 @pytest.mark.slow

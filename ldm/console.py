@@ -1,0 +1,60 @@
+"""Standard output and error that may go away while a job runs.
+
+A closed terminal and `ldm … | head -1` must not lose the work since the last save: a failed write
+raises nothing where it happens. It acts as a hangup of the terminal instead, and a hangup acts as
+Ctrl-C: a training saves its state and stops, other jobs stop and keep their finished files. Under
+torchrun one process that gets it stops them all.
+"""
+
+import io
+import os
+import signal
+import sys
+from typing import Any
+
+HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)
+"""Signal of a terminal that went away; Windows has none."""
+
+
+class LastingOutput(io.FileIO):
+    """An output of this process, by its file descriptor, whose writes do not fail.
+
+    The first write that would (a pipe without a reader, a lost terminal, a full disk) sends this
+    process a hangup. From then on everything is dropped, so that no later line fails as well.
+    """
+
+    def write(self, data: Any, /) -> int:
+        """Write bytes, or drop them; return their number."""
+        try:
+            return super().write(data)
+        except OSError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.fileno())
+            os.close(null)
+            signal.raise_signal(HANGUP)
+            return len(data)
+
+
+def outlast_console() -> None:
+    """Replace standard output and error by lasting ones, and let a hangup act as Ctrl-C.
+
+    A hangup that is ignored, as under nohup, stays ignored: the job then goes on in silence.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if type(stream) is not io.TextIOWrapper:  # none, or one that a caller put there
+            continue
+        stream.flush()
+        raw = LastingOutput(stream.fileno(), "w", closefd=False)
+        # python -u writes at once, without a buffer
+        buffer: Any = raw if stream.write_through else io.BufferedWriter(raw)
+        lasting = io.TextIOWrapper(
+            buffer,
+            encoding=stream.encoding,
+            errors="replace",  # for terminals without σ and ²
+            line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )
+        setattr(sys, name, lasting)
+    if signal.getsignal(HANGUP) == signal.SIG_DFL:
+        signal.signal(HANGUP, signal.default_int_handler)
