@@ -329,13 +329,14 @@ class StyleGANBlock(nn.Module):
         self.conv1 = _equalize(nn.Conv2d(in_width, in_width, 3, padding=1))
         self.conv2 = _equalize(nn.Conv2d(in_width, out_width, 3, stride=2))
         self.skip = _equalize(nn.Conv2d(in_width, out_width, 1, bias=False))
+        self.blur = Blur()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, H, W) → (B, out, H/2, W/2)."""
         h = _activate(self.conv1(x))  # (B, in, H, W)
-        h = _activate(self.conv2(blur(h, padding=2)))  # (B, out, H/2, W/2), from H + 1
+        h = _activate(self.conv2(self.blur(h, padding=2)))  # (B, out, H/2, W/2), from H + 1
         # a 1×1 convolution and a filter commute: blurring first is a quarter of the work
-        return (h + self.skip(blur(x, padding=1, stride=2))) / math.sqrt(2)
+        return (h + self.skip(self.blur(x, padding=1, stride=2))) / math.sqrt(2)
 
 
 class EqualizedRate(nn.Module):
@@ -352,15 +353,22 @@ class EqualizedRate(nn.Module):
         return weight / math.sqrt(weight[0].numel())
 
 
-def blur(x: Tensor, padding: int, stride: int = 1) -> Tensor:
-    """Filter [1, 3, 3, 1]/8 along both sides of (B, C, H, W), zeros around: H → H + 2·padding − 3.
+class Blur(nn.Module):
+    """Filter [1, 3, 3, 1]/8 along both sides: it removes the frequencies that would alias when
+    pixels are dropped (Zhang 2019, arXiv 1904.11486)."""
 
-    It removes the frequencies that would alias when pixels are dropped (Zhang 2019, arXiv
-    1904.11486).
-    """
-    taps = torch.tensor([1.0, 3.0, 3.0, 1.0], device=x.device, dtype=x.dtype) / 8
-    kernel = torch.outer(taps, taps).expand(x.shape[1], 1, 4, 4)
-    return F.conv2d(x, kernel, stride=stride, padding=padding, groups=x.shape[1])
+    kernel: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+        # exact in every dtype; a buffer, since a GPU would wait for a constant made in a step
+        self.register_buffer("kernel", torch.outer(taps, taps), persistent=False)
+
+    def forward(self, x: Tensor, padding: int, stride: int = 1) -> Tensor:
+        """(B, C, H, W), with zeros around: H → H + 2·padding − 3, every `stride`-th of them."""
+        kernel = self.kernel.to(x.dtype).expand(x.shape[1], 1, 4, 4)
+        return F.conv2d(x, kernel, stride=stride, padding=padding, groups=x.shape[1])
 
 
 def _activate(x: Tensor) -> Tensor:

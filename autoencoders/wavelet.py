@@ -6,7 +6,7 @@ periodic, which keeps every sub-band at half its size (`mode="periodization"` th
 """
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import AfterValidator
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldm.config import did_you_mean
+from ldm.device import to_device
 from ldm.errors import LdmError
 
 SubBands = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -55,7 +56,7 @@ def dwt(images: Tensor, wavelet: str = "haar") -> SubBands:
     # ptwt centres its first coefficient this far before the first 2×2 block
     x = images.to(_working(images)).roll((-shift, -shift), (-2, -1))
     with torch.autocast(x.device.type, enabled=False):
-        low, *levels = ptwt.wavedec2(x, wavelet, level=1, mode="periodic")
+        low, *levels = ptwt.wavedec2(x, _filters(wavelet, x), level=1, mode="periodic")
     # of a periodic image the coefficients repeat after half its side
     bands = (band[..., :height, :width].to(dtype) for band in (low, *levels[0]))
     low, horizontal, vertical, diagonal = bands
@@ -81,7 +82,7 @@ def idwt(sub_bands: SubBands, wavelet: str = "haar") -> Tensor:
         F.pad(band.to(working), (0, shift, 0, shift), mode="circular") for band in sub_bands
     )
     with torch.autocast(low.device.type, enabled=False):
-        x = ptwt.waverec2((low, WaveletDetailTuple2d(*edges)), wavelet)
+        x = ptwt.waverec2((low, WaveletDetailTuple2d(*edges)), _filters(wavelet, low))
     return x.roll((shift, shift), (-2, -1)).to(dtype)
 
 
@@ -125,6 +126,17 @@ def _taps(wavelet: str) -> int:
     import pywt
 
     return pywt.Wavelet(wavelet).dec_len
+
+
+def _filters(wavelet: str, x: Tensor) -> Any:
+    """The wavelet's filters in the form of ptwt, which would copy them in a way that waits."""
+    import pywt
+    from ptwt.constants import WaveletTensorTuple
+
+    bank = pywt.Wavelet(wavelet).filter_bank
+    return WaveletTensorTuple(
+        *(to_device(torch.tensor(taps, dtype=x.dtype), x.device) for taps in bank)
+    )
 
 
 def _precision(x: Tensor) -> torch.dtype:

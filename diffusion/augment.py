@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ldm import seeds
 from ldm.config import Config
+from ldm.device import to_device
 from ldm.errors import LdmError
 
 AUGMENT_PARAMETERS = 9
@@ -151,16 +152,16 @@ def augment(images: Tensor, parameters: Tensor) -> Tensor:
     for column, dim in ((0, 3), (1, 2)):
         mirrored = parameters[:, column] != 0
         if mirrored.any():
-            out = torch.where(mirrored.to(images.device).view(-1, 1, 1, 1), out.flip(dim), out)
+            mirrored = to_device(mirrored, images.device)
+            out = torch.where(mirrored.view(-1, 1, 1, 1), out.flip(dim), out)
     rows = parameters[:, 2:].any(dim=1).nonzero().flatten()
     if len(rows):
         matrix = augmentation_matrix(parameters[rows], *images.shape[-2:])
         out = out.clone() if out is images else out
         pixels = PIXELS_CPU if images.device.type == "cpu" else PIXELS_GPU
         at_once = max(1, pixels // images[0, 0].numel())
-        for part, moves in zip(
-            rows.to(images.device).split(at_once), matrix.split(at_once), strict=True
-        ):
+        rows = to_device(rows, images.device)
+        for part, moves in zip(rows.split(at_once), matrix.split(at_once), strict=True):
             out[part] = _resample(images[part], moves).to(images.dtype)
     return out
 
@@ -193,7 +194,8 @@ def _resample(images: Tensor, matrix: Tensor) -> Tensor:
         )
     dtype = torch.promote_types(images.dtype, torch.float32)
     # the origin of every point of the fine grid, which has a margin for the low-pass
-    inverse = torch.linalg.inv(matrix).to(images.device, dtype).unsqueeze(-1).unsqueeze(-1)
+    inverse = to_device(torch.linalg.inv(matrix).to(dtype), images.device)
+    inverse = inverse.unsqueeze(-1).unsqueeze(-1)
     x, y = (
         torch.arange(1 - side - MARGIN, side + MARGIN, device=images.device, dtype=dtype) / 2
         for side in (width, height)

@@ -89,7 +89,7 @@ class DiscreteDenoiser(Denoiser):
 
     def time_of(self, sigma: Tensor) -> Tensor:
         """Time steps t in [0, T−1] of noise levels, interpolated in ln σ: float64."""
-        table = self.log_sigmas.to(sigma.device)
+        table = self.log_sigmas = self.log_sigmas.to(sigma.device)  # copied once
         wanted = sigma.double().log()
         above = torch.searchsorted(table, wanted).clamp(1, len(table) - 1)
         below = above - 1

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffusion.edm2 import MPFourier, MPLinear, MPModule
 from ldm.config import Config
+from ldm.device import to_device
 
 
 class Uncertainty(MPModule):
@@ -91,13 +92,16 @@ class Denoiser(nn.Module, ABC):
 
         Args:
             x: noisy latents (B, C, H, W).
-            sigma: their noise levels σ > 0, (B,) or ().
+            sigma: their noise levels σ > 0, (B,) or (); a number () is best left on the CPU.
             labels: classes (B,), −1 for none; None: none in the whole batch.
             augment: the parameters (B, A) of the augmentation; None: no augmentation.
         """
         dtype = torch.promote_types(x.dtype, torch.float32)
         inner = next(self.network.parameters(), x).dtype
-        sigma = torch.as_tensor(sigma, dtype=dtype, device=x.device).expand(len(x))
+        if not isinstance(sigma, Tensor) or (sigma.ndim == 0 and sigma.device.type == "cpu"):
+            # a fill, where a GPU would wait for a copy
+            sigma = torch.full((), float(sigma), dtype=dtype, device=x.device)
+        sigma = to_device(sigma, x.device).to(dtype).expand(len(x))
         sigma = sigma.view(-1, 1, 1, 1)  # (B, 1, 1, 1), and so are the four
         c_skip, c_out, c_in, c_noise = self.precondition(sigma)
         given = {"labels": labels, "augment": augment}

@@ -217,7 +217,7 @@ class Embedding(nn.Module):
         """c_noise (B,), labels (B,), augment (B, A) → (B, width)."""
         embedding = self.noise(self.fourier(c_noise))
         if self.label is not None:
-            classes, labels = self.config.classes, labels.to(c_noise.device)
+            classes = self.config.classes
             one_hot = labels[:, None] == torch.arange(classes, device=labels.device)  # (B, N)
             # Appendix B.3: √N one-hot has magnitude 1
             label = self.label(math.sqrt(classes) * one_hot)

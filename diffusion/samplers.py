@@ -59,6 +59,7 @@ def make_churn(
             f"not {S_churn}, {S_min}, {S_max}, {S_noise}"
         )
 
+    sigmas = sigmas.cpu()
     # Algorithm 2: γ_i, where it is not 0
     gamma = min(S_churn / (len(sigmas) - 1), sqrt(2) - 1)
 
@@ -88,7 +89,7 @@ def sample_heun(
     Args:
         denoise: the denoiser; called twice a step, once in the last.
         noise: standard normal (B, C, H, W).
-        sigmas: noise levels (N + 1,) in float64, falling, the last one 0; best left on the CPU.
+        sigmas: noise levels (N + 1,) in float64, falling, the last one 0; they are read on the CPU.
         churn: adds noise before a step.
         start: x at sigmas[0] instead of noise · sigmas[0], of noise's shape: an image plus noise
             edits the image (SDEdit, Meng et al. 2021, arXiv 2108.01073).
@@ -100,6 +101,7 @@ def sample_heun(
     Raises:
         UsageError: start is not of noise's shape.
     """
+    sigmas = sigmas.cpu()
     x = _first(noise, sigmas, start)  # (B, C, H, W)
     for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         x, sigma_hat = churn(x, sigma)  # lines 5-6: raise the noise
@@ -130,6 +132,7 @@ def sample_euler(
     Song et al. 2020 (arXiv 2010.02502), Eq. 13, is this step: their x / √α is this x. Arguments,
     result and errors are those of `sample_heun`; the denoiser is called once a step.
     """
+    sigmas = sigmas.cpu()
     x = _first(noise, sigmas, start)  # (B, C, H, W)
     for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         x, sigma_hat = churn(x, sigma)
@@ -155,6 +158,7 @@ def sample_dpmpp_2m(
     with fresh noise. The first step, and the last if it ends in σ = 0, are of first order.
     Arguments, result and errors are those of `sample_heun`.
     """
+    sigmas = sigmas.cpu()
     x = _first(noise, sigmas, start)  # (B, C, H, W)
     before: Tensor | None = None
     h_before = sigmas.new_zeros(())

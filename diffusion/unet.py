@@ -11,9 +11,11 @@ import torch
 from einops import rearrange
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationInfo, field_validator
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from ldm.config import Config
+from ldm.device import to_device
 from ldm.errors import LdmError
 
 Way = Literal["down", "up"]
@@ -133,7 +135,8 @@ class UNetBase(nn.Module, ABC):
             x: scaled noisy latents (B, n_z, H, W).
             c_noise: noise levels (B,) as the network counts them: ¼ ln σ, or a time step.
             labels: classes (B,), whole numbers below `config.classes`, −1 for no class; None: −1
-                throughout. Keep them on the CPU: a GPU then does not wait for their check.
+                throughout. Only eager mode checks their values, and only on the CPU, where that
+                makes nothing wait; see `check_labels`.
             augment: parameters of the augmentation (B, config.augment_parameters); None: zeros,
                 which is none.
 
@@ -151,6 +154,7 @@ class UNetBase(nn.Module, ABC):
         # weights of classes and augmentations have a gradient in every step, as DDP expects
         if labels is None:
             labels = torch.full((len(x),), -1, device=x.device)
+        labels = to_device(labels, x.device)
         if augment is None:
             augment = x.new_zeros(len(x), self.config.augment_parameters)
         return self.run_levels(x, self.embed(c_noise, labels, augment))
@@ -162,16 +166,8 @@ class UNetBase(nn.Module, ABC):
             raise LdmError(
                 f"labels are {labels.dtype} {tuple(labels.shape)}: they must be int64 ({batch},)"
             )
-        if labels is not None and len(wrong := labels[(labels < -1) | (labels >= classes)]):
-            if not classes:
-                raise LdmError(
-                    f"label {wrong[0]} was given to a network without classes: leave labels out, "
-                    "or train a network on labelled images"
-                )
-            raise LdmError(
-                f"label {wrong[0]} is none of this network's {classes} classes: use 0 to "
-                f"{classes - 1}, or −1 for none"
-            )
+        if labels is not None and labels.device.type == "cpu" and not is_compiling():
+            check_labels(labels, classes)
         if augment is not None and augment.shape != (batch, parameters):
             raise LdmError(
                 f"augmentation parameters are {tuple(augment.shape)}: for {batch} image(s) this "
@@ -193,6 +189,24 @@ class UNetBase(nn.Module, ABC):
             for block in cast(nn.ModuleList, blocks):
                 x = block(self.concat(x, skips.pop()), embedding)
         return x
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Raise an LdmError unless labels (B,), on the CPU, lie between −1 and `classes` − 1.
+
+    For a network on a GPU, check labels before they are copied there.
+    """
+    wrong = labels[(labels < -1) | (labels >= classes)]
+    if len(wrong) and not classes:
+        raise LdmError(
+            f"label {wrong[0]} was given to a network without classes: leave labels out, "
+            "or train a network on labelled images"
+        )
+    if len(wrong):
+        raise LdmError(
+            f"label {wrong[0]} is none of this network's {classes} classes: use 0 to "
+            f"{classes - 1}, or −1 for none"
+        )
 
 
 # ------------------------------------------------------------- the network of latent diffusion
@@ -280,7 +294,6 @@ class NoiseEmbedding(nn.Module):
         waves = sinusoids(c_noise, self.channels).to(weight.dtype)
         embedding = self.linear_out(F.silu(self.linear_in(waves)))
         if self.classes is not None:
-            labels = labels.to(weight.device)
             is_known = (labels >= 0).to(weight.dtype)[:, None]  # (B, 1)
             embedding = embedding + is_known * self.classes(labels.clamp(min=0))
         if self.augment is not None:

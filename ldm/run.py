@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ldm.config import Config
 from ldm.console import HANGUP
 from ldm.data.workers import stopping
-from ldm.device import HostCopy, memory_format, resolve_precision
+from ldm.device import HostCopy, memory_format, resolve_precision, to_device
 from ldm.distributed import fail_together, from_main, make_accelerator
 from ldm.ema import Average
 from ldm.errors import Interrupted, LdmError, UsageError
@@ -155,8 +155,7 @@ class Run:
         """Move images or a module to the device, in its fastest memory layout."""
         layout = memory_format(self.device)
         if isinstance(tensor_or_module, Tensor):
-            moved = tensor_or_module.to(self.device, non_blocking=True)
-            return moved.contiguous(memory_format=layout)
+            return to_device(tensor_or_module, self.device).contiguous(memory_format=layout)
         return tensor_or_module.to(self.device, memory_format=layout)
 
     def autocast(self) -> AbstractContextManager:

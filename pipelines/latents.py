@@ -30,11 +30,12 @@ from torch.utils._pytree import tree_leaves
 from autoencoders import Autoencoder, DiagonalGaussian
 from diffusion.augment import augment, draw_augmentation
 from diffusion.edm import sample_sigma
+from diffusion.unet import check_labels
 from ldm.data import Batch, Source, batches, evaluation_batches
 from ldm.data.loader import FaultCount, image_index
 from ldm.data.sources import Part
 from ldm.data.transforms import CorruptImage
-from ldm.device import memory_format
+from ldm.device import memory_format, to_device
 from ldm.distributed import fail_together, from_main, wait_for_files
 from ldm.errors import Interrupted, LdmError
 from ldm.files import read_json, write_atomically, write_json
@@ -87,12 +88,19 @@ class Codec(nn.Module):
 
     @torch.no_grad()
     def posterior(self, images: Tensor) -> DiagonalGaussian:
-        """images (B, 3, H, W) in [−1, 1] → posterior of their raw latents (B, n_z, h, w)."""
-        assert_range(images)
+        """images (B, 3, H, W) in [−1, 1] → posterior of their raw latents (B, n_z, h, w).
+
+        The range is not checked, which would wait for a GPU.
+        """
         return self.autoencoder.encode(images)
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """images (B, 3, H, W) in [−1, 1] → z: drawn with noise (B, n_z, h, w), else the mean."""
+        """images (B, 3, H, W) in [−1, 1] → z: drawn with noise (B, n_z, h, w), else the mean.
+
+        Raises:
+            ValueError: the images are not in [−1, 1].
+        """
+        assert_range(images)
         return self.standardise(self.posterior(images), noise)
 
     @torch.no_grad()
@@ -153,7 +161,7 @@ def measure_latents(
 
 # ------------------------------------------------------------------------ training batches
 class LatentBatch(NamedTuple):
-    """One micro-batch of a training step, on the device except for the labels."""
+    """One micro-batch of a training step, on the device."""
 
     z: Tensor
     """Standardised latents (b, n_z, h, w)."""
@@ -162,8 +170,7 @@ class LatentBatch(NamedTuple):
     noise: Tensor
     """Standard normal noise of z's shape."""
     labels: Tensor | None
-    """Classes int64 (b,), −1 for none, on the CPU, where checking them makes no GPU wait; None for
-    a model without classes."""
+    """Classes int64 (b,), −1 for none; None for a model without classes."""
     augment: Tensor | None
     """Parameters of the augmentation (b, A), or None."""
 
@@ -195,14 +202,14 @@ def latent_batches(
         if recipe.augment.probability > 0:
             parameters = draw_augmentation(run.seed, batch.k.tolist(), recipe.augment)
             images = augment(images, parameters)
-            parameters = _on(run.device, parameters)
+            parameters = to_device(parameters, run.device)
         with run.autocast():
             posterior = codec.posterior(images)
         return drawn(posterior, batch.k.tolist(), batch.labels, parameters)
 
     def read(batch: tuple[DiagonalGaussian, list[int], Tensor]) -> tuple[int, LatentBatch]:
         posterior, ks, labels = batch
-        mean, logvar = (_on(run.device, t) for t in (posterior.mean, posterior.logvar))
+        mean, logvar = (to_device(t, run.device) for t in (posterior.mean, posterior.logvar))
         return drawn(DiagonalGaussian(mean, logvar), ks, labels, None)
 
     def drawn(
@@ -210,14 +217,15 @@ def latent_batches(
     ) -> tuple[int, LatentBatch]:
         shape, of_posterior, shown = posterior.mean.shape[1:], None, None
         if recipe.posterior == "sample":
-            of_posterior = _on(run.device, normal(run.seed, "posterior", ks, shape))
+            of_posterior = to_device(normal(run.seed, "posterior", ks, shape), run.device)
         sigma = sample_sigma(normal(run.seed, "sigma", ks, ()), recipe.edm)
         noise = normal(run.seed, "noise", ks, shape)
         if recipe.network.classes:
             hidden = uniform(run.seed, "label", ks, ()) < recipe.label_dropout
-            shown = labels.masked_fill(hidden, -1)
+            check_labels(labels, recipe.network.classes)
+            shown = to_device(labels.masked_fill(hidden, -1), run.device)
         z = codec.standardise(posterior, of_posterior)
-        sigma, noise = _on(run.device, sigma), _on(run.device, noise)
+        sigma, noise = to_device(sigma, run.device), to_device(noise, run.device)
         return ks[0], LatentBatch(z, sigma, noise, shown, parameters)
 
     if cache is not None:
@@ -231,8 +239,7 @@ def one_ahead(
 ) -> Iterator[Any]:
     """Yield `prepare` of every item; on a CUDA GPU the next on a side stream meanwhile.
 
-    The next begins before the current one is yielded: the consumer waits for the device at the end
-    of every step, and would begin it too late.
+    The next begins before the current one is yielded, after which the consumer may wait.
 
     Args:
         prepare: enqueues work on the current stream; returns tensors in nested tuples.
@@ -254,13 +261,6 @@ def one_ahead(
             if isinstance(leaf, Tensor) and leaf.is_cuda:
                 leaf.record_stream(main)  # its memory is not reused before main has read it
         yield prepared
-
-
-def _on(device: torch.device, tensor: Tensor) -> Tensor:
-    """Copy a CPU tensor to the device, from pinned memory so that the copy is asynchronous."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 # ------------------------------------------------------------------------------- the cache

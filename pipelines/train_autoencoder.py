@@ -28,6 +28,7 @@ from autoencoders.losses.perceptual import ESRGANPerceptual
 from ldm.checkpoint import ModelFile, load_model, save_model
 from ldm.config import to_tree
 from ldm.data import Batch, Source, batches, holds_out, open_source
+from ldm.device import to_device
 from ldm.ema import Ema
 from ldm.errors import Interrupted
 from ldm.images import grid, save_grid, to_float
@@ -156,7 +157,7 @@ def _update_generator(
     logs: dict[str, Tensor | float] = {}
     side = images.shape[-1] // state.autoencoder.downsampling
     noise = normal(run.seed, "posterior", ks, (state.recipe.latent_channels, side, side))
-    noise = noise.to(run.device, non_blocking=True)
+    noise = to_device(noise, run.device)
     with run.autocast():
         out = state.ddp_autoencoder(images, noise)
         with torch.no_grad():
@@ -188,7 +189,7 @@ def _update_discriminator(
     batches_of_images = [images, recon]
     adversarial = state.recipe.adversarial
     if adversarial.mixes:
-        boxes = uniform(run.seed, "cutmix", ks, (4,)).to(run.device, non_blocking=True)
+        boxes = to_device(uniform(run.seed, "cutmix", ks, (4,)), run.device)
         mask = cutmix_masks(boxes, *images.shape[-2:])  # (b, 1, H, W)
         batches_of_images.append(torch.where(mask, images, recon))
     # one forward pass, so that the power iteration of spectral norm runs once

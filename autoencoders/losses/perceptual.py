@@ -166,20 +166,30 @@ class ESRGANPerceptual:
     """
 
     def __init__(self, features: nn.Module) -> None:
-        self.network = features.eval().requires_grad_(False)
+        self.network = nn.Sequential(Normalise(), features).eval().requires_grad_(False)
 
     def __call__(self, recon: Tensor, images: Tensor) -> Tensor:
         """Two batches (B, 3, H, W) in [−1, 1] → scalar, in float32 under autocast too."""
         network = _on(self.network, recon.device)
         with torch.autocast(recon.device.type, enabled=False):
             # Wang et al. 2018, Section 3.3: ‖φ(x̂) − φ(x)‖₁, φ before activation
-            return (network(_normalise(recon)) - network(_normalise(images))).abs().mean()
+            return (network(recon) - network(images)).abs().mean()
 
 
-def _normalise(images: Tensor) -> Tensor:
+class Normalise(nn.Module):
     """Images (B, 3, H, W) in [−1, 1] → normalised as the classifier's training images."""
-    mean, std = (images.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (MEAN, STD))
-    return ((images.float() + 1) / 2 - mean) / std
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        # buffers, since a GPU would wait for constants made in a step
+        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return ((images.float() + 1) / 2 - self.mean) / self.std
 
 
 def load_esrgan(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from autoencoders import Autoencoder, AutoencoderConfig
 from diffusion import build_denoiser, build_network, samplers
 from diffusion.samplers import SAMPLERS, Denoise, make_churn
+from diffusion.unet import check_labels
 from ldm.checkpoint import ModelFile, build_with, load_model
 from ldm.config import to_tree, validate
 from ldm.data import Batch
@@ -23,6 +24,7 @@ from ldm.device import (
     memory_format,
     resolve_device,
     resolve_precision,
+    to_device,
 )
 from ldm.distributed import join_processes
 from ldm.errors import LdmError, UsageError
@@ -154,7 +156,7 @@ class LatentModel:
         """
 
         def draw(purpose: str) -> Tensor:
-            return normal(seed, purpose, indices, self.latent_shape).to(self.device)
+            return to_device(normal(seed, purpose, indices, self.latent_shape), self.device)
 
         sigmas = noise_levels(sampling, self.denoiser)
         noise = draw("sample") if noise is None else noise.to(self.device)
@@ -232,8 +234,10 @@ class LatentModel:
     def _guided(
         self, sampling: Sampling, labels: Sequence[int] | None, guide: "LatentModel | None"
     ) -> Denoise:
-        # on the CPU, where the network's check of them makes no GPU wait at every step
         chosen = None if labels is None else torch.tensor(labels)
+        if chosen is not None:
+            check_labels(chosen, self.classes.count)  # here, where no GPU has to wait
+            chosen = to_device(chosen, self.device)
         strong = partial(self.denoiser, labels=chosen)
         if sampling.guidance is None:
             return strong

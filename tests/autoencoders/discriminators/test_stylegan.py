@@ -7,7 +7,7 @@ from scipy.signal import upfirdn
 from torch import nn
 from torch.nn import functional as F
 
-from autoencoders.discriminators import StyleGANConfig, StyleGANDiscriminator, blur
+from autoencoders.discriminators import Blur, StyleGANConfig, StyleGANDiscriminator
 
 
 @pytest.fixture(autouse=True)
@@ -31,12 +31,12 @@ def scipy_blur(x, padding, stride):
 def test_blur_is_scipys(padding, stride):
     x = torch.randn(2, 3, 8, 12)
     expected = scipy_blur(x, padding, stride)
-    torch.testing.assert_close(blur(x, padding, stride).double(), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(Blur()(x, padding, stride).double(), expected, rtol=0, atol=1e-6)
 
 
 def test_blur_keeps_flat_images():
     flat = torch.full((1, 2, 8, 8), 0.25)
-    torch.testing.assert_close(blur(flat, padding=0), flat[..., :5, :5])
+    torch.testing.assert_close(Blur()(flat, padding=0), flat[..., :5, :5])
 
 
 def test_golden_parameter_counts():
