@@ -108,7 +108,7 @@ def check_comparable(first: AutoencoderRecipe, second: AutoencoderRecipe) -> Non
         raise UsageError(f"the two presets differ in {', '.join(unequal)}: set it for both")
     if first.loss.ldl and not first.ema_half_life_images:
         raise UsageError("loss.ldl needs averaged weights: set ema_half_life_images")
-    if first.accumulate > 1 or first.checkpointing or first.run.compile:
+    if first.accumulate > 1 or first.checkpointing or first.run.compile is True:
         raise UsageError("accumulate, checkpointing and run.compile are not supported here")
     if len(first.phases) > 1:
         raise UsageError("give one phase, such as phases=[{resolution: 128, steps: 1000}]")

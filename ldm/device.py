@@ -1,16 +1,20 @@
 """The device: its choice, memory layout, precision and name; and interleaved timing."""
 
 import ctypes
+import os
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._triton import has_triton
 
 from ldm.errors import LdmError
 
@@ -50,6 +54,40 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return "bf16" if native() else "fp32"
+
+
+def cast_for_autocast(module: nn.Module) -> nn.Module:
+    """Copy a frozen module, with the weights in bf16 that autocast would cast at every call.
+
+    It caches the casts of weights that want gradients, and no others. Under autocast the copy
+    computes the same bits: norms, and layers that first compute with their weights, keep float32,
+    as does the first layer, in whose type networks take their input.
+    """
+    copy = deepcopy(module).requires_grad_(False)
+    layers = [part for part in copy.modules() if [*part.parameters(recurse=False)]]
+    for layer in layers[1:]:
+        if type(layer) in (nn.Conv2d, nn.Linear):  # a subclass may compute with its weight
+            layer.to(torch.bfloat16)
+    return copy
+
+
+def compiles(setting: bool | str, device: torch.device) -> bool:
+    """Resolve `auto`: compile for a CUDA GPU, if all is there that compiling needs."""
+    return setting is True or (
+        setting == "auto" and device.type == "cuda" and missing_compiler(device) is None
+    )
+
+
+def missing_compiler(device: torch.device) -> str | None:
+    """Name what torch.compile lacks on this machine; None if nothing."""
+    if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++"))):
+        return "a C++ compiler"
+    if device.type != "cuda":
+        return None
+    # Triton compiles the code that launches its kernels
+    if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        return "a C compiler"
+    return None if has_triton() else "Triton, on a GPU that it supports"
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from types import MethodType
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -19,7 +20,14 @@ from torch import Tensor, nn
 from ldm.config import Config
 from ldm.console import HANGUP
 from ldm.data.workers import stopping
-from ldm.device import HostCopy, memory_format, resolve_precision, to_device
+from ldm.device import (
+    HostCopy,
+    cast_for_autocast,
+    compiles,
+    memory_format,
+    resolve_precision,
+    to_device,
+)
 from ldm.distributed import fail_together, from_main, make_accelerator
 from ldm.ema import Average
 from ldm.errors import Interrupted, LdmError, UsageError
@@ -58,8 +66,9 @@ class RunConfig(Config):
     """Steps between saved states; a stop by Ctrl-C, SIGTERM or SIGHUP saves as well."""
     keep_states: PositiveInt = 2
     """Number of saved states to keep, the newest."""
-    compile: bool = False
-    """torch.compile the networks: the first steps are slow; needs a C++ compiler."""
+    compile: bool | Literal["auto"] = "auto"
+    """torch.compile the networks: the first steps are slow. auto: on a CUDA GPU, where there are
+    Triton and the compilers that it needs."""
 
 
 class TrainingState:
@@ -140,16 +149,28 @@ class Run:
         """Move a module to the device and wrap it, so that processes average its gradients."""
         return self.accelerator.prepare_model(module)
 
-    def compile(self, *modules: nn.Module) -> None:
-        """Compile modules in place if the config says so; names in their state stay."""
-        if not self.config.compile:
+    def compile(self, *parts: nn.Module | Callable[..., Any]) -> None:
+        """Compile modules and methods in place if the config says so; names in their state stay.
+
+        Each has a graph for every shape, and for every set of tensors that need gradients.
+        """
+        if not compiles(self.config.compile, self.device):
             return
+        import torch._dynamo.config
         from torch._functorch import config
 
         # the ratio of two gradients runs backward twice: the graph's buffers must not be reused
         config.donated_buffer = False
-        for module in modules:
-            module.compile()
+        # A discriminator has two graphs for each resolution: frozen, for the generator's update,
+        # and trained. Beyond the limit, 8 by default, PyTorch silently stops compiling.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        for part in parts:
+            # static: shapes change with the resolution alone, and symbolic ones make slower code
+            if isinstance(part, nn.Module):
+                part.compile(dynamic=False)
+            else:
+                owner = cast(MethodType, part).__self__
+                setattr(owner, part.__name__, torch.compile(part, dynamic=False))
 
     def place(self, tensor_or_module: Any) -> Any:
         """Move images or a module to the device, in its fastest memory layout."""
@@ -157,6 +178,10 @@ class Run:
         if isinstance(tensor_or_module, Tensor):
             return to_device(tensor_or_module, self.device).contiguous(memory_format=layout)
         return tensor_or_module.to(self.device, memory_format=layout)
+
+    def place_frozen(self, module: nn.Module) -> Any:
+        """Move a frozen module to the device; for bf16 a copy, see `cast_for_autocast`."""
+        return self.place(cast_for_autocast(module) if self.precision == "bf16" else module)
 
     def autocast(self) -> AbstractContextManager:
         """Return the context in which networks run: autocast for bf16."""

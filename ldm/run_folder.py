@@ -33,6 +33,7 @@ from ldm.files import read_json, write_atomically, write_json
 RUNS = Path("runs")
 
 IGNORED = {
+    "compile",
     "log_every_steps",
     "save_every_steps",
     "validate_every_steps",
@@ -40,7 +41,8 @@ IGNORED = {
     "keep_states",
     "workers",
 }
-"""Keys that may change between a stop and a resume: they do not change what a run computes."""
+"""Keys that may change between a stop and a resume: they do not change what a run computes,
+or by rounding only."""
 
 FORMER_PARTS = {"discriminator": "critic", "opt_discriminator": "opt_critic"}
 """Names of parts in states saved by earlier versions."""

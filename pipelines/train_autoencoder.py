@@ -92,7 +92,7 @@ class AutoencoderState(TrainingState):
             checkpoint_blocks(self.autoencoder)
         ae = self.autoencoder
         # not the decoder's last layer, where gradients are taken; see `gradient_ratio`
-        run.compile(ae.encoder, ae.decoder.middle, *ae.decoder.levels, self.discriminator)
+        run.compile(ae.encoder, ae.decoder.features, self.discriminator)
         self.ddp_autoencoder = run.prepare(ae)
         self.ddp_discriminator = run.prepare(self.discriminator)
 

@@ -162,7 +162,7 @@ def train_diffusion(
         recipe = fit(begun, autoencoder, len(source.classes))
 
         state = DiffusionState(recipe, run, autoencoder)
-        autoencoder = run.place(autoencoder)
+        frozen = run.place_frozen(autoencoder)
         if saved := run.resume():
             if saved["autoencoder_sha256"] != ae_sha256:
                 raise LdmError(
@@ -170,13 +170,13 @@ def train_diffusion(
                     f"{run.folder} was started with: pass that one to --ae, or another folder to "
                     "--out"
                 )
-            codec = Codec.from_statistics(autoencoder, saved["statistics"]).to(run.device)
+            codec = Codec.from_statistics(frozen, saved["statistics"]).to(run.device)
             state.load_state_dict(saved)
         else:
-            codec = measure_codec(autoencoder, recipe, source, run)
+            codec = measure_codec(frozen, recipe, source, run)
         del saved  # some gigabytes, and the file
         cache = open_cache(recipe, codec, ae_sha256, source, run) if recipe.cache else None
-        state.prepare(run, autoencoder)
+        state.prepare(run, frozen)
         logbook = Logbook(run.folder if run.is_main else None, state.images_seen)
         run.say(_opening(run, state, codec))
         validate = partial(_validate, run, state, codec, logbook)
@@ -185,7 +185,7 @@ def train_diffusion(
 
         def save() -> None:
             # the model first, so that a run whose last state is complete always has one
-            _export(run, state, codec, source)
+            _export(run, state, codec, autoencoder, source)
             facts = {"autoencoder_sha256": ae_sha256, "statistics": codec.statistics()}
             run.save(state.state_dict() | facts)
 
@@ -281,11 +281,11 @@ def _validate(run: Run, state: DiffusionState, codec: Codec, logbook: Logbook) -
     run.say(f"step {state.step:>6}/{state.total_steps}: loss {loss:.4f}, samples drawn")
 
 
-def _export(run: Run, state: DiffusionState, codec: Codec, source: Source) -> None:
+def _export(run: Run, state: DiffusionState, codec: Codec, ae: Autoencoder, source: Source) -> None:
     """Write `ckpt.pt`: the averaged network, the latents' statistics, and the autoencoder."""
     if not run.is_main:
         return
-    recipe, ae = state.recipe, codec.autoencoder
+    recipe = state.recipe
     inner = ModelFile("autoencoder", to_tree(ae.config), ae.state_dict())
     origin = provenance() | {"images_seen": state.images_seen, "autoencoder_sha256": inner.sha256}
     statistics = codec.statistics() | {

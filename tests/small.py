@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -62,6 +63,19 @@ def file_size_limit(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def count_graphs(monkeypatch) -> list[torch.fx.GraphModule]:
+    """The graphs that `torch.compile` finds from now on, which run as they are."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    return graphs
 
 
 def fill_disk_after_one_file(monkeypatch) -> None:

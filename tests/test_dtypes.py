@@ -14,6 +14,7 @@ from autoencoders.discriminators import (
 )
 from diffusion import EDM, DiscreteConfig, DiscreteDenoiser, EDM2Config, UNetConfig, build_network
 from diffusion.edm import Uncertainty
+from ldm.device import cast_for_autocast
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 NARROW = {"channels": 8, "multipliers": [1, 2]}
@@ -113,3 +114,42 @@ def test_uncertainty():
     exact = deepcopy(uncertainty).double()(c_noise)
     for dtype in DTYPES:
         check((deepcopy(uncertainty).to(dtype)(c_noise),), (exact,), dtype)
+
+
+# ----------------------------------------------------------- weights that autocast casts, cast once
+@torch.no_grad()
+def same_under_autocast(network, call):
+    """The copy's outputs are the network's to the bit, and its large weights need no cast."""
+    copy = cast_for_autocast(network)
+    with torch.autocast("cpu", torch.bfloat16):
+        for ours, theirs in zip(call(copy), call(network), strict=True):
+            assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    assert {tensor.dtype for tensor in network.state_dict().values()} == {torch.float32}
+    changed = [tensor.dtype for tensor in copy.state_dict().values()]
+    assert changed[0] == torch.float32 and torch.bfloat16 in changed
+    assert not any(parameter.requires_grad for parameter in copy.parameters())
+    norms = [part for part in copy.modules() if isinstance(part, torch.nn.GroupNorm)]
+    assert all(norm.weight.dtype == torch.float32 for norm in norms)
+
+
+@pytest.mark.parametrize("name", AUTOENCODERS)
+def test_an_autoencoder_cast_once_computes_the_same_bits(name):
+    latent_channels = {"latent_channels": 12} if name == "dwt" else {}
+    model = build_autoencoder("litevae-b", **AUTOENCODERS[name], **latent_channels).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+
+    def call(ae):
+        posterior = ae.encode(images())
+        return posterior.mean, posterior.logvar, ae.decode(posterior.mean)
+
+    same_under_autocast(model, call)
+
+
+def test_a_denoiser_cast_once_computes_the_same_bits():
+    denoiser = EDM(build_network(NETWORKS[0])).eval()
+    for parameter in denoiser.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x = torch.randn(2, 4, 8, 8, dtype=torch.float64)  # as samplers have it
+    labels = torch.tensor([0, -1])
+    same_under_autocast(denoiser, lambda d: [d(x, 2.0, labels), d(x.float(), 0.1)])

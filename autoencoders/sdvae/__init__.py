@@ -105,14 +105,17 @@ class SDVAEDecoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 4 * 3 if self.wavelet else 3, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
-        x = channels_last(latents.to(self.conv_in.weight.dtype))
-        x = chain(x, self.conv_in, self.middle, *self.levels)
-        x = chain(x, self.norm_out, F.silu, self.conv_out)
+        x = chain(self.features(latents), self.norm_out, F.silu, self.conv_out)
         if not self.wavelet:
             return x
         # times 2, since LL has twice the range of the image
         low, horizontal, vertical, diagonal = (2 * x).chunk(4, dim=1)
         return haar_idwt((low, horizontal, vertical, diagonal))  # 4 × (B, 3, f·h/2, …) → (B, 3, …)
+
+    def features(self, latents: Tensor) -> Tensor:
+        """Latents (B, n_z, h, w) → features at the image's size, before the last convolution."""
+        x = channels_last(latents.to(self.conv_in.weight.dtype))
+        return chain(x, self.conv_in, self.middle, *self.levels)
 
 
 # ---------------------------------------------------------------------------------- levels

@@ -3,8 +3,6 @@
 Every check returns problems, one line each that says what to do. Nothing is downloaded.
 """
 
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from autoencoders.losses.perceptual import BACKBONES, backbone_path, backbone_ur
 from ldm.config import list_presets, load_preset, resolve
 from ldm.data import DataConfig, Source, holds_out, open_source
 from ldm.data.transforms import CorruptImage
-from ldm.device import resolve_precision
+from ldm.device import missing_compiler, resolve_precision
 from ldm.errors import LdmError
 from ldm.metrics.inception import WEIGHTS, published_weights, weight_folders
 from ldm.run import RunConfig
@@ -162,12 +160,11 @@ def check_autoencoder(
 
 
 # ------------------------------------------------------------------------------ the machine
-def check_compiler(config: RunConfig) -> list[Problem]:
-    """Check that `run.compile` finds a C++ compiler."""
-    if not config.compile or any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++"))):
-        return []
-    text = "run.compile needs a C++ compiler, and there is none: install one, or omit run.compile"
-    return [Problem("error", text)]
+def check_compiler(config: RunConfig, device: torch.device) -> list[Problem]:
+    """Check that `run.compile=true` finds all that it needs."""
+    lacks = missing_compiler(device) if config.compile is True else None
+    text = f"run.compile=true needs {lacks}, which is missing: install it, or omit run.compile"
+    return [] if lacks is None else [Problem("error", text)]
 
 
 def check_machine(config: RunConfig, device: torch.device, work: float) -> list[Problem]:

@@ -18,7 +18,7 @@ import torch
 
 from ldm.checkpoint import fingerprint
 from ldm.data import Source, holds_out
-from ldm.device import resolve_device, resolve_precision
+from ldm.device import compiles, resolve_device, resolve_precision
 from ldm.distributed import make_accelerator
 from ldm.errors import LdmError
 from ldm.run import Run, check_batch
@@ -148,7 +148,7 @@ def diagnose(
         source, build, disk_of, where = _stage_two(recipe, preset, machine.precision, problems)
     batch_size, accumulate = recipe.batch_size, recipe.accumulate
     problems += checks.attempt(check_batch, batch_size, accumulate, processes)[1]
-    problems += checks.check_compiler(recipe.run)
+    problems += checks.check_compiler(recipe.run, device)
     steps = sum(stretch.steps for stretch in stretches(recipe))
     each = ceil(batch_size / (accumulate * processes))
     count = None if source is None else len(source)
@@ -210,7 +210,8 @@ def _machine(recipe: Recipe, device: torch.device) -> Machine:
     cache = Path(getattr(recipe, "cache", "") or RUNS).expanduser()  # stage one has none
     (disk, free), (other, there) = disk_at(RUNS), disk_at(cache)
     apart = None if other == disk else there
-    return Machine(str(device), name, precision, memory, free, apart, recipe.run.compile)
+    compiled = compiles(recipe.run.compile, device)
+    return Machine(str(device), name, precision, memory, free, apart, compiled)
 
 
 def disk_at(folder: Path) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from autoencoders import Autoencoder, AutoencoderConfig
 from diffusion import build_denoiser, build_network, samplers
@@ -19,6 +19,7 @@ from ldm.checkpoint import ModelFile, build_with, load_model
 from ldm.config import to_tree, validate
 from ldm.data import Batch
 from ldm.device import (
+    cast_for_autocast,
     full_float32,
     keep_freed_memory,
     memory_format,
@@ -69,6 +70,7 @@ class LatentModel:
         network = build_with(lambda: build_network(recipe.network), file.weights, path)
         self.denoiser = build_denoiser(network, recipe.denoiser).eval().requires_grad_(False)
         self.codec = Codec.from_statistics(autoencoder, file.statistics)
+        self._run_by: dict[str, Any] = {"denoiser": self.denoiser, "codec": self.codec}
         side = recipe.resolution // autoencoder.downsampling
         self.latent_shape = (recipe.network.latent_channels, side, side)
         self.classes = Classes(recipe.network.classes, tuple(file.statistics.get("classes", ())))
@@ -111,8 +113,8 @@ class LatentModel:
 
         Args:
             device: auto, cpu, cuda, cuda:1, or torch's.
-            precision: fp32, bf16 (networks under autocast, their weights stay float32), auto (bf16
-                where the device supports it), or torch's dtype.
+            precision: fp32, bf16 (networks under autocast, in copies with weights in bf16), auto
+                (bf16 where the device supports it), or torch's dtype.
 
         Raises:
             LdmError: no such device.
@@ -126,8 +128,10 @@ class LatentModel:
         if device is not None:
             self.device = resolve_device(str(device))
         self._requested, self.precision = requested, resolve_precision(requested, self.device)
-        for module in nn.ModuleList([self.denoiser, self.codec]):
+        for name in ("denoiser", "codec"):
+            module = getattr(self, name)
             module.to(device=self.device).to(memory_format=memory_format(self.device))
+            self._run_by[name] = cast_for_autocast(module) if self.precision == "bf16" else module
         return self
 
     @torch.no_grad()
@@ -168,7 +172,7 @@ class LatentModel:
             extra["churn"] = make_churn(sigmas, lambda step: draw(f"churn {step}"), **churn)
         with self._autocast():
             z = SAMPLERS[sampling.sampler](denoise, noise, sigmas[skip:], **extra)
-            images = self.codec.decode(z).cpu()
+            images = self._run_by["codec"].decode(z).cpu()
         if not images.isfinite().all():
             raise LdmError(
                 f"images {indices[0]} to {indices[-1]} are not finite: lower the guidance, use "
@@ -238,19 +242,20 @@ class LatentModel:
         if chosen is not None:
             check_labels(chosen, self.classes.count)  # here, where no GPU has to wait
             chosen = to_device(chosen, self.device)
-        strong = partial(self.denoiser, labels=chosen)
+        strong = partial(self._run_by["denoiser"], labels=chosen)
         if sampling.guidance is None:
             return strong
         if guide is None:
-            weak: Denoise = self.denoiser
+            weak: Denoise = self._run_by["denoiser"]
         else:
-            weak = partial(guide.denoiser, labels=chosen if guide.classes.count else None)
+            its = chosen if guide.classes.count else None
+            weak = partial(guide._run_by["denoiser"], labels=its)
         return samplers.guide(strong, weak, sampling.guidance, sampling.interval)
 
     def encode(self, images: Tensor) -> Tensor:
         """Encode images (B, 3, H, W) in [−1, 1] as their posteriors' means z, on the device."""
         with self._autocast():
-            return self.codec.encode(images.to(self.device))
+            return self._run_by["codec"].encode(images.to(self.device))
 
     @contextmanager
     def _autocast(self) -> Iterator[None]:

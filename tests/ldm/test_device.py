@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ldm.device import (
+    compiles,
     keep_freed_memory,
     name_device,
     resolve_device,
@@ -87,3 +88,17 @@ def test_a_cpu_is_named_with_its_threads():
     threads = torch.get_num_threads()
     name = name_device(torch.device("cpu"))
     assert name.endswith(", 1 thread" if threads == 1 else f", {threads} threads")
+
+
+def test_auto_compiles_on_a_gpu_with_all_that_it_needs(monkeypatch):
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr("ldm.device.has_triton", lambda: True)
+    monkeypatch.setattr("shutil.which", lambda name: name in ("g++", "gcc"))
+    assert compiles("auto", gpu) and not compiles("auto", cpu)
+    for there in ((), ("g++",), ("gcc",)):
+        monkeypatch.setattr("shutil.which", lambda name, there=there: name in there)
+        assert not compiles("auto", gpu)
+        assert compiles(True, gpu) and not compiles(False, gpu)
+    monkeypatch.setattr("shutil.which", lambda _: True)
+    monkeypatch.setattr("ldm.device.has_triton", lambda: False)
+    assert not compiles("auto", gpu)

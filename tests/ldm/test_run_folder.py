@@ -54,8 +54,9 @@ def test_a_new_run_is_named_and_described():
 def test_the_same_command_finds_the_unfinished_run():
     first = new_or_unfinished("autoencoder", "tiny", Recipe(), None)
     assert new_or_unfinished("autoencoder", "tiny", Recipe(), None) == first
-    watched = Recipe(run=RunConfig(log_every_steps=7))
-    assert new_or_unfinished("autoencoder", "tiny", watched, None) == first
+    for other in ({"log_every_steps": 7}, {"compile": False}, {"compile": True}):
+        watched = Recipe(run=RunConfig(**other))
+        assert new_or_unfinished("autoencoder", "tiny", watched, None) == first
 
 
 def test_a_new_run_for_other_settings_another_stage_or_a_finished_run(tmp_path):

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from ldm.errors import LdmError
 from ldm.logbook import read_rows
 from ldm.run import Run, RunConfig
 from pipelines.train_autoencoder import AutoencoderState, train_autoencoder, train_step
-from tests.small import ROOT, autoencoder_recipe
+from tests.small import ROOT, autoencoder_recipe, count_graphs
 
 SHORT = "phases=[{resolution: 32, steps: 2}, {resolution: 64, steps: 2}]"
 
@@ -34,8 +35,7 @@ def test_checkpointing_trains_to_the_same_bits(tmp_path):
 @pytest.mark.slow
 def test_compiled_training_gives_the_same_weights(tmp_path, monkeypatch):
     """Compiled by the backend that needs no C++ compiler."""
-    compile = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda net: compile(net, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     plain, compiled = (
         train_autoencoder(
             autoencoder_recipe(f"run.compile={flag}", "phases=[{resolution: 32, steps: 4}]"),
@@ -48,6 +48,14 @@ def test_compiled_training_gives_the_same_weights(tmp_path, monkeypatch):
     assert a.keys() == b.keys()
     for name, tensor in a.items():
         torch.testing.assert_close(b[name], tensor, rtol=1e-2, atol=1e-3)
+
+
+def test_networks_compile_to_a_fixed_number_of_graphs(tmp_path, monkeypatch):
+    """At each resolution one of the encoder, one of the decoder, and two of the discriminator:
+    frozen, and trained."""
+    graphs = count_graphs(monkeypatch)
+    train_autoencoder(autoencoder_recipe("run.compile=true"), "tiny", tmp_path / "run")
+    assert len(graphs) == 4 * 2
 
 
 def test_best_weights_are_kept_in_best_pt(tmp_path, monkeypatch):

@@ -7,10 +7,11 @@ from ldm.checkpoint import ModelFile, load_model, save_model
 from ldm.errors import LdmError, UsageError
 from ldm.logbook import read_rows
 from pipelines.latent_diffusion import LatentDiffusionPipeline
+from pipelines.latents import Codec
 from pipelines.train_autoencoder import train_autoencoder
 from pipelines.train_diffusion import DiffusionState, snapshot_due, train_diffusion
 from pipelines.validation import band_names
-from tests.small import autoencoder_recipe, diffusion_recipe
+from tests.small import autoencoder_recipe, count_graphs, diffusion_recipe
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +23,34 @@ def stage_one(tmp_path_factory):
 def stage_two(stage_one):
     recipe = diffusion_recipe(stage_one / "ckpt.pt")
     return train_diffusion(recipe, "tiny", stage_one.parent / "ldm")
+
+
+def test_networks_compile_to_a_fixed_number_of_graphs(stage_one, tmp_path, monkeypatch):
+    """One of the denoiser's network, and one of the encoder."""
+    graphs = count_graphs(monkeypatch)
+    recipe = diffusion_recipe(stage_one / "ckpt.pt", "run.compile=true")
+    train_diffusion(recipe, "tiny", tmp_path / "run")
+    assert len(graphs) == 2
+
+
+def test_in_bf16_the_autoencoder_is_cast_once_and_saved_in_float32(
+    stage_one, tmp_path, monkeypatch
+):
+    recipe = diffusion_recipe(stage_one / "ckpt.pt", "run.precision=bf16", "steps=2")
+    seen, posterior = set(), Codec.posterior
+
+    def watched(codec, images):
+        seen.update(tensor.dtype for tensor in codec.autoencoder.state_dict().values())
+        return posterior(codec, images)
+
+    monkeypatch.setattr(Codec, "posterior", watched)
+    ours = load_model(train_diffusion(recipe, "tiny", tmp_path / "once"), "diffusion")
+    assert seen == {torch.float32, torch.bfloat16}
+    assert ours.autoencoder.sha256 == load_model(stage_one, "autoencoder").sha256
+
+    monkeypatch.setattr("ldm.run.cast_for_autocast", lambda module: module)
+    theirs = load_model(train_diffusion(recipe, "tiny", tmp_path / "each"), "diffusion")
+    assert (ours.sha256, ours.statistics) == (theirs.sha256, theirs.statistics)
 
 
 def test_run_folder_holds_every_file(stage_one, stage_two):

@@ -267,10 +267,10 @@ def test_emulated_bf16_is_told(monkeypatch):
 
 
 def test_compiling_needs_a_compiler(monkeypatch):
-    monkeypatch.setattr(checks.shutil, "which", lambda _: None)
-    problem = only(checks.check_compiler(RunConfig(compile=True)))
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    problem = only(checks.check_compiler(RunConfig(compile=True), CPU))
     assert problem.level == "error" and "C++ compiler" in problem.text
-    assert checks.check_compiler(RunConfig()) == []
+    assert checks.check_compiler(RunConfig(), torch.device("cuda")) == []
 
 
 def test_space():

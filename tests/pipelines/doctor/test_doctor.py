@@ -134,7 +134,7 @@ def test_a_process_that_uses_another_device(monkeypatch):
 )
 def test_without_the_device_all_else_is_told_and_no_cost_worked_out(recipe, monkeypatch):
     monkeypatch.setattr(doctor, "Costs", None)
-    monkeypatch.setattr(checks.shutil, "which", lambda _: None)
+    monkeypatch.setattr("shutil.which", lambda _: None)
     found = diagnose(recipe, "tiny")
     told = errors(found)
     assert "no CUDA device" in told[0] and "C++ compiler" in told[-1]

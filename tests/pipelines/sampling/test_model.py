@@ -1,10 +1,14 @@
 """A latent model: classifier-free guidance and autoguidance."""
 
+import weakref
+
 import pytest
 import torch
 
+import pipelines.sampling.model as module
 from diffusion.samplers import sample_heun
 from diffusion.schedules import karras_sigmas
+from ldm.checkpoint import load_model
 from ldm.seeds import normal
 from tests.pipelines.untrained import CLASSES, load, make_model, pipeline, said
 
@@ -128,3 +132,28 @@ def test_guide_must_denoise_the_guided_levels(pipe, tmp_path):
     assert len(pipe(1, interval=(low, 5.0), **how)) == 1
     assert len(pipe(1, sigma_min=low, sigma_max=high, **how)) == 1
     assert "it denoises" in said(lambda: pipe(1, churn=9, sigma_min=low, sigma_max=high, **how))
+
+
+def test_in_bf16_networks_are_cast_once_and_stay_float32(model, monkeypatch):
+    pipe = load(model)
+    whole = pipe(n=2, steps=2)
+    once = pipe.to(precision="bf16")(n=2, steps=2)
+    for part in (pipe.denoiser, pipe.codec):
+        assert {tensor.dtype for tensor in part.state_dict().values()} == {torch.float32}
+    monkeypatch.setattr(module, "cast_for_autocast", lambda network: network)
+    assert torch.equal(pipe.to(precision="bf16")(n=2, steps=2), once)
+    assert not torch.equal(once, whole)
+    assert torch.equal(pipe.to(precision="fp32")(n=2, steps=2), whole)
+
+
+def test_the_file_is_let_go(model, monkeypatch):
+    files = []
+
+    def read(*arguments):
+        file = load_model(*arguments)
+        files.append(weakref.ref(file))
+        return file
+
+    monkeypatch.setattr(module, "load_model", read)
+    pipe = load(model)
+    assert files[0]() is None and pipe.device.type == "cpu"
