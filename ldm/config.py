@@ -271,7 +271,7 @@ def describe(config: Config, indent: int = 0) -> Iterator[tuple[str, str]]:
 def _choices(annotation: Any) -> Iterator[str]:
     """The values of a key, or the types of a section, if there are several."""
     if get_origin(annotation) is Literal and len(words := get_args(annotation)) > 1:
-        yield from (word for word in words if isinstance(word, str))
+        yield from (to_flow(word) for word in words if isinstance(word, str | bool))
     variants = list(_sections(annotation))
     if len(variants) > 1:
         yield from (f"type={variant.model_fields['type'].default}" for variant in variants)

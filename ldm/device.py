@@ -71,13 +71,6 @@ def cast_for_autocast(module: nn.Module) -> nn.Module:
     return copy
 
 
-def compiles(setting: bool | str, device: torch.device) -> bool:
-    """Resolve `auto`: compile for a CUDA GPU, if all is there that compiling needs."""
-    return setting is True or (
-        setting == "auto" and device.type == "cuda" and missing_compiler(device) is None
-    )
-
-
 def missing_compiler(device: torch.device) -> str | None:
     """Name what torch.compile lacks on this machine; None if nothing."""
     if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++"))):
@@ -88,6 +81,41 @@ def missing_compiler(device: torch.device) -> str | None:
     if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
         return "a C compiler"
     return None if has_triton() else "Triton, on a GPU that it supports"
+
+
+@contextmanager
+def deterministic_algorithms() -> Iterator[None]:
+    """Let PyTorch compute by deterministic algorithms only inside the `with`.
+
+    Raises:
+        LdmError: this process uses CUDA already, whose cuBLAS reads its setting when it starts; or
+            an operation inside has no deterministic algorithm.
+    """
+    name, cudnn = "CUBLAS_WORKSPACE_CONFIG", torch.backends.cudnn
+    given = name in os.environ
+    if torch.cuda.is_initialized() and not given:
+        raise LdmError(
+            f"run.deterministic=true, and this process uses CUDA already: set {name}=:4096:8 "
+            "before it starts"
+        )
+    before = torch.get_deterministic_debug_mode(), cudnn.benchmark
+    os.environ.setdefault(name, ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    cudnn.benchmark = False
+    try:
+        yield
+    except RuntimeError as error:
+        if "a deterministic implementation" not in str(error):
+            raise
+        raise LdmError(
+            f"run.deterministic=true: PyTorch's {str(error).split()[0]} is not deterministic: "
+            "omit that setting, or the one that needs this operation"
+        ) from error
+    finally:
+        torch.set_deterministic_debug_mode(before[0])
+        cudnn.benchmark = before[1]
+        if not given:
+            del os.environ[name]
 
 
 @contextmanager

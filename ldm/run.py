@@ -23,8 +23,9 @@ from ldm.data.workers import stopping
 from ldm.device import (
     HostCopy,
     cast_for_autocast,
-    compiles,
+    deterministic_algorithms,
     memory_format,
+    missing_compiler,
     resolve_precision,
     to_device,
 )
@@ -66,9 +67,18 @@ class RunConfig(Config):
     """Steps between saved states; a stop by Ctrl-C, SIGTERM or SIGHUP saves as well."""
     keep_states: PositiveInt = 2
     """Number of saved states to keep, the newest."""
-    compile: bool | Literal["auto"] = "auto"
+    compile: Literal["auto", True, False] = "auto"
     """torch.compile the networks: the first steps are slow. auto: on a CUDA GPU, where there are
-    Triton and the compilers that it needs."""
+    Triton and the compilers that it needs, unless `deterministic`."""
+    deterministic: bool = False
+    """Compute by deterministic algorithms only, on a GPU too: slower; on a CPU all of them are."""
+
+    def compiles(self, device: torch.device) -> bool:
+        """Resolve `compile` on a device."""
+        if self.compile == "auto":
+            can = device.type == "cuda" and missing_compiler(device) is None
+            return can and not self.deterministic
+        return self.compile
 
 
 class TrainingState:
@@ -154,7 +164,7 @@ class Run:
 
         Each has a graph for every shape, and for every set of tensors that need gradients.
         """
-        if not compiles(self.config.compile, self.device):
+        if not self.config.compiles(self.device):
             return
         import torch._dynamo.config
         from torch._functorch import config
@@ -374,8 +384,10 @@ def start_run(
     folder: Path | None = None,
 ) -> Iterator[Run]:
     """Find or create the run's folder, lock it, handle signals, and yield the `Run`."""
-    accelerator = make_accelerator(config.device, accumulate)
     with ExitStack() as held:
+        if config.deterministic:
+            held.enter_context(deterministic_algorithms())
+        accelerator = make_accelerator(config.device, accumulate)
 
         def claim() -> Path:
             chosen = new_or_unfinished(kind, preset, recipe, folder)

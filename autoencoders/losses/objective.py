@@ -195,6 +195,18 @@ def blur(images: Tensor, size: int = 5, sigma: float = 1.0) -> Tensor:
     (height, width), reach = images.shape[-2:], size // 2
     taps = [math.exp(-0.5 * (offset / sigma) ** 2) for offset in range(-reach, reach + 1)]
     taps = [tap / sum(taps) for tap in taps]
-    x = F.pad(images, (reach, reach, reach, reach), mode="reflect")
+    x = _reflect(images, reach)
     x = cast(Tensor, sum(tap * x[..., i : i + height, :] for i, tap in enumerate(taps)))
     return cast(Tensor, sum(tap * x[..., i : i + width] for i, tap in enumerate(taps)))
+
+
+def _reflect(images: Tensor, reach: int) -> Tensor:
+    """Pad (B, C, H, W) by reflection, `reach` pixels on every side."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return F.pad(images, (reach, reach, reach, reach), mode="reflect")
+    for side in (-2, -1):  # PyTorch's padding has no deterministic gradient on a GPU
+        count = images.shape[side]
+        before = images.narrow(side, 1, reach).flip(side)
+        after = images.narrow(side, count - 1 - reach, reach).flip(side)
+        images = torch.cat([before, images, after], dim=side)
+    return images

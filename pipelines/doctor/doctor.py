@@ -18,7 +18,7 @@ import torch
 
 from ldm.checkpoint import fingerprint
 from ldm.data import Source, holds_out
-from ldm.device import compiles, resolve_device, resolve_precision
+from ldm.device import resolve_device, resolve_precision
 from ldm.distributed import make_accelerator
 from ldm.errors import LdmError
 from ldm.run import Run, check_batch
@@ -210,7 +210,7 @@ def _machine(recipe: Recipe, device: torch.device) -> Machine:
     cache = Path(getattr(recipe, "cache", "") or RUNS).expanduser()  # stage one has none
     (disk, free), (other, there) = disk_at(RUNS), disk_at(cache)
     apart = None if other == disk else there
-    compiled = compiles(recipe.run.compile, device)
+    compiled = recipe.run.compiles(device)
     return Machine(str(device), name, precision, memory, free, apart, compiled)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ldm.device import (
-    compiles,
+    deterministic_algorithms,
     keep_freed_memory,
     name_device,
     resolve_device,
@@ -90,15 +90,19 @@ def test_a_cpu_is_named_with_its_threads():
     assert name.endswith(", 1 thread" if threads == 1 else f", {threads} threads")
 
 
-def test_auto_compiles_on_a_gpu_with_all_that_it_needs(monkeypatch):
-    gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    monkeypatch.setattr("ldm.device.has_triton", lambda: True)
-    monkeypatch.setattr("shutil.which", lambda name: name in ("g++", "gcc"))
-    assert compiles("auto", gpu) and not compiles("auto", cpu)
-    for there in ((), ("g++",), ("gcc",)):
-        monkeypatch.setattr("shutil.which", lambda name, there=there: name in there)
-        assert not compiles("auto", gpu)
-        assert compiles(True, gpu) and not compiles(False, gpu)
-    monkeypatch.setattr("shutil.which", lambda _: True)
-    monkeypatch.setattr("ldm.device.has_triton", lambda: False)
-    assert not compiles("auto", gpu)
+def test_deterministic_algorithms_leave_the_settings_as_they_were(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    with pytest.raises(ZeroDivisionError), deterministic_algorithms():
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        1 / 0  # noqa: B018
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+
+
+def test_deterministic_algorithms_come_before_cuda(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(LdmError, match="set CUBLAS_WORKSPACE_CONFIG"), deterministic_algorithms():
+        pass
+    assert not torch.are_deterministic_algorithms_enabled()

@@ -240,3 +240,31 @@ def test_dropout_depends_on_the_image_number(run):
         run.seed_dropout(image)
         draws.append(torch.rand(4))
     assert torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], draws[1])
+
+
+def test_auto_compiles_on_a_gpu_with_all_that_it_needs(monkeypatch):
+    def compiles(device="cuda", compile="auto", **settings):
+        return RunConfig(compile=compile, **settings).compiles(torch.device(device))
+
+    monkeypatch.setattr("ldm.device.has_triton", lambda: True)
+    monkeypatch.setattr("shutil.which", lambda name: name in ("g++", "gcc"))
+    assert compiles() and not compiles("cpu") and not compiles(deterministic=True)
+    for there in ((), ("g++",), ("gcc",)):
+        monkeypatch.setattr("shutil.which", lambda name, there=there: name in there)
+        assert not compiles() and not compiles(compile=False)
+        assert compiles(compile=True) and compiles("cpu", compile=True)
+    monkeypatch.setattr("shutil.which", lambda _: True)
+    monkeypatch.setattr("ldm.device.has_triton", lambda: False)
+    assert not compiles()
+
+
+def test_deterministic_runs_restore_the_settings_and_name_what_is_not(tmp_path):
+    config = Recipe(device="cpu", deterministic=True)
+    message = "adaptive_max_pool2d_backward_cuda does not have a deterministic implementation, but"
+    with (
+        pytest.raises(LdmError, match=r"adaptive_max_pool2d_backward_cuda is not deterministic"),
+        start_run("autoencoder", "tiny", config, config, folder=tmp_path / "run"),
+    ):
+        assert torch.are_deterministic_algorithms_enabled()
+        raise RuntimeError(message)
+    assert not torch.are_deterministic_algorithms_enabled()

@@ -50,6 +50,21 @@ def test_compiled_training_gives_the_same_weights(tmp_path, monkeypatch):
         torch.testing.assert_close(b[name], tensor, rtol=1e-2, atol=1e-3)
 
 
+def test_a_deterministic_run_trains_on_deterministic_algorithms(tmp_path, monkeypatch):
+    import pipelines.train_autoencoder as job
+
+    seen = []
+
+    def step(*arguments):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return train_step(*arguments)
+
+    monkeypatch.setattr(job, "train_step", step)
+    train_autoencoder(autoencoder_recipe(SHORT, "run.deterministic=true"), "tiny", tmp_path / "run")
+    assert all(seen) and len(seen) == 4
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_networks_compile_to_a_fixed_number_of_graphs(tmp_path, monkeypatch):
     """At each resolution one of the encoder, one of the decoder, and two of the discriminator:
     frozen, and trained."""

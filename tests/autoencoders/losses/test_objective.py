@@ -1,3 +1,4 @@
+import contextlib
 import math
 
 import numpy as np
@@ -15,6 +16,7 @@ from autoencoders.losses.adversarial import ldl
 from autoencoders.losses.objective import blur, gaussian, kl, wavelet
 from autoencoders.losses.perceptual import ESRGANPerceptual
 from ldm.config import validate
+from ldm.device import deterministic_algorithms
 from ldm.errors import UsageError
 
 DEFAULTS = {"l1", "lpips", "kl", "gaussian", "wavelet"}
@@ -261,3 +263,13 @@ def test_equal_images_give_finite_gradients(loss, pair):
     recon = pair[0].clone().requires_grad_()
     loss(recon, pair[0]).backward()
     assert recon.grad.isfinite().all()
+
+
+def test_the_blur_is_the_same_by_deterministic_algorithms():
+    images, outputs, gradients = torch.randn(2, 3, 9, 7, requires_grad=True), [], []
+    for how in (contextlib.nullcontext(), deterministic_algorithms()):
+        with how:
+            outputs.append(blur(images))
+            gradients.append(torch.autograd.grad(outputs[-1].square().sum(), images)[0])
+    assert torch.equal(*outputs)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
