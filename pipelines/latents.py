@@ -28,21 +28,21 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from autoencoders import Autoencoder, DiagonalGaussian
-from diffusion.augment import augment, draw_augmentation
-from diffusion.edm import sample_sigma
+from diffusion.augment import augment
 from diffusion.unet import check_labels
 from ldm.data import Batch, Source, batches, evaluation_batches
-from ldm.data.loader import FaultCount, image_index
+from ldm.data.loader import FEWER_WORKERS, Draw, FaultCount, image_index, whole_shares
 from ldm.data.sources import Part
 from ldm.data.transforms import CorruptImage
+from ldm.data.workers import load_in_workers
 from ldm.device import memory_format, to_device
 from ldm.distributed import fail_together, from_main, wait_for_files
 from ldm.errors import Interrupted, LdmError
 from ldm.files import read_json, write_atomically, write_json
 from ldm.images import assert_range, to_float
 from ldm.run import Run
-from ldm.seeds import generator, normal, uniform
-from pipelines.recipes import DiffusionRecipe, latent_shape
+from ldm.seeds import generator
+from pipelines.recipes import DiffusionRecipe, draw_numbers, latent_shape
 
 FORMAT = 1
 MANIFEST = "cache.json"
@@ -186,7 +186,7 @@ def latent_batches(
     """Yield micro-batches from image `start` of the run to its last, with their first image's k.
 
     On a CUDA GPU the next batch is copied, augmented and encoded on a side stream while the current
-    one is trained on.
+    one is trained on; random numbers are drawn by the loader's workers.
 
     Args:
         cache: the latents to read in place of encoding.
@@ -194,42 +194,33 @@ def latent_batches(
     shares = {
         "seed": run.seed, "start": start, "stop": recipe.steps * recipe.batch_size,
         "batch_size": recipe.batch_size // recipe.accumulate, "rank": run.rank, "world": run.world,
+        "draw": partial(draw_numbers, recipe, latent_shape(recipe, codec.autoencoder), run.seed),
     }  # fmt: skip
 
     def encoded(batch: Batch) -> tuple[int, LatentBatch]:
-        images = to_float(run.place(batch.images))
-        parameters = None
-        if recipe.augment.probability > 0:
-            parameters = draw_augmentation(run.seed, batch.k.tolist(), recipe.augment)
+        images, parameters = to_float(run.place(batch.images)), batch.drawn["augment"]
+        if parameters is not None:
             images = augment(images, parameters)
-            parameters = to_device(parameters, run.device)
         with run.autocast():
             posterior = codec.posterior(images)
-        return drawn(posterior, batch.k.tolist(), batch.labels, parameters)
+        return finished(posterior, batch.k.tolist(), batch.labels, batch.drawn)
 
-    def read(batch: tuple[DiagonalGaussian, list[int], Tensor]) -> tuple[int, LatentBatch]:
-        posterior, ks, labels = batch
-        mean, logvar = (to_device(t, run.device) for t in (posterior.mean, posterior.logvar))
-        return drawn(DiagonalGaussian(mean, logvar), ks, labels, None)
+    def read(batch: tuple[DiagonalGaussian, list[int], Tensor, Any]) -> tuple[int, LatentBatch]:
+        mean, logvar = (to_device(t, run.device) for t in (batch[0].mean, batch[0].logvar))
+        return finished(DiagonalGaussian(mean, logvar), *batch[1:])
 
-    def drawn(
-        posterior: DiagonalGaussian, ks: list[int], labels: Tensor, parameters: Tensor | None
+    def finished(
+        posterior: DiagonalGaussian, ks: list[int], labels: Tensor, drawn: dict[str, Any]
     ) -> tuple[int, LatentBatch]:
-        shape, of_posterior, shown = posterior.mean.shape[1:], None, None
-        if recipe.posterior == "sample":
-            of_posterior = to_device(normal(run.seed, "posterior", ks, shape), run.device)
-        sigma = sample_sigma(normal(run.seed, "sigma", ks, ()), recipe.edm)
-        noise = normal(run.seed, "noise", ks, shape)
-        if recipe.network.classes:
-            hidden = uniform(run.seed, "label", ks, ()) < recipe.label_dropout
+        if drawn["hidden"] is not None:
             check_labels(labels, recipe.network.classes)
-            shown = to_device(labels.masked_fill(hidden, -1), run.device)
-        z = codec.standardise(posterior, of_posterior)
-        sigma, noise = to_device(sigma, run.device), to_device(noise, run.device)
-        return ks[0], LatentBatch(z, sigma, noise, shown, parameters)
+            drawn |= {"labels": labels.masked_fill(drawn["hidden"], -1)}
+        of: Any = {k: None if v is None else to_device(v, run.device) for k, v in drawn.items()}
+        z = codec.standardise(posterior, of["posterior"])
+        return ks[0], LatentBatch(z, of["sigma"], of["noise"], of.get("labels"), of["augment"])
 
     if cache is not None:
-        return one_ahead(cache.batches(**shares), read, run.device)
+        return one_ahead(cache.batches(**shares, workers=recipe.data.workers), read, run.device)
     pixels = batches(source, recipe.data, recipe.resolution, **shares)
     return one_ahead(pixels, encoded, run.device)
 
@@ -269,6 +260,7 @@ class LatentCache:
 
     def __init__(self, folder: Path, source: Source, shape: tuple[int, ...]) -> None:
         self.source, self.mirrored = source, shape[0] == 2
+        self._opened = folder, source, shape
         self._blocks = []
         for part in _parts(source):
             path = _block(folder, part)
@@ -280,6 +272,9 @@ class LatentCache:
                 raise LdmError(f"{path} is damaged: delete it, and it is encoded again") from error
             self._blocks.append(block)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._opened  # a worker opens the files itself
+
     def load(self, seed: int, k: int) -> tuple[np.ndarray, int]:
         """Load image k of a run: mean and standard deviation (2, n_z, h, w), and its index."""
         count = len(self.source)
@@ -290,20 +285,25 @@ class LatentCache:
         return row[mirror], index
 
     def batches(
-        self, seed: int, start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1
-    ) -> Iterator[tuple[DiagonalGaussian, list[int], Tensor]]:
+        self, seed: int, start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1,
+        workers: int = 0, draw: Draw | None = None,
+    ) -> Iterator[tuple[DiagonalGaussian, list[int], Tensor, Any]]:  # fmt: skip
         """Yield images k = start … stop−1 of a run, those that `ldm.data.batches` yields.
 
-        A batch has the posterior of the raw latents (b, n_z, h, w), on the CPU; the numbers k; and
-        the classes, int64 (b,), −1 for none.
+        A batch has the posterior of the raw latents (b, n_z, h, w), on the CPU; the numbers k; the
+        classes, int64 (b,), −1 for none; and what `draw` draws for them.
         """
-        share = batch_size // world
-        for first in range(start + rank * share, stop - batch_size + rank * share + 1, batch_size):
-            ks = list(range(first, first + share))
-            rows, indices = zip(*(self.load(seed, k) for k in ks), strict=True)
-            mean, std = torch.from_numpy(np.stack(rows)).unbind(1)
-            labels = torch.tensor([self.source.label(index) for index in indices])
-            yield DiagonalGaussian(mean, 2 * std.log()), ks, labels
+        work = partial(self._batch, seed, draw)
+        numbers = whole_shares(start, stop, batch_size, rank, world)
+        pin = torch.cuda.is_available()
+        for mean, logvar, *rest in load_in_workers(work, numbers, workers, FEWER_WORKERS, pin):
+            yield DiagonalGaussian(mean, logvar), *rest
+
+    def _batch(self, seed: int, draw: Draw | None, ks: range) -> tuple[Any, ...]:
+        rows, indices = zip(*(self.load(seed, k) for k in ks), strict=True)
+        mean, std = torch.from_numpy(np.stack(rows)).unbind(1)
+        labels = torch.tensor([self.source.label(index) for index in indices])
+        return mean, 2 * std.log(), list(ks), labels, None if draw is None else draw(ks)
 
 
 def open_cache(

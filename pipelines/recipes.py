@@ -1,5 +1,6 @@
 """Recipes: every setting of both stages, their consistency, and the autoencoder of a stage two."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,13 +12,14 @@ from pydantic import (
     PositiveInt,
     model_validator,
 )
+from torch import Tensor
 
 from autoencoders import Autoencoder, AutoencoderConfig
 from autoencoders.discriminators import DiscriminatorConfig, UNetDiscriminatorConfig
 from autoencoders.losses import AdversarialConfig, LossConfig
 from diffusion import DenoiserConfig, NetworkConfig
-from diffusion.augment import AUGMENT_PARAMETERS, AugmentConfig
-from diffusion.edm import EDMConfig
+from diffusion.augment import AUGMENT_PARAMETERS, AugmentConfig, draw_augmentation
+from diffusion.edm import EDMConfig, sample_sigma
 from diffusion.unet import UNetConfig
 from ldm.config import Config, Tree, list_presets, merge, validate
 from ldm.data import DataConfig
@@ -26,6 +28,7 @@ from ldm.ema import gamma_of_std
 from ldm.errors import LdmError, UsageError
 from ldm.run import RunConfig
 from ldm.run_folder import differences, newest_run, preset_of, read_config, unfinished_runs
+from ldm.seeds import normal, uniform
 
 
 class Phase(Config):
@@ -238,6 +241,29 @@ def latent_shape(recipe: DiffusionRecipe, autoencoder: Autoencoder) -> tuple[int
     """Shape (n_z, h, w) of one training image's latents."""
     side = recipe.resolution // autoencoder.downsampling
     return (autoencoder.config.latent_channels, side, side)
+
+
+def draw_numbers(
+    recipe: DiffusionRecipe, shape: Sequence[int], seed: int, ks: Sequence[int]
+) -> dict[str, Tensor | None]:
+    """Draw the random numbers of images `ks`, each a function of (seed, k) alone.
+
+    Returns:
+        `sigma` (b,); `noise` and `posterior` (b, n_z, h, w), standard normal; `hidden` (b,), True
+        where no label is shown; `augment` (b, A). The last three are None where not needed.
+
+    Args:
+        shape: of an image's latents, (n_z, h, w).
+    """
+    classes, augmented = recipe.network.classes, recipe.augment.probability > 0
+    hidden = uniform(seed, "label", ks, ()) < recipe.label_dropout if classes else None
+    return {
+        "posterior": normal(seed, "posterior", ks, shape) if recipe.posterior == "sample" else None,
+        "sigma": sample_sigma(normal(seed, "sigma", ks, ()), recipe.edm),
+        "noise": normal(seed, "noise", ks, shape),
+        "hidden": hidden,
+        "augment": draw_augmentation(seed, ks, recipe.augment) if augmented else None,
+    }
 
 
 PRESETS = ("ae", "recipes")  # folders of stage one's presets

@@ -8,7 +8,7 @@ L = L_recon + λ_reg L_KL + λ_adv L_adv                                        
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -116,6 +116,22 @@ class AutoencoderState(TrainingState):
 
 
 # -------------------------------------------------------------------------------- one step
+class Draws(NamedTuple):
+    """Random numbers of a batch, each a function of (seed, k) alone."""
+
+    posterior: Tensor
+    """Noise of the draw from the posterior (b, n_z, h, w)."""
+    boxes: Tensor | None
+    """Uniform numbers of CutMix's boxes (b, 4); None without CutMix."""
+
+
+def draw_numbers(recipe: AutoencoderRecipe, side: int, seed: int, ks: Sequence[int]) -> Draws:
+    """Draw the random numbers of images `ks`, whose latents have side `side`, on the CPU."""
+    noise = normal(seed, "posterior", ks, (recipe.latent_channels, side, side))
+    boxes = uniform(seed, "cutmix", ks, (4,)) if recipe.adversarial.mixes else None
+    return Draws(noise, boxes)
+
+
 def train_step(
     run: Run,
     state: AutoencoderState,
@@ -123,6 +139,7 @@ def train_step(
     ks: Sequence[int],
     ramp: float,
     log_gradients: bool = False,
+    drawn: Draws | None = None,
 ) -> dict[str, Tensor | float]:
     """One generator update, then one discriminator update, on the same micro-batch.
 
@@ -131,15 +148,19 @@ def train_step(
         ks: their numbers in the run; random numbers are functions of (seed, k).
         ramp: factor of the adversarial weight, in [0, 1]; at 0 the discriminator is not trained.
         log_gradients: return the ratio of the gradients' norms (Figure 7) even if it is unused.
+        drawn: their random numbers, where a loader's worker has drawn them.
 
     Returns:
         The named, unweighted terms; the adversarial weight; and the gradients' norms at the last
         micro-batch of a step.
     """
+    if drawn is None:
+        side = images.shape[-1] // state.autoencoder.downsampling
+        drawn = draw_numbers(state.recipe, side, run.seed, ks)
     with run.accelerator.accumulate(state.ddp_autoencoder, state.ddp_discriminator):
-        terms, recon = _update_generator(run, state, images, ks, ramp, log_gradients)
+        terms, recon = _update_generator(run, state, images, drawn.posterior, ramp, log_gradients)
         if ramp * state.recipe.adversarial.weight > 0:
-            terms |= _update_discriminator(run, state, images, recon, ks)
+            terms |= _update_discriminator(run, state, images, recon, drawn.boxes)
     return terms
 
 
@@ -147,7 +168,7 @@ def _update_generator(
     run: Run,
     state: AutoencoderState,
     images: Tensor,
-    ks: Sequence[int],
+    noise: Tensor,
     ramp: float,
     log_gradients: bool,
 ) -> tuple[dict[str, Tensor | float], Tensor]:
@@ -155,8 +176,6 @@ def _update_generator(
     objective, adversarial = state.objective, state.objective.adversarial
     weight: Tensor | float = ramp * adversarial.weight
     logs: dict[str, Tensor | float] = {}
-    side = images.shape[-1] // state.autoencoder.downsampling
-    noise = normal(run.seed, "posterior", ks, (state.recipe.latent_channels, side, side))
     noise = to_device(noise, run.device)
     with run.autocast():
         out = state.ddp_autoencoder(images, noise)
@@ -183,13 +202,13 @@ def _update_generator(
 
 
 def _update_discriminator(
-    run: Run, state: AutoencoderState, images: Tensor, recon: Tensor, ks: Sequence[int]
+    run: Run, state: AutoencoderState, images: Tensor, recon: Tensor, boxes: Tensor | None
 ) -> dict[str, Tensor | float]:
     """Update the discriminator on real images and their reconstructions; return its terms."""
     batches_of_images = [images, recon]
     adversarial = state.recipe.adversarial
-    if adversarial.mixes:
-        boxes = to_device(uniform(run.seed, "cutmix", ks, (4,)), run.device)
+    if boxes is not None:
+        boxes = to_device(boxes, run.device)
         mask = cutmix_masks(boxes, *images.shape[-2:])  # (b, 1, H, W)
         batches_of_images.append(torch.where(mask, images, recon))
     # one forward pass, so that the power iteration of spectral norm runs once
@@ -256,7 +275,7 @@ def train_autoencoder(
         validate = partial(_validate, run, state, held_out, lpips, logbook)
         if state.owes_validation(recipe.run.validate_every_steps):
             validate()
-        stream = _stream(run, recipe, sources, state.images_seen)
+        stream = _stream(run, state, sources)
         _train(run, state, stream, logbook, validate)
         logbook.close()
         result = {"images_seen": state.images_seen, **state.held_out, "best": state.best}
@@ -285,7 +304,8 @@ def _train(
             images = to_float(run.place(batch.images))
             ramp = state.objective.ramp(state.step / state.total_steps)
             log_gradients = (state.step + 1) % every.log_every_steps == 0
-            logbook.add(**train_step(run, state, images, batch.k.tolist(), ramp, log_gradients))
+            ks = batch.k.tolist()
+            logbook.add(**train_step(run, state, images, ks, ramp, log_gradients, batch.drawn))
             if not run.accelerator.sync_gradients:
                 continue
 
@@ -303,19 +323,18 @@ def _train(
                 raise Interrupted(f"stopped after step {state.step}, saved in {run.folder}")
 
 
-def _stream(
-    run: Run, recipe: AutoencoderRecipe, sources: Mapping[int, Source], images_seen: int
-) -> Iterator[Batch]:
-    """Yield micro-batches from image `images_seen` of the run to its last."""
-    stop = 0
+def _stream(run: Run, state: AutoencoderState, sources: Mapping[int, Source]) -> Iterator[Batch]:
+    """Yield micro-batches from the state's images seen to the run's last image."""
+    recipe, images_seen, stop = state.recipe, state.images_seen, 0
     for phase in recipe.phases:
         stop += phase.steps * recipe.batch_size
         if images_seen >= stop:
             continue
+        side = phase.resolution // state.autoencoder.downsampling
         yield from batches(
             sources[phase.resolution], recipe.data, phase.resolution, run.seed,
             start=images_seen, stop=stop, batch_size=recipe.batch_size // recipe.accumulate,
-            rank=run.rank, world=run.world,
+            rank=run.rank, world=run.world, draw=partial(draw_numbers, recipe, side, run.seed),
         )  # fmt: skip
         images_seen = stop
 

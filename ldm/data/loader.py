@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from ldm.seeds import generator
 TOLERATED = 0.01
 """Share of a source's images that may be corrupt before a job stops."""
 
+FEWER_WORKERS = "lower data.workers"
+
 log = logging.getLogger("ldm")
 
 
@@ -38,6 +40,8 @@ class Batch(NamedTuple):
     """int64 (b,): the number of each image in the run, or its index in the source."""
     labels: Tensor
     """int64 (b,): the class of each image, as an index into the source's `classes`; −1 for none."""
+    drawn: Any = None
+    """Random numbers for these images, from the `draw` of `batches`."""
 
 
 # --------------------------------------------------------------------------- corrupt images
@@ -86,6 +90,7 @@ def _permutation(seed: int, count: int, epoch: int) -> np.ndarray:
 
 Image = tuple[np.ndarray, int]  # (R, R, 3) uint8, and its class
 Faults = dict[str, str]  # names of corrupt images → the reasons
+Draw = Callable[[Sequence[int]], Any]  # the ks of a batch → its random numbers; can be pickled
 
 
 def _training_image(
@@ -129,18 +134,22 @@ def batches(
     batch_size: int,
     rank: int = 0,
     world: int = 1,
+    draw: Draw | None = None,
 ) -> Iterator[Batch]:
     """Load images k = start … stop−1 of a training run, in batches of R×R crops.
 
     A corrupt image is named in a warning, and replaced by the next good one of the source with its
     label. Each process counts its own corrupt images, from 0 in each call. An incomplete last batch
-    is left out. `batch_size` counts the images over all processes; each gets a contiguous 1/world
-    of every batch.
+    is left out.
+
+    Args:
+        batch_size: images over all processes; each gets a contiguous 1/world of every batch.
+        draw: draws a batch's random numbers, given its images' k, where the images are loaded.
     """
     at_random = config.crop == "random" or isinstance(source, PhotoSource)
     load = partial(_training_image, source, resolution, seed, at_random, config.flip)
-    numbers = _shares(start, stop - (stop - start) % batch_size, batch_size, rank, world)
-    return _load(source, resolution, load, numbers, config.workers)
+    numbers = whole_shares(start, stop, batch_size, rank, world)
+    return _load(source, resolution, load, numbers, config.workers, draw=draw)
 
 
 def evaluation_batches(
@@ -181,6 +190,11 @@ def sheet_images(source: Source, resolution: int, count: int) -> Tensor:
     return _stack(chosen, resolution)
 
 
+def whole_shares(start: int, stop: int, batch_size: int, rank: int, world: int) -> Iterator[range]:
+    """Return the numbers of a process's images in each batch but an incomplete last one."""
+    return _shares(start, stop - (stop - start) % batch_size, batch_size, rank, world)
+
+
 def _shares(start: int, stop: int, batch_size: int, rank: int, world: int) -> Iterator[range]:
     """Return the numbers of a process's images in each batch."""
     if batch_size % world:
@@ -197,25 +211,27 @@ def _load(
     numbers: Iterable[range],
     workers: int,
     counted: FaultCount | None = None,
+    draw: Draw | None = None,
 ) -> Iterator[Batch]:
     if isinstance(source, PhotoSource):
         workers = 0  # they are in memory: moving them would cost more than cropping them
     counted = counted or FaultCount(len(source))
-    work, pin = partial(_batch, side, load), torch.cuda.is_available()
-    for batch, faults in load_in_workers(work, numbers, workers, "lower data.workers", pin):
+    work, pin = partial(_batch, side, load, draw), torch.cuda.is_available()
+    for batch, faults in load_in_workers(work, numbers, workers, FEWER_WORKERS, pin):
         counted.add(faults)
         if len(batch.k):
             yield batch
 
 
 def _batch(
-    side: int, load: Callable[[int, Faults], Image | None], ks: range
+    side: int, load: Callable[[int, Faults], Image | None], draw: Draw | None, ks: range
 ) -> tuple[Batch, Faults]:
     faults: Faults = {}
     loaded = {k: image for k in ks if (image := load(k, faults)) is not None}
     images = _stack([image for image, _ in loaded.values()], side)
     labels = torch.tensor([label for _, label in loaded.values()], dtype=torch.int64)
-    return Batch(images, torch.tensor(list(loaded), dtype=torch.int64), labels), faults
+    drawn = None if draw is None else draw(list(loaded))
+    return Batch(images, torch.tensor(list(loaded), dtype=torch.int64), labels, drawn), faults
 
 
 def _stack(images: Sequence[np.ndarray], side: int) -> Tensor:

@@ -213,7 +213,7 @@ class ImageReference(Reference):
         ):
             wanted = batch.k < len(self)
             if wanted.any():  # of the last batch a process may have none
-                yield Batch(*(part[wanted] for part in batch))
+                yield Batch(batch.images[wanted], batch.k[wanted], batch.labels[wanted])
 
     def part(self, indices: range | np.ndarray) -> CentreCrops:
         """Return some of the images, numbered anew; not of random crops."""

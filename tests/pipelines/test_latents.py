@@ -237,6 +237,32 @@ def test_one_ahead_begins_the_next_before_yielding_on_a_gpu(monkeypatch):
 
 
 # -------------------------------------------------------------------------------- the cache
+@pytest.mark.parametrize("from_cache", [False, True])
+def test_batches_are_the_same_whichever_process_loads_and_draws(
+    codec, data, tmp_path, from_cache, monkeypatch
+):
+    monkeypatch.setattr(latents, "BLOCK", 1000)  # as in a worker
+    settings = ["posterior=sample", "label_dropout=0.5", "steps=3", "data.flip=false"]
+    if not from_cache:
+        settings.append("augment.probability=0.5")
+        data = data.model_copy(update={"flip": False})
+    recipe = diffusion_recipe("none", *settings).model_copy(update={"data": data})
+    source = open_source(data, "train", SIDE)
+    recipe = fit(recipe, codec.autoencoder, len(source.classes))
+    cache = cached(tmp_path / "cache", codec.autoencoder, data) if from_cache else None
+    seen = []
+    for workers in (0, 2):
+        loaded = recipe.model_copy(update={"data": data.model_copy(update={"workers": workers})})
+        with start_run("diffusion", "x", recipe, recipe.run, 1, tmp_path / f"{workers}") as run:
+            seen.append(list(latent_batches(run, loaded, codec, source, cache, 0)))
+    assert len(seen[0]) == 3
+    for (k, here), (same_k, there) in zip(*seen, strict=True):
+        assert k == same_k and here.labels is not None
+        assert torch.equal(here.noise, normal(0, "noise", range(k, k + len(here.z)), (4, 4, 4)))
+        for one, other in zip(here, there, strict=True):
+            assert one is other is None or torch.equal(one, other)
+
+
 SIDE = 32
 
 
@@ -276,7 +302,7 @@ def test_cache_gives_the_posteriors_of_the_same_images(autoencoder, data, tmp_pa
     from_pixels = batches(source, data, SIDE, 3, start=4, stop=24, batch_size=4)
     from_cache = cache.batches(3, start=4, stop=24, batch_size=4)
     batches_seen = 0
-    for pixels, (kept, ks, labels) in zip(from_pixels, from_cache, strict=True):
+    for pixels, (kept, ks, labels, _) in zip(from_pixels, from_cache, strict=True):
         with torch.no_grad():
             posterior = autoencoder.encode(to_float(pixels.images))
         assert (kept.mean - posterior.mean).abs().max() < 1e-5
@@ -313,7 +339,7 @@ def test_corrupt_image_is_replaced_as_from_pixels(autoencoder, data, tmp_path, m
     cache = cached(tmp_path / "cache", autoencoder, data)
     source = open_source(data, "train", SIDE)
     pixels = next(batches(source, data, SIDE, 0, start=0, stop=9, batch_size=9))
-    kept, _, labels = next(cache.batches(0, 0, 9, 9))
+    kept, _, labels, _ = next(cache.batches(0, 0, 9, 9))
     with torch.no_grad():
         posterior = autoencoder.encode(to_float(pixels.images))
     assert (kept.mean - posterior.mean).abs().max() < 1e-5
@@ -327,7 +353,7 @@ def test_corrupt_images_are_counted_over_the_whole_source(autoencoder, data, tmp
     source = open_source(data, "train", SIDE)
     next(name for name in names if name.match(source.name(8))).write_bytes(b"no image")
     cache = cached(tmp_path / "cache", autoencoder, data)
-    assert sum(len(ks) for _, ks, _ in cache.batches(0, 0, 9, 9)) == 9
+    assert sum(len(ks) for _, ks, *_ in cache.batches(0, 0, 9, 9)) == 9
 
 
 def test_latents_of_another_autoencoder_are_refused(autoencoder, data, tmp_path):

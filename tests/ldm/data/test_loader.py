@@ -25,7 +25,7 @@ def stream(source, start=0, stop=48, batch_size=4, rank=0, world=1, **config):
     """The images of a run by their numbers: {k: (R, R, 3)}."""
     config = DataConfig(**{"source": "/", "crop": "random", "flip": True, "workers": 0} | config)
     seen = {}
-    for images, k, _ in batches(source, config, 16, 3, start, stop, batch_size, rank, world):
+    for images, k, *_ in batches(source, config, 16, 3, start, stop, batch_size, rank, world):
         assert images.shape == (batch_size // world, 3, 16, 16)
         assert (images.dtype, k.dtype) == (torch.uint8, torch.int64)
         seen |= dict(zip(k.tolist(), images.permute(0, 2, 3, 1).numpy(), strict=True))
@@ -88,7 +88,7 @@ def test_workers_give_the_same_stream_and_leave_signals_to_the_training_process(
     state = torch.get_rng_state()
     seen = {}
     config = DataConfig(source="/", crop="random", flip=True, workers=2)
-    for images, k, _ in batches(source, config, 16, 3, 0, 48, 4):
+    for images, k, *_ in batches(source, config, 16, 3, 0, 48, 4):
         workers = multiprocessing.active_children()
         for worker in workers if 4 in k else ():
             os.kill(worker.pid, signal.SIGINT)
@@ -153,7 +153,7 @@ def test_a_batch_must_divide_over_the_processes():
 def test_evaluation_sees_every_image_once_over_all_processes(world, limit):
     source, seen = Coded(21, height=16, width=20), []
     for rank in range(world):
-        for images, k, _ in evaluation_batches(source, 16, 8, limit, rank, world):
+        for images, k, *_ in evaluation_batches(source, 16, 8, limit, rank, world):
             assert 0 < len(k) <= 8 // world
             assert images[:, 0, 0, 0].tolist() == k.tolist()
             assert images[:, 1:, 0, 0].tolist() == [[0, 2]] * len(k)  # the centre, not mirrored
@@ -185,7 +185,7 @@ def test_evaluation_with_workers_reads_a_folder(tmp_path):
 def labels_by_number(stream):
     """{k: (index coded in the pixels, label)}, the types checked."""
     seen = {}
-    for images, ks, labels in stream:
+    for images, ks, labels, _ in stream:
         assert labels.dtype == torch.int64 and labels.shape == ks.shape
         pairs = zip(images[:, 0, 0, 0].tolist(), labels.tolist(), strict=True)
         seen |= dict(zip(ks.tolist(), pairs, strict=True))
@@ -238,7 +238,7 @@ def test_labels_of_a_folder_from_disk_to_batch(tmp_path, workers):
     )
     train = open_source(config, "train", 32)
     assert train.classes == ("cat", "dog")
-    seen = {k: label for *_, ks, labels in batches(train, config, 32, 0, 0, 16, 4)
+    seen = {k: label for _, ks, labels, _ in batches(train, config, 32, 0, 0, 16, 4)
             for k, label in zip(ks.tolist(), labels.tolist(), strict=True)}  # fmt: skip
     order = generator(0, "order", 0).permutation(16).tolist()
     assert seen == {k: int("/dog/" in train.name(order[k])) for k in range(16)}
