@@ -143,9 +143,8 @@ def _measure(
     world = ranks.num_processes
     total = min(len(job.source), how.limit or len(job.source))
     scores, faults = Scores(), FaultCount(total)
-    extractor = metrics.extractor
-    real = SetStatistics(total, job.resolution, extractor, patch_seed=statistics.SEED + 1)
-    fake = SetStatistics(total, job.resolution, extractor)
+    real = SetStatistics(total, job.resolution, metrics.extractor, patch_seed=statistics.SEED + 1)
+    fake = SetStatistics(total, job.resolution, metrics.extractor)
     stream = evaluation_batches(
         job.source, job.resolution, how.batch_size * world, how.limit, ranks.process_index, world,
         job.data.workers, faults,
@@ -157,8 +156,8 @@ def _measure(
     ):
         for pair in pairs:
             scores.add(pair, metrics.lpips and metrics.lpips.each)
-            real.update(pair.images, pair.k, extractor)
-            fake.update(pair.recon, pair.k, extractor)
+            real.update(pair.images, pair.k, metrics.extractor)
+            fake.update(pair.recon, pair.k, metrics.extractor)
             advance(len(pair.k) * world)
     shares = gather_object([(scores, faults.found)])
     real, fake = (statistics.gather_statistics(side, ranks) for side in (real, fake))

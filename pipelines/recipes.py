@@ -21,7 +21,7 @@ from diffusion import DenoiserConfig, NetworkConfig
 from diffusion.augment import AUGMENT_PARAMETERS, AugmentConfig, draw_augmentation
 from diffusion.edm import EDMConfig, sample_sigma
 from diffusion.unet import UNetConfig
-from ldm.config import Config, Tree, list_presets, merge, validate
+from ldm.config import Config, Tree, list_presets, merge, to_tree, validate
 from ldm.data import DataConfig
 from ldm.data.dataset import PHOTOS
 from ldm.ema import gamma_of_std
@@ -210,6 +210,12 @@ def read_recipe(tree: Tree) -> DiffusionRecipe:
         # the width of earlier versions, whatever the multipliers
         tree = merge({"network": {"type": "edm2", "embedding_multiplier": 4}}, tree)
     return validate(DiffusionRecipe, tree)
+
+
+def as_begun(recipe: DiffusionRecipe, run: Path) -> DiffusionRecipe:
+    """Give a recipe the network of its run, whose sizes an earlier version may have chosen."""
+    begun = read_recipe(read_config(run) or to_tree(recipe))
+    return recipe.model_copy(update={"network": begun.network})
 
 
 def fit(recipe: DiffusionRecipe, autoencoder: Autoencoder, classes: int) -> DiffusionRecipe:

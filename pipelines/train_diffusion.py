@@ -22,10 +22,10 @@ from ldm.images import grid, save_grid, to_float
 from ldm.learning_rate import learning_rate, set_learning_rate
 from ldm.logbook import Logbook, read_rows
 from ldm.run import Run, TrainingState, check_batch, start_run
-from ldm.run_folder import is_finished, provenance, read_config
+from ldm.run_folder import is_finished, provenance
 from ldm.seeds import normal
 from pipelines.latents import Codec, LatentBatch, latent_batches, measure_latents, open_cache
-from pipelines.recipes import DiffusionRecipe, fit, latent_shape, read_recipe
+from pipelines.recipes import DiffusionRecipe, as_begun, fit, latent_shape
 from pipelines.validation import band_losses, draw_bands
 
 SAMPLES, COLUMNS, SAMPLING_STEPS = 16, 4, 18  # of the pictures drawn in training
@@ -156,10 +156,7 @@ def train_diffusion(
             run.say(f"{run.folder} is already finished")
             return run.folder
         check_batch(recipe.batch_size, recipe.accumulate, run.world)
-        # a run of an earlier version keeps the sizes that it began with
-        begun = read_recipe(read_config(run.folder) or to_tree(requested))
-        begun = requested.model_copy(update={"network": begun.network})
-        recipe = fit(begun, autoencoder, len(source.classes))
+        recipe = fit(as_begun(requested, run.folder), autoencoder, len(source.classes))
 
         state = DiffusionState(recipe, run, autoencoder)
         frozen = run.place_frozen(autoencoder)
