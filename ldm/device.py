@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import shutil
+import sysconfig
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._triton import has_triton
 
 from ldm.errors import LdmError
@@ -77,9 +79,12 @@ def missing_compiler(device: torch.device) -> str | None:
         return "a C++ compiler"
     if device.type != "cuda":
         return None
-    # Triton compiles the code that launches its kernels
-    if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+    # Triton compiles the code that launches its kernels, for this Python
+    given = os.environ.get("CC")
+    if not any(map(shutil.which, [given] if given else ["gcc", "clang"])):
         return "a C compiler"
+    if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+        return "Python's headers (Python.h)"
     return None if has_triton() else "Triton, on a GPU that it supports"
 
 
@@ -114,7 +119,7 @@ def deterministic_algorithms() -> Iterator[None]:
     finally:
         torch.set_deterministic_debug_mode(before[0])
         cudnn.benchmark = before[1]
-        if not given:
+        if not (given or torch.cuda.is_initialized()):  # which has read it
             del os.environ[name]
 
 
@@ -152,7 +157,8 @@ def _tf32_switches() -> list[tuple[Any, str, Any]]:
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor to the device without a wait: from the CPU through pinned memory."""
-    if device.type == "cuda" and not tensor.is_cuda:
+    can_pin = not (isinstance(tensor, FakeTensor) or torch.compiler.is_compiling())
+    if device.type == "cuda" and not tensor.is_cuda and can_pin:
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 

@@ -396,11 +396,11 @@ def start_run(
             return chosen
 
         run = Run(from_main(accelerator, claim), config, accelerator)
+        held.callback(stopping.clear)  # after the handlers, which set it, are gone
         if threading.current_thread() is threading.main_thread():  # others may set no handlers
             ignored = signal.getsignal(HANGUP) == signal.SIG_IGN  # as by nohup
             for number in {signal.SIGINT, signal.SIGTERM} | (set() if ignored else {HANGUP}):
                 held.callback(signal.signal, number, signal.signal(number, run.request_stop))
-            held.callback(stopping.clear)
         torch.manual_seed(torch_seed(config.seed, "weights", 0))
         yield run
 

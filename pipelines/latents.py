@@ -35,7 +35,7 @@ from ldm.data.loader import FEWER_WORKERS, Draw, FaultCount, image_index, whole_
 from ldm.data.sources import Part
 from ldm.data.transforms import CorruptImage
 from ldm.data.workers import load_in_workers
-from ldm.device import memory_format, to_device
+from ldm.device import full_float32, memory_format, to_device
 from ldm.distributed import fail_together, from_main, wait_for_files
 from ldm.errors import Interrupted, LdmError
 from ldm.files import read_json, write_atomically, write_json
@@ -293,9 +293,8 @@ class LatentCache:
         A batch has the posterior of the raw latents (b, n_z, h, w), on the CPU; the numbers k; the
         classes, int64 (b,), −1 for none; and what `draw` draws for them.
         """
-        work = partial(self._batch, seed, draw)
+        work, pin = partial(self._batch, seed, draw), torch.cuda.is_available()
         numbers = whole_shares(start, stop, batch_size, rank, world)
-        pin = torch.cuda.is_available()
         for mean, logvar, *rest in load_in_workers(work, numbers, workers, FEWER_WORKERS, pin):
             yield DiagonalGaussian(mean, logvar), *rest
 
@@ -346,6 +345,7 @@ def open_cache(
     return LatentCache(folder, source, _image_shape(recipe, codec))
 
 
+@full_float32()
 @torch.no_grad()
 def _encode(
     codec: Codec, part: Part, recipe: DiffusionRecipe, run: Run, faults: FaultCount

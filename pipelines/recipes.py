@@ -1,6 +1,6 @@
 """Recipes: every setting of both stages, their consistency, and the autoencoder of a stage two."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -87,7 +87,10 @@ class AutoencoderRecipe(AutoencoderConfig):
         if not any(getattr(self.loss, term) for term in ("l1", "l2", "lpips", "esrgan")):
             raise ValueError("loss: one of l1, l2, lpips, esrgan must be above 0")
         if self.adversarial.mixes and self.discriminator.type != "unet":
-            raise ValueError("adversarial.cutmix needs per-pixel logits: discriminator.type=unet")
+            raise ValueError(
+                "adversarial.cutmix and cutmix_augmentation need per-pixel logits: "
+                "discriminator.type=unet"
+            )
         for phase in self.phases:
             self.check_resolution(phase.resolution)
         return self
@@ -205,8 +208,8 @@ class DiffusionRecipe(Config):
 
 def read_recipe(tree: Tree) -> DiffusionRecipe:
     """Validate the recipe of a run or of a model file."""
-    network = tree.get("network", {})
-    if network.get("type") == "edm2":
+    network = tree.get("network")
+    if isinstance(network, Mapping) and network.get("type") == "edm2":
         # the width of earlier versions, whatever the multipliers
         tree = merge({"network": {"type": "edm2", "embedding_multiplier": 4}}, tree)
     return validate(DiffusionRecipe, tree)

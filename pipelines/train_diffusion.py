@@ -16,6 +16,7 @@ from diffusion.edm2 import MPModule
 from ldm.checkpoint import ModelFile, fingerprint, save_model
 from ldm.config import to_tree
 from ldm.data import Source, batches, open_source
+from ldm.device import full_float32
 from ldm.ema import Ema, PowerEma, save_snapshot
 from ldm.errors import Interrupted, LdmError
 from ldm.images import grid, save_grid, to_float
@@ -230,6 +231,7 @@ def _train(
                 raise Interrupted(f"stopped after step {state.step}, saved in {run.folder}")
 
 
+@full_float32()
 def measure_codec(
     autoencoder: Autoencoder, recipe: DiffusionRecipe, source: Source, run: Run
 ) -> Codec:
@@ -257,6 +259,7 @@ def measure_codec(
     return Codec(autoencoder, mean, std, recipe.edm.sigma_data).to(run.device)
 
 
+@full_float32()
 @torch.no_grad()
 def _validate(run: Run, state: DiffusionState, codec: Codec, logbook: Logbook) -> None:
     """Draw samples of the averaged model, always from the same noise, cycling through classes; and

@@ -180,6 +180,7 @@ def draw_bands(rows: Sequence[dict[str, float]], path: Path) -> None:
             axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
+@full_float32()
 @torch.no_grad()
 def reconstruction_sheet(
     autoencoder: Autoencoder, source: Source, resolution: int, columns: int

@@ -4,12 +4,15 @@ Tests side by side (`pytest -n 2`) have a core each: more threads would get in t
 """
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; commands inherit it
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, commands would inherit its refusal
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ weights by our names, bit for bit: the class itself stands above this module.
 
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -165,7 +166,7 @@ def latent_statistics(
             "yaml, or 1 if there is none"
         )
     is_number = isinstance(given, int | float) and not isinstance(given, bool)
-    if not (is_number and 0 < given < math.inf):
+    if not (is_number and 0 < given <= sys.float_info.max):
         raise LdmError(
             f"{path} scales its latents by {shown(str(given))}, not a number above 0: correct "
             "scaling_factor there, or with --diffusion give --scale-factor"

@@ -113,7 +113,7 @@ def _memory(memory: "Memory", images: str, free: int) -> dict[str, int]:
     return {
         "weights": memory.weights,
         "gradients": memory.gradients,
-        "copies of gradients, to exchange them": memory.buckets,
+        "buckets of gradients, to exchange them": memory.buckets,
         "Adam's moments": memory.adam,
         "averaged weights": memory.averages,
         "frozen networks": memory.frozen,

@@ -205,7 +205,7 @@ class Memory:
     gradients: int
     """Their gradients."""
     buckets: int
-    """DDP's copies of the gradients, to exchange them; 0 on one process."""
+    """DDP's buckets, to exchange the gradients, which they may hold; 0 on one process."""
     adam: int
     """Adam's two moments."""
     averages: int
@@ -272,12 +272,14 @@ def training_memory(
     gradients = [parameter_bytes(module) for module in training.updated]
     kept = max(costs.step(side, batch=batch).activations for side in resolutions)
     held = max(costs.encoding(side, batch) for side in resolutions)
+    # DDP's buckets hold the gradients, unless they accumulate before they are exchanged
+    held_gradients = sum(gradients) if accumulate > 1 else 0 if processes > 1 else max(gradients)
     if costs.run.device.type != "cuda":
         held = max(held - kept, 0)
     return Memory(
         weights=sum(map(module_bytes, training.trained)),
         # networks take turns, and keep no gradients unless they accumulate them
-        gradients=sum(gradients) if accumulate > 1 else max(gradients),
+        gradients=held_gradients,
         buckets=sum(map(parameter_bytes, training.trained)) if processes > 1 else 0,
         adam=sum(map(adam_bytes, training.updated)),
         averages=sum(module_bytes(average.ema_model) for average in training.state.averages),

@@ -249,7 +249,9 @@ class LatentModel:
             weak: Denoise = self._run_by["denoiser"]
         else:
             its = chosen if guide.classes.count else None
-            weak = partial(guide._run_by["denoiser"], labels=its)
+            # its copy in bf16 needs the autocast of a model in bf16
+            as_ours = guide.precision == self.precision
+            weak = partial(guide._run_by["denoiser"] if as_ours else guide.denoiser, labels=its)
         return samplers.guide(strong, weak, sampling.guidance, sampling.interval)
 
     def encode(self, images: Tensor) -> Tensor:

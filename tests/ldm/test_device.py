@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ldm.device import (
     deterministic_algorithms,
@@ -13,6 +14,7 @@ from ldm.device import (
     resolve_device,
     resolve_precision,
     time_interleaved,
+    to_device,
 )
 from ldm.errors import LdmError
 
@@ -22,6 +24,12 @@ def test_a_missing_gpu_is_refused(monkeypatch):
     with pytest.raises(LdmError, match="sees no CUDA device: use cpu"):
         resolve_device("cuda")
     assert resolve_device("auto").type == "cpu"
+
+
+def test_tensors_without_values_are_not_pinned():
+    with FakeTensorMode():  # as in the doctor's dry run
+        moved = to_device(torch.zeros(3), torch.device("cuda:0"))
+    assert moved.device == torch.device("cuda:0")
 
 
 @pytest.mark.parametrize("name", ["gpu", "mps", "cuda:x"])

@@ -242,10 +242,12 @@ def test_dropout_depends_on_the_image_number(run):
     assert torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], draws[1])
 
 
-def test_auto_compiles_on_a_gpu_with_all_that_it_needs(monkeypatch):
+def test_auto_compiles_on_a_gpu_with_all_that_it_needs(monkeypatch, tmp_path):
     def compiles(device="cuda", compile="auto", **settings):
         return RunConfig(compile=compile, **settings).compiles(torch.device(device))
 
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": tmp_path})
     monkeypatch.setattr("ldm.device.has_triton", lambda: True)
     monkeypatch.setattr("shutil.which", lambda name: name in ("g++", "gcc"))
     assert compiles() and not compiles("cpu") and not compiles(deterministic=True)
@@ -254,6 +256,10 @@ def test_auto_compiles_on_a_gpu_with_all_that_it_needs(monkeypatch):
         assert not compiles() and not compiles(compile=False)
         assert compiles(compile=True) and compiles("cpu", compile=True)
     monkeypatch.setattr("shutil.which", lambda _: True)
+    assert compiles()
+    (tmp_path / "Python.h").unlink()
+    assert not compiles()
+    (tmp_path / "Python.h").touch()
     monkeypatch.setattr("ldm.device.has_triton", lambda: False)
     assert not compiles()
 

@@ -11,7 +11,7 @@ from ldm.config import load_preset, resolve
 from ldm.data import open_source
 from ldm.errors import LdmError, UsageError
 from ldm.run_folder import describe_run
-from pipelines.recipes import DiffusionRecipe, find_stage_one, fit, latent_shape
+from pipelines.recipes import DiffusionRecipe, find_stage_one, fit, latent_shape, read_recipe
 from tests.small import autoencoder_recipe, diffusion_recipe
 
 
@@ -98,6 +98,12 @@ def fitted(autoencoder, *settings):
 def test_contradicting_settings_are_refused(settings, message):
     with pytest.raises(UsageError, match=message):
         diffusion_recipe("none", *settings)
+
+
+@pytest.mark.parametrize("network", [None, [1], "edm2", {"type": "edm3"}])
+def test_a_damaged_network_is_one_line(network):
+    with pytest.raises(UsageError, match="network"):
+        read_recipe({"network": network})
 
 
 def test_fit_sizes_the_network(autoencoder):

@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import time
 import weakref
 from pathlib import Path
@@ -127,15 +128,18 @@ def test_signal_saves_the_current_step(number, unbroken, tmp_path):
 def test_lost_console_saves_the_work(name, lost, unbroken, tmp_path):
     (tmp_path / "images").symlink_to(unbroken / "images")
     words = [*stage(name, unbroken), "run.save_every_steps=1000"]
-    read, write = os.pipe()
-    os.close(read)
-    output = write if lost == "pipe" else os.open(lost, os.O_WRONLY)
+    output = subprocess.PIPE if lost == "pipe" else os.open(lost, os.O_WRONLY)
     process = ldm(*words, cwd=tmp_path, start=True, stdout=output)
+    if lost == "pipe":  # after the last line before the first step
+        next(line for line in process.stdout if "; lr " in line)
+        process.stdout.close()
+    else:
+        os.close(output)
     assert process.wait(120) == 130
     folder = tmp_path / "again"
     assert not (folder / "result.json").exists()
-    # the cache is written before the first step, and its files are kept
-    assert states(folder) or any((tmp_path / "cache").glob("latents-*.npy"))
+    # stage two prints a line before its first step, and then has nothing to save
+    assert states(folder) or (lost != "pipe" and name != "autoencoder")
     done = ldm(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "resuming from" in done.stdout or not states(folder)

@@ -69,7 +69,7 @@ def test_a_finished_run_without_its_model_is_an_error(faked):
 
 def test_out_must_not_be_a_file(faked):
     Path("notes.txt").touch()
-    with pytest.raises(UsageError, match=r"--out notes\.txt: is a file"):
+    with pytest.raises(LdmError, match=r"notes\.txt is a file\): give --out another folder"):
         run(out=Path("notes.txt"))
     assert not faked.trained
 

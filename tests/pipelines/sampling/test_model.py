@@ -68,6 +68,12 @@ def test_autoguidance_by_a_path_without_classes(conditional, tmp_path):
     torch.testing.assert_close(made, conditional.codec.decode(z), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("precisions", [("fp32", "bf16"), ("bf16", "fp32")])
+def test_guide_may_have_another_precision(precisions):
+    pipe, guide = (pipeline(seed).to("cpu", p) for seed, p in enumerate(precisions))
+    assert pipe(1, guidance=2, guide=guide, **FEW).isfinite().all()
+
+
 def test_guide_gets_the_class(conditional):
     guide, labels = pipeline(1, CLASSES), torch.tensor([2, 2])
     z = guided(
