@@ -98,9 +98,11 @@ class Denoiser(nn.Module, ABC):
         """
         dtype = torch.promote_types(x.dtype, torch.float32)
         inner = next(self.network.parameters(), x).dtype
-        if not isinstance(sigma, Tensor) or (sigma.ndim == 0 and sigma.device.type == "cpu"):
+        if isinstance(sigma, Tensor) and sigma.ndim == 0 and sigma.device.type == "cpu":
+            sigma = sigma if sigma.requires_grad else float(sigma)
+        if not isinstance(sigma, Tensor):
             # a fill, where a GPU would wait for a copy
-            sigma = torch.full((), float(sigma), dtype=dtype, device=x.device)
+            sigma = torch.full((), sigma, dtype=dtype, device=x.device)
         sigma = to_device(sigma, x.device).to(dtype).expand(len(x))
         sigma = sigma.view(-1, 1, 1, 1)  # (B, 1, 1, 1), and so are the four
         c_skip, c_out, c_in, c_noise = self.precondition(sigma)

@@ -241,7 +241,7 @@ def read_diffusers(folder: Path) -> tuple[UNetConfig, dict[str, Tensor]]:
         raise LdmError(f"{folder}/config.json describes no UNet to load here: {error}") from error
     paths = foreign.weights_files(folder, pickled=True)
     weights = foreign.read_weights(*paths)
-    refuse_damaged(weights, paths[0])
+    refuse_damaged(weights, paths[0] if len(paths) == 1 else folder)
     try:
         return config, from_diffusers(weights, config)
     except LdmError as error:

@@ -8,8 +8,11 @@ torchrun one process that gets it stops them all.
 
 import io
 import os
+import select
 import signal
 import sys
+import threading
+from errno import EPIPE
 from typing import Any
 
 HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)
@@ -23,15 +26,24 @@ class LastingOutput(io.FileIO):
     process a hangup. From then on everything is dropped, so that no later line fails as well.
     """
 
+    lost = False
+    """True once this process has lost an output, of which one hangup is enough."""
+
     def write(self, data: Any, /) -> int:
         """Write bytes, or drop them; return their number."""
         try:
-            return super().write(data)
-        except OSError:
+            while (written := super().write(data)) is None:  # another program made it non-blocking
+                select.select([], [self.fileno()], [], 1)
+            return written
+        except OSError as error:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self.fileno())
             os.close(null)
-            signal.raise_signal(HANGUP)
+            if not LastingOutput.lost:
+                LastingOutput.lost = True
+                if error.errno != EPIPE and sys.stderr is not None and self.fileno() != 2:
+                    sys.stderr.write(f"standard output is lost ({error.strerror})\n")
+                signal.raise_signal(HANGUP)
             return len(data)
 
 
@@ -56,5 +68,6 @@ def outlast_console() -> None:
             write_through=stream.write_through,
         )
         setattr(sys, name, lasting)
-    if signal.getsignal(HANGUP) == signal.SIG_DFL:
+    is_main = threading.current_thread() is threading.main_thread()  # others may set no handlers
+    if is_main and signal.getsignal(HANGUP) == signal.SIG_DFL:
         signal.signal(HANGUP, signal.default_int_handler)

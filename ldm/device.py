@@ -128,7 +128,8 @@ def full_float32() -> Iterator[None]:
     """Compute float32 in full on a CUDA GPU inside the `with`, or the decorated function.
 
     By default PyTorch lets convolutions round their factors to the 10 bits of TF32, and a setting
-    of the user's may let matrix products do so, too.
+    of the user's may let matrix products do so, too. Since PyTorch 2.9 its `allow_tf32` cannot be
+    read inside, and a setting inherited from `torch.backends` is the part's own afterwards.
     """
     switches = _tf32_switches()
     before = [getattr(owner, name) for owner, name, _ in switches]
@@ -160,7 +161,8 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     can_pin = not (isinstance(tensor, FakeTensor) or torch.compiler.is_compiling())
     if device.type == "cuda" and not tensor.is_cuda and can_pin:
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    # what arrives on a CPU is read at once
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 class HostCopy:

@@ -73,7 +73,7 @@ def check_writable(*paths: Path, advice: str = "give --out another file") -> Non
         beside = folder / f".{path.name}.{os.getpid()}.partial"
         try:
             beside.touch()
-            beside.unlink()
+            beside.unlink(missing_ok=True)
         except OSError as error:
             reason = f"{folder} is a file" if folder.is_file() else error.strerror
             raise LdmError(f"could not write {path} ({reason}): {advice}") from error

@@ -171,6 +171,8 @@ class Run:
 
         # the ratio of two gradients runs backward twice: the graph's buffers must not be reused
         config.donated_buffer = False
+        # inside of DDP, releases of PyTorch split graphs, and some refuse those with checkpoints
+        torch._dynamo.config.optimize_ddp = False
         # A discriminator has two graphs for each resolution: frozen, for the generator's update,
         # and trained. Beyond the limit, 8 by default, PyTorch silently stops compiling.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)

@@ -41,8 +41,8 @@ IGNORED = {
     "keep_states",
     "workers",
 }
-"""Keys that may change between a stop and a resume: they do not change what a run computes,
-or by rounding only."""
+"""Keys that may change between a stop and a resume: they do not change what a run computes, or only
+by rounding and by dropout's masks."""
 
 FORMER_PARTS = {"discriminator": "critic", "opt_discriminator": "opt_critic"}
 """Names of parts in states saved by earlier versions."""

@@ -267,7 +267,7 @@ def test_sampling_waits_for_the_images_alone(waits, monkeypatch, denoiser, sampl
     model.denoiser = build_denoiser(conditional("ldm"), config).to(META)
     stage_one = build_autoencoder(autoencoder_recipe().model)
     model.codec = Codec(stage_one, torch.zeros(4), torch.ones(4)).to(META)
-    model._run_by = {"denoiser": model.denoiser, "codec": model.codec}
+    model._in_bf16 = {}
     model.latent_shape, model.device, model.precision = (4, 4, 4), META, "fp32"
     model.classes = Classes(3)
     requested = validate(Sampling, {"steps": 3, **sampling})

@@ -208,7 +208,7 @@ def read_diffusers(
         raise LdmError(f"{folder}/config.json describes no SD-VAE to load here: {error}") from error
     paths = weights_files(folder)
     weights = read_weights(*paths)
-    refuse_damaged(weights, paths[0])
+    refuse_damaged(weights, paths[0] if len(paths) == 1 else folder)
     return tree, from_diffusers(weights)
 
 

@@ -12,7 +12,7 @@ import typer
 from typer import Option
 
 from ldm.cli import analyze, data, doctor, exchange, measure, results, train
-from ldm.console import outlast_console
+from ldm.console import LastingOutput, outlast_console
 from ldm.errors import Interrupted, LdmError
 
 INTERRUPTED = 130
@@ -96,7 +96,8 @@ def main() -> NoReturn:
         text = str(error).strip().partition("\n")[0]
         _exit_with_error(f"{type(error).__name__}: {text} (unexpected: --debug shows where)", 1)
     if code == INTERRUPTED:
-        _exit("interrupted", code)
+        # a reader that has seen enough, as in `ldm presets | head -1`, needs no word
+        _exit("" if LastingOutput.lost else "interrupted", code)
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()  # its threads would abort the process at exit
@@ -122,5 +123,6 @@ def _exit_with_error(text: str, code: int) -> NoReturn:
 
 
 def _exit(text: str, code: int) -> NoReturn:
-    typer.echo(text, err=True)
+    if text:
+        typer.echo(text, err=True)
     sys.exit(code)

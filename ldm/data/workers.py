@@ -21,7 +21,8 @@ from contextlib import suppress
 from io import BufferedRWPair, BytesIO
 from itertools import cycle, islice
 from queue import Empty, SimpleQueue
-from threading import Event, Thread
+from threading import Event, Thread, current_thread
+from time import monotonic
 from traceback import format_exc
 from typing import Any
 
@@ -38,7 +39,7 @@ LIMIT = 600
 PATIENCE = 10
 """Seconds that a result may take in a process that was asked to stop."""
 TO_END = 5
-"""Seconds that a killed worker may take to end."""
+"""Seconds that killed workers may take to end, all together."""
 AHEAD = 2  # keys that each worker has at a time
 
 stopping = Event()
@@ -72,8 +73,9 @@ def load_in_workers(
     def end() -> None:
         for worker in pool:
             worker.kill()
+        until = monotonic() + TO_END
         for worker in pool:
-            worker.join()
+            worker.join(max(0.1, until - monotonic()))
 
     atexit.register(end)  # a traceback may hold this generator until then
     try:
@@ -125,7 +127,7 @@ class _Worker:
     def request(self, key: Any) -> None:
         """Hand over a key; it is small, and waits in the socket until the worker takes it."""
         with suppress(OSError):  # it was killed, as `result` will say
-            _send(self._file, key)
+            _write(self._file, _pickled(key))
 
     def result(self, advice: str) -> Any:
         """Wait for the next result."""
@@ -159,15 +161,18 @@ class _Worker:
         self._killed = True
         if self._process.pid:
             self._process.kill()
+            with suppress(OSError):  # without the forkserver, that knows of its end too early
+                os.kill(self._process.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
         with suppress(OSError):  # the worker may have closed it
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
 
-    def join(self) -> None:
+    def join(self, seconds: float) -> None:
         """Wait a little for the end of both after `kill`."""
-        if self._thread.is_alive():
-            self._thread.join(TO_END)
+        # a garbage collection may close the pool in a thread of its own
+        if self._thread.is_alive() and self._thread is not current_thread():
+            self._thread.join(seconds)
         if self._process.pid:
-            self._process.join(TO_END)
+            self._process.join(seconds)
             if self._process.is_alive():  # in a broken disk: Python's exit may not wait for it
                 processes: Any = multiprocessing.process
                 processes._children.discard(self._process)
@@ -187,8 +192,11 @@ class _Worker:
             while True:
                 result = _receive(self._file)
                 self._results.put(result if device is None else _pinned(result))
-        except (OSError, EOFError, pickle.UnpicklingError):  # it ended, perhaps amid a result
+        except (ConnectionError, EOFError, pickle.UnpicklingError):  # it ended, perhaps in a result
             self._results.put(EOFError())
+        except OSError as error:
+            why = error.strerror or str(error)
+            self._results.put(LdmError(f"a loader worker could not start or answer ({why})"))
         except Exception as error:  # such as work that cannot be pickled
             self._results.put(error)
 
@@ -218,20 +226,20 @@ def _serve(connection: socket.socket, work: Callable[[Any], Any]) -> None:
     with connection, connection.makefile("rwb") as file:
         try:
             while True:
-                _send(file, _attempt(work, _receive(file)))
+                _write(file, _attempt(work, _receive(file)))
         except (OSError, EOFError, pickle.UnpicklingError):
             os._exit(0)  # the parent has closed its end, perhaps amid a message
 
 
-def _attempt(work: Callable[[Any], Any], key: Any) -> Any:
+def _attempt(work: Callable[[Any], Any], key: Any) -> "Message":
     try:
-        return work(key)
+        return _pickled(work(key))
     except LdmError as error:
-        return error
+        return _pickled(error)
     except MemoryError:
-        return MemoryError()
-    except Exception as error:
-        return RuntimeError(f"in a loader worker: {error!r}\n{format_exc()}")
+        return _pickled(MemoryError())
+    except Exception as error:  # of the work, or of a result that cannot be pickled
+        return _pickled(RuntimeError(f"in a loader worker: {error!r}\n{format_exc()}"))
 
 
 # ---------------------------------------------------------------------------------- messages
@@ -248,11 +256,18 @@ def _tensor(array: np.ndarray, order: list[int]) -> Tensor:
     return torch.from_numpy(array).permute([order.index(dim) for dim in range(array.ndim)])
 
 
-def _send(file: BufferedRWPair, value: Any) -> None:
+Message = tuple[bytes, list[memoryview]]  # a pickle, and the bytes of its arrays
+
+
+def _pickled(value: Any) -> Message:
     pickled, arrays = BytesIO(), list[pickle.PickleBuffer]()
     _Pickler(pickled, 5, buffer_callback=arrays.append).dump(value)
-    parts = [array.raw() for array in arrays]
-    pickle.dump((pickled.getvalue(), [len(part) for part in parts]), file)
+    return pickled.getvalue(), [array.raw() for array in arrays]
+
+
+def _write(file: BufferedRWPair, message: Message) -> None:
+    pickled, parts = message
+    pickle.dump((pickled, [len(part) for part in parts]), file)
     for part in parts:
         file.write(part)
     file.flush()

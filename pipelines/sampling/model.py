@@ -70,7 +70,7 @@ class LatentModel:
         network = build_with(lambda: build_network(recipe.network), file.weights, path)
         self.denoiser = build_denoiser(network, recipe.denoiser).eval().requires_grad_(False)
         self.codec = Codec.from_statistics(autoencoder, file.statistics)
-        self._run_by: dict[str, Any] = {"denoiser": self.denoiser, "codec": self.codec}
+        self._in_bf16: dict[str, Any] = {}  # copies of the two that run under autocast
         side = recipe.resolution // autoencoder.downsampling
         self.latent_shape = (recipe.network.latent_channels, side, side)
         self.classes = Classes(recipe.network.classes, tuple(file.statistics.get("classes", ())))
@@ -128,10 +128,12 @@ class LatentModel:
         if device is not None:
             self.device = resolve_device(str(device))
         self._requested, self.precision = requested, resolve_precision(requested, self.device)
+        self._in_bf16 = {}
         for name in ("denoiser", "codec"):
             module = getattr(self, name)
             module.to(device=self.device).to(memory_format=memory_format(self.device))
-            self._run_by[name] = cast_for_autocast(module) if self.precision == "bf16" else module
+            if self.precision == "bf16":
+                self._in_bf16[name] = cast_for_autocast(module)
         return self
 
     @torch.no_grad()
@@ -172,7 +174,7 @@ class LatentModel:
             extra["churn"] = make_churn(sigmas, lambda step: draw(f"churn {step}"), **churn)
         with self._autocast():
             z = SAMPLERS[sampling.sampler](denoise, noise, sigmas[skip:], **extra)
-            images = self._run_by["codec"].decode(z).cpu()
+            images = self._running("codec").decode(z).cpu()
         if not images.isfinite().all():
             raise LdmError(
                 f"images {indices[0]} to {indices[-1]} are not finite: lower the guidance, use "
@@ -242,22 +244,26 @@ class LatentModel:
         if chosen is not None:
             check_labels(chosen, self.classes.count)  # here, where no GPU has to wait
             chosen = to_device(chosen, self.device)
-        strong = partial(self._run_by["denoiser"], labels=chosen)
+        strong = partial(self._running("denoiser"), labels=chosen)
         if sampling.guidance is None:
             return strong
         if guide is None:
-            weak: Denoise = self._run_by["denoiser"]
+            weak: Denoise = self._running("denoiser")
         else:
             its = chosen if guide.classes.count else None
             # its copy in bf16 needs the autocast of a model in bf16
             as_ours = guide.precision == self.precision
-            weak = partial(guide._run_by["denoiser"] if as_ours else guide.denoiser, labels=its)
+            weak = partial(guide._running("denoiser") if as_ours else guide.denoiser, labels=its)
         return samplers.guide(strong, weak, sampling.guidance, sampling.interval)
+
+    def _running(self, name: str) -> Any:
+        """The denoiser or the codec, or the copy that runs in its place."""
+        return self._in_bf16.get(name, getattr(self, name))
 
     def encode(self, images: Tensor) -> Tensor:
         """Encode images (B, 3, H, W) in [−1, 1] as their posteriors' means z, on the device."""
         with self._autocast():
-            return self._run_by["codec"].encode(images.to(self.device))
+            return self._running("codec").encode(images.to(self.device))
 
     @contextmanager
     def _autocast(self) -> Iterator[None]:

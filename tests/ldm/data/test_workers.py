@@ -80,7 +80,7 @@ def test_tensors_keep_their_type_shape_and_layout():
         whole.to(memory_format=torch.channels_last), whole[:, 1],
     ):  # fmt: skip
         file = io.BytesIO()
-        workers._send(file, {"it": sent})
+        workers._write(file, workers._pickled({"it": sent}))
         file.seek(0)
         got = workers._receive(file)["it"]
         assert got.dtype == sent.dtype and torch.equal(got, sent)
@@ -90,7 +90,7 @@ def test_tensors_keep_their_type_shape_and_layout():
 
 def test_half_a_message_is_no_message():
     file = io.BytesIO()
-    workers._send(file, torch.arange(10))
+    workers._write(file, workers._pickled(torch.arange(10)))
     whole = file.getvalue()
     for length in range(len(whole)):
         with pytest.raises((EOFError, workers.pickle.UnpicklingError)):
