@@ -18,6 +18,7 @@ FOLDERS = {
     "data prepare": ["images", "OUT", "--size", "16", "--workers", "2"],
     "train-ae": ["tiny", "--out", "OUT", "loss.lpips=0"],
     "train-diffusion": ["tiny", "--ae", "ae.pt", "--out", "OUT"],
+    "train-diffusion --cache": ["OUT", "tiny", "data.source=images", "data.crop=center"],
     "sample": ["model", "--n", "1", "--steps", "1", "--out", "OUT", "--device", "cpu"],
     "analyze latents": [*AUTOENCODER, "--resolution", "24", "--out", "OUT"],
     "analyze mmd": [*AUTOENCODER, "--resolution", "24", "--out", "OUT"],
