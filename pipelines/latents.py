@@ -38,7 +38,7 @@ from ldm.data.workers import load_in_workers
 from ldm.device import full_float32, memory_format, to_device
 from ldm.distributed import fail_together, from_main, wait_for_files
 from ldm.errors import Interrupted, LdmError
-from ldm.files import read_json, write_atomically, write_json
+from ldm.files import check_writable, read_json, write_atomically, write_json
 from ldm.images import assert_range, to_float
 from ldm.run import Run
 from ldm.seeds import generator
@@ -380,11 +380,8 @@ def check_cache(
 ) -> list[range]:
     """List the images that the recipe's cache lacks, a range per file, without writing.
 
-    A folder of other latents or of other files is an LdmError.
-
-    Args:
-        precision: the run's, "fp32" or "bf16".
-        ae_sha256: fingerprint of the autoencoder; None if it is not trained yet: any will do.
+    A folder of other latents or of other files is an LdmError, as is one that lacks images and
+    cannot be written. `ae_sha256` is None if the autoencoder is not trained yet: any will do.
     """
     folder = Path(recipe.cache).expanduser()
     another = "give --cache another folder"
@@ -400,11 +397,14 @@ def check_cache(
             raise LdmError(
                 f"{folder} holds other latents ({', '.join(differing)} differ): {another}"
             )
-    elif folder.exists():
-        ours = set(folder.glob(".*.partial"))  # of a process that was killed
-        if not folder.is_dir() or set(folder.iterdir()) - ours:
-            raise LdmError(f"{folder} is not empty and holds no cache: {another}")
-    return _lacking(folder, source)
+    # half-written files are of a process that was killed, or of another that checks the folder
+    elif folder.exists() and not (
+        folder.is_dir() and all(path.match(".*.partial") for path in folder.iterdir())
+    ):
+        raise LdmError(f"{folder} is not empty and holds no cache: {another}")
+    if lacking := _lacking(folder, source):
+        check_writable(folder / MANIFEST, advice=another)
+    return lacking
 
 
 def _lacking(folder: Path, source: Source) -> list[range]:

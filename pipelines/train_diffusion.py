@@ -16,7 +16,7 @@ from diffusion.edm2 import MPModule
 from ldm.checkpoint import ModelFile, fingerprint, save_model
 from ldm.config import to_tree
 from ldm.data import Source, batches, open_source
-from ldm.device import full_float32
+from ldm.device import full_float32, resolve_device, resolve_precision
 from ldm.ema import Ema, PowerEma, save_snapshot
 from ldm.errors import Interrupted, LdmError
 from ldm.images import grid, save_grid, to_float
@@ -25,7 +25,14 @@ from ldm.logbook import Logbook, read_rows
 from ldm.run import Run, TrainingState, check_batch, start_run
 from ldm.run_folder import is_finished, provenance
 from ldm.seeds import normal
-from pipelines.latents import Codec, LatentBatch, latent_batches, measure_latents, open_cache
+from pipelines.latents import (
+    Codec,
+    LatentBatch,
+    check_cache,
+    latent_batches,
+    measure_latents,
+    open_cache,
+)
 from pipelines.recipes import DiffusionRecipe, as_begun, fit, latent_shape
 from pipelines.validation import band_losses, draw_bands
 
@@ -150,6 +157,9 @@ def train_diffusion(
     ae_sha256 = fingerprint(autoencoder.state_dict())
     source = open_source(recipe.data, "train", recipe.resolution)
     requested, recipe = recipe, fit(recipe, autoencoder, len(source.classes))
+    if recipe.cache:
+        precision = resolve_precision(recipe.run.precision, resolve_device(recipe.run.device))
+        check_cache(recipe, source, precision, ae_sha256)
 
     # the run is known by the recipe as requested, so that the same command finds it again
     with start_run("diffusion", preset, requested, recipe.run, recipe.accumulate, folder) as run:
@@ -161,18 +171,9 @@ def train_diffusion(
 
         state = DiffusionState(recipe, run, autoencoder)
         frozen = run.place_frozen(autoencoder)
-        if saved := run.resume():
-            if saved["autoencoder_sha256"] != ae_sha256:
-                raise LdmError(
-                    f"{recipe.autoencoder} has other weights than the autoencoder that "
-                    f"{run.folder} was started with: pass that one to --ae, or another folder to "
-                    "--out"
-                )
-            codec = Codec.from_statistics(frozen, saved["statistics"]).to(run.device)
-            state.load_state_dict(saved)
-        else:
+        codec = _resume(run, state, frozen, ae_sha256)
+        if codec is None:
             codec = measure_codec(frozen, recipe, source, run)
-        del saved  # some gigabytes, and the file
         cache = open_cache(recipe, codec, ae_sha256, source, run) if recipe.cache else None
         state.prepare(run, frozen)
         logbook = Logbook(run.folder if run.is_main else None, state.images_seen)
@@ -191,6 +192,23 @@ def train_diffusion(
         _train(run, state, stream, logbook, validate, save)
         logbook.close()
         return run.finish({"images_seen": state.images_seen, **state.row})
+
+
+def _resume(run: Run, state: DiffusionState, ae: Autoencoder, ae_sha256: str) -> Codec | None:
+    """Load the newest saved state and return its codec; None if there is no state.
+
+    The saved state, some gigabytes, is let go.
+    """
+    saved = run.resume()
+    if saved is None:
+        return None
+    if saved["autoencoder_sha256"] != ae_sha256:
+        raise LdmError(
+            f"{state.recipe.autoencoder} has other weights than the autoencoder that {run.folder} "
+            "was started with: pass that one to --ae, or another folder to --out"
+        )
+    state.load_state_dict(saved)
+    return Codec.from_statistics(ae, saved["statistics"]).to(run.device)
 
 
 def _train(

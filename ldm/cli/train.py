@@ -9,7 +9,6 @@ from typer import Argument, Option
 
 from ldm.cli import options
 from ldm.errors import UsageError
-from ldm.files import check_writable
 
 CHURN = ("S_churn", "S_min", "S_max", "S_noise")
 
@@ -54,7 +53,6 @@ def train_diffusion(
 
     ldm train-diffusion --ae runs/x/ckpt.pt
     """
-    from pipelines.latents import MANIFEST
     from pipelines.recipes import find_stage_one
     from pipelines.train_diffusion import train_diffusion
 
@@ -65,9 +63,6 @@ def train_diffusion(
         words.append(f"cache={json.dumps(str(cache))}")
     options.add_autoencoder(words, ae)
     recipe = options.resolve_recipe("diffusion", preset, words)
-    if recipe.cache:
-        manifest = Path(recipe.cache).expanduser() / MANIFEST
-        check_writable(manifest, advice="give --cache another folder")
     file = find_stage_one(recipe, preset, run)
     options.say(f"autoencoder: {file}")
     recipe = recipe.model_copy(update={"autoencoder": str(file)})

@@ -75,7 +75,7 @@ def load_in_workers(
             worker.kill()
         until = monotonic() + TO_END
         for worker in pool:
-            worker.join(max(0.1, until - monotonic()))
+            worker.join(until)
 
     atexit.register(end)  # a traceback may hold this generator until then
     try:
@@ -161,18 +161,20 @@ class _Worker:
         self._killed = True
         if self._process.pid:
             self._process.kill()
-            with suppress(OSError):  # without the forkserver, that knows of its end too early
-                os.kill(self._process.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
+            # does nothing once the forkserver has died; while the thread reads, the worker lives
+            if self._thread.is_alive() and hasattr(signal, "SIGKILL"):
+                with suppress(ProcessLookupError):
+                    os.kill(self._process.pid, signal.SIGKILL)
         with suppress(OSError):  # the worker may have closed it
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
 
-    def join(self, seconds: float) -> None:
-        """Wait a little for the end of both after `kill`."""
+    def join(self, until: float) -> None:
+        """Wait for the end of both after `kill`, a moment at least, until a time at most."""
         # a garbage collection may close the pool in a thread of its own
         if self._thread.is_alive() and self._thread is not current_thread():
-            self._thread.join(seconds)
+            self._thread.join(max(0.1, until - monotonic()))
         if self._process.pid:
-            self._process.join(seconds)
+            self._process.join(max(0.1, until - monotonic()))
             if self._process.is_alive():  # in a broken disk: Python's exit may not wait for it
                 processes: Any = multiprocessing.process
                 processes._children.discard(self._process)

@@ -33,7 +33,7 @@ def test_a_name_too_long(tmp_path):
 
 
 def test_only_a_failed_write_is_called_one(tmp_path):
-    """What is written may come from a function that raises an error of its own."""
+    """Content may come from a function that raises an error of its own."""
 
     def fail(file):
         raise RuntimeError("in a loader worker: a bug")

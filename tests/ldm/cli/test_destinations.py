@@ -14,11 +14,12 @@ from tests.pipelines.measuring.fid_sides import pictures, write_folder
 from tests.pipelines.untrained import make_model
 
 AUTOENCODER = ["ae.pt", "--data", "images", "--split", "all", "--device", "cpu"]
+CACHED = ["--ae", "ae.pt", "data.source=images", "data.crop=center", "resolution=16"]
 FOLDERS = {
     "data prepare": ["images", "OUT", "--size", "16", "--workers", "2"],
     "train-ae": ["tiny", "--out", "OUT", "loss.lpips=0"],
     "train-diffusion": ["tiny", "--ae", "ae.pt", "--out", "OUT"],
-    "train-diffusion --cache": ["OUT", "tiny", "data.source=images", "data.crop=center"],
+    "train-diffusion --cache": ["OUT", "tiny", *CACHED],
     "sample": ["model", "--n", "1", "--steps", "1", "--out", "OUT", "--device", "cpu"],
     "analyze latents": [*AUTOENCODER, "--resolution", "24", "--out", "OUT"],
     "analyze mmd": [*AUTOENCODER, "--resolution", "24", "--out", "OUT"],
