@@ -169,7 +169,7 @@ class _Worker:
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
 
     def join(self, until: float) -> None:
-        """Wait for the end of both after `kill`, a moment at least, until a time at most."""
+        """Wait for both to end after `kill`, until a time, but a moment at least."""
         # a garbage collection may close the pool in a thread of its own
         if self._thread.is_alive() and self._thread is not current_thread():
             self._thread.join(max(0.1, until - monotonic()))
