@@ -1,4 +1,4 @@
-"""Atomic writes.
+"""Atomic writes, and bounded reads of regular files.
 
 A file is written beside its final name, flushed, then renamed: a full disk or a killed process
 leaves the previous file intact. A power failure may not, because the folder is not flushed.
@@ -6,11 +6,12 @@ leaves the previous file intact. A power failure may not, because the folder is 
 
 import json
 import os
+import stat
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from errno import EISDIR
+from errno import EFBIG, EINVAL, EISDIR
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO, cast
 
 from ldm.errors import LdmError
 
@@ -77,6 +78,35 @@ def check_writable(*paths: Path, advice: str = "give --out another file") -> Non
         except OSError as error:
             reason = f"{folder} is a file" if folder.is_file() else error.strerror
             raise LdmError(f"could not write {path} ({reason}): {advice}") from error
+
+
+def open_regular(path: Path, flags: int = os.O_RDONLY, mode: str = "rb") -> BinaryIO:
+    """Open a file; an OSError for a pipe, a socket or a device, which may block or never end.
+
+    With flags that write, links are not followed either: what they point to is not ours.
+    """
+    flags |= getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    if flags & (os.O_WRONLY | os.O_RDWR):
+        flags |= getattr(os, "O_NOFOLLOW", 0)
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(EINVAL, "not a regular file", str(path))
+        if flags & (os.O_WRONLY | os.O_RDWR) and found.st_nlink > 1:
+            raise OSError(EINVAL, "a file with another name elsewhere", str(path))
+        return cast(BinaryIO, os.fdopen(descriptor, mode))
+    except OSError:
+        os.close(descriptor)
+        raise
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """Read a regular file; an OSError if it is larger than `limit` bytes."""
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > limit:
+            raise OSError(EFBIG, f"larger than {limit} bytes", str(path))
+        return file.read()
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

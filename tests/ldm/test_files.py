@@ -1,9 +1,18 @@
+import os
 from pathlib import Path
 
 import pytest
 
 from ldm.errors import LdmError
-from ldm.files import check_writable, read_json, write_atomically, write_json, write_together
+from ldm.files import (
+    check_writable,
+    open_regular,
+    read_bytes,
+    read_json,
+    write_atomically,
+    write_json,
+    write_together,
+)
 
 
 def test_write_atomically_keeps_the_previous_file_on_failure(tmp_path):
@@ -107,3 +116,27 @@ def test_a_path_that_cannot_be_written_is_refused_and_nothing_is_created(tmp_pat
     with pytest.raises(LdmError, match=r"could not write /proc/none/x \(.*\): elsewhere"):
         check_writable(Path("/proc/none/x"), advice="elsewhere")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_only_regular_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name in ("pipe", "zero"):
+        with pytest.raises(OSError, match="not a regular file"):
+            read_bytes(tmp_path / name, 100)
+
+
+def test_reads_have_a_limit(tmp_path):
+    (tmp_path / "file").write_bytes(b"12345")
+    assert read_bytes(tmp_path / "file", 5) == b"12345"
+    with pytest.raises(OSError, match="larger than 4 bytes"):
+        read_bytes(tmp_path / "file", 4)
+
+
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+def test_links_are_not_written_through(tmp_path, link):
+    (tmp_path / "other").write_bytes(b"theirs")
+    link(tmp_path / "log", tmp_path / "other")
+    with pytest.raises(OSError):
+        open_regular(tmp_path / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, "ab")
+    assert (tmp_path / "other").read_bytes() == b"theirs"
