@@ -2,9 +2,15 @@
 
 Colour profiles are not applied. 16-bit grey is scaled to 8 bits; of 16-bit colour, Pillow itself
 keeps the high byte.
+
+Files come from anywhere, so their sizes are checked before memory is taken, and no format is read
+but those named here: for others, Pillow starts programs such as Ghostscript.
 """
 
 import io
+import math
+import zlib
+from importlib.util import find_spec
 from pathlib import PurePosixPath
 from typing import Literal
 
@@ -15,8 +21,20 @@ Filter = Literal["lanczos", "box", "bicubic"]
 
 NOT_RESIZED = "none"
 """Filter in the manifest of images that already had their size."""
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".npy")
+SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".npy"
+)  # fmt: skip
 """Suffixes of the files that are read, in upper or lower case."""
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF") + (
+    ("AVIF",) if find_spec("PIL.AvifImagePlugin") else ()
+)
+"""Formats that are read, recognised by content, whatever the suffix; AVIF where Pillow has it."""
+MAX_PIXELS = 2**26
+"""Pixels of an image, 8192 × 8192: decoding takes 10 to 30 bytes for each."""
+MAX_BYTES = 8 * MAX_PIXELS
+"""Bytes of an image's file: as many as uncompressed 16-bit RGBA takes."""
+MAX_SCANS = 100
+"""Scans of a progressive JPEG, each of which is a pass over all pixels; cameras write ten."""
 
 
 def center_crop(image: np.ndarray, resolution: int, filter: Filter = "lanczos") -> np.ndarray:
@@ -75,25 +93,41 @@ def decode(data: bytes, suffix: str) -> np.ndarray:
 
 def _decode_array(data: bytes) -> np.ndarray:
     """uint8 (1, 3, H, W), (3, H, W) or (H, W, 3), as CelebA-HQ comes, → (H, W, 3)."""
-    array = np.load(io.BytesIO(data), allow_pickle=False)
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    v1, v2 = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
+    shape, is_fortran, dtype = (v1 if version == (1, 0) else v2)(file)
+    described = f"a {dtype} array of shape {shape}"
+    if dtype != np.uint8 or math.prod(shape) != len(data) - file.tell():
+        raise CorruptImage(f"{described} is not RGB uint8, or has another size than its file")
+    array = np.frombuffer(data, np.uint8, offset=file.tell())
+    array = array.reshape(shape, order="F" if is_fortran else "C")
     pixels = array[0] if array.ndim == 4 and len(array) == 1 else array
     if pixels.ndim == 3 and pixels.shape[0] == 3 and pixels.shape[2] != 3:
         pixels = pixels.transpose(1, 2, 0)
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-        raise CorruptImage(f"a {array.dtype} array of shape {array.shape} is not RGB uint8")
+    if pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise CorruptImage(f"{described} is not RGB uint8")
     return np.ascontiguousarray(pixels)
 
 
 def _to_rgb(data: bytes) -> np.ndarray:
-    with Image.open(io.BytesIO(data)) as file:
+    if data.startswith(PNG_SIGNATURE):
+        _check_png(data)
+    if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_SCANS:
+        raise CorruptImage(f"more than {MAX_SCANS} scans")
+    with Image.open(io.BytesIO(data), formats=FORMATS) as file:  # reads the header only
+        width, height = file.size
+        if width * height > MAX_PIXELS:
+            raise CorruptImage(f"{width}×{height} pixels, more than {MAX_PIXELS:,}")
         file.load()
-        image = ImageOps.exif_transpose(file)
+        ImageOps.exif_transpose(file, in_place=True)
+        image: Image.Image = file
     if image.mode.startswith("I"):
         levels = np.asarray(image)
         if levels.min() < 0 or levels.max() > 65535:
             raise CorruptImage("the range of 32-bit pixels is unknown")
         # 65535 = 255 · 257: Pillow's own conversion would clip at 255 instead
-        grey = np.round(levels / 257).astype(np.uint8)  # (H, W)
+        grey = ((levels.astype(np.int32) + 128) // 257).astype(np.uint8)  # (H, W), rounded
         return np.repeat(grey[..., None], 3, axis=2)
     if image.mode == "F":
         raise CorruptImage("the range of floating-point pixels is unknown")
@@ -101,4 +135,19 @@ def _to_rgb(data: bytes) -> np.ndarray:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         image = Image.alpha_composite(white, rgba)
-    return np.asarray(image.convert("RGB"))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+def _check_png(data: bytes) -> None:
+    """Raise CorruptImage for a wrong checksum or a missing end: Pillow lets them pass in pixels."""
+    view, start, kind = memoryview(data), len(PNG_SIGNATURE), b""
+    while kind != b"IEND":  # a chunk: length, kind, content, checksum of the last two
+        end = start + 8 + int.from_bytes(view[start : start + 4])
+        if end + 4 > len(data):
+            raise CorruptImage("truncated")
+        if zlib.crc32(view[start + 4 : end]) != int.from_bytes(view[end : end + 4]):
+            raise CorruptImage(f"wrong checksum of the PNG chunk at byte {start}")
+        kind, start = bytes(view[start + 4 : start + 8]), end + 4

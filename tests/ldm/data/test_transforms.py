@@ -196,7 +196,7 @@ def test_truncated_pictures_raise(format, kept):
         (npy(RGB.astype(np.float32)), ".npy", r"float32 array of shape \(48, 40, 3\)"),
         (npy(RGB[:, :, 0]), ".npy", r"shape \(48, 40\)"),
         (npy(np.stack([RGB, RGB])), ".npy", r"shape \(2, 48, 40, 3\)"),
-        (npy(np.array([{"a": "pickle"}])), ".npy", "allow_pickle"),
+        (npy(np.array([{"a": "pickle"}])), ".npy", "object array"),
         (encode(RGB[:, :, 0].astype(np.float32), "TIFF"), ".tif", "floating-point"),
         (encode(RGB[:, :, 0].astype(np.int32) - 1, "TIFF"), ".tif", "32-bit"),
     ],
@@ -208,7 +208,20 @@ def test_what_cannot_be_read_says_why(data, suffix, reason):
 
 def test_which_names_are_images():
     assert all(
-        map(is_image, ["a.png", "b/c.JPEG", "./d.webp", "e.tif", "f.TIFF", "g.bmp", "h.npy"])
+        map(
+            is_image,
+            [
+                "a.png",
+                "b/c.JPEG",
+                "./d.webp",
+                "e.tif",
+                "f.TIFF",
+                "g.bmp",
+                "h.npy",
+                "i.gif",
+                "j.avif",
+            ],
+        )
     )
     assert not any(
         map(is_image, ["a.json", "png", "b/._c.png", "__MACOSX/d.png", ".cache/e.png", "f.png.txt"])
