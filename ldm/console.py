@@ -2,8 +2,8 @@
 
 A closed terminal and `ldm … | head -1` must not lose the work since the last save: a failed write
 raises nothing where it happens. It acts as a hangup of the terminal instead, and a hangup acts as
-Ctrl-C: a training saves its state and stops, other jobs stop and keep their finished files. Under
-torchrun one process that gets it stops them all.
+Ctrl-C and SIGTERM do: a training saves its state and stops, other jobs stop and keep their finished
+files. Under torchrun one process that gets a signal stops them all.
 """
 
 import io
@@ -17,6 +17,30 @@ from typing import Any
 
 HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)
 """Signal of a terminal that went away; Windows has none."""
+STOPS = {signal.SIGINT, signal.SIGTERM, HANGUP}
+"""Signals that ask a job to stop."""
+
+received: list[int] = []
+"""The signals of `STOPS` that this process has received; the first is its exit status."""
+
+
+def receive(number: int) -> bool:
+    """Record a signal; return True for a third Ctrl-C, which aborts whatever is being saved.
+
+    Launchers repeat SIGTERM, and torchrun repeats a terminal's Ctrl-C.
+    """
+    received.append(number)
+    return number == signal.SIGINT and received.count(number) > 2
+
+
+def exit_status() -> int:
+    """Return the exit status of a process that a signal has stopped."""
+    return 128 + next(iter(received), signal.SIGINT)
+
+
+def _interrupt(number: int, _frame: object) -> None:
+    if receive(number) or len(received) == 1:
+        raise KeyboardInterrupt
 
 
 class LastingOutput(io.FileIO):
@@ -48,9 +72,9 @@ class LastingOutput(io.FileIO):
 
 
 def outlast_console() -> None:
-    """Replace standard output and error by lasting ones, and let a hangup act as Ctrl-C.
+    """Replace standard output and error by lasting ones, and let other signals act as Ctrl-C.
 
-    A hangup that is ignored, as under nohup, stays ignored: the job then goes on in silence.
+    A signal that is ignored, as a hangup under nohup, stays ignored: the job goes on in silence.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -69,5 +93,6 @@ def outlast_console() -> None:
         )
         setattr(sys, name, lasting)
     is_main = threading.current_thread() is threading.main_thread()  # others may set no handlers
-    if is_main and signal.getsignal(HANGUP) == signal.SIG_DFL:
-        signal.signal(HANGUP, signal.default_int_handler)
+    for number in STOPS if is_main else ():
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, _interrupt)

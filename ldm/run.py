@@ -18,7 +18,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from ldm.config import Config
-from ldm.console import HANGUP
+from ldm.console import HANGUP, STOPS, receive, received
 from ldm.data.workers import stopping
 from ldm.device import (
     HostCopy,
@@ -322,12 +322,18 @@ class Run:
         return self._all_stop if self.world > 1 else self.stop_requested()
 
     def request_stop(self, number: int = signal.SIGTERM, *_: object) -> None:
-        """Stop after this step and save. A second Ctrl-C stops at once; a second SIGTERM or SIGHUP,
-        which launchers and a lost console send, does not interrupt the saving."""
-        if self._stop and number == signal.SIGINT:
+        """Stop after this step and save; only a third Ctrl-C stops at once, in a save too."""
+        if receive(number):
             raise KeyboardInterrupt
         self._stop = True
         stopping.set()
+
+    def interrupted(self, text: str) -> Interrupted:
+        """Return the error of a stop that all processes agreed on; all exit by the same signal."""
+        if self.world > 1:
+            number = torch.tensor([max(received, default=0)], device=self.device)
+            received.insert(0, int(self.accelerator.gather(number).max()))
+        return Interrupted(text)
 
     def until_stopped(self, stream: Iterable[T], save: Callable[[], None]) -> Iterator[T]:
         """Yield from a stream of batches; save if a signal ends its wait for a loader worker.
@@ -399,9 +405,10 @@ def start_run(
 
         run = Run(from_main(accelerator, claim), config, accelerator)
         held.callback(stopping.clear)  # after the handlers, which set it, are gone
+        received.clear()  # by an earlier run of this process
         if threading.current_thread() is threading.main_thread():  # others may set no handlers
             ignored = signal.getsignal(HANGUP) == signal.SIG_IGN  # as by nohup
-            for number in {signal.SIGINT, signal.SIGTERM} | (set() if ignored else {HANGUP}):
+            for number in STOPS - ({HANGUP} if ignored else set()):
                 held.callback(signal.signal, number, signal.signal(number, run.request_stop))
         torch.manual_seed(torch_seed(config.seed, "weights", 0))
         yield run

@@ -37,7 +37,7 @@ from ldm.data.transforms import CorruptImage
 from ldm.data.workers import load_in_workers
 from ldm.device import full_float32, memory_format, to_device
 from ldm.distributed import fail_together, from_main, wait_for_files
-from ldm.errors import Interrupted, LdmError
+from ldm.errors import LdmError
 from ldm.files import check_writable, read_json, write_atomically, write_json
 from ldm.images import assert_range, to_float
 from ldm.run import Run
@@ -332,7 +332,7 @@ def open_cache(
             block = _encode(codec, Part(source, part), recipe, run, faults)
             write_atomically(_block(folder, part), partial(np.save, arr=block))
         if run.stop_requested():
-            raise Interrupted(f"stopped while encoding into {folder}")
+            raise run.interrupted(f"stopped while encoding into {folder}")
         done = len(source) - sum(map(len, missing[turn + run.world :]))
         run.say(f"encoded {done:,} of {len(source):,} images")
     run.accelerator.wait_for_everyone()

@@ -30,7 +30,6 @@ from ldm.config import to_tree
 from ldm.data import Batch, Source, batches, holds_out, open_source
 from ldm.device import to_device
 from ldm.ema import Ema
-from ldm.errors import Interrupted
 from ldm.images import grid, save_grid, to_float
 from ldm.learning_rate import learning_rate, set_learning_rate
 from ldm.logbook import Logbook
@@ -320,7 +319,7 @@ def _train(
             if state.due(every.save_every_steps) or stop:
                 save()
             if stop:
-                raise Interrupted(f"stopped after step {state.step}, saved in {run.folder}")
+                raise run.interrupted(f"stopped after step {state.step}, saved in {run.folder}")
 
 
 def _stream(run: Run, state: AutoencoderState, sources: Mapping[int, Source]) -> Iterator[Batch]:

@@ -18,7 +18,7 @@ from ldm.config import to_tree
 from ldm.data import Source, batches, open_source
 from ldm.device import full_float32, resolve_device, resolve_precision
 from ldm.ema import Ema, PowerEma, save_snapshot
-from ldm.errors import Interrupted, LdmError
+from ldm.errors import LdmError
 from ldm.images import grid, save_grid, to_float
 from ldm.learning_rate import learning_rate, set_learning_rate
 from ldm.logbook import Logbook, read_rows
@@ -246,7 +246,7 @@ def _train(
             if state.due(every.save_every_steps) or stop:
                 save()
             if stop:
-                raise Interrupted(f"stopped after step {state.step}, saved in {run.folder}")
+                raise run.interrupted(f"stopped after step {state.step}, saved in {run.folder}")
 
 
 @full_float32()
@@ -269,7 +269,7 @@ def measure_codec(
     def posteriors() -> Iterator[DiagonalGaussian]:
         for batch in stream:
             if run.stop_requested():
-                raise Interrupted(f"stopped before the first step of {run.folder}")
+                raise run.interrupted(f"stopped before the first step of {run.folder}")
             yield autoencoder.encode(to_float(run.place(batch.images)))
 
     with run.autocast(), torch.no_grad():

@@ -12,10 +12,10 @@ import typer
 from typer import Option
 
 from ldm.cli import analyze, data, doctor, exchange, measure, results, train
-from ldm.console import LastingOutput, outlast_console
+from ldm.console import LastingOutput, exit_status, outlast_console
 from ldm.errors import Interrupted, LdmError
 
-INTERRUPTED = 130
+INTERRUPTED = 130  # Typer's, for a KeyboardInterrupt
 
 app = typer.Typer(
     name="ldm",
@@ -87,7 +87,7 @@ def main() -> NoReturn:
     except USAGE_ERROR as error:
         _exit_with_usage(error)
     except Interrupted as error:
-        _exit(f"{error}; run the same command to resume", INTERRUPTED)
+        _exit(f"{error}; run the same command to resume", exit_status())
     except Exception as error:
         if debug:
             raise
@@ -97,7 +97,7 @@ def main() -> NoReturn:
         _exit_with_error(f"{type(error).__name__}: {text} (unexpected: --debug shows where)", 1)
     if code == INTERRUPTED:
         # a reader that has seen enough, as in `ldm presets | head -1`, needs no word
-        _exit("" if LastingOutput.lost else "interrupted", code)
+        _exit("" if LastingOutput.lost else "interrupted", exit_status())
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()  # its threads would abort the process at exit

@@ -7,6 +7,8 @@ when /dev/shm is full, which Docker limits to 64 MB, or when a worker is stopped
 Workers start by forkserver (else spawn), never by fork: a lock that one of the training process's
 threads holds at a fork stays locked in the child. A script that uses workers therefore needs the
 usual `if __name__ == "__main__":`.
+
+Workers end with this process, however it ends, and a terminal's signals do not reach them.
 """
 
 import atexit
@@ -15,11 +17,17 @@ import os
 import pickle
 import signal
 import socket
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
 from io import BufferedRWPair, BytesIO
 from itertools import cycle, islice
+from multiprocessing import popen_forkserver, reduction, resource_tracker, spawn, util
+from multiprocessing.connection import wait
+from multiprocessing.context import set_spawning_popen
+from multiprocessing.forkserver import ForkServer, read_signed
+from multiprocessing.process import BaseProcess, parent_process
 from queue import Empty, SimpleQueue
 from threading import Event, Thread, current_thread
 from time import monotonic
@@ -31,7 +39,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ldm.console import HANGUP
+from ldm.console import STOPS
 from ldm.errors import Interrupted, LdmError
 
 LIMIT = 600
@@ -52,7 +60,7 @@ def load_in_workers(
     """Yield `work(key)` for each key, in order, from worker processes; 0 works in this one.
 
     Args:
-        work: pickled once per worker; its results travel by pickle, tensors in their layout.
+        work: travels by pickle, as do its results, tensors in their layout.
         advice: against a lack of memory, for the error of a worker that was killed.
         pin: move tensors into pinned memory.
 
@@ -68,7 +76,9 @@ def load_in_workers(
         yield from map(_pinned, results) if pin else results
         return
     count = min(workers, cores)  # more would wait for each other
-    pool = [_Worker(work, pin) for _ in range(count)]
+    pickled = pickle.dumps(work)  # once for all, and by value: without shared memory
+    pool = [_Worker(pickled, pin) for _ in range(count)]
+    del pickled
 
     def end() -> None:
         for worker in pool:
@@ -110,13 +120,12 @@ def _pinned(result: Any) -> Any:
 class _Worker:
     """A worker process, and the thread of this one that starts it and receives its results."""
 
-    def __init__(self, work: Callable[[Any], Any], pin: bool) -> None:
+    def __init__(self, work: bytes, pin: bool) -> None:
         self._results: SimpleQueue[Any] = SimpleQueue()
         self._killed = False
         self._socket, theirs = socket.socketpair()
         self._file = self._socket.makefile("rwb")
-        context: Any = multiprocessing.get_context(_start_method())
-        self._process = context.Process(target=_serve, args=(theirs, work), daemon=True)
+        self._process = _process_type()(target=_serve, args=(theirs, work), daemon=True)
         device = torch.cuda.current_device() if pin else None
         self._thread = Thread(target=self._run, args=(theirs, device), daemon=True)
 
@@ -186,6 +195,7 @@ class _Worker:
     def _run(self, theirs: socket.socket, device: int | None) -> None:
         try:
             with theirs:
+                _block_signals()
                 self._process.start()
             if self._killed:  # while it started
                 self._process.kill()
@@ -203,34 +213,96 @@ class _Worker:
             self._results.put(error)
 
 
-def _start_method() -> str:
-    """`forkserver`, with a server that imports torch once for all workers, or else `spawn`."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return "spawn"
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["ldm.data.loader"])
-    return "forkserver"
+# ------------------------------------------------------------------------- starting a process
+def _process_type() -> Any:
+    """Return the type of a worker's process: forked by our server, or else spawned."""
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        return _Forked
+    return multiprocessing.get_context("spawn").Process
+
+
+def _block_signals() -> None:
+    """Block signals that stop a job in this thread, and in the processes that it starts.
+
+    Ctrl-C and a cluster's warning reach all processes of a job; the parent handles them.
+    """
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+        resource_tracker.ensure_running()  # unblocks them when it starts its process
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+
+
+_server = ForkServer()
+"""Imports torch once for all workers. Python's own server also forks processes of others, which
+must answer the signals that are blocked in this one."""
+_server.set_forkserver_preload(["ldm.data.loader"])
+
+
+class _Popen(popen_forkserver.Popen):
+    """Like its parent class, with `_server` in place of Python's own."""
+
+    _fds: list[int]
+
+    def _launch(self, process_obj: BaseProcess) -> None:
+        message = BytesIO()
+        set_spawning_popen(self)
+        try:
+            reduction.dump(spawn.get_preparation_data(process_obj.name), message)
+            reduction.dump(process_obj, message)
+        finally:
+            set_spawning_popen(None)
+        self.sentinel, pipe = _server.connect_to_new_process(self._fds)
+        # the pipe stays open while this process lives, see `_end_with_parent`
+        close: Any = util.close_fds  # type: ignore[attr-defined]
+        self.finalizer = util.Finalize(self, close, (os.dup(pipe), self.sentinel))
+        with os.fdopen(pipe, "wb") as file:
+            file.write(message.getbuffer())
+        self.pid = read_signed(self.sentinel)
+
+
+class _Forked(BaseProcess):
+    _start_method = "forkserver"
+
+    @staticmethod
+    def _Popen(process_obj: BaseProcess) -> _Popen:
+        return _Popen(process_obj)
 
 
 # ----------------------------------------------------------------------- in a worker process
-def _serve(connection: socket.socket, work: Callable[[Any], Any]) -> None:
-    # Ctrl-C and a cluster's warning reach all processes of a job; the parent handles them
-    for number in (signal.SIGINT, signal.SIGTERM, HANGUP):
+def _serve(connection: socket.socket, pickled: bytes) -> None:
+    for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
+    _end_with_parent()
+    work = pickle.loads(pickled)
     torch.set_num_threads(1)
-    parent: Any = multiprocessing.parent_process()
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    # the socket's end is noticed between two pieces of work alone
-    Thread(target=end_with_parent, daemon=True).start()
     with connection, connection.makefile("rwb") as file:
         try:
             while True:
                 _write(file, _attempt(work, _receive(file)))
         except (OSError, EOFError, pickle.UnpicklingError):
             os._exit(0)  # the parent has closed its end, perhaps amid a message
+
+
+def _end_with_parent() -> None:
+    """Let this process end when its parent does; the socket's end is noticed between two pieces
+    of work alone."""
+    parent: Any = parent_process()
+    watched = [parent.sentinel]  # a pipe whose other end the parent holds, perhaps with children
+    with suppress(AttributeError, OSError):
+        watched.append(os.pidfd_open(parent.pid))
+
+    def watch() -> None:
+        wait(watched)
+        os._exit(1)
+
+    if sys.platform == "linux":  # the kernel ends a process that is stopped, or holds the GIL
+        import fcntl
+
+        fcntl.fcntl(parent.sentinel, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(parent.sentinel, fcntl.F_SETSIG, signal.SIGKILL)
+        flags = fcntl.fcntl(parent.sentinel, fcntl.F_GETFL)
+        fcntl.fcntl(parent.sentinel, fcntl.F_SETFL, flags | os.O_ASYNC)
+    Thread(target=watch, daemon=True).start()
 
 
 def _attempt(work: Callable[[Any], Any], key: Any) -> "Message":
