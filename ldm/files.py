@@ -1,22 +1,38 @@
 """Atomic writes, and bounded reads of regular files.
 
 A file is written beside its final name, flushed, then renamed: a full disk or a killed process
-leaves the previous file intact. A power failure may not, because the folder is not flushed.
+leaves the previous file intact. A power failure may not, because the folder is not flushed. What a
+kill leaves of several files that belong together is finished by the next process that writes there.
 """
 
 import json
 import os
+import re
+import secrets
 import stat
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from errno import EFBIG, EINVAL, EISDIR
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any, BinaryIO, cast
 
 from ldm.errors import LdmError
 
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # this system has no such locks
+    fcntl = None
+
 Content = bytes | Callable[[IO[bytes]], Any]
 """Bytes of a file, or a function that writes them into the open file."""
+NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+PARTIAL = re.compile(r"\.([^/\\]+)\.([0-9a-f]{16}|\d+)\.partial")
+"""Name of a half-written file: its name to be, and a random number, in earlier versions that of the
+process."""
+SET = ".set"
+"""Lists the files of a set that are written, and are being renamed."""
 
 
 def write_atomically(path: Path, content: Content) -> None:
@@ -25,41 +41,166 @@ def write_atomically(path: Path, content: Content) -> None:
 
 
 def write_together(files: Mapping[Path, Content]) -> None:
-    """Write several files beside their paths, then rename all of them in order.
+    """Write several files of a folder beside their paths, then rename all of them in order.
 
-    The last file describes the others. It is removed while they are replaced, so that a crash
-    leaves an obviously incomplete set rather than a stale description.
+    The last file describes the others. It is removed while they are replaced, so that a kill
+    leaves an obviously incomplete set rather than a stale description; see `finish_set`.
     """
-    partials = {path: path.with_name(f".{path.name}.{os.getpid()}.partial") for path in files}
-    *others, last = files
+    token = secrets.token_hex(8)  # not the number of the process: machines share disks, not numbers
+    partials = {path: path.with_name(f".{path.name}.{token}.partial") for path in files}
     try:
-        for path, content in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_dir():  # the rename would fail, after the work
-                raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
-            with partials[path].open("wb") as file:
+        with ExitStack() as opened:
+            for path, content in files.items():
+                _check_kept(path)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if path.is_dir():  # the rename would fail, after the work
+                    raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
+                file = opened.enter_context(open_regular(partials[path], NEW, "wb"))
+                lock_open(file.fileno())  # until it has its name, see `clear_partials`
                 file.write(content) if isinstance(content, bytes) else content(file)
                 file.flush()
                 os.fsync(file.fileno())
-        if others:
-            last.unlink(missing_ok=True)
-        for path, partial in partials.items():
-            partial.replace(path)
+                if fcntl is None:  # then no system renames a file that is open
+                    file.close()
+            if len(partials) > 1:
+                _rename_set(path.parent, [partial.name for partial in partials.values()])
+            else:
+                finish_set(path.parent)  # or it would replace this file later
+                partials[path].replace(path)
     except (OSError, RuntimeError) as error:
         # torch.save replaces the OSError of a failed write by a RuntimeError
         failure = error.__context__ if isinstance(error, RuntimeError) else error
         if not isinstance(failure, OSError):
             raise
+        _check_kept(path)
         raise LdmError(
             f"could not write {path} ({failure.strerror or failure}): free disk space or choose "
             "another folder; earlier files are intact"
         ) from error
     finally:
-        for partial in partials.values():
-            with suppress(OSError):  # the error above is the one to report
-                partial.unlink()
+        if not os.path.lexists(path.parent / SET):  # else `finish_set` needs them
+            for partial in partials.values():
+                with suppress(OSError):  # the error above is the one to report
+                    partial.unlink()
 
 
+def _rename_set(folder: Path, partials: list[str]) -> None:
+    """Give complete files their names; if a kill interrupts it, the next process finishes it."""
+    with _in_turn(folder):
+        _finish(folder)
+        beside = folder / f"{SET}.{secrets.token_hex(8)}.partial"
+        try:
+            with open_regular(beside, NEW, "wb") as file:
+                file.write(to_json({"partials": partials}))
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(folder / SET)
+        finally:
+            beside.unlink(missing_ok=True)
+        _finish(folder)
+
+
+def finish_set(folder: Path) -> bool:
+    """Rename the files of a `write_together` that was killed while it renamed them; return True if
+    there are any."""
+    if not os.path.lexists(folder / SET):
+        return False
+    with _in_turn(folder):
+        return _finish(folder)
+
+
+def _finish(folder: Path) -> bool:
+    marker = folder / SET
+    if not os.path.lexists(marker):
+        return False
+    try:
+        content = json.loads(read_bytes(marker, 1 << 16))
+        found = [PARTIAL.fullmatch(name) for name in content["partials"]]
+        pairs = {folder / match[0]: folder / match[1] for match in found if match}
+        *_, (last, described) = pairs.items()
+        if last.exists():
+            described.unlink(missing_ok=True)
+        for partial, path in pairs.items():
+            if partial.is_file() and not partial.is_symlink():
+                partial.replace(path)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        marker.unlink(missing_ok=True)  # or it would block the folder
+        if isinstance(error, OSError):
+            raise
+    marker.unlink(missing_ok=True)
+    return True
+
+
+def clear_partials(folders: Iterable[Path]) -> None:
+    """Remove the half-written files of killed processes; one that is being written is locked."""
+    for folder in filter(Path.is_dir, folders):
+        with _in_turn(folder):
+            _finish(folder)
+            for path in folder.glob(".*.partial"):
+                with suppress(OSError), ExitStack() as opened:
+                    with suppress(OSError):  # no regular file
+                        file = opened.enter_context(open_regular(path))
+                        if not lock_open(file.fileno()):
+                            continue
+                    if PARTIAL.fullmatch(path.name):
+                        path.unlink()
+
+
+# --------------------------------------------------------------------------------- processes
+def lock_open(descriptor: int, wait: bool = False) -> bool:
+    """Lock an open file or folder until it is closed; False if another process has locked it.
+
+    True also where the system or the file system has no such locks.
+    """
+    try:
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except (BlockingIOError, PermissionError):  # EAGAIN or EACCES
+        return False
+    except OSError:
+        pass
+    return True
+
+
+@contextmanager
+def _in_turn(folder: Path) -> Iterator[None]:
+    """Wait until no other process renames a set in this folder."""
+    with ExitStack() as opened:
+        with suppress(OSError):  # a system that does not open folders
+            descriptor = os.open(folder, os.O_RDONLY)
+            opened.callback(os.close, descriptor)
+            lock_open(descriptor, wait=True)
+        yield
+
+
+@contextmanager
+def keep(folder: Path, is_ours: Callable[[], bool] | None = None) -> Iterator[None]:
+    """Refuse to write into a folder that someone removes meanwhile: it would begin in the middle.
+
+    Args:
+        is_ours: tells whether it is still the same folder; None: whether there is one.
+    """
+    folder = folder.absolute()
+    _kept[folder] = is_ours or folder.is_dir
+    try:
+        yield
+    finally:
+        del _kept[folder]
+
+
+_kept: dict[Path, Callable[[], bool]] = {}
+
+
+def _check_kept(path: Path) -> None:
+    for folder in path.absolute().parents if _kept else ():
+        if folder in _kept and not _kept[folder]():
+            raise LdmError(
+                f"{folder} was removed or replaced while this process worked in it: run the same "
+                "command to begin again"
+            )
+
+
+# ------------------------------------------------------------------------------------ checks
 def check_writable(*paths: Path, advice: str = "give --out another file") -> None:
     """Raise an LdmError for files that could not be written, before hours of work.
 
@@ -71,9 +212,10 @@ def check_writable(*paths: Path, advice: str = "give --out another file") -> Non
             inside = path / f"result{path.suffix or '.json'}"
             raise LdmError(f"{path} is a folder: give a file, such as {inside}")
         folder = next(folder for folder in path.absolute().parents if os.access(folder, os.F_OK))
-        beside = folder / f".{path.name}.{os.getpid()}.partial"
+        beside = folder / f".{path.name}.{secrets.token_hex(8)}.partial"
         try:
-            beside.touch()
+            clear_partials([path.parent])
+            open_regular(beside, NEW).close()
             beside.unlink(missing_ok=True)
         except OSError as error:
             reason = f"{folder} is a file" if folder.is_file() else error.strerror
@@ -95,7 +237,7 @@ def open_regular(path: Path, flags: int = os.O_RDONLY, mode: str = "rb") -> Bina
             raise OSError(EINVAL, "not a regular file", str(path))
         if flags & (os.O_WRONLY | os.O_RDWR) and found.st_nlink > 1:
             raise OSError(EINVAL, "a file with another name elsewhere", str(path))
-        return cast(BinaryIO, os.fdopen(descriptor, mode))
+        return cast(BinaryIO, open(path, mode, opener=lambda *_: descriptor))
     except OSError:
         os.close(descriptor)
         raise

@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any, Literal, TypeVar, cast
@@ -35,10 +36,8 @@ from ldm.errors import Interrupted, LdmError, UsageError
 from ldm.files import write_json
 from ldm.logbook import console, progress_bar
 from ldm.run_folder import (
-    clear_leftovers,
     latest_state,
     load_state,
-    lock,
     new_or_unfinished,
     restore,
     save_state,
@@ -396,13 +395,7 @@ def start_run(
         if config.deterministic:
             held.enter_context(deterministic_algorithms())
         accelerator = make_accelerator(config.device, accumulate)
-
-        def claim() -> Path:
-            chosen = new_or_unfinished(kind, preset, recipe, folder)
-            held.enter_context(lock(chosen))
-            clear_leftovers(chosen)
-            return chosen
-
+        claim = partial(new_or_unfinished, kind, preset, recipe, folder, held)
         run = Run(from_main(accelerator, claim), config, accelerator)
         held.callback(stopping.clear)  # after the handlers, which set it, are gone
         received.clear()  # by an earlier run of this process

@@ -1,4 +1,4 @@
-"""The folder of a run: create it, find it again, lock it, save and restore its state.
+"""The folder of a run: create it, find it again, save and restore its state.
 
 runs/<time>-<preset>/
   run.json         kind of run, preset, command, versions
@@ -10,11 +10,12 @@ runs/<time>-<preset>/
 """
 
 import platform
+import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,7 +29,8 @@ from ldm.checkpoint import Damaged, read_tensors
 from ldm.config import Config, Tree, flatten, to_tree, validate
 from ldm.device import allows_tf32
 from ldm.errors import LdmError, UsageError
-from ldm.files import read_json, write_atomically, write_json
+from ldm.files import clear_partials, read_json, write_atomically, write_json
+from ldm.locks import ANOTHER, lock
 
 RUNS = Path("runs")
 
@@ -44,36 +46,53 @@ IGNORED = {
 """Keys that may change between a stop and a resume: they do not change what a run computes, or only
 by rounding and by dropout's masks."""
 
+BEGINNING = re.compile(
+    r"config\.yaml|metrics\.jsonl|tensorboard/events\..*|pictures/\w+-\d+\.png|state/\d+/state\.pt"
+)
+"""Files of a run that hold no result."""
+
 FORMER_PARTS = {"discriminator": "critic", "opt_discriminator": "opt_critic"}
 """Names of parts in states saved by earlier versions."""
 
 
 # ------------------------------------------------------------------------- finding a folder
-def new_or_unfinished(kind: str, preset: str, config: Config, folder: Path | None) -> Path:
+def new_or_unfinished(
+    kind: str, preset: str, config: Config, folder: Path | None, held: ExitStack | None = None
+) -> Path:
     """Return the folder to train in, with `run.json` and `config.yaml` in it.
 
     By default this is the newest unfinished run of the same preset and configuration, else a new
-    folder in `runs/`.
+    folder in `runs/`. `held` keeps its lock.
     """
     if folder is None:
-        for candidate in unfinished_runs(kind, preset):
-            if not differences(candidate, config):
-                return candidate
-        folder = _new_folder(preset)
-    elif found := _describe(folder).get("kind"):
-        if found != kind:
-            raise LdmError(f"{folder} holds a run of kind {found}, not {kind}: give another --out")
-        if changed := differences(folder, config):
+        same = (run for run in unfinished_runs(kind, preset) if not differences(run, config))
+        folder = next(same, None) or _new_folder(preset)
+    elif not _describe(folder).get("kind") and not _is_beginning(folder):
+        raise LdmError(f"{folder} is not empty and holds no run: {ANOTHER}")
+    with ExitStack() as briefly:
+        (held or briefly).enter_context(lock(folder))
+        if not (found := _describe(folder).get("kind")):
+            if differences(folder, config):  # nobody could resume from these states
+                shutil.rmtree(folder / "state", ignore_errors=True)
+            describe_run(folder, kind, preset, config)
+        elif found != kind:
+            raise LdmError(f"{folder} holds a run of kind {found}, not {kind}: {ANOTHER}")
+        elif changed := differences(folder, config):
             keys = ", ".join(changed[:5]) + " …" * (len(changed) > 5)
             raise LdmError(
                 f"{folder} was started with another configuration ({keys}): give --out another "
                 "folder, or the same settings"
             )
-        return folder
-    elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise LdmError(f"{folder} is not empty and holds no run: give --out another folder")
-    describe_run(folder, kind, preset, config)
+        clear_leftovers(folder)
     return folder
+
+
+def _is_beginning(folder: Path) -> bool:
+    """Test for a folder with nothing but what a run leaves that was killed before it had a
+    `run.json`, or whose folder was removed while it wrote: no model, and no file of others."""
+    inside = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
+    visible = (path for path in inside if not any(part.startswith(".") for part in path.parts))
+    return all(BEGINNING.fullmatch(path.as_posix()) for path in visible)
 
 
 def describe_run(folder: Path, kind: str, preset: str, config: Config) -> None:
@@ -166,9 +185,7 @@ def _new_folder(preset: str) -> Path:
         except FileExistsError:
             number += 1
         except OSError as error:
-            raise LdmError(
-                f"could not make {folder} ({error.strerror}): give --out another folder"
-            ) from error
+            raise LdmError(f"could not make {folder} ({error.strerror}): {ANOTHER}") from error
 
 
 def _all_runs(kind: str, preset: str | None) -> list[Path]:
@@ -186,40 +203,12 @@ def _describe(folder: Path) -> dict[str, Any]:
     return read_json(folder / "run.json") or {}
 
 
-# --------------------------------------------------------------------- lock and saved states
-@contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Lock a run's folder, so that no second process trains in it at the same time."""
-    try:
-        import fcntl
-    except ImportError:  # this system has no such locks
-        yield
-        return
-    try:
-        opened = (folder / ".lock").open("w")
-    except OSError as error:
-        raise LdmError(
-            f"could not write in {folder} ({error.strerror}): give --out another folder"
-        ) from error
-    with opened as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:  # EAGAIN or EACCES: it is locked
-            raise LdmError(
-                f"another process is at work in {folder}: wait for it, or give --out another folder"
-            ) from error
-        except OSError:  # this file system has no locks
-            pass
-        yield
-
-
+# -------------------------------------------------------------------------------- saved states
 def clear_leftovers(folder: Path) -> None:
     """Remove the half-written files of a killed process; only while the `lock` is held."""
     for beside in (folder / "state").glob(".writing-*"):
         shutil.rmtree(beside, ignore_errors=True)
-    for place in ("", "pictures/", "ema/", "state/*/"):
-        for beside in folder.glob(f"{place}.*.partial"):
-            beside.unlink(missing_ok=True)
+    clear_partials([folder, folder / "pictures", folder / "ema", *folder.glob("state/*")])
     for state in (folder / "state").glob("[0-9]*"):
         with suppress(OSError):  # it is empty only if its writing was killed
             state.rmdir()

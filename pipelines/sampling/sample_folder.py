@@ -33,8 +33,9 @@ from ldm.data.shards import MANIFEST, MANIFEST_FORMAT, ShardSource, sidecar, wri
 from ldm.data.sources import FolderSource, ZipSource
 from ldm.data.transforms import NOT_RESIZED, CorruptImage
 from ldm.errors import LdmError
-from ldm.files import read_json, write_atomically, write_json
-from ldm.run_folder import RUNS, lock, provenance
+from ldm.files import clear_partials, read_json, write_atomically, write_json
+from ldm.locks import ANOTHER, lock
+from ldm.run_folder import RUNS, provenance
 from pipelines.sampling.model import ModelSamples
 from pipelines.sampling.settings import Sampling
 
@@ -46,7 +47,6 @@ GRID, NEIGHBOURS = "grid.png", "neighbours.png"
 """Sheets that our commands write beside samples; they are not samples."""
 THOUSAND = 1000
 MIDNIGHT = (1980, 1, 1, 0, 0, 0)  # the date of a zip's members: the same images, the same bytes
-ELSEWHERE = "give --out another folder"
 
 
 def image_name(i: int) -> str:
@@ -80,18 +80,16 @@ def open_for_writing(out: Path, settings: Mapping[str, Any], held: ExitStack) ->
     try:
         visible = [p for p in out.iterdir() if not p.name.startswith(".")] if out.is_dir() else []
         if visible and out / SAMPLES not in visible:
-            raise LdmError(f"{out} is not empty and holds no {SAMPLES}: {ELSEWHERE}")
-        out.mkdir(parents=True, exist_ok=True)
+            raise LdmError(f"{out} is not empty and holds no {SAMPLES}: {ANOTHER}")
         held.enter_context(lock(out))
-        manifest = read_manifest(out, ELSEWHERE)
+        manifest = read_manifest(out, ANOTHER)
         if manifest is not None and (other := _changed(manifest, settings)):
             raise LdmError(
-                f"{out} holds samples with other settings ({', '.join(other)}): {ELSEWHERE}"
+                f"{out} holds samples with other settings ({', '.join(other)}): {ANOTHER}"
             )
-        for partial in [*out.glob(".*.partial"), *out.glob("*/.*.partial")]:
-            partial.unlink(missing_ok=True)
+        clear_partials(out.glob("[0-9]*"))
     except OSError as error:
-        raise LdmError(f"could not write to {out} ({error.strerror}): {ELSEWHERE}") from error
+        raise LdmError(f"could not write to {out} ({error.strerror}): {ANOTHER}") from error
     announced = (manifest or {}).get("n", 0)
     if settings["n"] > announced:
         write_json(out / SAMPLES, {"format": 1, **settings, **provenance()})

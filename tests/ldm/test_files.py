@@ -6,6 +6,7 @@ import pytest
 from ldm.errors import LdmError
 from ldm.files import (
     check_writable,
+    finish_set,
     open_regular,
     read_bytes,
     read_json,
@@ -79,18 +80,20 @@ def test_write_together_replaces_all_or_none(tmp_path, monkeypatch):
     assert paths[1].read_bytes() == b"old"
     paths[0].rmdir()
 
-    # a kill between the two renames: the new one has no old description
-    rename, done = type(tmp_path).replace, []
+    # an interruption between the two renames: the new one has no old description
+    rename = type(tmp_path).replace
 
     def die(path, target):
-        if done:
+        if target == paths[1]:
             raise KeyboardInterrupt
-        done.append(rename(path, target))
+        rename(path, target)
 
-    monkeypatch.setattr(type(tmp_path), "replace", die)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(tmp_path), "replace", die)
         write(b"new")
     assert paths[0].read_bytes() == b"new" and not paths[1].exists()
+    assert finish_set(tmp_path) and not finish_set(tmp_path)
+    assert paths[1].read_bytes() == b"new" and sorted(tmp_path.iterdir()) == sorted(paths)
 
 
 def test_read_json_gives_an_object_or_none(tmp_path):

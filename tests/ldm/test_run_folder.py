@@ -14,6 +14,7 @@ import yaml
 from ldm.checkpoint import ModelFile, save_model
 from ldm.config import Config
 from ldm.errors import LdmError
+from ldm.locks import lock
 from ldm.run import RunConfig
 from ldm.run_folder import (
     clear_leftovers,
@@ -21,7 +22,6 @@ from ldm.run_folder import (
     is_finished,
     latest_state,
     load_state,
-    lock,
     new_or_unfinished,
     newest_run,
     provenance,

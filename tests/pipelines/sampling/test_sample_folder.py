@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ldm.errors import LdmError
-from ldm.run_folder import lock
+from ldm.locks import lock
 from pipelines.sample import sample_images
 from pipelines.sampling.sample_folder import SampleStore
 from tests.pipelines.untrained import make_model
@@ -166,7 +166,7 @@ def test_folder_that_cannot_be_written_is_refused(model, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
     for out in (tmp_path / "file", tmp_path / "file" / "deeper"):
         with pytest.raises(
-            LdmError, match=r"could not write to .*: give --out another folder"
+            LdmError, match=r"could not write in .*: give --out another folder"
         ) as e:
             draw(model, out)
         assert "\n" not in str(e.value)
