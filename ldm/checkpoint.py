@@ -4,26 +4,31 @@ They are written atomically, see `ldm.files`; loading them runs no code.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import partial
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal, TypeVar
-from zipfile import ZipFile, is_zipfile
+from zipfile import ZIP_STORED, ZipFile
 
 import torch
 from torch import Tensor, nn
 
-from ldm.errors import LdmError
-from ldm.files import write_atomically
+from ldm.errors import LdmError, try_call
+from ldm.files import write_together
 
 FORMAT = 1
 INNER = "autoencoder/"  # prefix of stage one's tensors in a `.safetensors`
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 Kind = Literal["autoencoder", "diffusion"]
 STAGE = {"autoencoder": "a stage-one autoencoder", "diffusion": "a stage-two diffusion model"}
+KNOWN_DTYPE = re.compile(r"torch\.(bool|u?int(8|16|32|64)|b?float(8_.*|16|32|64))")
+DEEPEST, LARGEST = 64, 3_000_000  # levels, and values and characters, of a file's plain values
 
 
 class Damaged(LdmError):
@@ -47,31 +52,57 @@ class ModelFile:
         """Hash of the names, types, shapes and bytes of the weights, in either file format."""
         return fingerprint(self.weights)
 
+    @property
+    def content_sha256(self) -> str:
+        """Hash of the whole model, which both of its files hold."""
+        plain = json.dumps([self.kind, self.config, self.statistics, self.provenance])
+        inner = self.autoencoder.content_sha256 if self.autoencoder else None
+        return sha256(f"{plain} {self.sha256} {inner}".encode()).hexdigest()
+
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
     """Compute the SHA-256 of named tensors, independent of their order and device."""
+    return fingerprint_each(weights, weights.__getitem__)
+
+
+def fingerprint_each(names: Iterable[str], read: Callable[[str], Tensor]) -> str:
+    """Compute the `fingerprint` of tensors that are read one at a time."""
     digest = sha256()
-    for name in sorted(weights):
-        tensor = weights[name].detach().cpu().contiguous()
+    for name in sorted(names):
+        tensor = read(name).detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------ model files
 def save_model(path: Path, model: ModelFile) -> None:
-    """Write `ckpt.pt` and its `.safetensors` twin, each atomically."""
+    """Write `ckpt.pt` and its `.safetensors` twin, both or none."""
     tree = _to_tree(model)
-    write_atomically(path, lambda file: torch.save(tree, file))
-    tensors = tree.pop("weights")
+    plain, tensors = {**tree}, {**tree["weights"]}
+    del plain["weights"]
     if inner := tree["autoencoder"]:
-        tensors |= {f"{INNER}{name}": tensor for name, tensor in inner.pop("weights").items()}
-    twin = to_safetensors(tensors, ldm=json.dumps(tree))
-    write_atomically(path.with_suffix(".safetensors"), twin)
+        tensors |= {f"{INNER}{name}": tensor for name, tensor in inner["weights"].items()}
+        plain["autoencoder"] = {key: value for key, value in inner.items() if key != "weights"}
+    twin = to_safetensors(tensors, ldm=json.dumps(plain))
+    # the twin last: it may be missing after a crash, and is then written again on resume
+    write = partial(torch.save, tree)
+    write_together({path: write, path.with_suffix(".safetensors"): twin})
 
 
-def load_model(path: str | Path, kind: Kind) -> ModelFile:
-    """Read a model from a `.pt`, a `.safetensors` of any name, or the `ckpt.pt` of a run folder."""
+def repair_pair(path: Path) -> None:
+    """Write a model's `.pt` and its twin again if one is missing or damaged, or if they differ."""
+    pair = [try_call(load_model, each, None) for each in (path, path.with_suffix(".safetensors"))]
+    whole = [model for model in pair if isinstance(model, ModelFile)]
+    if len(whole) == 1 or len({model.content_sha256 for model in whole}) > 1:
+        save_model(path, whole[0])
+
+
+def load_model(path: str | Path, kind: Kind | None) -> ModelFile:
+    """Read a model from a `.pt`, a `.safetensors` of any name, or the `ckpt.pt` of a run folder.
+
+    With `kind` None, both stages will do.
+    """
     path = Path(path)
     if path.is_dir():
         if not (path / "ckpt.pt").is_file():
@@ -87,7 +118,7 @@ def load_model(path: str | Path, kind: Kind) -> ModelFile:
             f"{path} has format {shown(tree.get('format'))}, this version reads up to {FORMAT}: "
             "upgrade ldm"
         )
-    if tree["kind"] != kind:
+    if kind is not None and tree["kind"] != kind:
         raise LdmError(f"{path} is {STAGE[tree['kind']]}; {STAGE[kind]} is needed here")
     return _from_tree(tree, path)
 
@@ -99,6 +130,7 @@ def build_with(
     with torch.device("meta"):  # no memory, no random numbers: every tensor comes from the file
         module = build()
     expected = module.state_dict()
+    refuse_unusual(weights, path)
     if difference := first_difference(weights, expected):
         raise LdmError(f"{path} does not fit its own config: {difference}")
     refuse_damaged(weights, path)
@@ -108,7 +140,10 @@ def build_with(
 
 
 def first_difference(given: Mapping[str, Any], expected: Mapping[str, Tensor]) -> str | None:
-    """Describe the first tensor of a file whose name or shape differs from the model's."""
+    """Describe the first tensor of a file whose name, shape or kind of number is not the model's.
+
+    Any floating point will do for another one.
+    """
     for name in [*expected, *(name for name in given if name not in expected)]:
         found, needed = (
             tuple(tensors[name].shape) if isinstance(tensors.get(name), Tensor) else "none"
@@ -116,26 +151,36 @@ def first_difference(given: Mapping[str, Any], expected: Mapping[str, Tensor]) -
         )
         if found != needed:
             return f"tensor {shown(name)} is {found} in the file, {needed} in the model"
+        if given[name].is_floating_point() != expected[name].is_floating_point():
+            kinds = f"of {given[name].dtype} in the file, {expected[name].dtype} in the model"
+            return f"tensor {shown(name)} is {kinds}"
     return None
 
 
 def refuse_damaged(weights: Mapping[str, Tensor], path: str | Path) -> None:
-    """Raise `Damaged` for a tensor larger than its storage (a stride of 0), for a sparse one, or
-    for one with a NaN or an infinity.
-
-    A copy of an overstated tensor may need any amount of memory.
-    """
+    """Raise `Damaged` for a tensor that is no plain one, or one with a NaN or an infinity."""
+    refuse_unusual(weights, path)
     for name, tensor in weights.items():
-        if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise Damaged(
-                f"{path} is damaged: tensor {shown(name)} is {tuple(tensor.shape)}, more than the "
-                "file holds"
-            )
         if not _is_finite(tensor):
             raise Damaged(
                 f"{path} is damaged: tensor {shown(name)} has values that are NaN or infinite: "
                 "copy, fetch or train it again"
             )
+
+
+def refuse_unusual(weights: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raise `Damaged` for a sparse, nested, quantised, complex or meta tensor, and for one larger
+    than its storage (a stride of 0), a copy of which may need any amount of memory."""
+    for name, tensor in weights.items():
+        fault = None
+        if tensor.is_nested or tensor.layout != torch.strided or tensor.is_neg():
+            fault = "neither dense nor plain"
+        elif tensor.is_meta or not KNOWN_DTYPE.fullmatch(str(tensor.dtype)):
+            fault = f"of {'no values' if tensor.is_meta else tensor.dtype}"
+        elif tensor.nbytes > tensor.untyped_storage().nbytes():
+            fault = f"{tuple(tensor.shape)}, more than the file holds"
+        if fault:
+            raise Damaged(f"{path} is damaged: tensor {shown(name)} is {fault}: fetch it again")
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -178,7 +223,7 @@ def open_safetensors(path: Path, advice: str = "copy or write it again") -> Iter
             yield file
     except (FileNotFoundError, PermissionError) as error:
         raise LdmError(f"could not read {path} ({error.strerror or error})") from error
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise Damaged(f"{path} is truncated or damaged: {advice}") from error
 
 
@@ -205,11 +250,16 @@ def read_tensors(path: Path, mmap: bool = False) -> Any:
             the file.
     """
     try:
-        tree = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with path.open("rb") as file:
+            is_zip = file.read(2) == b"PK"  # PyTorch's old format has no checksums
         changed = None
-        if is_zipfile(path):  # PyTorch's old format has no checksums
+        if is_zip:
             with ZipFile(path) as archive:
+                check_entries(archive, path.stat().st_size)
                 changed = archive.testzip()  # torch.load does not verify them
+        tree = None
+        if changed is None:
+            tree = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (FileNotFoundError, PermissionError) as error:
         raise LdmError(f"could not read {path} ({error.strerror})") from error
     except UnpicklingError as error:
@@ -226,10 +276,25 @@ def read_tensors(path: Path, mmap: bool = False) -> Any:
     return tree
 
 
+def check_entries(archive: ZipFile, size: int) -> None:
+    """Raise a ValueError for a zip file of this size that `torch.save` would not have written: with
+    compressed entries, which may grow to any size, or with some that overlap or have one name."""
+    entries = archive.infolist()
+    lengths = [entry.file_size for entry in entries]
+    if (
+        any(entry.compress_type != ZIP_STORED for entry in entries)
+        or lengths != [entry.compress_size for entry in entries]
+        or sum(lengths) > size
+        or len({entry.filename for entry in entries}) < len(entries)
+    ):
+        raise ValueError("entries are compressed, or overlap")
+
+
 def _to_tree(model: ModelFile) -> dict[str, Any]:
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.weights.items()}
     return {
         "format": FORMAT,
+        "sha256": model.content_sha256,
         **{entry.name: getattr(model, entry.name) for entry in fields(model)},
         "weights": weights,
         "autoencoder": model.autoencoder and _to_tree(model.autoencoder),
@@ -243,10 +308,39 @@ def _from_tree(tree: dict[str, Any], path: Path) -> ModelFile:
     if (
         not all(isinstance(part, dict) for part in parts.values())
         or not all(isinstance(tensor, Tensor) for tensor in parts["weights"].values())
+        or tree.keys() - {"format", "sha256", "kind", "autoencoder", *sections}
         or (inner and not (isinstance(inner, dict) and inner.get("kind") == "autoencoder"))
+        or (inner and tree["kind"] == "autoencoder")  # or itself
     ):
         raise LdmError(f"{path} lacks a section, or one is invalid: copy or write it again")
-    return ModelFile(tree["kind"], **parts, autoencoder=_from_tree(inner, path) if inner else None)
+    refuse_unusual(parts["weights"], path)
+    _refuse_endless([parts[key] for key in sections if key != "weights"], path)
+    within = _from_tree(inner, path) if inner else None
+    model = ModelFile(tree["kind"], **parts, autoencoder=within)
+    try:
+        found = model.content_sha256
+    except (TypeError, ValueError) as error:
+        raise Damaged(f"{path} holds more than tensors and plain values: write it again") from error
+    if tree.get("sha256", found) != found:  # files of earlier versions have none
+        raise Damaged(
+            f"{path} was altered: it is not what was written (SHA-256 differs): copy it again"
+        )
+    return model
+
+
+def _refuse_endless(tree: Any, path: Path) -> None:
+    """Raise `Damaged` for a tree that contains itself, or repeats its parts without measure."""
+    level, size = [tree], 0
+    for _ in range(DEEPEST):
+        nested = [value for value in level if isinstance(value, dict | list | tuple)]
+        size += sum(len(value) for value in level if isinstance(value, dict | list | tuple | str))
+        if size > LARGEST:
+            break
+        if not nested:
+            return
+        level = [*chain.from_iterable(nested)]  # of a dict, its keys
+        level += chain.from_iterable(v.values() for v in nested if isinstance(v, dict))
+    raise Damaged(f"{path} is damaged: its plain values are nested too deeply, or without an end")
 
 
 def _read_twin(path: Path) -> Any:

@@ -23,7 +23,16 @@ from ema_pytorch.post_hoc_ema import sigma_rel_to_gamma
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from ldm.checkpoint import load_model, open_safetensors, save_model, shown, to_safetensors
+from ldm.checkpoint import (
+    Damaged,
+    fingerprint,
+    fingerprint_each,
+    load_model,
+    open_safetensors,
+    save_model,
+    shown,
+    to_safetensors,
+)
 from ldm.errors import LdmError, UsageError
 from ldm.files import check_writable, write_atomically
 
@@ -138,7 +147,7 @@ def save_snapshot(
     is 2e-4 (1e-3 at width 0.03), against 5e-7 with float32.
     """
     path = folder / f"{images_seen:012d}-{float(std)}.safetensors"
-    write_atomically(path, to_safetensors(weights))
+    write_atomically(path, to_safetensors(weights, sha256=fingerprint(weights)))
 
 
 def list_snapshots(folder: Path) -> list[Snapshot]:
@@ -275,7 +284,9 @@ def combine(
     sums: dict[str, Tensor] = {}
     for snapshot in sorted(coefficients, key=lambda snapshot: -snapshot.images_seen):
         with open_safetensors(snapshot.path, "delete it to use the others") as file:
-            names = [*file.keys()]
+            names, stated = [*file.keys()], (file.metadata() or {}).get("sha256")
+            if stated not in (None, fingerprint_each(names, file.get_tensor)):
+                raise Damaged(f"{snapshot.path} was altered: delete it to use the others")
             for name in [*names, *(name for name in like if name not in names)]:
                 tensor = file.get_tensor(name) if name in names else None
                 if tensor is None or name not in like or not _alike(tensor, like[name]):

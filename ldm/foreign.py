@@ -74,9 +74,6 @@ def fit(
     """Copies of weights under our names, ordered and typed as `expected`; others are refused."""
     if difference := first_difference(theirs, renamed(expected, pairs)):
         raise LdmError(difference)
-    for name, tensor in theirs.items():
-        if not tensor.is_floating_point():
-            raise LdmError(f"tensor {name} is of {tensor.dtype}, not floating point")
     # copied: they are to outlive the file that they lie in
     return {
         name: theirs[rename(name, pairs)].to(tensor.dtype, copy=True)

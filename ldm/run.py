@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
+from ldm.checkpoint import repair_pair
 from ldm.config import Config
 from ldm.console import HANGUP, STOPS, receive, received
 from ldm.data.workers import stopping
@@ -293,8 +294,14 @@ class Run:
 
     def resume(self) -> dict[str, Any] | None:
         """Load the newest saved state, the same on every process; None for a new run."""
+
+        def find() -> Path | None:
+            for name in ("ckpt.pt", "best.pt"):  # a kill may have come between a model's two files
+                repair_pair(self.folder / name)
+            return latest_state(self.folder / "state")
+
         # one process looks it up for all: a shared disk may show them different files
-        state = from_main(self.accelerator, lambda: latest_state(self.folder / "state"))
+        state = from_main(self.accelerator, find)
         if state is None:
             return None
         with fail_together(self.accelerator):

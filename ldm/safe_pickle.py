@@ -21,7 +21,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from ldm.checkpoint import Damaged
+from ldm.checkpoint import Damaged, check_entries
 from ldm.errors import LdmError
 
 # start of torch.save's older format: magic number, version
@@ -130,6 +130,7 @@ class _Unpickler(pickle.Unpickler):
 def _read_zip(path: Path) -> Any:
     """Read the format since 1.6: `data.pkl`, and an uncompressed entry per storage."""
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        check_entries(archive, path.stat().st_size)
         (main,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
         root = main.removesuffix("data.pkl")
         order = f"{root}byteorder"
@@ -139,11 +140,8 @@ def _read_zip(path: Path) -> Any:
 
         def storages(key: str, dtype: torch.dtype, count: int) -> Tensor:
             entry = archive.getinfo(f"{root}data/{key}")
-            if (
-                entry.compress_type != zipfile.ZIP_STORED
-                or entry.file_size < count * dtype.itemsize
-            ):
-                raise ValueError("a storage is compressed, or shorter than declared")
+            if entry.file_size < count * dtype.itemsize:
+                raise ValueError("a storage is shorter than declared")
             # the entry's own header: 30 bytes, its name, an extra field that aligns the data
             name, extra = struct.unpack_from("<HH", mapped, entry.header_offset + 26)
             start = entry.header_offset + 30 + name + extra

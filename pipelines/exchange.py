@@ -8,7 +8,6 @@ most by the scale alone.
 import math
 import re
 from collections.abc import Iterable
-from contextlib import suppress
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -22,10 +21,10 @@ from autoencoders.sdvae import formats as sdvae
 from diffusion import formats
 from diffusion.discrete import DiscreteConfig, DiscreteDenoiser, find_schedule
 from diffusion.unet import UNet, UNetConfig
-from ldm.checkpoint import Kind, ModelFile, load_model, refuse_damaged, save_model
+from ldm.checkpoint import ModelFile, load_model, refuse_damaged, save_model
 from ldm.config import to_tree, validate
 from ldm.data import DataConfig
-from ldm.errors import LdmError, UsageError, check_at_least
+from ldm.errors import LdmError, UsageError, check_at_least, try_call
 from ldm.files import check_writable
 from ldm.foreign import check_described, find_prefix, read_described, read_weights, weights_files
 from ldm.run_folder import newest_run, provenance
@@ -426,8 +425,4 @@ def _is_ours(path: Path) -> bool:
     """Return whether a path is a run's folder or a model file of ours."""
     if path.is_dir():
         return any((path / name).exists() for name in ("run.json", "ckpt.pt"))
-    for kind in get_args(Kind):
-        with suppress(LdmError):
-            load_model(path, kind)
-            return True
-    return False
+    return isinstance(try_call(load_model, path, None), ModelFile)
