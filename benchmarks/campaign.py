@@ -113,7 +113,7 @@ def kills(campaign: Campaign, world_folder: Path) -> None:
         if not (numbers := campaign.numbers("kills", name)):
             continue
         trial = campaign.folder / "trial"
-        expected, operations, varying = reference(job, world_folder, trial)
+        expected, operations, _ = reference(name, world_folder, trial)
         for number in numbers:
             random = seeded(campaign.seed, "kills", name, number)
             fault = Fault(
@@ -122,7 +122,7 @@ def kills(campaign: Campaign, world_folder: Path) -> None:
             copy(world_folder, job.needs, trial)
             run(job.words, trial, fault)
             what = f"killed at operation {fault.at} of {operations}"
-            campaign.add(_again("kills", name, number, what, job, trial, expected, varying))
+            campaign.add(_again("kills", name, number, what, job, trial, expected))
 
 
 def _again(
@@ -133,7 +133,6 @@ def _again(
     job: Job,
     trial: Path,
     expected: dict[str, str],
-    varying: Sequence[str],
 ) -> Trial:
     """Run a job again after a fault; compare its files with those of a whole run."""
     outcome = run(job.words, trial)
@@ -143,7 +142,7 @@ def _again(
     if verdict == "refused":
         verdict = "blocked"
     if verdict == "done":
-        different = [file for file in changed(expected, contents(trial)) if file not in varying]
+        different = changed(expected, contents(trial))
         verdict, text = ("wrong" if different else "same"), ", ".join(different[:6])
     return Trial(part, name, number, what, verdict, text)
 
@@ -155,24 +154,21 @@ def full(campaign: Campaign, world_folder: Path) -> None:
         if not (numbers := campaign.numbers("full", name)):
             continue
         trial = campaign.folder / "trial"
-        expected, operations, varying = reference(job, world_folder, trial)
-        size = sum(path.stat().st_size for path in trial.rglob("*") if path.is_file())
-        copy(world_folder, job.needs, trial)
-        begun = sum(path.stat().st_size for path in trial.rglob("*") if path.is_file())
+        expected, operations, size = reference(name, world_folder, trial)
         for number in numbers:
             random = seeded(campaign.seed, "full", name, number)
             if mountable and number % 2:
-                room = random.randint(1, max(1, (size - begun) // 1024 - 8))
-                what = f"a disk with {room} KiB free, of {(size - begun) // 1024}"
+                room = random.randint(1, max(1, size // 1024 - 8))
+                what = f"a disk with {room} KiB free, of {size // 1024}"
                 with _disk(campaign.folder / "disk", world_folder, job.needs, room) as (disk, grow):
                     first = run(job.words, disk)
                     grow()
-                    found = _again("full", name, number, what, job, disk, expected, varying)
+                    found = _again("full", name, number, what, job, disk, expected)
             else:
                 fault = Fault(random.randint(1, operations), full=True)
                 what = f"the disk full at operation {fault.at} of {operations}"
                 first = run(job.words, copy(world_folder, job.needs, trial), fault)
-                found = _again("full", name, number, what, job, trial, expected, varying)
+                found = _again("full", name, number, what, job, trial, expected)
             end = judge(first, trial)
             if end in FAULTS:
                 found = Trial("full", name, number, what, end, first.last)
@@ -240,7 +236,7 @@ def attack(campaign: Campaign, world_folder: Path) -> None:
             precious = campaign.folder / "precious.txt"
             precious.write_text("precious\n")
             case.prepare(trial)
-            outcome = run(case.words, trial, terminal=True, seconds=40)
+            outcome = run(case.words, trial, terminal=True, seconds=25)
             verdict, text = judge(outcome, trial), outcome.last
             if precious.read_text() != "precious\n":
                 verdict, text = "code", "a file elsewhere was changed"

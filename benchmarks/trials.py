@@ -6,6 +6,7 @@ and keeps one thread, so that a child can begin with `ldm.cli.main`.
 
 import atexit
 import errno
+import faulthandler
 import gc
 import importlib
 import io
@@ -21,6 +22,7 @@ import signal
 import struct
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -85,6 +87,10 @@ class Outcome:
     def last(self) -> str:
         """The line that says most: the error, else the last one."""
         lines = [line for line in self.text.splitlines() if line.strip()] or [""]
+        if self.code is None:
+            places = re.findall(r'File "(?:.*?/)?((?:ldm|autoencoders|diffusion|pipelines)/\S+?)", '
+                                r"line (\d+)", self.text)  # fmt: skip
+            return "in " + ", called by ".join(":".join(place) for place in places[:3])
         return next((line for line in lines if line.startswith("error: ")), lines[-1])
 
 
@@ -157,6 +163,8 @@ def _wait(pid: int, seconds: float) -> tuple[int | None, int]:
         if ended:
             return os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024
         if time.monotonic() > until:
+            os.kill(pid, signal.SIGUSR1)  # for a traceback
+            time.sleep(0.3)
             os.kill(pid, signal.SIGKILL)
             return None, os.wait4(pid, 0)[2].ru_maxrss * 1024
         time.sleep(0.005)
@@ -193,20 +201,35 @@ def _child(
 
 
 def _main() -> int:
-    from ldm.cli import main
+    from ldm import cli
 
+    exit_with_error = cli._exit_with_error
+
+    def locating(text: str, code: int) -> NoReturn:
+        if "(unexpected" in text:
+            frames = traceback.extract_tb(sys.exc_info()[2])
+            ours = [f for f in frames if any(f"/{name}/" in f.filename for name in PACKAGES)]
+            text += f" [{_place(ours[-1])}, by {_place(frames[-1])}]"
+        exit_with_error(text, code)
+
+    cli._exit_with_error = locating
+    faulthandler.register(signal.SIGUSR1)
     try:
-        main()
+        cli.main()
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:
-        import traceback
-
         traceback.print_exc()
         code = 70
     with suppress(Exception):
         atexit._run_exitfuncs()  # which end loader workers
     return code
+
+
+def _place(frame: traceback.FrameSummary) -> str:
+    path = frame.filename
+    here = f"{Path(__file__).parent.parent}/"
+    return f"{path.removeprefix(here).rpartition('site-packages/')[2]}:{frame.lineno}"
 
 
 class _Terminal(io.TextIOWrapper):
@@ -315,7 +338,8 @@ def _read(path: Path) -> Any:
             return [metadata, load_file(path)]
         case ".npz":
             with np.load(path) as arrays:
-                return {name: arrays[name] for name in arrays.files}
+                found = {name: arrays[name] for name in arrays.files}
+            return found | {"about": json.loads(found["about"].tobytes())}
         case ".json":
             return json.loads(path.read_text("utf-8"))
         case ".jsonl":

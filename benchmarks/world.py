@@ -1,6 +1,7 @@
 """A small world of data, runs, samples and exports, made by the commands that a campaign tries."""
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -168,14 +169,18 @@ def _stop_training(folder: Path, world: Path) -> None:
         copy(trial, job.makes, world / "stopped" / name)
 
 
-def reference(job: Job, world: Path, folder: Path) -> tuple[dict[str, str], int, list[str]]:
-    """Run a job undisturbed, twice; return its files, operations, and the files that vary."""
-    results = []
-    for _ in range(2):
-        trial = copy(world, job.needs, folder)
-        outcome = run(job.words, trial)
-        if outcome.code != 0:
-            raise RuntimeError(f"ldm {' '.join(job.words)}: {outcome.text[-800:]}")
-        results.append((trials.contents(trial), outcome.operations))
-    (first, operations), (second, _) = results
-    return first, operations, trials.changed(first, second)
+@cache
+def reference(name: str, world: Path, folder: Path) -> tuple[dict[str, str], int, int]:
+    """Run a job undisturbed; return its files, operations, and the bytes that it wrote."""
+    job = JOBS[name]
+    trial = copy(world, job.needs, folder)
+    before = size_of(trial)
+    outcome = run(job.words, trial)
+    if outcome.code != 0:
+        raise RuntimeError(f"ldm {name}: {outcome.text[-800:]}")
+    return trials.contents(trial), outcome.operations, size_of(trial) - before
+
+
+def size_of(folder: Path) -> int:
+    """Sum the sizes of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
