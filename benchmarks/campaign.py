@@ -212,6 +212,7 @@ def mutate(campaign: Campaign, world_folder: Path) -> None:
         if not (numbers := campaign.numbers("mutations", name)):
             continue
         trial = campaign.folder / "trial"
+        world.provide(world_folder, subject.needs)
         outcome = run(subject.words, copy(world_folder, subject.needs, trial))
         assert outcome.code == 0, f"{name}: {outcome.text[-800:]}"
         expected = subject.results(contents(trial))
@@ -232,6 +233,7 @@ def attack(campaign: Campaign, world_folder: Path) -> None:
     """Give every command the hostile files meant for it."""
     for name, case in hostile.cases().items():
         for number in campaign.numbers("hostile", name)[:1]:
+            world.provide(world_folder, case.needs)
             trial = copy(world_folder, case.needs, campaign.folder / "trial")
             precious = campaign.folder / "precious.txt"
             precious.write_text("precious\n")

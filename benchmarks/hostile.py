@@ -211,7 +211,7 @@ READS = {
     "images/00.png": (TRAIN, ("images",)),
     "runs/ldm/ckpt.pt": (SAMPLE, ("runs/ldm",)),
     "runs/ae/ckpt.pt": (("train-diffusion", *DIFFUSION, "--out", "runs/new"), ("runs/ae", "data")),
-    "runs/ldm/run.json": (("sample", *SAMPLE_ONE), ("runs",)),
+    "runs/ldm/run.json": (("sample", *SAMPLE_ONE), ("runs/ae", "runs/ldm")),
     "runs/ldm/config.yaml": (("report", "runs/ldm", "--device", "cpu"), ("runs/ldm",)),
     "runs/ldm/metrics.jsonl": (("report", "runs/ldm", "--device", "cpu"), ("runs/ldm",)),
     "runs/ae/result.json": (("report", "runs/ae", "--device", "cpu"), ("runs/ae", "data")),
@@ -259,7 +259,7 @@ WRITTEN = {
     "analysis/.lock": (JOBS["analyze mmd"].words, ("runs/ae", "data")),
     "eval.json": ((*JOBS["eval-ae"].words,), ("runs/ae", "data")),
     "fid.json": (JOBS["fid"].words, ("samples", "data", "inception.pt")),
-    "report.html": (JOBS["report"].words, ("runs", "data")),
+    "report.html": (JOBS["report"].words, ("runs/ae", "runs/ldm", "data")),
     "imported.pt": ((*JOBS["import"].words, "--force"), ("diffusers",)),
 }
 """Files that commands write at fixed names."""
@@ -451,5 +451,5 @@ def _scans() -> Iterator[tuple[str, Case]]:
                 _put("runs/bad/config.yaml", config)(folder)
                 _put("runs/bad/ckpt.pt", b"")(folder)
 
-            case = Case("a bad run among others", words, ("runs", "data"), put)
+            case = Case("a bad run among others", words, ("runs/ae", "runs/ldm", "data"), put)
             yield f"{command} beside {what}", case

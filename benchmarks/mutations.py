@@ -45,7 +45,7 @@ class Subject:
 
 def _sampling(file: str, named: str, strict: bool, form: str = "bytes") -> Subject:
     words = ("sample", *((named,) if named else ()), *SAMPLE_ONE)
-    return Subject(file, words, ("runs",), ("samples/0",), strict, form)
+    return Subject(file, words, ("runs/ae", "runs/ldm"), ("samples/0",), strict, form)
 
 
 def _reporting(file: str, run: str, form: str, needs: tuple[str, ...] = ()) -> Subject:

@@ -1,5 +1,6 @@
 """A small world of data, runs, samples and exports, made by the commands that a campaign tries."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -33,6 +34,8 @@ SAMPLE = ("sample", "runs/ldm", "--n", "3", "--steps", "2", "--batch-size", "1",
 EVAL = ("runs/ae", "--no-fid", "--limit", "2", "--device", "cpu", "--data")
 FID = ("fid", "samples", "--data", "data", "--weights", "inception.pt", "--device", "cpu")
 PREPARE = ("--size", "32", "--shard-size", "6", "--held-out", "4", "--workers", "0")
+
+MODELS = ("sdvae.pt", "inception.pt")
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ JOBS = {
 
 
 def make(folder: Path) -> Path:
-    """Make a world in a folder: everything that `JOBS` need and make."""
+    """Begin a world in a folder: images alone; `provide` adds what jobs make."""
     world = folder / "world"
     images = world / "images"
     images.mkdir(parents=True)
@@ -120,13 +123,25 @@ def make(folder: Path) -> Path:
     with ZipFile(world / "images.zip", "w") as pack:
         for path in sorted(images.iterdir()):
             pack.write(path, path.name)
-    _make_models(world)
-    for name, job in JOBS.items():
-        outcome = run(job.words, world)
-        if outcome.code != 0:
-            raise RuntimeError(f"ldm {name} fails in a good world: {outcome.text[-800:]}")
-    _stop_training(folder, world)
     return world
+
+
+def provide(world: Path, needs: Sequence[str]) -> None:
+    """Make what is missing of the files that a job needs, by the jobs that make them."""
+    for need in needs:
+        name = need.partition(">")[0]
+        if (world / name).exists():
+            continue
+        if name in MODELS:
+            _make_models(world)
+        elif name.startswith("stopped/"):
+            _stop_training(world, name.split("/")[1])
+        else:
+            job = next(job for job in JOBS.values() if name in job.makes)
+            provide(world, job.needs)
+            outcome = run(job.words, world)
+            if outcome.code != 0:
+                raise RuntimeError(f"{job.words} fails in a good world: {outcome.text[-800:]}")
 
 
 def _make_models(world: Path) -> None:
@@ -151,28 +166,27 @@ def _make_models(world: Path) -> None:
             "sdvae", conv1x1=True, encoder={"type": "sdvae", **sizes}, decoder=sizes
         )
         state = ModelFile("autoencoder", to_tree(model.config), model.state_dict())
-        save_model(world / "sdvae.pt", state)
-        save_script(FakeInception(FAKE_DIM), world / "inception.pt")
+        save_model(world / MODELS[0], state)
+        save_script(FakeInception(FAKE_DIM), world / MODELS[1])
         code = 0
     finally:
         os._exit(code)
 
 
-def _stop_training(folder: Path, world: Path) -> None:
-    """Add runs that were killed half-way: `stopped/runs/ae` and `stopped/runs/ldm`."""
-    for name in ("train-ae", "train-diffusion"):
-        job = JOBS[name]
-        trial = copy(world, job.needs, folder / "stopping")
-        whole = run(job.words, trial).operations
-        trial = copy(world, job.needs, folder / "stopping")
-        run(job.words, trial, Fault(whole * 3 // 4))
-        copy(trial, job.makes, world / "stopped" / name)
+def _stop_training(world: Path, name: str) -> None:
+    """Add a run that was killed half-way: `stopped/<name>/runs/…`."""
+    job, trial = JOBS[name], world.with_name("stopping")
+    operations = reference(name, world, trial)[1]
+    copy(world, job.needs, trial)
+    run(job.words, trial, Fault(operations * 3 // 4))
+    copy(trial, job.makes, world / "stopped" / name)
 
 
 @cache
 def reference(name: str, world: Path, folder: Path) -> tuple[dict[str, str], int, int]:
     """Run a job undisturbed; return its files, operations, and the bytes that it wrote."""
     job = JOBS[name]
+    provide(world, job.needs)
     trial = copy(world, job.needs, folder)
     before = size_of(trial)
     outcome = run(job.words, trial)
