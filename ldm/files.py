@@ -5,6 +5,7 @@ leaves the previous file intact. A power failure may not, because the folder is 
 kill leaves of several files that belong together is finished by the next process that writes there.
 """
 
+import io
 import json
 import os
 import re
@@ -248,7 +249,25 @@ def read_bytes(path: Path, limit: int) -> bytes:
     with open_regular(path) as file:
         if os.fstat(file.fileno()).st_size > limit:
             raise OSError(EFBIG, f"larger than {limit} bytes", str(path))
-        return file.read()
+        return file.read(limit)
+
+
+class HeaderReader(io.BufferedReader):
+    """A regular file for a library that takes sizes from the file itself.
+
+    An OSError for more than `limit` bytes at once; a negative size reads what is left.
+    """
+
+    def __init__(self, path: Path, limit: int) -> None:
+        super().__init__(cast(io.BufferedReader, open_regular(path)).detach())
+        self._limit = limit
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = max(os.fstat(self.fileno()).st_size - self.tell(), 0)
+        wanted = left if size is None or size < 0 else min(size, left)
+        if wanted > self._limit:
+            raise OSError(EFBIG, f"a header of {wanted:,} bytes")
+        return super().read(wanted)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from hashlib import file_digest, sha256
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field
 
@@ -12,6 +12,7 @@ from ldm.config import Config
 from ldm.data.shards import ShardSource, open_shards, read_manifest
 from ldm.data.sources import FolderSource, PhotoSource, Source, Split, ZipSource, take_split
 from ldm.errors import LdmError, UsageError
+from ldm.files import open_regular
 from ldm.logbook import show_progress
 
 PHOTOS = "photos"
@@ -147,8 +148,8 @@ def _size(file: Path) -> int:
 
 def _digest(file: Path) -> bytes:
     try:
-        with file.open("rb") as opened:
-            return file_digest(opened, "sha256").digest()
+        with open_regular(file) as opened:
+            return file_digest(cast(Any, opened), "sha256").digest()
     except OSError as error:
         raise LdmError(
             f"could not read {file} ({error.strerror}): do not change the data meanwhile"

@@ -11,19 +11,21 @@ import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import file_digest
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 
 from ldm.data.sources import Source
-from ldm.data.transforms import SUFFIXES, CorruptImage, decode, is_image
+from ldm.data.transforms import MAX_BYTES, SUFFIXES, CorruptImage, decode, is_image
 from ldm.errors import LdmError, UsageError
-from ldm.files import write_atomically, write_json
+from ldm.files import HeaderReader, open_regular, write_atomically, write_json
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
 SIDECAR = ".tar.json"
 """Suffix of the description that preparation writes beside each finished shard."""
+MAX_HEADER = 2**20
+"""Bytes of an extended header in a tar, such as a long name."""
 
 
 class Member(NamedTuple):
@@ -75,8 +77,10 @@ class ShardSource(Source):
     def read(self, index: int) -> bytes:
         """Read the file of an image, or raise `CorruptImage`."""
         _, offset, size = self._places[index].tolist()
+        if size > MAX_BYTES:
+            raise CorruptImage(f"{size:,} bytes, more than {MAX_BYTES:,}")
         try:
-            with self.file(index).open("rb") as file:
+            with open_regular(self.file(index)) as file:
                 file.seek(offset)
                 return file.read(size)
         except OSError as error:
@@ -150,8 +154,13 @@ def index_shard(path: Path, expected: int | None = None, labels: bool = False) -
     members: list[tuple[str, Member]] = []  # and their keys
     classes: dict[str, int] = {}
     try:
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in filter(tarfile.TarInfo.isfile, tar):
+        with HeaderReader(path, MAX_HEADER) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                cast(Any, tar).members.clear()  # each of them keeps all global headers
+                if member.size < 0 or member.issparse():  # the first would go around in circles
+                    raise tarfile.ReadError("a member is sparse or of a negative size")
+                if not member.isfile():
+                    continue
                 inside = PurePosixPath(member.name)
                 if inside.name.count(".") > 1:  # to webdataset, a.seg.png is no image of a
                     continue
@@ -172,7 +181,9 @@ def index_shard(path: Path, expected: int | None = None, labels: bool = False) -
             raise tarfile.ReadError(f"{len(members)} images, {expected} in the manifest")
     except FileNotFoundError as error:
         raise LdmError(f"shard {path} does not exist") from error
-    except (tarfile.TarError, OSError) as error:
+    except LdmError:
+        raise
+    except Exception as error:  # damage makes tarfile raise nearly anything
         raise LdmError(
             f"shard {path} is truncated or corrupt ({error}): copy or prepare it again"
         ) from error

@@ -19,8 +19,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ldm.data.transforms import SUFFIXES, CorruptImage, decode, is_image, resize
+from ldm.data.transforms import MAX_BYTES, SUFFIXES, CorruptImage, decode, is_image, resize
 from ldm.errors import LdmError, UsageError
+from ldm.files import HeaderReader, read_bytes
 from ldm.seeds import generator
 
 Split = Literal["train", "val", "all"]
@@ -101,7 +102,7 @@ class FolderSource(PathSource):
 
     def read(self, index: int) -> bytes:
         try:
-            return (self.path / self._names[index]).read_bytes()
+            return read_bytes(self.path / self._names[index], MAX_BYTES)
         except OSError as error:
             raise CorruptImage(error.strerror or str(error)) from error
 
@@ -118,15 +119,22 @@ def _walk(path: Path) -> Iterator[str]:
         yield from ((relative / file).as_posix() for file in files)
 
 
+MAX_DIRECTORY = 2**28
+"""Bytes of a zip's directory, of a few million images; in memory it takes ten times as much."""
+
+
 class ZipSource(PathSource):
-    """Every image in a zip; other files in it are ignored."""
+    """Every image in a zip; other files in it are ignored. Of two with one name, the last counts.
+
+    Only stored and deflated images are read: other methods cannot be stopped at a size.
+    """
 
     def __init__(self, path: Path, labels: bool = False) -> None:
         self._handle: tuple[int, zipfile.ZipFile] | None = None
         try:
-            with zipfile.ZipFile(path) as archive:
-                names = archive.namelist()
-        except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
+            with HeaderReader(path, MAX_DIRECTORY) as file, zipfile.ZipFile(file) as archive:
+                names = set(archive.namelist())
+        except Exception as error:  # damage makes zipfile raise nearly anything
             raise LdmError(f"{path} is truncated or not a zip archive: copy it again") from error
         super().__init__(path, names, labels)
 
@@ -138,7 +146,13 @@ class ZipSource(PathSource):
             # one handle per process: forked ones would share, and move, one position in the file
             if self._handle is None or self._handle[0] != os.getpid():
                 self._handle = os.getpid(), zipfile.ZipFile(self.path)
-            return self._handle[1].read(self._names[index])
+            archive, entry = self._handle[1], self._handle[1].getinfo(self._names[index])
+            if entry.file_size > MAX_BYTES:
+                raise CorruptImage(f"{entry.file_size:,} bytes, more than {MAX_BYTES:,}")
+            if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise CorruptImage("compressed by another method than deflate")
+            with archive.open(entry) as file:
+                return file.read(entry.file_size + 1)  # without a number, it inflates all at once
         except Exception as error:  # encryption and damage make zipfile raise nearly anything
             raise CorruptImage(str(error) or type(error).__name__) from error
 

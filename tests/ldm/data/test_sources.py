@@ -160,10 +160,10 @@ def test_damage_in_any_compression_is_corrupt(tmp_path, method):
 
 
 def test_a_member_that_ends_too_early_is_corrupt(edm_zip, monkeypatch):
-    def read(self, name):
+    def read(self, size):
         raise EOFError
 
-    monkeypatch.setattr(zipfile.ZipFile, "read", read)
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", read)
     with pytest.raises(CorruptImage, match="EOFError"):
         ZipSource(edm_zip).load(0)
 
