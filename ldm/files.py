@@ -247,9 +247,10 @@ def open_regular(path: Path, flags: int = os.O_RDONLY, mode: str = "rb") -> Bina
 def read_bytes(path: Path, limit: int) -> bytes:
     """Read a regular file; an OSError if it is larger than `limit` bytes."""
     with open_regular(path) as file:
-        if os.fstat(file.fileno()).st_size > limit:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
             raise OSError(EFBIG, f"larger than {limit} bytes", str(path))
-        return file.read(limit)
+        return file.read(size)
 
 
 class HeaderReader(io.BufferedReader):

@@ -1,4 +1,4 @@
-"""`ldm data`: prepare images for training."""
+"""`ldm data`: prepare images for training, and check what was prepared."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,7 +8,7 @@ from typer import Argument, Option
 
 from ldm.cli import options
 
-app = typer.Typer(no_args_is_help=True, help="Prepare images for training.")
+app = typer.Typer(no_args_is_help=True, help="Prepare images for training, and check them.")
 
 
 @app.command()
@@ -64,3 +64,26 @@ def prepare(
         typer.echo(f"skipped {options.many(skipped, 'corrupt image')}, listed in the manifest")
     typer.echo(f"manifest: {destination / MANIFEST}")
     typer.echo(f"next: ldm train-ae litevae-b data.source={destination}")
+
+
+@app.command()
+def check(
+    folder: Annotated[
+        Path, Argument(help="A folder of shards that `ldm data prepare` or `ldm sample` wrote.")
+    ],
+) -> None:
+    """Compare every shard with the manifest: its size, number of images and SHA-256.
+
+    One line is printed for each fault; the exit status is 1 if there is any. Nothing is decoded.
+
+    ldm data check data/ffhq256
+    """
+    from ldm.data.prepare import check
+
+    manifest, faults = check(folder)
+    for fault in faults:
+        typer.echo(fault)
+    if faults:
+        raise typer.Exit(1)
+    shards = options.many(sum(len(s["shards"]) for s in manifest["splits"].values()), "shard")
+    typer.echo(f"all {manifest['count']:,} images in {shards} are as they were written")

@@ -26,6 +26,8 @@ SIDECAR = ".tar.json"
 """Suffix of the description that preparation writes beside each finished shard."""
 MAX_HEADER = 2**20
 """Bytes of an extended header in a tar, such as a long name."""
+MAX_GLOBAL = 100
+"""Global headers in a tar; reading a member goes through all of them."""
 
 
 class Member(NamedTuple):
@@ -156,9 +158,11 @@ def index_shard(path: Path, expected: int | None = None, labels: bool = False) -
     try:
         with HeaderReader(path, MAX_HEADER) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                cast(Any, tar).members.clear()  # each of them keeps all global headers
+                cast(Any, tar).members.clear()  # it would keep all, with their headers
                 if member.size < 0 or member.issparse():  # the first would go around in circles
                     raise tarfile.ReadError("a member is sparse or of a negative size")
+                if len(tar.pax_headers) > MAX_GLOBAL:
+                    raise tarfile.ReadError(f"more than {MAX_GLOBAL} global headers")
                 if not member.isfile():
                     continue
                 inside = PurePosixPath(member.name)

@@ -113,12 +113,15 @@ def _decode_array(data: bytes) -> np.ndarray:
 def _to_rgb(data: bytes) -> np.ndarray:
     if data.startswith(PNG_SIGNATURE):
         _check_png(data)
+    if data[:2] in (b"II", b"MM"):
+        _check_tiff(data)
     if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_SCANS:
         raise CorruptImage(f"more than {MAX_SCANS} scans")
     with Image.open(io.BytesIO(data), formats=FORMATS) as file:  # reads the header only
-        width, height = file.size
-        if width * height > MAX_PIXELS:
-            raise CorruptImage(f"{width}×{height} pixels, more than {MAX_PIXELS:,}")
+        tags = getattr(file, "tag_v2", {})  # of a TIFF: a tile may be larger than its image
+        for width, height in (file.size, (tags.get(322, 1), tags.get(323, 1))):
+            if width * height > MAX_PIXELS:
+                raise CorruptImage(f"{width}×{height} pixels, more than {MAX_PIXELS:,}")
         file.load()
         ImageOps.exif_transpose(file, in_place=True)
         image: Image.Image = file
@@ -151,3 +154,20 @@ def _check_png(data: bytes) -> None:
         if zlib.crc32(view[start + 4 : end]) != int.from_bytes(view[end : end + 4]):
             raise CorruptImage(f"wrong checksum of the PNG chunk at byte {start}")
         kind, start = bytes(view[start + 4 : start + 8]), end + 4
+
+
+TIFF_TYPES = np.array([0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8, 0])
+"""Bytes of a value of each type in a TIFF; 0 for types that do not exist."""
+
+
+def _check_tiff(data: bytes) -> None:
+    """Raise CorruptImage for tags larger than the file: libtiff takes memory before it reads."""
+    order, is_big = "<" if data[:1] == b"I" else ">", 43 in data[2:4]
+    word, number = (order + size for size in (("u8", "u8") if is_big else ("u4", "u2")))
+    start = int(np.frombuffer(data, word, 1, 8 if is_big else 4)[0])
+    count = int(np.frombuffer(data, number, 1, start)[0])
+    tag = [("tag", order + "u2"), ("type", order + "u2"), ("count", word), ("value", word)]
+    tags = np.frombuffer(data, tag, count, start + np.dtype(number).itemsize)
+    sizes = TIFF_TYPES[tags["type"].clip(max=len(TIFF_TYPES) - 1)]
+    if (tags["count"] * sizes.astype(float)).sum() > len(data):
+        raise CorruptImage("tags larger than the file")

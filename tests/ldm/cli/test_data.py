@@ -1,4 +1,7 @@
-"""`ldm data prepare`: options, output and errors."""
+"""`ldm data`: options, output and errors of preparing and of checking."""
+
+import json
+import os
 
 import pytest
 from typer.testing import CliRunner
@@ -61,3 +64,103 @@ def test_help():
     assert "The same command resumes an interrupted one" in " ".join(
         run("prepare", "--help").stdout.replace("│", "").split()
     )
+
+
+# ------------------------------------------------------------------------------- data check
+@pytest.fixture
+def prepared(tmp_path):
+    """Two shards of four training images, and one of two held out."""
+    source, out = png_folder(tmp_path / "a", [noise(n, 8, 8) for n in range(10)]), tmp_path / "out"
+    words = ["--size", 8, "--shard-size", 4, "--held-out", 2, "--workers", 0]
+    assert run("prepare", source, out, *words).exit_code == 0
+    return out
+
+
+def damage(name: str, change):
+    def apply(out):
+        path = out / name
+        data = path.read_bytes()
+        path.write_bytes(change(data))
+
+    return apply
+
+
+def edit(**changes):
+    """Edit the manifest; keys of a shard go to the first one."""
+
+    def apply(out):
+        manifest = json.loads((out / "manifest.json").read_text())
+        shards = manifest["splits"]["train"]["shards"]
+        manifest |= {key: changes[key] for key in changes if key == "total"}
+        shards[0] |= {key: changes[key] for key in changes if key != "total"}
+        manifest["count"] = manifest.pop("total", manifest["count"])
+        (out / "manifest.json").write_text(json.dumps(manifest))
+
+    return apply
+
+
+def replaced_by_a_pipe(out):
+    (out / "val-00000.tar").unlink()
+    os.mkfifo(out / "val-00000.tar")
+
+
+def test_check_of_what_is_as_it_was_written(prepared, tmp_path):
+    result = run("check", prepared)
+    said = "all 10 images in 3 shards are as they were written\n"
+    assert (result.exit_code, result.stdout) == (0, said)
+    (prepared / "train-00000.tar").rename(tmp_path / "elsewhere.tar")  # links are followed
+    (prepared / "train-00000.tar").symlink_to(tmp_path / "elsewhere.tar")
+    assert (run("check", prepared).exit_code, result.stdout) == (0, said)
+
+
+@pytest.mark.parametrize(
+    ("harm", "lines"),
+    [
+        (damage("train-00001.tar", lambda d: d[:-1]), ["train-00001.tar has "]),
+        (damage("train-00001.tar", lambda d: d + b"\0"), ["train-00001.tar has "]),
+        (damage("val-00000.tar", lambda d: b""), ["val-00000.tar has 0 bytes"]),
+        (lambda out: (out / "train-00000.tar").unlink(), ["train-00000.tar cannot be read"]),
+        (replaced_by_a_pipe, ["val-00000.tar cannot be read (not a regular file)"]),
+        (edit(sha256="0" * 64), ["train-00000.tar holds other bytes"]),
+        (edit(bytes=1), ["train-00000.tar has "]),
+        (edit(count=3), ["shard ", "manifest.json counts 10 images, its shards 9"]),
+        (edit(total=11), ["manifest.json counts 11 images, its shards 10"]),
+    ],
+)
+def test_check_names_each_fault_in_a_line(prepared, harm, lines):
+    harm(prepared)
+    result = run("check", prepared)
+    assert result.exit_code == 1, result.output
+    printed = result.stdout.splitlines()
+    assert len(printed) == len(lines)
+    for line, expected in zip(printed, lines, strict=True):
+        assert expected in line and str(prepared) in line
+
+
+def test_check_notices_every_flipped_byte(prepared):
+    path = prepared / "val-00000.tar"
+    data = path.read_bytes()
+    for place in range(0, len(data), 997):
+        flipped = bytes([data[place] ^ 1])
+        path.write_bytes(data[:place] + flipped + data[place + 1 :])
+        assert "SHA-256" in run("check", prepared).stdout
+    path.write_bytes(data)
+    assert run("check", prepared).exit_code == 0
+
+
+def test_two_damaged_shards_are_two_lines(prepared):
+    for name in ("train-00000.tar", "val-00000.tar"):
+        (prepared / name).unlink()
+    printed = run("check", prepared).stdout.splitlines()
+    assert [line.split(" cannot")[0] for line in printed] == [
+        f"{prepared}/train-00000.tar",
+        f"{prepared}/val-00000.tar",
+    ]
+
+
+def test_check_is_of_prepared_data(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "empty", tmp_path / "nowhere"):
+        result = run("check", folder)
+        assert isinstance(result.exception, LdmError)
+        assert "has no manifest.json" in str(result.exception)
