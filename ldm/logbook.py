@@ -8,9 +8,10 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -63,19 +64,29 @@ class Logbook:
     Args:
         folder: the run's folder; None on processes that do not write.
         resume_at: images seen at the state that the run resumes from; later rows are removed.
+        saved: the `state_dict` of that state.
     """
 
-    def __init__(self, folder: Path | None, resume_at: int = 0) -> None:
+    def __init__(
+        self, folder: Path | None, resume_at: int = 0, saved: Mapping[str, Any] | None = None
+    ) -> None:
+        saved = saved or {}  # of an earlier version
         self._pending: dict[str, list[Tensor | float]] = defaultdict(list)
+        self._pending |= {name: [*values] for name, values in saved.get("pending", {}).items()}
         self._clock, self._clock_images = time.monotonic(), resume_at
-        self._folder = folder
+        self._folder, self._rows = folder, 0
         if folder is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            cut_rows(folder / "metrics.jsonl", resume_at)
+            self._rows = cut_rows(folder / "metrics.jsonl", resume_at, saved.get("rows"))
             with _writing(folder):
                 self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_at + 1)
                 (folder / "metrics.jsonl").touch()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of rows and the values of the next one, which waits for the device."""
+        pending = {name: stack_scalars(values).tolist() for name, values in self._pending.items()}
+        return {"rows": self._rows, "pending": pending}
 
     def add(self, **values: Tensor | float) -> None:
         """Add values of this step to the means of the next row."""
@@ -96,6 +107,7 @@ class Logbook:
             self._clock, self._clock_images = now, images_seen
         row |= values
         self._pending.clear()
+        self._rows += 1
         if self._folder is not None:
             with _writing(self._folder):
                 with (self._folder / "metrics.jsonl").open("a", encoding="utf-8") as rows:
@@ -126,11 +138,15 @@ def read_rows(path: Path) -> list[dict[str, float]]:
     ]
 
 
-def cut_rows(path: Path, images_seen: int) -> None:
-    """Remove the rows after `images_seen`, which a resumed run writes again."""
-    kept = [line + "\n" for line, row in _lines(path) if row["images_seen"] <= images_seen]
+def cut_rows(path: Path, images_seen: int, count: int | None = None) -> int:
+    """Keep the rows up to `images_seen`, the first `count` of them, and return their number.
+
+    A resumed run writes the others again.
+    """
+    kept = [line + "\n" for line, row in _lines(path) if row["images_seen"] <= images_seen][:count]
     if path.is_file():
         write_atomically(path, "".join(kept).encode())
+    return len(kept)
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -165,8 +181,8 @@ def stack_scalars(values: Sequence[Tensor | float]) -> Tensor:
 
 def _mean(values: list[Tensor | float]) -> float:
     """Average the finite values (a skipped step's are not); NaN if there are none."""
-    all_values = stack_scalars(values)
-    return all_values[all_values.isfinite()].mean().item()
+    finite = [value for value in stack_scalars(values).tolist() if math.isfinite(value)]
+    return fmean(finite) if finite else math.nan  # on any device, and after a resume, the same bits
 
 
 def _short(value: float) -> float | None:

@@ -96,6 +96,7 @@ class TrainingState:
     """
 
     def __init__(self, batch_size: int, total_steps: int) -> None:
+        log: the `Logbook`'s saved state.
         self.batch_size, self.total_steps = batch_size, total_steps
         self.images_seen = self.validated_at = 0
         self.parts: dict[str, Any] = {}
@@ -103,6 +104,7 @@ class TrainingState:
 
     @property
     def step(self) -> int:
+        self.log: dict[str, Any] = {}
         """Steps taken."""
         return self.images_seen // self.batch_size
 
@@ -139,6 +141,7 @@ class TrainingState:
         restore(self.parts, saved)
 
 
+        self.log = saved.get("log", {})
 class Run:
     """One process of a run: device, ranks, steps, saving, stopping. Made by `start_run`."""
 

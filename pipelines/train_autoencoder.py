@@ -269,7 +269,7 @@ def train_autoencoder(
             state.load_state_dict(saved)
         del saved  # some gigabytes, and the file
         state.prepare(run)
-        logbook = Logbook(run.folder if run.is_main else None, state.images_seen)
+        logbook = Logbook(run.folder if run.is_main else None, state.images_seen, state.log)
         run.say(_opening(run, state))
         validate = partial(_validate, run, state, held_out, lpips, logbook)
         if state.owes_validation(recipe.run.validate_every_steps):
@@ -294,7 +294,7 @@ def _train(
     def save() -> None:
         # the model first, so that a run whose last state is complete always has one
         _export(run, state, "ckpt.pt")
-        run.save(state.state_dict())
+        run.save(state.state_dict() | {"log": logbook.state_dict()})
 
     with run.progress(state) as show:
         for batch in run.until_stopped(stream, save):

@@ -176,7 +176,7 @@ def train_diffusion(
             codec = measure_codec(frozen, recipe, source, run)
         cache = open_cache(recipe, codec, ae_sha256, source, run) if recipe.cache else None
         state.prepare(run, frozen)
-        logbook = Logbook(run.folder if run.is_main else None, state.images_seen)
+        logbook = Logbook(run.folder if run.is_main else None, state.images_seen, state.log)
         run.say(_opening(run, state, codec))
         validate = partial(_validate, run, state, codec, logbook)
         if state.owes_validation(recipe.run.validate_every_steps):
@@ -186,7 +186,7 @@ def train_diffusion(
             # the model first, so that a run whose last state is complete always has one
             _export(run, state, codec, autoencoder, source)
             facts = {"autoencoder_sha256": ae_sha256, "statistics": codec.statistics()}
-            run.save(state.state_dict() | facts)
+            run.save(state.state_dict() | {"log": logbook.state_dict()} | facts)
 
         stream = latent_batches(run, recipe, codec, source, cache, state.images_seen)
         _train(run, state, stream, logbook, validate, save)

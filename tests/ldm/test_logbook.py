@@ -47,6 +47,35 @@ def test_a_resumed_run_writes_the_lost_rows_again(tmp_path):
     assert [(r["images_seen"], r["x"]) for r in rows] == [(10, 1.0), (20, 1.0), (30, 2.0)]
 
 
+def test_a_resumed_row_is_the_mean_of_all_its_steps(tmp_path):
+    """Saved as plain numbers after any step; a row written later than the state is replaced."""
+    values = torch.randn(7, generator=torch.manual_seed(0)) * 1e3
+    (tmp_path / "whole").mkdir()
+    whole = Logbook(tmp_path / "whole")
+    for value in values:
+        whole.add(loss=value, weight=0.5)
+    expected = whole.row(28)
+    for saved_at in range(1, 8):
+        folder = tmp_path / str(saved_at)
+        folder.mkdir()
+        book = Logbook(folder)
+        book.row(4 * saved_at, val_psnr=1.0)
+        for value in values[:saved_at]:
+            book.add(loss=value, weight=0.5)
+        saved = book.state_dict()
+        assert all(type(v) is float for listed in saved["pending"].values() for v in listed)
+        book.row(4 * saved_at, val_psnr=2.0)  # and it is killed
+        book.close()
+        book = Logbook(folder, 4 * saved_at, saved)
+        for value in values[saved_at:]:
+            book.add(loss=value, weight=0.5)
+        row = book.row(28)
+        assert (row["loss"], row["weight"]) == (expected["loss"], expected["weight"])
+        book.close()
+        rows = read_rows(folder / "metrics.jsonl")
+        assert [row.get("val_psnr") for row in rows] == [1.0, None]
+
+
 def test_another_process_writes_nothing(tmp_path):
     book = Logbook(None)
     book.add(l1=1.0)

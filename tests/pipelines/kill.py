@@ -37,11 +37,10 @@ def kill(patch: pytest.MonkeyPatch, owner: Any, name: str, images_seen: int) -> 
 def outcome(folder: Path, kind: str) -> dict[str, Any]:
     """Everything that a finished run leaves, apart from times."""
     models = {}
-    for name in ("ckpt.pt", "best.pt"):
-        if (folder / name).exists():
-            model = load_model(folder / name, kind)
-            origin = {key: model.provenance.get(key) for key in ("images_seen", "held_out")}
-            models[name] = (model.sha256, origin)
+    for path in (*folder.glob("*.pt"), *folder.glob("*.safetensors")):
+        model = load_model(path, kind)
+        origin = {key: model.provenance.get(key) for key in ("images_seen", "held_out")}
+        models[path.name] = (model.sha256, origin)
     result = json.loads((folder / "result.json").read_text())
     # a NaN, of a band of noise levels without an image, does not equal itself
     numbers = {key: repr(result[key]) for key in result if key != "images_per_second"}
@@ -50,7 +49,9 @@ def outcome(folder: Path, kind: str) -> dict[str, Any]:
         for row in read_rows(folder / "metrics.jsonl")
     ]
     pictures = {path.name: path.read_bytes() for path in (folder / "pictures").iterdir()}
-    return {"models": models, "result": numbers, "rows": rows, "pictures": pictures}
+    snapshots = {path.name: path.read_bytes() for path in folder.glob("ema/*")}
+    found = {"models": models, "result": numbers, "rows": rows, "pictures": pictures}
+    return found | {"snapshots": snapshots}
 
 
 def forget(folder: Path, *names: str) -> None:
