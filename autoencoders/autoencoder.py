@@ -109,6 +109,10 @@ class DiagonalGaussian:
         # Kingma & Welling 2014, Section 2.4: z = μ + σ ε
         return self.mean + torch.exp(0.5 * self.logvar) * noise.to(self.mean)
 
+    def isfinite(self) -> Tensor:
+        """Return of each image whether all its values are finite: bool (B,)."""
+        return (self.mean.isfinite() & self.logvar.isfinite()).flatten(1).all(1)
+
     def mode(self) -> Tensor:
         """Most likely latents (B, n_z, h, w)."""
         return self.mean

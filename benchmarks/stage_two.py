@@ -33,9 +33,9 @@ from benchmarks.comparison import (
 from diffusion import EDM, EDMConfig, EDMLoss, UNet, UNetConfig, karras_sigmas, sample_heun
 from diffusion.edm import sample_sigma
 from diffusion.formats import diffusers_config, to_diffusers
-from ldm.device import keep_freed_memory, memory_format, resolve_device, time_interleaved
+from ldm.device import keep_freed_memory, memory_format, one_ahead, resolve_device, time_interleaved
 from ldm.images import to_float
-from pipelines.latents import Codec, one_ahead
+from pipelines.latents import Codec
 
 PEER = "diffusers"
 TRAINING, STEP, SAMPLING, ENCODING = (

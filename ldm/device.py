@@ -1,4 +1,4 @@
-"""The device: its choice, memory layout, precision and name; and interleaved timing."""
+"""The device: its choice, memory layout, precision and name; copies; and interleaved timing."""
 
 import ctypes
 import os
@@ -6,9 +6,10 @@ import platform
 import shutil
 import sysconfig
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
+from itertools import chain, pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_leaves
 from torch.utils._triton import has_triton
 
 from ldm.errors import LdmError
@@ -163,6 +165,35 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
         tensor = tensor.pin_memory()
     # what arrives on a CPU is read at once
     return tensor.to(device, non_blocking=device.type == "cuda")
+
+
+def one_ahead(
+    raw: Iterable[Any], prepare: Callable[[Any], Any], device: torch.device
+) -> Iterator[Any]:
+    """Yield `prepare` of every item; on a CUDA GPU the next on a side stream meanwhile.
+
+    The next begins before the current one is yielded, after which the consumer may wait.
+
+    Args:
+        prepare: enqueues work on the current stream; returns tensors in nested tuples.
+    """
+    if device.type != "cuda":
+        yield from map(prepare, raw)
+        return
+    side, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    side.wait_stream(main)  # weights and statistics may still be on their way
+
+    def begin(item: Any) -> tuple[Any, torch.cuda.Event]:
+        with torch.cuda.stream(side):
+            return prepare(item), side.record_event()
+
+    begun: Iterator[Any] = chain(map(begin, raw), [None])  # the last one has no next
+    for (prepared, ready), _ in pairwise(begun):
+        main.wait_event(ready)
+        for leaf in tree_leaves(prepared):
+            if isinstance(leaf, Tensor) and leaf.is_cuda:
+                leaf.record_stream(main)  # its memory is not reused before main has read it
+        yield prepared
 
 
 class HostCopy:

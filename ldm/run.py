@@ -3,6 +3,7 @@
 Both training loops share this module; it does not know what they compute.
 """
 
+import logging
 import signal
 import threading
 from collections import Counter
@@ -49,6 +50,8 @@ T = TypeVar("T")
 
 MAX_BAD_STEPS = 10
 
+log = logging.getLogger("ldm")
+
 
 class RunConfig(Config):
     """Settings of a run, apart from what it computes."""
@@ -93,18 +96,18 @@ class TrainingState:
         validated_at: images seen at the last validation.
         parts: networks, averages and optimisers, by their names in the saved state.
         averages: moving averages of the weights, updated after every step.
+        log: the `Logbook`'s saved state.
     """
 
     def __init__(self, batch_size: int, total_steps: int) -> None:
-        log: the `Logbook`'s saved state.
         self.batch_size, self.total_steps = batch_size, total_steps
         self.images_seen = self.validated_at = 0
         self.parts: dict[str, Any] = {}
         self.averages: list[Average] = []
+        self.log: dict[str, Any] = {}
 
     @property
     def step(self) -> int:
-        self.log: dict[str, Any] = {}
         """Steps taken."""
         return self.images_seen // self.batch_size
 
@@ -138,10 +141,10 @@ class TrainingState:
         # earlier versions validated after saving, and did not save this count
         unknown = 0 if self.is_last else self.images_seen
         self.validated_at = saved.get("validated_at", unknown)
+        self.log = saved.get("log", {})
         restore(self.parts, saved)
 
 
-        self.log = saved.get("log", {})
 class Run:
     """One process of a run: device, ranks, steps, saving, stopping. Made by `start_run`."""
 
@@ -153,8 +156,11 @@ class Run:
         self.precision = resolve_precision(config.precision, self.device)
         self._skipped: Counter[str] = Counter()
         self._bad_in_a_row: Counter[str] = Counter()
+        self.name_image: Callable[[int], str] = "image {}".format  # the run's k-th
+        self._first = 0  # image of the micro-batch
         self._losses: dict[str, list[Tensor]] = {}
-        self._flags: dict[str, HostCopy] = {}
+        self._each: dict[str, list[tuple[int, Tensor]]] = {}
+        self._flags: dict[str, tuple[HostCopy, Callable[[int], str], list[int]]] = {}
         self._stop = self._all_stop = False
 
     # ------------------------------------------------------------------------------ stepping
@@ -204,8 +210,10 @@ class Run:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
-    def seed_dropout(self, image: int) -> None:
-        """Seed torch's own generators by (seed, image), so that no state has to be saved."""
+    def begin(self, image: int) -> None:
+        """Begin a micro-batch by its first image: seed torch's own generators by (seed, image), so
+        that no state has to be saved."""
+        self._first = image
         torch.manual_seed(torch_seed(self.seed, f"dropout {self.rank}", image))
 
     def step(
@@ -215,6 +223,7 @@ class Run:
         optimizer: torch.optim.Optimizer,
         name: str,
         clip_norm: float | None,
+        each: Tensor | None = None,
     ) -> Tensor | None:
         """Run backward; at the end of a batch clip, update, and return the gradient norm.
 
@@ -224,6 +233,7 @@ class Run:
 
         Args:
             optimizer: a fused one, which reads `found_inf` on the device as under a GradScaler.
+            each: a number of each image (b,); of a skipped step, those not finite are named.
 
         Raises:
             LdmError: the ten steps before this one were skipped.
@@ -231,6 +241,8 @@ class Run:
         self.accelerator.backward(loss)
         losses = self._losses.setdefault(name, [])
         losses.append(loss.detach())
+        images = self._each.setdefault(name, [])
+        images += [] if each is None else [(self._first, each)]
         if not self.accelerator.sync_gradients:
             return None
         limit = float("inf") if clip_norm is None else clip_norm
@@ -244,25 +256,33 @@ class Run:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self._read_flags(name)
-        self._flags[name] = HostCopy(flags)
+        finite = torch.cat([flags, *(values.isfinite().float() for _, values in images)])
+        ks = [k for first, values in images for k in range(first, first + len(values))]
+        images.clear()
+        self._flags[name] = HostCopy(finite), self.name_image, ks
         return norm
 
     def _read_flags(self, name: str) -> None:
         """Read the flags of the last step under `name`: skipped, and asked to stop."""
         if name not in self._flags:
             return
-        skipped, stop = self._flags.pop(name).values()
+        copy, name_image, ks = self._flags.pop(name)
+        skipped, stop, *finite = copy.values()
         self._all_stop = self._all_stop or stop > 0
         if not skipped:
             self._bad_in_a_row[name] = 0
             return
         self._skipped[name] += 1
         self._bad_in_a_row[name] += 1
+        images = listed([name_image(k) for k, good in zip(ks, finite, strict=True) if not good])
+        if images:
+            log.warning("skipped a step of the %s: not finite for %s", name, images)
         if self._bad_in_a_row[name] == MAX_BAD_STEPS:
             last = latest_state(self.folder / "state")
             raise LdmError(
-                f"{name}: loss or gradient not finite in {MAX_BAD_STEPS} steps in a row; "
-                f"stopped. Last good state: {last or 'none yet'}. Resuming would repeat it: "
+                f"{name}: loss or gradient not finite in {MAX_BAD_STEPS} steps in a row"
+                f"{images and ', the last for '}{images}; stopped. Last good state: "
+                f"{last or 'none yet'}. Resuming would repeat it: "
                 "start a new run with a lower lr or run.precision=fp32"
             )
 
@@ -375,6 +395,11 @@ class Run:
                 bar.update(task, completed=state.step, speed=f"{speed:.1f} images/s", note=note)
 
             yield show
+
+
+def listed(names: list[str]) -> str:
+    """Join the first three names, and say how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def check_batch(batch_size: int, accumulate: int, processes: int) -> None:

@@ -18,14 +18,13 @@ A corrupt image is NaN throughout; the next good one replaces it, as in training
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from hashlib import sha256
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from autoencoders import Autoencoder, DiagonalGaussian
 from diffusion.augment import augment
@@ -35,7 +34,7 @@ from ldm.data.loader import FEWER_WORKERS, Draw, FaultCount, image_index, whole_
 from ldm.data.sources import Part
 from ldm.data.transforms import CorruptImage
 from ldm.data.workers import load_in_workers
-from ldm.device import full_float32, memory_format, to_device
+from ldm.device import full_float32, memory_format, one_ahead, to_device
 from ldm.distributed import fail_together, from_main, wait_for_files
 from ldm.errors import LdmError
 from ldm.files import check_writable, read_json, write_atomically, write_json
@@ -151,7 +150,7 @@ def measure_latents(
     for posterior in posteriors:
         mean = posterior.mean.double()
         squares = mean.square() + (posterior.logvar.double().exp() if drawn else 0)
-        count = torch.full_like(mean[0, :, 0, 0], mean[:, 0].numel())
+        count = mean.new_full(mean.shape[1:2], mean[:, 0].numel())
         over = (0, 2, 3)
         sums = sums + torch.stack([mean.sum(over), squares.sum(over), count])
     first, second, count = reduce(torch.as_tensor(sums))
@@ -225,35 +224,6 @@ def latent_batches(
     return one_ahead(pixels, encoded, run.device)
 
 
-def one_ahead(
-    raw: Iterable[Any], prepare: Callable[[Any], Any], device: torch.device
-) -> Iterator[Any]:
-    """Yield `prepare` of every item; on a CUDA GPU the next on a side stream meanwhile.
-
-    The next begins before the current one is yielded, after which the consumer may wait.
-
-    Args:
-        prepare: enqueues work on the current stream; returns tensors in nested tuples.
-    """
-    if device.type != "cuda":
-        yield from map(prepare, raw)
-        return
-    side, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-    side.wait_stream(main)  # weights and statistics may still be on their way
-
-    def begin(item: Any) -> tuple[Any, torch.cuda.Event]:
-        with torch.cuda.stream(side):
-            return prepare(item), side.record_event()
-
-    begun: Iterator[Any] = chain(map(begin, raw), [None])  # the last one has no next
-    for (prepared, ready), _ in pairwise(begun):
-        main.wait_event(ready)
-        for leaf in tree_leaves(prepared):
-            if isinstance(leaf, Tensor) and leaf.is_cuda:
-                leaf.record_stream(main)  # its memory is not reused before main has read it
-        yield prepared
-
-
 # ------------------------------------------------------------------------------- the cache
 class LatentCache:
     """The posteriors of all images of a source, read by their number; see `open_cache`."""
@@ -278,11 +248,18 @@ class LatentCache:
     def load(self, seed: int, k: int) -> tuple[np.ndarray, int]:
         """Load image k of a run: mean and standard deviation (2, n_z, h, w), and its index."""
         count = len(self.source)
-        index = image_index(seed, count, k)
-        while np.isnan((row := self._blocks[index // BLOCK][index % BLOCK])[0, 0, 0, 0, 0]):
-            index = (index + 1) % count
         mirror = int(generator(seed, "flip", k).integers(2)) if self.mirrored else 0
-        return row[mirror], index
+        first = image_index(seed, count, k)
+        for index in chain(range(first, count), range(first)):
+            block = self._blocks[index // BLOCK]
+            if np.isfinite(row := block[index % BLOCK, mirror]).all():
+                return row, index
+            if not np.isnan(row).all():
+                break
+        raise LdmError(
+            f"{block.filename} is damaged: the latents of {self.source.name(index)} are not "
+            "finite: delete it, and it is encoded again"
+        )
 
     def batches(
         self, seed: int, start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1,
@@ -359,13 +336,11 @@ def _encode(
         for mirror in range(1 + recipe.data.flip):
             with run.autocast():
                 posterior = codec.posterior(images.flip(-1) if mirror else images)
+            good = posterior.isfinite().cpu()
+            reason = "latents not finite: train the autoencoder first, or try run.precision=fp32"
+            faults.add({part.name(k): reason for k in batch.k[~good].tolist()})
             moments = torch.stack([posterior.mean, (posterior.logvar / 2).exp()], dim=1).cpu()
-            if not moments.isfinite().all():
-                bad = batch.k[(~moments.isfinite()).flatten(1).any(1)][0]
-                raise LdmError(
-                    f"the latents of {part.name(int(bad))} are not finite: train the autoencoder "
-                    "first, or try run.precision=fp32"
-                )
+            moments[~good] = torch.nan
             block[batch.k.numpy(), mirror] = moments.numpy()
     return block
 

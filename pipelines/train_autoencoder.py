@@ -28,6 +28,7 @@ from autoencoders.losses.perceptual import ESRGANPerceptual
 from ldm.checkpoint import ModelFile, load_model, save_model
 from ldm.config import to_tree
 from ldm.data import Batch, Source, batches, holds_out, open_source
+from ldm.data.loader import image_name
 from ldm.device import to_device
 from ldm.ema import Ema
 from ldm.images import grid, save_grid, to_float
@@ -194,7 +195,8 @@ def _update_generator(
                 weight = ramp * adaptive_weight(adversarial.weight, ratio)
     total = objective.total(terms, weight)
     optimizer, clip_norm = state.opt_autoencoder, state.recipe.clip_norm
-    norm = run.step(total, state.autoencoder, optimizer, "autoencoder", clip_norm)
+    each = out.recon.detach().mean(dim=(1, 2, 3))
+    norm = run.step(total, state.autoencoder, optimizer, "autoencoder", clip_norm, each)
     if norm is not None:
         logs["gradient_norm"] = norm
     return {**terms, **logs, "adversarial_weight": weight}, out.recon.detach()
@@ -299,7 +301,7 @@ def _train(
     with run.progress(state) as show:
         for batch in run.until_stopped(stream, save):
             lr = state.set_learning_rate()
-            run.seed_dropout(int(batch.k[0]))
+            run.begin(int(batch.k[0]))
             images = to_float(run.place(batch.images))
             ramp = state.objective.ramp(state.step / state.total_steps)
             log_gradients = (state.step + 1) % every.log_every_steps == 0
@@ -330,6 +332,7 @@ def _stream(run: Run, state: AutoencoderState, sources: Mapping[int, Source]) ->
         if images_seen >= stop:
             continue
         side = phase.resolution // state.autoencoder.downsampling
+        run.name_image = partial(image_name, sources[phase.resolution], run.seed)
         yield from batches(
             sources[phase.resolution], recipe.data, phase.resolution, run.seed,
             start=images_seen, stop=stop, batch_size=recipe.batch_size // recipe.accumulate,

@@ -16,13 +16,14 @@ from diffusion.edm2 import MPModule
 from ldm.checkpoint import ModelFile, fingerprint, save_model
 from ldm.config import to_tree
 from ldm.data import Source, batches, open_source
+from ldm.data.loader import image_name
 from ldm.device import full_float32, resolve_device, resolve_precision
 from ldm.ema import Ema, PowerEma, save_snapshot
 from ldm.errors import LdmError
 from ldm.images import grid, save_grid, to_float
 from ldm.learning_rate import learning_rate, set_learning_rate
 from ldm.logbook import Logbook, read_rows
-from ldm.run import Run, TrainingState, check_batch, start_run
+from ldm.run import Run, TrainingState, check_batch, listed, log, start_run
 from ldm.run_folder import is_finished, provenance
 from ldm.seeds import normal
 from pipelines.latents import (
@@ -134,7 +135,8 @@ def train_step(run: Run, state: DiffusionState, batch: LatentBatch) -> tuple[Ten
         with run.autocast():
             total, loss = state.objective(*batch)
         optimizer, clip_norm = state.optimizer, state.recipe.clip_norm
-        norm = run.step(total.mean(), state.objective, optimizer, "diffusion model", clip_norm)
+        name, total = "diffusion model", total.mean()
+        norm = run.step(total, state.objective, optimizer, name, clip_norm, loss)
     return loss, norm
 
 
@@ -188,6 +190,7 @@ def train_diffusion(
             facts = {"autoencoder_sha256": ae_sha256, "statistics": codec.statistics()}
             run.save(state.state_dict() | {"log": logbook.state_dict()} | facts)
 
+        run.name_image = partial(image_name, source, run.seed)
         stream = latent_batches(run, recipe, codec, source, cache, state.images_seen)
         _train(run, state, stream, logbook, validate, save)
         logbook.close()
@@ -224,7 +227,7 @@ def _train(
     with run.progress(state) as show:
         for k, batch in run.until_stopped(stream, save):
             lr = state.set_learning_rate()
-            run.seed_dropout(k)
+            run.begin(k)
             loss, norm = train_step(run, state, batch)
             loss, sigma = run.accelerator.gather((loss, batch.sigma))
             logbook.add(loss=loss.mean(), **band_losses(loss, sigma))
@@ -255,7 +258,8 @@ def measure_codec(
 ) -> Codec:
     """Measure the latents' statistics over the first images of the run's own stream.
 
-    Images are not augmented; latents are drawn or means, as in training.
+    Images are not augmented; latents are drawn or means, as in training. Images whose latents are
+    not finite are named and left out.
     """
     micro_batch = recipe.batch_size // recipe.accumulate  # over all processes
     wanted = len(source) if recipe.statistics_images is None else recipe.statistics_images
@@ -266,14 +270,22 @@ def measure_codec(
         rank=run.rank, world=run.world,
     )  # fmt: skip
 
+    bad: list[str] = []
+
     def posteriors() -> Iterator[DiagonalGaussian]:
         for batch in stream:
             if run.stop_requested():
                 raise run.interrupted(f"stopped before the first step of {run.folder}")
-            yield autoencoder.encode(to_float(run.place(batch.images)))
+            posterior = autoencoder.encode(to_float(run.place(batch.images)))
+            if not (good := posterior.isfinite().cpu()).all():
+                bad.extend(image_name(source, run.seed, k) for k in batch.k[~good].tolist())
+                posterior = DiagonalGaussian(posterior.mean[good], posterior.logvar[good])
+            yield posterior
 
     with run.autocast(), torch.no_grad():
         mean, std = measure_latents(posteriors(), recipe.posterior == "sample", run.sum)
+    if bad:
+        log.warning("left out of the statistics: the latents of %s are not finite", listed(bad))
     return Codec(autoencoder, mean, std, recipe.edm.sigma_data).to(run.device)
 
 

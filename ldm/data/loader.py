@@ -69,7 +69,7 @@ def stop_if_too_many(faults: Mapping[str, str], total: int) -> None:
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     raise LdmError(
         f"{len(names)} of {total} images are corrupt, more than {TOLERATED:.0%}: "
-        f"{', '.join(names[:10])}{more}; repair or remove them"
+        f"{', '.join(names[:10])}{more} ({faults[names[0]]}); repair or remove them"
     )
 
 
@@ -81,6 +81,11 @@ def image_index(seed: int, count: int, k: int) -> int:
     """
     epoch, position = divmod(k, count)
     return int(_permutation(seed, count, epoch)[position])
+
+
+def image_name(source: Source, seed: int, k: int) -> str:
+    """Name the run's k-th image; if it is corrupt, the next good one was taken instead."""
+    return source.name(image_index(seed, len(source), k))
 
 
 @lru_cache(maxsize=2)  # a batch may straddle two epochs

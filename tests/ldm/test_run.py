@@ -239,7 +239,7 @@ def test_a_signal_ends_the_wait_for_a_stopped_worker_and_saves(tmp_path, monkeyp
 def test_dropout_depends_on_the_image_number(run):
     draws = []
     for image in (5, 6, 5):
-        run.seed_dropout(image)
+        run.begin(image)
         draws.append(torch.rand(4))
     assert torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], draws[1])
 

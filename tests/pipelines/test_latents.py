@@ -12,6 +12,7 @@ from diffusion.augment import augment, draw_augmentation
 from diffusion.edm import sample_sigma
 from ldm.checkpoint import fingerprint
 from ldm.data import DataConfig, batches, open_source
+from ldm.device import one_ahead
 from ldm.errors import Interrupted, LdmError
 from ldm.images import to_float
 from ldm.run import start_run
@@ -20,9 +21,9 @@ from pipelines import latents
 from pipelines.latents import (
     Codec,
     LatentBatch,
+    LatentCache,
     latent_batches,
     measure_latents,
-    one_ahead,
     open_cache,
 )
 from pipelines.recipes import fit
@@ -421,9 +422,51 @@ def test_damaged_manifest_is_refused(autoencoder, data, tmp_path):
 
 def test_latents_that_are_not_finite_are_not_kept(autoencoder, data, tmp_path):
     next(autoencoder.encoder.parameters()).data.fill_(float("nan"))
-    with pytest.raises(LdmError, match=r"the latents of .*png are not finite"):
+    with pytest.raises(LdmError, match=r"corrupt.*png \(latents not finite: train the autoencoder"):
         cached(tmp_path / "cache", autoencoder, data)
     assert not list((tmp_path / "cache").glob("*.npy"))
+
+
+def test_one_image_with_latents_that_are_not_finite_counts_as_corrupt(
+    autoencoder, data, tmp_path, monkeypatch, caplog
+):
+    def spoiled(codec, images):
+        posterior = posterior_of(codec, images)
+        posterior.mean[0, 0, 0, 0] = float("inf")
+        return posterior
+
+    posterior_of = Codec.posterior
+    monkeypatch.setattr(Codec, "posterior", spoiled)
+    monkeypatch.setattr("ldm.data.loader.TOLERATED", 0.5)
+    cache = cached(tmp_path / "cache", autoencoder, data)
+    bad = {name for name in map(cache.source.name, range(9)) if name in caplog.text}
+    assert len(bad) == 3 and "latents not finite" in caplog.text  # of three blocks
+    loaded = [cache.load(0, k) for k in range(9)]
+    assert not bad & {cache.source.name(index) for _, index in loaded}
+
+
+@pytest.mark.parametrize("damage", [np.nan, np.inf])
+def test_cached_latents_that_are_not_finite_name_image_and_file(
+    autoencoder, data, tmp_path, damage
+):
+    cache = cached(tmp_path / "cache", autoencoder, data)
+    block = np.load(path := tmp_path / "cache" / "latents-00001.npy")
+    block[1, :, 1, 2, 3, 0] = damage
+    np.save(path, block)
+    cache = LatentCache(tmp_path / "cache", cache.source, block.shape[1:])
+    with pytest.raises(LdmError) as refused:
+        [cache.load(0, k) for k in range(9)]
+    name = cache.source.name(5)
+    assert str(refused.value).startswith(f"{path} is damaged: the latents of {name} are not finite")
+
+
+def test_a_cache_without_an_image_is_an_error(autoencoder, data, tmp_path):
+    cache = cached(tmp_path / "cache", autoencoder, data)
+    for path in (tmp_path / "cache").glob("*.npy"):
+        np.save(path, np.full_like(np.load(path), np.nan))
+    shape = np.load(path).shape[1:]
+    with pytest.raises(LdmError, match="delete it, and it is encoded again"):
+        LatentCache(tmp_path / "cache", cache.source, shape).load(0, 0)
 
 
 def test_manifest_identifies_the_latents(autoencoder, data, tmp_path):
