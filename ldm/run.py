@@ -34,7 +34,7 @@ from ldm.device import (
 )
 from ldm.distributed import fail_together, from_main, make_accelerator
 from ldm.ema import Average
-from ldm.errors import Interrupted, LdmError, UsageError
+from ldm.errors import Interrupted, LdmError, UsageError, listed
 from ldm.files import write_json
 from ldm.logbook import console, progress_bar
 from ldm.run_folder import (
@@ -395,11 +395,6 @@ class Run:
                 bar.update(task, completed=state.step, speed=f"{speed:.1f} images/s", note=note)
 
             yield show
-
-
-def listed(names: list[str]) -> str:
-    """Join the first three names, and say how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def check_batch(batch_size: int, accumulate: int, processes: int) -> None:

@@ -19,11 +19,11 @@ from ldm.data import Source, batches, open_source
 from ldm.data.loader import image_name
 from ldm.device import full_float32, resolve_device, resolve_precision
 from ldm.ema import Ema, PowerEma, save_snapshot
-from ldm.errors import LdmError
+from ldm.errors import LdmError, listed
 from ldm.images import grid, save_grid, to_float
 from ldm.learning_rate import learning_rate, set_learning_rate
 from ldm.logbook import Logbook, read_rows
-from ldm.run import Run, TrainingState, check_batch, listed, log, start_run
+from ldm.run import Run, TrainingState, check_batch, log, start_run
 from ldm.run_folder import is_finished, provenance
 from ldm.seeds import normal
 from pipelines.latents import (

@@ -20,7 +20,7 @@ from ldm.data.dataset import DataConfig
 from ldm.data.sources import PhotoSource, Source
 from ldm.data.transforms import CorruptImage, center_crop, random_crop
 from ldm.data.workers import load_in_workers
-from ldm.errors import LdmError, UsageError
+from ldm.errors import LdmError, UsageError, listed
 from ldm.seeds import generator
 
 TOLERATED = 0.01
@@ -66,10 +66,9 @@ def stop_if_too_many(faults: Mapping[str, str], total: int) -> None:
     if len(faults) <= TOLERATED * total:
         return
     names = list(faults)
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     raise LdmError(
         f"{len(names)} of {total} images are corrupt, more than {TOLERATED:.0%}: "
-        f"{', '.join(names[:10])}{more} ({faults[names[0]]}); repair or remove them"
+        f"{listed(names, 10)} ({faults[names[0]]}); repair or remove them"
     )
 
 
