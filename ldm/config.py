@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ldm.errors import UsageError
+from ldm.records import LEVELS, check_bounds
 
 
 class Config(BaseModel):
@@ -29,7 +30,22 @@ Tree = dict[str, Any]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1, but 1e5 without a point is a number, as in YAML 1.2."""
+    """YAML 1.1, but 1e5 without a point is a number, as in YAML 1.2.
+
+    Aliases are refused: nine lines of them stand for a billion values.
+    """
+
+    levels = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
+            raise yaml.YAMLError("aliases are not supported")
+        if self.levels > LEVELS:
+            raise yaml.YAMLError(f"nested deeper than {LEVELS} levels")
+        self.levels += 1
+        node = super().compose_node(parent, index)
+        self.levels -= 1
+        return node
 
 
 _Loader.add_implicit_resolver(
@@ -37,6 +53,17 @@ _Loader.add_implicit_resolver(
     re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
     [*"-+0123456789"],
 )
+
+
+def parse_yaml(text: str | bytes) -> Any:
+    """Parse YAML of bounded depth and numbers, without aliases; a ValueError says what is wrong."""
+    try:
+        tree = yaml.load(text, _Loader)
+    except Exception as error:  # PyYAML's constructors raise nearly anything
+        problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        raise ValueError(f"not YAML: {problem}") from error
+    check_bounds(tree)
+    return tree
 
 
 # ---------------------------------------------------------------------------------- presets
@@ -67,7 +94,7 @@ def published(kind: str, name: str) -> dict[str, Any]:
 
 def _read_preset(kind: str, name: str) -> Tree:
     text = (resources.files("configs") / kind / f"{name}.yaml").read_text("utf-8")
-    return yaml.load(text, _Loader) or {}
+    return parse_yaml(text) or {}
 
 
 def preset_summary(kind: str, name: str) -> str:
@@ -125,9 +152,9 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     if not equals or not key.strip(" ."):
         raise UsageError(f"'{text}' is not of the form key=value, such as batch_size=32")
     try:
-        return key.strip().split("."), yaml.load(value, _Loader)
-    except yaml.YAMLError as error:
-        raise UsageError(f"the value in '{text}' is not YAML: quote it") from error
+        return key.strip().split("."), parse_yaml(value)
+    except ValueError as error:
+        raise UsageError(f"the value in '{text}' is {error}: quote it") from error
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:

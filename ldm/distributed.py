@@ -18,7 +18,7 @@ from accelerate.utils import (
 )
 
 from ldm.device import keep_freed_memory, resolve_device
-from ldm.errors import LdmError
+from ldm.errors import LdmError, escape
 
 PATIENCE = timedelta(hours=1)
 """Time that processes wait for the others, such as while the main one computes metrics."""
@@ -105,8 +105,9 @@ def fail_together(ranks: Accelerator | PartialState) -> Iterator[None]:
         errors = [RuntimeError(text)]  # picklable, and no other process takes it for an LdmError
     if ranks.num_processes > 1:
         if failed is not None:  # the others may take long, or never arrive
-            print(f"process {ranks.process_index} failed and waits for the others: "
-                  f"{type(failed).__name__}: {failed}", file=sys.stderr, flush=True)  # fmt: skip
+            text = f"{type(failed).__name__}: {escape(failed)}"
+            print(f"process {ranks.process_index} failed and waits for the others: {text}",
+                  file=sys.stderr, flush=True)  # fmt: skip
         errors = gather_object(errors)
     # Errors of other types first: the caller of a rank with an LdmError may handle it and go on.
     errors = sorted(errors, key=lambda error: isinstance(error, LdmError))

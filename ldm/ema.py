@@ -35,6 +35,7 @@ from ldm.checkpoint import (
 )
 from ldm.errors import LdmError, UsageError
 from ldm.files import check_writable, write_atomically
+from ldm.logbook import console
 
 LARGEST_STD = math.sqrt(1 / 12)
 """Relative width of the mean over a whole run (γ = 0)."""
@@ -258,9 +259,10 @@ def synthesize_ema(run: Path, std: float, at: int | None = None, out: Path | Non
     coefficients, residual = fit_snapshots(list_snapshots(run / "ema"), std, at)
     images_seen = max(snapshot.images_seen for snapshot in coefficients)
     file = load_model(run, "diffusion")
-    print(
+    console.print(
         f"{run / 'ema'}: average of std {std} at {images_seen:,} images, from "
-        f"{len(coefficients)} snapshots, exact to {residual:.1%}"
+        f"{len(coefficients)} snapshots, exact to {residual:.1%}",
+        markup=False,
     )
     weights = combine(coefficients, file.weights)
     average = {"ema_std": std, "ema_images": images_seen, "ema_residual": residual}

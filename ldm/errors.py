@@ -1,15 +1,40 @@
 """Errors for people to read: one line that says what, where and what to do."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
+
+# C0, C1; soft hyphen, zero widths, line separators, reversals of direction, the byte order mark;
+# lone surrogates
+UNSAFE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
+)
+
+
+def escape(text: object, keep: str = "") -> str:
+    """Make text from a file safe to print: what moves the cursor, hides or reorders other text
+    becomes a visible escape; characters in `keep` stay. A byte that is no UTF-8 becomes \\xff."""
+
+    def visible(found: re.Match[str]) -> str:
+        character = found[0]
+        if character in keep:
+            return character
+        is_byte = "\udc80" <= character <= "\udcff"  # as Python decodes file names
+        return f"\\x{ord(character) - 0xDC00:02x}" if is_byte else ascii(character)[1:-1]
+
+    return UNSAFE.sub(visible, str(text))
 
 
 class LdmError(Exception):
     """A file, device or value with which the job cannot continue; exit code 1."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """One line, whatever a file put into it."""
+        return escape(super().__str__())
 
 
 class UsageError(LdmError):

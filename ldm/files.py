@@ -271,20 +271,12 @@ class HeaderReader(io.BufferedReader):
         return super().read(wanted)
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Read the JSON object in a file; None if it is absent, unreadable or not an object."""
-    try:
-        tree = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-    return tree if isinstance(tree, dict) else None
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write readable JSON, atomically."""
     write_atomically(path, to_json(value))
 
 
 def to_json(value: Any) -> bytes:
-    """Format a value as readable JSON."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    """Format a value as readable JSON; a byte of a path that is no UTF-8 is an escape in it."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace")

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ldm.checkpoint import first_difference, is_safetensors, read_safetensors, shown, to_safetensors
 from ldm.errors import LdmError
-from ldm.files import read_json, to_json, write_together
+from ldm.files import to_json, write_together
+from ldm.records import read_tree
 from ldm.safe_pickle import read_foreign
 
 Pairs = Sequence[tuple[str, str]]
@@ -99,9 +100,9 @@ def as_multiples(widths: Sequence[int], base: int) -> list[int]:
 # ----------------------------------------------------------------------------------- files
 def read_described(path: Path) -> dict[str, Any]:
     """The JSON object in a file that another toolkit wrote."""
-    tree = read_json(path)
-    if tree is None:
-        raise LdmError(f"{path} is not a JSON object: copy or fetch it again")
+    again = "copy or fetch it again"
+    if (tree := read_tree(path, advice=again)) is None:
+        raise LdmError(f"{path} does not exist: {again}")
     return tree
 
 

@@ -12,18 +12,31 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from ldm.errors import LdmError
-from ldm.files import write_atomically
+from ldm.errors import LdmError, escape
+from ldm.files import read_bytes, write_atomically
+from ldm.records import RESTORE, Count, Schema, checked, parse_json
 
-console = Console(highlight=False, soft_wrap=True, emoji=False)  # emoji: a:b: is a path
 
+class _Console(Console):
+    """A console that escapes what could forge lines: names in files may hold it."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print as Rich does; the line breaks of a text stay."""
+        super().print(*(escape(o, "\n") if isinstance(o, str) else o for o in objects), **options)
+
+
+console = _Console(highlight=False, soft_wrap=True, emoji=False)  # emoji: a:b: is a path
+
+LIMIT = 2**28
+"""Bytes of a `metrics.jsonl`."""
 FORMER_NAMES = {"critic": "discriminator", "critic_gradient_norm": "discriminator_gradient_norm"}
 """Names of metrics in earlier versions."""
 
@@ -56,6 +69,13 @@ def show_progress(
             bar.update(task, advance=count, speed=f"{speed:.1f} {unit}/s" if speed else "")
 
         yield advance
+
+
+class Row(Schema):
+    """A row of a `metrics.jsonl`: numbers by their names."""
+
+    images_seen: Count
+    __pydantic_extra__: dict[str, Annotated[float, Field(ge=-1e100, le=1e100)] | None]
 
 
 class Logbook:
@@ -151,13 +171,17 @@ def cut_rows(path: Path, images_seen: int, count: int | None = None) -> int:
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the complete rows of a metrics.jsonl, as text and parsed."""
-    for line in path.read_text("utf-8", "replace").splitlines() if path.is_file() else []:
+    try:
+        text = read_bytes(path, LIMIT) if path.exists() else b""
+    except OSError as error:
+        raise LdmError(f"could not read {path} ({error.strerror}): {RESTORE}") from error
+    for number, line in enumerate(text.decode("utf-8", "replace").splitlines(), 1):
         try:
-            row = json.loads(line)
-        except ValueError:
+            row = parse_json(line)
+        except ValueError:  # of a killed process
             continue
         if isinstance(row, dict) and "images_seen" in row:
-            yield line, row
+            yield line, checked(Row, row, path, RESTORE, f"line {number}").model_dump()
 
 
 @contextmanager

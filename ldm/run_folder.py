@@ -26,13 +26,16 @@ import yaml
 from torch import Tensor
 
 from ldm.checkpoint import Damaged, read_tensors
-from ldm.config import Config, Tree, flatten, to_tree, validate
+from ldm.config import Config, Tree, flatten, parse_yaml, to_tree, validate
 from ldm.device import allows_tf32
 from ldm.errors import LdmError, UsageError
-from ldm.files import clear_partials, read_json, write_atomically, write_json
+from ldm.files import clear_partials, read_bytes, write_atomically, write_json
 from ldm.locks import ANOTHER, lock
+from ldm.records import RESTORE, Schema, read_each, read_record
 
 RUNS = Path("runs")
+CONFIG_LIMIT = 2**17
+"""Bytes of a `config.yaml`; ours have a few thousand."""
 
 IGNORED = {
     "compile",
@@ -65,13 +68,14 @@ def new_or_unfinished(
     folder in `runs/`. `held` keeps its lock.
     """
     if folder is None:
-        same = (run for run in unfinished_runs(kind, preset) if not differences(run, config))
+        changes = read_each(unfinished_runs(kind, preset), lambda run: differences(run, config))
+        same = (run for run, changed in changes.items() if not changed)
         folder = next(same, None) or _new_folder(preset)
-    elif not _describe(folder).get("kind") and not _is_beginning(folder):
+    elif not read_run(folder).kind and not _is_beginning(folder):
         raise LdmError(f"{folder} is not empty and holds no run: {ANOTHER}")
     with ExitStack() as briefly:
         (held or briefly).enter_context(lock(folder))
-        if not (found := _describe(folder).get("kind")):
+        if not (found := read_run(folder).kind):
             if differences(folder, config):  # nobody could resume from these states
                 shutil.rmtree(folder / "state", ignore_errors=True)
             describe_run(folder, kind, preset, config)
@@ -142,7 +146,7 @@ def unfinished_runs(kind: str, preset: str) -> list[Path]:
 
 def preset_of(folder: Path) -> str | None:
     """Return the preset of the run in a folder; None if there is no run."""
-    return _describe(folder).get("preset")
+    return read_run(folder).preset or None
 
 
 def is_finished(folder: Path) -> bool:
@@ -151,12 +155,18 @@ def is_finished(folder: Path) -> bool:
 
 
 def read_config(folder: Path) -> Tree | None:
-    """Read a run's configuration as a tree; None if it is absent or unreadable."""
+    """Read a run's configuration as a tree; None if it is absent."""
+    path = folder / "config.yaml"
     try:
-        tree = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        tree = parse_yaml(read_bytes(path, CONFIG_LIMIT))
+        if not isinstance(tree, dict):
+            raise ValueError("not a mapping")
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return tree if isinstance(tree, dict) else None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise LdmError(f"{path} is damaged ({reason}): {RESTORE}") from error
+    return tree
 
 
 def differences(folder: Path, config: Config) -> list[str]:
@@ -194,13 +204,21 @@ def _all_runs(kind: str, preset: str | None) -> list[Path]:
     It looks only where runs are, for samples are many files.
     """
     files = [*RUNS.glob("*/run.json"), *RUNS.glob("demo/*/run.json")]
-    ours = [file for file in files if _describe(file.parent).get("kind") == kind]
-    runs = [file.parent for file in sorted(ours, key=lambda file: file.stat().st_mtime)]
-    return [run for run in runs if preset in (None, preset_of(run))]
+    runs = read_each([file.parent for file in files], read_run)
+    ours = [r for r, found in runs.items() if found.kind == kind and preset in (None, found.preset)]
+    return sorted(ours, key=lambda run: (run / "run.json").stat().st_mtime)
 
 
-def _describe(folder: Path) -> dict[str, Any]:
-    return read_json(folder / "run.json") or {}
+class RunDescription(Schema):
+    """A `run.json`."""
+
+    kind: str = ""
+    preset: str = ""
+
+
+def read_run(folder: Path) -> RunDescription:
+    """Read the `run.json` of a folder; of one without, every value is its default."""
+    return read_record(folder / "run.json", RunDescription) or RunDescription()
 
 
 # -------------------------------------------------------------------------------- saved states

@@ -22,10 +22,11 @@ from ldm.data.sources import Split
 from ldm.data.transforms import NOT_RESIZED
 from ldm.device import full_float32
 from ldm.distributed import fail_together, from_main, join_processes
-from ldm.errors import LdmError, UsageError
-from ldm.files import check_writable, read_json, write_json
+from ldm.errors import LdmError, UsageError, try_call
+from ldm.files import check_writable, write_json
 from ldm.logbook import console
 from ldm.metrics.inception import Extractor
+from ldm.records import read_tree
 from ldm.run_folder import provenance
 from pipelines.measuring import reference as references
 from pipelines.measuring import statistics
@@ -332,5 +333,6 @@ def fid_path(plain: Path, other: str | None, split: Split | None, how: MeasureOp
 
 def path_without_fid(path: Path) -> Path:
     """Return the file of a result without an FID: `path`, or one beside it if `path` has an FID."""
-    has_fid = (read_json(path) or {}).get("fid") is not None
+    found = try_call(read_tree, path)  # a damaged one may be replaced
+    has_fid = isinstance(found, dict) and found.get("fid") is not None
     return path.with_name(f"{path.stem}-swd.json") if has_fid else path

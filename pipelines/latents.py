@@ -37,8 +37,9 @@ from ldm.data.workers import load_in_workers
 from ldm.device import full_float32, memory_format, one_ahead, to_device
 from ldm.distributed import fail_together, from_main, wait_for_files
 from ldm.errors import LdmError
-from ldm.files import check_writable, read_json, write_atomically, write_json
+from ldm.files import check_writable, write_atomically, write_json
 from ldm.images import assert_range, to_float
+from ldm.records import read_tree
 from ldm.run import Run
 from ldm.seeds import generator
 from pipelines.recipes import DiffusionRecipe, draw_numbers, latent_shape
@@ -360,10 +361,7 @@ def check_cache(
     """
     folder = Path(recipe.cache).expanduser()
     another = "give --cache another folder"
-    if (folder / MANIFEST).is_file():
-        found = read_json(folder / MANIFEST)
-        if found is None:
-            raise LdmError(f"{folder / MANIFEST} is damaged: {another}")
+    if (found := read_tree(folder / MANIFEST, advice=another)) is not None:
         identity = _identity(recipe, source, precision, ae_sha256)
         if ae_sha256 not in (None, found.pop("autoencoder_sha256", None)):
             raise LdmError(f"{folder} holds latents of another autoencoder: {another}")

@@ -26,6 +26,7 @@ from ldm.data import DataConfig
 from ldm.data.dataset import PHOTOS
 from ldm.ema import gamma_of_std
 from ldm.errors import LdmError, UsageError
+from ldm.records import read_each
 from ldm.run import RunConfig
 from ldm.run_folder import differences, newest_run, preset_of, read_config, unfinished_runs
 from ldm.seeds import normal, uniform
@@ -294,14 +295,21 @@ def find_stage_one(recipe: DiffusionRecipe, preset: str, out: Path | None = None
     wanted = recipe.autoencoder or None  # a preset, or any
     if wanted and not any(wanted in list_presets(kind) for kind in PRESETS):
         return given  # loading it raises the error
-    for folder in [out] if out else unfinished_runs("diffusion", preset):
+
+    def begun_with(folder: Path) -> Path | None:
+        """The autoencoder of a run of the same command."""
         theirs = (read_config(folder) or {}).get("autoencoder")
-        if not isinstance(theirs, str):  # damaged, or not ours
-            continue
+        if not isinstance(theirs, str):  # not ours
+            return None
         same = recipe.model_copy(update={"autoencoder": theirs})
-        if wanted in (None, preset_of(Path(theirs).parent)) and not differences(folder, same):
-            return Path(theirs)
-    return _file(newest_run("autoencoder", preset=wanted))
+        if wanted not in (None, preset_of(Path(theirs).parent)) or differences(folder, same):
+            return None
+        return Path(theirs)
+
+    found = read_each([out] if out else unfinished_runs("diffusion", preset), begun_with)
+    return next(filter(None, found.values()), None) or _file(
+        newest_run("autoencoder", preset=wanted)
+    )
 
 
 def _file(path: Path) -> Path:

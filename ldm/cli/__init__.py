@@ -11,9 +11,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer import Option
 
-from ldm.cli import analyze, data, doctor, exchange, measure, results, train
+from ldm.cli import analyze, data, doctor, exchange, measure, options, results, train
 from ldm.console import LastingOutput, exit_status, outlast_console
-from ldm.errors import Interrupted, LdmError
+from ldm.errors import Interrupted, LdmError, escape
 
 INTERRUPTED = 130  # Typer's, for a KeyboardInterrupt
 
@@ -34,7 +34,7 @@ def _print_version(requested: bool) -> None:
     if requested:
         from importlib.metadata import version
 
-        typer.echo(f"ldm {version('ldm')}")
+        options.echo(f"ldm {version('ldm')}")
         raise typer.Exit
 
 
@@ -118,11 +118,11 @@ def _exit_with_usage(error: Any) -> NoReturn:
 
 
 def _exit_with_error(text: str, code: int) -> NoReturn:
-    typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
+    options.echo("error: ", fg="red", bold=True, nl=False, err=True)
     _exit(text, code)
 
 
 def _exit(text: str, code: int) -> NoReturn:
     if text:
-        typer.echo(text, err=True)
+        options.echo(escape(text), err=True)
     sys.exit(code)

@@ -157,11 +157,11 @@ def _print(analysis: "Analysis | None") -> None:
     from ldm.tables import text_table
 
     header, *rows = text_table(analysis.header, analysis.rows)
-    typer.secho(analysis.title, bold=True)
-    typer.secho(header, dim=True)
+    options.echo(analysis.title, bold=True)
+    options.echo(header, dim=True)
     for row in rows:
-        typer.echo(row)
+        options.echo(row)
     for note in analysis.notes:
-        typer.secho(f"note: {note}", dim=True)
+        options.echo(f"note: {note}", dim=True)
     for path in analysis.files:
-        typer.echo(f"wrote {path}")
+        options.echo(f"wrote {path}")

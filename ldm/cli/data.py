@@ -56,14 +56,14 @@ def prepare(
     train, val = (manifest["splits"][split] for split in ("train", "val"))
     classes = f", {len(manifest['classes']):,} classes" if labels else ""
     shards = options.many(len(train["shards"]) + len(val["shards"]), "shard")
-    typer.echo(
+    options.echo(
         f"{manifest['count']:,} images of {size}×{size} in {shards}: "
         f"{train['count']:,} for training, {val['count']:,} for validation{classes}"
     )
     if skipped := len(manifest["skipped"]):
-        typer.echo(f"skipped {options.many(skipped, 'corrupt image')}, listed in the manifest")
-    typer.echo(f"manifest: {destination / MANIFEST}")
-    typer.echo(f"next: ldm train-ae litevae-b data.source={destination}")
+        options.echo(f"skipped {options.many(skipped, 'corrupt image')}, listed in the manifest")
+    options.echo(f"manifest: {destination / MANIFEST}")
+    options.echo(f"next: ldm train-ae litevae-b data.source={destination}")
 
 
 @app.command()
@@ -82,8 +82,8 @@ def check(
 
     manifest, faults = check(folder)
     for fault in faults:
-        typer.echo(fault)
+        options.echo(fault)
     if faults:
         raise typer.Exit(1)
     shards = options.many(sum(len(s["shards"]) for s in manifest["splits"].values()), "shard")
-    typer.echo(f"all {manifest['count']:,} images in {shards} are as they were written")
+    options.echo(f"all {manifest['count']:,} images in {shards} are as they were written")

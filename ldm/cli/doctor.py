@@ -47,10 +47,10 @@ def doctor(
     diagnosis = diagnose(recipe, name, processes, SECONDS if trial else 0)
 
     if as_json:
-        typer.echo(json.dumps(asdict(diagnosis) | {"ready": diagnosis.ready}, ensure_ascii=False))
+        options.echo(json.dumps(asdict(diagnosis) | {"ready": diagnosis.ready}))
     else:
         for other in found[1:]:
-            typer.echo(f"(also a preset: ldm doctor {'/'.join(other)})")
+            options.echo(f"(also a preset: ldm doctor {'/'.join(other)})")
         command = shlex.join(["ldm", options.COMMAND[kind], name, *words])
         _print(diagnosis, f"{kind}/{name}", command)
     raise typer.Exit(0 if diagnosis.ready else 1)
@@ -60,19 +60,19 @@ def doctor(
 def _print(d: "Diagnosis", preset: str, command: str) -> None:
     """Print the report: size, requirements, problems, and the next command."""
     length, machine = d.length, d.machine
-    typer.secho(f"{preset} on {machine.device} ({machine.name}), {machine.precision}", bold=True)
+    options.echo(f"{preset} on {machine.device} ({machine.name}), {machine.precision}", bold=True)
     if d.autoencoder is not None:
-        typer.echo(f"  stage one  {d.autoencoder}")
+        options.echo(f"  stage one  {d.autoencoder}")
     count = "missing" if length.data is None else f"{length.data:,} images to train on"
-    typer.echo(f"  data       {d.source}: {count}")
+    options.echo(f"  data       {d.source}: {count}")
     epochs = f", {length.images / length.data:,.1f} epochs" if length.data else ""
-    typer.echo(f"  length     {length.steps:,} steps, {length.images:,} images{epochs}")
+    options.echo(f"  length     {length.steps:,} steps, {length.images:,} images{epochs}")
     batch = f"{length.batch_size}"
     if length.batch_size == length.processes * length.accumulate * length.each:
         processes = options.many(length.processes, "process", "processes")
         micro_batches = options.many(length.accumulate, "micro-batch", "micro-batches")
         batch += f" = {processes} × {micro_batches} × {options.many(length.each, 'image')}"
-    typer.echo(f"  batch      {batch}")
+    options.echo(f"  batch      {batch}")
 
     if d.memory is not None and d.disk is not None:
         sides = list(d.step_gmac)
@@ -88,14 +88,14 @@ def _print(d: "Diagnosis", preset: str, command: str) -> None:
     if d.trial is not None:
         _table(["timing", "measured on", "images/s", "takes"], _timing(d, d.trial))
 
-    typer.echo("")
+    options.echo("")
     for problem in sorted(d.problems, key=lambda problem: list(COLOURS).index(problem.level)):
-        typer.secho(f"{problem.level}: {problem.text}", fg=COLOURS[problem.level])
+        options.echo(f"{problem.level}: {problem.text}", fg=COLOURS[problem.level])
     if d.ready:
-        typer.secho(f"ready: {command}", bold=True, fg="green")
+        options.echo(f"ready: {command}", bold=True, fg="green")
     else:
         errors = sum(problem.level == "error" for problem in d.problems)
-        typer.secho(f"{options.many(errors, 'error')} would stop this run", bold=True, fg="red")
+        options.echo(f"{options.many(errors, 'error')} would stop this run", bold=True, fg="red")
 
 
 def _table(header: list[str], rows: Rows) -> None:
@@ -103,10 +103,10 @@ def _table(header: list[str], rows: Rows) -> None:
     from ldm.tables import text_table
 
     first, *others = text_table(header, [(f"  {row[0]}", *row[1:]) for row in rows], gap="   ")
-    typer.echo("")
-    typer.secho(first, bold=True)
+    options.echo("")
+    options.echo(first, bold=True)
     for line in others:
-        typer.echo(line)
+        options.echo(line)
 
 
 def _memory(memory: "Memory", images: str, free: int) -> dict[str, int]:

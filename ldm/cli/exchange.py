@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
 from typer import Argument, Option
 
+from ldm.cli import options
 from ldm.errors import UsageError
 
 Force = Annotated[bool, Option("--force", help="Overwrite existing files.")]
@@ -140,6 +140,6 @@ def _print(paths: list[Path], *notes: str) -> None:
     for path in paths:
         size = path.stat().st_size
         many = f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
-        typer.echo(f"wrote {path} ({many})")
+        options.echo(f"wrote {path} ({many})")
     for note in notes:
-        typer.echo(note)
+        options.echo(note)

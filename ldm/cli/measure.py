@@ -5,7 +5,6 @@ from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
 from typer import Argument, Option
 
 from ldm.cli import options
@@ -195,8 +194,8 @@ def neighbours(
     result = find_neighbours(samples, data, count, nearest, space, model, batch_size, device)
     ours, theirs = result["median_nearest"]["samples"], result["median_nearest"]["held_out"]
     line = f"median distance to the nearest training image, {result['unit']}: samples {ours:.3f}"
-    typer.echo(line + ("" if theirs is None else f", held-out images {theirs:.3f}"))
-    typer.echo(f"done: {result['folder']}/neighbours.png, neighbours.json")
+    options.echo(line + ("" if theirs is None else f", held-out images {theirs:.3f}"))
+    options.echo(f"done: {result['folder']}/neighbours.png, neighbours.json")
 
 
 def bench(
@@ -228,7 +227,7 @@ def bench(
     )
     _print_bench(result, precision)
     if out is not None:
-        typer.echo(f"wrote {out}/bench.md and bench.json")
+        options.echo(f"wrote {out}/bench.md and bench.json")
 
 
 def _print_bench(result: "Bench", precision: str) -> None:
@@ -247,8 +246,8 @@ def _print_bench(result: "Bench", precision: str) -> None:
         for row in rows:
             table.add_row(*row)
         console.print("", table, sep="\n")
-    typer.echo(f"\nmemory {result.facts['memory']}")
-    typer.echo(f"speed  {result.facts['speed']}, {precision}")
-    typer.echo(f"paper  {SOURCE}")
+    options.echo(f"\nmemory {result.facts['memory']}")
+    options.echo(f"speed  {result.facts['speed']}, {precision}")
+    options.echo(f"paper  {SOURCE}")
     if "note" in result.facts:
-        typer.echo(f"note   {result.facts['note']}")
+        options.echo(f"note   {result.facts['note']}")

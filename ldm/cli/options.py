@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer import Argument, Option
 
-from ldm.errors import UsageError
+from ldm.errors import UsageError, escape
 
 # ------------------------------------------------------------------------------- option types
 Data = Annotated[
@@ -104,7 +104,12 @@ def say(*lines: str) -> None:
     """Print lines on the first process only."""
     if is_first_process():
         for line in lines:
-            typer.echo(line)
+            echo(line)
+
+
+def echo(text: str = "", **style: Any) -> None:
+    """Print text, escaped but for its line breaks, in a style of `typer.secho`."""
+    typer.secho(escape(text, "\n"), **style)
 
 
 def many(count: int, one: str, more: str = "") -> str:

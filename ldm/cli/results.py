@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
 from typer import Argument, Option
 
 from ldm.cli import options
@@ -36,7 +35,7 @@ def report(
     from pipelines.report.report import write_report
 
     page = write_report(runs, out, images, seed, steps, data, resolution, device)
-    typer.echo(f"done: open {page} in a browser")
+    options.echo(f"done: open {page} in a browser")
 
 
 def demo(
@@ -50,7 +49,7 @@ def demo(
     from pipelines.demo import run_demo
 
     page = run_demo(out, fresh)
-    typer.echo(f"done: open {page} in a browser")
+    options.echo(f"done: open {page} in a browser")
 
 
 def reproduce(
@@ -114,9 +113,9 @@ def _list(out: Path) -> None:
     tables = all_tables()
     width = max(len(row.name) for table in tables for row in table.rows)
     for table in tables:
-        typer.secho(f"{table.number:<4} {table.title}", bold=True)
+        options.echo(f"{table.number:<4} {table.title}", bold=True)
         for row in table.rows:
             states = "  ".join(f"{scale} {s:<5}" for scale, s in row_states(out, row).items())
-            typer.echo(f"     {row.name:<{width}}  {states.rstrip()}")
+            options.echo(f"     {row.name:<{width}}  {states.rstrip()}")
     for scale in map(load_scale, SCALES):
-        typer.echo(f"{scale.name}: {scale.summary}")
+        options.echo(f"{scale.name}: {scale.summary}")

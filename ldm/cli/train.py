@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
 from typer import Argument, Option
 
 from ldm.cli import options
@@ -197,10 +196,10 @@ def show(
         raise UsageError(f"'{preset}' is a preset of both stages: use {choices}")
     for kind, name in found:
         config = options.resolve_recipe(kind, name, settings)
-        typer.secho(f"# {kind}/{name}", bold=True)
+        options.echo(f"# {kind}/{name}", bold=True)
         if paper := published(kind, name):
             numbers = ", ".join(f"{key} {value}" for key, value in paper.items())
-            typer.secho(f"# the paper: {numbers}", bold=True)
+            options.echo(f"# the paper: {numbers}", bold=True)
         for line, doc in describe(config):
-            typer.echo(f"{line:<44}", nl=False)
-            typer.secho(f" # {doc}" if doc else "", dim=True)
+            options.echo(f"{line:<44}", nl=False)
+            options.echo(f" # {doc}" if doc else "", dim=True)

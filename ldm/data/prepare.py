@@ -14,9 +14,10 @@ from functools import partial
 from hashlib import file_digest, sha256
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple, cast, get_args
+from typing import Annotated, Any, NamedTuple, cast, get_args
 
 from PIL import Image
+from pydantic import Field
 
 from ldm.data.dataset import HASHED_AT_ONCE, open_images
 from ldm.data.loader import FaultCount
@@ -24,6 +25,8 @@ from ldm.data.shards import (
     MANIFEST,
     MANIFEST_FORMAT,
     PNG,
+    SHARD,
+    SIDECAR_SCHEMA,
     index_shard,
     read_manifest,
     sidecar,
@@ -33,11 +36,16 @@ from ldm.data.sources import Indices, Source, held_out_count, printable, split_i
 from ldm.data.transforms import NOT_RESIZED, CorruptImage, Filter, center_crop
 from ldm.data.workers import load_in_workers
 from ldm.errors import LdmError, UsageError, check_at_least
-from ldm.files import check_writable, open_regular, read_json, write_json
+from ldm.files import check_writable, open_regular, write_json
 from ldm.logbook import show_progress
+from ldm.records import Count, checked, read_tree, schema
 
 Report = dict[str, Any]
 """Description of a shard, as in the sidecar beside it."""
+REPORT = schema(
+    **SHARD, bytes=Count, sha256=str, settings=dict[str, Any], resized=(Count, 1),
+    skipped=list[Annotated[list[str], Field(min_length=2, max_length=2)]],
+)  # fmt: skip
 NAMED = {"names_sha256": "the list of images", "labels_sha256": "the class labels"}
 """Settings whose values say nothing to a reader."""
 FEWER_WORKERS = "run the same command with fewer --workers; finished shards are kept"
@@ -213,14 +221,10 @@ def _write_images(
 
 def _read_report(tar: Path, settings: dict[str, Any]) -> Report | None:
     """Read the description of a shard; None if it is unfinished. Its settings must be these."""
-    path = sidecar(tar)
-    if not path.is_file():
+    report = read_tree(sidecar(tar), REPORT, "delete it to write the shard again")
+    if report is None:
         return None
-    try:
-        report = read_json(path) or {}
-        before, size = dict(report["settings"]), report["bytes"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise LdmError(f"{path} is damaged: delete it to write the shard again") from error
+    before = report["settings"]
     differing = [
         NAMED.get(key) or f"{key} {before.get(key)!r} there, {settings.get(key)!r} now"
         for key in settings | before
@@ -231,7 +235,7 @@ def _read_report(tar: Path, settings: dict[str, Any]) -> Report | None:
             f"{tar.parent} was prepared with other settings ({'; '.join(differing)}): "
             "choose another destination, or empty this one"
         )
-    return report if tar.is_file() and tar.stat().st_size == size else None
+    return report if tar.is_file() and tar.stat().st_size == report["bytes"] else None
 
 
 # --------------------------------------------------------------------------------- checking
@@ -244,8 +248,9 @@ def check(folder: str | Path) -> tuple[dict[str, Any], list[str]]:
     manifest = read_manifest(folder)
     if manifest is None:
         raise LdmError(f"{folder} has no {MANIFEST} of `ldm data prepare`: give prepared data")
-    splits = [manifest["splits"][split] for split in ("train", "val")]
-    shards = [shard for split in splits for shard in split["shards"]]
+    shards = [s for split in ("train", "val") for s in manifest["splits"][split]["shards"]]
+    for shard in shards:
+        checked(SIDECAR_SCHEMA, shard, folder / MANIFEST, entry=shard["name"])
     faults: list[str] = []
     progress = show_progress("checking", len(shards), unit="shards")
     with ThreadPoolExecutor(HASHED_AT_ONCE) as pool, progress as advance:
@@ -253,8 +258,8 @@ def check(folder: str | Path) -> tuple[dict[str, Any], list[str]]:
             faults += [fault] if fault else []
             advance(1)
     count, names = sum(shard["count"] for shard in shards), {shard["name"] for shard in shards}
-    if {count, sum(split["count"] for split in splits)} != {manifest["count"]}:
-        faults.append(f"{folder / MANIFEST} counts {manifest['count']} images, its shards {count}")
+    if count != (total := manifest.get("count")):
+        faults.append(f"{folder / MANIFEST} counts {total} images, its shards {count}")
     if len(names) < len(shards):
         faults.append(f"{folder / MANIFEST} lists a shard twice")
     return manifest, faults

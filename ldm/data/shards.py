@@ -5,7 +5,6 @@ than reading in sequence. The file is opened anew for each image, so no handle i
 processes. A class is a number in a `.cls` member beside its image, read with the index.
 """
 
-import json
 import re
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,15 +18,26 @@ from ldm.data.sources import Source
 from ldm.data.transforms import MAX_BYTES, SUFFIXES, CorruptImage, decode, is_image
 from ldm.errors import LdmError, UsageError
 from ldm.files import HeaderReader, open_regular, write_atomically, write_json
+from ldm.records import Count, FileName, checked, read_json, schema
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
+AGAIN = "run `ldm data prepare` again"
 SIDECAR = ".tar.json"
 """Suffix of the description that preparation writes beside each finished shard."""
 MAX_HEADER = 2**20
 """Bytes of an extended header in a tar, such as a long name."""
 MAX_GLOBAL = 100
 """Global headers in a tar; reading a member goes through all of them."""
+
+
+SHARD = {"name": FileName, "count": Count}
+SIDECAR_SCHEMA = schema(**SHARD, sha256=str, bytes=Count)
+_SPLIT = schema(count=Count, shards=list[schema(**SHARD)])  # type: ignore[misc]
+_MANIFEST = schema(
+    size=(Count, 1), classes=(list[str] | None, None),
+    splits=schema(train=_SPLIT, val=_SPLIT),
+)  # fmt: skip
 
 
 class Member(NamedTuple):
@@ -133,17 +143,21 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / MANIFEST
     if not path.is_file():
         return None
-    try:
-        manifest = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise LdmError(f"{path} is damaged: run `ldm data prepare` again") from error
+    manifest = read_json(path, AGAIN)
     if not isinstance(manifest, dict) or "splits" not in manifest:
         return None  # another tool's file of the same name
+    checked(schema(format=Count), manifest, path, AGAIN)
     if manifest["format"] > MANIFEST_FORMAT:
         raise LdmError(
             f"{path} has format {manifest['format']}, this version reads up to {MANIFEST_FORMAT}: "
             "upgrade ldm"
         )
+    checked(_MANIFEST, manifest, path, AGAIN)
+    for name, split in manifest["splits"].items():
+        if split["count"] != sum(shard["count"] for shard in split["shards"]):
+            raise LdmError(
+                f"{path} is damaged: splits.{name}.count: not that of its shards: {AGAIN}"
+            )
     return manifest
 
 

@@ -15,9 +15,12 @@ from torch import Tensor
 
 from ldm.errors import LdmError
 from ldm.files import write_atomically
+from ldm.records import parse_json, read_arrays
 from ldm.seeds import generator
 
 FORMAT = 1
+MOST, MOST_KEPT = 10**9, 10**6
+"""Images, and those of them in the sample, in a file that is read back."""
 
 Array = NDArray[np.float64]
 Rows = NDArray[np.float32]
@@ -41,7 +44,7 @@ class FeatureStatistics:
     ) -> "FeatureStatistics":
         """Build the statistics of `count` features from mean (dim,) and covariance (dim, dim)."""
         mu, sigma = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
-        if mu.ndim != 1 or sigma.shape != mu.shape * 2:
+        if mu.ndim != 1 or not len(mu) or sigma.shape != mu.shape * 2:
             raise ValueError(
                 f"mean {mu.shape} and covariance {sigma.shape} do not fit: need (dim,) and "
                 "(dim, dim)"
@@ -191,24 +194,29 @@ class FeatureSet:
     def load(cls, path: Path) -> tuple["FeatureSet", dict[str, Any]]:
         """Read the features and `about` that `save` wrote; an LdmError if the file is damaged."""
         again = "delete it to have it computed again"
+        parts = read_arrays(path, again)
         try:
-            with np.load(path, allow_pickle=False) as parts:
-                form, *settings, count = parts["numbers"].tolist()
-                if form == FORMAT:
-                    features = cls(*settings)
-                    rows, ks = parts["sample"], parts["sample_ks"]
-                    complete = count < features.total or len(ks) == len(features._chosen)
-                    if rows.shape != (len(ks), features.dim) or not complete:
-                        raise ValueError("the sample does not fit the numbers")
-                    if not np.isfinite(rows).all():
-                        raise ValueError("the sample holds values that are not finite")
-                    features.statistics = FeatureStatistics.from_moments(
-                        count, parts["mu"], parts["sigma"]
-                    )
-                    features._keep(zip(ks.tolist(), rows, strict=True))
-                    return features, json.loads(parts["about"].tobytes())
-        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-            raise LdmError(f"could not read {path} ({error.strerror})") from error
+            if any(part.dtype.kind not in "iuf" for part in parts.values()):
+                raise ValueError("complex numbers or text")
+            form, dim, total, kept, seed, count = parts["numbers"].tolist()
+            if form == FORMAT:
+                rows, ks = parts["sample"], parts["sample_ks"]
+                statistics = FeatureStatistics.from_moments(count, parts["mu"], parts["sigma"])
+                # the sample is drawn again: its size is checked before memory is requested
+                if not count <= total <= MOST or min(kept, total) > max(len(ks), MOST_KEPT):
+                    raise ValueError("its numbers do not fit each other")
+                features = cls(dim, total, kept, seed)
+                complete = count < total or len(ks) == len(features._chosen)
+                if dim != statistics.dim or rows.shape != (len(ks), dim) or not complete:
+                    raise ValueError("the sample does not fit the numbers")
+                if not np.isfinite(rows).all():
+                    raise ValueError("the sample holds values that are not finite")
+                features.statistics = statistics
+                features._keep(zip(ks.tolist(), rows, strict=True))
+                about = parse_json(parts["about"].tobytes())
+                if not isinstance(about, dict):
+                    raise ValueError("it does not say what the features are of")
+                return features, about
         except Exception as error:  # damaged files raise errors of nearly any type
             raise LdmError(f"{path} is damaged or no file of features: {again}") from error
         raise LdmError(f"{path} has format {form}, not {FORMAT}: {again}")

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ldm.charts import DIM, colour, drawing
 from ldm.errors import LdmError
 from ldm.logbook import read_rows
+from ldm.records import Count, checked, schema
 from ldm.run_folder import newest_run, read_config
 from pipelines.analysis.subjects import Analysis, analysis_folder, parse_models, write_csv
 
@@ -26,6 +27,7 @@ MIXED = "rows of adaptive runs are means over steps, rows of constant runs are s
 RATIO = r"$\|\nabla L_\mathrm{adv}\| \,/\, \|\nabla L_\mathrm{recon}\|$"
 
 
+_CONFIG = schema(adversarial=(schema(weighting=(str, "")), {}), batch_size=(Count | None, None))
 Curve = tuple[str, dict[str, NDArray]]
 """The weighting of L_adv, "constant", "adaptive" or "?" if config.yaml does not record it, and the
 columns of gradients.csv, with an entry per logged row."""
@@ -79,7 +81,8 @@ def read_curve(folder: Path) -> Curve:
             "started yet (adversarial.start)"
         )
     config = read_config(folder) or {}
-    weighting = (config.get("adversarial") or {}).get("weighting", "?")
+    checked(_CONFIG, config, folder / "config.yaml")
+    weighting = config.get("adversarial", {}).get("weighting", "?")
     images = np.array([row["images_seen"] for row in rows])
     batch_size = config.get("batch_size")
     steps = images // batch_size if batch_size else np.full(len(rows), None)

@@ -17,7 +17,6 @@ from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from accelerate import PartialState
@@ -25,7 +24,7 @@ from accelerate import PartialState
 from ldm.config import to_tree
 from ldm.data import Batch, DataConfig, Source, batches, open_source
 from ldm.data.dataset import PHOTOS, content_identity
-from ldm.data.shards import read_manifest
+from ldm.data.shards import MANIFEST, read_manifest
 from ldm.data.sources import Part, Split
 from ldm.data.transforms import NOT_RESIZED, CorruptImage
 from ldm.distributed import from_main
@@ -34,6 +33,7 @@ from ldm.logbook import console
 from ldm.metrics import FeatureStatistics
 from ldm.metrics.features import FeatureSet
 from ldm.metrics.inception import Extractor, FeatureExtractor, digest
+from ldm.records import Count, checked, read_arrays, schema
 from ldm.run_folder import provenance
 from ldm.weights import cache_folder, find_or_fetch
 from pipelines.measuring.statistics import (
@@ -76,6 +76,9 @@ def choose_data(data: str | DataConfig | None, own: DataConfig | None) -> DataCo
     return own if is_same(own, data) else DataConfig(source=data)
 
 
+_PREPARATION = schema(size=Count, filter=str, crop=str, source=str)
+
+
 def read_preparation(config: DataConfig) -> dict[str, Any] | None:
     """Return size, filter, crop and source of data made by `ldm data prepare`; None of other."""
     path = Path(config.source).expanduser()
@@ -83,8 +86,11 @@ def read_preparation(config: DataConfig) -> dict[str, Any] | None:
         return None
     if not path.exists() and "{" not in config.source:
         return None  # the folder that it is not in may be prepared
-    manifest = read_manifest(path if path.is_dir() else path.parent)
-    return manifest and {key: manifest[key] for key in ("size", "filter", "crop", "source")}
+    folder = path if path.is_dir() else path.parent
+    if (manifest := read_manifest(folder)) is None:
+        return None
+    checked(_PREPARATION, manifest, folder / MANIFEST)
+    return {key: manifest[key] for key in _PREPARATION.model_fields}
 
 
 def find_filter(config: DataConfig, source: Source, resolution: int) -> str | None:
@@ -312,17 +318,25 @@ def _load_kept(path: Path, identity: dict[str, Any]) -> tuple[FeatureSet, Hashes
         return None
 
 
+_EXTRACTOR = schema(sha256=str | None, mode=str | None, dim=Count)
+_IDENTITY = schema(extractor=_EXTRACTOR, content=str, resolution=Count)
+_REFERENCE = schema(what=str, split=(str | None, None), filter=str | None)
+_KEPT = schema(identity=_IDENTITY, reference=_REFERENCE, fingerprints=str)
+
+
 def _read_kept(path: Path) -> tuple[FeatureSet, Hashes, dict[str, Any]]:
     """Features, hashes, and the `identity` and `reference` that they are of."""
     features, about = FeatureSet.load(path)
+    advice = "give another file, one that `ldm fid` kept"
+    checked(_KEPT, about, path, advice, "about")
     try:
         stored = base64.b64decode(about["fingerprints"], validate=True)
         hashes = dict(enumerate(np.frombuffer(stored, "<u8").tolist()))
-        if {"identity", "reference"} <= about.keys() and len(hashes) == features.count:
+        if len(hashes) == features.count:
             return features, hashes, about
-    except (KeyError, TypeError, ValueError):
+    except ValueError:
         pass
-    raise LdmError(f"{path} is damaged, or not a file that `ldm fid` kept")
+    raise LdmError(f"{path} is damaged: about.fingerprints: not one for each image: {advice}")
 
 
 # -------------------------------------------------------------------------- statistics in a file
@@ -393,9 +407,9 @@ def _open_published(name: str, extractor: Extractor) -> Reference:
     instead = "compare with your own images by --data"
     path = find_or_fetch(file, f"{ADDRESS}/{file}", "", statistics_folders(), instead)
     try:
-        with np.load(path, allow_pickle=False) as parts:
-            moments = FeatureStatistics.from_moments(images, parts["mu"], parts["sigma"])
-    except (OSError, KeyError, ValueError, EOFError, BadZipFile) as error:
+        parts = read_arrays(path)
+        moments = FeatureStatistics.from_moments(images, parts["mu"], parts["sigma"])
+    except (LdmError, KeyError, ValueError, TypeError) as error:
         raise LdmError(f"{path} is damaged: delete it to have it fetched again") from error
     if moments.dim != extractor.dim:
         raise LdmError(f"{path} holds {moments.dim} features, not {extractor.dim}: delete it")

@@ -29,7 +29,7 @@ def write_page(path: Path, title: str, lead: str, sections: Sequence[str]) -> Pa
         f"<style>{STYLE}</style></head><body><main><h1>{escape(title)}</h1>"
         f'<p class="lead">{escape(lead)}</p>{"".join(sections)}</main></body></html>\n'
     )
-    write_atomically(path, html.encode())
+    write_atomically(path, html.encode(errors="backslashreplace"))
     return path
 
 

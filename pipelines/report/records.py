@@ -6,17 +6,18 @@ Missing files become notes, not errors.
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ldm.charts import colour
 from ldm.config import Tree, flatten
-from ldm.errors import LdmError, UsageError
-from ldm.files import read_json
+from ldm.errors import LdmError, UsageError, try_call
 from ldm.logbook import read_rows
-from ldm.run_folder import is_finished, read_config
+from ldm.records import Count, read_each, read_tree, schema
+from ldm.run_folder import is_finished, read_config, read_run
 from pipelines.analysis.subjects import distinct_names, split_name
 from pipelines.report import page
 
@@ -38,6 +39,12 @@ SAMPLES = ("samples/*/fid*.json", "samples/*.fid*.json", "fid/*.json")
 """FIDs of a folder of samples, of an archive of samples, and of a model's own samples."""
 IRRELEVANT = ("crop", "flip", "labels", "workers")  # measurements see each image's centre, once
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+RESULT = schema(images_seen=(Count | None, None), best=(dict[str, Any] | None, None))
+MEASURED = schema(evaluations=(list[dict[str, Any]], []))
+"""A `fid.json`, or a file of `ldm eval-ae`. Its other entries are shown where they have the type
+that they should have."""
 
 
 @dataclass
@@ -71,8 +78,7 @@ class Record:
     def images_seen(self) -> int:
         """Images seen, according to the metrics and the result."""
         last = [row["images_seen"] for row in self.rows[-1:]]
-        final = (self.result or {}).get("images_seen")
-        return int(max([*last, final if isinstance(final, int) else 0]))
+        return int(max([*last, (self.result or {}).get("images_seen") or 0]))
 
     @property
     def resolution(self) -> int:
@@ -130,7 +136,8 @@ def _runs_in(path: Path) -> list[Path]:
     if not path.is_dir():
         raise LdmError(f"no folder at {path}: pass a run folder, such as runs/<time>-<preset>")
     folders = [path, *sorted(mark.parent for mark in path.glob("*/run.json"))]
-    found = [f for f in folders if (read_json(f / "run.json") or {}).get("kind") in STAGES]
+    described = read_each(folders, read_run)
+    found = [folder for folder, run in described.items() if run.kind in STAGES]
     if not found:
         raise LdmError(
             f"{path} contains no run (no readable run.json in it or one level below): pass a "
@@ -140,18 +147,25 @@ def _runs_in(path: Path) -> list[Path]:
 
 
 def _read_record(folder: Path, label: str, shade: str) -> Record:
-    notes = []
-    config = read_config(folder)
-    if config is None:
-        notes.append("config.yaml is missing or damaged: the settings are not shown.")
-    rows = read_rows(folder / "metrics.jsonl")
-    if not rows:
-        notes.append("metrics.jsonl is missing or empty: there are no curves.")
-    result = read_json(folder / "result.json")
-    if is_finished(folder) and result is None:
-        notes.append("result.json is damaged: the final numbers are not shown.")
-    described = read_json(folder / "run.json") or {}
-    return Record(folder, label, described, config or {}, rows, result, shade, notes)
+    notes: list[str] = []
+
+    def read(name: str, lost: str, call: Callable[[Path], Any], empty: Any) -> Any:
+        """The content of a file; for a damaged, missing or empty one a note of what is lost."""
+        found = try_call(call, folder if name == "config.yaml" else folder / name)
+        if isinstance(found, LdmError) or not found:
+            why = found if isinstance(found, LdmError) else f"{name} is missing or empty"
+            notes.append(f"{why}: {lost}.")
+            return empty
+        return found
+
+    config = read("config.yaml", "the settings are not shown", read_config, {})
+    rows = read("metrics.jsonl", "there are no curves", read_rows, [])
+    result = None
+    if is_finished(folder):
+        read_result = partial(read_tree, schema=RESULT)
+        result = read("result.json", "the final numbers are not shown", read_result, None)
+    described = read_tree(folder / "run.json") or {}
+    return Record(folder, label, described, config, rows, result, shade, notes)
 
 
 # ------------------------------------------------------------------------------ measurements
@@ -195,13 +209,12 @@ def _read_measurements(record: Record) -> Iterator[Measurement]:
         paths = {path for glob in globs for path in record.folder.glob(glob)}
         # the measurement with default settings has the shortest name
         for path in sorted(paths, key=lambda path: (path.parent, path.stem)):
-            tree = read_json(path) or {}
-            trees = [each for each in tree.get("evaluations", [tree]) if each]
-            for each in trees:
-                if isinstance(each, dict):
+            found = try_call(read_tree, path, MEASURED)
+            if isinstance(found, LdmError):
+                record.notes.append(f"{found}: its numbers are not shown.")
+            elif found is not None:
+                for each in found.get("evaluations") or [found]:
                     yield _measured(record, path, each, *describe(record, path, each))
-            if not trees:
-                record.notes.append(f"{path} is damaged: its numbers are not shown.")
 
 
 def _of_training(record: Record, result: Tree) -> Iterator[Measurement]:

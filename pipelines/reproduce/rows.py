@@ -26,8 +26,9 @@ from ldm.data.dataset import PHOTOS, listing_identity
 from ldm.device import name_device, resolve_device
 from ldm.distributed import join_processes
 from ldm.errors import LdmError
-from ldm.files import read_json, write_json
+from ldm.files import write_json
 from ldm.metrics.inception import FeatureExtractor, published_weights
+from ldm.records import read_tree, schema
 from ldm.run_folder import is_finished
 from pipelines.analysis.subjects import open_analysis
 from pipelines.bench import bench_encoders
@@ -197,8 +198,11 @@ def same_listing(before: str | None, now: str | None) -> bool:
     return None in (before, now) or before == now
 
 
+_NOTES = schema(seconds=(float, 0.0), listing=(str | None, None))
+
+
 def _notes(folder: Path) -> dict[str, Any]:
-    return read_json(folder / NOTES) or {}
+    return read_tree(folder / NOTES, _NOTES) or {}
 
 
 def is_main() -> bool:
@@ -348,7 +352,7 @@ def _samples(target: Target, model: Checkpoint, plan: BuildPlan) -> RowNumbers:
             features=None if protocol.published else FEATURES,
         )  # fmt: skip
     except LdmError:  # without Inception's weights: the other numbers
-        found = read_json(written)
+        found = read_tree(written)
         if not found:  # another problem
             raise
     reference, fid, why = found["reference"], found["fid"], ""

@@ -8,20 +8,21 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
-from zipfile import BadZipFile
+from typing import IO, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from accelerate import PartialState
 from numpy.typing import NDArray
+from pydantic import Field
 
 from ldm.data import open_source
 from ldm.device import name_device, resolve_device
 from ldm.distributed import from_main, join_processes
-from ldm.errors import LdmError, UsageError
-from ldm.files import Content, check_writable, read_json, to_json, write_together
+from ldm.errors import LdmError, UsageError, try_call
+from ldm.files import Content, check_writable, to_json, write_together
 from ldm.logbook import console
 from ldm.metrics.inception import SHA256, digest, published_weights
+from ldm.records import Count, checked, read_arrays, read_each, read_tree, schema
 from ldm.run_folder import provenance
 from ldm.tables import text_table
 from pipelines.analysis.subjects import open_analysis
@@ -55,6 +56,24 @@ from pipelines.sampling.sample_folder import GRID
 
 FORMAT = 3
 RECORD, EACH = "row.json", "images.npz"
+REMEASURE = "delete it to measure the row again"
+
+
+ANY = Annotated[float, Field(allow_inf_nan=True)]
+BEGUN = schema(
+    format=(Count, 0), state=(str, ""), taken=(schema(path=str, sha256=str) | None, None)
+)
+"""A record of any format."""
+RECORD_SCHEMA = schema(
+    asked=schema(trained=dict[str, dict[str, Any]], measured=dict[str, Any],
+                 listings=(dict[str, str | None], {})),
+    numbers=dict[str, ANY | Annotated[list[ANY], Field(min_length=2, max_length=2)] | None],
+    missing=dict[str, str], lacked=list[str], notes=list[str], each=list[str],
+    taken=dict[str, Any] | None, trained_in=str | None, count=Count | None, machine=str,
+    seconds=dict[str, float | None], extractor=(dict[str, Any] | None, None),
+    force=(bool | None, None), counted=(list[str], []), created=(str, ""), platform=(str, ""),
+    versions=(dict[str, str], {}),
+)  # fmt: skip
 Record = dict[str, Any]
 
 
@@ -96,7 +115,8 @@ def row_states(out: Path, row: Row) -> dict[str, str]:
     states = {}
     for scale in SCALES:
         folder = out / scale / row.table / row.name
-        done = (read_json(folder / RECORD) or {}).get("state") == "done"
+        begun_row = read_each([folder / RECORD], lambda path: read_tree(path, BEGUN))
+        done = any(found and found.get("state") == "done" for found in begun_row.values())
         # a folder without a run shares the training of another row
         runs = [path for path in folder.glob("*") if path.is_dir()]
         begun = folder.is_dir() and all(any(run.glob("state/*/state.pt")) for run in runs)
@@ -157,7 +177,7 @@ def _check_row(target: Target, plan: BuildPlan) -> _Status:
     sources = {run.recipe.data.source for run in (target.stage_one, target.training)}
     request["listings"] = {source: listing_of(source) for source in sorted(sources)}
     record = up_to_date(target, request, taken, plan)
-    before = (read_json(target.folder / RECORD) or {}).get("taken")
+    before = (read_tree(target.folder / RECORD, BEGUN, REMEASURE) or {}).get("taken")
     if taken is None and before:
         path = Path(before["path"])
         target = replace(target, taken=path)
@@ -182,9 +202,11 @@ def up_to_date(
     A row is measured again if weights that it lacked are there now, or if its numbers are
     of another Inception than now: no table mixes two. Versions decide nothing.
     """
-    record = read_json(target.folder / RECORD) or {}
+    path = target.folder / RECORD
+    record = read_tree(path, BEGUN, REMEASURE) or {}
     if record.get("format") != FORMAT or record.get("state") != "done":
         return None
+    checked(RECORD_SCHEMA, record, path, REMEASURE)
     then, before = target.complete(record["asked"]), record["taken"]
     listings = then.get("listings", {})
     current = (
@@ -297,11 +319,11 @@ def _write_record(
 
 def _read_each(folder: Path) -> dict[str, NDArray]:
     """The numbers of every image of a row; {} if there are none."""
-    try:
-        with np.load(folder / EACH, allow_pickle=False) as file:
-            return dict(file)
-    except (OSError, EOFError, ValueError, BadZipFile):
+    each = try_call(read_arrays, folder / EACH)
+    if isinstance(each, LdmError) or "k" not in each:
         return {}
+    fits = ((v.shape, v.dtype.kind in "iuf") == (each["k"].shape[:1], True) for v in each.values())
+    return each if all(fits) else {}
 
 
 def _say(text: str) -> None:

@@ -26,15 +26,23 @@ from typing import IO, Any, Literal
 import numpy as np
 from PIL import Image
 
-from ldm.config import to_tree, validate
+from ldm.config import to_tree
 from ldm.data import Batch, DataConfig, Source, evaluation_batches
 from ldm.data.dataset import open_images
-from ldm.data.shards import MANIFEST, MANIFEST_FORMAT, ShardSource, sidecar, write_shard
+from ldm.data.shards import (
+    MANIFEST,
+    MANIFEST_FORMAT,
+    SIDECAR_SCHEMA,
+    ShardSource,
+    sidecar,
+    write_shard,
+)
 from ldm.data.sources import FolderSource, ZipSource
 from ldm.data.transforms import NOT_RESIZED, CorruptImage
-from ldm.errors import LdmError
-from ldm.files import clear_partials, read_json, write_atomically, write_json
+from ldm.errors import LdmError, try_call
+from ldm.files import clear_partials, write_atomically, write_json
 from ldm.locks import ANOTHER, lock
+from ldm.records import Count, checked, read_tree, schema
 from ldm.run_folder import RUNS, provenance
 from pipelines.sampling.model import ModelSamples
 from pipelines.sampling.settings import Sampling
@@ -55,18 +63,16 @@ def image_name(i: int) -> str:
 
 
 # ------------------------------------------------------------------------------ the manifest
+_MODEL = schema(path=(str, ""))
+_MANIFEST = schema(  # older ones lack some keys
+    n=(Count, 0), model=(_MODEL, {}), weaker=(_MODEL | None, None), data=(dict[str, Any], {}),
+    files=(Files, "png"),
+)  # fmt: skip
+
+
 def read_manifest(folder: Path, advice: str) -> dict[str, Any] | None:
     """Read a folder's `samples.json`, if there is one; `advice` ends the error of a damaged one."""
-    path = folder / SAMPLES
-    if not path.is_file():
-        return None
-    kinds = {"n": int, "model": dict, "weaker": dict | None, "data": dict, "files": str}
-    manifest = read_json(path)
-    if manifest is None or not all(
-        isinstance(manifest[key], kind) for key, kind in kinds.items() if key in manifest
-    ):
-        raise LdmError(f"{path} is damaged: {advice}")
-    return manifest
+    return read_tree(folder / SAMPLES, _MANIFEST, advice)
 
 
 def open_for_writing(out: Path, settings: Mapping[str, Any], held: ExitStack) -> int:
@@ -175,7 +181,7 @@ class SampleStore:
             self._pack(archive, folders)
         if self.files == "zip":
             return
-        shards = [read_json(sidecar(tar)) or {} for tar in self._archives()]
+        shards = [read_tree(sidecar(tar), SIDECAR_SCHEMA) or {} for tar in self._archives()]
         count = sum(shard["count"] for shard in shards)
         splits = {"train": {"count": count, "shards": shards}, "val": {"count": 0, "shards": []}}
         manifest = {
@@ -270,9 +276,9 @@ def _write_zip(images: Packed, label: Callable[[int], int], file: IO[bytes]) -> 
 
 def _is_described(tar: Path) -> bool:
     """Test for a sidecar that is whole and of this shard."""
-    note = read_json(sidecar(tar)) or {}
-    about = (note.get("name"), note.get("bytes")) == (tar.name, tar.stat().st_size)
-    return about and {"count", "sha256"} <= note.keys()
+    note = try_call(read_tree, sidecar(tar), SIDECAR_SCHEMA)
+    about = (tar.name, tar.stat().st_size)
+    return isinstance(note, dict) and (note["name"], note["bytes"]) == about
 
 
 # ------------------------------------------------------------------------------ reading
@@ -400,4 +406,4 @@ Samples = SampleFolder | ModelSamples
 def trained_on(samples: Samples) -> DataConfig | None:
     """Return the training data of the samples' model, if they name it."""
     data = (samples.made_with or {}).get("data")
-    return None if data is None else validate(DataConfig, data)
+    return None if data is None else checked(DataConfig, data, samples.what, entry="data")

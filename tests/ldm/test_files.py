@@ -9,9 +9,7 @@ from ldm.files import (
     finish_set,
     open_regular,
     read_bytes,
-    read_json,
     write_atomically,
-    write_json,
     write_together,
 )
 
@@ -94,16 +92,6 @@ def test_write_together_replaces_all_or_none(tmp_path, monkeypatch):
     assert paths[0].read_bytes() == b"new" and not paths[1].exists()
     assert finish_set(tmp_path) and not finish_set(tmp_path)
     assert paths[1].read_bytes() == b"new" and sorted(tmp_path.iterdir()) == sorted(paths)
-
-
-def test_read_json_gives_an_object_or_none(tmp_path):
-    path = tmp_path / "a.json"
-    assert read_json(path) is None and read_json(tmp_path) is None
-    write_json(path, {"größe": 1})
-    assert read_json(path) == {"größe": 1}
-    for other in (b"[1]", b"{", b"\xff", b""):
-        path.write_bytes(other)
-        assert read_json(path) is None
 
 
 def test_a_path_that_cannot_be_written_is_refused_and_nothing_is_created(tmp_path):

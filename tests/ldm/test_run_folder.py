@@ -126,7 +126,7 @@ FOREIGN = [b"[]", b"null", b"{", '{"kind": "é"}'.encode("latin-1")]
 
 
 @pytest.mark.parametrize("content", FOREIGN)
-def test_an_invalid_run_json_is_ignored(tmp_path, content):
+def test_a_damaged_run_json_is_skipped_by_a_scan_and_named(tmp_path, content, capsys):
     foreign = tmp_path / "runs" / "x"
     foreign.mkdir(parents=True)
     (foreign / "run.json").write_bytes(content)
@@ -134,17 +134,19 @@ def test_an_invalid_run_json_is_ignored(tmp_path, content):
     assert new_or_unfinished("autoencoder", "tiny", Recipe(), None) != foreign
     with pytest.raises(LdmError, match="no autoencoder run"):
         newest_run("autoencoder")
-    with pytest.raises(LdmError, match="holds no run"):
+    assert capsys.readouterr().err.count("skipped: runs/x/run.json is damaged") == 1
+    with pytest.raises(LdmError, match=r"run\.json is damaged"):
         new_or_unfinished("autoencoder", "tiny", Recipe(), foreign)
 
 
 @pytest.mark.parametrize(
     "content", [b"[1]", b"", b"{", "a: é".encode("latin-1"), b"1-2: 2024-99-99"]
 )
-def test_a_damaged_config_yaml_differs(content):
+def test_a_damaged_config_yaml_is_named(content):
     first = new_or_unfinished("autoencoder", "tiny", Recipe(), None)
     (first / "config.yaml").write_bytes(content)
-    assert differences(first, Recipe()) == ["config.yaml"]
+    with pytest.raises(LdmError, match=r"config\.yaml is damaged"):
+        differences(first, Recipe())
     assert new_or_unfinished("autoencoder", "tiny", Recipe(), None) != first
 
 

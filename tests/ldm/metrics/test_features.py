@@ -275,7 +275,7 @@ def test_a_damaged_file(tmp_path, place):
     filled(range(50), 16).save(path, {"data": "photos"})
     whole = path.read_bytes()
     path.write_bytes(whole[: int(place * len(whole))])
-    assert "is damaged or no file of features: delete it" in error_of(path)
+    assert "is damaged" in error_of(path)
 
 
 def test_a_flipped_bit(tmp_path):
@@ -292,11 +292,11 @@ def test_a_flipped_bit(tmp_path):
 def test_other_files(tmp_path):
     path = tmp_path / "features.npz"
     np.savez(path, mu=np.zeros(3), sigma=np.eye(3))
-    assert "no file of features" in error_of(path)
+    assert "is damaged" in error_of(path)
     np.save(path.open("wb"), np.zeros(3))
-    assert "no file of features" in error_of(path)
+    assert "is damaged" in error_of(path)
     path.write_bytes(pickle.dumps({"mu": 1}))
-    assert "no file of features" in error_of(path)
+    assert "is damaged" in error_of(path)
 
 
 def rewritten(path, **changes) -> None:

@@ -172,7 +172,7 @@ def test_missing_files_become_notes(tmp_path, report):
     (drawn / "pictures" / "recon-00000008.png").write_bytes(b"")  # not the newest
     text = report(whole, bare, drawn)
     assert "metrics.jsonl is missing or empty" in text and "not finished, 0 images seen" in text
-    assert "config.yaml is missing or damaged" in text
+    assert "config.yaml is missing or empty" in text
     shown = part(text, "Reconstructions")
     assert "config.yaml does not record the data: use --data" in shown
     missing = "drawn holds no ckpt.pt: its run has not written a model yet"

@@ -105,7 +105,7 @@ def test_unfinished_sampling_is_refused(sampled):
 )
 def test_damaged_manifest_is_refused(sampled, text):
     (sampled / "samples.json").write_text(text)
-    assert "samples.json is damaged: delete it" in refused(sampled)
+    assert "samples.json is damaged" in refused(sampled)
 
 
 def test_compressed_images_are_refused(tmp_path):

@@ -1,0 +1,187 @@
+"""Files that we read back: JSON, arrays and what they hold, checked before any of it is used.
+
+A file is read up to a stated size, as a regular file, and compared with a schema. A damaged one is
+an `LdmError` of one line that names the file and the entry. Unknown keys are kept, as those of
+other versions; keys that a schema gives a default may be missing.
+"""
+
+import io
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, cast
+from zipfile import ZipFile
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from ldm.errors import LdmError, try_call
+from ldm.files import open_regular, read_bytes
+
+LIMIT = 2**26
+"""Bytes of a JSON file, and bytes by which arrays may be larger than their compressed file."""
+LEVELS = 64
+"""Sections within sections, in JSON and YAML."""
+BITS = 512
+"""Of an integer, in JSON and YAML: as a float it is finite."""
+RESTORE = "restore it or delete it"
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+FileName = Annotated[str, Field(pattern=r"^[^/\\\x00]+$")]
+"""Name of a file in the same folder."""
+
+
+class Schema(BaseModel):
+    """Base of the schemas: strict about types, with finite numbers, open to other keys."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def schema(**entries: Any) -> type[Schema]:
+    """A schema of entries and their types; (type, default) where an entry may be missing."""
+    fields = {k: kind if isinstance(kind, tuple) else (kind, ...) for k, kind in entries.items()}
+    return create_model("Record", __base__=Schema, **fields)  # type: ignore[no-any-return,call-overload]
+
+
+SchemaT = TypeVar("SchemaT", bound=BaseModel)
+T = TypeVar("T")
+
+
+# ------------------------------------------------------------------------------------- JSON
+def read_record(path: Path, schema: type[SchemaT], advice: str = RESTORE) -> SchemaT | None:
+    """Read and check the JSON object in a file; None if there is no file."""
+    tree = read_json(path, advice)
+    return None if tree is None else checked(schema, tree, path, advice)
+
+
+def read_tree(
+    path: Path, schema: type[BaseModel] = Schema, advice: str = RESTORE
+) -> dict[str, Any] | None:
+    """As `read_record`, but return the file's own keys and values."""
+    tree = read_json(path, advice)
+    if tree is not None:
+        checked(schema, tree, path, advice)
+    return cast(dict[str, Any] | None, tree)
+
+
+def read_json(path: Path, advice: str = RESTORE, limit: int = LIMIT) -> Any:
+    """Read the JSON in a file; None if there is no file. `advice` ends the error of a damaged one.
+
+    Raises:
+        LdmError: the file is damaged, larger than `limit`, or no regular file.
+    """
+    try:
+        data = read_bytes(path, limit)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:  # a path may hold a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise LdmError(f"could not read {path} ({reason}): {advice}") from error
+    try:
+        if (tree := parse_json(data)) is None:
+            raise ValueError("it holds null")
+    except ValueError as error:
+        raise LdmError(f"{path} is damaged ({error}): {advice}") from error
+    return tree
+
+
+def parse_json(text: bytes | str) -> Any:
+    """Parse JSON of bounded depth and numbers; a ValueError says what is wrong."""
+    try:
+        tree = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"nested deeper than {LEVELS} levels") from error
+    except UnicodeDecodeError as error:
+        raise ValueError("not UTF-8") from error
+    except ValueError as error:  # syntax, or an integer of thousands of digits
+        raise ValueError(f"not JSON: {str(error).partition(';')[0]}") from error
+    check_bounds(tree)
+    return tree
+
+
+def check_bounds(tree: Any) -> None:
+    """Raise a ValueError for a tree that is too deep or holds an integer of too many digits."""
+    layer = [tree]
+    for _ in range(LEVELS):
+        if any(isinstance(value, int) and value.bit_length() > BITS for value in layer):
+            raise ValueError("a number is too large")
+        layer = [
+            value
+            for inner in layer
+            if isinstance(inner, dict | list)
+            for value in (inner.values() if isinstance(inner, dict) else inner)
+        ]
+        if not layer:
+            return
+    raise ValueError(f"nested deeper than {LEVELS} levels")
+
+
+def checked(
+    schema: type[SchemaT], tree: Any, path: object, advice: str = RESTORE, entry: str = ""
+) -> SchemaT:
+    """Validate a tree read from a file; an LdmError names the file and the entry."""
+    try:
+        return schema.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where = ".".join(filter(None, (entry, *map(str, first["loc"]))))
+        wrong = first["msg"].partition(" or instance of ")[0]
+        wrong = wrong[:1].lower() + wrong[1:]
+        raise LdmError(
+            f"{path} is damaged: {f'{where}: ' if where else ''}{wrong}: {advice}"
+        ) from error
+
+
+# ----------------------------------------------------------------------------------- arrays
+def read_arrays(path: Path, advice: str = RESTORE) -> dict[str, NDArray[Any]]:
+    """Read the arrays of a `.npz` by their names; an LdmError if it is absent or damaged."""
+    try:
+        with open_regular(path) as file, ZipFile(file) as pack:
+            members = pack.infolist()
+            size = file.seek(0, io.SEEK_END)
+            if sum(member.file_size for member in members) > size + LIMIT:
+                raise ValueError("its arrays are larger than the file")
+            return {m.filename.removesuffix(".npy"): parse_array(pack.read(m)) for m in members}
+    except OSError as error:
+        raise LdmError(f"could not read {path} ({error.strerror or error}): {advice}") from error
+    except Exception as error:  # zipfile and NumPy raise nearly anything
+        raise LdmError(f"{path} is damaged ({_brief(error)}): {advice}") from error
+
+
+def parse_array(data: bytes) -> NDArray[Any]:
+    """Read the array in the bytes of a `.npy`; a ValueError unless its header fits them."""
+    file = io.BytesIO(data)
+    is_first = npy.read_magic(file) == (1, 0)
+    read_header = npy.read_array_header_1_0 if is_first else npy.read_array_header_2_0
+    shape, _, kind = read_header(file)
+    held = len(data) - file.tell()
+    if min(shape, default=0) < 0 or kind.hasobject or math.prod(shape) * kind.itemsize != held:
+        raise ValueError("an array's header does not fit its data")
+    return np.load(io.BytesIO(data), allow_pickle=False)
+
+
+def _brief(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".:") or type(error).__name__
+
+
+# ------------------------------------------------------------------------------------ scans
+_named: set[str] = set()
+SHOWN = 3
+
+
+def read_each(paths: Iterable[Path], read: Callable[[Path], T]) -> dict[Path, T]:
+    """Read what can be read of several files or folders; name the others on standard error, each
+    once."""
+    results = {path: try_call(read, path) for path in paths}
+    errors = dict.fromkeys(str(r) for r in results.values() if isinstance(r, LdmError))
+    new = [text for text in errors if text not in _named]
+    _named.update(new)
+    for text in new[:SHOWN]:
+        print(f"note: skipped: {text}", file=sys.stderr)
+    if len(new) > SHOWN:
+        print(f"note: and {len(new) - SHOWN} more that cannot be read", file=sys.stderr)
+    return {path: r for path, r in results.items() if not isinstance(r, LdmError)}
