@@ -76,6 +76,9 @@ def outlast_console() -> None:
 
     A signal that is ignored, as a hangup under nohup, stays ignored: the job goes on in silence.
     """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:  # closed: no file may get its number,
+        os.set_inheritable(number, True)  # into which a library then prints
+    os.close(number)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if type(stream) is not io.TextIOWrapper:  # none, or one that a caller put there

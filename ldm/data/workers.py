@@ -17,7 +17,6 @@ import os
 import pickle
 import signal
 import socket
-import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
@@ -222,10 +221,8 @@ def _process_type() -> Any:
 
 
 def _block_signals() -> None:
-    """Block signals that stop a job in this thread, and in the processes that it starts.
-
-    Ctrl-C and a cluster's warning reach all processes of a job; the parent handles them.
-    """
+    """Block the signals that stop a job in this thread and in the processes that it starts: a
+    terminal and a cluster send them to all processes of a job, and the parent handles them."""
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
         resource_tracker.ensure_running()  # unblocks them when it starts its process
@@ -284,24 +281,24 @@ def _serve(connection: socket.socket, pickled: bytes) -> None:
 
 
 def _end_with_parent() -> None:
-    """Let this process end when its parent does; the socket's end is noticed between two pieces
-    of work alone."""
+    """End this process when its parent does, even amid a piece of work."""
     parent: Any = parent_process()
-    watched = [parent.sentinel]  # a pipe whose other end the parent holds, perhaps with children
+    pipe = parent.sentinel  # whose other end the parent holds, perhaps with children
+    watched = [pipe]
     with suppress(AttributeError, OSError):
         watched.append(os.pidfd_open(parent.pid))
+    with suppress(ImportError, AttributeError, OSError):
+        import fcntl
+
+        # on Linux, the kernel ends this process, even if it is stopped or holds the GIL
+        fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(pipe, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
 
     def watch() -> None:
         wait(watched)
         os._exit(1)
 
-    if sys.platform == "linux":  # the kernel ends a process that is stopped, or holds the GIL
-        import fcntl
-
-        fcntl.fcntl(parent.sentinel, fcntl.F_SETOWN, os.getpid())
-        fcntl.fcntl(parent.sentinel, fcntl.F_SETSIG, signal.SIGKILL)
-        flags = fcntl.fcntl(parent.sentinel, fcntl.F_GETFL)
-        fcntl.fcntl(parent.sentinel, fcntl.F_SETFL, flags | os.O_ASYNC)
     Thread(target=watch, daemon=True).start()
 
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from ldm import console
 from ldm.console import HANGUP, LastingOutput, outlast_console
 from tests.small import ROOT
 
@@ -84,3 +85,24 @@ def test_an_ignored_hangup_stays_ignored():
         _, err = process.communicate()
     lost = "standard output is lost (No space left on device)\n"
     assert (process.returncode, err.decode()) == (0, f"{lost}after")
+
+
+def test_the_first_signal_is_the_exit_status(monkeypatch):
+    monkeypatch.setattr(console, "received", [])
+    assert console.exit_status() == 130
+    for number in (signal.SIGTERM, HANGUP, signal.SIGINT, signal.SIGINT):
+        assert not console.receive(number)
+    assert console.receive(signal.SIGINT)  # the third Ctrl-C
+    assert console.exit_status() == 143
+
+
+def test_a_file_never_gets_the_number_of_a_closed_output():
+    """A library that prints would write into it."""
+    code = (
+        "import os, sys; from ldm.console import outlast_console; outlast_console()\n"
+        "sys.exit(min(os.open(os.devnull, os.O_RDONLY) for _ in range(9)))"
+    )
+    process = subprocess.Popen(
+        ["sh", "-c", 'exec "$@" 0<&- 1>&- 2>&-', "sh", sys.executable, "-c", code], cwd=ROOT
+    )
+    assert process.wait(60) == 3
