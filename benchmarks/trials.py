@@ -80,7 +80,7 @@ class Outcome:
     @property
     def unexpected(self) -> bool:
         """True if the command did not end as its own code says: a traceback, a crash."""
-        signs = ("(unexpected", "Traceback (most", "MemoryError")
+        signs = ("(unexpected: --debug", "Traceback (most", "MemoryError")
         return self.code not in (0, 1, 2, 130) or any(sign in self.text for sign in signs)
 
     @property
@@ -206,7 +206,7 @@ def _main() -> int:
     exit_with_error = cli._exit_with_error
 
     def locating(text: str, code: int) -> NoReturn:
-        if "(unexpected" in text:
+        if "(unexpected: --debug" in text:
             frames = traceback.extract_tb(sys.exc_info()[2])
             ours = [f for f in frames if any(f"/{name}/" in f.filename for name in PACKAGES)]
             text += f" [{_place(ours[-1])}, by {_place(frames[-1])}]"

@@ -82,7 +82,7 @@ def test_needs_may_be_copied_to_other_places(tmp_path):
         (outcome(70, "Traceback (most recent call last):\n"), "unexpected"),
         (outcome(-11), "unexpected"),
         (outcome(None), "hung"),
-        (outcome(1, "error: MemoryError: (unexpected)\n"), "memory"),
+        (outcome(1, "error: MemoryError: (unexpected: --debug shows where)\n"), "memory"),
     ],
 )
 def test_ends_are_judged(ended, verdict, tmp_path):
