@@ -37,7 +37,7 @@ FAKE_DIM = 8
 """Features of the stand-in for Inception: matrix roots of 2048 take seconds."""
 MEMORY = 3 << 30
 """Bytes that a command may take beyond what its parent has."""
-VOLATILE = {"created", "versions", "command", "images_per_second", "seconds", "platform", "speed"}
+VOLATILE = {"created", "versions", "command", "images_per_second", "seconds", "platform"}
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -329,12 +329,12 @@ def _read(path: Path) -> Any:
 
     match path.suffix:
         case ".pt" | ".ckpt":
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return _unsigned(torch.load(path, map_location="cpu", weights_only=True))
         case ".safetensors":
             with safe_open(path, "pt") as file:
                 metadata = dict(file.metadata() or {})
             if "ldm" in metadata:
-                metadata["ldm"] = json.loads(metadata["ldm"])
+                metadata["ldm"] = _unsigned(json.loads(metadata["ldm"]))
             return [metadata, load_file(path)]
         case ".npz":
             with np.load(path) as arrays:
@@ -349,6 +349,13 @@ def _read(path: Path) -> Any:
                 r"\d{4}-\d\d-\d\d[T ][\d:+]+|[\d.]+ images/s", "", path.read_text("utf-8")
             )
     return path.read_bytes()
+
+
+def _unsigned(tree: Any) -> Any:
+    """A model file without its hash, which is over the time of its making, too."""
+    if isinstance(tree, dict) and "kind" in tree:
+        return {key: _unsigned(value) for key, value in tree.items() if key != "sha256"}
+    return tree
 
 
 def _hash(value: Any) -> str:
