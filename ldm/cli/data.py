@@ -78,7 +78,7 @@ def check(
 
     ldm data check data/ffhq256
     """
-    from ldm.data.prepare import check
+    from ldm.data.shards import check
 
     manifest, faults = check(folder)
     for fault in faults:

@@ -6,39 +6,27 @@ not at all. The same call resumes an interrupted preparation, and gives the same
 
 import io
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, cast, get_args
+from typing import Annotated, Any, NamedTuple, get_args
 
 from PIL import Image
 from pydantic import Field
 
-from ldm.data.dataset import HASHED_AT_ONCE, open_images
+from ldm.data.dataset import open_images
 from ldm.data.loader import FaultCount
-from ldm.data.shards import (
-    MANIFEST,
-    MANIFEST_FORMAT,
-    PNG,
-    SHARD,
-    SIDECAR_SCHEMA,
-    index_shard,
-    read_manifest,
-    sidecar,
-    write_shard,
-)
+from ldm.data.shards import MANIFEST, MANIFEST_FORMAT, PNG, SHARD, sidecar, write_shard
 from ldm.data.sources import Indices, Source, held_out_count, printable, split_indices
 from ldm.data.transforms import NOT_RESIZED, CorruptImage, Filter, center_crop
 from ldm.data.workers import load_in_workers
 from ldm.errors import LdmError, UsageError, check_at_least
-from ldm.files import check_writable, open_regular, write_json
+from ldm.files import check_writable, write_json
 from ldm.logbook import show_progress
-from ldm.records import Count, checked, read_tree, schema
+from ldm.records import Count, read_tree, schema
 
 Report = dict[str, Any]
 """Description of a shard, as in the sidecar beside it."""
@@ -236,47 +224,3 @@ def _read_report(tar: Path, settings: dict[str, Any]) -> Report | None:
             "choose another destination, or empty this one"
         )
     return report if tar.is_file() and tar.stat().st_size == report["bytes"] else None
-
-
-# --------------------------------------------------------------------------------- checking
-def check(folder: str | Path) -> tuple[dict[str, Any], list[str]]:
-    """Compare the shards in a folder with their manifest; return it, and a line for each fault.
-
-    Every byte of the shards is read; no image is decoded.
-    """
-    folder = Path(folder).expanduser()
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise LdmError(f"{folder} has no {MANIFEST} of `ldm data prepare`: give prepared data")
-    shards = [s for split in ("train", "val") for s in manifest["splits"][split]["shards"]]
-    for shard in shards:
-        checked(SIDECAR_SCHEMA, shard, folder / MANIFEST, entry=shard["name"])
-    faults: list[str] = []
-    progress = show_progress("checking", len(shards), unit="shards")
-    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool, progress as advance:
-        for fault in pool.map(partial(_fault, folder), shards):
-            faults += [fault] if fault else []
-            advance(1)
-    count, names = sum(shard["count"] for shard in shards), {shard["name"] for shard in shards}
-    if count != (total := manifest.get("count")):
-        faults.append(f"{folder / MANIFEST} counts {total} images, its shards {count}")
-    if len(names) < len(shards):
-        faults.append(f"{folder / MANIFEST} lists a shard twice")
-    return manifest, faults
-
-
-def _fault(folder: Path, shard: Mapping[str, Any]) -> str | None:
-    path, again = folder / shard["name"], "delete it, then repeat the command that wrote it"
-    try:
-        with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != shard["bytes"]:
-                return f"{path} has {size:,} bytes, not {shard['bytes']:,}: {again}"
-            if file_digest(cast(Any, file), "sha256").hexdigest() != shard["sha256"]:
-                return f"{path} holds other bytes than were written (SHA-256): {again}"
-        index_shard(path, shard["count"])
-    except OSError as error:
-        return f"{path} cannot be read ({error.strerror}): {again}"
-    except LdmError as error:
-        return str(error)
-    return None

@@ -5,9 +5,12 @@ than reading in sequence. The file is opened anew for each image, so no handle i
 processes. A class is a number in a `.cls` member beside its image, read with the index.
 """
 
+import os
 import re
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from hashlib import file_digest
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple, cast
@@ -18,6 +21,7 @@ from ldm.data.sources import Source
 from ldm.data.transforms import MAX_BYTES, SUFFIXES, CorruptImage, decode, is_image
 from ldm.errors import LdmError, UsageError
 from ldm.files import HeaderReader, open_regular, write_atomically, write_json
+from ldm.logbook import show_progress
 from ldm.records import Count, FileName, checked, read_json, schema
 
 MANIFEST = "manifest.json"
@@ -256,3 +260,43 @@ def write_shard(tar: Path, images: Iterable[PNG], report: dict[str, Any]) -> Non
 def sidecar(tar: Path) -> Path:
     """Path of the description of a shard, beside it."""
     return tar.with_name(tar.stem + SIDECAR)
+
+
+# --------------------------------------------------------------------------------- checking
+def check(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """Compare the shards in a folder with its manifest; return that, and a line for each fault.
+
+    Every byte of the shards is read; no image is decoded.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise LdmError(f"{folder} has no {MANIFEST} of `ldm data prepare`: give prepared data")
+    shards = [shard for split in ("train", "val") for shard in manifest["splits"][split]["shards"]]
+    for shard in shards:
+        checked(SIDECAR_SCHEMA, shard, folder / MANIFEST, entry=shard["name"])
+    progress = show_progress("checking", len(shards), unit="shards")
+    faults: list[str] = []
+    with ThreadPoolExecutor() as pool, progress as advance:
+        for fault in pool.map(partial(_fault, folder), shards):
+            faults += [fault] if fault else []
+            advance(1)
+    if (count := sum(shard["count"] for shard in shards)) != (total := manifest.get("count")):
+        faults.append(f"{folder / MANIFEST} counts {total} images, its shards {count}")
+    return manifest, faults
+
+
+def _fault(folder: Path, shard: Mapping[str, Any]) -> str | None:
+    path, again = folder / shard["name"], "delete it, then repeat the command that wrote it"
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != shard["bytes"]:
+                return f"{path} has {size:,} bytes, not {shard['bytes']:,}: {again}"
+            if file_digest(cast(Any, file), "sha256").hexdigest() != shard["sha256"]:
+                return f"{path} holds other bytes than were written (SHA-256): {again}"
+        index_shard(path, shard["count"])
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror}): {again}"
+    except LdmError as error:
+        return str(error)
+    return None
