@@ -55,14 +55,22 @@ def try_call(call: Callable[..., T], *args: object, **options: object) -> "T | L
         return error
 
 
+MOST = dict.fromkeys(("resolution", "size", "batch_size", "batch", "timed"), 2**14)
+MOST |= {"workers": 2**10, "n": 10**7}
+"""Largest values of options by which memory is requested; of others a billion."""
+
+
 def check_at_least(least: int, **options: int | None) -> None:
-    """Raise a UsageError for an option below its least value, named as on the command line.
+    """Raise a UsageError for an option that is below its least value, or absurdly large.
 
     `batch_size=0` is reported as `--batch-size 0`; None passes.
     """
     for name, value in options.items():
+        option, most = f"--{name.replace('_', '-')} {value}", MOST.get(name, 10**9)
         if value is not None and value < least:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+            raise UsageError(f"{option}: must be at least {least}")
+        if value is not None and value > most:
+            raise UsageError(f"{option}: must be at most {most:,}")
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:

@@ -85,7 +85,8 @@ def evaluate_checkpoints(
             weights cannot be read; held-out images were trained on; or numbers are not finite.
     """
     how = MeasureOptions(batch_size=batch_size, **options)
-    check_at_least(1, resolution=min(resolutions or [1]))
+    for resolution in resolutions or ():
+        check_at_least(1, resolution=resolution)
     ranks, device = join_processes(str(how.device))
     keep_freed_memory(device)
     chosen = list(dict.fromkeys(map(Path, models)))

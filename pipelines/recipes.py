@@ -31,6 +31,8 @@ from ldm.run import RunConfig
 from ldm.run_folder import differences, newest_run, preset_of, read_config, unfinished_runs
 from ldm.seeds import normal, uniform
 
+BatchSize = Annotated[int, Field(gt=0, le=65_536)]
+
 
 class Phase(Config):
     """A part of training at one resolution; networks and optimisers are carried over."""
@@ -48,7 +50,7 @@ class AutoencoderRecipe(AutoencoderConfig):
     """Phases of training in order: [{resolution: 128, steps: 100000}, …]."""
     data: DataConfig = DataConfig()
     """Training and held-out images."""
-    batch_size: PositiveInt = 16
+    batch_size: BatchSize = 16
     """Images per step, over all processes and accumulated micro-batches."""
     accumulate: PositiveInt = 1
     """Micro-batches per step, to fit a batch into less memory."""
@@ -149,7 +151,7 @@ class DiffusionRecipe(Config):
     all."""
     steps: PositiveInt = 500_000
     """Optimiser steps."""
-    batch_size: PositiveInt = 48
+    batch_size: BatchSize = 48
     """Images per step, over all processes and accumulated micro-batches."""
     accumulate: PositiveInt = 1
     """Micro-batches per step, to fit a batch into less memory."""

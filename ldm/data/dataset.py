@@ -11,7 +11,7 @@ from pydantic import Field
 from ldm.config import Config
 from ldm.data.shards import ShardSource, open_shards, read_manifest
 from ldm.data.sources import FolderSource, PhotoSource, Source, Split, ZipSource, take_split
-from ldm.errors import LdmError, UsageError
+from ldm.errors import LdmError, UsageError, check_at_least
 from ldm.files import open_regular
 from ldm.logbook import show_progress
 
@@ -37,7 +37,7 @@ class DataConfig(Config):
     """Images held out for validation, the last by name; with labels every n-th by name, so that
     every class is represented. Default: the manifest's number, else 10,000 of FFHQ's 70,000, 5,000
     of CelebA-HQ's 30,000, else one in twenty, up to 10,000."""
-    workers: Annotated[int, Field(ge=0)] = 4
+    workers: Annotated[int, Field(ge=0, le=1024)] = 4
     """Loader processes per GPU; 0 loads in the training process, as the photographs always do."""
 
 
@@ -47,6 +47,7 @@ def open_source(config: DataConfig, split: Split, resolution: int) -> Source:
     `resolution` is the side of the images that will be cut, in pixels; 1 if it is not known yet.
     The tiles of the built-in photographs depend on it.
     """
+    check_at_least(1, resolution=resolution)
     if config.source == PHOTOS:
         if config.held_out is not None:
             raise UsageError(

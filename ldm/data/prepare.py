@@ -65,7 +65,7 @@ def prepare(
         `NOT_RESIZED` if every image had its size already.
     """
     path, destination = Path(source_path).expanduser(), Path(destination).expanduser()
-    _check(path, destination, filter, size, shard_size)
+    _check(path, destination, filter, size, shard_size, workers)
     source = open_images(path, labels)
     names = [source.name(i).removeprefix(f"{path}/") for i in range(len(source))]
     held_out = held_out_count(len(source), held_out)
@@ -96,10 +96,13 @@ def prepare(
     return manifest
 
 
-def _check(source: Path, destination: Path, filter: Filter, size: int, shard_size: int) -> None:
+def _check(
+    source: Path, destination: Path, filter: Filter, size: int, shard_size: int, workers: int | None
+) -> None:
     if filter not in get_args(Filter):
         raise UsageError(f"no filter '{filter}': choose one of {', '.join(get_args(Filter))}")
     check_at_least(1, size=size, shard_size=shard_size)
+    check_at_least(0, workers=workers)
     if not source.exists():
         raise LdmError(f"{source} does not exist: give a folder of images, a .zip or a .tar")
     if destination.exists() and not destination.is_dir():

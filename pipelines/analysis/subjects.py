@@ -122,7 +122,7 @@ def open_analysis(
 
     Data and resolution (pixels) default to those of the models' training.
     """
-    check_at_least(1, batch_size=batch_size)
+    check_at_least(1, batch_size=batch_size, resolution=resolution)
     ranks, where = join_processes(device)
     with fail_together(ranks):
         subjects, recipes = [], {}

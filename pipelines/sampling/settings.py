@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffusion.schedules import SCHEDULES
 from ldm.config import Config, to_tree
-from ldm.errors import UsageError
+from ldm.errors import MOST, UsageError
 from ldm.seeds import generator
 
 UpToInfinity = Annotated[  # JSON has no infinity: it is written as "inf"
@@ -107,6 +107,8 @@ def integer(name: str, value: Any, least: int | None = None) -> int:
         raise UsageError(f"{name}{value!r}: it must be a whole number") from error
     if least is not None and number < least:
         raise UsageError(f"{name}{value}: it must be at least {least}")
+    if least is not None and number > (most := MOST["batch_size" if "batch" in name else "n"]):
+        raise UsageError(f"{name}{value}: it must be at most {most:,}")
     return number
 
 
