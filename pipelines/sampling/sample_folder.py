@@ -49,7 +49,7 @@ from pipelines.sampling.settings import Sampling
 
 Files = Literal["png", "shards", "zip"]
 SAMPLES, LABELS, ZIP = "samples.json", "labels.json", "samples.zip"
-LOSSY = {".jpg", ".jpeg", ".webp"}
+LOSSY = {".jpg", ".jpeg", ".webp", ".avif", ".gif"}
 ARCHIVES = {".zip", ".tar"}
 GRID, NEIGHBOURS = "grid.png", "neighbours.png"
 """Sheets that our commands write beside samples; they are not samples."""
