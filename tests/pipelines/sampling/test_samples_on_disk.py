@@ -248,9 +248,10 @@ def test_archives_need_to_be_allowed(tmp_path):
             SampleFolder(tmp_path / name, archives=name.startswith("gone"))
 
 
-def test_archives_with_compressed_images_are_refused(tmp_path):
-    with pytest.raises(LdmError, match=r"x.zip holds compressed images \(b.jpg\)"):
-        SampleFolder(zip_of(tmp_path / "x.zip", ["a.png", "b.jpg"]), archives=True)
+@pytest.mark.parametrize("name", ["b.jpg", "b.JPEG", "b.webp", "b.avif", "b.gif"])
+def test_archives_with_compressed_images_are_refused(name, tmp_path):
+    with pytest.raises(LdmError, match=rf"x.zip holds compressed images \({name}\)"):
+        SampleFolder(zip_of(tmp_path / "x.zip", ["a.png", name]), archives=True)
 
 
 def test_damaged_or_empty_archives_are_refused(tmp_path):
