@@ -136,7 +136,7 @@ def saved(folder) -> list[int]:
 )
 def test_the_state_is_saved_whatever_signals_follow(job, first, again, status, inputs, tmp_path):
     process = start(job, first if first == "lost" else int(first), again, inputs, tmp_path)
-    errors = process.communicate(timeout=120)[1]
+    errors = process.communicate(timeout=240)[1]
     assert process.returncode == status, errors
     assert errors.splitlines()[-1].endswith("run the same command to resume"), errors
     assert saved(tmp_path / "out") == [8, 12]
@@ -146,7 +146,7 @@ def test_the_state_is_saved_whatever_signals_follow(job, first, again, status, i
 
 def test_a_third_ctrl_c_aborts_the_saving_and_leaves_the_state_before_it(inputs, tmp_path):
     process = start("train-ae", int(SIGINT), [SIGINT, SIGINT], inputs, tmp_path)
-    errors = process.communicate(timeout=120)[1]
+    errors = process.communicate(timeout=240)[1]
     assert (process.returncode, errors.splitlines()[-1]) == (130, "interrupted")
     assert saved(tmp_path / "out") == [8]
 
@@ -157,7 +157,7 @@ def test_a_third_ctrl_c_aborts_the_saving_and_leaves_the_state_before_it(inputs,
 )
 def test_other_jobs_keep_their_finished_files(job, first, status, inputs, tmp_path):
     process = start(job, first if first == "lost" else int(first), [], inputs, tmp_path)
-    errors = process.communicate(timeout=120)[1]
+    errors = process.communicate(timeout=240)[1]
     assert process.returncode == status, errors
     assert errors.splitlines()[-1:] in ([], ["interrupted"]) or first == "lost"
     pattern = {"sample": "img*.png", "data": "*.tar"}[job]
@@ -171,11 +171,11 @@ def test_all_processes_of_torchrun_exit_alike(to, inputs, tmp_path):
     first, number = (int(SIGTERM), SIGTERM) if to == "one process" else ("wait", SIGINT)
     process = start("train-ae", first, [], inputs, tmp_path, processes=2)
     if to == "all":
-        until = time.monotonic() + 120
+        until = time.monotonic() + 240
         while not (tmp_path / "step").exists() and time.monotonic() < until:
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)
-    errors = process.communicate(timeout=120)[1]
+    errors = process.communicate(timeout=240)[1]
     statuses = [(tmp_path / f"status-{rank}").read_text() for rank in range(2)]
     assert statuses == [str(128 + number)] * 2, errors[-3000:]
     assert saved(tmp_path / "out")[-1] % 4 == 0 and saved(tmp_path / "out")[-1] >= 12

@@ -169,7 +169,7 @@ def test_signals_to_a_job_do_not_end_workers_that_start(method, start):
         "print(sum(len(next(results)) for _ in range(6)) >> 24, flush=True)\n"
         "results.close()"
     )
-    assert trainer.communicate(timeout=120)[0].splitlines()[-1] == "6"
+    assert trainer.communicate(timeout=240)[0].splitlines()[-1] == "6"
     assert trainer.returncode == 0
     ends(start.tree, 30)
 
@@ -188,5 +188,5 @@ def test_other_processes_of_python_s_fork_server_answer_signals(start):
         "    print(other.exitcode, flush=True)\n"
         "results.close()"
     )
-    lines = trainer.communicate(timeout=120)[0].splitlines()
+    lines = trainer.communicate(timeout=240)[0].splitlines()
     assert [line for line in lines if "works" not in line] == ["-15", "1", "-1"]
