@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self, cast
 
 import torch
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,7 +20,7 @@ from autoencoders.pretrained import AutoencoderFile, HubMixin, find_pretrained, 
 from autoencoders.sdvae import SDVAEDecoder, SDVAEDecoderConfig, SDVAEEncoder, SDVAEEncoderConfig
 from autoencoders.wavelet import check_size
 from ldm.checkpoint import build_with
-from ldm.config import Config, load_preset, merge, to_tree, validate
+from ldm.config import Config, Width, load_preset, merge, to_tree, validate
 from ldm.errors import LdmError, UsageError
 
 ENCODERS = {"litevae": LiteVAEEncoder, "sdvae": SDVAEEncoder, "dwt": DWTEncoder}
@@ -35,7 +35,7 @@ FILE_KEYS = {"quant_conv": "pre_conv", "post_quant_conv": "post_conv"}
 class AutoencoderConfig(Config):
     """Model of stage one. The defaults are LiteVAE-B with SD-VAE's decoder."""
 
-    latent_channels: PositiveInt = 4
+    latent_channels: Width = 4
     """n_z, channels of the latents."""
     conv1x1: bool = False
     """1×1 convolutions around the latent: after the encoder, before the decoder (Table 17)."""

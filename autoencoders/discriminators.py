@@ -6,13 +6,13 @@ from itertools import pairwise
 from typing import Annotated, Literal, TypeVar
 
 import torch
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import register_parametrization
 
 from autoencoders.layers import group_norm
-from ldm.config import Config
+from ldm.config import Config, Depth, Levels, Width
 from ldm.errors import LdmError
 
 Logits = tuple[Tensor, ...]
@@ -51,9 +51,9 @@ class UNetDiscriminatorConfig(Config):
 
     type: Literal["unet"] = "unet"
     """A logit for every pixel, and one for the image as a whole."""
-    channels: PositiveInt = 64
+    channels: Width = 64
     """Base width, in feature maps."""
-    multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4, 8, 16)
+    multipliers: Levels = (1, 2, 4, 8, 16)
     """Width after each halving of the image, as a multiple of `channels`, mirrored on the way up;
     for 256×256 U-Net GAN has (1, 2, 4, 8, 8, 16)."""
 
@@ -198,9 +198,9 @@ class PatchGANConfig(Config):
 
     type: Literal["patchgan"] = "patchgan"
     """A logit for each of many overlapping patches."""
-    channels: PositiveInt = 64
+    channels: Width = 64
     """Base width, in feature maps; each layer doubles it, up to eight times this."""
-    layers: PositiveInt = 3
+    layers: Depth = 3
     """Halvings of the image; 3 make patches of 70×70 pixels."""
 
     def check_resolution(self, resolution: int) -> None:
@@ -259,12 +259,12 @@ class StyleGANConfig(Config):
 
     type: Literal["stylegan"] = "stylegan"
     """A logit for the image as a whole."""
-    resolution: PositiveInt = 128
+    resolution: Width = 128
     """Side of the square images it takes, in pixels: a power of two, at least 8."""
-    channels: PositiveInt | None = None
+    channels: Width | None = None
     """Width at the image's resolution, in feature maps; null: the paper's, 32768 / resolution.
     Every halving doubles it."""
-    max_channels: PositiveInt = 512
+    max_channels: Width = 512
     """Largest width, in feature maps."""
 
     @field_validator("resolution")

@@ -24,10 +24,13 @@ from autoencoders.sdvae.formats import (
     read_diffusers,
 )
 from ldm.checkpoint import (
+    Damaged,
+    fingerprint,
     is_safetensors,
     load_model,
     open_safetensors,
     read_safetensors,
+    refuse_unusual,
     shown,
     to_safetensors,
 )
@@ -121,7 +124,11 @@ def _read_ours(folder: Path, described: Mapping[str, Any]) -> AutoencoderFile:
     if not path.is_file():
         raise LdmError(f"{folder} holds no {WEIGHTS_FILE}: copy or fetch it again")
     settings = {"imported": pick_settings(described.get("imported"))}
-    return AutoencoderFile(tree, read_safetensors(path), "hub", (path,), settings)
+    weights = read_safetensors(path)
+    refuse_unusual(weights, path)
+    if described.get("sha256") not in (None, fingerprint(weights)):  # earlier versions had none
+        raise Damaged(f"{path} was altered: its SHA-256 is not config.json's: fetch it again")
+    return AutoencoderFile(tree, weights, "hub", (path,), settings)
 
 
 def _read_compvis(path: Path) -> AutoencoderFile | None:
@@ -187,6 +194,7 @@ class HubMixin(nn.Module):
             "format": FORMAT,
             "version": installed_version(LIBRARY),
             "config": to_tree(self.config),
+            "sha256": fingerprint(self.state_dict()),
         }
         if settings := pick_settings(imported):
             described["imported"] = settings

@@ -27,7 +27,7 @@ class DiscreteConfig(Config):
 
     type: Literal["discrete"] = "discrete"
     """Type of the denoiser."""
-    timesteps: Annotated[int, Field(ge=2)] = 1000
+    timesteps: Annotated[int, Field(ge=2, le=100_000)] = 1000
     """Noise levels in training, T."""
     beta_start: Beta = 0.0015
     """β of the first time step."""

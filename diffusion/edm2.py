@@ -13,11 +13,12 @@ from typing import Annotated, Literal
 
 import torch
 from einops import rearrange
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffusion.unet import UNetBase, UNetSizes, Way, resample
+from diffusion.unet import Factors, UNetBase, UNetSizes, Way, resample
+from ldm.config import Depth, Width
 
 Balance = Annotated[float, Field(ge=0, le=1)]
 
@@ -166,14 +167,14 @@ class EDM2Config(UNetSizes):
 
     type: Literal["edm2"] = "edm2"
     """Type of the network."""
-    channels: PositiveInt = 192
+    channels: Width = 192
     """Width at full resolution, in channels: 128 XS, 192 S, 256 M, 320 L, 384 XL, 448 XXL."""
-    blocks: PositiveInt = 3
+    blocks: Depth = 3
     """Blocks a level on the way down; one more on the way up."""
-    attention_factors: tuple[PositiveInt, ...] = (4, 8)
+    attention_factors: Factors = (4, 8)
     """Downsampling factors at which blocks have attention; the middle always has it. The default
     gives the paper's 16×16 and 8×8 for latents of 64×64; for 32×32 use (2, 4)."""
-    head_width: PositiveInt = 64
+    head_width: Width = 64
     """Channels of an attention head; divides every width that has attention."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability of dropping a value inside a block; the paper's is 0.1 from M upwards."""
@@ -187,7 +188,7 @@ class EDM2Config(UNetSizes):
     """Share of the skip in the decoder's concatenation, 0 to 1."""
     clip: PositiveFloat = 256.0
     """Largest activation that leaves a block, in absolute value."""
-    embedding_multiplier: PositiveInt | None = None
+    embedding_multiplier: Depth | None = None
     """Width of the embedding, in multiples of `channels`; null: the widest level's."""
 
     @property

@@ -9,16 +9,17 @@ from typing import Annotated, Any, Literal, cast
 
 import torch
 from einops import rearrange
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from ldm.config import Config
+from ldm.config import Config, Depth, Levels, Width
 from ldm.device import to_device
 from ldm.errors import LdmError
 
 Way = Literal["down", "up"]
+Factors = Annotated[tuple[Width, ...], Field(max_length=16)]
 
 
 # ------------------------------------------------------------------------ levels and skips
@@ -27,15 +28,15 @@ class UNetSizes(Config):
 
     type: str
     """Type of the network."""
-    latent_channels: PositiveInt = 4
+    latent_channels: Width = 4
     """Channels of the latents, in and out; taken from stage one."""
-    classes: NonNegativeInt = 0
+    classes: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     """Number of classes, 0: unconditional; taken from the data."""
-    augment_parameters: NonNegativeInt = 0
+    augment_parameters: Annotated[int, Field(ge=0, le=1000)] = 0
     """Number of values that describe an augmentation, 0: none; taken from the recipe."""
-    channels: PositiveInt
+    channels: Width
     """Width at full resolution, in channels."""
-    multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 3, 4)
+    multipliers: Levels = (1, 2, 3, 4)
     """Width of each level, in multiples of `channels`; every level halves the resolution."""
 
     @field_validator("heads", "head_width", check_fields=False)
@@ -215,15 +216,15 @@ class UNetConfig(UNetSizes):
 
     type: Literal["ldm"] = "ldm"
     """Type of the network."""
-    channels: Annotated[int, Field(gt=0, multiple_of=2)] = 224
+    channels: Annotated[int, Field(gt=0, le=65_536, multiple_of=2)] = 224
     """Width at full resolution, in channels."""
-    blocks: PositiveInt = 2
+    blocks: Depth = 2
     """Residual blocks a level on the way down; one more on the way up."""
-    attention_factors: tuple[PositiveInt, ...] = (2, 4, 8)
+    attention_factors: Factors = (2, 4, 8)
     """Downsampling factors at which blocks have attention; the middle always has it."""
-    heads: PositiveInt | None = None
+    heads: Width | None = None
     """Heads of every attention; null: as many as are `head_width` wide."""
-    head_width: PositiveInt = 32
+    head_width: Width = 32
     """Channels of an attention head where `heads` is null; divides every width with attention."""
     scale_shift: bool = False
     """Let the noise embedding scale and shift normalised activations, instead of a sum before."""

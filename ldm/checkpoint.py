@@ -28,7 +28,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 Kind = Literal["autoencoder", "diffusion"]
 STAGE = {"autoencoder": "a stage-one autoencoder", "diffusion": "a stage-two diffusion model"}
 KNOWN_DTYPE = re.compile(r"torch\.(bool|u?int(8|16|32|64)|b?float(8_.*|16|32|64))")
-DEEPEST, LARGEST = 64, 3_000_000  # levels, and values and characters, of a file's plain values
+DEEPEST, LARGEST = 64, 2_000_000  # levels, and values and characters, of a file's plain values
 
 
 class Damaged(LdmError):

@@ -8,10 +8,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import resources
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ldm.errors import UsageError
 from ldm.records import LEVELS, check_bounds
@@ -24,6 +24,14 @@ class Config(BaseModel):
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
     )
 
+
+# Largest sizes of a model, so that a config from elsewhere cannot ask for any amount of memory.
+Width = Annotated[int, Field(gt=0, le=65_536)]
+"""Channels, features or a side."""
+Depth = Annotated[int, Field(gt=0, le=64)]
+"""Blocks in a row, or a factor."""
+Levels = Annotated[tuple[Depth, ...], Field(min_length=1, max_length=8)]
+"""A factor for each resolution."""
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 Tree = dict[str, Any]

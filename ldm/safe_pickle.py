@@ -12,6 +12,7 @@ list the classes of the format before 1.6. With `weights_only=False` it also ope
 import pickle
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from io import BytesIO
 from mmap import ACCESS_COPY, mmap
@@ -136,7 +137,7 @@ def _read_zip(path: Path) -> Any:
         order = f"{root}byteorder"
         if order in archive.namelist() and archive.read(order) != b"little":
             raise ValueError("written on a big-endian machine")
-        mapped = mmap(file.fileno(), 0, access=ACCESS_COPY)
+        mapped, checked = mmap(file.fileno(), 0, access=ACCESS_COPY), set()
 
         def storages(key: str, dtype: torch.dtype, count: int) -> Tensor:
             entry = archive.getinfo(f"{root}data/{key}")
@@ -145,6 +146,12 @@ def _read_zip(path: Path) -> Any:
             # the entry's own header: 30 bytes, its name, an extra field that aligns the data
             name, extra = struct.unpack_from("<HH", mapped, entry.header_offset + 26)
             start = entry.header_offset + 30 + name + extra
+            if (
+                key not in checked
+                and zlib.crc32(memoryview(mapped)[start : start + entry.file_size]) != entry.CRC
+            ):
+                raise ValueError("the checksum of a storage is wrong")
+            checked.add(key)
             if not count:
                 return _zeros(0, dtype)
             return torch.frombuffer(mapped, dtype=dtype, count=count, offset=start)

@@ -208,7 +208,8 @@ def _make_recipe(
             "UNet divide"
         )
     data = DataConfig(source="unknown")  # not the default, the photographs
-    return DiffusionRecipe(resolution=side, network=network, denoiser=found.denoiser, data=data)
+    parts = {"network": network, "denoiser": found.denoiser, "data": data}
+    return validate(DiffusionRecipe, {"resolution": side, **parts})
 
 
 # ------------------------------------------------------------------------------------ CompVis

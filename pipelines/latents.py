@@ -10,7 +10,8 @@ from rounding.
 <cache>/cache.json                 identity of the latents: autoencoder, images, size, precision
 <cache>/latents-00000.npy …        a thousand images each, float32 (n, mirrored, 2, n_z, h, w):
                                    mean and standard deviation of every image's posterior and, for
-                                   data with flips, of its mirror image's
+                                   data with flips, of its mirror image's; then, since version 0.2,
+                                   the CRC-32 of each, uint32 (n, mirrored)
 
 A corrupt image is NaN throughout; the next good one replaces it, as in training from pixels.
 """
@@ -20,10 +21,12 @@ from functools import partial
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
+from zlib import crc32
 
 import numpy as np
 import torch
+from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 
 from autoencoders import Autoencoder, DiagonalGaussian
@@ -236,12 +239,17 @@ class LatentCache:
         for part in _parts(source):
             path = _block(folder, part)
             try:
-                block = np.load(path, mmap_mode="r")
-                if (block.shape, block.dtype) != ((len(part), *shape), np.float32):
+                block = open_memmap(path, mode="r")
+                start = block.offset + block.nbytes
+                sums = np.fromfile(path, np.uint32, offset=start)
+                if (block.shape, block.dtype) != ((len(part), *shape), np.float32) or (
+                    path.stat().st_size - start not in (0, 4 * len(part) * shape[0])
+                ):
                     raise ValueError(f"{block.dtype} {block.shape}")
-            except (OSError, ValueError) as error:
+            except Exception as error:  # damaged headers raise errors of nearly any type
                 raise LdmError(f"{path} is damaged: delete it, and it is encoded again") from error
-            self._blocks.append(block)
+            # earlier versions stored no checksums
+            self._blocks.append((block, sums.reshape(-1, shape[0]) if sums.size else None))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._opened  # a worker opens the files itself
@@ -252,14 +260,16 @@ class LatentCache:
         mirror = int(generator(seed, "flip", k).integers(2)) if self.mirrored else 0
         first = image_index(seed, count, k)
         for index in chain(range(first, count), range(first)):
-            block = self._blocks[index // BLOCK]
-            if np.isfinite(row := block[index % BLOCK, mirror]).all():
+            (block, sums), at = self._blocks[index // BLOCK], (index % BLOCK, mirror)
+            row = np.ascontiguousarray(block[at])
+            is_whole = sums is None or crc32(row.data) == sums[at]
+            if is_whole and np.isfinite(row).all():
                 return row, index
-            if not np.isnan(row).all():
+            if not (is_whole and np.isnan(row).all()):
                 break
         raise LdmError(
             f"{block.filename} is damaged: the latents of {self.source.name(index)} are not "
-            "finite: delete it, and it is encoded again"
+            "finite, or not as they were written: delete it, and it is encoded again"
         )
 
     def batches(
@@ -308,7 +318,7 @@ def open_cache(
     for turn in range(0, len(missing), run.world):  # all processes take as many turns
         for part in missing[turn:][run.rank : run.rank + 1]:
             block = _encode(codec, Part(source, part), recipe, run, faults)
-            write_atomically(_block(folder, part), partial(np.save, arr=block))
+            write_atomically(_block(folder, part), partial(_write_block, block))
         if run.stop_requested():
             raise run.interrupted(f"stopped while encoding into {folder}")
         done = len(source) - sum(map(len, missing[turn + run.world :]))
@@ -405,6 +415,12 @@ def _parts(source: Source) -> list[range]:
 
 def _block(folder: Path, part: range) -> Path:
     return folder / f"latents-{part.start // BLOCK:05d}.npy"
+
+
+def _write_block(block: np.ndarray, file: IO[bytes]) -> None:
+    np.save(file, block)
+    sums = [crc32(image) for image in block.reshape(-1, *block.shape[2:])]
+    file.write(np.array(sums, np.uint32).tobytes())
 
 
 def _fingerprint(source: Source) -> str:

@@ -21,7 +21,7 @@ from diffusion import DenoiserConfig, NetworkConfig
 from diffusion.augment import AUGMENT_PARAMETERS, AugmentConfig, draw_augmentation
 from diffusion.edm import EDMConfig, sample_sigma
 from diffusion.unet import UNetConfig
-from ldm.config import Config, Tree, list_presets, merge, to_tree, validate
+from ldm.config import Config, Tree, Width, list_presets, merge, to_tree, validate
 from ldm.data import DataConfig
 from ldm.data.dataset import PHOTOS
 from ldm.ema import gamma_of_std
@@ -37,7 +37,7 @@ BatchSize = Annotated[int, Field(gt=0, le=65_536)]
 class Phase(Config):
     """A part of training at one resolution; networks and optimisers are carried over."""
 
-    resolution: PositiveInt
+    resolution: Width
     """Side of the square training images, pixels."""
     steps: PositiveInt
     """Steps, each a generator update and a discriminator update."""
@@ -130,7 +130,7 @@ class DiffusionRecipe(Config):
 
     autoencoder: str = ""
     """Stage one: its ckpt.pt, .safetensors or run folder; `--ae` sets it."""
-    resolution: PositiveInt = 256
+    resolution: Width = 256
     """Side of the square training images, pixels."""
     network: NetworkConfig = UNetConfig()
     """The denoising network."""

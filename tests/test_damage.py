@@ -4,13 +4,20 @@ import json
 import random
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from pydantic import BaseModel
 from safetensors.torch import save_file
 from torch import nn
 
+from autoencoders import AutoencoderConfig, load_autoencoder
+from autoencoders.discriminators import DiscriminatorConfig
+from autoencoders.sdvae.formats import to_compvis
+from diffusion import DenoiserConfig, NetworkConfig
 from ldm.checkpoint import (
     Damaged,
     ModelFile,
@@ -21,11 +28,15 @@ from ldm.checkpoint import (
     repair_pair,
     save_model,
 )
+from ldm.config import to_tree
 from ldm.ema import combine, list_snapshots, save_snapshot
 from ldm.errors import LdmError
 from ldm.files import write_atomically
 from ldm.run_folder import load_state, save_state
 from ldm.safe_pickle import read_foreign
+from pipelines import latents
+from pipelines.exchange import export_autoencoder, import_autoencoder
+from tests.small import sdvae
 
 MUTATIONS = 60
 
@@ -95,6 +106,25 @@ def test_states(tmp_path):
     assert check_damage(state / "state.pt", read) > MUTATIONS // 3
 
 
+def test_checkpoints_of_others(tmp_path):
+    torch.save({"state_dict": model().weights, "loop": looped()}, tmp_path / "x.ckpt")
+
+    def read() -> str:
+        return fingerprint(read_foreign(tmp_path / "x.ckpt")["state_dict"])
+
+    assert check_damage(tmp_path / "x.ckpt", read) > MUTATIONS // 3
+
+
+def test_a_folder_of_the_hub(tmp_path):
+    sdvae().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+
+    def read() -> str:
+        return fingerprint(load_autoencoder(tmp_path).state_dict())
+
+    assert check_damage(file, read) > MUTATIONS // 2
+
+
 def test_snapshots_of_averages(tmp_path):
     weights = model().weights
     save_snapshot(tmp_path, 64, 0.1, weights)
@@ -104,6 +134,46 @@ def test_snapshots_of_averages(tmp_path):
         return fingerprint(combine({snapshot: 1.0}, weights))
 
     assert check_damage(snapshot.path, read) > MUTATIONS // 2
+
+
+class Numbers:
+    """A source of images of which only names and labels are asked."""
+
+    def __len__(self) -> int:
+        return 9
+
+    def label(self, index: int) -> int:
+        return index
+
+    def name(self, index: int) -> str:
+        return f"{index}.png"
+
+
+@pytest.fixture
+def block(tmp_path, monkeypatch) -> Path:
+    """The second of three files of cached latents, of images 4 to 7, one of which is corrupt."""
+    monkeypatch.setattr(latents, "BLOCK", 4)
+    drawn = np.random.default_rng(0).normal(size=(9, 2, 2, 4, 2, 3)).astype(np.float32)
+    drawn[5] = np.nan
+    for part in latents._parts(Numbers()):
+        write = partial(latents._write_block, drawn[part.start : part.stop])
+        write_atomically(latents._block(tmp_path, part), write)
+    return tmp_path / "latents-00001.npy"
+
+
+def read_cache(folder: Path) -> list[tuple[bytes, int]]:
+    cache = latents.LatentCache(folder, Numbers(), (2, 2, 4, 2, 3))
+    return [(row.tobytes(), index) for row, index in (cache.load(0, k) for k in range(36))]
+
+
+def test_cached_latents(block):
+    assert check_damage(block, lambda: read_cache(block.parent)) > MUTATIONS // 2
+
+
+def test_cached_latents_of_a_version_without_checksums(block):
+    whole = read_cache(block.parent)
+    np.save(block, np.load(block))
+    assert read_cache(block.parent) == whole
 
 
 # --------------------------------------------------------------------------- pairs of files
@@ -259,6 +329,30 @@ def test_no_model_is_built_of_unusual_tensors(tmp_path, kind, through):
     assert "x.pt" in str(caught.value) and str(caught.value).isprintable()
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_no_unusual_tensor_is_imported(tmp_path, kind):
+    weights = to_compvis(sdvae().state_dict())
+    weights["quant_conv.bias"] = UNUSUAL[kind]()
+    torch.save({"state_dict": weights}, tmp_path / "x.ckpt")
+    with pytest.raises(LdmError) as caught:
+        import_autoencoder(str(tmp_path / "x.ckpt"), tmp_path / "out.pt")
+    assert "x.ckpt" in str(caught.value) and str(caught.value).isprintable()
+    assert [path.name for path in tmp_path.iterdir()] == ["x.ckpt"]
+
+
+@pytest.mark.parametrize("form", ["diffusers", "compvis", "hub"])
+def test_no_nan_is_exported(tmp_path, form):
+    ae = sdvae()
+    weights = ae.state_dict()
+    weights["decoder.conv_out.bias"][0] = torch.nan
+    save_model(tmp_path / "x.pt", ModelFile("autoencoder", to_tree(ae.config), weights))
+    with pytest.raises(LdmError, match="NaN or infinite"):
+        export_autoencoder(tmp_path / "out.ckpt" if form == "compvis" else tmp_path / "out", form,
+                           model=tmp_path / "x.pt")  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
 def test_numbers_and_text_survive_both_files(tmp_path):
     """Values that JSON could round or rename have one hash in both."""
     config = {"a": 0.1 + 0.2, "b": float("inf"), "c": "ö\n", "d": 10**30, "e": (1, 2)}
@@ -266,3 +360,68 @@ def test_numbers_and_text_survive_both_files(tmp_path):
     loaded = [load_model(tmp_path / f"x{end}", None) for end in (".pt", ".safetensors")]
     assert loaded[0].content_sha256 == loaded[1].content_sha256
     assert json.dumps(loaded[0].config) == json.dumps(loaded[1].config)
+
+
+# ------------------------------------------------------------------------- sizes in configs
+def sizes_of(config: type[BaseModel], above: str = "") -> Iterator[tuple[str, bool]]:
+    """Every field of whole numbers or of a tuple, and whether the schema bounds it."""
+    schema = config.model_json_schema()
+
+    def walk(part: dict, name: str) -> Iterator[tuple[str, bool]]:
+        if "$ref" in part:
+            part = schema["$defs"][part["$ref"].rpartition("/")[2]]
+        for key, inside in part.get("properties", {}).items():
+            yield from walk(inside, f"{name}.{key}")
+        for inside in [*part.get("anyOf", ()), *part.get("oneOf", ())]:
+            yield from walk(inside, name)
+        if part.get("type") == "integer":
+            yield name, "maximum" in part
+        if part.get("type") == "array":
+            yield name, "maxItems" in part
+            yield from walk(part.get("items", {}), f"{name}.0")
+
+    yield from walk(schema, config.__name__)
+
+
+class Parts(BaseModel):
+    """All that builds networks from a file's config."""
+
+    autoencoder: AutoencoderConfig
+    network: NetworkConfig
+    denoiser: DenoiserConfig
+    discriminator: DiscriminatorConfig
+
+
+def test_every_size_of_a_model_has_an_upper_bound():
+    sizes = list(sizes_of(Parts))
+    assert len(sizes) > 50 and ("Parts.autoencoder.decoder.blocks", True) in sizes
+    assert [name for name, is_bounded in sizes if not is_bounded] == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("decoder.blocks", 10_000_000), ("decoder.channels", 2**40), ("latent_channels", 2**40),
+     ("decoder.multipliers", [1] * 4000)],
+)  # fmt: skip
+def test_a_model_file_that_asks_for_any_memory(tmp_path, key, value):
+    tree = to_tree(AutoencoderConfig())
+    *above, last = key.split(".")
+    (tree[above[0]] if above else tree)[last] = value
+    save_model(tmp_path / "x.pt", ModelFile("autoencoder", tree, model().weights))
+    with pytest.raises(LdmError, match=key.replace(".", r"\.")):
+        load_autoencoder(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"layers_per_block": 10_000_000}, {"block_out_channels": [2**40] * 4},
+     {"block_out_channels": [32] * 4000}, {"latent_channels": 2**40}],
+)  # fmt: skip
+def test_a_foreign_config_that_asks_for_any_memory(tmp_path, change):
+    described = {"_class_name": "AutoencoderKL", "latent_channels": 4, "layers_per_block": 2}
+    described |= {"block_out_channels": [32, 64], "library_name": "diffusers"}
+    (tmp_path / "config.json").write_text(json.dumps(described | change))
+    save_file({"w": torch.ones(1)}, tmp_path / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(LdmError) as caught:
+        load_autoencoder(tmp_path)
+    assert str(caught.value).isprintable()

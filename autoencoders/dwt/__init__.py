@@ -4,11 +4,11 @@ from typing import Annotated, Literal
 
 import torch
 from einops import rearrange
-from pydantic import Field, PositiveInt, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from autoencoders.wavelet import WaveletName, dwt_cascade
-from ldm.config import Config
+from ldm.config import Config, Depth
 
 
 class DWTEncoderConfig(Config):
@@ -20,7 +20,7 @@ class DWTEncoderConfig(Config):
     """Wavelet, by its name in PyWavelets: haar, db2, sym4, bior2.2 …"""
     depth: Annotated[int, Field(ge=1, le=5)] = 3
     """Wavelet levels; each halves the image, so f = 2^depth."""
-    levels: PositiveInt = 1
+    levels: Depth = 1
     """Number of deepest levels kept: 1 is the paper's DWT, 2 its DWT-2 (Table 12)."""
 
     @field_validator("levels")

@@ -3,7 +3,7 @@
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, PositiveInt, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,7 +14,7 @@ from autoencoders.litevae.nets import (
     FeatureUNetConfig,
 )
 from autoencoders.wavelet import WaveletName, dwt_cascade
-from ldm.config import Config
+from ldm.config import Config, Levels
 
 
 class LiteVAEEncoderConfig(Config):
@@ -26,7 +26,7 @@ class LiteVAEEncoderConfig(Config):
     """Wavelet, by its name in PyWavelets: haar, db2, sym4, bior2.2 …"""
     depth: Annotated[int, Field(ge=1, le=5)] = 3
     """Wavelet levels; each halves the image, so f = 2^depth."""
-    levels: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
+    levels: Levels | None = None
     """Levels whose sub-bands are read, ascending, 1 the finest; null: all ([2, 3]: Table 21)."""
     shared: bool = False
     """One extractor for all levels, instead of one each (Table 19)."""

@@ -8,13 +8,13 @@ from typing import Annotated, Literal
 
 import torch
 from einops import rearrange
-from pydantic import Field, PositiveInt, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoencoders.cpu import channels_last
 from autoencoders.layers import Block, ResidualBlock
-from ldm.config import Config
+from ldm.config import Config, Depth, Levels, Width
 
 
 # ------------------------------------------------------------------------------------ UNet
@@ -23,11 +23,11 @@ class FeatureUNetConfig(Config):
 
     type: Literal["unet"] = "unet"
     """A UNet of residual blocks at one resolution."""
-    channels: PositiveInt = 32
+    channels: Width = 32
     """Base width, in feature maps."""
-    multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 3)
+    multipliers: Levels = (1, 2, 3)
     """Width of each level, as a multiple of `channels`."""
-    blocks: PositiveInt = 2
+    blocks: Depth = 2
     """Residual blocks a level, before the middle and after it."""
 
 
@@ -74,9 +74,9 @@ class NAFNetConfig(Config):
 
     type: Literal["nafnet"] = "nafnet"
     """Blocks of gated convolutions, without activation functions."""
-    channels: PositiveInt = 128
+    channels: Width = 128
     """Width throughout, in feature maps."""
-    blocks: PositiveInt = 14
+    blocks: Depth = 14
     """NAFNet blocks, one after the other."""
 
 
@@ -167,13 +167,13 @@ class ViTConfig(Config):
 
     type: Literal["vit"] = "vit"
     """Transformer blocks on the grid of latents, with learned positions."""
-    width: PositiveInt = 128
+    width: Width = 128
     """Width of a token."""
-    depth: PositiveInt = 4
+    depth: Depth = 4
     """Transformer blocks, one after the other."""
-    heads: PositiveInt = 4
+    heads: Width = 4
     """Attention heads of a block; they divide the width."""
-    grid: PositiveInt = 16
+    grid: Width = 16
     """Side of the grid of learned positions, in latents; 16 fit images of 128² at f = 8."""
 
     @field_validator("heads")

@@ -5,16 +5,15 @@ The encoder is the baseline of LiteVAE's, which keeps the decoder, with GroupNor
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoencoders.cpu import chain, channels_last
 from autoencoders.layers import Downsample, Norm, ResidualBlock, Upsample, group_norm, middle
 from autoencoders.wavelet import haar_idwt
-from ldm.config import Config
+from ldm.config import Config, Depth, Levels, Width
 
 
 # --------------------------------------------------------------------------------- encoder
@@ -23,11 +22,11 @@ class SDVAEEncoderConfig(Config):
 
     type: Literal["sdvae"] = "sdvae"
     """Strided convolutions, with attention in the middle."""
-    channels: PositiveInt = 128
+    channels: Width = 128
     """Base width, in feature maps."""
-    multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4, 4)
+    multipliers: Levels = (1, 2, 4, 4)
     """Width of each resolution, as a multiple of `channels`; between two, the image is halved."""
-    blocks: PositiveInt = 2
+    blocks: Depth = 2
     """Residual blocks at each resolution."""
 
     @property
@@ -58,11 +57,11 @@ class SDVAEEncoder(nn.Module):
 class SDVAEDecoderConfig(Config):
     """Widths, depth and normalisation of the decoder; the defaults are the published kl-f8's."""
 
-    channels: PositiveInt = 128
+    channels: Width = 128
     """Base width, in feature maps."""
-    multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4, 4)
+    multipliers: Levels = (1, 2, 4, 4)
     """Width of each resolution, the highest first, as a multiple of `channels`."""
-    blocks: PositiveInt = 2
+    blocks: Depth = 2
     """Residual blocks at each resolution, as the encoder counts them: the decoder has one more."""
     norm: Norm = "group"
     """group: GroupNorm before each convolution. smc: self-modulated convolution instead."""
