@@ -225,7 +225,7 @@ def test_unreadable_hub_folders_are_refused(tmp_path, tiny):
     file.unlink()
     assert "holds no model.safetensors" in said()
     (tmp_path / "config.json").write_text("{")
-    assert "config.json is not a JSON object" in refusal(tmp_path)
+    assert "config.json is damaged (not JSON" in refusal(tmp_path)
 
 
 # ------------------------------------------------------------------------------- the Hub
