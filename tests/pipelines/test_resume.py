@@ -262,7 +262,7 @@ def test_stage_two_killed_at_any_moment_ends_alike(
 @pytest.mark.parametrize("kind", ["autoencoder", "diffusion"])
 def test_killed_at_any_change_of_the_folder_ends_alike(kind, tmp_path):
     """Also where a signal has stopped it first, before a validation that was due."""
-    command = [sys.executable, "-m", "tests.pipelines.killed", kind, tmp_path, "3", "4"]
+    command = [sys.executable, "-m", "tests.pipelines.killed", kind, tmp_path, "1", "5"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(map(str, command), cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
