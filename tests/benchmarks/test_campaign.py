@@ -49,7 +49,7 @@ def test_damage_is_to_one_file_of_the_subject(tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(bytes(range(200)))
     before = contents(tmp_path)
-    what = damage(SUBJECTS["PNG"], tmp_path, Random(1))
+    what = damage(SUBJECTS["PNG, data prepare"], tmp_path, Random(1))
     assert len(changed(before, contents(tmp_path))) == 1
     assert what.startswith("images/")
 
@@ -109,6 +109,6 @@ def test_a_small_campaign_finds_nothing(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(Path(tmp_path / "campaign.json").read_text())
-    assert {row[0] for row in found["rows"]} == {"kills", "full", "hostile"}
+    assert {row[0] for row in found["rows"]} == {"kills", "full", "mutations", "hostile"}
     assert not found["faults"]
     assert all(row[-len(FAULTS) :] == ["0"] * len(FAULTS) for row in found["rows"])
