@@ -321,6 +321,8 @@ def main(words: Sequence[str] | None = None) -> int:
     campaign = Campaign(folder, given.seed, rounds, given.just, given.at)
     try:
         conduct(campaign, given.only)
+    except KeyboardInterrupt:  # the table so far
+        print("interrupted")
     finally:
         if given.at is None:
             shutil.rmtree(folder, ignore_errors=True)

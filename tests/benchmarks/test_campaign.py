@@ -103,6 +103,7 @@ def test_the_table_counts_verdicts_by_target():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # half a minute on an idle machine
 def test_a_small_campaign_finds_nothing(tmp_path):
     words = ["--rounds", "0.01", "--seed", "1", "--just", "data prepare", "--out", str(tmp_path)]
     command = [sys.executable, "-m", "benchmarks.campaign", *words]
