@@ -325,11 +325,11 @@ def test_unreadable_config_is_refused(folder):
     path = folder / "config.json"
     for text in ("{", "[]"):
         path.write_text(text)
-        assert f"{path} is not a JSON object" in refusal(folder)
+        assert f"{path} is damaged" in refusal(folder)
     path.write_text(json.dumps({"_class_name": "VQModel"}))
     assert f"{path} describes no UNet to load here: _class_name is 'VQModel'" in refusal(folder)
     path.unlink()
-    assert f"{path} is not a JSON object" in refusal(folder)
+    assert f"{path} does not exist" in refusal(folder)
 
 
 def test_refused_export_writes_nothing(tmp_path):
