@@ -34,7 +34,7 @@ from ldm.checkpoint import (
     to_safetensors,
 )
 from ldm.errors import LdmError, UsageError
-from ldm.files import check_writable, write_atomically
+from ldm.files import check_writable, finish_set, write_atomically
 from ldm.logbook import console
 
 LARGEST_STD = math.sqrt(1 / 12)
@@ -250,8 +250,10 @@ def synthesize_ema(run: Path, std: float, at: int | None = None, out: Path | Non
     """
     if out is not None and out.suffix != ".pt":
         raise UsageError(f"{out}: the file must end in .pt, such as {out.stem}.pt")
-    for path in (out, out.with_suffix(".safetensors")) if out is not None else ():
-        if path.exists():
+    new = [] if out is None else [out, out.with_suffix(".safetensors")]
+    interrupted = finish_set(new[0].parent) if new else []  # by a kill: they are written again
+    for path in new:
+        if path.exists() and path not in interrupted:
             raise LdmError(f"{path} already exists: give --out another name")
     if not run.is_dir():
         raise LdmError(f"no run folder at {run}")

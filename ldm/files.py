@@ -101,19 +101,18 @@ def _rename_set(folder: Path, partials: list[str]) -> None:
         _finish(folder)
 
 
-def finish_set(folder: Path) -> bool:
-    """Rename the files of a `write_together` that was killed while it renamed them; return True if
-    there are any."""
+def finish_set(folder: Path) -> list[Path]:
+    """Rename the files of a `write_together` that was killed while it renamed them; return them."""
     if not os.path.lexists(folder / SET):
-        return False
+        return []
     with _in_turn(folder):
         return _finish(folder)
 
 
-def _finish(folder: Path) -> bool:
-    marker = folder / SET
+def _finish(folder: Path) -> list[Path]:
+    marker, pairs = folder / SET, dict[Path, Path]()
     if not os.path.lexists(marker):
-        return False
+        return []
     try:
         content = json.loads(read_bytes(marker, 1 << 16))
         found = [PARTIAL.fullmatch(name) for name in content["partials"]]
@@ -124,12 +123,12 @@ def _finish(folder: Path) -> bool:
         for partial, path in pairs.items():
             if partial.is_file() and not partial.is_symlink():
                 partial.replace(path)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         marker.unlink(missing_ok=True)  # or it would block the folder
         if isinstance(error, OSError):
             raise
     marker.unlink(missing_ok=True)
-    return True
+    return [*pairs.values()]
 
 
 def clear_partials(folders: Iterable[Path]) -> None:
@@ -182,6 +181,9 @@ def keep(folder: Path, is_ours: Callable[[], bool] | None = None) -> Iterator[No
         is_ours: tells whether it is still the same folder; None: whether there is one.
     """
     folder = folder.absolute()
+    if folder in _kept or not folder.is_dir():  # the lock keeps it; or this disk shows it late
+        yield
+        return
     _kept[folder] = is_ours or folder.is_dir
     try:
         yield

@@ -12,7 +12,7 @@ ANOTHER = "give --out another folder"
 
 
 @contextmanager
-def lock(folder: Path, advice: str = ANOTHER) -> Iterator[None]:
+def lock(folder: Path, advice: str = ANOTHER, wait: bool = False) -> Iterator[None]:
     """Make a folder and lock it; inside the `with`, no other process fills it.
 
     Half-written files of killed processes are removed from it. Once someone has removed the folder,
@@ -20,6 +20,7 @@ def lock(folder: Path, advice: str = ANOTHER) -> Iterator[None]:
 
     Args:
         advice: ends the error messages.
+        wait: until another process is done, for moments of writing, rather than fail.
 
     Raises:
         LdmError: another process holds the lock, or the folder cannot be written.
@@ -41,7 +42,7 @@ def lock(folder: Path, advice: str = ANOTHER) -> Iterator[None]:
                 return False
 
         with file:
-            if not lock_open(file.fileno()):
+            if not lock_open(file.fileno(), wait):
                 raise LdmError(f"another process is at work in {folder}: wait for it, or {advice}")
             if not is_ours():  # the folder was removed in between
                 continue

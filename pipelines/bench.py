@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from autoencoders import Autoencoder, build_autoencoder
 from ldm.device import memory_format, name_device, resolve_device, synchronise, time_interleaved
 from ldm.errors import LdmError, UsageError, check_at_least
-from ldm.files import check_writable, write_atomically, write_json
+from ldm.files import check_writable, to_json, write_together
 from ldm.logbook import console
 from ldm.run_folder import provenance
 from ldm.tables import markdown_table
@@ -144,8 +144,8 @@ def bench_encoders(
         **provenance(),
     })  # fmt: skip
     if out is not None:
-        write_atomically(out / "bench.md", result.as_markdown().encode())
-        write_json(out / "bench.json", result.to_tree())
+        page, values = result.as_markdown().encode(), to_json(result.to_tree())
+        write_together({out / "bench.md": page, out / "bench.json": values})
     return result
 
 

@@ -16,6 +16,7 @@ from ldm.config import load_preset, resolve
 from ldm.data import batches, open_source
 from ldm.files import check_writable, write_json
 from ldm.images import save_grid, to_uint8
+from ldm.locks import lock
 from ldm.logbook import console, read_rows
 from ldm.metrics import sliced_wasserstein
 from ldm.run_folder import provenance
@@ -45,6 +46,11 @@ def run_demo(
         stage_one, stage_two: `key=value` settings over the two presets.
     """
     check_writable(out / "report.html", advice="give --out another folder")
+    with lock(out):
+        return _run_demo(out, fresh, stage_one, stage_two)
+
+
+def _run_demo(out: Path, fresh: bool, stage_one: Sequence[str], stage_two: Sequence[str]) -> Path:
     if fresh:
         for name in ("autoencoder", "diffusion"):
             shutil.rmtree(out / name, ignore_errors=True)

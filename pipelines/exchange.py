@@ -25,7 +25,7 @@ from ldm.checkpoint import ModelFile, load_model, refuse_damaged, save_model
 from ldm.config import to_tree, validate
 from ldm.data import DataConfig
 from ldm.errors import LdmError, UsageError, check_at_least, try_call
-from ldm.files import check_writable
+from ldm.files import check_writable, clear_partials, finish_set
 from ldm.foreign import check_described, find_prefix, read_described, read_weights, weights_files
 from ldm.run_folder import newest_run, provenance
 from pipelines.recipes import DiffusionRecipe, latent_shape
@@ -385,7 +385,7 @@ def _import_paths(source: str, out: Path, force: bool) -> list[Path]:
     same = next((path for path in paths if path.resolve() == Path(source).resolve()), None)
     if same:
         raise UsageError(f"{same} is the model to import: give OUT.pt another name")
-    _refuse_to_overwrite(paths, force)
+    _refuse_to_overwrite(paths, out.parent, force)
     check_writable(*paths, advice=ANOTHER)
     return paths
 
@@ -401,7 +401,10 @@ def _check_out(out: Path, form: str, model: Path | None, force: bool) -> None:
     if is_file != (form == "compvis") or out.suffix == ".pt":
         kind = "a .safetensors or .ckpt file" if form == "compvis" else "a folder"
         raise UsageError(f"{out}: --format {form} writes {kind}")
-    _refuse_to_overwrite([out] if is_file else sorted(out.glob("*")), force)
+    if is_file:
+        _refuse_to_overwrite([out], out.parent, force)
+    else:
+        _refuse_to_overwrite(out.glob("*"), out, force)
     check_writable(out if is_file else out / "config.json", advice=ANOTHER)
 
 
@@ -411,8 +414,10 @@ def _refuse_own_folder(out: Path, files: Iterable[Path]) -> None:
         raise UsageError(f"{out} is the folder of the model to export: give OUT another name")
 
 
-def _refuse_to_overwrite(paths: Iterable[Path], force: bool) -> None:
-    there = next((path for path in paths if path.exists()), None)
+def _refuse_to_overwrite(paths: Iterable[Path], folder: Path, force: bool) -> None:
+    interrupted = finish_set(folder)  # by a kill: the same command writes them again
+    clear_partials([folder])
+    there = min((path for path in paths if path.exists() and path not in interrupted), default=None)
     if there and not force:
         raise LdmError(f"{there} exists: give another name, or --force to overwrite it")
 

@@ -17,6 +17,7 @@ A corrupt image is NaN throughout; the next good one replaces it, as in training
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from hashlib import sha256
 from itertools import chain
@@ -42,6 +43,7 @@ from ldm.distributed import fail_together, from_main, wait_for_files
 from ldm.errors import LdmError
 from ldm.files import check_writable, write_atomically, write_json
 from ldm.images import assert_range, to_float
+from ldm.locks import lock
 from ldm.records import read_tree
 from ldm.run import Run
 from ldm.seeds import generator
@@ -51,6 +53,7 @@ FORMAT = 1
 MANIFEST = "cache.json"
 BLOCK = 1000  # images in a file
 BATCH = 32  # images encoded at a time
+ANOTHER = "give --cache another folder"
 HASHED = 64  # images whose pixels are part of a source's fingerprint
 
 
@@ -303,27 +306,27 @@ def open_cache(
     folder = Path(recipe.cache).expanduser()
 
     def prepare() -> list[range]:
-        missing = check_cache(recipe, source, run.precision, ae_sha256)
-        for leftover in folder.glob(".*.partial"):  # of a process that was killed
-            leftover.unlink(missing_ok=True)
+        if check_cache(recipe, source, run.precision, ae_sha256):
+            held.enter_context(lock(folder, ANOTHER))
         if not (folder / MANIFEST).is_file():
             identity = _identity(recipe, source, run.precision, ae_sha256)
             write_json(folder / MANIFEST, identity | {"source": recipe.data.source})
-        return missing
+        return check_cache(recipe, source, run.precision, ae_sha256)  # no other fills it now
 
-    missing = from_main(run.accelerator, prepare)
-    if missing:
-        run.say(f"encoding {len(source):,} images into {folder}")
-    faults = FaultCount(len(source))
-    for turn in range(0, len(missing), run.world):  # all processes take as many turns
-        for part in missing[turn:][run.rank : run.rank + 1]:
-            block = _encode(codec, Part(source, part), recipe, run, faults)
-            write_atomically(_block(folder, part), partial(_write_block, block))
-        if run.stop_requested():
-            raise run.interrupted(f"stopped while encoding into {folder}")
-        done = len(source) - sum(map(len, missing[turn + run.world :]))
-        run.say(f"encoded {done:,} of {len(source):,} images")
-    run.accelerator.wait_for_everyone()
+    with ExitStack() as held:
+        missing = from_main(run.accelerator, prepare)
+        if missing:
+            run.say(f"encoding {len(source):,} images into {folder}")
+        faults = FaultCount(len(source))
+        for turn in range(0, len(missing), run.world):  # all processes take as many turns
+            for part in missing[turn:][run.rank : run.rank + 1]:
+                block = _encode(codec, Part(source, part), recipe, run, faults)
+                write_atomically(_block(folder, part), partial(_write_block, block))
+            if run.stop_requested():
+                raise run.interrupted(f"stopped while encoding into {folder}")
+            done = len(source) - sum(map(len, missing[turn + run.world :]))
+            run.say(f"encoded {done:,} of {len(source):,} images")
+        run.accelerator.wait_for_everyone()
     with fail_together(run.accelerator):
         if lacking := wait_for_files(partial(_lacking, folder, source), run.world):
             raise LdmError(
@@ -370,23 +373,20 @@ def check_cache(
     cannot be written. `ae_sha256` is None if the autoencoder is not trained yet: any will do.
     """
     folder = Path(recipe.cache).expanduser()
-    another = "give --cache another folder"
-    if (found := read_tree(folder / MANIFEST, advice=another)) is not None:
+    if (found := read_tree(folder / MANIFEST, advice=ANOTHER)) is not None:
         identity = _identity(recipe, source, precision, ae_sha256)
         if ae_sha256 not in (None, found.pop("autoencoder_sha256", None)):
-            raise LdmError(f"{folder} holds latents of another autoencoder: {another}")
+            raise LdmError(f"{folder} holds latents of another autoencoder: {ANOTHER}")
         del identity["autoencoder_sha256"]
         if differing := [key for key, value in identity.items() if found.get(key) != value]:
             raise LdmError(
-                f"{folder} holds other latents ({', '.join(differing)} differ): {another}"
+                f"{folder} holds other latents ({', '.join(differing)} differ): {ANOTHER}"
             )
-    # half-written files are of a process that was killed, or of another that checks the folder
-    elif folder.exists() and not (
-        folder.is_dir() and all(path.match(".*.partial") for path in folder.iterdir())
-    ):
-        raise LdmError(f"{folder} is not empty and holds no cache: {another}")
+    # hidden are a lock and half-written files, of a process that was killed or is about to begin
+    elif folder.is_file() or any(folder.glob("[!.]*")):
+        raise LdmError(f"{folder} is not empty and holds no cache: {ANOTHER}")
     if lacking := _lacking(folder, source):
-        check_writable(folder / MANIFEST, advice=another)
+        check_writable(folder / MANIFEST, advice=ANOTHER)
     return lacking
 
 

@@ -22,8 +22,8 @@ from ldm.data.sources import PhotoSource
 from ldm.data.transforms import CorruptImage, center_crop
 from ldm.device import full_float32, resolve_device
 from ldm.errors import LdmError, UsageError, check_at_least
-from ldm.files import check_writable, write_json
-from ldm.images import save_grid, to_float
+from ldm.files import check_writable, to_json, write_together
+from ldm.images import grid, to_float, to_pil
 from ldm.logbook import console, progress_bar
 from ldm.run_folder import provenance
 from pipelines.sampling import sample_folder
@@ -89,9 +89,14 @@ def find_neighbours(
         for i in range(len(folder))
     ]
     sheet = to_float(torch.from_numpy(np.stack([*chain(*rows)])).permute(0, 3, 1, 2))
-    save_grid(sheet, folder.path / sample_folder.NEIGHBOURS, columns=len(rows[0]))
     result = _describe(folder, config, train, space, distances, crops)
-    write_json(folder.path / "neighbours.json", result)
+    drawn = to_pil(grid(sheet, columns=len(rows[0])))
+    write_together(
+        {
+            folder.path / sample_folder.NEIGHBOURS: lambda file: drawn.save(file, "PNG"),
+            folder.path / "neighbours.json": to_json(result),
+        }
+    )
     return result
 
 

@@ -15,7 +15,7 @@ from ldm.data import sheet_images
 from ldm.device import full_float32
 from ldm.distributed import from_main, wait_for_files
 from ldm.errors import LdmError, UsageError
-from ldm.files import write_atomically
+from ldm.files import keep, write_atomically
 from ldm.images import save_grid, to_float, to_pil
 from ldm.logbook import console, show_progress
 from pipelines.sampling.model import ModelSamples
@@ -85,6 +85,7 @@ def sample_images(
     with ExitStack() as held:
         # on the main process, so that its checks come before anyone writes and stop all of them
         missing = from_main(ranks, lambda: _begin(job, store, held))
+        held.enter_context(keep(out))
         batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
         _write_batches(job, store, batches[ranks.process_index :: ranks.num_processes])
         ranks.wait_for_everyone()

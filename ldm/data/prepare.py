@@ -25,6 +25,7 @@ from ldm.data.transforms import NOT_RESIZED, CorruptImage, Filter, center_crop
 from ldm.data.workers import load_in_workers
 from ldm.errors import LdmError, UsageError, check_at_least
 from ldm.files import check_writable, write_json
+from ldm.locks import lock
 from ldm.logbook import show_progress
 from ldm.records import Count, read_tree, schema
 
@@ -36,6 +37,7 @@ REPORT = schema(
 )  # fmt: skip
 NAMED = {"names_sha256": "the list of images", "labels_sha256": "the class labels"}
 """Settings whose values say nothing to a reader."""
+ANOTHER = "choose another folder for the shards"
 FEWER_WORKERS = "run the same command with fewer --workers; finished shards are kept"
 
 
@@ -88,11 +90,12 @@ def prepare(
         for split, indices in splits
         for number, first in enumerate(range(0, len(indices), shard_size))
     }
-    reports = _write_all(source, shards, settings, destination, workers)
-    manifest = _manifest(reports, settings, path)
-    if labels:
-        manifest["classes"] = list(source.classes)
-    write_json(destination / MANIFEST, manifest)
+    with lock(destination, ANOTHER):
+        reports = _write_all(source, shards, settings, destination, workers)
+        manifest = _manifest(reports, settings, path)
+        if labels:
+            manifest["classes"] = list(source.classes)
+        write_json(destination / MANIFEST, manifest)
     return manifest
 
 
@@ -108,8 +111,8 @@ def _check(
     if destination.exists() and not destination.is_dir():
         raise UsageError(f"{destination} is a file: the destination must be a folder")
     if destination.exists() and destination.samefile(source):
-        raise UsageError(f"{destination} is the source: choose another folder for the shards")
-    check_writable(destination / MANIFEST, advice="choose another folder for the shards")
+        raise UsageError(f"{destination} is the source: {ANOTHER}")
+    check_writable(destination / MANIFEST, advice=ANOTHER)
     foreign = [tar for tar in sorted(destination.glob("*.tar")) if not sidecar(tar).is_file()]
     if foreign:
         raise UsageError(
@@ -128,8 +131,6 @@ def _write_all(
     found = {name: _read_report(destination / name, settings) for name in shards}
     reports = {name: report for name, report in found.items() if report}
     missing = {name: indices for name, indices in shards.items() if name not in reports}
-    for partial_file in destination.glob(".*.partial"):  # of a preparation that was killed
-        partial_file.unlink(missing_ok=True)
     faults = FaultCount(len(source))
     for report in reports.values():
         faults.add(dict(report["skipped"]))

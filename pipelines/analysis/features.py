@@ -24,6 +24,7 @@ from ldm.data import sheet_images
 from ldm.device import full_float32, memory_format
 from ldm.errors import LdmError, check_at_least
 from ldm.images import to_float
+from ldm.locks import lock
 from pipelines.analysis.subjects import Analysis, SharedImages, Subject, analysis_folder, write_csv
 
 NORMS = {"group": "GroupNorm", "smc": "SMC"}
@@ -62,8 +63,9 @@ def analyze_features(
             cells.append((name, NORMS[norm], str(number), shape, f"{peak:.2f}", f"{energy:.2%}"))
     header = ("model", "norm", "image", "level", "height", "width", "peak_over_mean",
               "top_1_percent_energy", "rms")  # fmt: skip
-    files = (folder / "features.png", write_csv(folder / "features.csv", header, rows))
-    _draw(files[0], shown, maps, norms, what)
+    with lock(folder, wait=True):
+        files = (folder / "features.png", write_csv(folder / "features.csv", header, rows))
+        _draw(files[0], shown, maps, norms, what)
     return Analysis(
         f"feature maps of the decoder, mean over {what}",
         ("model", "norm", "level", "map", "peak / mean", "energy in top 1 %"),

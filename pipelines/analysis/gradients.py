@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ldm.charts import DIM, colour, drawing
 from ldm.errors import LdmError
+from ldm.locks import lock
 from ldm.logbook import read_rows
 from ldm.records import Count, checked, schema
 from ldm.run_folder import newest_run, read_config
@@ -53,13 +54,14 @@ def analyze_gradients(runs: Sequence[str | Path] = (), out: Path | None = None) 
         cells.append((name, weighting, str(len(ratio)), *percentiles, *last))
     header = ("run", "weighting", "images_seen", "step", "ratio", "weight", "weighted_ratio")
     folder = analysis_folder(out, next(iter(paths.values())))
-    files = (folder / "gradients.png", write_csv(folder / "gradients.csv", header, rows))
     notes = ["decades: log₁₀ of the 95 % point over the 5 % point, a measure of instability"]
     mixed = {"constant", "adaptive"} <= {weighting for weighting, _ in curves.values()}
     if mixed:
         # means vary less than single steps, and would hide the instability
         notes.append(f"{MIXED}: compare decades of runs trained with run.log_every_steps=1")
-    _draw(files[0], curves, mixed)
+    with lock(folder, wait=True):
+        files = (folder / "gradients.png", write_csv(folder / "gradients.csv", header, rows))
+        _draw(files[0], curves, mixed)
     return Analysis(
         "‖∇L_adv‖ / ‖∇L_recon‖ at the decoder's last layer",
         ("run", "weight", "rows", "5 %", "median", "95 %", "decades", "median × λ_adv"),

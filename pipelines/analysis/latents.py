@@ -27,6 +27,7 @@ from ldm.data import sheet_images
 from ldm.device import full_float32
 from ldm.errors import UsageError, check_at_least
 from ldm.images import latents_as_rgb, to_float
+from ldm.locks import lock
 from pipelines.analysis.subjects import Analysis, SharedImages, Subject, analysis_folder, write_csv
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: weights of red, green and blue
@@ -59,15 +60,17 @@ def analyze_latents(
         return None
     pictures = (folder / "latents.png", folder / "latents-statistics.png")
     rows = {s.name: _pictures(s, found[s.name], images, count) for s in subjects}
-    draw_sheet(pictures[0], rows, images.what)
     what = f"{max(s.count for s in found.values()):,} images of {images.what}"
-    draw_statistics(pictures[1], found, what)
+    with lock(folder, wait=True):
+        draw_sheet(pictures[0], rows, images.what)
+        draw_statistics(pictures[1], found, what)
+        tables = _write(folder, found)
     first = next(iter(found.values()))
     return Analysis(
         f"latents of {what}",
         ("model", "n_z", "mean", "std", "KL, nats/value", "|r| up to", "PCA 1-3", "slope"),
         [(name, *_summary(statistics)) for name, statistics in found.items()],
-        (*pictures, *_write(folder, found)),
+        (*pictures, *tables),
         (
             "mean, std, KL: lowest to highest channel; r: correlation of two channels; "
             "PCA: variance in three components; slope α: power falls as frequency^−α "

@@ -38,6 +38,7 @@ from ldm.charts import drawing, line_style
 from ldm.device import full_float32
 from ldm.distributed import from_main
 from ldm.errors import LdmError, UsageError, check_at_least
+from ldm.locks import lock
 from ldm.metrics.mmd import rbf_mmd
 from ldm.seeds import normal
 from pipelines.analysis.subjects import (
@@ -125,8 +126,9 @@ def analyze_mmd(
         for sigma, numbers in distances.items()
     ]
     header = ("model", "d", "sigma", "mmd2_x100", "std", "draws", "images", "data", "latents")
-    files = (folder / "mmd.png", write_csv(folder / "mmd.csv", header, rows))
-    _draw(files[0], found, dims, what, settings)
+    with lock(folder, wait=True):
+        files = (folder / "mmd.png", write_csv(folder / "mmd.csv", header, rows))
+        _draw(files[0], found, dims, what, settings)
     cells = [
         (f"{sigma:g}", *(f"{d[sigma][0]:.2f} ± {d[sigma][1]:.2f}" for d in found.values()))
         for sigma in dict.fromkeys(settings.sigmas)

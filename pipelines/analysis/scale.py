@@ -9,7 +9,8 @@ cropped instead: a larger size shows more of a photograph, not more detail.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ldm.data.dataset import PHOTOS
 from ldm.data.sources import Split
 from ldm.distributed import from_main, join_processes
 from ldm.errors import LdmError
+from ldm.locks import lock
 from pipelines.analysis.subjects import (
     Analysis,
     agree_on_data,
@@ -64,10 +66,23 @@ def analyze_scale(
         resolutions = from_main(ranks, lambda: _fitting(config, split, how.limit))
     sides = sorted(set(resolutions))
     folder = analysis_folder(out, next(iter(paths.values())))
-    file = folder / "scale.json"
-    found = evaluate_checkpoints([*paths.values()], config, split, sides, out=file, **options)
-    if not ranks.is_main_process:
-        return None
+    with ExitStack() as held:
+        from_main(ranks, lambda: held.enter_context(lock(folder)))
+        file = folder / "scale.json"
+        found = evaluate_checkpoints([*paths.values()], config, split, sides, out=file, **options)
+        if not ranks.is_main_process:
+            return None
+        return _summarise(paths, found, config, split, sides, file)
+
+
+def _summarise(
+    paths: Mapping[str, Path],
+    found: Sequence[Evaluation],
+    config: DataConfig,
+    split: Split,
+    sides: Sequence[int],
+    file: Path,
+) -> Analysis:
     # by path: a file with two names is measured once
     by_path = {(each.model, each.resolution): each for each in found}
     named = [(name, by_path[path, side]) for name, path in paths.items() for side in sides]
@@ -77,11 +92,12 @@ def analyze_scale(
         (name, e.resolution, e.count, *map(e.numbers.get, PANELS), f"{config.source}, {split}")
         for name, e in named
     ]
-    table = write_csv(folder / "scale.csv", header, rows)
+    table, picture = file.with_suffix(".csv"), file.with_suffix(".png")
+    write_csv(table, header, rows)
     low, high = (pick(each.count for each in found) for pick in (min, max))
     many = f"{low:,}" if low == high else f"{low:,} to {high:,}"
     what = f"{many} images of the {split} split of {config.source}"
-    _draw(folder / "scale.png", named, measured, what)
+    _draw(picture, named, measured, what)
     cells = []
     for name, each in named:
         values = [each.numbers[number] for number in measured]
@@ -91,7 +107,7 @@ def analyze_scale(
         f"reconstructions over resolutions, {what}",
         ("model", "side", *(PANELS[number][0] for number in measured)),
         cells,
-        (folder / "scale.png", table, file),
+        (picture, table, file),
         tuple(_notes(found, config)),
     )
 

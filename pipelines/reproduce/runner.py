@@ -6,6 +6,7 @@ Figures are drawn of models of the same cache.
 import re
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal, NamedTuple
@@ -20,6 +21,7 @@ from ldm.device import name_device, resolve_device
 from ldm.distributed import from_main, join_processes
 from ldm.errors import LdmError, UsageError, try_call
 from ldm.files import Content, check_writable, to_json, write_together
+from ldm.locks import lock
 from ldm.logbook import console
 from ldm.metrics.inception import SHA256, digest, published_weights
 from ldm.records import Count, checked, read_arrays, read_each, read_tree, schema
@@ -246,10 +248,11 @@ def _build_row(table: Table, row: _Status, plan: BuildPlan, ranks: PartialState)
     if target.training.folder.parent != target.folder and taken is None:
         training = target.training
         _say(f"  same recipe as {training.preset}: trained once for both, in {training.folder}")
-        target.folder.mkdir(parents=True, exist_ok=True)  # begun
-    model = make_model(target, taken, substitutes)
-    start = time.monotonic()
-    measured = measure(table, target, model, plan)
+    with ExitStack() as held:
+        from_main(ranks, lambda: held.enter_context(lock(target.folder)))
+        model = make_model(target, taken, substitutes)
+        start = time.monotonic()
+        measured = measure(table, target, model, plan)
     seconds = {"training": model.seconds, "measuring": round(time.monotonic() - start, 2)}
     lacked = [name for name in measured.missing if not has_weights(name, plan.weights)]
     return _write_record(
