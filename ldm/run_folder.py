@@ -75,18 +75,19 @@ def new_or_unfinished(
         raise LdmError(f"{folder} is not empty and holds no run: {ANOTHER}")
     with ExitStack() as briefly:
         (held or briefly).enter_context(lock(folder))
-        if not (found := read_run(folder).kind):
-            if differences(folder, config):  # nobody could resume from these states
-                shutil.rmtree(folder / "state", ignore_errors=True)
-            describe_run(folder, kind, preset, config)
-        elif found != kind:
+        found, changed = read_run(folder).kind, differences(folder, config)
+        if found and found != kind:
             raise LdmError(f"{folder} holds a run of kind {found}, not {kind}: {ANOTHER}")
-        elif changed := differences(folder, config):
+        if changed and (found or (read_config(folder) and latest_state(folder / "state"))):
             keys = ", ".join(changed[:5]) + " …" * (len(changed) > 5)
             raise LdmError(
                 f"{folder} was started with another configuration ({keys}): give --out another "
                 "folder, or the same settings"
             )
+        if not found:
+            if changed:  # states without a configuration: nobody could resume from them
+                shutil.rmtree(folder / "state", ignore_errors=True)
+            describe_run(folder, kind, preset, config)
         clear_leftovers(folder)
     return folder
 

@@ -183,6 +183,17 @@ def test_what_is_left_of_a_removed_run_does_not_block(tmp_path, name):
     assert not (tmp_path / "out" / "state" / "8").exists()
 
 
+def test_states_of_another_configuration_are_kept(tmp_path):
+    begin(out := tmp_path / "out")
+    (out / "run.json").unlink()
+    (out / "state" / "8").mkdir(parents=True)
+    (out / "state" / "8" / "state.pt").write_bytes(b"mine")
+    with pytest.raises(LdmError, match=r"started with another configuration \(lr\)"):
+        begin(out, lr=1e-4)
+    begin(out)
+    assert (out / "state" / "8" / "state.pt").read_bytes() == b"mine"
+
+
 @pytest.mark.parametrize("name", ["ckpt.pt", "state/notes.txt", "pictures/me.jpg", "config.yaml/a"])
 def test_a_folder_of_other_files_is_left_alone(tmp_path, name):
     (tmp_path / "out" / name).parent.mkdir(parents=True)
