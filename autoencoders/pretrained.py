@@ -31,7 +31,6 @@ from ldm.checkpoint import (
     open_safetensors,
     read_safetensors,
     refuse_unusual,
-    shown,
     to_safetensors,
 )
 from ldm.config import to_tree
@@ -118,7 +117,7 @@ def _read_ours(folder: Path, described: Mapping[str, Any]) -> AutoencoderFile:
         raise LdmError(f"{folder}/config.json describes no autoencoder, but a model_type {kind!r}")
     if not isinstance(form, int) or form > FORMAT:
         raise LdmError(
-            f"{folder} has format {shown(form)}, this version reads up to {FORMAT}: upgrade ldm"
+            f"{folder} has format {form}, this version reads up to {FORMAT}: upgrade ldm"
         )
     path = folder / WEIGHTS_FILE
     if not path.is_file():

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from diffusion.unet import UNet, UNetConfig, attending
 from ldm import foreign
-from ldm.checkpoint import Damaged, refuse_damaged, shown
+from ldm.checkpoint import Damaged, refuse_damaged
 from ldm.config import validate
 from ldm.errors import LdmError
 
@@ -146,7 +146,7 @@ def _levels(described: Mapping[str, Any]) -> tuple[list[bool], bool]:
             f"Resnet{part}sampleBlock2D": (False, "resnet"),
         }
         if other := [name for name in described[key] if name not in known]:
-            raise LdmError(f"{key} has {shown(other[0])}, only {', '.join(known)} are supported")
+            raise LdmError(f"{key} has {other[0]}, only {', '.join(known)} are supported")
         found.append([known[name] for name in described[key]])
     down, up = found[0], found[1][::-1]
     attends = [has for has, _ in down]
@@ -313,7 +313,7 @@ def _averaged(weights: Mapping[str, Tensor], plain: dict[str, Tensor]) -> dict[s
     if len(lacking) == len(plain):
         return plain
     if lacking:
-        raise LdmError(f"its moving average lacks {shown(lacking[0])}: the file is not whole")
+        raise LdmError(f"its moving average lacks {lacking[0]}: the file is not whole")
     return {name: weights[average] for name, average in averages.items()}
 
 
@@ -324,7 +324,7 @@ def config_from_compvis(
     crossed = next((name for name in weights if ".transformer_blocks." in name), None)
     if crossed:
         raise LdmError(
-            f"it has cross-attention ({shown(crossed)}): only unconditional and class-embedding "
+            f"it has cross-attention ({crossed}): only unconditional and class-embedding "
             "models are supported, not a SpatialTransformer's"
         )
     channels, latent_channels = foreign.layer_sizes(weights, FIRST)

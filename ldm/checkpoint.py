@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
 from hashlib import sha256
-from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal, TypeVar
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from ldm.errors import LdmError, try_call
 from ldm.files import write_together
+from ldm.records import check_bounds
 
 FORMAT = 1
 INNER = "autoencoder/"  # prefix of stage one's tensors in a `.safetensors`
@@ -28,7 +28,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 Kind = Literal["autoencoder", "diffusion"]
 STAGE = {"autoencoder": "a stage-one autoencoder", "diffusion": "a stage-two diffusion model"}
 KNOWN_DTYPE = re.compile(r"torch\.(bool|u?int(8|16|32|64)|b?float(8_.*|16|32|64))")
-DEEPEST, LARGEST = 64, 2_000_000  # levels, and values and characters, of a file's plain values
+LARGEST = 2_000_000  # values and characters of a file's config, statistics and provenance
 
 
 class Damaged(LdmError):
@@ -111,12 +111,12 @@ def load_model(path: str | Path, kind: Kind | None) -> ModelFile:
     if not path.is_file():
         raise LdmError(f"no checkpoint at {path}")
     tree = _read_twin(path) if is_safetensors(path) else read_tensors(path)
-    if not isinstance(tree, dict) or tree.get("kind") not in tuple(STAGE):
+    is_ours = isinstance(tree, dict) and isinstance(tree.get("format"), int)
+    if not is_ours or tree.get("kind") not in tuple(STAGE):
         raise LdmError(f"{path} is not a model file of this toolkit (ckpt.pt of a run)")
-    if not isinstance(tree.get("format"), int) or tree["format"] > FORMAT:
+    if tree["format"] > FORMAT:
         raise LdmError(
-            f"{path} has format {shown(tree.get('format'))}, this version reads up to {FORMAT}: "
-            "upgrade ldm"
+            f"{path} has format {tree['format']}, this version reads up to {FORMAT}: upgrade ldm"
         )
     if kind is not None and tree["kind"] != kind:
         raise LdmError(f"{path} is {STAGE[tree['kind']]}; {STAGE[kind]} is needed here")
@@ -150,10 +150,10 @@ def first_difference(given: Mapping[str, Any], expected: Mapping[str, Tensor]) -
             for tensors in (given, expected)
         )
         if found != needed:
-            return f"tensor {shown(name)} is {found} in the file, {needed} in the model"
+            return f"tensor {name} is {found} in the file, {needed} in the model"
         if given[name].is_floating_point() != expected[name].is_floating_point():
             kinds = f"of {given[name].dtype} in the file, {expected[name].dtype} in the model"
-            return f"tensor {shown(name)} is {kinds}"
+            return f"tensor {name} is {kinds}"
     return None
 
 
@@ -163,7 +163,7 @@ def refuse_damaged(weights: Mapping[str, Tensor], path: str | Path) -> None:
     for name, tensor in weights.items():
         if not _is_finite(tensor):
             raise Damaged(
-                f"{path} is damaged: tensor {shown(name)} has values that are NaN or infinite: "
+                f"{path} is damaged: tensor {name} has values that are NaN or infinite: "
                 "copy, fetch or train it again"
             )
 
@@ -180,7 +180,7 @@ def refuse_unusual(weights: Mapping[str, Tensor], path: str | Path) -> None:
         elif tensor.nbytes > tensor.untyped_storage().nbytes():
             fault = f"{tuple(tensor.shape)}, more than the file holds"
         if fault:
-            raise Damaged(f"{path} is damaged: tensor {shown(name)} is {fault}: fetch it again")
+            raise Damaged(f"{path} is damaged: tensor {name} is {fault}: fetch it again")
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -189,11 +189,6 @@ def _is_finite(tensor: Tensor) -> bool:
     # both ends are NaN if a value is; 25 times as fast as isfinite
     low, high = (tensor.float() if tensor.itemsize == 1 else tensor).aminmax()
     return bool(low.isfinite() and high.isfinite())
-
-
-def shown(name: Any) -> str:
-    """Make a name from a file safe to print: escape control characters and newlines."""
-    return name if isinstance(name, str) and name.isprintable() else repr(name)
 
 
 def is_safetensors(path: Path) -> bool:
@@ -271,7 +266,7 @@ def read_tensors(path: Path, mmap: bool = False) -> Any:
         raise Damaged(f"{path} is truncated or damaged: copy or write it again") from error
     if changed is not None:
         raise Damaged(
-            f"{path} is damaged: the checksum of {shown(changed)} is wrong: copy or write it again"
+            f"{path} is damaged: the checksum of {changed} is wrong: copy or write it again"
         )
     return tree
 
@@ -314,33 +309,20 @@ def _from_tree(tree: dict[str, Any], path: Path) -> ModelFile:
     ):
         raise LdmError(f"{path} lacks a section, or one is invalid: copy or write it again")
     refuse_unusual(parts["weights"], path)
-    _refuse_endless([parts[key] for key in sections if key != "weights"], path)
     within = _from_tree(inner, path) if inner else None
     model = ModelFile(tree["kind"], **parts, autoencoder=within)
     try:
+        check_bounds([model.config, model.statistics, model.provenance], LARGEST)
         found = model.content_sha256
     except (TypeError, ValueError) as error:
-        raise Damaged(f"{path} holds more than tensors and plain values: write it again") from error
+        raise Damaged(
+            f"{path} holds more than tensors and plain values ({error}): copy or write it again"
+        ) from error
     if tree.get("sha256", found) != found:  # files of earlier versions have none
         raise Damaged(
             f"{path} was altered: it is not what was written (SHA-256 differs): copy it again"
         )
     return model
-
-
-def _refuse_endless(tree: Any, path: Path) -> None:
-    """Raise `Damaged` for a tree that contains itself, or repeats its parts without measure."""
-    level, size = [tree], 0
-    for _ in range(DEEPEST):
-        nested = [value for value in level if isinstance(value, dict | list | tuple)]
-        size += sum(len(value) for value in level if isinstance(value, dict | list | tuple | str))
-        if size > LARGEST:
-            break
-        if not nested:
-            return
-        level = [*chain.from_iterable(nested)]  # of a dict, its keys
-        level += chain.from_iterable(v.values() for v in nested if isinstance(v, dict))
-    raise Damaged(f"{path} is damaged: its plain values are nested too deeply, or without an end")
 
 
 def _read_twin(path: Path) -> Any:

@@ -30,7 +30,6 @@ from ldm.checkpoint import (
     load_model,
     open_safetensors,
     save_model,
-    shown,
     to_safetensors,
 )
 from ldm.errors import LdmError, UsageError
@@ -297,7 +296,7 @@ def combine(
                 if tensor is None or name not in like or not _alike(tensor, like[name]):
                     raise LdmError(
                         f"{snapshot.path} is not of the network in the run's ckpt.pt: tensor "
-                        f"{shown(name)} differs; delete the snapshots of another run"
+                        f"{name} differs; delete the snapshots of another run"
                     )
                 if not tensor.is_floating_point():
                     sums.setdefault(name, tensor)

@@ -1,30 +1,21 @@
 """Errors for people to read: one line that says what, where and what to do."""
 
-import re
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
 
-# C0, C1; soft hyphen, zero widths, line separators, reversals of direction, the byte order mark;
-# lone surrogates
-UNSAFE = re.compile(
-    "[\x00-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
-)
-
 
 def escape(text: object, keep: str = "") -> str:
     """Make text from a file safe to print: what moves the cursor, hides or reorders other text
     becomes a visible escape; characters in `keep` stay. A byte that is no UTF-8 becomes \\xff."""
+    return "".join(c if c.isprintable() or c in keep else _visible(c) for c in str(text))
 
-    def visible(found: re.Match[str]) -> str:
-        character = found[0]
-        if character in keep:
-            return character
-        is_byte = "\udc80" <= character <= "\udcff"  # as Python decodes file names
-        return f"\\x{ord(character) - 0xDC00:02x}" if is_byte else ascii(character)[1:-1]
 
-    return UNSAFE.sub(visible, str(text))
+def _visible(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":  # a byte, as Python decodes file names
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return ascii(character)[1:-1]
 
 
 class LdmError(Exception):

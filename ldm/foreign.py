@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.checkpoint import first_difference, is_safetensors, read_safetensors, shown, to_safetensors
+from ldm.checkpoint import first_difference, is_safetensors, read_safetensors, to_safetensors
 from ldm.errors import LdmError
 from ldm.files import to_json, write_together
 from ldm.records import read_tree
@@ -86,7 +86,7 @@ def layer_sizes(weights: Mapping[str, Tensor], name: str, dimensions: int = 4) -
     """Output and input channels of a layer, from its weight's shape."""
     if name not in weights or weights[name].ndim != dimensions:
         shape = tuple(weights[name].shape) if name in weights else "none"
-        raise LdmError(f"tensor {shown(name)} is {shape}, not of {dimensions} dimensions")
+        raise LdmError(f"tensor {name} is {shape}, not of {dimensions} dimensions")
     return weights[name].shape[0], weights[name].shape[1]
 
 

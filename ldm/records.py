@@ -10,6 +10,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 from zipfile import ZipFile
@@ -52,16 +53,10 @@ T = TypeVar("T")
 
 
 # ------------------------------------------------------------------------------------- JSON
-def read_record(path: Path, schema: type[SchemaT], advice: str = RESTORE) -> SchemaT | None:
-    """Read and check the JSON object in a file; None if there is no file."""
-    tree = read_json(path, advice)
-    return None if tree is None else checked(schema, tree, path, advice)
-
-
 def read_tree(
     path: Path, schema: type[BaseModel] = Schema, advice: str = RESTORE
 ) -> dict[str, Any] | None:
-    """As `read_record`, but return the file's own keys and values."""
+    """Read the JSON object in a file and check it; None if there is no file."""
     tree = read_json(path, advice)
     if tree is not None:
         checked(schema, tree, path, advice)
@@ -103,18 +98,19 @@ def parse_json(text: bytes | str) -> Any:
     return tree
 
 
-def check_bounds(tree: Any) -> None:
-    """Raise a ValueError for a tree that is too deep or holds an integer of too many digits."""
-    layer = [tree]
+def check_bounds(tree: Any, most: float = math.inf) -> None:
+    """Raise a ValueError for a tree that is too deep, or without an end, that holds an integer of
+    too many digits, or more than `most` values and characters."""
+    layer, size = [tree], 0
     for _ in range(LEVELS):
         if any(isinstance(value, int) and value.bit_length() > BITS for value in layer):
             raise ValueError("a number is too large")
-        layer = [
-            value
-            for inner in layer
-            if isinstance(inner, dict | list)
-            for value in (inner.values() if isinstance(inner, dict) else inner)
-        ]
+        size += sum(len(value) for value in layer if isinstance(value, dict | list | tuple | str))
+        if size > most:
+            raise ValueError("too many values")
+        nested = [value for value in layer if isinstance(value, dict | list | tuple)]
+        layer = [*chain.from_iterable(nested)]  # of a dict, its keys
+        layer += chain.from_iterable(v.values() for v in nested if isinstance(v, dict))
         if not layer:
             return
     raise ValueError(f"nested deeper than {LEVELS} levels")
@@ -160,7 +156,7 @@ def parse_array(data: bytes) -> NDArray[Any]:
     shape, _, kind = read_header(file)
     held = len(data) - file.tell()
     if min(shape, default=0) < 0 or kind.hasobject or math.prod(shape) * kind.itemsize != held:
-        raise ValueError("an array's header does not fit its data")
+        raise ValueError(f"its data do not fit a {kind} array of shape {shape}")
     return np.load(io.BytesIO(data), allow_pickle=False)
 
 

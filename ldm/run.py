@@ -37,13 +37,7 @@ from ldm.ema import Average
 from ldm.errors import Interrupted, LdmError, UsageError, listed
 from ldm.files import write_json
 from ldm.logbook import console, progress_bar
-from ldm.run_folder import (
-    latest_state,
-    load_state,
-    new_or_unfinished,
-    restore,
-    save_state,
-)
+from ldm.run_folder import latest_state, load_state, new_or_unfinished, restore, save_state
 from ldm.seeds import torch_seed
 
 T = TypeVar("T")

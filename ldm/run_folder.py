@@ -31,7 +31,7 @@ from ldm.device import allows_tf32
 from ldm.errors import LdmError, UsageError
 from ldm.files import clear_partials, read_bytes, write_atomically, write_json
 from ldm.locks import ANOTHER, lock
-from ldm.records import RESTORE, Schema, read_each, read_record
+from ldm.records import RESTORE, Schema, read_each, read_tree
 
 RUNS = Path("runs")
 CONFIG_LIMIT = 2**17
@@ -219,7 +219,8 @@ class RunDescription(Schema):
 
 def read_run(folder: Path) -> RunDescription:
     """Read the `run.json` of a folder; of one without, every value is its default."""
-    return read_record(folder / "run.json", RunDescription) or RunDescription()
+    found = read_tree(folder / "run.json", RunDescription)
+    return RunDescription.model_validate(found or {})
 
 
 # -------------------------------------------------------------------------------- saved states

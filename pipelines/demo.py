@@ -32,10 +32,7 @@ SWD_IMAGES = 256
 
 
 def run_demo(
-    out: Path,
-    fresh: bool = False,
-    stage_one: Sequence[str] = (),
-    stage_two: Sequence[str] = (),
+    out: Path, fresh: bool = False, stage_one: Sequence[str] = (), stage_two: Sequence[str] = ()
 ) -> Path:
     """Train `tiny` of both stages in `out`, sample, measure, and write `out/report.html`.
 

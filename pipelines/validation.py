@@ -73,10 +73,7 @@ class Scores:
     def add(self, pair: Pair, perceptual: Perceptual | None) -> None:
         """Score a batch; `lpips` is scored only if `perceptual` is given."""
         images, recon = to_float(pair.images), to_float(pair.recon)
-        scores = {
-            "psnr": psnr(images, recon).clamp(max=PSNR_CEILING),
-            "ssim": ssim(images, recon),
-        }
+        scores = {"psnr": psnr(images, recon).clamp(max=PSNR_CEILING), "ssim": ssim(images, recon)}
         if perceptual is not None:
             scores["lpips"] = perceptual(recon, images)
             if scores["lpips"].shape != (len(images),):

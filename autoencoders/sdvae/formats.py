@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from autoencoders.sdvae import SDVAEEncoderConfig
-from ldm.checkpoint import refuse_damaged, shown, to_safetensors
+from ldm.checkpoint import refuse_damaged, to_safetensors
 from ldm.errors import LdmError
 from ldm.files import write_atomically
 from ldm.foreign import (
@@ -105,7 +105,7 @@ def tree_from_diffusers(described: Mapping[str, Any]) -> dict[str, Any]:
     for key, level in LEVELS.items():
         others = [name for name in described.get(key, ()) if name != level]
         if others:
-            raise LdmError(f"{key} has {shown(others[0])}, only {level} is supported")
+            raise LdmError(f"{key} has {others[0]}, only {level} is supported")
     conv1x1 = described.get("use_quant_conv", True)
     if conv1x1 != described.get("use_post_quant_conv", True):
         raise LdmError("it has one of the two 1×1 convolutions around the latent, not both")
@@ -168,7 +168,7 @@ def latent_statistics(
     is_number = isinstance(given, int | float) and not isinstance(given, bool)
     if not (is_number and 0 < given <= sys.float_info.max):
         raise LdmError(
-            f"{path} scales its latents by {shown(str(given))}, not a number above 0: correct "
+            f"{path} scales its latents by {given}, not a number above 0: correct "
             "scaling_factor there, or with --diffusion give --scale-factor"
         )
     mean = settings.get("latents_mean", [settings.get("shift_factor", 0.0)] * n_z)
@@ -298,7 +298,7 @@ def tree_from_compvis(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     inside = next((name for name in weights if re.search(r"\.(down|up)\.\d+\.attn\.", name)), None)
     if inside:
         raise LdmError(
-            f"it has attention inside a level ({shown(inside)}), as kl-f16 and kl-f32: only models "
+            f"it has attention inside a level ({inside}), as kl-f16 and kl-f32: only models "
             "with attention in the middle alone are supported"
         )
     channels, _ = layer_sizes(weights, "encoder.conv_in.weight")

@@ -8,7 +8,6 @@ but those named here: for others, Pillow starts programs such as Ghostscript.
 """
 
 import io
-import math
 import zlib
 from importlib.util import find_spec
 from pathlib import PurePosixPath
@@ -16,6 +15,8 @@ from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ldm.records import parse_array
 
 Filter = Literal["lanczos", "box", "bicubic"]
 
@@ -93,20 +94,12 @@ def decode(data: bytes, suffix: str) -> np.ndarray:
 
 def _decode_array(data: bytes) -> np.ndarray:
     """uint8 (1, 3, H, W), (3, H, W) or (H, W, 3), as CelebA-HQ comes, → (H, W, 3)."""
-    file = io.BytesIO(data)
-    version = np.lib.format.read_magic(file)
-    v1, v2 = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
-    shape, is_fortran, dtype = (v1 if version == (1, 0) else v2)(file)
-    described = f"a {dtype} array of shape {shape}"
-    if dtype != np.uint8 or math.prod(shape) != len(data) - file.tell():
-        raise CorruptImage(f"{described} is not RGB uint8, or has another size than its file")
-    array = np.frombuffer(data, np.uint8, offset=file.tell())
-    array = array.reshape(shape, order="F" if is_fortran else "C")
+    array = parse_array(data)
     pixels = array[0] if array.ndim == 4 and len(array) == 1 else array
     if pixels.ndim == 3 and pixels.shape[0] == 3 and pixels.shape[2] != 3:
         pixels = pixels.transpose(1, 2, 0)
-    if pixels.ndim != 3 or pixels.shape[2] != 3:
-        raise CorruptImage(f"{described} is not RGB uint8")
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise CorruptImage(f"a {array.dtype} array of shape {array.shape} is not RGB uint8")
     return np.ascontiguousarray(pixels)
 
 

@@ -202,20 +202,20 @@ class FeatureSet:
             if form == FORMAT:
                 rows, ks = parts["sample"], parts["sample_ks"]
                 statistics = FeatureStatistics.from_moments(count, parts["mu"], parts["sigma"])
-                # the sample is drawn again: its size is checked before memory is requested
-                if not count <= total <= MOST or min(kept, total) > max(len(ks), MOST_KEPT):
-                    raise ValueError("its numbers do not fit each other")
+                about = parse_json(parts["about"].tobytes())
+                if (
+                    # the sample is drawn again: its size is checked before memory is requested
+                    not count <= total <= MOST
+                    or min(kept, total) > max(len(ks), MOST_KEPT)
+                    or (dim, rows.shape) != (statistics.dim, (len(ks), dim))
+                    or not (np.isfinite(rows).all() and isinstance(about, dict))
+                ):
+                    raise ValueError("its parts do not fit each other")
                 features = cls(dim, total, kept, seed)
-                complete = count < total or len(ks) == len(features._chosen)
-                if dim != statistics.dim or rows.shape != (len(ks), dim) or not complete:
-                    raise ValueError("the sample does not fit the numbers")
-                if not np.isfinite(rows).all():
-                    raise ValueError("the sample holds values that are not finite")
+                if count == total and len(ks) != len(features._chosen):
+                    raise ValueError("the sample is not complete")
                 features.statistics = statistics
                 features._keep(zip(ks.tolist(), rows, strict=True))
-                about = parse_json(parts["about"].tobytes())
-                if not isinstance(about, dict):
-                    raise ValueError("it does not say what the features are of")
                 return features, about
         except Exception as error:  # damaged files raise errors of nearly any type
             raise LdmError(f"{path} is damaged or no file of features: {again}") from error

@@ -165,11 +165,7 @@ class StepTimer:
 
 
 def time_training(
-    timer: StepTimer,
-    stretches: Sequence[Stretch],
-    accumulate: int,
-    processes: int,
-    end: float,
+    timer: StepTimer, stretches: Sequence[Stretch], accumulate: int, processes: int, end: float
 ) -> Timing:
     """Time the stretches of a run, each as near to its own size as time and memory allow.
 

@@ -16,7 +16,6 @@ from ldm.checkpoint import (
     load_model,
     read_safetensors,
     save_model,
-    shown,
 )
 from ldm.errors import LdmError
 
@@ -83,7 +82,7 @@ def test_no_file_of_ours(tmp_path):
 @pytest.mark.parametrize(
     ("change", "told"),
     [({"weights": None}, "lacks a section"), ({"weights": {"w": 1}}, "one is invalid"),
-     ({"config": []}, "lacks a section"), ({"format": "new"}, "has format new"),
+     ({"config": []}, "lacks a section"), ({"format": "new"}, "is not a model file"),
      ({"kind": ["autoencoder"]}, "is not a model file"), ({"kind": {}}, "is not a model file"),
      ({"autoencoder": [1]}, "one is invalid"),
      ({"autoencoder": {"weights": {}}}, "one is invalid")],
@@ -165,16 +164,6 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, how)
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("name", ["encoder.weight", "größe"])
-def test_what_can_be_printed_is_shown_as_it_is(name):
-    assert shown(name) == name
-
-
-@pytest.mark.parametrize("name", ["a\nb", "a\x1b[2Jb", "a\u202eb", 3, ("a\n",)])
-def test_what_cannot_is_shown_escaped(name):
-    assert shown(name).isprintable() and shown(name) == repr(name)
-
-
 def test_names_of_tensors_do_not_reach_the_terminal_raw(tmp_path):
     with pytest.raises(LdmError) as caught:
         build_with(lambda: torch.nn.Identity(), {"x\n\x1b[2J": torch.zeros(1)}, tmp_path)
@@ -204,9 +193,9 @@ def test_safetensors_are_known_by_any_name(tmp_path):
     assert load_model(tmp_path / "a.ckpt", "autoencoder").sha256 == saved.sha256
 
 
-def test_a_format_that_is_no_number_is_shown_escaped(tmp_path):
+def test_a_format_that_is_no_number(tmp_path):
     torch.save({"format": "a\nb", "kind": "autoencoder"}, tmp_path / "ckpt.pt")
-    assert r"has format 'a\nb'" in message(tmp_path / "ckpt.pt")
+    assert "is not a model file" in message(tmp_path / "ckpt.pt")
 
 
 def test_safetensors_of_others_is_told(tmp_path):

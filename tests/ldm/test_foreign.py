@@ -67,7 +67,7 @@ def test_weights_that_fit_come_in_our_order():
     [
         ({"shortcut": None}, "tensor shortcut is none in the file, (3,) in the model"),
         ({"shortcut": torch.ones(4)}, "tensor shortcut is (4,) in the file, (3,) in the model"),
-        ({"x\n": torch.ones(4)}, r"tensor 'x\n' is (4,) in the file, none in the model"),
+        ({"x\n": torch.ones(4)}, r"tensor x\n is (4,) in the file, none in the model"),
         (
             {"shortcut": torch.ones(3).long()},
             "tensor shortcut is of torch.int64 in the file, torch.float32",

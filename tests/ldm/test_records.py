@@ -11,7 +11,7 @@ from pydantic import Field
 
 from ldm import records
 from ldm.errors import LdmError, escape
-from ldm.records import Count, Schema, read_arrays, read_each, read_json, read_record, read_tree
+from ldm.records import Count, Schema, checked, read_arrays, read_each, read_json, read_tree
 
 
 class Sizes(Schema):
@@ -23,11 +23,11 @@ class Sizes(Schema):
 def test_missing_keys_get_defaults_and_others_are_kept(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('{"count": 3, "scale": 2, "newer": [1]}')
-    found = read_record(path, Sizes)
+    found = checked(Sizes, read_json(path), path)
     assert (found.count, found.names, found.scale) == (3, [], 2.0)
     assert read_tree(path, Sizes) == {"count": 3, "scale": 2, "newer": [1]}
-    assert read_record(tmp_path / "none.json", Sizes) is None
-    assert read_record(path / "below.json", Sizes) is None
+    assert read_tree(tmp_path / "none.json", Sizes) is None
+    assert read_tree(path / "below.json", Sizes) is None
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_a_damaged_file_is_one_line_that_names_it_and_the_entry(tmp_path, conten
     path = tmp_path / "a.json"
     path.write_bytes(content)
     with pytest.raises(LdmError, match=r"what to do$") as raised:
-        read_record(path, Sizes, "what to do")
+        read_tree(path, Sizes, "what to do")
     text = str(raised.value)
     assert text.startswith(f"{path} is damaged") and what in text and "\n" not in text
 
@@ -111,7 +111,7 @@ def test_a_scan_names_three_damaged_files_once_and_counts_the_rest(tmp_path, cap
         path.write_text("{")
     paths[0].write_text(json.dumps({"count": 1}))
     for _ in range(2):
-        assert list(read_each(paths, lambda path: read_record(path, Sizes))) == paths[:1]
+        assert list(read_each(paths, lambda path: read_tree(path, Sizes))) == paths[:1]
     lines = capsys.readouterr().err.splitlines()
     assert [str(path) in line for path, line in zip(paths[1:], lines[:3], strict=False)] == [
         True
