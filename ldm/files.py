@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import stat
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from errno import EFBIG, EINVAL, EISDIR
@@ -32,6 +33,8 @@ NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 PARTIAL = re.compile(r"\.([^/\\]+)\.([0-9a-f]{16}|\d+)\.partial")
 """Name of a half-written file: its name to be, and a random number, in earlier versions that of the
 process."""
+DAY, PATIENCE = 86_400, 10
+"""Seconds."""
 SET = ".set"
 """Lists the files of a set that are written, and are being renamed."""
 
@@ -56,8 +59,9 @@ def write_together(files: Mapping[Path, Content]) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if path.is_dir():  # the rename would fail, after the work
                     raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
-                file = opened.enter_context(open_regular(partials[path], NEW, "wb"))
-                lock_open(file.fileno())  # until it has its name, see `clear_partials`
+                with _in_turn(path.parent):  # or it could be cleared before it is locked
+                    file = opened.enter_context(open_regular(partials[path], NEW, "wb"))
+                    lock_open(file.fileno())  # until it has its name, see `clear_partials`
                 file.write(content) if isinstance(content, bytes) else content(file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -132,44 +136,51 @@ def _finish(folder: Path) -> list[Path]:
 
 
 def clear_partials(folders: Iterable[Path]) -> None:
-    """Remove the half-written files of killed processes; one that is being written is locked."""
+    """Remove the half-written files of killed processes; one that is being written is locked.
+
+    Where nothing can be locked, those of a day ago are removed.
+    """
     for folder in filter(Path.is_dir, folders):
         with _in_turn(folder):
             _finish(folder)
             for path in folder.glob(".*.partial"):
-                with suppress(OSError), ExitStack() as opened:
-                    with suppress(OSError):  # no regular file
-                        file = opened.enter_context(open_regular(path))
-                        if not lock_open(file.fileno()):
-                            continue
-                    if PARTIAL.fullmatch(path.name):
+                if not PARTIAL.fullmatch(path.name):
+                    continue
+                # opened to write: NFS locks no others
+                with suppress(OSError), open_regular(path, os.O_RDWR) as file:
+                    locked, written = lock_open(file.fileno()), os.fstat(file.fileno()).st_mtime
+                    if locked or (locked is None and written < time.time() - DAY):
                         path.unlink()
 
 
 # --------------------------------------------------------------------------------- processes
-def lock_open(descriptor: int, wait: bool = False) -> bool:
+def lock_open(descriptor: int, wait: bool = False) -> bool | None:
     """Lock an open file or folder until it is closed; False if another process has locked it.
 
-    True also where the system or the file system has no such locks.
+    None where the system or the file system has no such locks.
     """
+    if fcntl is None:
+        return None
     try:
-        if fcntl is not None:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except (BlockingIOError, PermissionError):  # EAGAIN or EACCES
         return False
     except OSError:
-        pass
+        return None
     return True
 
 
 @contextmanager
 def _in_turn(folder: Path) -> Iterator[None]:
-    """Wait until no other process renames a set in this folder."""
+    """Wait until no other process renames a set in this folder, for some seconds: such takes none,
+    and the folder may be locked by others, as by `flock FOLDER ldm …`."""
     with ExitStack() as opened:
         with suppress(OSError):  # a system that does not open folders
             descriptor = os.open(folder, os.O_RDONLY)
             opened.callback(os.close, descriptor)
-            lock_open(descriptor, wait=True)
+            until = time.monotonic() + PATIENCE
+            while lock_open(descriptor) is False and time.monotonic() < until:
+                time.sleep(0.01)
         yield
 
 
@@ -239,7 +250,7 @@ def open_regular(path: Path, flags: int = os.O_RDONLY, mode: str = "rb") -> Bina
         if not stat.S_ISREG(found.st_mode):
             raise OSError(EINVAL, "not a regular file", str(path))
         if flags & (os.O_WRONLY | os.O_RDWR) and found.st_nlink > 1:
-            raise OSError(EINVAL, "a file with another name elsewhere", str(path))
+            raise OSError(EINVAL, "another name of a file elsewhere: remove it", str(path))
         return cast(BinaryIO, open(path, mode, opener=lambda *_: descriptor))
     except OSError:
         os.close(descriptor)

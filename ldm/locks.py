@@ -26,7 +26,7 @@ def lock(folder: Path, advice: str = ANOTHER, wait: bool = False) -> Iterator[No
         LdmError: another process holds the lock, or the folder cannot be written.
     """
     path = folder / ".lock"
-    while True:
+    for tries in reversed(range(10)):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             # never truncated, read or removed
@@ -42,11 +42,12 @@ def lock(folder: Path, advice: str = ANOTHER, wait: bool = False) -> Iterator[No
                 return False
 
         with file:
-            if not lock_open(file.fileno(), wait):
+            if lock_open(file.fileno(), wait) is False:
                 raise LdmError(f"another process is at work in {folder}: wait for it, or {advice}")
-            if not is_ours():  # the folder was removed in between
+            if tries and not is_ours():  # the folder was removed in between
                 continue
             clear_partials([folder])
-            with keep(folder, is_ours):
+            # some file systems number a file anew at every look
+            with keep(folder, is_ours if is_ours() else None):
                 yield
             return

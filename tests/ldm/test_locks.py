@@ -1,15 +1,21 @@
 """The lock of a folder, and folders whose filling a kill or a removal interrupts."""
 
+import errno
+import fcntl
 import os
 import shutil
+import stat
 import subprocess
 import sys
+import threading
+import time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from ldm import files
 from ldm.config import Config
 from ldm.errors import LdmError
 from ldm.files import clear_partials, write_atomically, write_together
@@ -105,6 +111,68 @@ def test_a_file_that_is_being_written_stays(tmp_path):
     (tmp_path / ".theirs.partial").touch()
     write_atomically(tmp_path / "file", write)
     assert contents(tmp_path) == {"file": b"x", ".theirs.partial": b""}
+
+
+@pytest.mark.parametrize("age", [0, 90_000])
+def test_without_locks_half_written_files_of_today_stay(tmp_path, monkeypatch, age):
+    def flock(descriptor, operation):
+        """As of NFS, which locks what is open for writing, or of Lustre, which locks nothing."""
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        raise OSError(errno.EBADF if is_folder else errno.ENOSYS, "no")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    path = tmp_path / ".ckpt.pt.0123456789abcdef.partial"
+    path.touch()
+    os.utime(path, (time.time() - age,) * 2)
+    clear_partials([tmp_path])
+    assert path.exists() == (not age)
+
+
+def test_half_written_files_are_locked_as_nfs_requires(tmp_path, monkeypatch):
+    flock = fcntl.flock
+
+    def strict(descriptor, operation):
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "not open for writing")
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", strict)
+    write_atomically(tmp_path / "file", lambda file: clear_partials([tmp_path]))
+    (tmp_path / ".file.0123456789abcdef.partial").touch()
+    clear_partials([tmp_path])
+    assert contents(tmp_path) == {"file": b""}
+
+
+def test_a_file_is_not_cleared_before_it_is_locked(tmp_path, monkeypatch):
+    def others(*_):
+        """Another process at the worst moment."""
+        clearing.start()
+        clearing.join(0.2)
+        return original(*_)
+
+    clearing = threading.Thread(target=clear_partials, args=([tmp_path],))
+    original = files.lock_open
+    names = iter([original, others])
+    monkeypatch.setattr(files, "lock_open", lambda *_: next(names, original)(*_))
+    write_atomically(tmp_path / "file", b"x")
+    clearing.join()
+    assert contents(tmp_path) == {"file": b"x"}
+
+
+def test_a_folder_that_others_lock_for_long_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PATIENCE", 0.1)
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)  # as `flock FOLDER ldm …` does
+    write_together({tmp_path / name: b"x" for name in "ab"})
+    os.close(descriptor)
+    assert contents(tmp_path) == {"a": b"x", "b": b"x"}
+
+
+def test_a_file_system_without_lasting_numbers_has_locks(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.path.samestat", lambda *_: False)
+    with lock(tmp_path):
+        write_atomically(tmp_path / "file", b"x")
+    assert (tmp_path / "file").exists()
 
 
 def test_half_written_files_follow_no_link(tmp_path, monkeypatch):
