@@ -11,6 +11,7 @@ runs/<time>-<preset>/
 
 import platform
 import re
+import secrets
 import shlex
 import shutil
 import sys
@@ -28,9 +29,10 @@ from torch import Tensor
 from ldm.checkpoint import Damaged, read_tensors
 from ldm.config import Config, Tree, flatten, parse_yaml, to_tree, validate
 from ldm.device import allows_tf32
-from ldm.errors import LdmError, UsageError
+from ldm.errors import LdmError, UsageError, listed
 from ldm.files import clear_partials, read_bytes, write_atomically, write_json
 from ldm.locks import ANOTHER, lock
+from ldm.logbook import console
 from ldm.records import RESTORE, Schema, read_each, read_tree
 
 RUNS = Path("runs")
@@ -85,8 +87,8 @@ def new_or_unfinished(
                 "folder, or the same settings"
             )
         if not found:
-            if changed:  # states without a configuration: nobody could resume from them
-                shutil.rmtree(folder / "state", ignore_errors=True)
+            if changed:
+                _set_aside(folder)
             describe_run(folder, kind, preset, config)
         clear_leftovers(folder)
     return folder
@@ -98,6 +100,22 @@ def _is_beginning(folder: Path) -> bool:
     inside = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
     visible = (path for path in inside if not any(part.startswith(".") for part in path.parts))
     return all(BEGINNING.fullmatch(path.as_posix()) for path in visible)
+
+
+def _set_aside(folder: Path) -> None:
+    """Hide what is in a folder: it may be of another run, which lost its settings, or of no run."""
+    left = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    if not left:
+        return
+    aside = folder / f".earlier-{secrets.token_hex(4)}"
+    try:
+        aside.mkdir()
+        for path in left:
+            path.rename(aside / path.name)
+    except OSError as error:
+        raise LdmError(f"could not write in {folder} ({error.strerror}): {ANOTHER}") from error
+    names = listed([path.name for path in left])
+    console.print(f"note: {names} of another run set aside in {aside}", markup=False)
 
 
 def describe_run(folder: Path, kind: str, preset: str, config: Config) -> None:

@@ -119,8 +119,8 @@ def _walk(path: Path) -> Iterator[str]:
         yield from ((relative / file).as_posix() for file in files)
 
 
-MAX_DIRECTORY = 2**28
-"""Bytes of a zip's directory, of a few million images; in memory it takes ten times as much."""
+MAX_DIRECTORY = 2**30
+"""Bytes of a zip's directory, of ten million images; in memory it takes ten times as much."""
 
 
 class ZipSource(PathSource):
@@ -135,7 +135,10 @@ class ZipSource(PathSource):
             with HeaderReader(path, MAX_DIRECTORY) as file, zipfile.ZipFile(file) as archive:
                 names = set(archive.namelist())
         except Exception as error:  # damage makes zipfile raise nearly anything
-            raise LdmError(f"{path} is truncated or not a zip archive: copy it again") from error
+            why = getattr(error, "strerror", None) or error
+            raise LdmError(
+                f"{path} is truncated or not a zip archive ({why}): copy it again"
+            ) from error
         super().__init__(path, names, labels)
 
     def file(self, index: int) -> Path:

@@ -8,6 +8,7 @@ but those named here: for others, Pillow starts programs such as Ghostscript.
 """
 
 import io
+import re
 import zlib
 from importlib.util import find_spec
 from pathlib import PurePosixPath
@@ -36,6 +37,9 @@ MAX_BYTES = 8 * MAX_PIXELS
 """Bytes of an image's file: as many as uncompressed 16-bit RGBA takes."""
 MAX_SCANS = 100
 """Scans of a progressive JPEG, each of which is a pass over all pixels; cameras write ten."""
+SCAN = re.compile(rb"\xff\xda\0[\x08\x0a\x0c\x0e][\1-\4]")
+"""Start of a scan, by its length and number of components: the two first bytes alone are common in
+what phones append to a JPEG, such as a film."""
 
 
 def center_crop(image: np.ndarray, resolution: int, filter: Filter = "lanczos") -> np.ndarray:
@@ -108,7 +112,9 @@ def _to_rgb(data: bytes) -> np.ndarray:
         _check_png(data)
     if data[:2] in (b"II", b"MM"):
         _check_tiff(data)
-    if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_SCANS:
+    # the first count alone is fast
+    is_long = data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_SCANS
+    if is_long and len(SCAN.findall(data)) > MAX_SCANS:
         raise CorruptImage(f"more than {MAX_SCANS} scans")
     with Image.open(io.BytesIO(data), formats=FORMATS) as file:  # reads the header only
         tags = getattr(file, "tag_v2", {})  # of a TIFF: a tile may be larger than its image

@@ -249,6 +249,8 @@ def test_what_is_left_of_a_removed_run_does_not_block(tmp_path, name):
     (tmp_path / "out" / name).write_text("lr: 7")
     begin(tmp_path / "out")
     assert not (tmp_path / "out" / "state" / "8").exists()
+    kept = [path.read_text() for path in tmp_path.rglob(Path(name).name) if path.is_file()]
+    assert "lr: 7" in kept or ".partial" in name  # no file of others is lost
 
 
 def test_states_of_another_configuration_are_kept(tmp_path):

@@ -131,7 +131,7 @@ def test_an_encrypted_member_is_corrupt(edm_zip):
 
 def test_a_truncated_zip_is_one_clear_line(edm_zip):
     edm_zip.write_bytes(edm_zip.read_bytes()[:-300])
-    with pytest.raises(LdmError, match=r"images\.zip is truncated or not a zip archive: copy it"):
+    with pytest.raises(LdmError, match=r"images\.zip is truncated .+ archive \(.+\): copy it"):
         ZipSource(edm_zip)
 
 
