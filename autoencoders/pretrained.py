@@ -34,7 +34,7 @@ from ldm.checkpoint import (
     to_safetensors,
 )
 from ldm.config import to_tree
-from ldm.errors import LdmError, UsageError
+from ldm.errors import LdmError, UsageError, brief
 from ldm.files import to_json, write_together
 from ldm.foreign import find_prefix, read_described, read_weights, weights_files
 from ldm.run_folder import installed_version
@@ -233,8 +233,8 @@ class HubMixin(nn.Module):
                 )  # fmt: skip
             except Exception as error:  # the client lets through whatever its own libraries raise
                 raise LdmError(
-                    f"could not push to {repo_id} on the Hugging Face Hub ({_brief(error)}): check "
-                    f"the connection and the name, and {LOG_IN}"
+                    f"could not push to {repo_id} on the Hugging Face Hub ({type(error).__name__}: "
+                    f"{brief(error)}): check the connection and the name, and {LOG_IN}"
                 ) from error
         return str(url)
 
@@ -266,7 +266,7 @@ def find_pretrained(
         status = getattr(getattr(error, "response", None), "status_code", None)
         raise LdmError(
             f"{repo_id} is no file or folder here, and could not be fetched from the Hugging Face "
-            f"Hub ({_brief(error)}): check name and connection, "
+            f"Hub ({type(error).__name__}: {brief(error)}): check name and connection, "
             f"{f'{LOG_IN}, ' if status in (401, 403) else ''}or give a folder on this machine"
         ) from error
     path = Path(folder, subfolder)
@@ -276,8 +276,3 @@ def find_pretrained(
             "name the folder that has one, in a pipeline mostly vae, as its subfolder"
         )
     return path
-
-
-def _brief(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return ": ".join([type(error).__name__, *(line.strip().rstrip(".:") for line in lines[:1])])

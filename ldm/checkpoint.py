@@ -244,15 +244,13 @@ def read_tensors(path: Path, mmap: bool = False) -> Any:
             which the system drops when memory is short. Do not keep such tensors: they change with
             the file.
     """
+    changed = tree = None
     try:
         with path.open("rb") as file:
-            is_zip = file.read(2) == b"PK"  # PyTorch's old format has no checksums
-        changed = None
-        if is_zip:
-            with ZipFile(path) as archive:
-                check_entries(archive, path.stat().st_size)
-                changed = archive.testzip()  # torch.load does not verify them
-        tree = None
+            if file.read(2) == b"PK":  # PyTorch's old format has no checksums
+                with ZipFile(file) as archive:
+                    check_entries(archive, path.stat().st_size)
+                    changed = archive.testzip()  # torch.load does not verify them
         if changed is None:
             tree = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (FileNotFoundError, PermissionError) as error:

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ldm.errors import UsageError
-from ldm.records import LEVELS, check_bounds
+from ldm.records import check_bounds
 
 
 class Config(BaseModel):
@@ -43,17 +43,10 @@ class _Loader(yaml.SafeLoader):
     Aliases are refused: nine lines of them stand for a billion values.
     """
 
-    levels = 0
-
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
             raise yaml.YAMLError("aliases are not supported")
-        if self.levels > LEVELS:
-            raise yaml.YAMLError(f"nested deeper than {LEVELS} levels")
-        self.levels += 1
-        node = super().compose_node(parent, index)
-        self.levels -= 1
-        return node
+        return super().compose_node(parent, index)
 
 
 _Loader.add_implicit_resolver(

@@ -27,6 +27,7 @@ from ldm.checkpoint import (
     Damaged,
     fingerprint,
     fingerprint_each,
+    first_difference,
     load_model,
     open_safetensors,
     save_model,
@@ -272,10 +273,6 @@ def synthesize_ema(run: Path, std: float, at: int | None = None, out: Path | Non
     return out
 
 
-def _alike(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and one.is_floating_point() == other.is_floating_point()
-
-
 def combine(
     coefficients: Mapping[Snapshot, float], like: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -292,13 +289,13 @@ def combine(
             if stated and stated != {"sha256": fingerprint_each(names, file.get_tensor)}:
                 raise Damaged(f"{snapshot.path} was altered: delete it to use the others")
             for name in [*names, *(name for name in like if name not in names)]:
-                tensor = file.get_tensor(name) if name in names else None
-                if tensor is None or name not in like or not _alike(tensor, like[name]):
+                found = {name: file.get_tensor(name)} if name in names else {}
+                if first_difference(found, {name: like[name]} if name in like else {}):
                     raise LdmError(
                         f"{snapshot.path} is not of the network in the run's ckpt.pt: tensor "
                         f"{name} differs; delete the snapshots of another run"
                     )
-                if not tensor.is_floating_point():
+                if not (tensor := found[name]).is_floating_point():
                     sums.setdefault(name, tensor)
                     continue
                 if name not in sums:

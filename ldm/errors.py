@@ -64,6 +64,11 @@ def check_at_least(least: int, **options: int | None) -> None:
             raise UsageError(f"{option}: must be at most {most:,}")
 
 
+def brief(error: Exception) -> str:
+    """Return the first line of an error's text, or its type if it has none."""
+    return str(error).strip().partition("\n")[0].rstrip(".:") or type(error).__name__
+
+
 def listed(names: Sequence[str], most: int = 3) -> str:
     """Join the first names, and say how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""

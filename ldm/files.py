@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from errno import EFBIG, EINVAL, EISDIR
+from hashlib import file_digest
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, BinaryIO, cast
@@ -264,6 +265,12 @@ def read_bytes(path: Path, limit: int) -> bytes:
         if size > limit:
             raise OSError(EFBIG, f"larger than {limit} bytes", str(path))
         return file.read(size)
+
+
+def sha256_of(path: Path) -> str:
+    """Compute the SHA-256 of a regular file."""
+    with open_regular(path) as file:
+        return file_digest(cast(Any, file), "sha256").hexdigest()
 
 
 class HeaderReader(io.BufferedReader):

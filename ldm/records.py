@@ -20,7 +20,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from ldm.errors import LdmError, try_call
+from ldm.errors import LdmError, brief, try_call
 from ldm.files import open_regular, read_bytes
 
 LIMIT = 2**26
@@ -55,17 +55,26 @@ T = TypeVar("T")
 
 # ------------------------------------------------------------------------------------- JSON
 def read_tree(
-    path: Path, schema: type[BaseModel] = Schema, advice: str = RESTORE
+    path: Path, schema: type[BaseModel] = Schema, advice: str = RESTORE, **how: Any
 ) -> dict[str, Any] | None:
-    """Read the JSON object in a file and check it; None if there is no file."""
-    tree = read_json(path, advice)
+    """Read the JSON object in a file by `read_json(**how)` and check it; None if there is none."""
+    tree = read_json(path, advice, **how)
     if tree is not None:
         checked(schema, tree, path, advice)
     return cast(dict[str, Any] | None, tree)
 
 
-def read_json(path: Path, advice: str = RESTORE, limit: int = LIMIT) -> Any:
+def read_json(
+    path: Path,
+    advice: str = RESTORE,
+    limit: int = LIMIT,
+    parse: Callable[[bytes], Any] | None = None,
+) -> Any:
     """Read the JSON in a file; None if there is no file. `advice` ends the error of a damaged one.
+
+    Args:
+        limit: most bytes of the file.
+        parse: reads another format; a ValueError says what is wrong. None: `parse_json`.
 
     Raises:
         LdmError: the file is damaged, larger than `limit`, or no regular file.
@@ -78,7 +87,7 @@ def read_json(path: Path, advice: str = RESTORE, limit: int = LIMIT) -> Any:
         reason = getattr(error, "strerror", None) or error
         raise LdmError(f"could not read {path} ({reason}): {advice}") from error
     try:
-        if (tree := parse_json(data)) is None:
+        if (tree := (parse or parse_json)(data)) is None:
             raise ValueError("it holds null")
     except ValueError as error:
         raise LdmError(f"{path} is damaged ({error}): {advice}") from error
@@ -152,7 +161,7 @@ def read_arrays(path: Path, advice: str = RESTORE) -> dict[str, NDArray[Any]]:
     except OSError as error:
         raise LdmError(f"could not read {path} ({error.strerror or error}): {advice}") from error
     except Exception as error:  # zipfile and NumPy raise nearly anything
-        raise LdmError(f"{path} is damaged ({_brief(error)}): {advice}") from error
+        raise LdmError(f"{path} is damaged ({brief(error)}): {advice}") from error
 
 
 def parse_array(data: bytes) -> NDArray[Any]:
@@ -165,10 +174,6 @@ def parse_array(data: bytes) -> NDArray[Any]:
     if min(shape, default=0) < 0 or kind.hasobject or math.prod(shape) * kind.itemsize != held:
         raise ValueError(f"its data do not fit a {kind} array of shape {shape}")
     return np.load(io.BytesIO(data), allow_pickle=False)
-
-
-def _brief(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".:") or type(error).__name__
 
 
 # ------------------------------------------------------------------------------------ scans

@@ -287,12 +287,6 @@ class Run:
             self._read_flags(name)
         return self._skipped
 
-    def any_rank(self, flag: bool) -> bool:
-        """Return True if the flag is set on any process."""
-        if self.world == 1:
-            return flag
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
-
     def mean(self, tensor: Tensor) -> Tensor:
         """Return the mean of a tensor over the processes, on all of them."""
         return self.accelerator.reduce(tensor, "mean") if self.world > 1 else tensor
@@ -337,7 +331,7 @@ class Run:
     # ------------------------------------------------------------------------------ stopping
     def stop_requested(self) -> bool:
         """Return True if a signal asked any process to stop; all agree, and wait for each other."""
-        return self.any_rank(self._stop)
+        return bool(self.sum(torch.tensor(float(self._stop), device=self.device)) > 0)
 
     def stop_after_step(self) -> bool:
         """`stop_requested` for a training loop, without a wait: several processes agree in `step`,

@@ -30,10 +30,10 @@ from ldm.checkpoint import Damaged, read_tensors
 from ldm.config import Config, Tree, flatten, parse_yaml, to_tree, validate
 from ldm.device import allows_tf32
 from ldm.errors import LdmError, UsageError, listed
-from ldm.files import clear_partials, read_bytes, write_atomically, write_json
+from ldm.files import clear_partials, write_atomically, write_json
 from ldm.locks import ANOTHER, lock
 from ldm.logbook import console
-from ldm.records import RESTORE, Schema, read_each, read_tree
+from ldm.records import read_each, read_tree, schema
 
 RUNS = Path("runs")
 CONFIG_LIMIT = 2**17
@@ -51,6 +51,7 @@ IGNORED = {
 """Keys that may change between a stop and a resume: they do not change what a run computes, or only
 by rounding and by dropout's masks."""
 
+_RUN = schema(kind=(str, ""), preset=(str, ""))
 BEGINNING = re.compile(
     r"config\.yaml|metrics\.jsonl|tensorboard/events\..*|pictures/\w+-\d+\.png|state/\d+/state\.pt"
 )
@@ -73,11 +74,11 @@ def new_or_unfinished(
         changes = read_each(unfinished_runs(kind, preset), lambda run: differences(run, config))
         same = (run for run, changed in changes.items() if not changed)
         folder = next(same, None) or _new_folder(preset)
-    elif not read_run(folder).kind and not _is_beginning(folder):
+    elif not read_run(folder).get("kind") and not _is_beginning(folder):
         raise LdmError(f"{folder} is not empty and holds no run: {ANOTHER}")
     with ExitStack() as briefly:
         (held or briefly).enter_context(lock(folder))
-        found, changed = read_run(folder).kind, differences(folder, config)
+        found, changed = read_run(folder).get("kind"), differences(folder, config)
         if found and found != kind:
             raise LdmError(f"{folder} holds a run of kind {found}, not {kind}: {ANOTHER}")
         if changed and (found or (read_config(folder) and latest_state(folder / "state"))):
@@ -165,7 +166,7 @@ def unfinished_runs(kind: str, preset: str) -> list[Path]:
 
 def preset_of(folder: Path) -> str | None:
     """Return the preset of the run in a folder; None if there is no run."""
-    return read_run(folder).preset or None
+    return read_run(folder).get("preset")
 
 
 def is_finished(folder: Path) -> bool:
@@ -175,17 +176,7 @@ def is_finished(folder: Path) -> bool:
 
 def read_config(folder: Path) -> Tree | None:
     """Read a run's configuration as a tree; None if it is absent."""
-    path = folder / "config.yaml"
-    try:
-        tree = parse_yaml(read_bytes(path, CONFIG_LIMIT))
-        if not isinstance(tree, dict):
-            raise ValueError("not a mapping")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise LdmError(f"{path} is damaged ({reason}): {RESTORE}") from error
-    return tree
+    return read_tree(folder / "config.yaml", limit=CONFIG_LIMIT, parse=parse_yaml)
 
 
 def differences(folder: Path, config: Config) -> list[str]:
@@ -224,21 +215,14 @@ def _all_runs(kind: str, preset: str | None) -> list[Path]:
     """
     files = [*RUNS.glob("*/run.json"), *RUNS.glob("demo/*/run.json")]
     runs = read_each([file.parent for file in files], read_run)
-    ours = [r for r, found in runs.items() if found.kind == kind and preset in (None, found.preset)]
+    ours = [run for run, found in runs.items() if found.get("kind") == kind]
+    ours = [run for run in ours if preset in (None, runs[run].get("preset"))]
     return sorted(ours, key=lambda run: (run / "run.json").stat().st_mtime)
 
 
-class RunDescription(Schema):
-    """A `run.json`."""
-
-    kind: str = ""
-    preset: str = ""
-
-
-def read_run(folder: Path) -> RunDescription:
-    """Read the `run.json` of a folder; of one without, every value is its default."""
-    found = read_tree(folder / "run.json", RunDescription)
-    return RunDescription.model_validate(found or {})
+def read_run(folder: Path) -> Tree:
+    """Read the `run.json` of a folder; of one without, an empty tree."""
+    return read_tree(folder / "run.json", _RUN) or {}
 
 
 # -------------------------------------------------------------------------------- saved states

@@ -44,23 +44,19 @@ def run_demo(
     """
     check_writable(out / "report.html", advice="give --out another folder")
     with lock(out):
-        return _run_demo(out, fresh, stage_one, stage_two)
-
-
-def _run_demo(out: Path, fresh: bool, stage_one: Sequence[str], stage_two: Sequence[str]) -> Path:
-    if fresh:
-        for name in ("autoencoder", "diffusion"):
-            shutil.rmtree(out / name, ignore_errors=True)
-    began = time.monotonic()
-    first = resolve(AutoencoderRecipe, load_preset("ae", "tiny"), stage_one)
-    with _timed("1/3 autoencoder"):
-        ae_folder = train_autoencoder(first, "tiny", out / "autoencoder")
-    trained = f"autoencoder={json.dumps(str(ae_folder / 'ckpt.pt'))}"
-    second = resolve(DiffusionRecipe, load_preset("diffusion", "tiny"), [*stage_two, trained])
-    with _timed("2/3 diffusion model"):
-        ldm_folder = train_diffusion(second, "tiny", out / "diffusion")
-    with _timed("3/3 samples and numbers"):
-        path = _report(out, ae_folder, ldm_folder, second)
+        if fresh:
+            for name in ("autoencoder", "diffusion"):
+                shutil.rmtree(out / name, ignore_errors=True)
+        began = time.monotonic()
+        first = resolve(AutoencoderRecipe, load_preset("ae", "tiny"), stage_one)
+        with _timed("1/3 autoencoder"):
+            ae_folder = train_autoencoder(first, "tiny", out / "autoencoder")
+        trained = f"autoencoder={json.dumps(str(ae_folder / 'ckpt.pt'))}"
+        second = resolve(DiffusionRecipe, load_preset("diffusion", "tiny"), [*stage_two, trained])
+        with _timed("2/3 diffusion model"):
+            ldm_folder = train_diffusion(second, "tiny", out / "diffusion")
+        with _timed("3/3 samples and numbers"):
+            path = _report(out, ae_folder, ldm_folder, second)
     minutes = (time.monotonic() - began) / 60
     console.print(f"the demo took {minutes:.1f} minutes")
     return path

@@ -8,7 +8,6 @@ most by the scale alone.
 import math
 import re
 from collections.abc import Iterable
-from hashlib import file_digest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -25,7 +24,7 @@ from ldm.checkpoint import ModelFile, load_model, refuse_damaged, save_model
 from ldm.config import to_tree, validate
 from ldm.data import DataConfig
 from ldm.errors import LdmError, UsageError, check_at_least, try_call
-from ldm.files import check_writable, clear_partials, finish_set
+from ldm.files import check_writable, clear_partials, finish_set, sha256_of
 from ldm.foreign import check_described, find_prefix, read_described, read_weights, weights_files
 from ldm.run_folder import newest_run, provenance
 from pipelines.recipes import DiffusionRecipe, latent_shape
@@ -67,7 +66,7 @@ def import_autoencoder(
     origin = {
         "source": source,
         "format": found.format,
-        "sha256": {file.name: _sha256(file) for file in found.files},
+        "sha256": {file.name: sha256_of(file) for file in found.files},
         **{key: value for key, value in details.items() if value},
         **settings,
     }
@@ -164,7 +163,7 @@ def import_diffusion(
     }  # fmt: skip
     inner = ModelFile("autoencoder", to_tree(ae.config), ae.state_dict())
     root = path if path.is_dir() else path.parent
-    sums = {file.relative_to(root).as_posix(): _sha256(file) for file in found.files}
+    sums = {file.relative_to(root).as_posix(): sha256_of(file) for file in found.files}
     imported = {"source": source, "format": found.format, "scale_factor": scale, "sha256": sums}
     origin = provenance() | {"imported": imported, "autoencoder_sha256": inner.sha256}
     model = ModelFile("diffusion", to_tree(recipe), found.weights, statistics, origin, inner)
@@ -401,10 +400,7 @@ def _check_out(out: Path, form: str, model: Path | None, force: bool) -> None:
     if is_file != (form == "compvis") or out.suffix == ".pt":
         kind = "a .safetensors or .ckpt file" if form == "compvis" else "a folder"
         raise UsageError(f"{out}: --format {form} writes {kind}")
-    if is_file:
-        _refuse_to_overwrite([out], out.parent, force)
-    else:
-        _refuse_to_overwrite(out.glob("*"), out, force)
+    _refuse_to_overwrite([out] if is_file else out.glob("*"), out.parent if is_file else out, force)
     check_writable(out if is_file else out / "config.json", advice=ANOTHER)
 
 
@@ -420,11 +416,6 @@ def _refuse_to_overwrite(paths: Iterable[Path], folder: Path, force: bool) -> No
     there = min((path for path in paths if path.exists() and path not in interrupted), default=None)
     if there and not force:
         raise LdmError(f"{there} exists: give another name, or --force to overwrite it")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return file_digest(file, "sha256").hexdigest()
 
 
 def _is_ours(path: Path) -> bool:

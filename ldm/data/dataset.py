@@ -2,9 +2,9 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -12,7 +12,7 @@ from ldm.config import Config
 from ldm.data.shards import ShardSource, open_shards, read_manifest
 from ldm.data.sources import FolderSource, PhotoSource, Source, Split, ZipSource, take_split
 from ldm.errors import LdmError, UsageError, check_at_least
-from ldm.files import open_regular
+from ldm.files import sha256_of
 from ldm.logbook import show_progress
 
 PHOTOS = "photos"
@@ -149,8 +149,7 @@ def _size(file: Path) -> int:
 
 def _digest(file: Path) -> bytes:
     try:
-        with open_regular(file) as opened:
-            return file_digest(cast(Any, opened), "sha256").digest()
+        return bytes.fromhex(sha256_of(file))
     except OSError as error:
         raise LdmError(
             f"could not read {file} ({error.strerror}): do not change the data meanwhile"

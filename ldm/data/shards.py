@@ -5,13 +5,11 @@ than reading in sequence. The file is opened anew for each image, so no handle i
 processes. A class is a number in a `.cls` member beside its image, read with the index.
 """
 
-import os
 import re
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from hashlib import file_digest
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple, cast
 
@@ -20,7 +18,7 @@ import numpy as np
 from ldm.data.sources import Source
 from ldm.data.transforms import MAX_BYTES, SUFFIXES, CorruptImage, decode, is_image
 from ldm.errors import LdmError, UsageError
-from ldm.files import HeaderReader, open_regular, write_atomically, write_json
+from ldm.files import HeaderReader, open_regular, sha256_of, write_atomically, write_json
 from ldm.logbook import show_progress
 from ldm.records import Count, FileName, checked, read_json, schema
 
@@ -248,8 +246,7 @@ def write_shard(tar: Path, images: Iterable[PNG], report: dict[str, Any]) -> Non
                 writer.write({"__key__": f"{number:08d}", "png": png} | labelled)
                 report["count"] += 1
         file.flush()
-        with Path(file.name).open("rb") as written:
-            report["sha256"] = file_digest(written, "sha256").hexdigest()
+        report["sha256"] = sha256_of(Path(file.name))
         report["bytes"] = file.tell()
         # before the tar gets its name, so that a tar without a sidecar is never ours
         write_json(sidecar(tar), report)
@@ -288,12 +285,10 @@ def check(folder: Path) -> tuple[dict[str, Any], list[str]]:
 def _fault(folder: Path, shard: Mapping[str, Any]) -> str | None:
     path, again = folder / shard["name"], "delete it, then repeat the command that wrote it"
     try:
-        with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != shard["bytes"]:
-                return f"{path} has {size:,} bytes, not {shard['bytes']:,}: {again}"
-            if file_digest(cast(Any, file), "sha256").hexdigest() != shard["sha256"]:
-                return f"{path} holds other bytes than were written (SHA-256): {again}"
+        if (size := path.stat().st_size) != shard["bytes"]:
+            return f"{path} has {size:,} bytes, not {shard['bytes']:,}: {again}"
+        if sha256_of(path) != shard["sha256"]:
+            return f"{path} holds other bytes than were written (SHA-256): {again}"
         index_shard(path, shard["count"])
     except OSError as error:
         return f"{path} cannot be read ({error.strerror}): {again}"

@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ldm.errors import brief
 from ldm.records import parse_array
 
 Filter = Literal["lanczos", "box", "bicubic"]
@@ -92,8 +93,7 @@ def decode(data: bytes, suffix: str) -> np.ndarray:
     except UnidentifiedImageError as error:  # its message names a Python object
         raise CorruptImage("not an image, or its header is damaged") from error
     except Exception as error:  # a damaged file makes Pillow's readers raise nearly anything
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise CorruptImage(reason) from error
+        raise CorruptImage(brief(error)) from error
 
 
 def _decode_array(data: bytes) -> np.ndarray:

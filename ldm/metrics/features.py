@@ -191,10 +191,9 @@ class FeatureSet:
         write_atomically(path, lambda file: np.savez(file, **parts))
 
     @classmethod
-    def load(cls, path: Path) -> tuple["FeatureSet", dict[str, Any]]:
+    def load(cls, path: Path, advice: str = "delete it") -> tuple["FeatureSet", dict[str, Any]]:
         """Read the features and `about` that `save` wrote; an LdmError if the file is damaged."""
-        again = "delete it to have it computed again"
-        parts = read_arrays(path, again)
+        parts = read_arrays(path, advice)
         try:
             if any(part.dtype.kind not in "iuf" for part in parts.values()):
                 raise ValueError("complex numbers or text")
@@ -218,8 +217,8 @@ class FeatureSet:
                 features._keep(zip(ks.tolist(), rows, strict=True))
                 return features, about
         except Exception as error:  # damaged files raise errors of nearly any type
-            raise LdmError(f"{path} is damaged or no file of features: {again}") from error
-        raise LdmError(f"{path} has format {form}, not {FORMAT}: {again}")
+            raise LdmError(f"{path} is damaged or no file of features: {advice}") from error
+        raise LdmError(f"{path} has format {form}, not {FORMAT}: {advice}")
 
     def _settings(self) -> tuple[int, int, int, int]:
         return self.dim, self.total, self.kept, self.seed

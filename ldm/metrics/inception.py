@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from importlib import import_module
 from io import BytesIO
 from operator import attrgetter
@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import LdmError, UsageError
+from ldm.files import sha256_of
 from ldm.weights import cache_folder, fetch
 
 WEIGHTS = "inception-2015-12-05.pt"
@@ -168,8 +169,7 @@ def published_weights() -> Path | None:
 def digest(path: Path) -> str:
     """Compute the SHA-256 of a file; "" if it is absent or unreadable."""
     try:
-        with path.open("rb") as file:
-            return file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError:
         return ""
 

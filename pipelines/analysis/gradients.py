@@ -25,10 +25,9 @@ from pipelines.analysis.subjects import Analysis, analysis_folder, parse_models,
 
 SMOOTH = 31  # rows in the running median, at most
 MIXED = "rows of adaptive runs are means over steps, rows of constant runs are single steps"
+_CONFIG = schema(adversarial=(schema(weighting=(str, "")), {}), batch_size=(Count | None, None))
 RATIO = r"$\|\nabla L_\mathrm{adv}\| \,/\, \|\nabla L_\mathrm{recon}\|$"
 
-
-_CONFIG = schema(adversarial=(schema(weighting=(str, "")), {}), batch_size=(Count | None, None))
 Curve = tuple[str, dict[str, NDArray]]
 """The weighting of L_adv, "constant", "adaptive" or "?" if config.yaml does not record it, and the
 columns of gradients.csv, with an entry per logged row."""

@@ -98,7 +98,7 @@ class SharedImages:
                 pixels = batch.images.to(self.device)
                 shown = to_float(pixels.contiguous(memory_format=memory_format(self.device)))
                 posterior = subject.autoencoder.encode(shown)
-                if not (posterior.mean.isfinite().all() and posterior.logvar.isfinite().all()):
+                if not posterior.isfinite().all():
                     raise LdmError(
                         f"{subject.path}: latents are not finite, the training may have diverged: "
                         "use an earlier checkpoint"

@@ -309,7 +309,7 @@ def _load_kept(path: Path, identity: dict[str, Any]) -> tuple[FeatureSet, Hashes
     if not path.is_file():
         return None
     try:
-        features, hashes, about = _read_kept(path)
+        features, hashes, about = _read_kept(path, "delete it")
         if about["identity"] != identity:
             raise LdmError(f"{path} holds the statistics of another reference")
         return features, hashes
@@ -324,18 +324,15 @@ _REFERENCE = schema(what=str, split=(str | None, None), filter=str | None)
 _KEPT = schema(identity=_IDENTITY, reference=_REFERENCE, fingerprints=str)
 
 
-def _read_kept(path: Path) -> tuple[FeatureSet, Hashes, dict[str, Any]]:
+def _read_kept(path: Path, advice: str) -> tuple[FeatureSet, Hashes, dict[str, Any]]:
     """Features, hashes, and the `identity` and `reference` that they are of."""
-    features, about = FeatureSet.load(path)
-    advice = "give another file, one that `ldm fid` kept"
+    features, about = FeatureSet.load(path, advice)
     checked(_KEPT, about, path, advice, "about")
-    try:
+    with suppress(ValueError):
         stored = base64.b64decode(about["fingerprints"], validate=True)
         hashes = dict(enumerate(np.frombuffer(stored, "<u8").tolist()))
         if len(hashes) == features.count:
             return features, hashes, about
-    except ValueError:
-        pass
     raise LdmError(f"{path} is damaged: about.fingerprints: not one for each image: {advice}")
 
 
@@ -361,10 +358,7 @@ def open_statistics(
     check_statistics(name)
     path = Path(name).expanduser()
     if name not in PUBLISHED:
-        try:
-            features, hashes, about = _read_kept(path)
-        except LdmError as error:
-            raise LdmError(f"{error}: give another --reference, or --data") from error
+        features, hashes, about = _read_kept(path, "give another --reference, or --data")
     if extractor is None:
         raise LdmError(f"{name}: {missing}")
     if name in PUBLISHED:

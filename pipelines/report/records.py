@@ -8,7 +8,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +136,7 @@ def _runs_in(path: Path) -> list[Path]:
         raise LdmError(f"no folder at {path}: pass a run folder, such as runs/<time>-<preset>")
     folders = [path, *sorted(mark.parent for mark in path.glob("*/run.json"))]
     described = read_each(folders, read_run)
-    found = [folder for folder, run in described.items() if run.kind in STAGES]
+    found = [folder for folder, run in described.items() if run.get("kind") in STAGES]
     if not found:
         raise LdmError(
             f"{path} contains no run (no readable run.json in it or one level below): pass a "
@@ -149,23 +148,23 @@ def _runs_in(path: Path) -> list[Path]:
 def _read_record(folder: Path, label: str, shade: str) -> Record:
     notes: list[str] = []
 
-    def read(name: str, lost: str, call: Callable[[Path], Any], empty: Any) -> Any:
-        """The content of a file; for a damaged, missing or empty one a note of what is lost."""
-        found = try_call(call, folder if name == "config.yaml" else folder / name)
+    def read(name: str, lost: str, empty: Any, call: Callable[..., Any], *args: Any) -> Any:
+        """Read a file; of a damaged, missing or empty one, note what is lost."""
+        found = try_call(call, *args)
         if isinstance(found, LdmError) or not found:
             why = found if isinstance(found, LdmError) else f"{name} is missing or empty"
             notes.append(f"{why}: {lost}.")
             return empty
         return found
 
-    config = read("config.yaml", "the settings are not shown", read_config, {})
-    rows = read("metrics.jsonl", "there are no curves", read_rows, [])
+    config = read("config.yaml", "the settings are not shown", {}, read_config, folder)
+    log, final = folder / "metrics.jsonl", folder / "result.json"
+    rows = read(log.name, "there are no curves", [], read_rows, log)
     result = None
     if is_finished(folder):
-        read_result = partial(read_tree, schema=RESULT)
-        result = read("result.json", "the final numbers are not shown", read_result, None)
-    described = read_tree(folder / "run.json") or {}
-    return Record(folder, label, described, config, rows, result, shade, notes)
+        lost = "the final numbers are not shown"
+        result = read(final.name, lost, None, read_tree, final, RESULT)
+    return Record(folder, label, read_run(folder), config, rows, result, shade, notes)
 
 
 # ------------------------------------------------------------------------------ measurements

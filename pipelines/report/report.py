@@ -154,10 +154,8 @@ def _reconstructions_section(
 
 def _training_data(record: Record) -> DataConfig | None:
     data = record.config.get("data")
-    try:
-        return validate(DataConfig, data) if isinstance(data, dict) else None
-    except LdmError:  # of another version
-        return None
+    config = try_call(validate, DataConfig, data) if isinstance(data, dict) else None
+    return config if isinstance(config, DataConfig) else None  # of another version
 
 
 def _reconstructions(

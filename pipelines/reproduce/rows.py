@@ -198,11 +198,9 @@ def same_listing(before: str | None, now: str | None) -> bool:
     return None in (before, now) or before == now
 
 
-_NOTES = schema(seconds=(float, 0.0), listing=(str | None, None))
-
-
 def _notes(folder: Path) -> dict[str, Any]:
-    return read_tree(folder / NOTES, _NOTES) or {}
+    notes = schema(seconds=(float, 0.0), listing=(str | None, None))
+    return read_tree(folder / NOTES, notes) or {}
 
 
 def is_main() -> bool:

@@ -181,7 +181,7 @@ def test_files_that_are_no_statistics_are_errors(tmp_path, published):
         open_statistics(str(tmp_path), published)
     path = tmp_path / "x.npz"
     np.savez(path, mu=np.zeros(DIM), sigma=np.eye(DIM))
-    with pytest.raises(LdmError, match=r"is damaged.*: delete it"):
+    with pytest.raises(LdmError, match=r"is damaged.*: give another --reference"):
         open_statistics(str(path), published)
 
 
