@@ -285,9 +285,10 @@ def check(folder: Path) -> tuple[dict[str, Any], list[str]]:
 def _fault(folder: Path, shard: Mapping[str, Any]) -> str | None:
     path, again = folder / shard["name"], "delete it, then repeat the command that wrote it"
     try:
-        if (size := path.stat().st_size) != shard["bytes"]:
+        found, size = sha256_of(path), path.stat().st_size
+        if size != shard["bytes"]:
             return f"{path} has {size:,} bytes, not {shard['bytes']:,}: {again}"
-        if sha256_of(path) != shard["sha256"]:
+        if found != shard["sha256"]:
             return f"{path} holds other bytes than were written (SHA-256): {again}"
         index_shard(path, shard["count"])
     except OSError as error:

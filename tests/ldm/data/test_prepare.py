@@ -272,7 +272,7 @@ def test_ctrl_c_leaves_finished_shards_and_no_partial_files(images, tmp_path):
     assert "KeyboardInterrupt" in errors
     finished = sorted(p.name for p in out.glob("*.tar"))
     assert 0 < len(finished) < 3
-    assert not list(out.glob(".*"))
+    assert not list(out.glob(".*.partial"))
     assert not (out / "manifest.json").exists()
     before = {name: (out / name).stat().st_mtime_ns for name in finished}
     here(images, out, size=32, shard_size=5)
