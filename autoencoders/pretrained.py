@@ -34,7 +34,7 @@ from ldm.checkpoint import (
     to_safetensors,
 )
 from ldm.config import to_tree
-from ldm.errors import LdmError, UsageError, brief
+from ldm.errors import LdmError, UsageError, brief, refuse_newer
 from ldm.files import to_json, write_together
 from ldm.foreign import find_prefix, read_described, read_weights, weights_files
 from ldm.run_folder import installed_version
@@ -113,12 +113,9 @@ def _read_folder(folder: Path) -> AutoencoderFile:
 
 def _read_ours(folder: Path, described: Mapping[str, Any]) -> AutoencoderFile:
     kind, form, tree = (described.get(key) for key in ("model_type", "format", "config"))
-    if kind != MODEL_TYPE or not isinstance(tree, dict):
+    if kind != MODEL_TYPE or not isinstance(tree, dict) or not isinstance(form, int):
         raise LdmError(f"{folder}/config.json describes no autoencoder, but a model_type {kind!r}")
-    if not isinstance(form, int) or form > FORMAT:
-        raise LdmError(
-            f"{folder} has format {form}, this version reads up to {FORMAT}: upgrade ldm"
-        )
+    refuse_newer(folder, form, FORMAT)
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         raise LdmError(f"{folder} holds no {WEIGHTS_FILE}: copy or fetch it again")

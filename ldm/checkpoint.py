@@ -18,7 +18,7 @@ from zipfile import ZIP_STORED, ZipFile
 import torch
 from torch import Tensor, nn
 
-from ldm.errors import LdmError, try_call
+from ldm.errors import LdmError, refuse_newer, try_call
 from ldm.files import write_together
 from ldm.records import check_bounds
 
@@ -114,10 +114,7 @@ def load_model(path: str | Path, kind: Kind | None) -> ModelFile:
     is_ours = isinstance(tree, dict) and isinstance(tree.get("format"), int)
     if not is_ours or tree.get("kind") not in tuple(STAGE):
         raise LdmError(f"{path} is not a model file of this toolkit (ckpt.pt of a run)")
-    if tree["format"] > FORMAT:
-        raise LdmError(
-            f"{path} has format {tree['format']}, this version reads up to {FORMAT}: upgrade ldm"
-        )
+    refuse_newer(path, tree["format"], FORMAT)
     if kind is not None and tree["kind"] != kind:
         raise LdmError(f"{path} is {STAGE[tree['kind']]}; {STAGE[kind]} is needed here")
     return _from_tree(tree, path)

@@ -18,7 +18,7 @@ from accelerate.utils import (
 )
 
 from ldm.device import keep_freed_memory, resolve_device
-from ldm.errors import LdmError, escape
+from ldm.errors import LdmError, brief, escape
 
 PATIENCE = timedelta(hours=1)
 """Time that processes wait for the others, such as while the main one computes metrics."""
@@ -100,8 +100,8 @@ def fail_together(ranks: Accelerator | PartialState) -> Iterator[None]:
     except LdmError as error:
         failed, errors = error, [error]
     except Exception as error:
-        failed, line = error, str(error).strip().partition("\n")[0]
-        text = f"process {ranks.process_index} failed: {type(error).__name__}: {line}"
+        failed = error
+        text = f"process {ranks.process_index} failed: {type(error).__name__}: {brief(error)}"
         errors = [RuntimeError(text)]  # picklable, and no other process takes it for an LdmError
     if ranks.num_processes > 1:
         if failed is not None:  # the others may take long, or never arrive

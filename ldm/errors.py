@@ -64,9 +64,16 @@ def check_at_least(least: int, **options: int | None) -> None:
             raise UsageError(f"{option}: must be at most {most:,}")
 
 
+def refuse_newer(path: object, found: int, known: int) -> None:
+    """Raise an LdmError for a file whose format is of a later version."""
+    if found > known:
+        raise LdmError(f"{path} has format {found}, this version reads up to {known}: upgrade ldm")
+
+
 def brief(error: Exception) -> str:
-    """Return the first line of an error's text, or its type if it has none."""
-    return str(error).strip().partition("\n")[0].rstrip(".:") or type(error).__name__
+    """Return the system's reason of an error, the first line of its text, or its type."""
+    first = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
+    return first.rstrip(".:") or type(error).__name__
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:

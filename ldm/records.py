@@ -84,8 +84,7 @@ def read_json(
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:  # a path may hold a NUL
-        reason = getattr(error, "strerror", None) or error
-        raise LdmError(f"could not read {path} ({reason}): {advice}") from error
+        raise LdmError(f"could not read {path} ({brief(error)}): {advice}") from error
     try:
         if (tree := (parse or parse_json)(data)) is None:
             raise ValueError("it holds null")
@@ -159,7 +158,7 @@ def read_arrays(path: Path, advice: str = RESTORE) -> dict[str, NDArray[Any]]:
                 raise ValueError("its arrays are larger than the file")
             return {m.filename.removesuffix(".npy"): parse_array(pack.read(m)) for m in members}
     except OSError as error:
-        raise LdmError(f"could not read {path} ({error.strerror or error}): {advice}") from error
+        raise LdmError(f"could not read {path} ({brief(error)}): {advice}") from error
     except Exception as error:  # zipfile and NumPy raise nearly anything
         raise LdmError(f"{path} is damaged ({brief(error)}): {advice}") from error
 

@@ -13,7 +13,7 @@ from typer import Option
 
 from ldm.cli import analyze, data, doctor, exchange, measure, options, results, train
 from ldm.console import LastingOutput, exit_status, outlast_console
-from ldm.errors import Interrupted, LdmError, escape
+from ldm.errors import Interrupted, LdmError, brief, escape
 
 INTERRUPTED = 130  # Typer's, for a KeyboardInterrupt
 
@@ -93,8 +93,8 @@ def main() -> NoReturn:
             raise
         if isinstance(error, LdmError):
             _exit_with_error(str(error), error.exit_code)
-        text = str(error).strip().partition("\n")[0]
-        _exit_with_error(f"{type(error).__name__}: {text} (unexpected: --debug shows where)", 1)
+        text = f"{type(error).__name__}: {brief(error)} (unexpected: --debug shows where)"
+        _exit_with_error(text, 1)
     if code == INTERRUPTED:
         # a reader that has seen enough, as in `ldm presets | head -1`, needs no word
         _exit("" if LastingOutput.lost else "interrupted", exit_status())

@@ -17,7 +17,7 @@ import numpy as np
 
 from ldm.data.sources import Source
 from ldm.data.transforms import MAX_BYTES, SUFFIXES, CorruptImage, decode, is_image
-from ldm.errors import LdmError, UsageError
+from ldm.errors import LdmError, UsageError, brief, refuse_newer
 from ldm.files import HeaderReader, open_regular, sha256_of, write_atomically, write_json
 from ldm.logbook import show_progress
 from ldm.records import Count, FileName, checked, read_json, schema
@@ -98,7 +98,7 @@ class ShardSource(Source):
                 file.seek(offset)
                 return file.read(size)
         except OSError as error:
-            raise CorruptImage(error.strerror or str(error)) from error
+            raise CorruptImage(brief(error)) from error
 
     def _read_labels(
         self, members: Sequence[int | None], manifest: Mapping[str, Any] | None
@@ -149,11 +149,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not isinstance(manifest, dict) or "splits" not in manifest:
         return None  # another tool's file of the same name
     checked(schema(format=Count), manifest, path, AGAIN)
-    if manifest["format"] > MANIFEST_FORMAT:
-        raise LdmError(
-            f"{path} has format {manifest['format']}, this version reads up to {MANIFEST_FORMAT}: "
-            "upgrade ldm"
-        )
+    refuse_newer(path, manifest["format"], MANIFEST_FORMAT)
     checked(_MANIFEST, manifest, path, AGAIN)
     for name, split in manifest["splits"].items():
         if split["count"] != sum(shard["count"] for shard in split["shards"]):

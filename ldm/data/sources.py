@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ldm.data.transforms import MAX_BYTES, SUFFIXES, CorruptImage, decode, is_image, resize
-from ldm.errors import LdmError, UsageError
+from ldm.errors import LdmError, UsageError, brief
 from ldm.files import HeaderReader, read_bytes
 from ldm.seeds import generator
 
@@ -104,7 +104,7 @@ class FolderSource(PathSource):
         try:
             return read_bytes(self.path / self._names[index], MAX_BYTES)
         except OSError as error:
-            raise CorruptImage(error.strerror or str(error)) from error
+            raise CorruptImage(brief(error)) from error
 
 
 def _walk(path: Path) -> Iterator[str]:
@@ -135,9 +135,8 @@ class ZipSource(PathSource):
             with HeaderReader(path, MAX_DIRECTORY) as file, zipfile.ZipFile(file) as archive:
                 names = set(archive.namelist())
         except Exception as error:  # damage makes zipfile raise nearly anything
-            why = getattr(error, "strerror", None) or error
             raise LdmError(
-                f"{path} is truncated or not a zip archive ({why}): copy it again"
+                f"{path} is truncated or not a zip archive ({brief(error)}): copy it again"
             ) from error
         super().__init__(path, names, labels)
 
@@ -157,7 +156,7 @@ class ZipSource(PathSource):
             with archive.open(entry) as file:
                 return file.read(entry.file_size + 1)  # without a number, it inflates all at once
         except Exception as error:  # encryption and damage make zipfile raise nearly anything
-            raise CorruptImage(str(error) or type(error).__name__) from error
+            raise CorruptImage(brief(error)) from error
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_handle": None}

@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ldm.console import STOPS
-from ldm.errors import Interrupted, LdmError
+from ldm.errors import Interrupted, LdmError, brief
 
 LIMIT = 600
 """Seconds that a result may take: a worker may have to start first, and disks may be slow."""
@@ -206,8 +206,8 @@ class _Worker:
         except (ConnectionError, EOFError, pickle.UnpicklingError):  # it ended, perhaps in a result
             self._results.put(EOFError())
         except OSError as error:
-            why = error.strerror or str(error)
-            self._results.put(LdmError(f"a loader worker could not start or answer ({why})"))
+            text = f"a loader worker could not start or answer ({brief(error)})"
+            self._results.put(LdmError(text))
         except Exception as error:  # such as work that cannot be pickled
             self._results.put(error)
 

@@ -61,7 +61,7 @@ RECORD, EACH = "row.json", "images.npz"
 REMEASURE = "delete it to measure the row again"
 
 
-ANY = Annotated[float, Field(allow_inf_nan=True)]
+NUMBER = Annotated[float, Field(allow_inf_nan=True)]
 BEGUN = schema(
     format=(Count, 0), state=(str, ""), taken=(schema(path=str, sha256=str) | None, None)
 )
@@ -69,7 +69,7 @@ BEGUN = schema(
 RECORD_SCHEMA = schema(
     asked=schema(trained=dict[str, dict[str, Any]], measured=dict[str, Any],
                  listings=(dict[str, str | None], {})),
-    numbers=dict[str, ANY | Annotated[list[ANY], Field(min_length=2, max_length=2)] | None],
+    numbers=dict[str, NUMBER | Annotated[list[NUMBER], Field(min_length=2, max_length=2)] | None],
     missing=dict[str, str], lacked=list[str], notes=list[str], each=list[str],
     taken=dict[str, Any] | None, trained_in=str | None, count=Count | None, machine=str,
     seconds=dict[str, float | None], extractor=(dict[str, Any] | None, None),
