@@ -26,7 +26,7 @@ from typing import IO, Any, Literal
 import numpy as np
 from PIL import Image
 
-from ldm.config import to_tree
+from ldm.config import to_tree, validate
 from ldm.data import Batch, DataConfig, Source, evaluation_batches
 from ldm.data.dataset import open_images
 from ldm.data.shards import (
@@ -39,10 +39,10 @@ from ldm.data.shards import (
 )
 from ldm.data.sources import FolderSource, ZipSource
 from ldm.data.transforms import NOT_RESIZED, CorruptImage
-from ldm.errors import LdmError, try_call
+from ldm.errors import LdmError, UsageError, try_call
 from ldm.files import clear_partials, write_atomically, write_json
 from ldm.locks import ANOTHER, lock
-from ldm.records import Count, checked, read_tree, schema
+from ldm.records import Count, read_tree, schema
 from ldm.run_folder import RUNS, provenance
 from pipelines.sampling.model import ModelSamples
 from pipelines.sampling.settings import Sampling
@@ -406,4 +406,7 @@ Samples = SampleFolder | ModelSamples
 def trained_on(samples: Samples) -> DataConfig | None:
     """Return the training data of the samples' model, if they name it."""
     data = (samples.made_with or {}).get("data")
-    return None if data is None else checked(DataConfig, data, samples.what, entry="data")
+    try:
+        return None if data is None else validate(DataConfig, data)
+    except UsageError as error:  # of another version, or damaged
+        raise UsageError(f"the data of {samples.what}: {error}") from error
