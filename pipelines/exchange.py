@@ -392,7 +392,8 @@ def _import_paths(source: str, out: Path, force: bool) -> list[Path]:
 def _check_out(out: Path, form: str, model: Path | None, force: bool) -> None:
     """Refuse to export to a path of another kind, over a run or a model of ours, forced or not, and
     over other files unless forced."""
-    if _is_ours(out):
+    is_run = any((out / name).exists() for name in ("run.json", "ckpt.pt"))
+    if is_run or isinstance(try_call(load_model, out, None), ModelFile):
         if model is None:  # `out` may be meant as the model
             raise UsageError(f"{out} is a model, and OUT is missing: ldm export {out} OUT")
         raise UsageError(f"{out} is a run or a model of yours: give OUT another name")
@@ -416,10 +417,3 @@ def _refuse_to_overwrite(paths: Iterable[Path], folder: Path, force: bool) -> No
     there = min((path for path in paths if path.exists() and path not in interrupted), default=None)
     if there and not force:
         raise LdmError(f"{there} exists: give another name, or --force to overwrite it")
-
-
-def _is_ours(path: Path) -> bool:
-    """Return whether a path is a run's folder or a model file of ours."""
-    if path.is_dir():
-        return any((path / name).exists() for name in ("run.json", "ckpt.pt"))
-    return isinstance(try_call(load_model, path, None), ModelFile)
