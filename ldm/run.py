@@ -331,6 +331,8 @@ class Run:
     # ------------------------------------------------------------------------------ stopping
     def stop_requested(self) -> bool:
         """Return True if a signal asked any process to stop; all agree, and wait for each other."""
+        if self.world == 1:  # without a wait for the device
+            return self._stop
         return bool(self.sum(torch.tensor(float(self._stop), device=self.device)) > 0)
 
     def stop_after_step(self) -> bool:
