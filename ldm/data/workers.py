@@ -235,7 +235,7 @@ must answer the signals that are blocked in this one."""
 _server.set_forkserver_preload(["ldm.data.loader"])
 
 
-class _Popen(popen_forkserver.Popen):
+class _Launch(popen_forkserver.Popen):
     """Like its parent class, with `_server` in place of Python's own."""
 
     _fds: list[int]
@@ -258,11 +258,7 @@ class _Popen(popen_forkserver.Popen):
 
 
 class _Forked(BaseProcess):
-    _start_method = "forkserver"
-
-    @staticmethod
-    def _Popen(process_obj: BaseProcess) -> _Popen:
-        return _Popen(process_obj)
+    _start_method, _Popen = "forkserver", _Launch
 
 
 # ----------------------------------------------------------------------- in a worker process
