@@ -8,28 +8,49 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self, cast
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoencoders.cpu import PIXELS_AT_ONCE, in_small_batches
+from autoencoders.diffusers_parts import DiffusersConfig, DiffusersDecoder, DiffusersEncoder
 from autoencoders.dwt import DWTEncoder, DWTEncoderConfig
 from autoencoders.layers import fuse
 from autoencoders.litevae.encoder import LiteVAEEncoder, LiteVAEEncoderConfig
 from autoencoders.pretrained import AutoencoderFile, HubMixin, find_pretrained, read_autoencoder
 from autoencoders.sdvae import SDVAEDecoder, SDVAEDecoderConfig, SDVAEEncoder, SDVAEEncoderConfig
+from autoencoders.sdvae.formats import pick_settings
 from autoencoders.wavelet import check_size
 from ldm.checkpoint import build_with
 from ldm.config import Config, Width, load_preset, merge, to_tree, validate
 from ldm.errors import LdmError, UsageError
 
-ENCODERS = {"litevae": LiteVAEEncoder, "sdvae": SDVAEEncoder, "dwt": DWTEncoder}
+ENCODERS = {
+    "litevae": LiteVAEEncoder,
+    "sdvae": SDVAEEncoder,
+    "dwt": DWTEncoder,
+    "diffusers": DiffusersEncoder,
+}
 EncoderConfig = Annotated[
-    LiteVAEEncoderConfig | SDVAEEncoderConfig | DWTEncoderConfig, Field(discriminator="type")
+    LiteVAEEncoderConfig | SDVAEEncoderConfig | DWTEncoderConfig | DiffusersConfig,
+    Field(discriminator="type"),
+]
+
+
+def decoder_type(section: Any) -> str:
+    """The type of a decoder's section: only an imported one has the key."""
+    given = section.get("type") if isinstance(section, dict) else getattr(section, "type", None)
+    return "diffusers" if given == "diffusers" else "sdvae"
+
+
+DecoderConfig = Annotated[
+    Annotated[SDVAEDecoderConfig, Tag("sdvae")] | Annotated[DiffusersConfig, Tag("diffusers")],
+    Discriminator(decoder_type),
 ]
 
 FILE_KEYS = {"quant_conv": "pre_conv", "post_quant_conv": "post_conv"}
 """Layers whose key in state dicts, and so in all files, differs from their name."""
+OWN_NAMES = {key: name for name, key in FILE_KEYS.items()}
 
 
 class AutoencoderConfig(Config):
@@ -41,7 +62,7 @@ class AutoencoderConfig(Config):
     """1×1 convolutions around the latent: after the encoder, before the decoder (Table 17)."""
     encoder: EncoderConfig = LiteVAEEncoderConfig()
     """Images to posteriors."""
-    decoder: SDVAEDecoderConfig = SDVAEDecoderConfig()
+    decoder: DecoderConfig = SDVAEDecoderConfig()
     """Latents to images."""
 
     @model_validator(mode="after")
@@ -49,7 +70,8 @@ class AutoencoderConfig(Config):
         encoder, decoder = self.encoder, self.decoder
         if decoder.upsampling != encoder.downsampling:
             # each entry after the first doubles, and so does the inverse of a wavelet transform
-            count = encoder.downsampling.bit_length() - (decoder.output == "wavelet")
+            is_wavelet = getattr(decoder, "output", "image") == "wavelet"
+            count = encoder.downsampling.bit_length() - is_wavelet
             raise ValueError(
                 f"the decoder upsamples {decoder.upsampling}×, the encoder downsamples "
                 f"{encoder.downsampling}×: give decoder.multipliers {count} entries"
@@ -61,6 +83,12 @@ class AutoencoderConfig(Config):
                 f"{encoder.latent_channels}: set latent_channels={encoder.latent_channels}, "
                 "or change encoder.levels"
             )
+        for part in (encoder, decoder):
+            if isinstance(part, DiffusersConfig) and self.latent_channels != part.latent_channels:
+                raise ValueError(
+                    f"latent_channels is {self.latent_channels}, and the {part.class_name} has "
+                    f"{part.latent_channels}: set latent_channels={part.latent_channels}"
+                )
         return self
 
     def check_size(self, side: int) -> None:
@@ -142,6 +170,9 @@ class Autoencoder(HubMixin):
         encoder: images → moments (B, 2·n_z, H/f, W/f).
         decoder: latents → images.
         downsampling: f, pixels per latent along each side.
+        settings: how others use its latents, by diffusers' names (scaling_factor, shift_factor,
+            …): what an imported model came with, or what stage two measured. Nothing here reads
+            them but exports.
     """
 
     def __init__(self, config: AutoencoderConfig) -> None:
@@ -150,12 +181,15 @@ class Autoencoder(HubMixin):
         self.config = config
         self.downsampling = config.encoder.downsampling
         self.encoder = ENCODERS[config.encoder.type](config.encoder, n_z)
-        self.decoder = SDVAEDecoder(config.decoder, n_z)
+        if isinstance(config.decoder, DiffusersConfig):
+            self.decoder: Any = DiffusersDecoder(config.decoder, n_z)
+        else:
+            self.decoder = SDVAEDecoder(config.decoder, n_z)
         self.quant_conv = nn.Conv2d(2 * n_z, 2 * n_z, 1) if config.conv1x1 else nn.Identity()
         self.post_quant_conv = nn.Conv2d(n_z, n_z, 1) if config.conv1x1 else nn.Identity()
-        names = {key: name for name, key in FILE_KEYS.items()}
-        self.register_state_dict_post_hook(partial(_rename_layers, FILE_KEYS))
-        self.register_load_state_dict_pre_hook(partial(_rename_layers, names))
+        self.settings: dict[str, Any] = {}
+        self.register_state_dict_post_hook(partial(rename_layers, FILE_KEYS))
+        self.register_load_state_dict_pre_hook(partial(rename_layers, OWN_NAMES))
 
     def encode(self, images: Tensor) -> DiagonalGaussian:
         """Images (B, 3, H, W) in [−1, 1] → posterior over latents (B, n_z, ⌈H/f⌉, ⌈W/f⌉).
@@ -213,8 +247,10 @@ class Autoencoder(HubMixin):
         return moments
 
     def _recon(self, latents: Tensor) -> Tensor:
-        latents = latents.to(self.decoder.conv_in.weight.dtype)
-        return self.decoder(self.post_quant_conv(latents)).float()
+        if self.config.conv1x1:
+            dtype = next(self.post_quant_conv.parameters()).dtype
+            latents = self.post_quant_conv(latents.to(dtype))
+        return self.decoder(latents).float()
 
     def fuse(self) -> "Autoencoder":
         """Copy this autoencoder for faster inference; see `layers.fuse`.
@@ -269,8 +305,9 @@ def load_autoencoder(path: str | Path, device: str | torch.device = "cpu") -> Au
 
     Args:
         path: our `.pt` or `.safetensors`, a run folder, a folder of `save_pretrained`, a diffusers
-            `AutoencoderKL` folder, or a CompVis checkpoint (`.ckpt`, `.pt` or `.safetensors`) of a
-            KL autoencoder or of a latent diffusion model that has one.
+            `AutoencoderKL` folder, a CompVis checkpoint (`.ckpt`, `.pt` or `.safetensors`) of a KL
+            autoencoder or of a latent diffusion model that has one, or a folder of another
+            autoencoder of diffusers (`diffusers_parts.KINDS`), which needs diffusers.
 
     Raises:
         LdmError: it cannot be read, or its tensors are not those its config describes.
@@ -284,12 +321,15 @@ def assemble(file: AutoencoderFile, path: str | Path) -> Autoencoder:
         config = validate(AutoencoderConfig, file.tree)
     except UsageError as error:
         raise LdmError(f"the config in {path} is not one of this version: {error}") from error
-    return build_with(lambda: Autoencoder(config), file.weights, path)
+    ae = build_with(lambda: Autoencoder(config), file.weights, path)
+    ae.settings = pick_settings(file.provenance.get("imported"))
+    return ae
 
 
-def _rename_layers(
+def rename_layers(
     names: dict[str, str], module: nn.Module, tensors: dict[str, Tensor], prefix: str, *_: Any
 ) -> None:
+    """Rename layers in a state dict, by a table of names, as a hook of the module."""
     for (old, new), tensor in product(names.items(), ("weight", "bias")):
         if f"{prefix}{old}.{tensor}" in tensors:
             tensors[f"{prefix}{new}.{tensor}"] = tensors.pop(f"{prefix}{old}.{tensor}")

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
+from autoencoders.diffusers_parts import KINDS, read_other
 from autoencoders.sdvae.formats import (
     COMPVIS_FIRST,
     COMPVIS_PREFIXES,
@@ -106,7 +107,8 @@ def _read_folder(folder: Path) -> AutoencoderFile:
     described = read_described(folder / "config.json")
     if described.get("library_name") == LIBRARY:
         return _read_ours(folder, described)
-    tree, weights = read_diffusers(folder, described)
+    read = read_other if described.get("_class_name") in tuple(KINDS) else read_diffusers
+    tree, weights = read(folder, described)
     settings = {"imported": pick_settings(described)}
     return AutoencoderFile(tree, weights, "diffusers", tuple(weights_files(folder)), settings)
 
@@ -140,7 +142,10 @@ def _read_compvis(path: Path) -> AutoencoderFile | None:
     if prefix is None:
         _refuse_other_names(weights, path)
         return None
-    return AutoencoderFile(*read_compvis(weights, prefix, path), "compvis", (path,), {})
+    # of a latent diffusion model that was trained on latents of unit variance
+    scale = weights.get("scale_factor")
+    settings = {} if scale is None else {"imported": {"scaling_factor": scale.squeeze().tolist()}}
+    return AutoencoderFile(*read_compvis(weights, prefix, path), "compvis", (path,), settings)
 
 
 def _refuse_other_names(names: Collection[str], path: Path) -> None:
@@ -168,6 +173,7 @@ class HubMixin(nn.Module):
 
     config: Any
     downsampling: int
+    settings: dict[str, Any]
 
     def save_pretrained(
         self, folder: str | Path, imported: Mapping[str, Any] | None = None
@@ -175,8 +181,8 @@ class HubMixin(nn.Module):
         """Write config.json, model.safetensors and, unless there is one, a model card.
 
         Args:
-            imported: the config that the model came with from another toolkit; its usage settings
-                are kept.
+            imported: the config that the model came with from another toolkit, whose usage
+                settings are kept. None: the model's own `settings`.
 
         Returns:
             The files written.
@@ -192,7 +198,7 @@ class HubMixin(nn.Module):
             "config": to_tree(self.config),
             "sha256": fingerprint(self.state_dict()),
         }
-        if settings := pick_settings(imported):
+        if settings := pick_settings(self.settings if imported is None else imported):
             described["imported"] = settings
         files, readme = {}, Path(folder, "README.md")
         if not readme.exists():  # an existing card stays

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from autoencoders import Autoencoder, build_autoencoder
+from autoencoders import Autoencoder, AutoencoderConfig, build_autoencoder
+from autoencoders.pretrained import read_autoencoder
+from ldm.config import list_presets, validate
 from ldm.device import memory_format, name_device, resolve_device, synchronise, time_interleaved
 from ldm.errors import LdmError, UsageError, check_at_least
 from ldm.files import check_writable, to_json, write_together
@@ -102,14 +104,14 @@ def bench_encoders(
     precision: Literal["fp32", "bf16"] = "fp32",
     out: Path | None = None,
 ) -> "Bench":
-    """Measure presets' encoders: images (B, 3, R, R) to posteriors, random weights, eager.
+    """Measure encoders: images (B, 3, R, R) to posteriors, random weights, eager.
 
     Parameters and multiply-accumulates are counted on tensors without values. On a GPU the
     allocator measures the memory, scratch included. A CPU does not report its allocations: there
     the bytes alive between two operations are counted, as if it encoded the whole batch at once.
 
     Args:
-        names: presets of stage one; each is measured once.
+        names: presets of stage one, or what `load_autoencoder` takes; each is measured once.
         resolution: side R of the images, in pixels.
         batch: batch size for the memory.
         repeats: timed runs of each encoder; by default 20 on a GPU and 3 on a CPU.
@@ -207,7 +209,10 @@ def _place(
 
 
 def _without_decoder(name: str) -> Autoencoder:
-    autoencoder = build_autoencoder(name).eval()
+    config: Any = name
+    if name not in list_presets("ae") and Path(name).exists():
+        config = validate(AutoencoderConfig, read_autoencoder(name).tree)
+    autoencoder = build_autoencoder(config).eval()
     del autoencoder.decoder  # free its memory
     return autoencoder
 

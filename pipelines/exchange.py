@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from autoencoders.autoencoder import Autoencoder, assemble
+from autoencoders.diffusers_parts import write_other
 from autoencoders.pretrained import AutoencoderFile, find_pretrained, read_autoencoder
 from autoencoders.sdvae import formats as sdvae
 from diffusion import formats
@@ -103,6 +104,8 @@ def export_autoencoder(
         return ae.save_pretrained(out, imported)
     if form == "compvis":
         return sdvae.write_compvis(out, ae)
+    if ae.config.encoder.type == "diffusers":
+        return write_other(out, ae, scaling_factor)
     return sdvae.write_diffusers(out, ae, scaling_factor, imported)
 
 
@@ -161,7 +164,8 @@ def import_diffusion(
         "sigma_data": DiscreteDenoiser.sigma_data,
         "classes": [str(number) for number in range(network.classes)],
     }  # fmt: skip
-    inner = ModelFile("autoencoder", to_tree(ae.config), ae.state_dict())
+    came_with = {"imported": {**found.settings, "scaling_factor": scale}}
+    inner = ModelFile("autoencoder", to_tree(ae.config), ae.state_dict(), provenance=came_with)
     root = path if path.is_dir() else path.parent
     sums = {file.relative_to(root).as_posix(): sha256_of(file) for file in found.files}
     imported = {"source": source, "format": found.format, "scale_factor": scale, "sha256": sums}

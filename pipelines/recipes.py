@@ -15,6 +15,7 @@ from pydantic import (
 from torch import Tensor
 
 from autoencoders import Autoencoder, AutoencoderConfig
+from autoencoders.autoencoder import decoder_type
 from autoencoders.discriminators import DiscriminatorConfig, UNetDiscriminatorConfig
 from autoencoders.losses import AdversarialConfig, LossConfig
 from diffusion import DenoiserConfig, NetworkConfig
@@ -85,6 +86,8 @@ class AutoencoderRecipe(AutoencoderConfig):
         """Refuse what would fail hours later, when a phase or the discriminator begins."""
         if not self.phases:
             raise ValueError("phases is empty: give at least one, {resolution: 256, steps: 1000}")
+        if "diffusers" in (self.encoder.type, decoder_type(self.decoder)):
+            raise ValueError("parts of type diffusers are not trained: use such a model as --ae")
         if self.batch_size % self.accumulate:
             raise ValueError("batch_size must be a multiple of accumulate")
         if not any(getattr(self.loss, term) for term in ("l1", "l2", "lpips", "esrgan")):

@@ -316,7 +316,8 @@ def _export(run: Run, state: DiffusionState, codec: Codec, ae: Autoencoder, sour
     if not run.is_main:
         return
     recipe = state.recipe
-    inner = ModelFile("autoencoder", to_tree(ae.config), ae.state_dict())
+    came_with = {"imported": ae.settings} if ae.settings else {}
+    inner = ModelFile("autoencoder", to_tree(ae.config), ae.state_dict(), provenance=came_with)
     origin = provenance() | {"images_seen": state.images_seen, "autoencoder_sha256": inner.sha256}
     statistics = codec.statistics() | {
         "classes": list(source.classes) if recipe.data.labels else []

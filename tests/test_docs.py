@@ -25,6 +25,7 @@ from skimage import data as photographs
 from ldm.cli import app, main
 from ldm.cli.options import STAGE_ONE as KINDS
 from ldm.cli.options import find_presets
+from tests.autoencoders.other_models import make
 
 ROOT = Path(__file__).parent.parent
 README, CONTRIBUTING, DESIGN = ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs/design.md"
@@ -260,6 +261,7 @@ def trained(tmp_path_factory) -> Path:
             "ldm ema runs/ldm --std 0.07",
         ):
             assert ldm(tiny(text)) == 0, text
+        make("AutoencoderTiny").save_pretrained("my-tiny-vae")
     shutil.copytree(folder / "runs/smc", folder / "runs/adaptive")
     return folder
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autoencoders.sdvae import SDVAEEncoderConfig
+from autoencoders.sdvae import SDVAEDecoderConfig, SDVAEEncoderConfig
 from ldm.checkpoint import refuse_damaged, to_safetensors
 from ldm.errors import LdmError
 from ldm.files import write_atomically
@@ -156,7 +156,7 @@ def pick_settings(described: Any) -> dict[str, Any]:
 
 
 def latent_statistics(
-    settings: Mapping[str, Any], scale_factor: float | None, n_z: int, path: Path
+    settings: Mapping[str, Any], scale_factor: float | None, n_z: int, path: Path | str
 ) -> tuple[float, list[float], list[float]]:
     """The scale of latents, their mean and their divisor besides the scale, per channel."""
     given: Any = settings.get("scaling_factor") if scale_factor is None else scale_factor
@@ -181,7 +181,15 @@ def latent_statistics(
     return float(given), *table.astype(float).tolist()
 
 
-def check_settings(settings: Mapping[str, Any], path: Path) -> None:
+def scalar_statistics(mean: Sequence[float], std: Sequence[float]) -> dict[str, float]:
+    """The scaling and shift of all channels as one, of latents with these statistics of each."""
+    means, stds = np.array(mean), np.array(std)
+    shift = means.mean()
+    variance = (stds**2 + (means - shift) ** 2).mean()
+    return {"scaling_factor": float(variance**-0.5), "shift_factor": float(shift)}
+
+
+def check_settings(settings: Mapping[str, Any], path: Path | str) -> None:
     """Refuse `SETTINGS` of images that cannot be; for latents see `latent_statistics`."""
     size, upcast = settings.get("sample_size"), settings.get("force_upcast")
     for side in size if isinstance(size, list) and size else [size]:
@@ -366,6 +374,8 @@ def _plain_widths(config: Any, to: str) -> list[int]:
     encoder, decoder = config.encoder, config.decoder
     if not isinstance(encoder, SDVAEEncoderConfig):
         raise _cannot(to, f"encoder.type={encoder.type}")
+    if not isinstance(decoder, SDVAEDecoderConfig):
+        raise _cannot(to, f"decoder.type={decoder.type}")
     for key, plain in (("norm", "group"), ("output", "image")):
         if getattr(decoder, key) != plain:
             raise _cannot(to, f"decoder.{key}={getattr(decoder, key)}")

@@ -200,7 +200,11 @@ def neighbours(
 
 def bench(
     encoders: Annotated[
-        list[str] | None, Argument(help="Stage-one presets. Default: SD-VAE, LiteVAE S, B, M, L.")
+        list[str] | None,
+        Argument(
+            help="Stage-one presets, or files and folders of autoencoders, of which only the sizes "
+            "are used. Default: SD-VAE, LiteVAE S, B, M, L."
+        ),
     ] = None,
     batch: Annotated[int, Option(help="Batch size for the peak memory.")] = 32,
     timed: Annotated[

@@ -19,6 +19,7 @@ from matplotlib.colors import LogNorm
 from torch import Tensor, nn
 
 from autoencoders import Autoencoder
+from autoencoders.sdvae import SDVAEDecoder
 from ldm.charts import WIDTH, drawing, picture_rows, show_image
 from ldm.data import sheet_images
 from ldm.device import full_float32, memory_format
@@ -48,6 +49,8 @@ def analyze_features(
     rows: list[tuple[Any, ...]] = []
     cells: list[tuple[str, ...]] = []
     for name, path, autoencoder in subjects:
+        if not isinstance(autoencoder.decoder, SDVAEDecoder):
+            raise LdmError(f"{path}: its decoder is one of diffusers, whose levels are unknown")
         norm = norms[name] = autoencoder.config.decoder.norm
         maps[name] = decoder_magnitudes(autoencoder, shown)
         for number, level in enumerate(maps[name], 1):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from autoencoders import Autoencoder, AutoencoderConfig
+from autoencoders.sdvae.formats import pick_settings, scalar_statistics
 from diffusion import build_denoiser, build_network, samplers
 from diffusion.samplers import SAMPLERS, Denoise, make_churn
 from diffusion.unet import check_labels
@@ -67,6 +68,9 @@ class LatentModel:
             raise LdmError(f"{path} holds {state}: the file was altered, copy it again")
         config = validate(AutoencoderConfig, inner.config)
         autoencoder = build_with(lambda: Autoencoder(config), inner.weights, path)
+        came_with = pick_settings(inner.provenance.get("imported"))
+        measured = scalar_statistics(file.statistics["mean"], file.statistics["std"])
+        autoencoder.settings = came_with or measured
         network = build_with(lambda: build_network(recipe.network), file.weights, path)
         self.denoiser = build_denoiser(network, recipe.denoiser).eval().requires_grad_(False)
         self.codec = Codec.from_statistics(autoencoder, file.statistics)
