@@ -31,6 +31,7 @@ ENCODERS = {
     "dwt": DWTEncoder,
     "diffusers": DiffusersEncoder,
 }
+DECODERS: dict[str, Any] = {"sdvae": SDVAEDecoder, "diffusers": DiffusersDecoder}
 EncoderConfig = Annotated[
     LiteVAEEncoderConfig | SDVAEEncoderConfig | DWTEncoderConfig | DiffusersConfig,
     Field(discriminator="type"),
@@ -76,18 +77,15 @@ class AutoencoderConfig(Config):
                 f"the decoder upsamples {decoder.upsampling}×, the encoder downsamples "
                 f"{encoder.downsampling}×: give decoder.multipliers {count} entries"
             )
-        # a transform without parameters fixes the number of channels
-        if encoder.type == "dwt" and self.latent_channels != encoder.latent_channels:
-            raise ValueError(
-                f"latent_channels is {self.latent_channels}, and the dwt encoder gives "
-                f"{encoder.latent_channels}: set latent_channels={encoder.latent_channels}, "
-                "or change encoder.levels"
-            )
-        for part in (encoder, decoder):
-            if isinstance(part, DiffusersConfig) and self.latent_channels != part.latent_channels:
+        parts: tuple[Any, ...] = (encoder, decoder)
+        for part, word in zip(parts, ("encoder gives", "decoder takes"), strict=True):
+            # a transform without parameters and an imported part fix the number of channels
+            n_z = getattr(part, "latent_channels", self.latent_channels)
+            if n_z != self.latent_channels:
                 raise ValueError(
-                    f"latent_channels is {self.latent_channels}, and the {part.class_name} has "
-                    f"{part.latent_channels}: set latent_channels={part.latent_channels}"
+                    f"latent_channels is {self.latent_channels}, and the {part.type} {word} {n_z}: "
+                    f"set latent_channels={n_z}"
+                    + (", or change encoder.levels" if part.type == "dwt" else "")
                 )
         return self
 
@@ -181,10 +179,7 @@ class Autoencoder(HubMixin):
         self.config = config
         self.downsampling = config.encoder.downsampling
         self.encoder = ENCODERS[config.encoder.type](config.encoder, n_z)
-        if isinstance(config.decoder, DiffusersConfig):
-            self.decoder: Any = DiffusersDecoder(config.decoder, n_z)
-        else:
-            self.decoder = SDVAEDecoder(config.decoder, n_z)
+        self.decoder: Any = DECODERS[decoder_type(config.decoder)](config.decoder, n_z)
         self.quant_conv = nn.Conv2d(2 * n_z, 2 * n_z, 1) if config.conv1x1 else nn.Identity()
         self.post_quant_conv = nn.Conv2d(n_z, n_z, 1) if config.conv1x1 else nn.Identity()
         self.settings: dict[str, Any] = {}

@@ -140,8 +140,8 @@ def wrap(ae: Autoencoder, **settings: Any) -> DiffusersVAE:
     # of a decoder of sub-bands, the last doubling has no width
     widths = widths[:1] * (ae.downsampling.bit_length() - len(widths)) + widths
     usage = {"scaling_factor": SCALING_FACTOR, **ae.settings, **settings}
-    latent_statistics(usage, None, n_z, "its settings")
-    check_settings(usage, "its settings")
+    latent_statistics(usage, None, n_z, "the autoencoder")
+    check_settings(usage, "the autoencoder")
     with torch.device("meta"):
         vae = DiffusersVAE(
             to_tree(ae.config), block_out_channels=widths, latent_channels=n_z, **usage

@@ -87,7 +87,7 @@ def test_settings_are_the_imported_ones_or_those_given(both):
     ours, _ = both
     assert to_diffusers(ours.autoencoder, scaling_factor=0.5).config.scaling_factor == 0.5
     assert to_diffusers(ours.autoencoder, scaling_factor=0.5).config.shift_factor == 0.1159
-    with pytest.raises(LdmError, match="its settings scales its latents by -1"):
+    with pytest.raises(LdmError, match="the autoencoder scales its latents by -1"):
         to_diffusers(ours.autoencoder, scaling_factor=-1)
 
 
