@@ -20,8 +20,8 @@ Models = Annotated[
     list[str] | None,
     Argument(
         metavar="[NAME=]MODEL …",
-        help="Stage-one files, run folders or pretrained SD-VAEs to compare; NAME is the label in "
-        "the legend. Default: the newest run.",
+        help="Stage-one files, run folders or pretrained autoencoders to compare; NAME is the "
+        "label in the legend. Default: the newest run.",
     ),
 ]
 Out = Annotated[Path | None, Option(help="Folder. Default: analysis/ next to the first model.")]

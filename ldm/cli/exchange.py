@@ -23,7 +23,7 @@ def import_model(
         str,
         Argument(
             metavar="SRC",
-            help="A diffusers AutoencoderKL folder, a CompVis .ckpt or .safetensors, a folder of "
+            help="A diffusers autoencoder folder, a CompVis .ckpt or .safetensors, a folder of "
             "`ldm export`, or a Hugging Face Hub repository (owner/name).",
         ),
     ],

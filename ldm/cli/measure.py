@@ -38,8 +38,8 @@ def eval_ae(
         list[Path] | None,
         Argument(
             metavar="[CKPT …]",
-            help="Stage-one ckpt.pt files, run folders or pretrained SD-VAEs, a table row each. "
-            "Default: the newest run.",
+            help="Stage-one ckpt.pt files, run folders or pretrained autoencoders, a table row "
+            "each. Default: the newest run.",
         ),
     ] = None,
     data: options.Data = None,

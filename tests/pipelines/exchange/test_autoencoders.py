@@ -1,5 +1,6 @@
 """`ldm import` and `ldm export`: models of others in, ours out, and all the way round."""
 
+import inspect
 import json
 import re
 from hashlib import sha256
@@ -13,7 +14,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from autoencoders import build_autoencoder, load_autoencoder
+from autoencoders import build_autoencoder, load_autoencoder, to_diffusers
 from autoencoders.sdvae.formats import to_compvis, write_compvis, write_diffusers
 from ldm.checkpoint import ModelFile, load_model, save_model
 from ldm.cli.exchange import export_model, import_model
@@ -22,6 +23,7 @@ from ldm.errors import LdmError, UsageError
 from pipelines.exchange import export_autoencoder, import_autoencoder
 from pipelines.latents import Codec, measure_latents
 from tests import small
+from tests.pipelines.exchange import foreign_models
 
 app = typer.Typer(pretty_exceptions_enable=False)
 app.command("import")(import_model)
@@ -136,6 +138,45 @@ def test_usage_settings_survive_every_format(sdvae, way):
     config = AutoencoderKL.load_config("out")
     assert {key: config[key] for key in SAID} == SAID
     same(load_autoencoder("out"), sdvae)
+
+
+@pytest.mark.parametrize("conv1x1", [True, False])
+def test_export_keeps_the_whole_config_of_the_source(conv1x1):
+    source = AutoencoderKL(
+        block_out_channels=(32, 64), latent_channels=16, layers_per_block=2, **SAID | {
+            "latents_mean": [0.1] * 16, "latents_std": [1.1] * 16,
+        }, use_quant_conv=conv1x1, use_post_quant_conv=conv1x1,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    source.save_pretrained("source")
+    import_autoencoder("source", Path("a.pt"))
+    export_autoencoder(Path("out"), "diffusers", Path("a.pt"))
+    found, expected = (AutoencoderKL.from_pretrained(path) for path in ("out", "source"))
+    arguments = inspect.signature(AutoencoderKL.__init__).parameters.keys() - {"self"}
+    assert len(arguments) > 15
+    for key in arguments:
+        one, other = found.config[key], expected.config[key]
+        assert one == other or list(one) == list(other), key
+    theirs = source.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in found.state_dict().items())
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+def test_scale_of_a_whole_compvis_model_is_kept(suffix):
+    foreign_models.write_compvis(Path(f"whole{suffix}"))
+    import_autoencoder(f"whole{suffix}", Path("a.pt"))
+    export_autoencoder(Path("out"), "diffusers", Path("a.pt"))
+    expected = pytest.approx(foreign_models.SCALE)
+    assert AutoencoderKL.load_config("out")["scaling_factor"] == expected
+    assert to_diffusers(load_autoencoder("a.pt")).config.scaling_factor == expected
+
+
+def test_a_loaded_model_saves_the_settings_it_came_with(sdvae):
+    write_diffusers(Path("source"), sdvae, imported=SAID)
+    load_autoencoder("source").save_pretrained("hub")
+    export_autoencoder(Path("out"), "diffusers", Path("hub"))
+    config = AutoencoderKL.load_config("out")
+    assert {key: config[key] for key in SAID} == SAID
 
 
 def test_null_settings_are_dropped(sdvae):
