@@ -300,6 +300,11 @@ def _choices(annotation: Any) -> Iterator[str]:
     """The values of a key, or the types of a section, if there are several."""
     if get_origin(annotation) is Literal and len(words := get_args(annotation)) > 1:
         yield from (to_flow(word) for word in words if isinstance(word, str | bool))
-    variants = list(_sections(annotation))
+    variants = [
+        section
+        for section in _sections(annotation)
+        # one with a required key is part of an imported model, and not chosen by its type alone
+        if not any(field.is_required() for field in section.model_fields.values())
+    ]
     if len(variants) > 1:
         yield from (f"type={variant.model_fields['type'].default}" for variant in variants)

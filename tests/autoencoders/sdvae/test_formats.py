@@ -281,7 +281,7 @@ def refusal(folder, config, weights=None):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"_class_name": "VQModel"}, "_class_name is 'VQModel', only 'AutoencoderKL' is"),
+        ({"_class_name": "UNet2DModel"}, "_class_name is 'UNet2DModel', only 'AutoencoderKL' is"),
         (
             {"norm_num_groups": 16},
             "norm_num_groups is 16; here widths [32, 64] are normalised in 32",
