@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from autoencoders import Autoencoder, AutoencoderConfig, build_autoencoder
 from autoencoders.pretrained import read_autoencoder
@@ -211,7 +211,8 @@ def _place(
 def _without_decoder(name: str) -> Autoencoder:
     config: Any = name
     if name not in list_presets("ae") and Path(name).exists():
-        config = validate(AutoencoderConfig, read_autoencoder(name).tree)
+        with unset_fake_temporarily():  # a file has real tensors
+            config = validate(AutoencoderConfig, read_autoencoder(name).tree)
     autoencoder = build_autoencoder(config).eval()
     del autoencoder.decoder  # free its memory
     return autoencoder
