@@ -36,15 +36,13 @@ class Kind(NamedTuple):
     """Key of the config with an encoder's width at each resolution."""
     output: str
     """Field of `encode`'s output with the posterior, or the latents of a deterministic encoder."""
-    is_noisy: bool = False
-    """The decoder draws noise."""
 
 
 KINDS = {
     "AutoencoderTiny": Kind("encoder_block_out_channels", "latents"),
     "AutoencoderDC": Kind("encoder_block_out_channels", "latent"),
     "AsymmetricAutoencoderKL": Kind("down_block_out_channels", "latent_dist"),
-    "ConsistencyDecoderVAE": Kind("encoder_block_out_channels", "latent_dist", is_noisy=True),
+    "ConsistencyDecoderVAE": Kind("encoder_block_out_channels", "latent_dist"),
     "VQModel": Kind("block_out_channels", "latents"),
 }
 
@@ -164,12 +162,12 @@ class DiffusersDecoder(nn.Module):
     def __init__(self, config: DiffusersConfig, latent_channels: int) -> None:
         super().__init__()
         assert latent_channels == config.latent_channels
-        self.is_noisy, self.model = config.kind.is_noisy, config.build()
+        self.model = config.build()
         _keep(self.model, False)
 
     def forward(self, latents: Tensor) -> Tensor:
         decode = self.model.decode
-        if self.is_noisy:
+        if hasattr(self.model, "decoder_scheduler"):
             noises = [torch.Generator().manual_seed(0) for _ in latents]
             decode = partial(decode, generator=noises)
         return decode(latents.to(self.model.dtype)).sample

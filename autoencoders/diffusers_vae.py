@@ -26,17 +26,12 @@ class DiffusersVAE(ModelMixin, ConfigMixin):
     """An autoencoder of ours with the interface of diffusers' `AutoencoderKL`.
 
     Gradients flow through `encode` and `decode`, except by tiles. Latents are the autoencoder's
-    own: pipelines scale them by `config`.
+    own: pipelines scale them by `config`, whose other keys are `AutoencoderKL`'s.
 
     Args:
         model: tree of an `AutoencoderConfig`.
         block_out_channels: a width for each resolution; pipelines read their number, for f.
-        latent_channels, in_channels, out_channels: n_z, and the colours of the images.
-        sample_size: side of the images it was trained on, pixels.
-        scaling_factor: factor that gives latents unit variance.
         shift_factor: mean of the latents, which Stable Diffusion 3 and later subtract first.
-        latents_mean, latents_std: the same per channel, which some SDXL models have.
-        force_upcast: whether SDXL's pipelines run it in float32 where they are in float16.
     """
 
     @register_to_config
