@@ -68,12 +68,11 @@ class LatentModel:
             raise LdmError(f"{path} holds {state}: the file was altered, copy it again")
         config = validate(AutoencoderConfig, inner.config)
         autoencoder = build_with(lambda: Autoencoder(config), inner.weights, path)
-        came_with = pick_settings(inner.provenance.get("imported"))
-        measured = scalar_statistics(file.statistics["mean"], file.statistics["std"])
-        autoencoder.settings = came_with or measured
         network = build_with(lambda: build_network(recipe.network), file.weights, path)
         self.denoiser = build_denoiser(network, recipe.denoiser).eval().requires_grad_(False)
         self.codec = Codec.from_statistics(autoencoder, file.statistics)
+        measured = scalar_statistics(file.statistics["mean"], file.statistics["std"])
+        autoencoder.settings = pick_settings(inner.provenance.get("imported")) or measured
         self._in_bf16: dict[str, Any] = {}  # copies of the two that run under autocast
         side = recipe.resolution // autoencoder.downsampling
         self.latent_shape = (recipe.network.latent_channels, side, side)
