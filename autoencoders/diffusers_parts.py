@@ -7,6 +7,7 @@ ours: a LiteVAE encoder with the decoder whose latents it was taught.
 The weights' names are theirs, after `encoder.model.` or `decoder.model.`.
 """
 
+import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -18,13 +19,14 @@ import torch
 from pydantic import ValidationError, field_validator, model_validator
 from torch import Tensor, nn
 
-from ldm.checkpoint import refuse_damaged, shown
+from ldm.checkpoint import refuse_damaged
 from ldm.config import Config
 from ldm.errors import LdmError
 from ldm.foreign import OLD_ATTENTION, read_weights, renamed, weights_files, write_folder
 
 ENCODING = ("encoder", "quant_conv")
 """The parts of their models that encode; all others decode."""
+MOST, MOST_BLOCKS = 65_536, 64  # of any size in a config, and of blocks in a row
 LEAST_LOGVAR = -30.0
 """The smallest log-variance that a posterior keeps: samples equal the mean to 3e-7."""
 
@@ -67,7 +69,7 @@ class DiffusersConfig(Config):
     def _is_known(cls, described: dict[str, Any]) -> dict[str, Any]:
         name = described.get("_class_name")
         if not isinstance(name, str) or name not in KINDS:
-            raise ValueError(f"_class_name is {shown(str(name))}, not one of {', '.join(KINDS)}")
+            raise ValueError(f"_class_name is {name}, not one of {', '.join(KINDS)}")
         widths = described.get(KINDS[name].widths)
         if not isinstance(widths, list | tuple) or not 0 < len(widths) < 12:
             raise ValueError(f"{name} has no {KINDS[name].widths}, the width of each resolution")
@@ -76,7 +78,12 @@ class DiffusersConfig(Config):
             raise ValueError(f"{name} has no latent_channels")
         for key in ("in_channels", "out_channels", "encoder_in_channels"):
             if described.get(key, 3) != 3:
-                raise ValueError(f"{key} is {shown(str(described[key]))}, only 3 is supported")
+                raise ValueError(f"{key} is {described[key]}, only 3 is supported")
+        for key, value in described.items():
+            most = MOST_BLOCKS if re.search("layers|_blocks", key) else MOST
+            for number in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(number, int) and abs(number) > most:
+                    raise ValueError(f"{key} is {number}, at most {most} is supported")
         return described
 
     @property

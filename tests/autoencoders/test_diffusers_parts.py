@@ -209,6 +209,8 @@ def test_without_diffusers_one_line_says_so(folders, monkeypatch):
         ({"num_encoder_blocks": [1]}, "diffusers cannot build this AutoencoderTiny: ValueError"),
         ({"act_fn": "nonsense"}, "diffusers cannot build this AutoencoderTiny"),
         ({"latent_channels": 5}, "does not fit its own config: tensor"),
+        ({"latent_channels": 2**40}, "latent_channels is 1099511627776, at most 65536"),
+        ({"num_encoder_blocks": [1, 10**7, 3, 3]}, "num_encoder_blocks is 10000000, at most 64"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused_in_a_line(folders, tmp_path, changes, why):
