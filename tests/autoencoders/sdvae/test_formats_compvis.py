@@ -189,7 +189,7 @@ def test_other_structures_are_refused(tmp_path):
     inside = {"encoder.down.2.attn.0.norm.weight": torch.zeros(96)}
     assert "attention inside a level (encoder.down.2.attn.0.norm" in refusal(path, state | inside)
     odd = {"encoder.down.2.attn.0.\n\x1b[2J": torch.zeros(96)}
-    assert r"(encoder.down.2.attn.0.\n\x1b[2J')".replace("(", "('") in refusal(path, state | odd)
+    assert r"(encoder.down.2.attn.0.\n\x1b[2J)" in refusal(path, state | odd)
     book = {"quantize.embedding.weight": torch.zeros(8, 4)}
     assert "vector-quantised" in refusal(path, state | book)
     plain = {"encoder.conv_out.weight": torch.zeros(4, 96, 3, 3)}
