@@ -88,7 +88,7 @@ class DiffusersConfig(Config):
 
     @property
     def kind(self) -> Kind:
-        """What sets its class apart."""
+        """The entry of `KINDS` for its class."""
         return KINDS[self.class_name]
 
     @property

@@ -71,7 +71,7 @@ def show_progress(
         yield advance
 
 
-class Row(Schema):
+class LogRow(Schema):
     """A row of a `metrics.jsonl`: numbers by their names."""
 
     images_seen: Count
@@ -181,7 +181,7 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         except ValueError:  # of a killed process
             continue
         if isinstance(row, dict) and "images_seen" in row:
-            yield line, checked(Row, row, path, RESTORE, f"line {number}").model_dump()
+            yield line, checked(LogRow, row, path, RESTORE, f"line {number}").model_dump()
 
 
 @contextmanager
