@@ -37,7 +37,8 @@ FAKE_DIM = 8
 """Features of the stand-in for Inception: matrix roots of 2048 take seconds."""
 MEMORY = 3 << 30
 """Bytes that a command may take beyond what its parent has."""
-VOLATILE = {"created", "versions", "command", "images_per_second", "seconds", "platform"}
+# "kept": damaged statistics of a reference are named, and computed again to the same numbers
+VOLATILE = {"created", "versions", "command", "images_per_second", "seconds", "platform", "kept"}
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -47,7 +48,7 @@ CANARY, GHOSTSCRIPT = "canary", "#!/bin/sh\ntouch {}\n"
 
 @dataclass(frozen=True)
 class Fault:
-    """What befalls a command at its n-th file operation."""
+    """The kill or the full disk that a command meets at its n-th file operation."""
 
     at: int
     full: bool = False
