@@ -239,7 +239,7 @@ def read_diffusers(folder: Path) -> tuple[UNetConfig, dict[str, Tensor]]:
         config = config_from_diffusers(described)
     except (ValueError, TypeError, KeyError, LdmError) as error:
         raise LdmError(f"{folder}/config.json describes no UNet to load here: {error}") from error
-    paths = foreign.weights_files(folder, pickled=True)
+    paths = foreign.weights_files(folder)
     weights = foreign.read_weights(*paths)
     refuse_damaged(weights, paths[0] if len(paths) == 1 else folder)
     try:

@@ -6,6 +6,7 @@ for bit.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from ldm.checkpoint import first_difference, is_safetensors, read_safetensors, to_safetensors
 from ldm.errors import LdmError
 from ldm.files import to_json, write_together
+from ldm.logbook import console
 from ldm.records import read_tree
 from ldm.safe_pickle import read_foreign
 
@@ -26,6 +28,10 @@ PICKLED_FILE = "diffusion_pytorch_model.bin"
 OLD_ATTENTION: Pairs = (
     ("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"),
 )  # fmt: skip
+# where checkpoints of training loops keep weights, and what DDP and torch.compile put before names
+RAW = ("state_dict", "model_state_dict", "model")
+AVERAGED = ("ema", "model_ema", "ema_state_dict")
+WRAPPERS = ("module.", "_orig_mod.")
 STEM = WEIGHTS_FILE.removesuffix(".safetensors")
 # `.fp16` before the number of a shard or, as older versions wrote it, after it
 SHARD = re.compile(
@@ -120,23 +126,19 @@ def check_described(
             raise LdmError(f"it has no {key}")
 
 
-def weights_files(folder: Path, pickled: bool = False) -> list[Path]:
-    """Find the weights in a diffusers folder: the plain file, else its shards, else (with
-    `pickled`) a `.bin`, else a variant, such as fp16."""
+def weights_files(folder: Path) -> list[Path]:
+    """Find the weights in a diffusers folder: the plain file, else its shards, else a `.bin`, else
+    a variant, such as fp16."""
     # by (variant, number of shards, 0 where it is whole), then by the shard's own number
     found: dict[tuple[str, int], dict[int, Path]] = {}
     for path in sorted(folder.glob(f"{STEM}*.safetensors")):
         if parts := SHARD.fullmatch(path.name):
             key = (parts["variant"] or parts["old_variant"] or "", int(parts["count"] or 0))
             found.setdefault(key, {})[int(parts["number"] or 0)] = path
-    is_pickled = (folder / PICKLED_FILE).is_file()
-    if is_pickled and pickled and all(variant for variant, _ in found):
+    if (folder / PICKLED_FILE).is_file() and all(variant for variant, _ in found):
         return [folder / PICKLED_FILE]
     if not found:
-        how = "save it again as safetensors"
-        if is_pickled:
-            how = f"{PICKLED_FILE} is a pickle: convert it with diffusers' save_pretrained"
-        raise LdmError(f"{folder} holds no {WEIGHTS_FILE}: {how}")
+        raise LdmError(f"{folder} holds no {WEIGHTS_FILE}: save it again as safetensors")
     (_, count), paths = min(found.items())
     missing = next((number for number in range(1, count + 1) if number not in paths), None)
     if missing:
@@ -156,11 +158,40 @@ def read_weights(*paths: Path) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for path in paths:
         tree = read_safetensors(path) if is_safetensors(path) else read_foreign(path)
-        if isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict):
-            tree = tree["state_dict"]
-        items = tree.items() if isinstance(tree, dict) else ()
-        weights |= {k: v for k, v in items if isinstance(k, str) and isinstance(v, Tensor)}
+        weights |= _find_weights(tree, path)
     return weights
+
+
+def _find_weights(tree: Any, path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, or of the parts in it: averaged ones replace raw ones."""
+    parts = tree if isinstance(tree, dict) else {}
+    raw = next(((key, found) for key in RAW if (found := _tensors(parts.get(key)))), None)
+    for key in AVERAGED:
+        average = _tensors(parts.get(key))
+        if raw is None and average:
+            return average
+        if raw is not None and average.keys() & raw[1].keys():
+            _tell_of_average(path, key, raw[0])
+            return raw[1] | {name: t for name, t in average.items() if name in raw[1]}
+    return raw[1] if raw else _tensors(tree)
+
+
+def _tensors(tree: Any) -> dict[str, Tensor]:
+    """The tensors in a dict, without the prefixes that `WRAPPERS` gave to all of its names."""
+    items = tree.items() if isinstance(tree, dict) else ()
+    tensors = {k: v for k, v in items if isinstance(k, str) and isinstance(v, Tensor)}
+    while tensors and (on_all := [w for w in WRAPPERS if all(n.startswith(w) for n in tensors)]):
+        tensors = {name.removeprefix(on_all[0]): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+@cache  # once, although both stages and their config are read from the same file
+def _tell_of_average(path: Path, average: str, raw: str) -> None:
+    console.print(
+        f"{path} holds averaged weights ({average}) beside the raw ones ({raw}): the averaged "
+        "ones are used",
+        markup=False,
+    )
 
 
 def write_folder(

@@ -276,7 +276,7 @@ def read_folder(folder: Path) -> ForeignModel:
     side = read_described(unet / "config.json").get("sample_size")
     sdvae.check_settings({"sample_size": side}, unet / "config.json")
     sdvae.check_settings(settings, vae / "config.json")
-    files = (*weights_files(unet, pickled=True), *autoencoder.files)
+    files = (*weights_files(unet), *autoencoder.files)
     return ForeignModel(
         "diffusers", network, weights, files, autoencoder, denoiser, settings,
         side if isinstance(side, int) else None,

@@ -156,12 +156,65 @@ def test_a_missing_shard_is_named(tmp_path, there, missing):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_pickle_is_found_only_where_it_may_be_read(tmp_path):
-    (tmp_path / PICKLED_FILE).touch()
-    with pytest.raises(LdmError, match="is a pickle: convert it with diffusers' save_pretrained"):
+def test_a_pickle_comes_after_safetensors_and_before_a_variant(tmp_path):
+    with pytest.raises(LdmError, match=f"holds no {WEIGHTS_FILE}: save it again"):
         weights_files(tmp_path)
-    assert weights_files(tmp_path, pickled=True) == [tmp_path / PICKLED_FILE]
+    (tmp_path / PICKLED_FILE).touch()
+    assert weights_files(tmp_path) == [tmp_path / PICKLED_FILE]
     (tmp_path / WEIGHTS_FILE).with_suffix(".fp16.safetensors").touch()  # rounded
-    assert weights_files(tmp_path, pickled=True) == [tmp_path / PICKLED_FILE]
+    assert weights_files(tmp_path) == [tmp_path / PICKLED_FILE]
     (tmp_path / WEIGHTS_FILE).touch()
-    assert weights_files(tmp_path, pickled=True) == [tmp_path / WEIGHTS_FILE]
+    assert weights_files(tmp_path) == [tmp_path / WEIGHTS_FILE]
+
+
+# ------------------------------------------------------------------------ training loops' files
+@pytest.mark.parametrize(
+    "key", ["state_dict", "model_state_dict", "model", "ema", "model_ema", "ema_state_dict"]
+)
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_weights_are_found_in_the_tree_of_a_training_loop(tmp_path, key, prefix, capsys):
+    weights = {f"{prefix}{name}": torch.ones(2) for name in ("conv.weight", "module.bias")}
+    optimiser = {"state": {0: {"exp_avg": torch.zeros(2)}}}
+    torch.save({key: weights, "optimizer": optimiser, "step": 7}, tmp_path / "a.pt")
+    assert read_weights(tmp_path / "a.pt").keys() == {"conv.weight", "module.bias"}
+    assert not capsys.readouterr().out
+
+
+def test_wrappers_are_taken_off_flat_files_and_only_off_all_names(tmp_path):
+    for names, expected in (
+        (("module.a", "module.b"), {"a", "b"}),
+        (("module.a", "b"), {"module.a", "b"}),
+        (("module.",), {""}),
+        ((), set()),
+    ):
+        torch.save({name: torch.ones(1) for name in names}, tmp_path / "a.pt")
+        assert read_weights(tmp_path / "a.pt").keys() == expected
+    (tmp_path / "a.safetensors").write_bytes(to_safetensors({"module.a": torch.ones(1)}))
+    assert read_weights(tmp_path / "a.safetensors").keys() == {"a"}
+
+
+@pytest.mark.parametrize("raw", ["state_dict", "model_state_dict", "model"])
+@pytest.mark.parametrize("average", ["ema", "model_ema", "ema_state_dict"])
+def test_averaged_weights_come_first_and_one_line_says_so(tmp_path, raw, average, capsys):
+    path = tmp_path / f"{raw}-{average}.pt"
+    plain = {"module.w": torch.zeros(2), "module.counter": torch.tensor(5)}
+    averaged = {"w": torch.ones(2), "decay": torch.tensor(0.9)}  # without buffers
+    torch.save({raw: plain, average: averaged, "opt": {}}, path)
+    for _ in range(3):
+        read = read_weights(path)
+    assert read.keys() == {"w", "counter"} and read["w"].tolist() == [1, 1] and read["counter"] == 5
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == (
+        f"{path} holds averaged weights ({average}) beside the raw ones ({raw}): the averaged "
+        "ones are used"
+    )
+
+
+def test_an_average_of_other_names_is_none_of_these_weights(tmp_path, capsys):
+    for other in ({"decay": torch.tensor(0.9)}, {}, 0.999, None):
+        torch.save({"model": {"w": torch.zeros(2)}, "ema": other}, tmp_path / "a.pt")
+        read = read_weights(tmp_path / "a.pt")
+        assert read.keys() == {"w"} and not read["w"].any()
+    torch.save({"model": {}, "w": torch.ones(1)}, tmp_path / "a.pt")
+    assert read_weights(tmp_path / "a.pt").keys() == {"w"}
+    assert not capsys.readouterr().out

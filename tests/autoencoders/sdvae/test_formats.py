@@ -318,11 +318,15 @@ def test_folder_without_weights_is_refused(tmp_path):
     assert f"holds no {WEIGHTS_FILE}: save it again" in refusal(tmp_path, CONFIG)
 
 
-def test_folder_with_only_a_pickle_is_refused(tmp_path):
+def test_folder_with_only_a_pickle_is_read_without_running_it(tmp_path):
+    model = theirs(**SMALL)
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    assert (tmp_path / PICKLED_FILE).is_file()
+    read = load_autoencoder(tmp_path).state_dict()
+    ours = from_diffusers(model.state_dict())
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in read.items())
     (tmp_path / PICKLED_FILE).write_bytes(b"")
-    assert f"{PICKLED_FILE} is a pickle: convert it with diffusers' save_pre" in refusal(
-        tmp_path, CONFIG
-    )
+    assert f"{PICKLED_FILE} is truncated or damaged" in refusal(tmp_path, CONFIG)
 
 
 @pytest.mark.parametrize(
