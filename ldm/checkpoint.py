@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import LdmError, refuse_newer, try_call
-from ldm.files import write_together
+from ldm.files import lfs_pointer, write_together
 from ldm.records import check_bounds
 
 FORMAT = 1
@@ -216,7 +216,8 @@ def open_safetensors(path: Path, advice: str = "copy or write it again") -> Iter
     except (FileNotFoundError, PermissionError) as error:
         raise LdmError(f"could not read {path} ({error.strerror or error})") from error
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise Damaged(f"{path} is truncated or damaged: {advice}") from error
+        message = lfs_pointer(path) or f"{path} is truncated or damaged: {advice}"
+        raise Damaged(message) from error
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -253,12 +254,14 @@ def read_tensors(path: Path, mmap: bool = False) -> Any:
     except (FileNotFoundError, PermissionError) as error:
         raise LdmError(f"could not read {path} ({error.strerror})") from error
     except UnpicklingError as error:
-        raise Damaged(
+        message = (
             f"{path} refused: it is damaged, or loading it would run code; a model file holds "
             "tensors and plain values only"
-        ) from error
+        )
+        raise Damaged(lfs_pointer(path) or message) from error
     except Exception as error:  # damaged files raise errors of nearly any type
-        raise Damaged(f"{path} is truncated or damaged: copy or write it again") from error
+        message = f"{path} is truncated or damaged: copy or write it again"
+        raise Damaged(lfs_pointer(path) or message) from error
     if changed is not None:
         raise Damaged(
             f"{path} is damaged: the checksum of {changed} is wrong: copy or write it again"

@@ -36,6 +36,8 @@ PARTIAL = re.compile(r"\.([^/\\]+)\.([0-9a-f]{16}|\d+)\.partial")
 process."""
 DAY, PATIENCE = 86_400, 10
 """Seconds."""
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+"""Start of the text that Git keeps in the place of a large file."""
 SET = ".set"
 """Lists the files of a set that are written, and are being renamed."""
 
@@ -265,6 +267,17 @@ def read_bytes(path: Path, limit: int) -> bytes:
         if size > limit:
             raise OSError(EFBIG, f"larger than {limit} bytes", str(path))
         return file.read(size)
+
+
+def lfs_pointer(path: Path, content: str = "the weights") -> str | None:
+    """The error message for a Git LFS pointer in place of a file's content; None for another."""
+    try:
+        with open_regular(path) as file:
+            is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        return None
+    how = "run `git lfs pull`, or download the file"
+    return f"{path} is a Git LFS pointer, not {content}: {how}" if is_pointer else None
 
 
 def sha256_of(path: Path) -> str:

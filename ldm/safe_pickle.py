@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ldm.checkpoint import Damaged, check_entries
 from ldm.errors import LdmError
+from ldm.files import lfs_pointer
 
 # start of torch.save's older format: magic number, version
 LEGACY = (0x1950A86A20F9469CFC6C, 1001)
@@ -43,9 +44,10 @@ def read_foreign(path: Path) -> Any:
     except (FileNotFoundError, PermissionError) as error:
         raise LdmError(f"could not read {path} ({error.strerror})") from error
     except Exception as error:  # damaged files raise errors of nearly any type
-        raise Damaged(
+        message = (
             f"{path} is truncated or damaged, or not written by torch.save: copy or write it again"
-        ) from error
+        )
+        raise Damaged(lfs_pointer(path) or message) from error
 
 
 # ---------------------------------------------------------------------------- placeholders

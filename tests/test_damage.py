@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import VQModel
 from pydantic import BaseModel
 from safetensors.torch import save_file
 from torch import nn
 
 from autoencoders import AutoencoderConfig, load_autoencoder
 from autoencoders.discriminators import DiscriminatorConfig
-from autoencoders.sdvae.formats import to_compvis
+from autoencoders.sdvae.formats import to_compvis, write_diffusers
 from diffusion import DenoiserConfig, NetworkConfig
 from ldm.checkpoint import (
     Damaged,
@@ -29,16 +30,24 @@ from ldm.checkpoint import (
     save_model,
 )
 from ldm.config import to_tree
+from ldm.data.shards import index_shard
+from ldm.data.sources import ZipSource
+from ldm.data.transforms import CorruptImage, decode
 from ldm.ema import combine, list_snapshots, save_snapshot
 from ldm.errors import LdmError
 from ldm.files import write_atomically
 from ldm.run_folder import load_state, save_state
 from ldm.safe_pickle import read_foreign
 from pipelines import latents
-from pipelines.exchange import export_autoencoder, import_autoencoder
+from pipelines.exchange import export_autoencoder, import_autoencoder, import_diffusion
 from tests.small import sdvae
 
 MUTATIONS = 60
+LFS = (
+    b"version https://git-lfs.github.com/spec/v1\n"
+    b"oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+)
+"""What Git leaves in the place of a large file that it has not fetched."""
 
 
 def model(kind="autoencoder", inner=None, seed=0) -> ModelFile:
@@ -425,3 +434,46 @@ def test_a_foreign_config_that_asks_for_any_memory(tmp_path, change):
     with pytest.raises(LdmError) as caught:
         load_autoencoder(tmp_path)
     assert str(caught.value).isprintable()
+
+
+# ------------------------------------------------------------------------------ Git LFS pointers
+def lfs_refusal(path, read):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(LFS)
+    with pytest.raises(LdmError) as caught:
+        read()
+    said = str(caught.value)
+    assert f"{path} is a Git LFS pointer, not the " in said and "\n" not in said
+    assert "run `git lfs pull`, or download the file" in said
+
+
+@pytest.mark.parametrize("name", ["ckpt.pt", "run/ckpt.pt", "a.safetensors", "a.ckpt", "a.bin"])
+def test_a_pointer_in_place_of_weights_is_named(tmp_path, name):
+    path = tmp_path / name
+    folder = path.parent if name.startswith("run/") else path
+    lfs_refusal(path, lambda: load_autoencoder(folder))
+    lfs_refusal(path, lambda: load_model(folder, "diffusion"))
+    lfs_refusal(path, lambda: import_diffusion(str(path), tmp_path / "out.pt"))
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+@pytest.mark.parametrize("kind", ["diffusers", "vq", "hub"])
+def test_a_pointer_in_a_folder_is_named(tmp_path, kind, suffix):
+    if kind == "vq":
+        VQModel(norm_num_groups=4, block_out_channels=(8,)).save_pretrained(tmp_path / "vae")
+    elif kind == "diffusers":
+        write_diffusers(tmp_path / "vae", sdvae())
+    else:
+        sdvae().save_pretrained(tmp_path / "vae")
+    (path,) = (tmp_path / "vae").glob("*.safetensors")
+    if suffix == ".bin" and kind != "hub":
+        path.unlink()
+        path = path.with_suffix(suffix)
+    lfs_refusal(path, lambda: load_autoencoder(tmp_path / "vae"))
+
+
+def test_a_pointer_in_place_of_images_is_named(tmp_path):
+    lfs_refusal(tmp_path / "a.zip", lambda: ZipSource(tmp_path / "a.zip"))
+    lfs_refusal(tmp_path / "a.tar", lambda: index_shard(tmp_path / "a.tar"))
+    with pytest.raises(CorruptImage, match="a Git LFS pointer: run `git lfs pull`"):
+        decode(LFS, ".png")

@@ -18,7 +18,14 @@ import numpy as np
 from ldm.data.sources import Source
 from ldm.data.transforms import MAX_BYTES, SUFFIXES, CorruptImage, decode, is_image
 from ldm.errors import LdmError, UsageError, brief, refuse_newer
-from ldm.files import HeaderReader, open_regular, sha256_of, write_atomically, write_json
+from ldm.files import (
+    HeaderReader,
+    lfs_pointer,
+    open_regular,
+    sha256_of,
+    write_atomically,
+    write_json,
+)
 from ldm.logbook import show_progress
 from ldm.records import Count, FileName, checked, read_json, schema
 
@@ -200,9 +207,8 @@ def index_shard(path: Path, expected: int | None = None, labels: bool = False) -
     except LdmError:
         raise
     except Exception as error:  # damage makes tarfile raise nearly anything
-        raise LdmError(
-            f"shard {path} is truncated or corrupt ({error}): copy or prepare it again"
-        ) from error
+        message = f"shard {path} is truncated or corrupt ({error}): copy or prepare it again"
+        raise LdmError(lfs_pointer(path, "the shard") or message) from error
     return [image._replace(label=classes.get(key)) for key, image in members]
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from ldm.data.transforms import MAX_BYTES, SUFFIXES, CorruptImage, decode, is_image, resize
 from ldm.errors import LdmError, UsageError, brief
-from ldm.files import HeaderReader, read_bytes
+from ldm.files import HeaderReader, lfs_pointer, read_bytes
 from ldm.seeds import generator
 
 Split = Literal["train", "val", "all"]
@@ -135,9 +135,8 @@ class ZipSource(PathSource):
             with HeaderReader(path, MAX_DIRECTORY) as file, zipfile.ZipFile(file) as archive:
                 names = set(archive.namelist())
         except Exception as error:  # damage makes zipfile raise nearly anything
-            raise LdmError(
-                f"{path} is truncated or not a zip archive ({brief(error)}): copy it again"
-            ) from error
+            message = f"{path} is truncated or not a zip archive ({brief(error)}): copy it again"
+            raise LdmError(lfs_pointer(path, "the archive") or message) from error
         super().__init__(path, names, labels)
 
     def file(self, index: int) -> Path:

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ldm.errors import brief
+from ldm.files import LFS_POINTER
 from ldm.records import parse_array
 
 Filter = Literal["lanczos", "box", "bicubic"]
@@ -91,7 +92,13 @@ def decode(data: bytes, suffix: str) -> np.ndarray:
     except CorruptImage:
         raise
     except UnidentifiedImageError as error:  # its message names a Python object
-        raise CorruptImage("not an image, or its header is damaged") from error
+        is_pointer = data.startswith(LFS_POINTER)
+        message = (
+            "a Git LFS pointer: run `git lfs pull`"
+            if is_pointer
+            else ("not an image, or its header is damaged")
+        )
+        raise CorruptImage(message) from error
     except Exception as error:  # a damaged file makes Pillow's readers raise nearly anything
         raise CorruptImage(brief(error)) from error
 
