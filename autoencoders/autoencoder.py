@@ -13,9 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoencoders.cpu import PIXELS_AT_ONCE, in_small_batches
-from autoencoders.diffusers_parts import DiffusersConfig, DiffusersDecoder, DiffusersEncoder
+from autoencoders.diffusers_parts import (
+    LEAST_LOGVAR,
+    DiffusersConfig,
+    DiffusersDecoder,
+    DiffusersEncoder,
+)
 from autoencoders.dwt import DWTEncoder, DWTEncoderConfig
-from autoencoders.layers import fuse
+from autoencoders.layers import Quantizer, fuse
 from autoencoders.litevae.encoder import LiteVAEEncoder, LiteVAEEncoderConfig
 from autoencoders.pretrained import AutoencoderFile, HubMixin, find_pretrained, read_autoencoder
 from autoencoders.sdvae import SDVAEDecoder, SDVAEDecoderConfig, SDVAEEncoder, SDVAEEncoderConfig
@@ -61,6 +66,9 @@ class AutoencoderConfig(Config):
     """n_z, channels of the latents."""
     conv1x1: bool = False
     """1×1 convolutions around the latent: after the encoder, before the decoder (Table 17)."""
+    codes: Width | None = None
+    """Codes of an imported VQ model, the nearest of which replaces each latent vector in decoding;
+    null: latents are decoded as they are. They are not trained."""
     encoder: EncoderConfig = LiteVAEEncoderConfig()
     """Images to posteriors."""
     decoder: DecoderConfig = SDVAEDecoderConfig()
@@ -166,6 +174,7 @@ class Autoencoder(HubMixin):
 
     Attributes:
         encoder: images → moments (B, 2·n_z, H/f, W/f).
+        quantizer: latents → the nearest codes, in a VQ model; `encode` gives latents before it.
         decoder: latents → images.
         downsampling: f, pixels per latent along each side.
         settings: how others use its latents, by diffusers' names (scaling_factor, shift_factor,
@@ -180,7 +189,9 @@ class Autoencoder(HubMixin):
         self.downsampling = config.encoder.downsampling
         self.encoder = ENCODERS[config.encoder.type](config.encoder, n_z)
         self.decoder: Any = DECODERS[decoder_type(config.decoder)](config.decoder, n_z)
-        self.quant_conv = nn.Conv2d(2 * n_z, 2 * n_z, 1) if config.conv1x1 else nn.Identity()
+        moments = 2 * n_z if getattr(config.encoder, "variance", True) else n_z
+        self.quant_conv = nn.Conv2d(moments, moments, 1) if config.conv1x1 else nn.Identity()
+        self.quantizer = Quantizer(config.codes, n_z) if config.codes else nn.Identity()
         self.post_quant_conv = nn.Conv2d(n_z, n_z, 1) if config.conv1x1 else nn.Identity()
         self.settings: dict[str, Any] = {}
         self.register_state_dict_post_hook(partial(rename_layers, FILE_KEYS))
@@ -239,9 +250,12 @@ class Autoencoder(HubMixin):
         moments = self.encoder(images)
         if self.config.conv1x1:
             moments = self.quant_conv(moments.to(self.quant_conv.weight.dtype))
+        if moments.shape[1] == self.config.latent_channels:  # the mean alone
+            moments = torch.cat([moments, torch.full_like(moments, LEAST_LOGVAR)], dim=1)
         return moments
 
     def _recon(self, latents: Tensor) -> Tensor:
+        latents = self.quantizer(latents)
         if self.config.conv1x1:
             dtype = next(self.post_quant_conv.parameters()).dtype
             latents = self.post_quant_conv(latents.to(dtype))
@@ -301,7 +315,7 @@ def load_autoencoder(path: str | Path, device: str | torch.device = "cpu") -> Au
     Args:
         path: our `.pt` or `.safetensors`, a run folder, a folder of `save_pretrained`, a diffusers
             `AutoencoderKL` folder, a CompVis checkpoint (`.ckpt`, `.pt` or `.safetensors`) of a KL
-            autoencoder or of a latent diffusion model that has one, or a folder of another
+            or VQ autoencoder or of a latent diffusion model that has one, or a folder of another
             autoencoder of diffusers (`diffusers_parts.KINDS`), which needs diffusers.
 
     Raises:

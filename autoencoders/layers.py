@@ -198,6 +198,38 @@ class Upsample(nn.Module):
         return FusedUpsample(self.conv)
 
 
+class Quantizer(nn.Module):
+    """Vector quantisation: every latent vector is replaced by the nearest of the codes.
+
+    Gradients pass straight through to the latents; the codes themselves get none.
+    """
+
+    AT_ONCE = 4096
+    """Vectors compared with all the codes at once: 128 MiB of distances with 8,192 codes."""
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__()
+        self.codes = nn.Parameter(torch.empty(count, width).uniform_(-1 / count, 1 / count))
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """(B, width, h, w) → the same shape, in float32."""
+        latents, (height, width) = latents.float(), latents.shape[-2:]
+        vectors = rearrange(latents, "b c h w -> (b h w) c")
+        nearest = torch.cat([self._nearest(part) for part in vectors.split(self.AT_ONCE)])
+        codes = rearrange(self.codes.float()[nearest], "(b h w) c -> b c h w", h=height, w=width)
+        # van den Oord et al. 2017 (arXiv 1711.00937), Section 3.2: the straight-through estimator
+        return latents + (codes - latents).detach()
+
+    @torch.no_grad()
+    def _nearest(self, vectors: Tensor) -> Tensor:
+        """(N, width) → indices of the nearest codes (N,): van den Oord et al. 2017, Equation 1."""
+        # by differences, not by a product of matrices: the same whatever the batch, without
+        # cancellation
+        return torch.cdist(
+            vectors, self.codes.float(), compute_mode="donot_use_mm_for_euclid_dist"
+        ).argmin(dim=1)
+
+
 class FusedUpsample(nn.Module):
     """`Upsample` by four 2×2 convolutions of the small image, one for each pixel of 2×2.
 

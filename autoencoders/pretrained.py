@@ -142,10 +142,11 @@ def _read_compvis(path: Path) -> AutoencoderFile | None:
     if prefix is None:
         _refuse_other_names(weights, path)
         return None
-    # of a latent diffusion model that was trained on latents of unit variance
-    scale = weights.get("scale_factor")
-    settings = {} if scale is None else {"imported": {"scaling_factor": scale.squeeze().tolist()}}
-    return AutoencoderFile(*read_compvis(weights, prefix, path), "compvis", (path,), settings)
+    tree, ours = read_compvis(weights, prefix, path)
+    settings: dict[str, Any] = {"scaling_factor": 1.0} if "codes" in tree else {}
+    if "scale_factor" in weights:  # of a diffusion model that was trained on unit variance
+        settings = {"scaling_factor": weights["scale_factor"].squeeze().tolist()}
+    return AutoencoderFile(tree, ours, "compvis", (path,), {"imported": settings})
 
 
 def _refuse_other_names(names: Collection[str], path: Path) -> None:

@@ -1,8 +1,8 @@
 """Models in and out: those of diffusers and CompVis as a `ckpt.pt` of ours, and ours as theirs.
 
 A latent diffusion model of theirs is a UNet of discrete time, the noise levels it was trained with,
-a KL autoencoder, and the scaling of latents between the two: z = (latents − mean) · scale ÷ std, in
-most by the scale alone.
+a KL or VQ autoencoder, and the scaling of latents between the two: z = (latents − mean) · scale ÷
+std, in most by the scale alone.
 """
 
 import math
@@ -32,6 +32,10 @@ from pipelines.recipes import DiffusionRecipe, latent_shape
 from pipelines.sampling.model import LatentModel
 
 ANOTHER = "give OUT another name"
+UNSCALED = (
+    "it has no scaling factor of its latents: 1, as for CompVis' VQ models, unless --scale-factor "
+    "is given"
+)
 ExportFormat = Literal["diffusers", "compvis", "hub"]
 
 
@@ -232,7 +236,7 @@ def read_checkpoint(
     tables = {name: tensors[name] for name in names}
     refuse_damaged(tables, path)
     betas, alpha_bars = tables.get("betas"), tables.get("alphas_cumprod")
-    denoiser, notes, settings = DiscreteConfig(), [], {}
+    denoiser, notes = DiscreteConfig(), []
     if betas is None and alpha_bars is None:
         notes.append("it has no table of noise levels: those of CompVis' models are assumed")
     else:
@@ -245,18 +249,19 @@ def read_checkpoint(
             f"attention heads are assumed to be {network.head_width} channels wide: compare "
             "num_head_channels or num_heads in its yaml, and give --head-width or --heads"
         )
-    if "scale_factor" in tables:
-        settings = {"scaling_factor": tables["scale_factor"].squeeze().tolist()}
+    autoencoder = read_autoencoder(path)
+    if "codes" in autoencoder.tree and "scale_factor" not in tables:
+        notes.append(UNSCALED)
+    settings = sdvae.pick_settings(autoencoder.provenance.get("imported"))
     return ForeignModel(
-        "compvis", network, weights, (path,), read_autoencoder(path), denoiser, settings,
-        notes=tuple(notes),
-    )  # fmt: skip
+        "compvis", network, weights, (path,), autoencoder, denoiser, settings, notes=tuple(notes)
+    )
 
 
 # ---------------------------------------------------------------------------------- diffusers
 def read_folder(folder: Path) -> ForeignModel:
-    """Read the folder of a diffusers pipeline: `unet/`, `scheduler/`, and an `AutoencoderKL` in
-    `vae/` or, as their `LDMPipeline` calls it, `vqvae/`."""
+    """Read the folder of a diffusers pipeline: `unet/`, `scheduler/`, and an autoencoder in `vae/`
+    or, as their `LDMPipeline` calls it, `vqvae/`."""
     unet, scheduler = folder / "unet", folder / "scheduler/scheduler_config.json"
     vae = next((at for at in (folder / "vae", folder / "vqvae") if at.is_dir()), folder / "vae")
     for path in (unet / "config.json", vae / "config.json", scheduler):
@@ -265,14 +270,11 @@ def read_folder(folder: Path) -> ForeignModel:
                 f"{path} is missing: --diffusion takes the folder of a diffusers pipeline, with "
                 "unet/, vae/ and scheduler/, or a CompVis checkpoint"
             )
-    if read_described(vae / "config.json").get("_class_name") == "VQModel":
-        raise LdmError(f"{vae} has a vector-quantised autoencoder: only KL ones are supported")
     network, weights = formats.read_diffusers(unet)
     denoiser, autoencoder = _read_scheduler(scheduler), read_autoencoder(vae)
-    settings = {
-        "scaling_factor": sdvae.SCALING_FACTOR,
-        **sdvae.pick_settings(autoencoder.provenance.get("imported")),
-    }
+    given = sdvae.pick_settings(autoencoder.provenance.get("imported"))
+    is_vq = read_described(vae / "config.json").get("_class_name") == "VQModel"
+    settings = {"scaling_factor": 1.0 if is_vq else sdvae.SCALING_FACTOR, **given}
     side = read_described(unet / "config.json").get("sample_size")
     sdvae.check_settings({"sample_size": side}, unet / "config.json")
     sdvae.check_settings(settings, vae / "config.json")
@@ -280,6 +282,7 @@ def read_folder(folder: Path) -> ForeignModel:
     return ForeignModel(
         "diffusers", network, weights, files, autoencoder, denoiser, settings,
         side if isinstance(side, int) else None,
+        notes=(UNSCALED,) if is_vq and "scaling_factor" not in given else (),
     )  # fmt: skip
 
 

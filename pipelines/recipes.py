@@ -82,6 +82,12 @@ class AutoencoderRecipe(AutoencoderConfig):
     """Seed, device, precision, and the steps between logs, validations and saves."""
 
     @model_validator(mode="after")
+    def _has_no_codes(self) -> "AutoencoderRecipe":
+        if self.codes is not None:
+            raise ValueError("codes: a quantizer is not trained: use a VQ model as --ae")
+        return self
+
+    @model_validator(mode="after")
     def _fits_together(self) -> "AutoencoderRecipe":
         """Refuse what would fail hours later, when a phase or the discriminator begins."""
         if not self.phases:

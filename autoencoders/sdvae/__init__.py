@@ -22,6 +22,8 @@ class SDVAEEncoderConfig(Config):
 
     type: Literal["sdvae"] = "sdvae"
     """Strided convolutions, with attention in the middle."""
+    variance: bool = True
+    """A log-variance beside the mean. false: none, as in a VQ model; the posterior's is −30."""
     channels: Width = 128
     """Base width, in feature maps."""
     multipliers: Levels = (1, 2, 4, 4)
@@ -36,7 +38,10 @@ class SDVAEEncoderConfig(Config):
 
 
 class SDVAEEncoder(nn.Module):
-    """Images (B, 3, H, W) in [−1, 1] → moments (B, 2·n_z, H/f, W/f): mean, log-variance."""
+    """Images (B, 3, H, W) in [−1, 1] → moments (B, 2·n_z, H/f, W/f): mean, log-variance.
+
+    Without `variance`, the mean alone (B, n_z, H/f, W/f).
+    """
 
     def __init__(self, config: SDVAEEncoderConfig, latent_channels: int) -> None:
         super().__init__()
@@ -45,7 +50,8 @@ class SDVAEEncoder(nn.Module):
         self.levels = _levels(widths, config.blocks, "group", "downsample", Downsample)
         self.middle = middle(widths[-1])
         self.norm_out = group_norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], 2 * latent_channels, 3, padding=1)
+        moments = (2 if config.variance else 1) * latent_channels
+        self.conv_out = nn.Conv2d(widths[-1], moments, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
         x = channels_last(images.to(self.conv_in.weight.dtype))

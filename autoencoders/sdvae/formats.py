@@ -8,6 +8,8 @@ one of a whole latent diffusion model. It has no config: the sizes are those of 
 decoder's levels count from the image's resolution, ours in the order they come; its attention's 1×1
 convolutions (C, C, 1, 1) are our linear layers (C, C).
 
+A VQ model (`VQModel`) is the same with a quantizer before the decoder and without a variance.
+
 All else is a matter of names. Models go in and out as the tree of an `AutoencoderConfig` and the
 weights by our names, bit for bit: the class itself stands above this module.
 """
@@ -129,6 +131,8 @@ def diffusers_config(
         first = config.encoder.multipliers[0]
         raise _cannot("diffusers", f"encoder.multipliers begin with {first}")
     groups = groups_of(widths)
+    if config.codes or not config.encoder.variance:
+        raise _cannot("diffusers", "it has a quantizer, or an encoder without a variance")
     if groups is None:
         raise _cannot("diffusers", f"widths {widths} are normalised in unequal numbers of groups")
     given = {} if scaling_factor is None else {"scaling_factor": scaling_factor}
@@ -240,7 +244,7 @@ def write_diffusers(
 # -------------------------------------------------------------------------------- CompVis
 COMPVIS_PREFIXES = ("", "first_stage_model.")
 COMPVIS_FIRST = "encoder.down.0.block.0.conv1.weight"
-COMPVIS_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+COMPVIS_PARTS = ("encoder.", "decoder.", "quant_conv.", "quantize.", "post_quant_conv.")
 COMPVIS_ATTENTION = (".q.weight", ".k.weight", ".v.weight", ".proj_out.weight")
 
 
@@ -260,6 +264,7 @@ def compvis_names(levels: int) -> Pairs:
         ("middle.2", "mid.block_2"),
         ("post_conv", "post_quant_conv"),
         ("pre_conv", "quant_conv"),
+        ("quantizer.codes", "quantize.embedding.weight"),
     ]
 
 
@@ -289,10 +294,6 @@ def read_compvis(
     """Take an autoencoder out of a checkpoint's weights: (tree of our config, weights)."""
     theirs = pick(weights, prefix, COMPVIS_PARTS)  # no discriminator, LPIPS or diffusion model
     try:
-        if any(name.startswith(f"{prefix}quantize.") for name in weights):
-            raise LdmError(
-                "it is a vector-quantised autoencoder: only KL autoencoders are supported"
-            )
         tree = tree_from_compvis(theirs)
     except LdmError as error:
         raise LdmError(f"{path} cannot be read: {error}") from error
@@ -312,11 +313,12 @@ def tree_from_compvis(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     channels, _ = layer_sizes(weights, "encoder.conv_in.weight")
     _, n_z = layer_sizes(weights, "decoder.conv_in.weight")
     moments, _ = layer_sizes(weights, "encoder.conv_out.weight")
-    if moments != 2 * n_z:
+    if moments not in (n_z, 2 * n_z):
         raise LdmError(
-            f"its encoder has {moments} channels for {n_z} latent ones: it has no variance "
-            "(double_z is false), and is no KL autoencoder"
+            f"its encoder has {moments} channels for {n_z} latent ones, neither as many (a VQ "
+            "model) nor twice as many (a KL autoencoder)"
         )
+    codes = "quantize.embedding.weight"
 
     def sizes(levels: str, more: int = 0) -> dict[str, Any]:
         firsts = [f"{levels}.{i}.block.0.conv1.weight" for i in range(_count(weights, levels))]
@@ -325,7 +327,9 @@ def tree_from_compvis(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 
     # a level of the decoder has one block more
     encoder, decoder = sizes("encoder.down"), sizes("decoder.up", more=1)
-    return _tree(n_z, "quant_conv.weight" in weights, encoder, decoder)
+    tree = _tree(n_z, "quant_conv.weight" in weights, encoder, decoder)
+    tree["encoder"]["variance"] = moments != n_z
+    return tree | ({"codes": layer_sizes(weights, codes, 2)[0]} if codes in weights else {})
 
 
 def _count(names: Iterable[str], numbered: str) -> int:
@@ -343,6 +347,8 @@ def write_compvis(path: Path, ae: nn.Module) -> list[Path]:
         raise _cannot("compvis", f"widths {widths} are no multiples of {GROUPS}")
     if not config.conv1x1:
         raise _cannot("compvis", "it has no 1×1 convolutions around the latent (conv1x1)")
+    if config.encoder.variance == bool(config.codes):
+        raise _cannot("compvis", "of a variance and a quantizer it has both, or neither")
     theirs = to_compvis(ae.state_dict())
     if path.suffix == ".safetensors":
         write_atomically(path, to_safetensors(theirs, format="pt"))

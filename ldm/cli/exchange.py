@@ -37,7 +37,7 @@ def import_model(
         Option(
             "--diffusion",
             help="Import the whole latent diffusion model of a CompVis checkpoint or a diffusers "
-            "pipeline folder (unet/, vae/, scheduler/), not only its autoencoder.",
+            "pipeline folder (unet/, vae/ or vqvae/, scheduler/), not only its autoencoder.",
         ),
     ] = False,
     resolution: Annotated[
@@ -87,8 +87,8 @@ def export_model(
         Literal["diffusers", "compvis", "hub", "unet"],
         Option(
             "--format",
-            help="diffusers and compvis: an SD-VAE. hub: any autoencoder. unet: the network of a "
-            "stage-two model, as a diffusers UNet2DModel.",
+            help="diffusers: an SD-VAE. compvis: an SD-VAE or VQ model. hub: any autoencoder. "
+            "unet: the network of a stage-two model, as a diffusers UNet2DModel.",
         ),
     ] = "diffusers",
     scaling_factor: Annotated[

@@ -78,12 +78,15 @@ class LatentModel:
         self.latent_shape = (recipe.network.latent_channels, side, side)
         self.classes = Classes(recipe.network.classes, tuple(file.statistics.get("classes", ())))
         self.recipe, self.sha256, self.autoencoder_sha256 = recipe, file.sha256, inner.sha256
-        network_tree = to_tree(recipe.network)
-        network_tree.pop("embedding_multiplier", None)  # earlier versions had none
+        network_tree, ae_tree = to_tree(recipe.network), to_tree(config)
+        # earlier versions had none of these; those of the autoencoder show in its weights
+        network_tree.pop("embedding_multiplier", None)
+        ae_tree.pop("codes")
+        ae_tree["encoder"].pop("variance", None)
         parts = {
             "network": [self.sha256, network_tree],
             "denoiser": to_tree(recipe.denoiser),
-            "autoencoder": [self.autoencoder_sha256, to_tree(config)],
+            "autoencoder": [self.autoencoder_sha256, ae_tree],
             "statistics": self.codec.statistics(),
             "resolution": recipe.resolution,
         }

@@ -9,6 +9,7 @@ from autoencoders.layers import (
     Block,
     Downsample,
     GroupNorm,
+    Quantizer,
     ResidualBlock,
     SelfAttention,
     SelfModulatedConv2d,
@@ -258,3 +259,41 @@ def middle_without_recomputing(module):
 def test_a_block_must_say_what_it_computes():
     with pytest.raises(TypeError, match=r"abstract method '?transform'?"):
         Block()
+
+
+# --------------------------------------------------------------------------------- quantizer
+def test_quantizer_takes_the_nearest_code():
+    quantizer = Quantizer(3, 2)
+    quantizer.codes.data = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 3.0]])
+    points = [[0.4, 0.0], [0.6, 0.0], [0.1, 1.4], [0.1, 1.6], [9.0, 9.0], [-1.0, -1.0]]
+    latents = torch.tensor(points).T.reshape(1, 2, 2, 3)
+    expected = [[0.0, 0.0], [1.0, 0.0], [0.0, 0.0], [0.0, 3.0], [0.0, 3.0], [0.0, 0.0]]
+    found = quantizer(latents).reshape(2, 6).T
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
+@torch.no_grad()
+def test_quantizer_is_the_same_in_parts_and_in_batches(monkeypatch):
+    quantizer, latents = Quantizer(500, 3), torch.randn(4, 3, 7, 5) / 500
+    whole = quantizer(latents)
+    brute = (latents[:, None] - quantizer.codes[:, :, None, None]).square().sum(2).argmin(1)
+    torch.testing.assert_close(whole, quantizer.codes[brute].permute(0, 3, 1, 2))
+    assert torch.equal(torch.cat([quantizer(part) for part in latents.split(1)]), whole)
+    monkeypatch.setattr(Quantizer, "AT_ONCE", 11)
+    assert torch.equal(quantizer(latents), whole)
+    assert quantizer(latents[:0]).shape == (0, 3, 7, 5)
+    assert quantizer(latents.bfloat16()).dtype == torch.float32
+
+
+def test_quantizer_passes_gradients_straight_through():
+    quantizer, latents = Quantizer(5, 3), torch.randn(2, 3, 4, 4, requires_grad=True)
+    weight = torch.randn(2, 3, 4, 4)
+    (quantizer(latents) * weight).sum().backward()
+    assert torch.equal(latents.grad, weight) and quantizer.codes.grad is None
+
+
+@torch.no_grad()
+def test_quantizer_does_not_hide_what_is_not_finite():
+    latents = torch.zeros(1, 3, 2, 2)
+    latents[0, 1, 0, 0] = float("nan")
+    assert Quantizer(5, 3)(latents).isnan().sum() == 1

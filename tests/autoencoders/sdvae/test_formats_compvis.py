@@ -190,10 +190,8 @@ def test_other_structures_are_refused(tmp_path):
     assert "attention inside a level (encoder.down.2.attn.0.norm" in refusal(path, state | inside)
     odd = {"encoder.down.2.attn.0.\n\x1b[2J": torch.zeros(96)}
     assert r"(encoder.down.2.attn.0.\n\x1b[2J)" in refusal(path, state | odd)
-    book = {"quantize.embedding.weight": torch.zeros(8, 4)}
-    assert "vector-quantised" in refusal(path, state | book)
-    plain = {"encoder.conv_out.weight": torch.zeros(4, 96, 3, 3)}
-    assert "has no variance" in refusal(path, state | plain)
+    odd = {"encoder.conv_out.weight": torch.zeros(6, 96, 3, 3)}
+    assert "has 6 channels for 4 latent ones, neither" in refusal(path, state | odd)
     flat = {"encoder.conv_in.weight": torch.zeros(32)}
     assert "tensor encoder.conv_in.weight is (32,), not of 4 dim" in refusal(path, state | flat)
     odd = {"encoder.down.1.block.0.conv1.weight": torch.zeros(48, 32, 3, 3)}

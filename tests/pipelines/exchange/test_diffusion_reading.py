@@ -72,10 +72,6 @@ CROSSED = {  # the tensor and its moving average
 @pytest.mark.parametrize(
     ("changes", "drop", "told"),
     [
-        (
-            {"first_stage_model.quantize.embedding.weight": torch.zeros(8, 4)}, [],
-            "it is a vector-quantised autoencoder: only KL autoencoders are supported",
-        ),
         (CROSSED, [], "it has cross-attention"),
         ({}, ["model."], "holds no UNet of CompVis' latent diffusion"),
         ({}, ["first_stage_model."], "holds a UNet without its autoencoder (first_stage_model.…)"),
@@ -200,8 +196,6 @@ def test_unknown_size_of_a_folder_is_none(folder):
             for part in ("unet", "vae")
             for value in (0, -1, 0.5, float("nan"), "8", [], {}, True)
         ),
-        ("vae/config.json", {"_class_name": "VQModel"}, "/vae has a vector-quantised "
-         "autoencoder: only KL ones are supported"),
         ("unet/config.json", {"_class_name": "UNet2DConditionModel"}, "only 'UNet2DModel' is"),
     ],
 )  # fmt: skip
@@ -222,10 +216,3 @@ def test_a_folder_without_a_part_is_refused(folder, file, content):
     said = str(caught.value)
     assert file in said and "\n" not in said
     assert ("is missing: --diffusion takes the folder" in said) == (content is None)
-
-
-def test_vector_quantised_pipeline_is_refused(folder):
-    (folder / "vae").rename(folder / "vqvae")
-    edit(folder / "vqvae/config.json", _class_name="VQModel")
-    with pytest.raises(LdmError, match="vqvae has a vector-quantised autoencoder"):
-        read_folder(folder)
