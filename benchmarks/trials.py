@@ -309,16 +309,16 @@ class _Watch:
 
 # ---------------------------------------------------------------------------- what it left
 def contents(folder: Path) -> dict[str, str]:
-    """Hash all files of a folder by their meaning: without times, versions and speeds.
+    """Hash all files of a folder by their meaning: without times, versions, speeds and its place.
 
     Hidden files and TensorBoard's logs are left out.
     """
-    found = {}
+    found, here = {}, str(folder.resolve().parent)
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
         if path.is_file() and "tensorboard" not in parts and not any(p[0] == "." for p in parts):
             try:
-                found["/".join(parts)] = _hash(_read(path))
+                found["/".join(parts)] = _hash(_read(path), here)
             except Exception:  # of whatever is damaged, or no model
                 found["/".join(parts)] = _hash(path.read_bytes())
     return found
@@ -359,10 +359,10 @@ def _unsigned(tree: Any) -> Any:
     return tree
 
 
-def _hash(value: Any) -> str:
+def _hash(value: Any, here: str = "") -> str:
     digest = sha256()
     for part in _parts(value):
-        digest.update(part)
+        digest.update(part.replace(here.encode(), b"") if here else part)
     return digest.hexdigest()[:16]
 
 

@@ -8,9 +8,11 @@ from random import Random
 
 import pytest
 
+from benchmarks import campaign
 from benchmarks.campaign import FAULTS, Trial, judge, table
 from benchmarks.mutations import FORMS, SUBJECTS, damage, damage_bytes, damage_tree
 from benchmarks.trials import Outcome, changed, contents, copy
+from benchmarks.world import Job
 from tests.small import ROOT
 
 TREE = {"a": [1, {"b": "x"}], "c": None}
@@ -62,6 +64,24 @@ def test_files_are_compared_by_what_they_mean(tmp_path):
     one, other, different = (contents(tmp_path / name) for name in "abc")
     assert not changed(one, other)
     assert changed(one, different) == ["x.json"]
+
+
+def test_files_are_compared_without_their_place(tmp_path):
+    for name in ("a/trial", "b/trial"):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        (folder / "x.json").write_text(json.dumps({"put at": str(folder.parent / "tools")}))
+    one, other = (contents(tmp_path / name) for name in ("a/trial", "b/trial"))
+    assert one and not changed(one, other)
+
+
+@pytest.mark.parametrize(("code", "again"), [(0, 0), (-9, 1), (1, 1)])
+def test_a_job_that_finished_is_not_run_again(code, again, tmp_path, monkeypatch):
+    runs = []
+    monkeypatch.setattr(campaign, "run", lambda *_: runs.append(1) or outcome(0))
+    job = Job(("x",), (), ())
+    trial = campaign._again("full", "x", 0, "", job, tmp_path, {}, outcome(code))
+    assert (trial.verdict, len(runs)) == ("same", again)
 
 
 def test_needs_may_be_copied_to_other_places(tmp_path):
