@@ -143,7 +143,9 @@ def first_difference(given: Mapping[str, Any], expected: Mapping[str, Tensor]) -
     """
     for name in [*expected, *(name for name in given if name not in expected)]:
         found, needed = (
-            tuple(tensors[name].shape) if isinstance(tensors.get(name), Tensor) else "none"
+            tuple(tensors[name].shape)
+            if isinstance(tensors.get(name), Tensor)
+            else ("of another type" if name in tensors else "none")
             for tensors in (given, expected)
         )
         if found != needed:

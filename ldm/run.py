@@ -37,7 +37,14 @@ from ldm.ema import Average
 from ldm.errors import Interrupted, LdmError, UsageError, listed
 from ldm.files import write_json
 from ldm.logbook import console, progress_bar
-from ldm.run_folder import latest_state, load_state, new_or_unfinished, restore, save_state
+from ldm.run_folder import (
+    check_state,
+    latest_state,
+    load_state,
+    new_or_unfinished,
+    restore,
+    save_state,
+)
 from ldm.seeds import torch_seed
 
 T = TypeVar("T")
@@ -317,6 +324,7 @@ class Run:
             return None
         with fail_together(self.accelerator):
             tree = load_state(state)
+            check_state(state, tree)
         self.skipped.update(tree["skipped"])
         self.say(f"resuming from {state}")
         return tree

@@ -20,20 +20,23 @@ from contextlib import ExitStack, suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from textwrap import shorten
+from typing import Annotated, Any
 
 import torch
 import yaml
-from torch import Tensor
+from pydantic import Field, InstanceOf
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from ldm.checkpoint import Damaged, read_tensors
+from ldm.checkpoint import Damaged, first_difference, read_tensors
 from ldm.config import Config, Tree, flatten, parse_yaml, to_tree, validate
 from ldm.device import allows_tf32
 from ldm.errors import LdmError, UsageError, listed
 from ldm.files import clear_partials, write_atomically, write_json
 from ldm.locks import ANOTHER, lock
 from ldm.logbook import console
-from ldm.records import read_each, read_tree, schema
+from ldm.records import Count, checked, read_each, read_tree, schema
 
 RUNS = Path("runs")
 CONFIG_LIMIT = 2**17
@@ -56,6 +59,16 @@ BEGINNING = re.compile(
     r"config\.yaml|metrics\.jsonl|tensorboard/events\..*|pictures/\w+-\d+\.png|state/\d+/state\.pt"
 )
 """Files of a run that hold no result."""
+
+_EARLIER = "delete that folder to resume from the state before it"
+_FLOATS = Annotated[list[InstanceOf[float]], Field(min_length=1)]  # they may be NaN
+_NUMBERS: tuple[Any, Any] = (dict[str, InstanceOf[float] | Count], {})
+_STATE = schema(
+    images_seen=Count, validated_at=(Count, 0), skipped=dict[str, Count], row=_NUMBERS,
+    log=(schema(rows=(Count | None, None), pending=(dict[str, _FLOATS], {})), None),
+    held_out=_NUMBERS, best=_NUMBERS,
+)  # fmt: skip
+"""Of a saved state, all but its parts."""
 
 FORMER_PARTS = {"discriminator": "critic", "opt_discriminator": "opt_critic"}
 """Names of parts in states saved by earlier versions."""
@@ -262,28 +275,56 @@ def load_state(state: Path) -> dict[str, Any]:
             return read_tensors(file, mmap=True)
         return read_tensors(file)
     except Damaged as error:
-        raise Damaged(
-            f"{state} is damaged: delete that folder to resume from the state before it"
-        ) from error
+        raise Damaged(f"{state} is damaged: {_EARLIER}") from error
+
+
+def check_state(state: Path, tree: Any) -> None:
+    """Raise an LdmError for a state whose numbers are not such as a run saves."""
+    checked(_STATE, tree, state, _EARLIER)
+    if tree["images_seen"] != int(state.name):
+        raise LdmError(f"{state} is damaged: images_seen is {tree['images_seen']}: {_EARLIER}")
 
 
 def restore(parts: Mapping[str, Any], tree: Mapping[str, Any]) -> None:
     """Load the state of every part by its name; an LdmError if one does not fit."""
     for name, part in parts.items():
         try:
-            part.load_state_dict(tree[name if name in tree else FORMER_PARTS.get(name, name)])
-            if isinstance(part, torch.optim.Optimizer):
+            saved = tree[name if name in tree else FORMER_PARTS.get(name, name)]
+            if difference := _first_difference(part, saved):
+                raise ValueError(difference)
+            if isinstance(part, Optimizer):
+                # its groups are as the configuration has them, and every step sets the rate
+                saved = part.state_dict() | {"state": saved["state"]}
+            part.load_state_dict(saved)
+            if isinstance(part, Optimizer):
                 copy_state(part)
         except torch.OutOfMemoryError:  # a RuntimeError that explains itself
             raise
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise LdmError(
-                f"the saved state of {name} does not fit: this run was started by another version "
-                "of the code (see its run.json): resume with that, or give --out another folder"
+                f"the saved state of {name} does not fit: {shorten(str(error), 160)}: if another "
+                "version of the code began this run (see its run.json), resume with that; else "
+                "delete the state to resume from the one before it, or give --out another folder"
             ) from error
 
 
-def copy_state(optimizer: torch.optim.Optimizer) -> None:
+def _first_difference(part: Any, saved: Any) -> str | None:
+    """Describe the first tensor that a part could not continue with; names of a module's tensors
+    are compared when it loads them."""
+    if isinstance(part, Optimizer):  # Adam
+        owned = [parameter for group in part.param_groups for parameter in group["params"]]
+        given = {f"{i}.{k}": v for i, state in saved["state"].items() for k, v in state.items()}
+        scalar, expected = torch.zeros(()), dict[str, Tensor]()
+        for i in saved["state"]:
+            expected |= {f"{i}.step": scalar}
+            expected |= {f"{i}.{moment}": owned[i] for moment in ("exp_avg", "exp_avg_sq")}
+        return first_difference(given, expected)
+    own = part.state_dict() if isinstance(part, nn.Module) else {}
+    names = [name for name in own if name in saved]
+    return first_difference(*({name: each[name] for name in names} for each in (saved, own)))
+
+
+def copy_state(optimizer: Optimizer) -> None:
     """Replace the tensors of an optimiser's state by copies, laid out as its parameters are.
 
     The tensors that it was given may be those of the file. And a state that was saved on another

@@ -22,12 +22,13 @@ from functools import partial
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Annotated, Any, NamedTuple
 from zlib import crc32
 
 import numpy as np
 import torch
 from numpy.lib.format import open_memmap
+from pydantic import Field
 from torch import Tensor, nn
 
 from autoencoders import Autoencoder, DiagonalGaussian
@@ -44,7 +45,7 @@ from ldm.errors import LdmError
 from ldm.files import check_writable, write_atomically, write_json
 from ldm.images import assert_range, to_float
 from ldm.locks import lock
-from ldm.records import read_tree
+from ldm.records import checked, read_tree, schema
 from ldm.run import Run
 from ldm.seeds import generator
 from pipelines.recipes import DiffusionRecipe, draw_numbers, latent_shape
@@ -54,6 +55,7 @@ MANIFEST = "cache.json"
 BLOCK = 1000  # images in a file
 BATCH = 32  # images encoded at a time
 ANOTHER = "give --cache another folder"
+_Statistic = Annotated[float, Field(ge=-1e18, le=1e18)]
 HASHED = 64  # images whose pixels are part of a source's fingerprint
 
 
@@ -132,8 +134,14 @@ class Codec(nn.Module):
         }
 
     @classmethod
-    def from_statistics(cls, autoencoder: Autoencoder, statistics: dict[str, Any]) -> "Codec":
-        """Build a codec from its `statistics()`."""
+    def from_statistics(
+        cls, autoencoder: Autoencoder, statistics: Any, path: object = "the model's file"
+    ) -> "Codec":
+        """Build a codec from its `statistics()` in a file; an LdmError if they do not fit."""
+        channels = autoencoder.config.latent_channels
+        each = Annotated[list[_Statistic], Field(min_length=channels, max_length=channels)]
+        known = schema(mean=each, std=each, sigma_data=Annotated[_Statistic, Field(gt=0)])
+        checked(known, statistics, path, entry="statistics")
         mean, std = (torch.tensor(statistics[key]) for key in ("mean", "std"))
         return cls(autoencoder, mean, std, statistics["sigma_data"])
 

@@ -384,7 +384,8 @@ def _validate(
     logbook.picture("reconstructions", grid(sheet, columns), state.images_seen)
 
     state.held_out, sign = numbers, -1 if by == "lpips" else 1
-    is_best = by in numbers and (not state.best or sign * numbers[by] > sign * state.best[by])
+    best = state.best.get(by)
+    is_best = by in numbers and (best is None or sign * numbers[by] > sign * best)
     if is_best:
         _export(run, state, "best.pt", held_out=numbers)
         state.best = {"images_seen": state.images_seen, **numbers}

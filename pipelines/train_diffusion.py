@@ -69,9 +69,9 @@ class DiffusionState(TrainingState):
         self.averages = [self.ema, *self.powers.values()]
         # EDM and EDM2 sum the loss over a latent's values, by ε = 1e-8. The gradients of a mean are
         # smaller by their number: with that ε, most layers of EDM2 would be held back, unevenly.
-        self.adam_eps = 1e-8 / prod(latent_shape(recipe, autoencoder))
+        eps = 1e-8 / prod(latent_shape(recipe, autoencoder))
         self.optimizer = torch.optim.Adam(
-            self.objective.parameters(), recipe.lr, recipe.betas, self.adam_eps, fused=True
+            self.objective.parameters(), recipe.lr, recipe.betas, eps, fused=True
         )
         for module in (self.network, uncertainty):
             if isinstance(module, MPModule):
@@ -106,8 +106,6 @@ class DiffusionState(TrainingState):
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         super().load_state_dict(saved)
-        for group in self.optimizer.param_groups:
-            group["eps"] = self.adam_eps  # earlier versions saved 1e-8
         self.row = saved.get("row", {})
         if "row" not in saved:  # of an earlier version
             rows = read_rows(self.folder / "metrics.jsonl")
@@ -205,13 +203,14 @@ def _resume(run: Run, state: DiffusionState, ae: Autoencoder, ae_sha256: str) ->
     saved = run.resume()
     if saved is None:
         return None
-    if saved["autoencoder_sha256"] != ae_sha256:
+    if saved.get("autoencoder_sha256") != ae_sha256:
         raise LdmError(
             f"{state.recipe.autoencoder} has other weights than the autoencoder that {run.folder} "
             "was started with: pass that one to --ae, or another folder to --out"
         )
     state.load_state_dict(saved)
-    return Codec.from_statistics(ae, saved["statistics"]).to(run.device)
+    statistics, states = saved.get("statistics"), run.folder / "state"
+    return Codec.from_statistics(ae, statistics, states).to(run.device)
 
 
 def _train(

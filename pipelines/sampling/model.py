@@ -70,7 +70,7 @@ class LatentModel:
         autoencoder = build_with(lambda: Autoencoder(config), inner.weights, path)
         network = build_with(lambda: build_network(recipe.network), file.weights, path)
         self.denoiser = build_denoiser(network, recipe.denoiser).eval().requires_grad_(False)
-        self.codec = Codec.from_statistics(autoencoder, file.statistics)
+        self.codec = Codec.from_statistics(autoencoder, file.statistics, path)
         measured = scalar_statistics(file.statistics["mean"], file.statistics["std"])
         autoencoder.settings = pick_settings(inner.provenance.get("imported")) or measured
         self._in_bf16: dict[str, Any] = {}  # copies of the two that run under autocast
