@@ -7,8 +7,10 @@ model.safetensors   the weights, by our names
 README.md           the model card
 """
 
+import json
 import re
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
@@ -34,9 +36,9 @@ from ldm.checkpoint import (
     refuse_unusual,
     to_safetensors,
 )
-from ldm.config import to_tree
+from ldm.config import parse_yaml, to_tree
 from ldm.errors import LdmError, UsageError, brief, refuse_newer
-from ldm.files import to_json, write_together
+from ldm.files import read_bytes, to_json, write_together
 from ldm.foreign import find_prefix, read_described, read_weights, weights_files
 from ldm.run_folder import installed_version
 
@@ -46,18 +48,18 @@ WEIGHTS_FILE = "model.safetensors"
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+(?<!\.pt)(?<!\.ckpt)(?<!\.bin)(?<!\.safetensors)")
 LOG_IN = "log in with `hf auth login`"
 # a repository often holds the same weights several times: fetch one copy
-FILES = ("config.json", WEIGHTS_FILE, "diffusion_pytorch_model*.safetensors")
+FILES = ("config.json", WEIGHTS_FILE, "diffusion_pytorch_model*.safetensors", "README.md")
 
 CARD = """---
 library_name: ldm
 tags: [autoencoder, latent-diffusion, {ae.config.encoder.type}]
----
+{license}---
 
 # An image autoencoder ({ae.config.encoder.type})
 
 Images (3, H, W) in [−1, 1] ↔ latents ({ae.config.latent_channels}, H/{ae.downsampling}, \
 W/{ae.downsampling}); {parameters:,} parameters.
-
+{origin}
 ```python
 from autoencoders import Autoencoder
 
@@ -66,6 +68,9 @@ latents = ae.encode(images).mode()
 recon = ae.decode(latents)
 ```
 """
+CARD_HEAD = re.compile(r"---\r?\n(.*?)\r?\n---", re.DOTALL)
+CARD_LIMIT = 2**20
+"""Bytes of a model card."""
 
 
 # ----------------------------------------------------------------------------------- reading
@@ -168,6 +173,45 @@ def _refuse_other_names(names: Collection[str], path: Path) -> None:
         raise LdmError(f"{path} holds {kind} without a config: {advice}")
 
 
+def describe_source(source: str, found: AutoencoderFile, path: Path) -> dict[str, Any]:
+    """Describe where an autoencoder comes from, for the provenance of what is made from it.
+
+    Args:
+        source: the path or name that was given.
+        path: where it was found.
+
+    Returns:
+        source, format; the Hub's commit, the licence of its card, its usage settings, and where it
+        was itself `imported` from, if known.
+    """
+    before = found.provenance.get("imported")
+    # of a folder in the Hub's cache
+    commit = re.search(r"/snapshots/([0-9a-f]{40})(/|$)", path.absolute().as_posix())
+    details = {
+        "commit": commit and commit[1],
+        "license": find_license(path),
+        "imported": isinstance(before, dict) and "source" in before and before,
+    }
+    return {
+        "source": source,
+        "format": found.format,
+        **{key: value for key, value in details.items() if value},
+        **pick_settings(before),
+    }
+
+
+def find_license(path: Path) -> str | None:
+    """The licence in the model card of a folder, or of a file's folder; None where none is said."""
+    folder = path if path.is_dir() else path.parent
+    for card in (folder / "README.md", folder.parent / "README.md"):
+        with suppress(LdmError, OSError, ValueError):
+            head = CARD_HEAD.match(read_bytes(card, CARD_LIMIT).decode("utf-8", "replace"))
+            tree = parse_yaml(head[1]) if head else None
+            if isinstance(tree, dict) and isinstance(tree.get("license"), str):
+                return tree["license"]
+    return None
+
+
 # ----------------------------------------------------------------------------------- the Hub
 class HubMixin(nn.Module):
     """The Hub's two methods of writing, for an autoencoder."""
@@ -182,8 +226,8 @@ class HubMixin(nn.Module):
         """Write config.json, model.safetensors and, unless there is one, a model card.
 
         Args:
-            imported: the config that the model came with from another toolkit, whose usage
-                settings are kept. None: the model's own `settings`.
+            imported: where the model comes from, with usage settings, as `describe_source` says it
+                and a file's provenance holds it. None: the model's own `settings`.
 
         Returns:
             The files written.
@@ -203,12 +247,22 @@ class HubMixin(nn.Module):
             described["imported"] = settings
         files, readme = {}, Path(folder, "README.md")
         if not readme.exists():  # an existing card stays
-            parameters = sum(p.numel() for p in self.parameters())
-            files[readme] = CARD.format(ae=self, parameters=parameters).encode()
+            files[readme] = self._card(imported or {}).encode()
         files[Path(folder, WEIGHTS_FILE)] = to_safetensors(self.state_dict(), format="pt")
         files[Path(folder, "config.json")] = to_json(described)
         write_together(files)
         return list(reversed(files))
+
+    def _card(self, imported: Mapping[str, Any]) -> str:
+        parameters = sum(p.numel() for p in self.parameters())
+        license, origin = "", ""
+        if terms := imported.get("license"):
+            license = f"license: {json.dumps(terms)}\n"
+        if source := imported.get("source"):
+            of = f", whose licence is {terms}" if terms else ""
+            hashes = json.dumps(imported.get("sha256")).strip('"')
+            origin = f"\nMade from `{source}`{of} (SHA-256 {hashes}).\n"
+        return CARD.format(ae=self, parameters=parameters, license=license, origin=origin)
 
     def push_to_hub(self, repo_id: str, private: bool = False, token: str | None = None) -> str:
         """Save to a repository of the Hub, created if needed, and return its address.
@@ -263,6 +317,7 @@ def find_pretrained(
 
     repo_id = str(name_or_path)
     wanted = [f"{subfolder}/{name}" if subfolder else name for name in FILES]
+    wanted += ["README.md"] if subfolder else []  # of the whole, with its licence
     try:
         folder = hub.snapshot_download(repo_id, revision=revision, allow_patterns=wanted)
     except Exception as error:  # the client lets through whatever its own libraries raise

@@ -11,7 +11,8 @@ its average as the same sum of their weights.
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -54,10 +55,16 @@ class Average(EMA, ABC):
 
     Args:
         model: the module on its device, before DDP wraps it.
+        shared: parts of it that do not change, and are not copied.
     """
 
-    def __init__(self, model: nn.Module):
-        super().__init__(model, include_online_model=False, use_foreach=True)
+    def __init__(self, model: nn.Module, shared: Iterable[nn.Module] = ()):
+        parts = {id(part): part for part in shared}  # a copy takes these for copied already
+        constant = {id(tensor) for part in parts.values() for tensor in part.parameters()}
+        super().__init__(
+            model, deepcopy(model, parts), include_online_model=False, use_foreach=True,
+            ignore_names={name for name, p in model.named_parameters() if id(p) in constant},
+        )  # fmt: skip
         self.ema_model.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> "Average":
@@ -88,8 +95,8 @@ class Ema(Average):
             seen, so that the initial weights fade quickly; 0 copies the model.
     """
 
-    def __init__(self, model: nn.Module, half_life_images: float):
-        super().__init__(model)
+    def __init__(self, model: nn.Module, half_life_images: float, shared: Iterable[nn.Module] = ()):
+        super().__init__(model, shared)
         self.half_life_images = half_life_images
 
     def decay(self, images_seen: int, batch_size: int) -> float:

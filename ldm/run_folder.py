@@ -50,9 +50,11 @@ IGNORED = {
     "validate_images",
     "keep_states",
     "workers",
+    "init.source",
+    "teacher.source",
 }
 """Keys that may change between a stop and a resume: they do not change what a run computes, or only
-by rounding and by dropout's masks."""
+by rounding and by dropout's masks. Weights may move: their SHA-256 must stay."""
 
 _RUN = schema(kind=(str, ""), preset=(str, ""))
 BEGINNING = re.compile(
@@ -203,7 +205,7 @@ def differences(folder: Path, config: Config) -> list[str]:
     return sorted(
         key
         for key in ours | theirs
-        if key.rpartition(".")[2] not in IGNORED and ours.get(key) != theirs.get(key)
+        if IGNORED.isdisjoint([key, key.rpartition(".")[2]]) and ours.get(key) != theirs.get(key)
     )
 
 

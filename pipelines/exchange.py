@@ -6,7 +6,6 @@ std, in most by the scale alone.
 """
 
 import math
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -16,7 +15,12 @@ from torch import Tensor
 
 from autoencoders.autoencoder import Autoencoder, assemble
 from autoencoders.diffusers_parts import write_other
-from autoencoders.pretrained import AutoencoderFile, find_pretrained, read_autoencoder
+from autoencoders.pretrained import (
+    AutoencoderFile,
+    describe_source,
+    find_pretrained,
+    read_autoencoder,
+)
 from autoencoders.sdvae import formats as sdvae
 from diffusion import formats
 from diffusion.discrete import DiscreteConfig, DiscreteDenoiser, find_schedule
@@ -55,25 +59,16 @@ def import_autoencoder(
     paths = _import_paths(source, out, force)
     path = find_pretrained(source, revision, subfolder)
     found = read_autoencoder(path)
-    ae, before = assemble(found, path), found.provenance.get("imported")
-    settings = sdvae.pick_settings(before)
+    ae = assemble(found, path)
+    settings = ae.settings
     scaled = {"scaling_factor": sdvae.SCALING_FACTOR, **settings}
     sdvae.latent_statistics(scaled, None, ae.config.latent_channels, path)
     sdvae.check_settings(settings, path)
-    # of a folder in the Hub's cache
-    commit = re.search(r"/snapshots/([0-9a-f]{40})(/|$)", path.absolute().as_posix())
-    details = {
-        "subfolder": (subfolder or "").strip("/"),
-        "revision": revision,
-        "commit": commit and commit[1],
-        "imported": isinstance(before, dict) and "source" in before and before,  # once already
-    }
+    details = {"subfolder": (subfolder or "").strip("/"), "revision": revision}
     origin = {
-        "source": source,
-        "format": found.format,
+        **describe_source(source, found, path),
         "sha256": {file.name: sha256_of(file) for file in found.files},
         **{key: value for key, value in details.items() if value},
-        **settings,
     }
     known = provenance() | {"imported": origin}
     save_model(out, ModelFile("autoencoder", to_tree(ae.config), ae.state_dict(), provenance=known))

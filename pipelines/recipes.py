@@ -18,6 +18,7 @@ from autoencoders import Autoencoder, AutoencoderConfig
 from autoencoders.autoencoder import decoder_type
 from autoencoders.discriminators import DiscriminatorConfig, UNetDiscriminatorConfig
 from autoencoders.losses import AdversarialConfig, LossConfig
+from autoencoders.losses.perceptual import SMALLEST
 from diffusion import DenoiserConfig, NetworkConfig
 from diffusion.augment import AUGMENT_PARAMETERS, AugmentConfig, draw_augmentation
 from diffusion.edm import EDMConfig, sample_sigma
@@ -35,6 +36,33 @@ from ldm.seeds import normal, uniform
 BatchSize = Annotated[int, Field(gt=0, le=65_536)]
 
 
+class WeightsConfig(Config):
+    """Weights of an autoencoder that training starts with."""
+
+    source: str = ""
+    """A run, a model file, a diffusers folder, a CompVis checkpoint, or a repository of the Hub."""
+    sha256: str = ""
+    """Of its weights. Training fills it in; weights with another one are refused."""
+
+
+class InitConfig(WeightsConfig):
+    """Weights to begin from, in place of random ones."""
+
+    parts: Annotated[tuple[Literal["encoder", "decoder"], ...], Field(min_length=1)] = (
+        "encoder",
+        "decoder",
+    )
+    """Parts that begin from them, each with its 1×1 convolution at the latent."""
+
+
+class TeacherConfig(WeightsConfig):
+    """An autoencoder whose posterior a new encoder learns, for its decoder, which stays."""
+
+    statistics_images: PositiveInt = 10_000
+    """Training images for the standard deviation of its latents, the unit of `loss.latent`; rounded
+    up to whole batches."""
+
+
 class Phase(Config):
     """A part of training at one resolution; networks and optimisers are carried over."""
 
@@ -47,6 +75,13 @@ class Phase(Config):
 class AutoencoderRecipe(AutoencoderConfig):
     """An autoencoder and its training. The defaults are those of Sadat et al. 2024, Section F."""
 
+    init: InitConfig = InitConfig()
+    """Weights to begin from; `--from` sets its source."""
+    teacher: TeacherConfig = TeacherConfig()
+    """Autoencoder to learn from; `--teacher` sets its source."""
+    train: Literal["all", "encoder", "decoder"] = "all"
+    """What learns. decoder: the decoder and the convolution before it, so that latents stay as they
+    are. encoder: the encoder and, without a teacher, the convolution after it."""
     phases: tuple[Phase, ...] = (Phase(resolution=256, steps=100_000),)
     """Phases of training in order: [{resolution: 128, steps: 100000}, …]."""
     data: DataConfig = DataConfig()
@@ -92,12 +127,12 @@ class AutoencoderRecipe(AutoencoderConfig):
         """Refuse what would fail hours later, when a phase or the discriminator begins."""
         if not self.phases:
             raise ValueError("phases is empty: give at least one, {resolution: 256, steps: 1000}")
-        if "diffusers" in (self.encoder.type, decoder_type(self.decoder)):
-            raise ValueError("parts of type diffusers are not trained: use such a model as --ae")
+        self._check_what_learns()
         if self.batch_size % self.accumulate:
             raise ValueError("batch_size must be a multiple of accumulate")
-        if not any(getattr(self.loss, term) for term in ("l1", "l2", "lpips", "esrgan")):
-            raise ValueError("loss: one of l1, l2, lpips, esrgan must be above 0")
+        terms = ["l1", "l2", "lpips", "esrgan", *(["latent"] if self.teacher.source else [])]
+        if not any(getattr(self.loss, term) for term in terms):
+            raise ValueError(f"loss: one of {', '.join(terms)} must be above 0")
         if self.adversarial.mixes and self.discriminator.type != "unet":
             raise ValueError(
                 "adversarial.cutmix and cutmix_augmentation need per-pixel logits: "
@@ -106,6 +141,29 @@ class AutoencoderRecipe(AutoencoderConfig):
         for phase in self.phases:
             self.check_resolution(phase.resolution)
         return self
+
+    def _check_what_learns(self) -> None:
+        """Refuse to train what cannot learn, and a teacher beside other weights."""
+        if self.teacher.source and self.init.source:
+            raise ValueError(
+                "init.source (--from) and teacher.source (--teacher) exclude each other: with a "
+                "teacher, the encoder is new and the decoder is the teacher's"
+            )
+        if self.teacher.source and self.train != "encoder":
+            raise ValueError(
+                f"train={self.train}: with a teacher only the encoder learns, train=encoder; "
+                "afterwards, both learn with --from that run and train=all"
+            )
+        kinds = {"encoder": self.encoder.type, "decoder": decoder_type(self.decoder)}
+        for part, kind in kinds.items():
+            if kind == "diffusers" and self.train in ("all", part):
+                other = "decoder" if part == "encoder" else "encoder"
+                raise ValueError(
+                    f"{part}s of type diffusers are not trained: use such a model as --ae, as "
+                    f"--teacher, or with train={other} beside {other}s of ours"
+                )
+        if self.encoder.type == "dwt" and self.train == "encoder":
+            raise ValueError("train=encoder: a dwt encoder has no weights: use train=decoder")
 
     def check_resolution(self, resolution: int) -> None:
         """Raise a ValueError if the networks cannot train on images of this side, in pixels."""
@@ -121,6 +179,12 @@ class AutoencoderRecipe(AutoencoderConfig):
             raise ValueError(f"phases: {error}") from error
         if self.adversarial.weight:
             self.discriminator.check_resolution(resolution)
+        for term, network in (("lpips", self.loss.lpips_network), ("esrgan", "vgg")):
+            if getattr(self.loss, term) and resolution < SMALLEST[network]:
+                raise ValueError(
+                    f"phases: resolution {resolution} is below {SMALLEST[network]}, the least that "
+                    f"loss.{term}'s network takes: set loss.{term}=0, or a larger resolution"
+                )
 
     @property
     def total_steps(self) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from autoencoders import Autoencoder
 from autoencoders.discriminators import build_discriminator, split
 from autoencoders.layers import checkpoint_blocks
-from autoencoders.losses import LPIPS, Objective, find_lpips, load_esrgan, load_lpips
+from autoencoders.losses import LPIPS, Objective, Target, find_lpips, load_esrgan, load_lpips
 from autoencoders.losses.adversarial import (
     adaptive_weight,
     cutmix_augmentation,
@@ -24,7 +24,7 @@ from autoencoders.losses.adversarial import (
     cutmix_masks,
     gradient_ratio,
 )
-from autoencoders.losses.perceptual import ESRGANPerceptual
+from autoencoders.losses.perceptual import SMALLEST, ESRGANPerceptual
 from ldm.checkpoint import ModelFile, load_model, save_model
 from ldm.config import to_tree
 from ldm.data import Batch, Source, batches, holds_out, open_source
@@ -37,8 +37,9 @@ from ldm.logbook import Logbook
 from ldm.run import Run, TrainingState, check_batch, frozen, start_run
 from ldm.run_folder import is_finished, provenance
 from ldm.seeds import normal, uniform
+from pipelines import finetune
 from pipelines.recipes import AutoencoderRecipe
-from pipelines.validation import evaluate_autoencoder, reconstruction_sheet
+from pipelines.validation import compare_with_teacher, evaluate_autoencoder, reconstruction_sheet
 
 PerceptualLosses = Mapping[str, LPIPS | ESRGANPerceptual]
 """Perceptual losses by the name of their term, `lpips` and `esrgan`."""
@@ -56,23 +57,32 @@ class AutoencoderState(TrainingState):
         objective: the losses of both.
         ema: the autoencoder with averaged weights, which ckpt.pt is made from.
         averaged: that autoencoder, if the objective compares with it.
+        teacher: the encoder of a teacher, if there is one.
+        latent_std: standard deviation of each channel of its latents (n_z,).
+        origin: of the weights that training starts with; {} if all are new.
         held_out: numbers of the last validation.
         best: numbers of the best validation, and its `images_seen`; its weights are in best.pt.
     """
 
-    def __init__(self, recipe: AutoencoderRecipe, run: Run, perceptual: PerceptualLosses) -> None:
+    def __init__(
+        self, recipe: AutoencoderRecipe, run: Run, perceptual: PerceptualLosses,
+        given: finetune.Given | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(recipe.batch_size, recipe.total_steps)
         self.recipe, self.folder = recipe, run.folder
-        self.autoencoder: Autoencoder = run.place(Autoencoder(recipe.model))
+        self.origin = {} if given is None else given.origin
+        self.autoencoder, still, self.teacher = finetune.begin(recipe, run, given)
+        self.latent_std = run.place(torch.ones(recipe.latent_channels))
         self.discriminator: nn.Module = run.place(build_discriminator(recipe.discriminator))
-        self.objective = Objective(recipe.loss, recipe.adversarial, dict(perceptual))
-        self.ema = Ema(self.autoencoder, recipe.ema_half_life_images)
+        weights = finetune.loss_weights(recipe, self.autoencoder)
+        self.objective = Objective(weights, recipe.adversarial, dict(perceptual))
+        self.ema = Ema(self.autoencoder, recipe.ema_half_life_images, still)
         self.averages = [self.ema]
         # without an average, the two would be equal up to rounding
         compared = self.objective.needs_averaged and recipe.ema_half_life_images > 0
         self.averaged = self.ema.ema_model if compared else None
         self.opt_autoencoder, self.opt_discriminator = (
-            torch.optim.Adam(net.parameters(), recipe.lr, recipe.betas, fused=True)
+            torch.optim.Adam(finetune.learned(net), recipe.lr, recipe.betas, fused=True)
             for net in (self.autoencoder, self.discriminator)
         )
         self.parts = {
@@ -92,7 +102,9 @@ class AutoencoderState(TrainingState):
             checkpoint_blocks(self.autoencoder)
         ae = self.autoencoder
         # not the decoder's last layer, where gradients are taken; see `gradient_ratio`
-        run.compile(ae.encoder, ae.decoder.features, self.discriminator)
+        decoder = getattr(ae.decoder, "features", ae.decoder)
+        teacher = [] if self.teacher is None else [self.teacher.encoder]
+        run.compile(ae.encoder, decoder, self.discriminator, *teacher)
         self.ddp_autoencoder = run.prepare(ae)
         self.ddp_discriminator = run.prepare(self.discriminator)
 
@@ -105,11 +117,15 @@ class AutoencoderState(TrainingState):
         return lr
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"held_out": self.held_out, "best": self.best}
+        saved = {"held_out": self.held_out, "best": self.best}
+        if self.teacher is not None:
+            saved["latent_std"] = self.latent_std
+        return super().state_dict() | saved
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         super().load_state_dict(saved)
         self.held_out, self.best = saved.get("held_out", {}), saved.get("best", {})
+        self.latent_std.copy_(saved.get("latent_std", self.latent_std))
         if "best" not in saved and (self.folder / "best.pt").is_file():  # of an earlier version
             origin = load_model(self.folder / "best.pt", "autoencoder").provenance
             self.best = {"images_seen": origin["images_seen"], **origin["held_out"]}
@@ -176,18 +192,24 @@ def _update_generator(
     objective, adversarial = state.objective, state.objective.adversarial
     weight: Tensor | float = ramp * adversarial.weight
     logs: dict[str, Tensor | float] = {}
-    noise = to_device(noise, run.device)
+    noise, ema_recon, target = to_device(noise, run.device), None, None
+    # a student's mean is decoded: its variance is taught by the teacher's alone
+    drawn = state.teacher is None
     with run.autocast():
-        out = state.ddp_autoencoder(images, noise)
+        out = state.ddp_autoencoder(images, noise, drawn)
         with torch.no_grad():
-            ema_recon = None if state.averaged is None else state.averaged(images, noise).recon
-    terms = objective.reconstruction(out, images, ema_recon)  # l1, lpips, wavelet, kl, …
+            if state.averaged is not None:
+                ema_recon = state.averaged(images, noise, drawn).recon
+            if state.teacher is not None:
+                target = Target(state.teacher.encode(images), state.latent_std)
+    # l1, lpips, wavelet, kl, …
+    terms = objective.reconstruction(out, images, ema_recon, target)
     if weight > 0:
         # unwrapped and frozen: gradients pass through it to the generator, and it gets none
         with frozen(state.discriminator) as discriminator, run.autocast():
             terms["adversarial"] = objective.generator_loss(discriminator(out.recon))
         if log_gradients or adversarial.weighting == "adaptive":
-            last = state.autoencoder.decoder.conv_out.weight
+            last = finetune.last_learned(state.autoencoder, state.recipe)
             recon_loss = objective.recon_total(terms)
             ratio = gradient_ratio(recon_loss, terms["adversarial"], last, run.mean)
             logs["gradient_ratio"] = ratio
@@ -258,6 +280,7 @@ def train_autoencoder(
     held_out = open_source(recipe.data, "val", last) if holds_out(recipe.data) else None
     perceptual = load_perceptual(recipe, perceptual)
     lpips = _validation_lpips(recipe, perceptual)
+    recipe, given = finetune.read_given(recipe)
 
     with start_run("autoencoder", preset, recipe, recipe.run, recipe.accumulate, folder) as run:
         if is_finished(run.folder):
@@ -266,9 +289,11 @@ def train_autoencoder(
         check_batch(recipe.batch_size, recipe.accumulate, run.world)
 
         # the same initial weights on every process: start_run has seeded them
-        state = AutoencoderState(recipe, run, perceptual)
+        state = AutoencoderState(recipe, run, perceptual, given)
         if saved := run.resume():
             state.load_state_dict(saved)
+        elif state.teacher is not None:
+            state.latent_std = finetune.measure_teacher(run, recipe, state.teacher, sources[last])
         del saved  # some gigabytes, and the file
         state.prepare(run)
         logbook = Logbook(run.folder if run.is_main else None, state.images_seen, state.log)
@@ -359,7 +384,7 @@ def _validation_lpips(recipe: AutoencoderRecipe, perceptual: PerceptualLosses) -
         return cast(LPIPS, perceptual["lpips"])
     if recipe.best_by == "lpips":
         return load_lpips(instead="choose best_by=psnr")
-    return find_lpips()
+    return find_lpips() if recipe.phases[-1].resolution >= SMALLEST["vgg"] else None
 
 
 def _validate(
@@ -378,6 +403,10 @@ def _validate(
     numbers = evaluate_autoencoder(
         ae, held_out, resolution, BATCH, run.device, recipe.validate_images, lpips and lpips.each
     )
+    if state.teacher is not None:
+        numbers |= compare_with_teacher(
+            ae, state.teacher, held_out, resolution, BATCH, run.device, recipe.validate_images
+        )
     logbook.row(state.images_seen, **{f"val_{name}": value for name, value in numbers.items()})
     sheet, columns = reconstruction_sheet(ae, held_out, resolution, COLUMNS)
     save_grid(sheet, run.folder / "pictures" / f"recon-{state.images_seen:08d}.png", columns)
@@ -389,7 +418,8 @@ def _validate(
     if is_best:
         _export(run, state, "best.pt", held_out=numbers)
         state.best = {"images_seen": state.images_seen, **numbers}
-    shown = ", ".join(f"{name} {n:.3f}" for name, n in numbers.items() if name != "count")
+    names = [name for name in numbers if name != "count" and not name[-1].isdigit()]  # no channel's
+    shown = ", ".join(f"{name} {numbers[name]:.3f}" for name in names)
     mark = " (the best so far)" if is_best else ""
     run.say(f"step {state.step:>6}/{state.total_steps}: held-out {shown}{mark}")
 
@@ -400,6 +430,9 @@ def _export(run: Run, state: AutoencoderState, name: str, **more: Any) -> None:
         return
     recipe = to_tree(state.recipe)
     origin = provenance() | {"images_seen": state.images_seen, "recipe": recipe} | more
+    origin |= state.origin and {"imported": state.origin}
+    if state.teacher is not None:
+        origin["teacher_latent_std"] = state.latent_std.tolist()
     config, weights = to_tree(state.recipe.model), state.ema.ema_model.state_dict()
     save_model(run.folder / name, ModelFile("autoencoder", config, weights, {}, origin))
 
@@ -412,6 +445,7 @@ def _opening(run: Run, state: AutoencoderState) -> str:
     sizes = [sum(p.numel() for p in network.parameters()) for network in networks]
     return (
         f"{run.folder}: encoder {sizes[0]:,}, decoder {sizes[1]:,}, discriminator {sizes[2]:,} "
-        f"parameters\n{phases}; batch {recipe.batch_size} = {run.world} process(es) × "
-        f"{recipe.accumulate} × {each}; lr {recipe.lr:g}; {run.device.type}, {run.precision}"
+        f"parameters{finetune.describe_start(recipe)}\n{phases}; batch {recipe.batch_size} = "
+        f"{run.world} process(es) × {recipe.accumulate} × {each}; lr {recipe.lr:g}; "
+        f"{run.device.type}, {run.precision}"
     )

@@ -133,6 +133,56 @@ def evaluate_autoencoder(
     return scores.means() | {"count": scores.count}
 
 
+@full_float32()
+@torch.no_grad()
+def compare_with_teacher(
+    student: Autoencoder,
+    teacher: Autoencoder,
+    source: Source,
+    resolution: int,
+    batch_size: int,
+    device: torch.device,
+    limit: int | None = None,
+) -> dict[str, float]:
+    """Compare the latents that a student and its teacher give for the images of a source, and the
+    reconstructions that the student's decoder, which is the teacher's, makes of both.
+
+    Args:
+        student, teacher: on `device`; in eval mode and frozen while this runs.
+
+    Returns:
+        `teacher_psnr`: of the teacher's reconstructions (dB); `psnr_to_teacher`: of the student's
+        reconstructions to the teacher's; `latent_error_<c>`: root mean square of the difference in
+        channel c, in standard deviations of the teacher's; `latent_correlation_<c>`: Pearson's; and
+        `latent_error`, their mean, and `latent_correlation`, the least of them.
+    """
+    scores: dict[str, list[Tensor]] = {"teacher_psnr": [], "psnr_to_teacher": []}
+    sums: Tensor | float = 0.0
+    with frozen(student), frozen(teacher):
+        for batch in evaluation_batches(source, resolution, batch_size, limit):
+            images = to_float(batch.images.to(device))
+            s, t = (ae.encode(images).mode() for ae in (student, teacher))  # (b, n_z, h, w)
+            recon, theirs = (
+                to_float(to_uint8(student.decode(z, images.shape[-2:]))) for z in (s, t)
+            )
+            for name, pair in (("teacher_psnr", images), ("psnr_to_teacher", recon)):
+                scores[name].append(psnr(pair, theirs).clamp(max=PSNR_CEILING).cpu())
+            s, t = s.double(), t.double()
+            moments = torch.stack([s, t, s * s, t * t, s * t, torch.ones_like(s)])
+            sums = sums + moments.sum((1, 3, 4))  # (6, n_z)
+    mean_s, mean_t, ss, tt, st, _ = torch.as_tensor(sums) / torch.as_tensor(sums)[-1]
+    var_s, var_t, covariance = ss - mean_s**2, tt - mean_t**2, st - mean_s * mean_t
+    error = ((ss - 2 * st + tt).clamp_min(0) / var_t).sqrt()
+    correlation = covariance / (var_s * var_t).sqrt()
+    return {
+        **{name: torch.cat(each).double().mean().item() for name, each in scores.items()},
+        "latent_error": error.mean().item(),
+        "latent_correlation": correlation.min().item(),
+        **{f"latent_error_{c}": value for c, value in enumerate(error.tolist())},
+        **{f"latent_correlation_{c}": value for c, value in enumerate(correlation.tolist())},
+    }
+
+
 EDGES = (0.0, 0.1, 0.3, 1.0, 3.0, inf)
 """Edges of the bands of σ: 18, 32, 34, 13 and 3 % of EDM's default training noise levels."""
 

@@ -213,7 +213,9 @@ def parse(words: list[str]) -> None:
     given = command.make_context(name, list(rest)).params
     settings = [w for w in rest if re.match(r"[a-z][\w.]*=", w) and name != "report"]
     if name == "train-ae":
-        preset = "/".join(find_presets(given["preset"], KINDS)[0])
+        words = [*given["words"], "distil-b" if given["teacher"] else "finetune"]
+        preset = next(word for word in words if "=" not in word)
+        preset = "/".join(find_presets(preset, KINDS)[0])
         assert ldm(["show", preset, *settings]) == 0
     elif name == "doctor":
         assert ldm(["show", given["preset"], *settings]) == 0

@@ -7,7 +7,7 @@ both are applied once, to the difference of the images.
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal, NamedTuple, cast
 
 import torch
 from pydantic import Field, NonNegativeFloat
@@ -44,6 +44,11 @@ class LossConfig(Config):
     """ℓ1 of the images less their Gaussian blur (Table 9)."""
     wavelet: NonNegativeFloat = 1.0
     """Charbonnier loss of the high-frequency Haar sub-bands (Table 9)."""
+    latent: NonNegativeFloat = 1.0
+    """With a teacher: mean absolute difference of the posteriors' means, in standard deviations of
+    each channel of the teacher's latents."""
+    logvar: NonNegativeFloat = 0.1
+    """With a teacher: mean absolute difference of the posteriors' log-variances."""
     lpips_network: LPIPSNetwork = "vgg"
     """Backbone of LPIPS: VGG-16 (vgg), AlexNet (alex) or SqueezeNet 1.1 (squeeze)."""
 
@@ -77,6 +82,15 @@ class AdversarialConfig(Config):
     def mixes(self) -> bool:
         """True if the discriminator also sees CutMix's mixtures."""
         return self.cutmix > 0 or self.cutmix_augmentation > 0
+
+
+class Target(NamedTuple):
+    """What a student's encoder learns to give for a batch of images."""
+
+    posterior: DiagonalGaussian
+    """The teacher's posterior of the images (B, n_z, h, w)."""
+    std: Tensor
+    """Standard deviation of each channel of the teacher's latents over the data (n_z,)."""
 
 
 class Objective:
@@ -115,13 +129,18 @@ class Objective:
         return self.loss.ldl > 0
 
     def reconstruction(
-        self, out: AutoencoderOutput, images: Tensor, averaged: Tensor | None = None
+        self,
+        out: AutoencoderOutput,
+        images: Tensor,
+        averaged: Tensor | None = None,
+        target: Target | None = None,
     ) -> dict[str, Tensor]:
         """Unweighted scalars named as in `LossConfig`, of the terms with a weight above 0.
 
         Args:
             images: (B, 3, H, W) in [−1, 1] that `out` was computed from.
             averaged: their reconstruction by the averaged (EMA) weights, for LDL; see `ldl`.
+            target: the teacher's posterior of them; None leaves out `latent` and `logvar`.
         """
         recon, images = out.recon.float(), images.float()
         averaged = averaged if averaged is None else averaged.float()
@@ -135,6 +154,9 @@ class Objective:
             "gaussian": lambda: gaussian(recon, images),
             "wavelet": lambda: wavelet(recon, images),
         }
+        if target is not None:
+            terms["latent"] = lambda: latent(out.posterior, target)
+            terms["logvar"] = lambda: logvar(out.posterior, target)
         weights = self.loss.weights
         with torch.autocast(recon.device.type, enabled=False):
             return {name: term() for name, term in terms.items() if weights[name]}
@@ -158,8 +180,9 @@ class Objective:
         return cast(Tensor, sum(weights[name] * term for name, term in terms.items()))
 
     def recon_total(self, terms: Mapping[str, Tensor]) -> Tensor:
-        """L_recon of Equation 1: the weighted sum without KL and the adversarial term."""
-        recon = {name: term for name, term in terms.items() if name not in ("kl", "adversarial")}
+        """L_recon of Equation 1: the weighted sum of the terms that compare images."""
+        others = ("kl", "latent", "logvar", "adversarial")
+        recon = {name: term for name, term in terms.items() if name not in others}
         return self.total(recon, adversarial_weight=0.0)
 
 
@@ -171,6 +194,17 @@ def kl(posterior: DiagonalGaussian, images: Tensor) -> Tensor:
     al. 2022), so that its weight relative to ℓ1 does not depend on the resolution.
     """
     return posterior.kl().mean() / images[0].numel()
+
+
+def latent(posterior: DiagonalGaussian, target: Target) -> Tensor:
+    """Mean absolute difference of the means, each channel in the teacher's standard deviations."""
+    difference = posterior.mean - target.posterior.mean  # (B, n_z, h, w)
+    return (difference / target.std.view(1, -1, 1, 1)).abs().mean()
+
+
+def logvar(posterior: DiagonalGaussian, target: Target) -> Tensor:
+    """Mean absolute difference of the log-variances."""
+    return (posterior.logvar - target.posterior.logvar).abs().mean()
 
 
 def gaussian(recon: Tensor, images: Tensor) -> Tensor:

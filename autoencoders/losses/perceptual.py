@@ -25,6 +25,8 @@ PUBLISHED = {
 """Torchvision's names of the networks' weights."""
 LPIPSNetwork = Literal["vgg", "alex", "squeeze"]
 BACKBONES = {"vgg": "VGG-16", "alex": "AlexNet", "squeeze": "SqueezeNet 1.1"}
+SMALLEST = {"vgg": 16, "alex": 31, "squeeze": 17}
+"""Side of the smallest images that each can take, pixels: a pooling more would leave nothing."""
 CONV5_4 = 34
 """Index of the fourth convolution before the fifth pooling in torchvision's VGG-19."""
 # of ImageNet's images in [0, 1], which the networks were trained on
@@ -93,14 +95,25 @@ class LPIPS:
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network.eval().requires_grad_(False)
+        self.smallest = SMALLEST[getattr(network, "pnet_type", "vgg")]
 
     def __call__(self, recon: Tensor, images: Tensor) -> Tensor:
         """Two batches (B, 3, H, W) in [−1, 1] → scalar, in float32 under autocast too."""
         return self.each(recon, images).mean()
 
     def each(self, recon: Tensor, images: Tensor) -> Tensor:
-        """Distance of each pair: two batches (B, 3, H, W) in [−1, 1] → (B,), in float32."""
+        """Distance of each pair: two batches (B, 3, H, W) in [−1, 1] → (B,), in float32.
+
+        Raises:
+            LdmError: a side is below `smallest`.
+        """
         net: Any = _on(self.network, recon.device)
+        if min(images.shape[-2:]) < self.smallest:
+            height, width = images.shape[-2:]
+            raise LdmError(
+                f"images of {height}×{width} pixels are too small for LPIPS, which needs "
+                f"{self.smallest}×{self.smallest}: use larger ones, or do without it"
+            )
         with torch.autocast(recon.device.type, enabled=False):
             pair = [net.net(net.scaling_layer(x.float())) for x in (recon, images)]
             layers = zip(net.lins, *pair, strict=True)

@@ -111,7 +111,9 @@ def _exit_with_usage(error: Any) -> NoReturn:
         sys.exit(2)
     command = error.ctx.command_path if error.ctx else "ldm"
     text = error.format_message().rstrip(".?").replace("Value error, ", "")
-    takes_settings = error.ctx and any(p.name == "settings" for p in error.ctx.command.params)
+    takes_settings = error.ctx and any(
+        "key=value" in (p.metavar or "") for p in error.ctx.command.params
+    )
     if text.startswith("No such option") and takes_settings:
         text += "; settings are given as key=value"
     _exit_with_error(f"{text}; see `{command} --help`", 2)

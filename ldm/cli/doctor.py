@@ -42,7 +42,7 @@ def doctor(
     words = list(settings or [])
     if device != "auto":
         words.append(f"run.device={device}")
-    options.add_autoencoder(words, ae)
+    options.add_setting(words, "--ae", "autoencoder", ae)
     recipe = options.resolve_recipe(kind, name, words)
     diagnosis = diagnose(recipe, name, processes, SECONDS if trial else 0)
 

@@ -91,13 +91,13 @@ def parse_numbers(
     return numbers
 
 
-def add_autoencoder(settings: list[str], autoencoder: Path | None) -> None:
-    """Append `--ae` to the settings, under the key that it stands for."""
-    if autoencoder is None:
+def add_setting(settings: list[str], option: str, key: str, value: Path | str | None) -> None:
+    """Append an option, if it was given, to the settings, under the key that it stands for."""
+    if value is None:
         return
-    if any(word.partition("=")[0].strip() == "autoencoder" for word in settings):
-        raise UsageError("the autoencoder is given twice: use either --ae or autoencoder=")
-    settings.append(f"autoencoder={json.dumps(str(autoencoder))}")
+    if any(word.partition("=")[0].strip() == key for word in settings):
+        raise UsageError(f"{key} is given twice: use either {option} or {key}=")
+    settings.append(f"{key}={json.dumps(str(value))}")
 
 
 def say(*lines: str) -> None:
@@ -154,5 +154,11 @@ def resolve_recipe(kind: str, name: str, settings: Sequence[str] | None) -> Any:
     from ldm.config import load_preset, resolve
     from pipelines.recipes import AutoencoderRecipe, DiffusionRecipe
 
-    recipe = AutoencoderRecipe if kind in STAGE_ONE else DiffusionRecipe
-    return resolve(recipe, load_preset(kind, name), settings or [])
+    tree, settings = load_preset(kind, name), settings or []
+    if kind not in STAGE_ONE:
+        return resolve(DiffusionRecipe, tree, settings)
+    if {"init", "teacher"} & {word.partition(".")[0].strip() for word in [*tree, *settings]}:
+        from pipelines.finetune import fill_in
+
+        tree = fill_in(tree, settings)
+    return resolve(AutoencoderRecipe, tree, settings)

@@ -1,6 +1,5 @@
 """`ldm train-ae`, `ldm train-diffusion`, `ldm ema`, `ldm sample`; `ldm presets`, `ldm show`."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,18 +17,53 @@ Format = Annotated[
 
 
 def train_ae(
-    preset: Annotated[str, Argument(help="An autoencoder, or a row of the paper: `ldm presets`.")],
-    settings: options.Settings = None,
+    words: Annotated[
+        list[str] | None,
+        Argument(
+            metavar="[PRESET] key=value …",
+            help="A preset (`ldm presets`), by default finetune with --from and distil-b with "
+            "--teacher; then settings.",
+        ),
+    ] = None,
+    source: Annotated[
+        str | None,
+        Option(
+            "--from",
+            help="Begin from the weights of this autoencoder: a run, a model file, a diffusers "
+            "folder, a CompVis checkpoint, or owner/name on the Hugging Face Hub.",
+        ),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        Option(help="Train a new encoder for the latents and the decoder of this autoencoder."),
+    ] = None,
     run: options.RunFolder = None,
 ) -> None:
-    """Train an autoencoder (stage one). The same command resumes an interrupted run.
+    """Train an autoencoder (stage one), fine-tune one, or distil its encoder. The same command
+    resumes an interrupted run.
 
     ldm train-ae litevae-b data.source=data/ffhq256
+
+    ldm train-ae --from my-vae/ data.source=my-images/
+
+    ldm train-ae distil-b --teacher my-vae/ data.source=my-images/
     """
     from pipelines.train_autoencoder import train_autoencoder
 
+    words = list(words or [])
+    if words and "=" not in words[0]:
+        preset = words.pop(0)
+    elif source or teacher:
+        preset = "distil-b" if teacher else "finetune"
+    else:
+        raise UsageError(
+            "give a preset, such as litevae-b (`ldm presets` lists them), or an autoencoder to "
+            "begin from, by --from"
+        )
+    options.add_setting(words, "--from", "init.source", source)
+    options.add_setting(words, "--teacher", "teacher.source", teacher)
     kind, preset = options.find_presets(preset, options.STAGE_ONE)[0]
-    folder = train_autoencoder(options.resolve_recipe(kind, preset, settings), preset, run)
+    folder = train_autoencoder(options.resolve_recipe(kind, preset, words), preset, run)
     options.say(f"done: {folder}/ckpt.pt", f"next: ldm train-diffusion --ae {folder}/ckpt.pt")
 
 
@@ -58,9 +92,8 @@ def train_diffusion(
     words = list(words or [])
     preset = words.pop(0) if words and "=" not in words[0] else "ffhq256"
     _, preset = options.find_presets(preset, options.STAGE_TWO)[0]
-    if cache is not None:
-        words.append(f"cache={json.dumps(str(cache))}")
-    options.add_autoencoder(words, ae)
+    options.add_setting(words, "--cache", "cache", cache)
+    options.add_setting(words, "--ae", "autoencoder", ae)
     recipe = options.resolve_recipe("diffusion", preset, words)
     file = find_stage_one(recipe, preset, run)
     options.say(f"autoencoder: {file}")

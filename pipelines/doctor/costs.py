@@ -4,7 +4,7 @@ Under PyTorch's `FakeTensorMode` shapes, types and autocast are as on the device
 computed or allocated.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldm.distributed import make_accelerator
 from ldm.run import Run, RunConfig
 from pipelines.doctor.training import AutoencoderTraining, Training
+from pipelines.finetune import learned
 
 OVERHEAD = 1.2
 """Memory that activations take in the end, as a multiple of what is kept of them: the gradients
@@ -69,19 +70,26 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def parameter_bytes(module: nn.Module) -> int:
-    """Bytes of a module's parameters, and of their gradients."""
-    return sum(parameter.nbytes for parameter in module.parameters())
+def gradient_bytes(module: nn.Module) -> int:
+    """Bytes of the gradients of a module's parameters that learn."""
+    return sum(parameter.nbytes for parameter in learned(module))
 
 
-def module_bytes(module: nn.Module) -> int:
-    """Bytes of a module's parameters and buffers."""
-    return parameter_bytes(module) + sum(buffer.nbytes for buffer in module.buffers())
+def module_bytes(module: nn.Module, shared: Collection[int] = ()) -> int:
+    """Bytes of a module's parameters and buffers, except those whose `id` is in `shared`."""
+    tensors = (*module.parameters(), *module.buffers())
+    return sum(tensor.nbytes for tensor in tensors if id(tensor) not in shared)
 
 
 def adam_bytes(module: nn.Module) -> int:
     """Bytes of Adam's state: two moments of every value, and a counter of every tensor."""
-    return 2 * parameter_bytes(module) + 4 * sum(1 for _ in module.parameters())
+    return 2 * gradient_bytes(module) + 4 * len(learned(module))
+
+
+def average_bytes(training: Training) -> list[int]:
+    """Bytes of each average of weights, except the parts that it shares with the network."""
+    own = {id(parameter) for module in training.trained for parameter in module.parameters()}
+    return [module_bytes(average.ema_model, own) for average in training.state.averages]
 
 
 # --------------------------------------------------------------------------------- dry run
@@ -211,7 +219,7 @@ class Memory:
     averages: int
     """Averaged weights."""
     frozen: int
-    """Networks that are not trained: perceptual losses, or stage one."""
+    """Networks that are not trained: perceptual losses and a teacher, or stage one."""
     activations: int
     """Estimate: `OVERHEAD` × what a micro-batch of the largest images keeps for its backward."""
     encoding: int
@@ -269,7 +277,7 @@ def training_memory(
         batch: images of a micro-batch on one process; None: `costs.batch`.
     """
     training = costs.training
-    gradients = [parameter_bytes(module) for module in training.updated]
+    gradients = [gradient_bytes(module) for module in training.updated]
     kept = max(costs.step(side, batch=batch).activations for side in resolutions)
     held = max(costs.encoding(side, batch) for side in resolutions)
     # DDP's buckets hold the gradients, unless they accumulate before they are exchanged
@@ -280,9 +288,9 @@ def training_memory(
         weights=sum(map(module_bytes, training.trained)),
         # networks take turns, and keep no gradients unless they accumulate them
         gradients=held_gradients,
-        buckets=sum(map(parameter_bytes, training.trained)) if processes > 1 else 0,
+        buckets=sum(map(gradient_bytes, training.trained)) if processes > 1 else 0,
         adam=sum(map(adam_bytes, training.updated)),
-        averages=sum(module_bytes(average.ema_model) for average in training.state.averages),
+        averages=sum(average_bytes(training)),
         frozen=sum(map(module_bytes, training.frozen)),
         activations=int(OVERHEAD * kept),
         encoding=int(OVERHEAD * held),
@@ -299,7 +307,7 @@ def training_disk(
         snapshots: of each power-function average.
         cache: bytes of latents that are still to be cached.
     """
-    averages = [module_bytes(average.ema_model) for average in training.state.averages]
+    averages = average_bytes(training)
     state = sum(map(module_bytes, training.trained)) + sum(averages)
     state += sum(map(adam_bytes, training.updated))
     model = sum(map(module_bytes, training.exported))

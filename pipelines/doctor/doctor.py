@@ -35,6 +35,7 @@ from pipelines.doctor.costs import (
 )
 from pipelines.doctor.timing import SECONDS, StepTimer, Stretch, Timing, stretches, time_training
 from pipelines.doctor.training import AutoencoderTraining, DiffusionTraining, Training
+from pipelines.finetune import read_given
 from pipelines.latents import check_cache
 from pipelines.recipes import AutoencoderRecipe, DiffusionRecipe, fit, latent_shape
 
@@ -168,9 +169,12 @@ def _stage_one(
     sides = sorted({phase.resolution for phase in recipe.phases}, reverse=True)
     source, faults = checks.check_data(recipe.data, sides, validates=True)
     problems += faults + checks.check_perceptual(recipe) + checks.check_inception()
+    found, faults = checks.attempt(read_given, recipe)
+    problems += faults
+    given = found[1].ae.config if found and found[1] else None
     keeps_best = source is None or holds_out(recipe.data)
     disk_of = partial(training_disk, config=recipe.run, keeps_best=keeps_best)
-    return source, partial(AutoencoderTraining, recipe), disk_of
+    return source, partial(AutoencoderTraining, recipe, given=given), disk_of
 
 
 def _stage_two(

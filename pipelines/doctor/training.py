@@ -21,6 +21,7 @@ from autoencoders.losses.perceptual import CONV5_4, ESRGANPerceptual
 from ldm.data import Source
 from ldm.run import Run
 from pipelines import train_autoencoder, train_diffusion
+from pipelines.finetune import Given
 from pipelines.latents import Codec, LatentBatch, LatentCache, latent_batches
 from pipelines.recipes import AutoencoderRecipe, DiffusionRecipe
 from pipelines.train_autoencoder import AutoencoderState
@@ -28,12 +29,19 @@ from pipelines.train_diffusion import DiffusionState
 
 
 class AutoencoderTraining:
-    """Stage one."""
+    """Stage one.
 
-    def __init__(self, recipe: AutoencoderRecipe, run: Run) -> None:
+    Args:
+        given: config of the autoencoder that training starts with, which costs as much untrained.
+    """
+
+    def __init__(
+        self, recipe: AutoencoderRecipe, run: Run, given: AutoencoderConfig | None = None
+    ) -> None:
         self.recipe, self.run = recipe, run
         perceptual = random_perceptual(recipe)
-        self.state = AutoencoderState(recipe, run, perceptual)
+        start = None if given is None else Given(Autoencoder(given), "", {})
+        self.state = AutoencoderState(recipe, run, perceptual, start)
         self.state.prepare(run)
         ae, discriminator = self.state.autoencoder, self.state.discriminator
         self.networks: dict[str, nn.Module] = {"encoder": ae.encoder, "decoder": ae.decoder}
@@ -42,6 +50,8 @@ class AutoencoderTraining:
         if recipe.adversarial.weight:
             self.networks["discriminator"] = discriminator
         self.frozen = [loss.network for loss in perceptual.values()]
+        if self.state.teacher is not None:
+            self.frozen.append(self.state.teacher)
 
     def accepts(self, resolution: int) -> bool:
         """True if the recipe could train on images of this side, in pixels."""

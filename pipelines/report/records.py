@@ -56,6 +56,7 @@ class Record:
         result: result.json; None for an unfinished run.
         notes: sentences for the page about missing and damaged files.
         sha256: hash of its model's weights, once the model has been read.
+        origin: of the weights that its training started with, likewise; {} if it had none.
     """
 
     folder: Path
@@ -67,6 +68,7 @@ class Record:
     colour: str = colour(0)
     notes: list[str] = field(default_factory=list)
     sha256: str | None = None
+    origin: Tree = field(default_factory=dict)
 
     @property
     def title(self) -> page.Markup:
@@ -373,6 +375,8 @@ def _origin(record: Record) -> str:
     origin = {"folder": record.folder, **flatten(record.described)}
     if record.sha256:
         origin["SHA-256 of the weights in ckpt.pt"] = record.sha256
+    if record.origin:
+        origin |= flatten({"weights it started with": record.origin})
     return _pairs(origin)
 
 

@@ -182,6 +182,7 @@ def _reconstructions(
     def reconstruct(record: Record) -> tuple[str, Tensor]:
         file = read_autoencoder(record.folder)
         record.sha256 = fingerprint(file.weights)
+        record.origin = file.provenance.get("imported", {})
         if isinstance(row, LdmError):
             raise LdmError(f"the held-out images could not be read: {row}")
         _, originals = row
@@ -275,7 +276,9 @@ def settings_section(records: Sequence[Record], suffix: str = "") -> str:
         return page.table([[page.breakable(key), *rows[key]] for key in chosen], header)
 
     differing = [
-        key for key in keys if len(set(rows[key])) > 1 and key.rpartition(".")[2] not in IGNORED
+        key
+        for key in keys
+        if len(set(rows[key])) > 1 and IGNORED.isdisjoint([key, key.rpartition(".")[2]])
     ]
     if len(records) == 1:
         text = "The resolved settings of the run."

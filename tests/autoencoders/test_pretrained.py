@@ -294,7 +294,9 @@ def test_push_and_fetch_round_trips(hub, ae):
     same(Autoencoder.from_pretrained("me/my-vae.v1", revision="main"), ae)
     repo_id, revision, patterns = hub["download"]
     assert (repo_id, revision) == ("me/my-vae.v1", "main")
-    assert patterns == ["config.json", "model.safetensors", "diffusion_pytorch_model*.safetensors"]
+    assert patterns == [
+        "config.json", "model.safetensors", "diffusion_pytorch_model*.safetensors", "README.md",
+    ]  # fmt: skip
 
 
 def test_existing_model_card_is_kept(hub, tmp_path, ae):

@@ -104,7 +104,10 @@ def test_show_prints_resolved_settings_with_docs(run):
         (["train-diffusion", "--ae", "a.pt", "autoencoder=b.pt"], "given twice"),
         (["train-ae", "tiny", "--batch_size", "4"], "settings are given as key=value"),
         (["train-ae", "tiny", "phases=[{resolution: 64, step: 4}]"], "unknown key 'phases.0.step'"),
-        (["train-ae"], "Missing argument 'preset'; see `ldm train-ae --help`"),
+        (["train-ae"], "give a preset, such as litevae-b (`ldm presets` lists them), or"),
+        (["train-diffusion", "--batch_size", "4"], "settings are given as key=value"),
+        (["train-ae", "--from", "a", "init.source=b"], "given twice: use either --from or init.so"),
+        (["show"], "Missing argument 'preset'; see `ldm show --help`"),
         (["trainae", "tiny"], "No such command 'trainae'"),
     ],
 )

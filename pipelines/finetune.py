@@ -1,0 +1,239 @@
+"""Training that starts with weights: those it begins from, or those of a teacher.
+
+Fine-tuning begins from the weights of a source, in its own architecture or in a preset's that they
+fit; `train` chooses what learns, and the rest stays as it is, to the bit.
+
+Distillation teaches a new encoder the posterior that a teacher's encoder gives. The decoder and the
+1×1 convolutions around the latent are the teacher's and stay, so that the new encoder takes the
+teacher's place wherever its latents are used.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from autoencoders import Autoencoder, DiagonalGaussian
+from autoencoders.autoencoder import assemble
+from autoencoders.losses import LossConfig
+from autoencoders.pretrained import describe_source, find_pretrained, read_autoencoder
+from ldm.checkpoint import fingerprint, first_difference
+from ldm.config import Config, Tree, resolve
+from ldm.data import Source, batches
+from ldm.device import full_float32
+from ldm.errors import LdmError, UsageError
+from ldm.images import to_float
+from ldm.run import Run
+from pipelines.latents import measure_latents
+from pipelines.recipes import AutoencoderRecipe, InitConfig, TeacherConfig
+
+PARTS = {"encoder": ("encoder.", "pre_conv."), "decoder": ("post_conv.", "decoder.")}
+"""Prefixes of each part's tensors in state dicts: a part has its 1×1 convolution at the latent."""
+
+
+class Given(NamedTuple):
+    """The autoencoder that a training starts with."""
+
+    ae: Autoencoder
+    sha256: str
+    """Of its weights, by our names."""
+    origin: dict[str, Any]
+    """Where it comes from, for the provenance of what is trained."""
+
+
+class _Sources(Config):
+    """The keys of a recipe that name weights."""
+
+    init: InitConfig = InitConfig()
+    teacher: TeacherConfig = TeacherConfig()
+
+
+_KEYS = tuple(_Sources.model_fields)
+
+
+# -------------------------------------------------------------------------------- the recipe
+def fill_in(tree: Tree, settings: Sequence[str]) -> Tree:
+    """Fill in a preset's tree what the weights named there or in the settings decide.
+
+    A preset without an encoder has its source's architecture. With a teacher, all but the encoder
+    is the teacher's, and only the encoder learns.
+
+    Raises:
+        LdmError: the weights cannot be read.
+    """
+    named = {key: tree[key] for key in _KEYS if key in tree}
+    mine = [word for word in settings if word.partition("=")[0].split(".")[0].strip() in _KEYS]
+    sources = resolve(_Sources, named, mine)
+    if sources.teacher.source and sources.init.source:  # which the recipe refuses
+        return tree
+    if sources.teacher.source:
+        theirs = _read(sources.teacher.source).ae.config.model_dump(mode="json")
+        return {"train": "encoder", **tree} | {k: v for k, v in theirs.items() if k != "encoder"}
+    if sources.init.source and "encoder" not in tree:
+        return tree | _read(sources.init.source).ae.config.model_dump(mode="json")
+    return tree
+
+
+def _read(source: str) -> Given:
+    path = find_pretrained(source)
+    found = read_autoencoder(path)
+    ae = assemble(found, path)
+    sha256 = fingerprint(ae.state_dict())
+    return Given(ae, sha256, describe_source(source, found, path) | {"sha256": sha256})
+
+
+def read_given(recipe: AutoencoderRecipe) -> tuple[AutoencoderRecipe, Given | None]:
+    """Read the weights that a recipe starts with, and note their SHA-256 in it.
+
+    Raises:
+        UsageError: the recipe trains one part, and has no weights for the other.
+        LdmError: they cannot be read, or are not those of the recipe's SHA-256.
+    """
+    key = "teacher" if recipe.teacher.source else "init"
+    config: InitConfig | TeacherConfig = getattr(recipe, key)
+    if not config.source:
+        if recipe.train != "all" and recipe.encoder.type != "dwt":
+            raise UsageError(
+                f"train={recipe.train} needs weights for the rest: name them by --from, or set "
+                "train=all"
+            )
+        return recipe, None
+    given = _read(config.source)
+    if config.sha256 not in ("", given.sha256):
+        raise LdmError(
+            f"{config.source} holds other weights than {key}.sha256 says: give the file that was "
+            f"meant, or omit {key}.sha256"
+        )
+    noted = config.model_copy(update={"sha256": given.sha256})
+    return recipe.model_copy(update={key: noted}), given
+
+
+# -------------------------------------------------------------------------- weights and parts
+def load_given(ae: Autoencoder, recipe: AutoencoderRecipe, given: Given) -> None:
+    """Copy into a new autoencoder the parts that its recipe takes from the given one.
+
+    Raises:
+        LdmError: a part is not there, or a tensor does not fit.
+    """
+    weights, expected = given.ae.state_dict(), ae.state_dict()
+    if recipe.teacher.source:
+        source, taken = recipe.teacher.source, ["post_conv.", "decoder.", "pre_conv."]
+    else:
+        source, taken = recipe.init.source, [p for k in recipe.init.parts for p in PARTS[k]]
+    faults = {}
+    for prefix in taken:
+        theirs, ours = (
+            {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            for tensors in (weights, expected)
+        )
+        if difference := first_difference(theirs, ours):
+            faults[prefix] = difference
+        elif prefix in ("encoder.", "decoder.") and not ours:
+            faults[prefix] = f"it has no weights for the {prefix[:-1]}"
+        else:
+            expected |= theirs
+    if faults:
+        fitting = [k for k in recipe.init.parts if not faults.keys() & set(PARTS[k])]
+        hint = f"init.parts=[{fitting[0]}], or " if fitting and not recipe.teacher.source else ""
+        raise LdmError(
+            f"{source} does not fit this autoencoder: {next(iter(faults.values()))}: {hint}omit "
+            "the preset and its settings, for the architecture of the weights"
+        )
+    ae.load_state_dict(expected)
+
+
+def begin(
+    recipe: AutoencoderRecipe, run: Run, given: Given | None
+) -> tuple[Autoencoder, list[nn.Module], Autoencoder | None]:
+    """Build the autoencoder as its training begins, where the run computes.
+
+    Returns:
+        The autoencoder; those of its parts that do not learn, which are frozen; and the teacher,
+        frozen and without its decoder, which is the autoencoder's.
+    """
+    ae, teacher = Autoencoder(recipe.model), None
+    if given is not None:
+        load_given(ae, recipe, given)
+    ae = run.place(ae)
+    still = {
+        "all": [],
+        "decoder": [ae.encoder, ae.quant_conv],
+        "encoder": [ae.decoder, ae.post_quant_conv],
+    }[recipe.train]
+    if given is not None and recipe.teacher.source:
+        still.append(ae.quant_conv)
+        given.ae.decoder = given.ae.post_quant_conv = nn.Identity()
+        teacher = run.place(given.ae).eval().requires_grad_(False)
+    for part in still:
+        part.eval().requires_grad_(False)
+    return ae, still, teacher
+
+
+def learned(network: nn.Module) -> list[nn.Parameter]:
+    """List the parameters of a network that learn."""
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+
+def loss_weights(recipe: AutoencoderRecipe, ae: Autoencoder) -> LossConfig:
+    """The recipe's weights of the terms, without those of terms that nothing moves or needs."""
+    off = ["kl"] if recipe.teacher.source else ["latent", "logvar"]
+    if not (learned(ae.encoder) or learned(ae.quant_conv)):
+        off.append("kl")
+    return recipe.loss.model_copy(update=dict.fromkeys(off, 0.0))
+
+
+def last_learned(ae: Autoencoder, recipe: AutoencoderRecipe) -> Tensor:
+    """The last weight that learns, where the gradients of two terms are compared."""
+    if recipe.train != "encoder":
+        return ae.decoder.conv_out.weight
+    encoding = [*learned(ae.encoder), *learned(ae.quant_conv)]
+    return [weight for weight in encoding if weight.ndim > 1][-1]
+
+
+# --------------------------------------------------------------------------------- a teacher
+@full_float32()
+@torch.no_grad()
+def measure_teacher(
+    run: Run, recipe: AutoencoderRecipe, teacher: Autoencoder, source: Source
+) -> Tensor:
+    """Measure the standard deviation (n_z,) of each channel of a teacher's latents, over the first
+    images of the run's own stream at its last resolution.
+
+    Raises:
+        LdmError: they are not finite, or a channel does not vary.
+    """
+    micro_batch = recipe.batch_size // recipe.accumulate  # over all processes
+    count = -(-min(recipe.teacher.statistics_images, len(source)) // micro_batch) * micro_batch
+    run.say(f"measuring the standard deviation of the teacher's latents of {count:,} images")
+    stream = batches(
+        source, recipe.data, recipe.phases[-1].resolution, run.seed, 0, count, micro_batch,
+        rank=run.rank, world=run.world,
+    )  # fmt: skip
+
+    def posteriors() -> Iterator[DiagonalGaussian]:
+        for batch in stream:
+            if run.stop_requested():
+                raise run.interrupted(f"stopped before the first step of {run.folder}")
+            yield teacher.encode(to_float(run.place(batch.images)))
+
+    with run.autocast():
+        _, std = measure_latents(posteriors(), drawn=False, reduce=run.sum)
+    if not (std.isfinite().all() and std.min() > 1e-6):
+        shown = ", ".join(f"{value:.3g}" for value in std.tolist())
+        raise LdmError(
+            f"the teacher's latents have standard deviations {shown}: one that is trained is needed"
+        )
+    return std.float()
+
+
+def describe_start(recipe: AutoencoderRecipe) -> str:
+    """Say in a line of its own what training starts with and what learns; "" if all is new."""
+    start = ""
+    if recipe.init.source:
+        start += f"\nbegins from the {' and the '.join(recipe.init.parts)} of {recipe.init.source}"
+    if recipe.teacher.source:
+        start += f"\nthe encoder learns the posterior of {recipe.teacher.source}"
+    elif recipe.train != "all":
+        start += f"; only the {recipe.train} learns"
+    return start
