@@ -201,10 +201,13 @@ def describe_source(source: str, found: AutoencoderFile, path: Path) -> dict[str
 
 
 def find_license(path: Path) -> str | None:
-    """The licence in the model card of a folder, or of a file's folder; None where none is said."""
+    """The licence that a model card beside the weights states, or that of their whole pipeline."""
     folder = path if path.is_dir() else path.parent
-    for card in (folder / "README.md", folder.parent / "README.md"):
-        with suppress(LdmError, OSError, ValueError):
+    cards = [folder / "README.md"]
+    if (folder.parent / "model_index.json").is_file():
+        cards.append(folder.parent / "README.md")
+    for card in cards:
+        with suppress(OSError, ValueError):
             head = CARD_HEAD.match(read_bytes(card, CARD_LIMIT).decode("utf-8", "replace"))
             tree = parse_yaml(head[1]) if head else None
             if isinstance(tree, dict) and isinstance(tree.get("license"), str):

@@ -95,8 +95,8 @@ def read_given(recipe: AutoencoderRecipe) -> tuple[AutoencoderRecipe, Given | No
     if not config.source:
         if recipe.train != "all" and recipe.encoder.type != "dwt":
             raise UsageError(
-                f"train={recipe.train} needs weights for the rest: name them by --from, or set "
-                "train=all"
+                f"train={recipe.train} needs weights for the rest: name them by --from or "
+                "--teacher, or set train=all"
             )
         return recipe, None
     given = _read(config.source)

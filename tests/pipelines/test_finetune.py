@@ -434,7 +434,7 @@ def test_the_comparison_is_that_of_a_loop(source, tmp_path):
     )
 
 
-@pytest.mark.parametrize("kind", ["tiny", "vq", "asymmetric"])
+@pytest.mark.parametrize("kind", ["tiny", "dc", "asymmetric", "consistency", "vq"])
 def test_teachers_of_other_classes(kind, tmp_path):
     getattr(other_models, kind)().save_pretrained(tmp_path / kind)
     teacher = load_autoencoder(tmp_path / kind)
