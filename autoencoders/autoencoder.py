@@ -1,7 +1,7 @@
 """The autoencoder: an encoder, a posterior and a decoder, of exchangeable types."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -28,6 +28,7 @@ from autoencoders.sdvae.formats import pick_settings
 from autoencoders.wavelet import check_size
 from ldm.checkpoint import build_with
 from ldm.config import Config, Width, load_preset, merge, to_tree, validate
+from ldm.device import memory_format
 from ldm.errors import LdmError, UsageError
 
 ENCODERS = {
@@ -213,6 +214,15 @@ class Autoencoder(HubMixin):
             LdmError: a side is smaller than f.
         """
         images = self.pad(images)
+        learns = any(p.requires_grad for p in self._encoding_parameters())
+        if torch.is_grad_enabled() and not (learns or images.requires_grad):
+            with torch.no_grad():  # a CPU is faster then, in a layout that is slow in training
+                posterior = self.encode(images)
+            layout = memory_format(images.device)
+            return DiagonalGaussian(
+                posterior.mean.contiguous(memory_format=layout),
+                posterior.logvar.contiguous(memory_format=layout),
+            )
         pixels, at_once = math.prod(images.shape[-2:]), PIXELS_AT_ONCE[self.config.encoder.type]
         moments = in_small_batches(self._moments, images, pixels, at_once)  # (B, 2·n_z, H/f, W/f)
         return DiagonalGaussian.from_moments(moments)
@@ -252,6 +262,10 @@ class Autoencoder(HubMixin):
         posterior = self.encode(images)
         latents = posterior.sample(noise=noise) if sample else posterior.mode()
         return AutoencoderOutput(self.decode(latents, images.shape[-2:]), posterior, latents)
+
+    def _encoding_parameters(self) -> Iterator[nn.Parameter]:
+        yield from self.encoder.parameters()
+        yield from self.quant_conv.parameters()
 
     def _moments(self, images: Tensor) -> Tensor:
         moments = self.encoder(images)
