@@ -82,13 +82,13 @@ class AutoencoderConfig(Config):
             # each entry after the first doubles, and so does the inverse of a wavelet transform
             is_wavelet = getattr(decoder, "output", "image") == "wavelet"
             count = encoder.downsampling.bit_length() - is_wavelet
-            advice = [f"give decoder.multipliers {count} entries"]
-            if decoder_type(decoder) == "diffusers":
-                advice = []
+            advice = []
             if hasattr(encoder, "depth"):
                 advice += [f"set encoder.depth={decoder.upsampling.bit_length() - 1}"]
             elif encoder.type == "sdvae":
                 advice += [f"give encoder.multipliers {decoder.upsampling.bit_length()} entries"]
+            if decoder_type(decoder) != "diffusers":
+                advice += [f"give decoder.multipliers {count} entries"]
             raise ValueError(
                 f"the decoder upsamples {decoder.upsampling}×, the encoder downsamples "
                 f"{encoder.downsampling}×: {', or '.join(advice)}"

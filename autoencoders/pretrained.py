@@ -184,13 +184,14 @@ def describe_source(source: str, found: AutoencoderFile, path: Path) -> dict[str
         source, format; the Hub's commit, the licence of its card, its usage settings, and where it
         was itself `imported` from, if known.
     """
-    before = found.provenance.get("imported")
+    imported = found.provenance.get("imported")
+    before = imported if isinstance(imported, dict) else {}
     # of a folder in the Hub's cache
     commit = re.search(r"/snapshots/([0-9a-f]{40})(/|$)", path.absolute().as_posix())
     details = {
         "commit": commit and commit[1],
-        "license": find_license(path),
-        "imported": isinstance(before, dict) and "source" in before and before,
+        "license": find_license(path) or before.get("license"),
+        "imported": "source" in before and before,
     }
     return {
         "source": source,
@@ -201,17 +202,20 @@ def describe_source(source: str, found: AutoencoderFile, path: Path) -> dict[str
 
 
 def find_license(path: Path) -> str | None:
-    """The licence that a model card beside the weights states, or that of their whole pipeline."""
-    folder = path if path.is_dir() else path.parent
-    cards = [folder / "README.md"]
-    if (folder.parent / "model_index.json").is_file():
-        cards.append(folder.parent / "README.md")
-    for card in cards:
+    """The licence that the model card in a folder states, or the card of the whole pipeline.
+
+    A file has no card: what lies beside it may be of anything.
+    """
+    whole = path.absolute().parent
+    cards = [path / "README.md", whole / "README.md"]
+    for card in cards if (whole / "model_index.json").is_file() else cards[:1]:
         with suppress(OSError, ValueError):
             head = CARD_HEAD.match(read_bytes(card, CARD_LIMIT).decode("utf-8", "replace"))
             tree = parse_yaml(head[1]) if head else None
-            if isinstance(tree, dict) and isinstance(tree.get("license"), str):
-                return tree["license"]
+            named = tree if isinstance(tree, dict) else {}
+            key = "license_name" if named.get("license") == "other" else "license"
+            if isinstance(license := named.get(key), str):
+                return license
     return None
 
 
@@ -263,7 +267,8 @@ class HubMixin(nn.Module):
             license = f"license: {json.dumps(terms)}\n"
         if source := imported.get("source"):
             of = f", whose licence is {terms}" if terms else ""
-            hashes = json.dumps(imported.get("sha256")).strip('"')
+            hashes = imported.get("sha256", "unknown")
+            hashes = ", ".join(hashes.values()) if isinstance(hashes, dict) else hashes
             origin = f"\nMade from `{source}`{of} (SHA-256 {hashes}).\n"
         return CARD.format(ae=self, parameters=parameters, license=license, origin=origin)
 
@@ -304,7 +309,7 @@ def find_pretrained(
     name_or_path: str | Path, revision: str | None = None, subfolder: str | None = None
 ) -> Path:
     """Find the file or folder of that name, or fetch the Hub repository of that name."""
-    path, subfolder = Path(name_or_path), (subfolder or "").strip("/")
+    path, subfolder = Path(name_or_path).expanduser(), (subfolder or "").strip("/")
     if path.exists():
         if revision:
             raise UsageError(

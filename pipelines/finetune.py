@@ -18,17 +18,22 @@ from autoencoders import Autoencoder, DiagonalGaussian
 from autoencoders.autoencoder import assemble
 from autoencoders.losses import LossConfig
 from autoencoders.pretrained import describe_source, find_pretrained, read_autoencoder
+from autoencoders.sdvae.formats import SETTINGS
 from ldm.checkpoint import fingerprint, first_difference
-from ldm.config import Config, Tree, resolve
+from ldm.config import Config, Tree, flatten, resolve, to_tree
 from ldm.data import Source, batches
 from ldm.device import full_float32
+from ldm.distributed import fail_together, from_main
 from ldm.errors import LdmError, UsageError
 from ldm.images import to_float
 from ldm.run import Run
 from pipelines.latents import measure_latents
 from pipelines.recipes import AutoencoderRecipe, InitConfig, TeacherConfig
 
-PARTS = {"encoder": ("encoder.", "pre_conv."), "decoder": ("post_conv.", "decoder.")}
+PARTS = {
+    "encoder": ("encoder.", "pre_conv."),
+    "decoder": ("quantizer.", "post_conv.", "decoder."),
+}
 """Prefixes of each part's tensors in state dicts: a part has its 1×1 convolution at the latent."""
 
 
@@ -69,7 +74,8 @@ def fill_in(tree: Tree, settings: Sequence[str]) -> Tree:
         return tree
     if sources.teacher.source:
         theirs = _read(sources.teacher.source).ae.config.model_dump(mode="json")
-        return {"train": "encoder", **tree} | {k: v for k, v in theirs.items() if k != "encoder"}
+        rest = {key: value for key, value in theirs.items() if key != "encoder"}
+        return tree | {"train": "encoder"} | rest
     if sources.init.source and "encoder" not in tree:
         return tree | _read(sources.init.source).ae.config.model_dump(mode="json")
     return tree
@@ -93,10 +99,11 @@ def read_given(recipe: AutoencoderRecipe) -> tuple[AutoencoderRecipe, Given | No
     key = "teacher" if recipe.teacher.source else "init"
     config: InitConfig | TeacherConfig = getattr(recipe, key)
     if not config.source:
-        if recipe.train != "all" and recipe.encoder.type != "dwt":
+        if recipe.train != "all" and (recipe.encoder.type != "dwt" or recipe.conv1x1):
+            how = "--from" if recipe.train == "decoder" else "--teacher or --from"
             raise UsageError(
-                f"train={recipe.train} needs weights for the rest: name them by --from or "
-                "--teacher, or set train=all"
+                f"train={recipe.train} needs weights for the rest: name them by {how}, or set "
+                "train=all"
             )
         return recipe, None
     given = _read(config.source)
@@ -114,33 +121,42 @@ def load_given(ae: Autoencoder, recipe: AutoencoderRecipe, given: Given) -> None
     """Copy into a new autoencoder the parts that its recipe takes from the given one.
 
     Raises:
-        LdmError: a part is not there, or a tensor does not fit.
+        LdmError: a part is not there, or a tensor or a setting does not fit.
     """
-    weights, expected = given.ae.state_dict(), ae.state_dict()
     if recipe.teacher.source:
-        source, taken = recipe.teacher.source, ["post_conv.", "decoder.", "pre_conv."]
+        source, parts = recipe.teacher.source, ["decoder"]
     else:
-        source, taken = recipe.init.source, [p for k in recipe.init.parts for p in PARTS[k]]
+        source, parts = recipe.init.source, [*recipe.init.parts]
+    weights, expected = given.ae.state_dict(), ae.state_dict()
     faults = {}
-    for prefix in taken:
+    for part in parts:
+        prefixes = PARTS[part]
+        if recipe.teacher.source and _has_moments(given):
+            prefixes += ("pre_conv.",)
         theirs, ours = (
-            {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
             for tensors in (weights, expected)
         )
-        if difference := first_difference(theirs, ours):
-            faults[prefix] = difference
-        elif prefix in ("encoder.", "decoder.") and not ours:
-            faults[prefix] = f"it has no weights for the {prefix[:-1]}"
-        else:
-            expected |= theirs
+        if difference := first_difference(theirs, ours) or _other_setting(part, given.ae, ae):
+            faults[part] = difference
+        elif not any(name.startswith(part) for name in ours):
+            faults[part] = f"it has no weights for the {part}"
+        expected |= theirs
     if faults:
-        fitting = [k for k in recipe.init.parts if not faults.keys() & set(PARTS[k])]
-        hint = f"init.parts=[{fitting[0]}], or " if fitting and not recipe.teacher.source else ""
+        fitting = [part for part in parts if part not in faults]
+        hint = f"init.parts=[{fitting[0]}] train=all, or " if fitting else ""
         raise LdmError(
             f"{source} does not fit this autoencoder: {next(iter(faults.values()))}: {hint}omit "
             "the preset and its settings, for the architecture of the weights"
         )
     ae.load_state_dict(expected)
+
+
+def _other_setting(part: str, theirs: Autoencoder, ours: Autoencoder) -> str | None:
+    """Describe the first setting of a part that differs: no tensor shows a wavelet."""
+    a, b = (flatten(to_tree(getattr(ae.config, part))) for ae in (theirs, ours))
+    key = next((key for key in {**a, **b} if a.get(key) != b.get(key)), None)
+    return key and f"{part}.{key} is {a.get(key)} in the file, {b.get(key)} in the model"
 
 
 def begin(
@@ -154,20 +170,38 @@ def begin(
     """
     ae, teacher = Autoencoder(recipe.model), None
     if given is not None:
-        load_given(ae, recipe, given)
+        first = from_main(run.accelerator, lambda: given.sha256)
+        with fail_together(run.accelerator):
+            if given.sha256 != first:
+                raise LdmError("the processes have read different weights: give all the same file")
+            load_given(ae, recipe, given)
     ae = run.place(ae)
     still = {
         "all": [],
         "decoder": [ae.encoder, ae.quant_conv],
-        "encoder": [ae.decoder, ae.post_quant_conv],
+        "encoder": [ae.decoder, ae.post_quant_conv, ae.quantizer],
     }[recipe.train]
     if given is not None and recipe.teacher.source:
-        still.append(ae.quant_conv)
+        still += [ae.quant_conv] if _has_moments(given) else []
         given.ae.decoder = given.ae.post_quant_conv = nn.Identity()
         teacher = run.place(given.ae).eval().requires_grad_(False)
     for part in still:
         part.eval().requires_grad_(False)
     return ae, still, teacher
+
+
+def origin_of(recipe: AutoencoderRecipe, given: Given | None) -> dict[str, Any]:
+    """Describe the given weights, with the scaling of their latents where these stay in use."""
+    if given is None:
+        return {}
+    keeps = recipe.teacher.source or "encoder" in recipe.init.parts
+    return {k: v for k, v in given.origin.items() if keeps or k not in SETTINGS}
+
+
+def _has_moments(given: Given) -> bool:
+    """Test for a 1×1 convolution of means and variances: of a VQ model it has no variances, and a
+    student learns its own."""
+    return getattr(given.ae.config.encoder, "variance", True)
 
 
 def learned(network: nn.Module) -> list[nn.Parameter]:
@@ -233,7 +267,9 @@ def describe_start(recipe: AutoencoderRecipe) -> str:
     if recipe.init.source:
         start += f"\nbegins from the {' and the '.join(recipe.init.parts)} of {recipe.init.source}"
     if recipe.teacher.source:
-        start += f"\nthe encoder learns the posterior of {recipe.teacher.source}"
+        is_vq = recipe.codes or getattr(recipe.decoder, "class_name", None) == "VQModel"
+        what = "latents, before the nearest codes," if is_vq else "posterior"
+        start += f"\nthe encoder learns the {what} of {recipe.teacher.source}"
     elif recipe.train != "all":
         start += f"; only the {recipe.train} learns"
     return start

@@ -117,12 +117,6 @@ class AutoencoderRecipe(AutoencoderConfig):
     """Seed, device, precision, and the steps between logs, validations and saves."""
 
     @model_validator(mode="after")
-    def _has_no_codes(self) -> "AutoencoderRecipe":
-        if self.codes is not None:
-            raise ValueError("codes: a quantizer is not trained: use a VQ model as --ae")
-        return self
-
-    @model_validator(mode="after")
     def _fits_together(self) -> "AutoencoderRecipe":
         """Refuse what would fail hours later, when a phase or the discriminator begins."""
         if not self.phases:
@@ -130,7 +124,9 @@ class AutoencoderRecipe(AutoencoderConfig):
         self._check_what_learns()
         if self.batch_size % self.accumulate:
             raise ValueError("batch_size must be a multiple of accumulate")
-        terms = ["l1", "l2", "lpips", "esrgan", *(["latent"] if self.teacher.source else [])]
+        terms = ["l1", "l2", "lpips", "esrgan"]
+        if self.teacher.source and not self.adversarial.weight:
+            terms.append("latent")
         if not any(getattr(self.loss, term) for term in terms):
             raise ValueError(f"loss: one of {', '.join(terms)} must be above 0")
         if self.adversarial.mixes and self.discriminator.type != "unet":
@@ -154,6 +150,17 @@ class AutoencoderRecipe(AutoencoderConfig):
                 f"train={self.train}: with a teacher only the encoder learns, train=encoder; "
                 "afterwards, both learn with --from that run and train=all"
             )
+        stays = {"decoder": "encoder", "encoder": "decoder"}.get(self.train)
+        if self.init.source and stays and stays not in self.init.parts:
+            raise ValueError(
+                f"train={self.train} keeps the {stays}, which must begin from weights: add it to "
+                "init.parts, or set train=all"
+            )
+        if self.codes is not None and self.train != "encoder":
+            raise ValueError(
+                "codes: a quantizer is not trained: use a VQ model as --ae, as --teacher, or with "
+                "train=encoder"
+            )
         kinds = {"encoder": self.encoder.type, "decoder": decoder_type(self.decoder)}
         for part, kind in kinds.items():
             if kind == "diffusers" and self.train in ("all", part):
@@ -162,6 +169,10 @@ class AutoencoderRecipe(AutoencoderConfig):
                     f"{part}s of type diffusers are not trained: use such a model as --ae, as "
                     f"--teacher, or with train={other} beside {other}s of ours"
                 )
+        if self.best_by == "lpips" and self.phases[-1].resolution < SMALLEST["vgg"]:
+            raise ValueError(
+                f"best_by=lpips needs images of {SMALLEST['vgg']}² pixels: choose psnr or ssim"
+            )
         if self.encoder.type == "dwt" and self.train == "encoder":
             raise ValueError("train=encoder: a dwt encoder has no weights: use train=decoder")
 

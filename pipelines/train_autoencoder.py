@@ -70,7 +70,7 @@ class AutoencoderState(TrainingState):
     ) -> None:  # fmt: skip
         super().__init__(recipe.batch_size, recipe.total_steps)
         self.recipe, self.folder = recipe, run.folder
-        self.origin = {} if given is None else given.origin
+        self.origin = finetune.origin_of(recipe, given)
         self.autoencoder, still, self.teacher = finetune.begin(recipe, run, given)
         self.latent_std = run.place(torch.ones(recipe.latent_channels))
         self.discriminator: nn.Module = run.place(build_discriminator(recipe.discriminator))
@@ -97,7 +97,7 @@ class AutoencoderState(TrainingState):
 
     def prepare(self, run: Run) -> None:
         """Checkpoint, compile and wrap the networks, as the recipe and the processes need it."""
-        # after the average was copied from it: these change a module, not its weights
+        # after the average was copied: these change a module, not its weights
         if self.recipe.checkpointing:
             checkpoint_blocks(self.autoencoder)
         ae = self.autoencoder
@@ -290,6 +290,7 @@ def train_autoencoder(
 
         # the same initial weights on every process: start_run has seeded them
         state = AutoencoderState(recipe, run, perceptual, given)
+        del given  # as large as the model
         if saved := run.resume():
             state.load_state_dict(saved)
         elif state.teacher is not None:

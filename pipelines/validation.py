@@ -172,8 +172,9 @@ def compare_with_teacher(
             sums = sums + moments.sum((1, 3, 4))  # (6, n_z)
     mean_s, mean_t, ss, tt, st, _ = torch.as_tensor(sums) / torch.as_tensor(sums)[-1]
     var_s, var_t, covariance = ss - mean_s**2, tt - mean_t**2, st - mean_s * mean_t
-    error = ((ss - 2 * st + tt).clamp_min(0) / var_t).sqrt()
-    correlation = covariance / (var_s * var_t).sqrt()
+    # a channel that does not vary has no correlation
+    error = ((ss - 2 * st + tt).clamp_min(0) / var_t.clamp_min(1e-12)).sqrt()
+    correlation = covariance / (var_s * var_t).clamp_min(1e-24).sqrt()
     return {
         **{name: torch.cat(each).double().mean().item() for name, each in scores.items()},
         "latent_error": error.mean().item(),

@@ -66,6 +66,10 @@ STAGE_ONE_PARTS = {
         "decoder={channels: 32, blocks: 1}",
     ],
     "dwt": ["decoder={channels: 8, blocks: 1}"],
+    "distil-b": [
+        "encoder.extractor={channels: 8, multipliers: [1, 2], blocks: 1}",
+        "encoder.aggregator={channels: 8, multipliers: [1, 2], blocks: 1}",
+    ],
 }
 STAGE_ONE = [
     "phases=[{resolution: 32, steps: 2}]", "batch_size=2", "loss.lpips=0", "validate_images=2",
@@ -73,7 +77,7 @@ STAGE_ONE = [
 ]  # fmt: skip
 TINY: dict[str, Callable[[list[str]], list[str]]] = {
     "data prepare": lambda words: ["--workers", "0", "--held-out", "4"],
-    "train-ae": lambda words: [*STAGE_ONE, *STAGE_ONE_PARTS[words[0]], *own_data(words)],
+    "train-ae": lambda words: [*STAGE_ONE, *STAGE_ONE_PARTS.get(words[0], []), *own_data(words)],
     "train-diffusion": lambda words: [*STAGE_TWO, *own_data(words)],
     "sample": lambda words: [*CPU, "--precision", "fp32"],
     "fid": lambda words: MEASURE,
@@ -259,6 +263,8 @@ def trained(tmp_path_factory) -> Path:
             "ldm train-ae dwt --out runs/dwt",
             "ldm export runs/sdvae my-vae --format diffusers",
             "ldm export runs/sdvae kl-f8.ckpt --format compvis",
+            "ldm train-ae --from my-vae data.source=data/mine --out runs/finetuned",
+            "ldm train-ae distil-b --teacher my-vae data.source=data/mine --out runs/distilled",
             "ldm import my-vae sd-vae.pt",
             "ldm ema runs/ldm --std 0.07",
         ):

@@ -95,6 +95,8 @@ def add_setting(settings: list[str], option: str, key: str, value: Path | str | 
     """Append an option, if it was given, to the settings, under the key that it stands for."""
     if value is None:
         return
+    if not str(value):
+        raise UsageError(f"{option} is empty: give a path or a name, or omit it")
     if any(word.partition("=")[0].strip() == key for word in settings):
         raise UsageError(f"{key} is given twice: use either {option} or {key}=")
     settings.append(f"{key}={json.dumps(str(value))}")
@@ -152,13 +154,10 @@ def find_presets(name: str, stage: Collection[str] = KINDS) -> list[tuple[str, s
 def resolve_recipe(kind: str, name: str, settings: Sequence[str] | None) -> Any:
     """Merge a preset with settings into the recipe of its stage."""
     from ldm.config import load_preset, resolve
+    from pipelines.finetune import fill_in
     from pipelines.recipes import AutoencoderRecipe, DiffusionRecipe
 
     tree, settings = load_preset(kind, name), settings or []
     if kind not in STAGE_ONE:
         return resolve(DiffusionRecipe, tree, settings)
-    if {"init", "teacher"} & {word.partition(".")[0].strip() for word in [*tree, *settings]}:
-        from pipelines.finetune import fill_in
-
-        tree = fill_in(tree, settings)
-    return resolve(AutoencoderRecipe, tree, settings)
+    return resolve(AutoencoderRecipe, fill_in(tree, settings), settings)

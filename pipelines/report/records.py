@@ -56,7 +56,7 @@ class Record:
         result: result.json; None for an unfinished run.
         notes: sentences for the page about missing and damaged files.
         sha256: hash of its model's weights, once the model has been read.
-        origin: of the weights that its training started with, likewise; {} if it had none.
+        origin: of the weights that its training was given, likewise; {} if it had none.
     """
 
     folder: Path
@@ -376,7 +376,7 @@ def _origin(record: Record) -> str:
     if record.sha256:
         origin["SHA-256 of the weights in ckpt.pt"] = record.sha256
     if record.origin:
-        origin |= flatten({"weights it started with": record.origin})
+        origin |= flatten({"given weights": record.origin})
     return _pairs(origin)
 
 

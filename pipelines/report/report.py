@@ -182,7 +182,8 @@ def _reconstructions(
     def reconstruct(record: Record) -> tuple[str, Tensor]:
         file = read_autoencoder(record.folder)
         record.sha256 = fingerprint(file.weights)
-        record.origin = file.provenance.get("imported", {})
+        origin = file.provenance.get("imported")
+        record.origin = origin if isinstance(origin, dict) else {}
         if isinstance(row, LdmError):
             raise LdmError(f"the held-out images could not be read: {row}")
         _, originals = row

@@ -188,7 +188,7 @@ def test_training_one_is_refused_in_a_line(folders, part):
     section = to_tree(load_autoencoder(folders / "AutoencoderTiny").config)[part]
     other = {"decoder": {"multipliers": [1, 1, 2]}, "encoder": {"depth": 2}}
     tree = {part: section} | {key: other[key] for key in other if key != part}
-    with pytest.raises(UsageError, match="parts of type diffusers are not trained") as caught:
+    with pytest.raises(UsageError, match=f"{part}s of type diffusers are not trained") as caught:
         resolve(AutoencoderRecipe, tree)
     assert "\n" not in str(caught.value)
 

@@ -29,6 +29,7 @@ from pipelines.report.report import write_report
 from pipelines.train_autoencoder import AutoencoderState, train_autoencoder, train_step
 from pipelines.validation import compare_with_teacher
 from tests.autoencoders import other_models
+from tests.autoencoders.sdvae import compvis_vq
 from tests.small import sdvae
 
 SETTINGS = [
@@ -126,10 +127,14 @@ def test_what_does_not_fit_is_named_with_both_shapes(source, tmp_path):
         begin(wide, tmp_path)
     assert str(error.value) == (
         f"{source} does not fit this autoencoder: tensor encoder.conv_in.weight is (32, 3, 3, 3) "
-        "in the file, (64, 3, 3, 3) in the model: init.parts=[decoder], or omit the preset and its "
-        "settings, for the architecture of the weights"
+        "in the file, (64, 3, 3, 3) in the model: init.parts=[decoder] train=all, or omit the "
+        "preset and its settings, for the architecture of the weights"
     )
-    _, state = begin(fine_tuning(source, "encoder.channels=64", "init.parts=[decoder]"), tmp_path)
+    with pytest.raises(UsageError, match="train=decoder keeps the encoder"):
+        fine_tuning(source, "encoder.channels=64", "init.parts=[decoder]")
+    recipe = fine_tuning(source, "encoder.channels=64", "init.parts=[decoder]", "train=all")
+    _, state = begin(recipe, tmp_path)
+    assert not state.origin.keys() & {"scaling_factor", "shift_factor"}  # of other latents
     assert part(state.autoencoder, "decoder") == part(load_autoencoder(source), "decoder")
     with pytest.raises(LdmError, match=r"decoder.conv_in.weight.*init.parts=\[encoder\]"):
         begin(fine_tuning(source, "decoder.channels=64"), tmp_path)
@@ -434,16 +439,23 @@ def test_the_comparison_is_that_of_a_loop(source, tmp_path):
     )
 
 
-@pytest.mark.parametrize("kind", ["tiny", "dc", "asymmetric", "consistency", "vq"])
-def test_teachers_of_other_classes(kind, tmp_path):
-    getattr(other_models, kind)().save_pretrained(tmp_path / kind)
-    teacher = load_autoencoder(tmp_path / kind)
-    depth = teacher.downsampling.bit_length() - 1
-    recipe = distillation(tmp_path / kind, f"encoder.depth={depth}")
+@pytest.mark.parametrize("kind", ["tiny", "dc", "asymmetric", "consistency", "vq", "compvis"])
+def test_teachers_of_other_classes(kind, tmp_path, capsys):
+    path = tmp_path / kind
+    if kind == "compvis":  # VQ, its convolution after the encoder of three channels
+        torch.save({"state_dict": compvis_vq.checkpoint(**compvis_vq.SIZES)}, path)
+    else:
+        getattr(other_models, kind)().save_pretrained(path)
+    teacher = load_autoencoder(path)
+    recipe = distillation(path, f"encoder.depth={teacher.downsampling.bit_length() - 1}")
     student = load_autoencoder(train_autoencoder(recipe, folder=tmp_path / "run"))
     assert student.config.decoder == teacher.config.decoder
     latents = teacher.encode(some_images(1)).mean
     assert torch.equal(student.decode(latents), teacher.decode(latents))
+    what = "latents, before the nearest codes," if kind in ("vq", "compvis") else "posterior"
+    assert f"the encoder learns the {what} of {path}" in capsys.readouterr().out.replace("\n", " ")
+    with pytest.raises(UsageError, match=r"not trained: use .* as --teacher"):
+        fine_tuning(path)
 
 
 def test_terms_are_zero_for_the_teacher_itself():
