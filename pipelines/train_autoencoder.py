@@ -269,7 +269,7 @@ def train_autoencoder(
         perceptual: losses to use in place of the published ones.
 
     Raises:
-        LdmError: data, perceptual weights or device missing (before anything is written), ten
+        LdmError: data, weights or device missing (before anything is written), ten
             steps in a row not finite, or a full disk.
         Interrupted: asked to stop; the state is saved, and the same call resumes.
     """
@@ -290,12 +290,11 @@ def train_autoencoder(
 
         # the same initial weights on every process: start_run has seeded them
         state = AutoencoderState(recipe, run, perceptual, given)
-        del given  # as large as the model
         if saved := run.resume():
             state.load_state_dict(saved)
         elif state.teacher is not None:
             state.latent_std = finetune.measure_teacher(run, recipe, state.teacher, sources[last])
-        del saved  # some gigabytes, and the file
+        del saved, given  # some gigabytes, and the file
         state.prepare(run)
         logbook = Logbook(run.folder if run.is_main else None, state.images_seen, state.log)
         run.say(_opening(run, state))
