@@ -142,6 +142,19 @@ def test_what_does_not_fit_is_named_with_both_shapes(source, tmp_path):
         begin(fine_tuning(source, "latent_channels=8"), tmp_path)
 
 
+def test_a_setting_that_no_tensor_shows_must_fit_too(tmp_path):
+    begun = build_autoencoder("dwt", encoder={"depth": 1}, decoder={"multipliers": [1, 1]})
+    begun.save_pretrained(tmp_path / "dwt")
+    with pytest.raises(LdmError, match="encoder.wavelet is haar in the file, db2 in the model"):
+        begin(fine_tuning(tmp_path / "dwt", "encoder.wavelet=db2"), tmp_path)
+
+
+@pytest.mark.parametrize("word", ["init={{source: {0!r}}}", "init.source={0!r}"])
+def test_both_spellings_of_a_setting_take_its_architecture(word, source):
+    recipe = resolve_recipe("recipes", "finetune", [*SETTINGS, word.format(str(source))])
+    assert recipe.model == load_autoencoder(source).config
+
+
 def test_parts_that_are_not_there_are_refused(tmp_path):
     ae = build_autoencoder("dwt", decoder={"channels": 8, "blocks": 1})
     ae.save_pretrained(tmp_path / "dwt")
@@ -160,6 +173,11 @@ def test_parts_that_are_not_there_are_refused(tmp_path):
         (["teacher.source=SOURCE", "train=all", *STUDENT], "with a teacher only the encoder"),
         (["teacher.source=SOURCE"], "upsamples 2×.*encoder.depth=1"),
         (["init.source=/nowhere/vae"], "/nowhere/vae"),
+        (
+            ["teacher.source=SOURCE", *STUDENT, "loss.l1=0", "adversarial.weight=0.1"],
+            "loss: one of l1, l2, lpips, esrgan must be above 0",
+        ),
+        (["best_by=lpips", "train=all", "phases=[{resolution: 8, steps: 1}]"], "best_by=lpips"),
         (["train=decoder", "encoder.type=litevae"], "needs weights for the rest.*--from"),
         (["encoder.type=dwt", "latent_channels=12", "train=encoder"], "dwt encoder has no weights"),
         (["loss.lpips=1", "train=all", "phases=[{resolution: 8, steps: 1}]"], "below 16"),
@@ -249,9 +267,8 @@ def test_the_gradient_ratio_is_taken_where_something_learns(train, source, tmp_p
 
 def test_a_decoder_of_ours_learns_beside_another_encoder(tmp_path):
     other_models.tiny().save_pretrained(tmp_path / "tiny")
-    words = ["init.parts=[encoder]", "train=encoder"]
     with pytest.raises(UsageError, match="encoders of type diffusers are not trained"):
-        fine_tuning(tmp_path / "tiny", *words)
+        fine_tuning(tmp_path / "tiny", "train=encoder")
     teacher = to_tree(load_autoencoder(tmp_path / "tiny").config)
     tree = to_tree(resolve_recipe("recipes", "finetune", SETTINGS)) | {
         "latent_channels": 4, "encoder": teacher["encoder"],
@@ -287,6 +304,17 @@ def test_provenance_reaches_checkpoint_card_and_report(how, source, tmp_path):
     assert 'license: "openrail++"\n---' in card and str(source) in card and sha256 in card
     page = write_report([run], tmp_path / "report.html", images=1, device="cpu").read_text()
     assert all(fact in page for fact in (source.name, "openrail++", sha256))
+
+
+def test_a_licence_is_kept_by_what_is_made_of_it_and_never_guessed(source, tmp_path):
+    run = train_autoencoder(distillation(source), folder=tmp_path / "run")
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\nAnother project.\n")
+    tuned = train_autoencoder(fine_tuning(run / "ckpt.pt"), folder=tmp_path / "tuned")
+    origin = load_model(tuned, "autoencoder").provenance["imported"]
+    assert origin["license"] == "openrail++" and origin["imported"]["source"] == str(source)
+    shutil.copy(tmp_path / "source.pt", tmp_path / "plain.pt")  # beside that README
+    _, given = finetune.read_given(fine_tuning(tmp_path / "plain.pt"))
+    assert "license" not in given.origin
 
 
 # ------------------------------------------------------------------------------ resuming

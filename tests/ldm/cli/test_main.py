@@ -107,6 +107,7 @@ def test_show_prints_resolved_settings_with_docs(run):
         (["train-ae"], "give a preset, such as litevae-b (`ldm presets` lists them), or"),
         (["train-diffusion", "--batch_size", "4"], "settings are given as key=value"),
         (["train-ae", "--from", "a", "init.source=b"], "given twice: use either --from or init.so"),
+        (["train-ae", "tiny", "--from", ""], "--from is empty: give a path or a name, or omit it"),
         (["show"], "Missing argument 'preset'; see `ldm show --help`"),
         (["trainae", "tiny"], "No such command 'trainae'"),
     ],
