@@ -238,7 +238,7 @@ def measure_teacher(
         LdmError: they are not finite, or a channel does not vary.
     """
     micro_batch = recipe.batch_size // recipe.accumulate  # over all processes
-    count = -(-min(recipe.teacher.statistics_images, len(source)) // micro_batch) * micro_batch
+    count = -(-recipe.teacher.statistics_images // micro_batch) * micro_batch
     run.say(f"measuring the standard deviation of the teacher's latents of {count:,} images")
     stream = batches(
         source, recipe.data, recipe.phases[-1].resolution, run.seed, 0, count, micro_batch,

@@ -58,7 +58,7 @@ class InitConfig(WeightsConfig):
 class TeacherConfig(WeightsConfig):
     """An autoencoder whose posterior a new encoder learns, for its decoder, which stays."""
 
-    statistics_images: PositiveInt = 10_000
+    statistics_images: PositiveInt = 1000
     """Training images for the standard deviation of its latents, the unit of `loss.latent`; rounded
     up to whole batches."""
 

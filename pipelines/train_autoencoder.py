@@ -72,10 +72,11 @@ class AutoencoderState(TrainingState):
         self.recipe, self.folder = recipe, run.folder
         self.origin = finetune.origin_of(recipe, given)
         self.autoencoder, still, self.teacher = finetune.begin(recipe, run, given)
-        self.latent_std = run.place(torch.ones(recipe.latent_channels))
+        ones = torch.ones(recipe.latent_channels, device=run.device)
+        self.latent_std = nn.Parameter(ones, requires_grad=False)
         self.discriminator: nn.Module = run.place(build_discriminator(recipe.discriminator))
-        weights = finetune.loss_weights(recipe, self.autoencoder)
-        self.objective = Objective(weights, recipe.adversarial, dict(perceptual))
+        loss = finetune.loss_weights(recipe, self.autoencoder)
+        self.objective = Objective(loss, recipe.adversarial, dict(perceptual))
         self.ema = Ema(self.autoencoder, recipe.ema_half_life_images, still)
         self.averages = [self.ema]
         # without an average, the two would be equal up to rounding
@@ -92,8 +93,9 @@ class AutoencoderState(TrainingState):
             "opt_autoencoder": self.opt_autoencoder,
             "opt_discriminator": self.opt_discriminator,
         }
-        self.held_out: dict[str, float] = {}
-        self.best: dict[str, float] = {}
+        if self.teacher is not None:
+            self.parts["latent_std"] = nn.ParameterList([self.latent_std])
+        self.held_out, self.best = dict[str, float](), dict[str, float]()
 
     def prepare(self, run: Run) -> None:
         """Checkpoint, compile and wrap the networks, as the recipe and the processes need it."""
@@ -117,15 +119,11 @@ class AutoencoderState(TrainingState):
         return lr
 
     def state_dict(self) -> dict[str, Any]:
-        saved = {"held_out": self.held_out, "best": self.best}
-        if self.teacher is not None:
-            saved["latent_std"] = self.latent_std
-        return super().state_dict() | saved
+        return super().state_dict() | {"held_out": self.held_out, "best": self.best}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         super().load_state_dict(saved)
         self.held_out, self.best = saved.get("held_out", {}), saved.get("best", {})
-        self.latent_std.copy_(saved.get("latent_std", self.latent_std))
         if "best" not in saved and (self.folder / "best.pt").is_file():  # of an earlier version
             origin = load_model(self.folder / "best.pt", "autoencoder").provenance
             self.best = {"images_seen": origin["images_seen"], **origin["held_out"]}
@@ -293,7 +291,8 @@ def train_autoencoder(
         if saved := run.resume():
             state.load_state_dict(saved)
         elif state.teacher is not None:
-            state.latent_std = finetune.measure_teacher(run, recipe, state.teacher, sources[last])
+            std = finetune.measure_teacher(run, recipe, state.teacher, sources[last])
+            state.latent_std.copy_(std)
         del saved, given  # some gigabytes, and the file
         state.prepare(run)
         logbook = Logbook(run.folder if run.is_main else None, state.images_seen, state.log)
@@ -418,10 +417,10 @@ def _validate(
     if is_best:
         _export(run, state, "best.pt", held_out=numbers)
         state.best = {"images_seen": state.images_seen, **numbers}
-    names = [name for name in numbers if name != "count" and not name[-1].isdigit()]  # no channel's
-    shown = ", ".join(f"{name} {numbers[name]:.3f}" for name in names)
-    mark = " (the best so far)" if is_best else ""
-    run.say(f"step {state.step:>6}/{state.total_steps}: held-out {shown}{mark}")
+    whole = [name for name in numbers if name != "count" and not name[-1].isdigit()]  # no channel's
+    shown = ", ".join(f"{name} {numbers[name]:.3f}" for name in whole)
+    shown += " (the best so far)" if is_best else ""
+    run.say(f"step {state.step:>6}/{state.total_steps}: held-out {shown}")
 
 
 def _export(run: Run, state: AutoencoderState, name: str, **more: Any) -> None:
