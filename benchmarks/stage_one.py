@@ -65,6 +65,7 @@ class Setting:
 
 
 ENCODER, DECODER, WAVELET, STEP = "encoder", "decoder", "Haar, 3 levels", "training step"
+PARTS, WHOLE = "training step, sdvae", "train=all"
 CPU_TARGETS = (
     Target("encoder B", ENCODER, "litevae-b", PEER, 5),
     Target("encoder S", ENCODER, "litevae-s", PEER, 24),
@@ -241,18 +242,54 @@ def measure_training(setting: Setting) -> list[Row]:
     )
 
 
-def training_step(model: nn.Module, setting: Setting, images: Tensor) -> Callable[[], None]:
-    """Make a model's training step: encode, draw, decode, ℓ1, backward, Adam."""
+def measure_parts(setting: Setting) -> list[Row]:
+    """Time training steps of SD-VAE's parts, and of encoders distilled from it, beside its own."""
+    images = images_for(setting, setting.resolution // 2)
+    calls = {WHOLE: training_step(ours("sdvae", setting.widths), setting, images)}
+    for learned, frozen in (("decoder", "encoder"), ("encoder", "decoder")):
+        model = freeze(ours("sdvae", setting.widths), frozen)
+        calls[f"train={learned}"] = training_step(model, setting, images)
+    for name in ("litevae-s", "litevae-b"):
+        student = freeze(ours(name, setting.widths), "decoder")
+        teacher = placed(ours("sdvae", setting.widths).requires_grad_(False), setting)
+        calls[f"{name} distilled"] = training_step(student, setting, images, teacher)
+    return compare(
+        PARTS, time_interleaved(calls, setting.repeats, setting.device), WHOLE, setting.batch
+    )
+
+
+def freeze(model: Autoencoder, part: str) -> Autoencoder:
+    """Freeze the encoder or the decoder, with its 1×1 convolution, as `train=` does."""
+    beside = {"encoder": model.quant_conv, "decoder": model.post_quant_conv}[part]
+    for network in (getattr(model, part), beside):
+        network.requires_grad_(False)
+    return model
+
+
+def training_step(
+    model: nn.Module, setting: Setting, images: Tensor, teacher: Autoencoder | None = None
+) -> Callable[[], None]:
+    """Make a model's training step: encode, draw, decode, ℓ1, backward, Adam.
+
+    With a teacher, which encodes too: the mean is decoded, and ℓ1 of the moments is added.
+    """
     placed(model.train(), setting)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, betas=(0.5, 0.9), fused=True)
+    learned = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.Adam(learned, lr=1e-4, betas=(0.5, 0.9), fused=True)
 
     def step() -> None:
+        loss: Tensor | float = 0.0
         with precision(setting):
             if isinstance(model, Autoencoder):
-                recon = model(images).recon
+                recon, posterior, _ = model(images, sample=teacher is None)
             else:
                 recon = model(images, sample_posterior=True).sample
-        (recon.float() - images).abs().mean().backward()
+            if teacher is not None:
+                with torch.no_grad():
+                    target = teacher.encode(images)
+                loss = (posterior.mean - target.mean).abs().mean()
+                loss = loss + 0.1 * (posterior.logvar - target.logvar).abs().mean()
+        (loss + (recon.float() - images).abs().mean()).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -281,7 +318,7 @@ def main(arguments: list[str]) -> None:
     if given.keep_memory:
         keep_freed_memory(device)
     table = measure_encoders(setting, arguments) + measure_decoders(setting)
-    table += measure_wavelets(setting) + measure_training(setting)
+    table += measure_wavelets(setting) + measure_training(setting) + measure_parts(setting)
     targets = () if given.quick else GPU_TARGETS if on_gpu else CPU_TARGETS
     facts = {
         "command": " ".join(["python -m benchmarks.stage_one", *arguments]),

@@ -9,12 +9,16 @@ from benchmarks.stage_one import (
     DECODER,
     ENCODER,
     GPU_TARGETS,
+    PARTS,
     PEER,
     STEP,
     WAVELET,
+    WHOLE,
     Setting,
+    freeze,
     images_for,
     measure_decoders,
+    measure_parts,
     measure_training,
     measure_wavelets,
     ours,
@@ -22,6 +26,7 @@ from benchmarks.stage_one import (
     training_step,
     twin,
 )
+from pipelines import finetune
 
 SMALL = Setting(torch.device("cpu"), 1, 32, repeats=1, widths=(32, 32, 32, 32))
 
@@ -65,3 +70,31 @@ def test_training_is_measured_beside_the_peer():
         (STEP, "litevae-b"), (STEP, "sdvae"), (STEP, PEER)
     ]  # fmt: skip
     assert rows[-1].ratio == 1
+
+
+@pytest.mark.parametrize("part", finetune.PARTS)
+def test_a_frozen_part_stays_and_the_other_moves(part):
+    model = freeze(ours("sdvae", SMALL.widths), part)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    training_step(model, SMALL, images_for(SMALL, 16))()
+    for name, weight in model.named_parameters():
+        # in files, the 1×1 convolutions have other names
+        key = name.replace("post_quant_conv", "post_conv").replace("quant_conv", "pre_conv")
+        assert torch.equal(weight, before[name]) == key.startswith(finetune.PARTS[part]), name
+
+
+def test_a_distillation_step_moves_the_encoder_alone():
+    model = freeze(ours("litevae-s", SMALL.widths), "decoder")
+    teacher = ours("sdvae", SMALL.widths).requires_grad_(False)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    training_step(model, SMALL, images_for(SMALL, 16), teacher)()
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, before[name]) == name.startswith("decoder"), name
+
+
+def test_parts_are_measured_beside_the_whole():
+    rows = measure_parts(SMALL)
+    assert [row.name for row in rows] == [
+        WHOLE, "train=decoder", "train=encoder", "litevae-s distilled", "litevae-b distilled"
+    ]  # fmt: skip
+    assert {row.group for row in rows} == {PARTS} and rows[0].ratio == 1
