@@ -28,6 +28,7 @@ def small_vae(folder: Path, *settings: str) -> Path:
     if not (vae / "config.json").is_file():
         recipe = resolve_recipe("ae", "sdvae-quarter", [*SETTINGS, *settings])
         run = train_autoencoder(recipe, folder=folder / "small-vae")
+        # 1 ÷ the standard deviation of its latents, about
         export_autoencoder(vae, "diffusers", run, scaling_factor=0.2)
     return vae
 

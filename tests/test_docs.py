@@ -115,6 +115,7 @@ NOT_OURS = {
     r"(ruff|mypy|mkdocs|pre-commit)( .*)?": "a developer's tool; .ci/run calls it",
     r"\.ci/run": "runs this test",
     r"python -m benchmarks\..*": "takes minutes",
+    r"python examples/.*": "takes minutes; tests/test_examples.py runs it",
 }
 
 
@@ -338,6 +339,10 @@ def test_every_other_command_is_listed_with_a_reason(command):
     if extras := re.findall(r"\[([\w,]+)\]", command.text):
         project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
         assert set(extras[0].split(",")) <= set(project["optional-dependencies"])
+    if script := re.match(r"python (examples/\w+\.py)(.*)", command.text):
+        source = (ROOT / script[1]).read_text("utf-8")
+        for option in re.findall(r"--[\w-]+", script[2]):
+            assert f'"{option}"' in source, option
     if module := re.match(r"python -m (benchmarks\.\w+)(.*)", command.text):
         names = (module[1], "benchmarks.comparison")  # which holds the options that all share
         source = "".join(Path(importlib.util.find_spec(n).origin).read_text("utf-8") for n in names)
