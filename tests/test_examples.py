@@ -85,6 +85,7 @@ def test_an_encoder_is_distilled_and_edits(run_example, small, capfd):
     assert rows_of(small / "edits.png", 3, 4) == (4 * 32, 3 * 32)
 
 
+@pytest.mark.slow
 def test_a_distilled_encoder_edits_in_stable_diffusion(run_example, tmp_path):
     pytest.importorskip("transformers")
     pipeline = make_stable_diffusion(tmp_path / "my-sd")
