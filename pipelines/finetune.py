@@ -44,7 +44,7 @@ class Given(NamedTuple):
     sha256: str
     """Of its weights, by our names."""
     origin: dict[str, Any]
-    """Where it comes from, for the provenance of what is trained."""
+    """Its source, for the provenance of the model that is trained."""
 
 
 class _Sources(Config):

@@ -80,8 +80,8 @@ class AutoencoderRecipe(AutoencoderConfig):
     teacher: TeacherConfig = TeacherConfig()
     """Autoencoder to learn from; `--teacher` sets its source."""
     train: Literal["all", "encoder", "decoder"] = "all"
-    """What learns. decoder: the decoder and the convolution before it, so that latents stay as they
-    are. encoder: the encoder and, without a teacher, the convolution after it."""
+    """Parts that learn. decoder: the decoder and the convolution before it, so that latents stay
+    the same. encoder: the encoder and, without a teacher, the convolution after it."""
     phases: tuple[Phase, ...] = (Phase(resolution=256, steps=100_000),)
     """Phases of training in order: [{resolution: 128, steps: 100000}, …]."""
     data: DataConfig = DataConfig()

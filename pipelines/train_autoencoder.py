@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from autoencoders import Autoencoder
 from autoencoders.discriminators import build_discriminator, split
 from autoencoders.layers import checkpoint_blocks
-from autoencoders.losses import LPIPS, Objective, Target, find_lpips, load_esrgan, load_lpips
+from autoencoders.losses import LPIPS, Objective, find_lpips, load_esrgan, load_lpips
 from autoencoders.losses.adversarial import (
     adaptive_weight,
     cutmix_augmentation,
@@ -24,6 +24,7 @@ from autoencoders.losses.adversarial import (
     cutmix_masks,
     gradient_ratio,
 )
+from autoencoders.losses.objective import TeacherPosterior
 from autoencoders.losses.perceptual import SMALLEST, ESRGANPerceptual
 from ldm.checkpoint import ModelFile, load_model, save_model
 from ldm.config import to_tree
@@ -199,9 +200,8 @@ def _update_generator(
             if state.averaged is not None:
                 ema_recon = state.averaged(images, noise, drawn).recon
             if state.teacher is not None:
-                target = Target(state.teacher.encode(images), state.latent_std)
-    # l1, lpips, wavelet, kl, …
-    terms = objective.reconstruction(out, images, ema_recon, target)
+                target = TeacherPosterior(state.teacher.encode(images), state.latent_std)
+    terms = objective.reconstruction(out, images, ema_recon, target)  # l1, lpips, wavelet, kl, …
     if weight > 0:
         # unwrapped and frozen: gradients pass through it to the generator, and it gets none
         with frozen(state.discriminator) as discriminator, run.autocast():

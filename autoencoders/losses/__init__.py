@@ -1,6 +1,6 @@
 """Stage one's losses: each a small function, and the objective that names and weighs them."""
 
-from autoencoders.losses.objective import AdversarialConfig, LossConfig, Objective, Target
+from autoencoders.losses.objective import AdversarialConfig, LossConfig, Objective
 from autoencoders.losses.perceptual import LPIPS, find_lpips, load_esrgan, load_lpips, random_lpips
 
 __all__ = [
@@ -8,7 +8,6 @@ __all__ = [
     "AdversarialConfig",
     "LossConfig",
     "Objective",
-    "Target",
     "find_lpips",
     "load_esrgan",
     "load_lpips",

@@ -84,8 +84,8 @@ class AdversarialConfig(Config):
         return self.cutmix > 0 or self.cutmix_augmentation > 0
 
 
-class Target(NamedTuple):
-    """What a student's encoder learns to give for a batch of images."""
+class TeacherPosterior(NamedTuple):
+    """Posterior of a batch of images that a student's encoder learns to give."""
 
     posterior: DiagonalGaussian
     """The teacher's posterior of the images (B, n_z, h, w)."""
@@ -133,7 +133,7 @@ class Objective:
         out: AutoencoderOutput,
         images: Tensor,
         averaged: Tensor | None = None,
-        target: Target | None = None,
+        target: TeacherPosterior | None = None,
     ) -> dict[str, Tensor]:
         """Unweighted scalars named as in `LossConfig`, of the terms with a weight above 0.
 
@@ -196,13 +196,13 @@ def kl(posterior: DiagonalGaussian, images: Tensor) -> Tensor:
     return posterior.kl().mean() / images[0].numel()
 
 
-def latent(posterior: DiagonalGaussian, target: Target) -> Tensor:
+def latent(posterior: DiagonalGaussian, target: TeacherPosterior) -> Tensor:
     """Mean absolute difference of the means, each channel in the teacher's standard deviations."""
     difference = posterior.mean - target.posterior.mean  # (B, n_z, h, w)
     return (difference / target.std.view(1, -1, 1, 1)).abs().mean()
 
 
-def logvar(posterior: DiagonalGaussian, target: Target) -> Tensor:
+def logvar(posterior: DiagonalGaussian, target: TeacherPosterior) -> Tensor:
     """Mean absolute difference of the log-variances."""
     return (posterior.logvar - target.posterior.logvar).abs().mean()
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from autoencoders import Autoencoder, build_autoencoder, load_autoencoder
-from autoencoders.losses import Target
-from autoencoders.losses.objective import latent, logvar
+from autoencoders.losses.objective import TeacherPosterior, latent, logvar
 from autoencoders.sdvae.formats import write_compvis
 from ldm.checkpoint import ModelFile, fingerprint, load_model, save_model
 from ldm.cli.options import resolve_recipe
@@ -489,5 +488,5 @@ def test_teachers_of_other_classes(kind, tmp_path, capsys):
 
 def test_terms_are_zero_for_the_teacher_itself():
     posterior = sdvae().encode(some_images())
-    target = Target(posterior, torch.rand(4) + 0.5)
+    target = TeacherPosterior(posterior, torch.rand(4) + 0.5)
     assert latent(posterior, target) == 0 and logvar(posterior, target) == 0
