@@ -15,10 +15,10 @@ two CPU cores. The preset `tiny` is for 64² pictures on a CPU; a real one, such
 import argparse
 from pathlib import Path
 
-from ldm.cli.options import resolve_recipe
 from ldm.images import save_grid
 from pipelines import LatentDiffusionPipeline
 from pipelines.exchange import import_autoencoder
+from pipelines.recipes import load_recipe
 from pipelines.train_diffusion import train_diffusion
 from small_vae import small_vae
 
@@ -38,7 +38,7 @@ def main() -> None:
     settings = [f"autoencoder={file}", f"data.source={args.data}"]
     if args.vae is None:
         settings += SMALL
-    recipe = resolve_recipe("diffusion", args.preset, [*settings, *args.settings])
+    recipe = load_recipe("diffusion", args.preset, [*settings, *args.settings])
     run = train_diffusion(recipe, folder=args.out / "diffusion")
 
     pipe = LatentDiffusionPipeline.from_pretrained(run)

@@ -27,10 +27,10 @@ from torch import Tensor
 from autoencoders import Autoencoder, load_autoencoder, to_diffusers
 from autoencoders.losses.perceptual import find_lpips
 from autoencoders.pretrained import find_pretrained
-from ldm.cli.options import resolve_recipe
 from ldm.data import open_source, sheet_images
 from ldm.images import save_grid, to_float, to_pil
 from pipelines import LatentDiffusionPipeline
+from pipelines.recipes import load_recipe
 from pipelines.train_autoencoder import train_autoencoder
 from pipelines.train_diffusion import train_diffusion
 from pipelines.validation import compare_with_teacher
@@ -63,7 +63,7 @@ def main() -> None:
         print("VGG-16's weights are not on this machine: training without LPIPS")
         settings.append("loss.lpips=0")
 
-    recipe = resolve_recipe("recipes", "distil-s", [*settings, *args.settings])
+    recipe = load_recipe("recipes", "distil-s", [*settings, *args.settings])
     run = train_autoencoder(recipe, folder=args.out / "distil-encoder")
     teacher, student = Autoencoder.from_pretrained(vae), load_autoencoder(run)
 
@@ -103,7 +103,7 @@ def train_on_latents(vae: str, args: argparse.Namespace, resolution: int) -> Pat
         f"autoencoder={find_pretrained(vae)}", f"data.source={args.data}",
         f"resolution={resolution}", f"steps={args.diffusion_steps}", *SMALL_DIFFUSION,
     ]  # fmt: skip
-    recipe = resolve_recipe("diffusion", "tiny", settings)
+    recipe = load_recipe("diffusion", "tiny", settings)
     return train_diffusion(recipe, folder=args.out / "edit")
 
 

@@ -19,10 +19,10 @@ import torch
 
 from autoencoders import Autoencoder, load_autoencoder
 from autoencoders.losses.perceptual import find_lpips
-from ldm.cli.options import resolve_recipe
 from ldm.data import open_source, sheet_images
 from ldm.images import to_float
 from pipelines.exchange import export_autoencoder
+from pipelines.recipes import load_recipe
 from pipelines.train_autoencoder import train_autoencoder
 from pipelines.validation import evaluate_autoencoder
 from small_vae import small_vae
@@ -46,7 +46,7 @@ def main() -> None:
         print("VGG-16's weights are not on this machine: training without LPIPS")
         settings.append("loss.lpips=0")
 
-    recipe = resolve_recipe("recipes", "finetune", [*settings, *args.settings])
+    recipe = load_recipe("recipes", "finetune", [*settings, *args.settings])
     run = train_autoencoder(recipe, folder=args.out / "finetune-decoder")
     before, after = Autoencoder.from_pretrained(vae), load_autoencoder(run)
 

@@ -9,8 +9,8 @@ two CPU cores.
 
 from pathlib import Path
 
-from ldm.cli.options import resolve_recipe
 from pipelines.exchange import export_autoencoder
+from pipelines.recipes import load_recipe
 from pipelines.train_autoencoder import train_autoencoder
 
 SIZES = "{channels: 24, multipliers: [1, 1, 3], blocks: 1}"  # 8 groups of 3 and 9 channels
@@ -26,7 +26,7 @@ def small_vae(folder: Path, *settings: str) -> Path:
     """Train the small VAE in a folder, unless that is done, and return its diffusers folder."""
     vae = folder / "vae"
     if not (vae / "config.json").is_file():
-        recipe = resolve_recipe("ae", "sdvae-quarter", [*SETTINGS, *settings])
+        recipe = load_recipe("ae", "sdvae-quarter", [*SETTINGS, *settings])
         run = train_autoencoder(recipe, folder=folder / "small-vae")
         # 1 ÷ the standard deviation of its latents, about
         export_autoencoder(vae, "diffusers", run, scaling_factor=0.2)

@@ -8,7 +8,7 @@ Distillation teaches a new encoder the posterior that a teacher's encoder gives.
 teacher's place wherever its latents are used.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from autoencoders.losses import LossConfig
 from autoencoders.pretrained import describe_source, find_pretrained, read_autoencoder
 from autoencoders.sdvae.formats import SETTINGS
 from ldm.checkpoint import fingerprint, first_difference
-from ldm.config import Config, Tree, flatten, resolve, to_tree
+from ldm.config import flatten, to_tree
 from ldm.data import Source, batches
 from ldm.device import full_float32
 from ldm.distributed import fail_together, from_main
@@ -47,40 +47,7 @@ class Given(NamedTuple):
     """Its source, for the provenance of the model that is trained."""
 
 
-class _Sources(Config):
-    """The keys of a recipe that name weights."""
-
-    init: InitConfig = InitConfig()
-    teacher: TeacherConfig = TeacherConfig()
-
-
-_KEYS = tuple(_Sources.model_fields)
-
-
-# -------------------------------------------------------------------------------- the recipe
-def fill_in(tree: Tree, settings: Sequence[str]) -> Tree:
-    """Fill in a preset's tree what the weights named there or in the settings decide.
-
-    A preset without an encoder has its source's architecture. With a teacher, all but the encoder
-    is the teacher's, and only the encoder learns.
-
-    Raises:
-        LdmError: the weights cannot be read.
-    """
-    named = {key: tree[key] for key in _KEYS if key in tree}
-    mine = [word for word in settings if word.partition("=")[0].split(".")[0].strip() in _KEYS]
-    sources = resolve(_Sources, named, mine)
-    if sources.teacher.source and sources.init.source:  # which the recipe refuses
-        return tree
-    if sources.teacher.source:
-        theirs = _read(sources.teacher.source).ae.config.model_dump(mode="json")
-        rest = {key: value for key, value in theirs.items() if key != "encoder"}
-        return tree | {"train": "encoder"} | rest
-    if sources.init.source and "encoder" not in tree:
-        return tree | _read(sources.init.source).ae.config.model_dump(mode="json")
-    return tree
-
-
+# ------------------------------------------------------------------------ the given weights
 def _read(source: str) -> Given:
     path = find_pretrained(source)
     found = read_autoencoder(path)

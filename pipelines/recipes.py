@@ -1,8 +1,9 @@
 """Recipes: every setting of both stages, their consistency, and the autoencoder of a stage two."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
@@ -15,15 +16,26 @@ from pydantic import (
 from torch import Tensor
 
 from autoencoders import Autoencoder, AutoencoderConfig
-from autoencoders.autoencoder import decoder_type
+from autoencoders.autoencoder import assemble, decoder_type
 from autoencoders.discriminators import DiscriminatorConfig, UNetDiscriminatorConfig
 from autoencoders.losses import AdversarialConfig, LossConfig
 from autoencoders.losses.perceptual import SMALLEST
+from autoencoders.pretrained import find_pretrained, read_autoencoder
 from diffusion import DenoiserConfig, NetworkConfig
 from diffusion.augment import AUGMENT_PARAMETERS, AugmentConfig, draw_augmentation
 from diffusion.edm import EDMConfig, sample_sigma
 from diffusion.unet import UNetConfig
-from ldm.config import Config, Tree, Width, list_presets, merge, to_tree, validate
+from ldm.config import (
+    Config,
+    Tree,
+    Width,
+    list_presets,
+    load_preset,
+    merge,
+    resolve,
+    to_tree,
+    validate,
+)
 from ldm.data import DataConfig
 from ldm.data.dataset import PHOTOS
 from ldm.ema import gamma_of_std
@@ -33,6 +45,7 @@ from ldm.run import RunConfig
 from ldm.run_folder import differences, newest_run, preset_of, read_config, unfinished_runs
 from ldm.seeds import normal, uniform
 
+Part = Literal["encoder", "decoder"]
 BatchSize = Annotated[int, Field(gt=0, le=65_536)]
 
 
@@ -48,10 +61,7 @@ class WeightsConfig(Config):
 class InitConfig(WeightsConfig):
     """Weights to begin from, in place of random ones."""
 
-    parts: Annotated[tuple[Literal["encoder", "decoder"], ...], Field(min_length=1)] = (
-        "encoder",
-        "decoder",
-    )
+    parts: Annotated[tuple[Part, ...], Field(min_length=1)] = ("encoder", "decoder")
     """Parts that begin from them, each with its 1×1 convolution at the latent."""
 
 
@@ -63,6 +73,15 @@ class TeacherConfig(WeightsConfig):
     up to whole batches."""
 
 
+class GivenWeights(Config):
+    """The autoencoder that training starts with, if any."""
+
+    init: InitConfig = InitConfig()
+    """Weights to begin from; `--from` sets its source."""
+    teacher: TeacherConfig = TeacherConfig()
+    """Autoencoder to learn from; `--teacher` sets its source."""
+
+
 class Phase(Config):
     """A part of training at one resolution; networks and optimisers are carried over."""
 
@@ -72,13 +91,9 @@ class Phase(Config):
     """Steps, each a generator update and a discriminator update."""
 
 
-class AutoencoderRecipe(AutoencoderConfig):
+class AutoencoderRecipe(GivenWeights, AutoencoderConfig):
     """An autoencoder and its training. The defaults are those of Sadat et al. 2024, Section F."""
 
-    init: InitConfig = InitConfig()
-    """Weights to begin from; `--from` sets its source."""
-    teacher: TeacherConfig = TeacherConfig()
-    """Autoencoder to learn from; `--teacher` sets its source."""
     train: Literal["all", "encoder", "decoder"] = "all"
     """Parts that learn. decoder: the decoder and the convolution before it, so that latents stay
     the same. encoder: the encoder and, without a teacher, the convolution after it."""
@@ -363,6 +378,38 @@ def draw_numbers(
 
 
 PRESETS = ("ae", "recipes")  # folders of stage one's presets
+
+
+def load_recipe(kind: str, preset: str, settings: Sequence[str] = ()) -> Any:
+    """Load a preset, and merge settings (`key=value`) into it.
+
+    What given weights decide is filled in: a preset without an encoder has the architecture of its
+    source; with a teacher, all but the encoder is the teacher's, and only the encoder learns.
+
+    Args:
+        kind: "ae" or "recipes" for an `AutoencoderRecipe`, "diffusion" for a `DiffusionRecipe`.
+
+    Raises:
+        UsageError: no such preset, an unknown key, or a bad value.
+        LdmError: given weights cannot be read.
+    """
+    tree = load_preset(kind, preset)
+    if kind not in PRESETS:
+        return resolve(DiffusionRecipe, tree, settings)
+    keys = GivenWeights.model_fields
+    own = [word for word in settings if re.split(r"[.=]", word)[0].strip() in keys]
+    given = resolve(GivenWeights, {key: tree[key] for key in keys if key in tree}, own)
+    if given.teacher.source and not given.init.source:  # both: the recipe refuses them
+        encoder = {"encoder": tree.get("encoder", {}), "train": "encoder"}
+        tree |= _read_config(given.teacher.source) | encoder
+    elif given.init.source and "encoder" not in tree:
+        tree |= _read_config(given.init.source)
+    return resolve(AutoencoderRecipe, tree, settings)
+
+
+def _read_config(source: str) -> Tree:
+    path = find_pretrained(source)
+    return to_tree(assemble(read_autoencoder(path), path).config)
 
 
 def find_stage_one(recipe: DiffusionRecipe, preset: str, out: Path | None = None) -> Path:

@@ -36,6 +36,7 @@ def doctor(
     ldm doctor ffhq256 --ae runs/x/ckpt.pt
     """
     from pipelines.doctor.doctor import SECONDS, diagnose
+    from pipelines.recipes import load_recipe
 
     found = options.find_presets(preset, options.KINDS if ae is None else options.STAGE_TWO)
     kind, name = found[0]
@@ -43,7 +44,7 @@ def doctor(
     if device != "auto":
         words.append(f"run.device={device}")
     options.add_setting(words, "--ae", "autoencoder", ae)
-    recipe = options.resolve_recipe(kind, name, words)
+    recipe = load_recipe(kind, name, words)
     diagnosis = diagnose(recipe, name, processes, SECONDS if trial else 0)
 
     if as_json:

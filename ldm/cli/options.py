@@ -149,15 +149,3 @@ def find_presets(name: str, stage: Collection[str] = KINDS) -> list[tuple[str, s
             f"'{name}' is a preset of the other stage: use `ldm {COMMAND[found[0]]} {bare}`"
         )
     return [(k, bare) for k in found if k in stage]
-
-
-def resolve_recipe(kind: str, name: str, settings: Sequence[str] | None) -> Any:
-    """Merge a preset with settings into the recipe of its stage."""
-    from ldm.config import load_preset, resolve
-    from pipelines.finetune import fill_in
-    from pipelines.recipes import AutoencoderRecipe, DiffusionRecipe
-
-    tree, settings = load_preset(kind, name), settings or []
-    if kind not in STAGE_ONE:
-        return resolve(DiffusionRecipe, tree, settings)
-    return resolve(AutoencoderRecipe, fill_in(tree, settings), settings)

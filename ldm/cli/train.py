@@ -48,6 +48,7 @@ def train_ae(
 
     ldm train-ae distil-b --teacher my-vae/ data.source=my-images/
     """
+    from pipelines.recipes import load_recipe
     from pipelines.train_autoencoder import train_autoencoder
 
     words = list(words or [])
@@ -63,7 +64,7 @@ def train_ae(
     options.add_setting(words, "--from", "init.source", source)
     options.add_setting(words, "--teacher", "teacher.source", teacher)
     kind, preset = options.find_presets(preset, options.STAGE_ONE)[0]
-    folder = train_autoencoder(options.resolve_recipe(kind, preset, words), preset, run)
+    folder = train_autoencoder(load_recipe(kind, preset, words), preset, run)
     options.say(f"done: {folder}/ckpt.pt", f"next: ldm train-diffusion --ae {folder}/ckpt.pt")
 
 
@@ -86,7 +87,7 @@ def train_diffusion(
 
     ldm train-diffusion --ae runs/x/ckpt.pt
     """
-    from pipelines.recipes import find_stage_one
+    from pipelines.recipes import find_stage_one, load_recipe
     from pipelines.train_diffusion import train_diffusion
 
     words = list(words or [])
@@ -94,7 +95,7 @@ def train_diffusion(
     _, preset = options.find_presets(preset, options.STAGE_TWO)[0]
     options.add_setting(words, "--cache", "cache", cache)
     options.add_setting(words, "--ae", "autoencoder", ae)
-    recipe = options.resolve_recipe("diffusion", preset, words)
+    recipe = load_recipe("diffusion", preset, words)
     file = find_stage_one(recipe, preset, run)
     options.say(f"autoencoder: {file}")
     recipe = recipe.model_copy(update={"autoencoder": str(file)})
@@ -222,13 +223,14 @@ def show(
     ldm show litevae-b batch_size=32
     """
     from ldm.config import describe, published
+    from pipelines.recipes import load_recipe
 
     found = options.find_presets(preset)
     if len(found) > 1 and settings:
         choices = " or ".join("/".join(one) for one in found)
         raise UsageError(f"'{preset}' is a preset of both stages: use {choices}")
     for kind, name in found:
-        config = options.resolve_recipe(kind, name, settings)
+        config = load_recipe(kind, name, settings or [])
         options.echo(f"# {kind}/{name}", bold=True)
         if paper := published(kind, name):
             numbers = ", ".join(f"{key} {value}" for key, value in paper.items())

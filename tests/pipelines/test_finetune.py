@@ -12,7 +12,6 @@ from autoencoders import Autoencoder, build_autoencoder, load_autoencoder
 from autoencoders.losses.objective import TeacherPosterior, latent, logvar
 from autoencoders.sdvae.formats import write_compvis
 from ldm.checkpoint import ModelFile, fingerprint, load_model, save_model
-from ldm.cli.options import resolve_recipe
 from ldm.config import to_tree, validate
 from ldm.data import batches, evaluation_batches, open_source
 from ldm.distributed import make_accelerator
@@ -23,7 +22,7 @@ from ldm.run import Run
 from ldm.run_folder import latest_state
 from pipelines import finetune
 from pipelines.exchange import export_autoencoder
-from pipelines.recipes import AutoencoderRecipe
+from pipelines.recipes import AutoencoderRecipe, load_recipe
 from pipelines.report.report import write_report
 from pipelines.train_autoencoder import AutoencoderState, train_autoencoder, train_step
 from pipelines.validation import compare_with_teacher
@@ -56,12 +55,12 @@ def source(tmp_path) -> Path:
 
 
 def fine_tuning(source: Path | str, *settings: str, preset: str = "finetune") -> AutoencoderRecipe:
-    return resolve_recipe("recipes", preset, [*SETTINGS, f"init.source={str(source)!r}", *settings])
+    return load_recipe("recipes", preset, [*SETTINGS, f"init.source={str(source)!r}", *settings])
 
 
 def distillation(source: Path | str, *settings: str) -> AutoencoderRecipe:
     words = [*SETTINGS, *STUDENT, f"teacher.source={str(source)!r}", *settings]
-    return resolve_recipe("recipes", "distil-s", words)
+    return load_recipe("recipes", "distil-s", words)
 
 
 def begin(recipe: AutoencoderRecipe, folder: Path) -> tuple[Run, AutoencoderState]:
@@ -115,9 +114,9 @@ def test_a_preset_keeps_its_own_architecture(source):
     same = ["encoder={channels: 32, multipliers: [1, 2], blocks: 1}"]
     same += ["decoder={channels: 32, multipliers: [1, 2], blocks: 1}"]
     words = [*SETTINGS, f"init.source={str(source)!r}"]
-    recipe = resolve_recipe("ae", "sdvae", [*words, *same])
+    recipe = load_recipe("ae", "sdvae", [*words, *same])
     assert recipe.model == load_autoencoder(source).config and recipe.train == "all"
-    assert resolve_recipe("ae", "sdvae", words).encoder.channels == 128
+    assert load_recipe("ae", "sdvae", words).encoder.channels == 128
 
 
 def test_what_does_not_fit_is_named_with_both_shapes(source, tmp_path):
@@ -150,7 +149,7 @@ def test_a_setting_that_no_tensor_shows_must_fit_too(tmp_path):
 
 @pytest.mark.parametrize("word", ["init={{source: {0!r}}}", "init.source={0!r}"])
 def test_both_spellings_of_a_setting_take_its_architecture(word, source):
-    recipe = resolve_recipe("recipes", "finetune", [*SETTINGS, word.format(str(source))])
+    recipe = load_recipe("recipes", "finetune", [*SETTINGS, word.format(str(source))])
     assert recipe.model == load_autoencoder(source).config
 
 
@@ -190,7 +189,7 @@ def test_what_cannot_be_is_one_line(words, message, source, tmp_path):
     words = [word.replace("SOURCE", str(source)) for word in words]
     preset = "distil-s" if any("teacher" in word for word in words) else "finetune"
     with pytest.raises(LdmError, match=message) as error:
-        begin(resolve_recipe("recipes", preset, [*SETTINGS, *words]), tmp_path)
+        begin(load_recipe("recipes", preset, [*SETTINGS, *words]), tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -269,7 +268,7 @@ def test_a_decoder_of_ours_learns_beside_another_encoder(tmp_path):
     with pytest.raises(UsageError, match="encoders of type diffusers are not trained"):
         fine_tuning(tmp_path / "tiny", "train=encoder")
     teacher = to_tree(load_autoencoder(tmp_path / "tiny").config)
-    tree = to_tree(resolve_recipe("recipes", "finetune", SETTINGS)) | {
+    tree = to_tree(load_recipe("recipes", "finetune", SETTINGS)) | {
         "latent_channels": 4, "encoder": teacher["encoder"],
         "decoder": {"channels": 8, "multipliers": [1, 1, 2], "blocks": 1},
         "init": {"source": str(tmp_path / "tiny"), "parts": ["encoder"]},
