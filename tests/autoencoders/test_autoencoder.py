@@ -122,9 +122,13 @@ def test_keys_a_person_types():
         ({"decoder": {"norm": "batch"}}, "'decoder.norm': "),
         (
             {"decoder": {"multipliers": [1, 2]}},
-            "upsamples 2×, the encoder downsamples 8×: set encoder.depth=1, or give decoder.multipliers 4 entries",
+            "upsamples 2×, the encoder downsamples 8×: set encoder.depth=1, or give "
+            "decoder.multipliers 4 entries",
         ),
-        ({"decoder": {"output": "wavelet"}}, "8×: set encoder.depth=4, or give decoder.multipliers 3"),
+        (
+            {"decoder": {"output": "wavelet"}},
+            "8×: set encoder.depth=4, or give decoder.multipliers 3",
+        ),
     ],
 )
 def test_bad_values_are_one_line(overrides, said):

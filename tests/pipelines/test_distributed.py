@@ -11,7 +11,7 @@ import torch
 
 from ldm.checkpoint import load_model
 from ldm.run_folder import latest_state, load_state
-from tests.small import AUTOENCODER, DIFFUSION, ROOT, ldm
+from tests.small import AUTOENCODER, DIFFUSION, ROOT, ldm, sdvae
 
 # A process prints what it holds when it is done: the fingerprint of its networks and averages,
 # buffers included, and the images it saw.
@@ -105,6 +105,27 @@ def test_stage_one_and_two_on_two_processes(tmp_path):
     assert len(pictures) == 6
     for picture in pictures:
         assert (tmp_path / "a" / picture).read_bytes() == (tmp_path / "b" / picture).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["--from", "--teacher"])
+def test_given_weights_on_two_processes(how, tmp_path):
+    sdvae().save_pretrained(tmp_path / "vae")
+    small = [word for word in AUTOENCODER if not word.startswith(("decoder", "adversarial"))]
+    if how == "--from":
+        small = [word for word in small if not word.startswith("encoder")]
+    # a rate so high that a difference between the processes would show
+    small += ["loss.lpips=0", "data.source=photos", "lr=1e-3", "teacher.statistics_images=8"]
+    words = ["train-ae", how, tmp_path / "vae", *small]
+    words += ["encoder.depth=1"] if how == "--teacher" else ["adversarial.start=0"]
+    one = launch(tmp_path, "train_autoencoder", [*words, "--out", "one"], 1)
+    two = launch(tmp_path, "train_autoencoder", [*words, "--out", "two"], 2)
+    compare(one, two, tmp_path, "autoencoder")
+    stds = [
+        load_model(tmp_path / run, "autoencoder").provenance.get("teacher_latent_std")
+        for run in ("one", "two")
+    ]
+    assert stds[0] == pytest.approx(stds[1], rel=1e-5) if how == "--teacher" else stds == [None] * 2
 
 
 @pytest.mark.slow
