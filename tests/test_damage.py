@@ -47,7 +47,7 @@ LFS = (
     b"version https://git-lfs.github.com/spec/v1\n"
     b"oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
 )
-"""What Git leaves in the place of a large file that it has not fetched."""
+"""Text that Git keeps in the place of a large file it has not fetched."""
 
 
 def model(kind="autoencoder", inner=None, seed=0) -> ModelFile:

@@ -92,12 +92,9 @@ def decode(data: bytes, suffix: str) -> np.ndarray:
     except CorruptImage:
         raise
     except UnidentifiedImageError as error:  # its message names a Python object
-        is_pointer = data.startswith(LFS_POINTER)
-        message = (
-            "a Git LFS pointer: run `git lfs pull`"
-            if is_pointer
-            else ("not an image, or its header is damaged")
-        )
+        message = "not an image, or its header is damaged"
+        if data.startswith(LFS_POINTER):
+            message = "a Git LFS pointer: run `git lfs pull`"
         raise CorruptImage(message) from error
     except Exception as error:  # a damaged file makes Pillow's readers raise nearly anything
         raise CorruptImage(brief(error)) from error

@@ -153,6 +153,14 @@ def test_both_spellings_of_a_setting_take_its_architecture(word, source):
     assert recipe.model == load_autoencoder(source).config
 
 
+def test_the_decoder_of_an_encoder_without_weights_learns(tmp_path):
+    begun = build_autoencoder("dwt", encoder={"depth": 1}, decoder={"multipliers": [1, 1]})
+    begun.save_pretrained(tmp_path / "dwt")
+    _, state = begin(fine_tuning(tmp_path / "dwt"), tmp_path)
+    assert fingerprint(state.autoencoder.state_dict()) == fingerprint(begun.state_dict())
+    assert finetune.learned(state.autoencoder.decoder)
+
+
 def test_parts_that_are_not_there_are_refused(tmp_path):
     ae = build_autoencoder("dwt", decoder={"channels": 8, "blocks": 1})
     ae.save_pretrained(tmp_path / "dwt")

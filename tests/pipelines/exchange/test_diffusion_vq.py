@@ -105,7 +105,7 @@ def test_a_scale_in_the_file_is_taken():
 
 # --------------------------------------------------------------------------------- diffusers
 def pipeline(**settings):
-    """What `CompVis/ldm-celebahq-256` is on the Hub, small and of random weights."""
+    """A folder in the format of `CompVis/ldm-celebahq-256`, small and of random weights."""
     levels = {
         "num_train_timesteps": LEVELS.timesteps, "beta_start": LEVELS.beta_start,
         "beta_end": LEVELS.beta_end, "beta_schedule": LEVELS.schedule, "clip_sample": False,
