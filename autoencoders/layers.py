@@ -26,9 +26,23 @@ class GroupNorm(nn.GroupNorm):
         return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
-def group_norm(width: int) -> GroupNorm:
-    """GroupNorm of 32 groups if they divide the width, else the largest power of two that does."""
-    return GroupNorm(math.gcd(32, width), width, eps=1e-6)
+def group_norm(width: int, least: int = 1) -> GroupNorm:
+    """GroupNorm of `count_groups` groups."""
+    return GroupNorm(count_groups(width, least), width, eps=1e-6)
+
+
+def count_groups(width: int, least: int = 1) -> int:
+    """The largest of 32, 16, 8, 4, 2 and 1 that splits a width into large enough, equal groups.
+
+    Args:
+        width: channels.
+        least: channels in a group, at least, unless the width has fewer. A group of one channel
+            loses that channel's mean and contrast: it is an instance norm.
+    """
+    groups = math.gcd(32, width)
+    while groups > 1 and width // groups < least:
+        groups //= 2
+    return groups
 
 
 class SelfModulatedConv2d(nn.Conv2d):
@@ -124,12 +138,13 @@ class ResidualBlock(Block):
     Args:
         norm: "group" normalises before each convolution; "smc" has self-modulated convolutions
             instead.
+        least: channels in a group, at least.
     """
 
-    def __init__(self, in_width: int, out_width: int, norm: Norm = "group") -> None:
+    def __init__(self, in_width: int, out_width: int, norm: Norm = "group", least: int = 1) -> None:
         super().__init__()
-        self.norm1, self.conv1 = _norm_and_conv(in_width, out_width, norm)
-        self.norm2, self.conv2 = _norm_and_conv(out_width, out_width, norm)
+        self.norm1, self.conv1 = _norm_and_conv(in_width, out_width, norm, least)
+        self.norm2, self.conv2 = _norm_and_conv(out_width, out_width, norm, least)
         same = in_width == out_width
         self.skip = nn.Identity() if same else nn.Conv2d(in_width, out_width, 1)
 
@@ -140,18 +155,20 @@ class ResidualBlock(Block):
         return h.add_(self.skip(x))
 
 
-def _norm_and_conv(in_width: int, out_width: int, norm: Norm) -> tuple[nn.Module, nn.Module]:
+def _norm_and_conv(
+    in_width: int, out_width: int, norm: Norm, least: int
+) -> tuple[nn.Module, nn.Module]:
     if norm == "smc":
         return nn.Identity(), SelfModulatedConv2d(in_width, out_width)
-    return group_norm(in_width), nn.Conv2d(in_width, out_width, 3, padding=1)
+    return group_norm(in_width, least), nn.Conv2d(in_width, out_width, 3, padding=1)
 
 
 class SelfAttention(Block):
     """x + single-head attention between all its positions."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, least: int = 1) -> None:
         super().__init__()
-        self.norm = group_norm(width)
+        self.norm = group_norm(width, least)
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
         self.out = nn.Linear(width, width)
 
@@ -164,10 +181,12 @@ class SelfAttention(Block):
         return x + rearrange(self.out(mixed), "b 1 (h w) c -> b c h w", h=x.shape[2])
 
 
-def middle(width: int, norm: Norm = "group") -> nn.Sequential:
+def middle(width: int, norm: Norm = "group", least: int = 1) -> nn.Sequential:
     """Middle of SD-VAE's encoder and decoder: residual block, attention, residual block."""
     return nn.Sequential(
-        ResidualBlock(width, width, norm), SelfAttention(width), ResidualBlock(width, width, norm)
+        ResidualBlock(width, width, norm, least),
+        SelfAttention(width, least),
+        ResidualBlock(width, width, norm, least),
     )
 
 

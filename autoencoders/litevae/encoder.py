@@ -3,6 +3,7 @@
 from typing import Annotated, Literal
 
 import torch
+from einops import rearrange
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,6 +35,9 @@ class LiteVAEEncoderConfig(Config):
     """Feature extraction: the network that reads the sub-bands of a level (Table 18)."""
     aggregator: AggregatorConfig = FeatureUNetConfig()
     """Feature aggregation: the network that joins the levels into the posterior (Table 20)."""
+    shortcut: Literal["none", "wavelet"] = "none"
+    """wavelet: the deepest sub-bands are added to the mean, and need not be learned. Not in the
+    paper."""
 
     @field_validator("levels")
     @classmethod
@@ -72,6 +76,11 @@ class LiteVAEEncoder(nn.Module):
         )
         self.aggregator = aggregate(config.aggregator, levels * width, 2 * latent_channels)
 
+    @property
+    def last_layer(self) -> nn.Conv2d | nn.Linear:
+        """The layer that gives the moments."""
+        return self.aggregator.last_layer
+
     def forward(self, images: Tensor) -> Tensor:
         depth, features = self.config.depth, []
         transform = dwt_cascade(images, depth, self.config.wavelet)
@@ -81,4 +90,34 @@ class LiteVAEEncoder(nn.Module):
             extractor = self.extractors[0 if self.config.shared else i]
             sub_bands = sub_bands.to(next(extractor.parameters()).dtype)  # from float32
             features.append(F.avg_pool2d(extractor(sub_bands), 2 ** (depth - level)))
-        return self.aggregator(torch.cat(features, dim=1))  # (B, 12·levels, H/f, W/f) → moments
+        moments = self.aggregator(torch.cat(features, dim=1))  # from (B, 12·levels, H/f, W/f)
+        if self.config.shortcut == "none":
+            return moments
+        mean, logvar = moments.chunk(2, dim=1)
+        deepest = torch.cat(transform[-1], dim=1) / 2**depth
+        return torch.cat([mean + wavelet_latents(deepest, mean.shape[1]), logvar], dim=1)
+
+
+def wavelet_latents(sub_bands: Tensor, latent_channels: int) -> Tensor:
+    """The sub-bands LL, H, V, D of three colours as latents: an orthonormal map without parameters.
+
+    From 12 latent channels on they are the first 12, and the others are 0. Fewer are the first of:
+    luminance and two colour differences of LL; luminance of H, V and D; their colour differences.
+
+    Args:
+        sub_bands: (B, 12, h, w).
+
+    Returns:
+        (B, n_z, h, w).
+    """
+    if latent_channels >= 12:
+        return F.pad(sub_bands, (0, 0, 0, 0, 0, latent_channels - 12))
+    # 3 × (B, 4, h, w)
+    red, green, blue = rearrange(sub_bands, "b (bands rgb) h w -> rgb b bands h w", rgb=3)
+    colours = torch.stack([
+        (red + green + blue) / 3**0.5,
+        (red - blue) / 2**0.5,
+        (red - 2 * green + blue) / 6**0.5,
+    ], dim=1)  # (B, 3, 4, h, w)  # fmt: skip
+    low, edges = colours[:, :, 0], colours[:, :, 1:].flatten(1, 2)
+    return torch.cat([low, edges], dim=1)[:, :latent_channels]

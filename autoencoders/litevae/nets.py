@@ -3,6 +3,7 @@
 Each keeps the resolution of its input.
 """
 
+from functools import partial
 from itertools import pairwise
 from typing import Annotated, Literal
 
@@ -29,6 +30,8 @@ class FeatureUNetConfig(Config):
     """Width of each level, as a multiple of `channels`."""
     blocks: Depth = 2
     """Residual blocks a level, before the middle and after it."""
+    group_channels: Width = 1
+    """Least channels in a group of a GroupNorm, which has at most 32 groups."""
 
 
 class FeatureUNet(nn.Module):
@@ -44,11 +47,17 @@ class FeatureUNet(nn.Module):
         widths = [config.channels * m for m in config.multipliers for _ in range(config.blocks)]
         self.conv_in = nn.Conv2d(in_width, config.channels, 3, padding=1)
         down, up = pairwise([config.channels, *widths]), pairwise([widths[-1], *reversed(widths)])
-        self.inward = nn.ModuleList(ResidualBlock(width, out) for width, out in down)
-        self.middle = nn.Sequential(*(ResidualBlock(widths[-1], widths[-1]) for _ in range(2)))
+        block = partial(ResidualBlock, least=config.group_channels)
+        self.inward = nn.ModuleList(block(width, out) for width, out in down)
+        self.middle = nn.Sequential(*(block(widths[-1], widths[-1]) for _ in range(2)))
         # a block after the middle reads the features of its counterpart, of width `out`, too
-        self.outward = nn.ModuleList(ResidualBlock(width + out, out) for width, out in up)
+        self.outward = nn.ModuleList(block(width + out, out) for width, out in up)
         self.conv_out = nn.Conv2d(widths[0], out_width, 3, padding=1)
+
+    @property
+    def last_layer(self) -> nn.Conv2d:
+        """The layer that gives the output."""
+        return self.conv_out
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, H, W) → (B, out, H, W)."""
@@ -203,6 +212,11 @@ class ViT(nn.Module):
         )
         self.norm_out = nn.LayerNorm(config.width)
         self.out = nn.Linear(config.width, out_width)
+
+    @property
+    def last_layer(self) -> nn.Linear:
+        """The layer that gives the output."""
+        return self.out
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, H, W) → (B, out, H, W)."""

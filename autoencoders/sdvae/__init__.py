@@ -30,6 +30,8 @@ class SDVAEEncoderConfig(Config):
     """Width of each resolution, as a multiple of `channels`; between two, the image is halved."""
     blocks: Depth = 2
     """Residual blocks at each resolution."""
+    group_channels: Width = 1
+    """Least channels in a group of a GroupNorm, which has at most 32 groups."""
 
     @property
     def downsampling(self) -> int:
@@ -47,11 +49,17 @@ class SDVAEEncoder(nn.Module):
         super().__init__()
         self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
         widths = [config.channels, *(config.channels * m for m in config.multipliers)]
-        self.levels = _levels(widths, config.blocks, "group", "downsample", Downsample)
-        self.middle = middle(widths[-1])
-        self.norm_out = group_norm(widths[-1])
+        least = config.group_channels
+        self.levels = _levels(widths, config.blocks, "group", least, "downsample", Downsample)
+        self.middle = middle(widths[-1], "group", least)
+        self.norm_out = group_norm(widths[-1], least)
         moments = (2 if config.variance else 1) * latent_channels
         self.conv_out = nn.Conv2d(widths[-1], moments, 3, padding=1)
+
+    @property
+    def last_layer(self) -> nn.Conv2d:
+        """The layer that gives the moments."""
+        return self.conv_out
 
     def forward(self, images: Tensor) -> Tensor:
         x = channels_last(images.to(self.conv_in.weight.dtype))
@@ -71,6 +79,8 @@ class SDVAEDecoderConfig(Config):
     """Residual blocks at each resolution, as the encoder counts them: the decoder has one more."""
     norm: Norm = "group"
     """group: GroupNorm before each convolution. smc: self-modulated convolution instead."""
+    group_channels: Width = 1
+    """Least channels in a group of a GroupNorm, which has at most 32 groups."""
     output: Literal["image", "wavelet"] = "image"
     """image; wavelet: Haar sub-bands at half the size, then their inverse; one multiplier fewer."""
 
@@ -101,11 +111,12 @@ class SDVAEDecoder(nn.Module):
         super().__init__()
         widths = [config.channels * m for m in reversed(config.multipliers)]
         self.conv_in = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
-        self.middle = middle(widths[0], config.norm)
+        norm, least = config.norm, config.group_channels
+        self.middle = middle(widths[0], norm, least)
         self.levels = _levels(
-            [widths[0], *widths], config.blocks + 1, config.norm, "upsample", Upsample
+            [widths[0], *widths], config.blocks + 1, norm, least, "upsample", Upsample
         )
-        self.norm_out = group_norm(widths[-1]) if config.norm == "group" else nn.Identity()
+        self.norm_out = group_norm(widths[-1], least) if norm == "group" else nn.Identity()
         self.wavelet = config.output == "wavelet"
         self.conv_out = nn.Conv2d(widths[-1], 4 * 3 if self.wavelet else 3, 3, padding=1)
 
@@ -125,12 +136,18 @@ class SDVAEDecoder(nn.Module):
 
 # ---------------------------------------------------------------------------------- levels
 def _levels(
-    widths: Sequence[int], blocks: int, norm: Norm, change: str, resample: type[nn.Module]
+    widths: Sequence[int],
+    blocks: int,
+    norm: Norm,
+    least: int,
+    change: str,
+    resample: type[nn.Module],
 ) -> nn.ModuleList:
     """Residual blocks at each resolution; `resample`, named `change`, between two resolutions.
 
     Args:
         widths: of the input, then of each resolution.
+        least: channels in a group of a GroupNorm, at least.
     """
     levels = nn.ModuleList()
     for in_width, out_width in pairwise(widths):
@@ -138,6 +155,8 @@ def _levels(
             levels[-1].add_module(change, resample(in_width))
         layers = [in_width] + blocks * [out_width]
         level = nn.Sequential()
-        level.blocks = nn.Sequential(*(ResidualBlock(a, b, norm) for a, b in pairwise(layers)))
+        level.blocks = nn.Sequential(
+            *(ResidualBlock(a, b, norm, least) for a, b in pairwise(layers))
+        )
         levels.append(level)
     return levels

@@ -14,7 +14,6 @@ All else is a matter of names. Models go in and out as the tree of an `Autoencod
 weights by our names, bit for bit: the class itself stands above this module.
 """
 
-import math
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from autoencoders.layers import count_groups
 from autoencoders.sdvae import SDVAEDecoderConfig, SDVAEEncoderConfig
 from ldm.checkpoint import refuse_damaged, to_safetensors
 from ldm.errors import LdmError
@@ -114,12 +114,19 @@ def tree_from_diffusers(described: Mapping[str, Any]) -> dict[str, Any]:
     widths, blocks = described["block_out_channels"], described["layers_per_block"]
     sizes = _sizes(widths[0] if widths else 0, widths, blocks)
     groups = described.get("norm_num_groups", GROUPS)
-    if groups_of(widths) != groups:
+    least = next((c for c in (1, _channels(widths, groups)) if groups_of(widths, c) == groups), 0)
+    if not least:
         raise LdmError(
             f"norm_num_groups is {groups}; here widths {widths} are normalised in "
             f"{groups_of(widths) or 'unequal numbers of'} groups"
         )
+    sizes["group_channels"] = least
     return _tree(described["latent_channels"], conv1x1, sizes, sizes)
+
+
+def _channels(widths: Sequence[int], groups: Any) -> int:
+    """Channels in a group of the smallest width; 1 where there is no such number."""
+    return max(min(widths) // groups, 1) if type(groups) is int and groups > 0 else 1
 
 
 def diffusers_config(
@@ -130,7 +137,7 @@ def diffusers_config(
     if config.encoder.multipliers[0] != 1:
         first = config.encoder.multipliers[0]
         raise _cannot("diffusers", f"encoder.multipliers begin with {first}")
-    groups = groups_of(widths)
+    groups = groups_of(widths, *_least_of(config))
     if config.codes or not config.encoder.variance:
         raise _cannot("diffusers", "it has a quantizer, or an encoder without a variance")
     if groups is None:
@@ -203,9 +210,13 @@ def check_settings(settings: Mapping[str, Any], path: Path | str) -> None:
         raise LdmError(f"{path}: force_upcast is {upcast!r}, neither true nor false")
 
 
-def groups_of(widths: Sequence[int]) -> int | None:
-    """The number of groups in each of our GroupNorms of these widths; None where it varies."""
-    found = {math.gcd(GROUPS, width) for width in widths}
+def groups_of(widths: Sequence[int], *least: int) -> int | None:
+    """The number of groups in each of our GroupNorms of these widths; None where it varies.
+
+    Args:
+        least: channels in a group, at least: of each part.
+    """
+    found = {count_groups(width, channels) for width in widths for channels in least or (1,)}
     return found.pop() if len(found) == 1 else None
 
 
@@ -343,8 +354,8 @@ def write_compvis(path: Path, ae: nn.Module) -> list[Path]:
     """Write one file by CompVis's names, a `.safetensors` or a `.ckpt` by its ending."""
     config: Any = ae.config
     widths = _plain_widths(config, "compvis")
-    if groups_of(widths) != GROUPS:
-        raise _cannot("compvis", f"widths {widths} are no multiples of {GROUPS}")
+    if groups_of(widths, *_least_of(config)) != GROUPS:
+        raise _cannot("compvis", f"widths {widths} are not normalised in {GROUPS} groups")
     if not config.conv1x1:
         raise _cannot("compvis", "it has no 1×1 convolutions around the latent (conv1x1)")
     if config.encoder.variance == bool(config.codes):
@@ -389,6 +400,11 @@ def _plain_widths(config: Any, to: str) -> list[int]:
     if down != up or encoder.blocks != decoder.blocks:
         raise _cannot(to, "encoder and decoder differ in widths or blocks")
     return down
+
+
+def _least_of(config: Any) -> tuple[int, int]:
+    """The least channels in a group, of encoder and decoder."""
+    return config.encoder.group_channels, config.decoder.group_channels
 
 
 def _cannot(to: str, why: str) -> LdmError:

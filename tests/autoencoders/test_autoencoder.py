@@ -19,6 +19,7 @@ from ldm.checkpoint import ModelFile, save_model
 from ldm.config import list_presets, preset_summary, resolve, to_tree
 from ldm.errors import LdmError, UsageError
 from tests.autoencoders.parameters import count
+from tests.golden import LITEVAE_ENCODER_PARAMETERS
 
 OUR_PRESETS = {"litevae-s", "litevae-b", "litevae-m", "litevae-l", "sdvae", "sdvae-small", "tiny"}
 F = {"litevae-b-f4": 4, "litevae-b-f16": 16}  # 8, all others
@@ -57,6 +58,17 @@ def test_no_preset_of_the_papers_is_missing():
     assert OUR_PRESETS | {"dwt", "dwt-2", *F} <= set(list_presets("ae"))
 
 
+@pytest.mark.parametrize("size", "sbml")
+def test_plus_presets_are_the_papers_but_for_what_they_say(size):
+    net = {"group_channels": 4}
+    encoder = {"shortcut": "wavelet", "extractor": net, "aggregator": net}
+    with torch.device("meta"):
+        plus = build_autoencoder(f"litevae-{size}-plus")
+        changed = build_autoencoder(f"litevae-{size}", encoder=encoder, initial_logvar=-5)
+    assert plus.config == changed.config
+    assert count(plus.encoder) == LITEVAE_ENCODER_PARAMETERS[f"litevae-{size}"]
+
+
 def test_defaults_are_litevae_b():
     assert build_autoencoder("litevae-b").config == AutoencoderConfig()
 
@@ -81,6 +93,44 @@ def test_overrides_reach_into_sections():
     assert isinstance(ae.decoder.middle[0].conv1, SelfModulatedConv2d)
     assert isinstance(plain.quant_conv, nn.Identity)
     assert plain.config.latent_channels == 12
+
+
+def test_least_channels_reach_every_group():
+    net = {"channels": 32, "group_channels": 4}
+    decoder = {"channels": 32, "group_channels": 4, "norm": "group"}
+    with torch.device("meta"):
+        for overrides in (
+            {"encoder": {"extractor": net, "aggregator": net}},
+            {"encoder": {"type": "sdvae", **net}},
+        ):
+            ae = build_autoencoder("tiny", decoder=decoder, **overrides)
+            norms = [m for m in ae.modules() if isinstance(m, nn.GroupNorm)]
+            assert min(m.num_channels // m.num_groups for m in norms) == 4
+            assert all(any(m in part.modules() for m in norms) for part in (ae.encoder, ae.decoder))
+
+
+@pytest.mark.parametrize("conv1x1", [False, True])
+@pytest.mark.parametrize(
+    "encoder",
+    [
+        {},
+        {"shortcut": "wavelet"},
+        {"type": "sdvae", "channels": 8},
+        {"aggregator": {"type": "vit", "width": 16, "heads": 2}},
+    ],
+)
+def test_the_log_variance_begins_lower_and_the_mean_where_it_did(encoder, conv1x1, images):
+    def fresh(logvar):
+        torch.manual_seed(0)
+        decoder = {"channels": 8, "multipliers": [1, 2, 2, 2]}
+        return build_autoencoder(
+            "tiny", encoder=encoder, decoder=decoder, conv1x1=conv1x1, initial_logvar=logvar
+        ).encode(images)
+
+    with torch.no_grad():
+        usual, lower = fresh(0), fresh(-5)
+    assert torch.equal(lower.mean, usual.mean)
+    torch.testing.assert_close(lower.logvar, usual.logvar - 5)
 
 
 def test_the_1x1_convolutions_keep_their_keys_in_files():
@@ -120,6 +170,17 @@ def test_keys_a_person_types():
         ({"encoder": {"type": "vit"}}, "'encoder': "),
         ({"encoder": {"extractor": {"multipliers": []}}}, "'encoder.extractor.multipliers': "),
         ({"decoder": {"norm": "batch"}}, "'decoder.norm': "),
+        ({"encoder": {"shortcut": "dwt"}}, "'encoder.shortcut': "),
+        ({"encoder": {"extractor": {"group_channels": 0}}}, "'encoder.extractor.group_channels'"),
+        ({"initial_logvar": -31}, "'initial_logvar': "),
+        (
+            {"initial_logvar": -5, "encoder": {"type": "sdvae", "variance": False}},
+            "initial_logvar needs an encoder that learns a log-variance",
+        ),
+        (
+            {"initial_logvar": -5, "encoder": {"type": "dwt"}, "latent_channels": 12},
+            "initial_logvar needs an encoder that learns a log-variance",
+        ),
         (
             {"decoder": {"multipliers": [1, 2]}},
             "upsamples 2×, the encoder downsamples 8×: set encoder.depth=1, or give "

@@ -33,6 +33,20 @@ def test_groups_are_32_or_the_largest_power_of_two(width, groups):
     assert group_norm(width).num_groups == groups
 
 
+@pytest.mark.parametrize(
+    ("width", "least", "groups"),
+    [(32, 4, 8), (48, 4, 8), (96, 4, 16), (128, 4, 32), (32, 5, 4), (8, 16, 1), (12, 2, 4)],
+)
+def test_groups_hold_the_least_number_of_channels(width, least, groups):
+    assert group_norm(width, least).num_groups == groups
+
+
+@pytest.mark.parametrize("norm", ["group", "smc"])
+def test_least_channels_reach_every_norm_of_a_middle(norm):
+    found = [m for m in middle(32, norm, least=4).modules() if isinstance(m, nn.GroupNorm)]
+    assert [m.num_groups for m in found] == [8] * (5 if norm == "group" else 1)
+
+
 def modulated_by_the_equation(conv, eps):
     """Equation 3, one weight at a time, in Python's own float64."""
     weight, scales = conv.weight.tolist(), conv.scales.tolist()

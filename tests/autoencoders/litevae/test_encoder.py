@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from autoencoders import AutoencoderConfig, build_autoencoder
-from autoencoders.litevae.encoder import LiteVAEEncoder, LiteVAEEncoderConfig
+from autoencoders.litevae.encoder import LiteVAEEncoder, LiteVAEEncoderConfig, wavelet_latents
 from ldm.config import merge, resolve, validate
 from ldm.errors import LdmError, UsageError
 from tests.autoencoders.parameters import count
@@ -29,6 +29,8 @@ VARIANTS = {
     "db2": {"wavelet": "db2"},
     "sym4": {"wavelet": "sym4"},
     "bior2.2": {"wavelet": "bior2.2"},
+    "shortcut": {"shortcut": "wavelet"},
+    "groups": {"extractor": UNET | {"group_channels": 4}},
     "all": {"shared": True, "levels": [2, 4], "depth": 4, "wavelet": "db2", **NAFNET, **VIT},
 }
 
@@ -72,6 +74,8 @@ def test_forward_is_the_papers_with_every_level_from_the_image(options):
         extractor = encoder.extractors[0 if options.get("shared") else i]
         features.append(F.adaptive_avg_pool2d(extractor(sub_bands), grid))
     expected = encoder.aggregator(torch.cat(features, dim=1))
+    if options.get("shortcut"):
+        expected[:, :4] += wavelet_latents(sub_bands, 4)
     assert expected.shape == (2, 8, *grid)
     torch.testing.assert_close(encoder(images), expected, rtol=1e-4, atol=1e-5)
 
@@ -122,6 +126,54 @@ def test_sub_bands_of_a_flat_image_stay_in_its_range():
     for sub_bands in seen:
         torch.testing.assert_close(sub_bands[:, :3], torch.full_like(sub_bands[:, :3], 0.5))
         assert sub_bands[:, 3:].abs().max() == 0
+
+
+# luminance and two colour differences of (R, G, B): orthonormal
+COLOURS = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])
+
+
+def by_a_matrix(sub_bands, n_z):
+    """The shortcut as a matrix of n_z rows over LL, H, V, D of R, G, B."""
+    order = [(0, c) for c in range(3)] + [(band, c) for c in range(3) for band in (1, 2, 3)]
+    rows = np.zeros((12, 4, 3))
+    for row, (band, colour) in zip(rows, order, strict=True):
+        row[band] = COLOURS[colour]
+    matrix = rows.reshape(12, 12) if n_z < 12 else np.eye(max(n_z, 12))[:, :12]
+    np.testing.assert_allclose(matrix.T @ matrix, np.eye(12), atol=1e-12)  # it keeps the energy
+    return torch.einsum("oc,bchw->bohw", torch.from_numpy(matrix[:n_z]), sub_bands)
+
+
+@pytest.mark.parametrize("n_z", [1, 2, 3, 4, 8, 11, 12, 16])
+def test_the_shortcut_is_an_orthonormal_matrix(n_z):
+    sub_bands = pictures(2, 12, 3, 5).double()
+    found = wavelet_latents(sub_bands, n_z)
+    assert found.shape == (2, n_z, 3, 5)
+    torch.testing.assert_close(found, by_a_matrix(sub_bands, n_z), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"levels": [1, 2]}, {"wavelet": "db2"}, VIT])
+def test_the_shortcut_adds_the_deepest_sub_bands_to_the_mean_alone(options):
+    plain, ours = (small(**options, shortcut=kind) for kind in ("none", "wavelet"))
+    assert ours.state_dict().keys() == plain.state_dict().keys()
+    images = pictures(2, 3, 32, 32)
+    low, edges, *_ = pywt.wavedec2(
+        images.numpy(), options.get("wavelet", "haar"), "periodization", level=3
+    )
+    sub_bands = torch.from_numpy(np.concatenate([low, *edges], axis=1)) / 8
+    added = ours(images) - plain(images)
+    torch.testing.assert_close(added[:, :4], wavelet_latents(sub_bands, 4), rtol=1e-4, atol=1e-5)
+    assert not added[:, 4:].any()
+
+
+def test_the_shortcut_is_exact_where_the_networks_are_not():
+    encoder = small(shortcut="wavelet")
+    torch.nn.init.zeros_(encoder.last_layer.weight)
+    torch.nn.init.zeros_(encoder.last_layer.bias)
+    images = pictures(1, 3, 32, 32)
+    expected = encoder(images)
+    assert expected[:, :4].any()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(encoder(images), expected)
 
 
 def test_parameters_of_the_ablations():

@@ -143,15 +143,22 @@ def small(encoder=SIZES, decoder=SIZES, **config):
 
 @torch.no_grad()
 @pytest.mark.parametrize("conv1x1", [True, False])
-@pytest.mark.parametrize("channels", [32, 16])  # 16: sixteen groups
-def test_diffusers_opens_the_folder_and_answers_the_same(tmp_path, conv1x1, channels):
-    sizes = SIZES | {"channels": channels, "multipliers": [1, 3]}
+@pytest.mark.parametrize(
+    ("sizes", "groups"),
+    [
+        ({"multipliers": [1, 3]}, 32),
+        ({"channels": 16, "multipliers": [1, 3]}, 16),
+        ({"multipliers": [1, 1], "group_channels": 4}, 8),
+    ],
+)
+def test_diffusers_opens_the_folder_and_answers_the_same(tmp_path, conv1x1, sizes, groups):
+    sizes = SIZES | sizes
     ours = small(sizes, sizes, conv1x1=conv1x1, latent_channels=6)
     written = write_diffusers(tmp_path / "vae", ours, scaling_factor=0.5)
     assert all(path.is_file() for path in written)
     theirs, unused = AutoencoderKL.from_pretrained(tmp_path / "vae", output_loading_info=True)
     assert not any(unused.values())
-    assert theirs.config.scaling_factor == 0.5 and theirs.config.norm_num_groups == channels
+    assert theirs.config.scaling_factor == 0.5 and theirs.config.norm_num_groups == groups
     images = torch.rand(1, 3, 32, 48) * 2 - 1
     expected, posterior = theirs.encode(images).latent_dist, ours.encode(images)
     torch.testing.assert_close(posterior.mean, expected.mean, rtol=0, atol=1e-4)
@@ -162,8 +169,9 @@ def test_diffusers_opens_the_folder_and_answers_the_same(tmp_path, conv1x1, chan
     )
 
 
-def test_round_trips_are_bit_equal(tmp_path):
-    ours = small()
+@pytest.mark.parametrize("sizes", [{}, {"multipliers": [1, 1], "group_channels": 4}])
+def test_round_trips_are_bit_equal(tmp_path, sizes):
+    ours = small(*[SIZES | sizes] * 2)
     write_diffusers(tmp_path / "a", ours)
     theirs = AutoencoderKL.from_pretrained(tmp_path / "a")
     theirs.save_pretrained(tmp_path / "b")  # ours → theirs → ours
@@ -237,6 +245,7 @@ def test_published_config_is_the_sdvae_preset():
         (lambda: small(decoder=SIZES | {"blocks": 2}), "encoder and decoder differ"),
         (lambda: small(decoder=SIZES | {"channels": 64}), "encoder and decoder differ"),
         (lambda: small(*[SIZES | {"channels": 16}] * 2), "in unequal numbers of groups"),
+        (lambda: small(decoder=SIZES | {"group_channels": 4}), "in unequal numbers of groups"),
         (lambda: small(*[SIZES | {"multipliers": [2, 2]}] * 2), "multipliers begin with 2"),
     ],
 )
@@ -250,7 +259,7 @@ def test_models_that_diffusers_cannot_express_are_refused(tmp_path, ae, said):
 def test_models_that_compvis_cannot_express_are_refused(tmp_path):
     sizes = SIZES | {"channels": 16}
     for ae, said in (
-        (small(sizes, sizes), "no multiples of 32"),
+        (small(sizes, sizes), "not normalised in 32 groups"),
         (small(conv1x1=False), "no 1×1 convolutions"),
         (build_autoencoder("tiny"), "encoder.type=litevae"),
     ):
@@ -330,10 +339,19 @@ def test_folder_with_only_a_pickle_is_read_without_running_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("widths", "groups"), [((32, 64, 96), 32), ((16, 48), 16), ((16, 32), None), ((8, 24), 8)]
+    ("widths", "least", "groups"),
+    [
+        ((32, 64, 96), (), 32),
+        ((16, 48), (), 16),
+        ((16, 32), (), None),
+        ((8, 24), (), 8),
+        ((128, 256), (4, 4), 32),
+        ((32, 96), (4, 4), None),
+        ((32, 64), (1, 2), None),
+    ],
 )
-def test_groups_are_counted_only_where_equal(widths, groups):
-    assert groups_of(widths) == groups
+def test_groups_are_counted_only_where_equal(widths, least, groups):
+    assert groups_of(widths, *least) == groups
 
 
 def test_truncated_file_is_damaged(tmp_path):
