@@ -205,7 +205,7 @@ def _update_generator(
     if weight > 0:
         # unwrapped and frozen: gradients pass through it to the generator, and it gets none
         with frozen(state.discriminator) as discriminator, run.autocast():
-            terms["adversarial"] = objective.generator_loss(discriminator(out.recon))
+            terms["adversarial"] = objective.generator_loss(discriminator(in_range(out.recon)))
         if log_gradients or adversarial.weighting == "adaptive":
             last = finetune.last_learned(state.autoencoder, state.recipe)
             recon_loss = objective.recon_total(terms)
@@ -226,6 +226,7 @@ def _update_discriminator(
     run: Run, state: AutoencoderState, images: Tensor, recon: Tensor, boxes: Tensor | None
 ) -> dict[str, Tensor | float]:
     """Update the discriminator on real images and their reconstructions; return its terms."""
+    recon = in_range(recon)
     batches_of_images = [images, recon]
     adversarial = state.recipe.adversarial
     if boxes is not None:
@@ -250,6 +251,15 @@ def _update_discriminator(
     if norm is not None:
         terms["discriminator_gradient_norm"] = norm
     return terms
+
+
+def in_range(recon: Tensor) -> Tensor:
+    """Clip reconstructions to [−1, 1], where all images are, for the discriminator.
+
+    Outside, nothing real has shaped its logits: they grow with the distance, and the hinge loss
+    would pay the decoder for any distance. A pixel outside gets no adversarial gradient.
+    """
+    return recon.clamp(-1, 1)
 
 
 # -------------------------------------------------------------------------------- the loop

@@ -10,6 +10,7 @@ from PIL import Image
 
 from autoencoders import Autoencoder, load_autoencoder
 from autoencoders.losses import Objective
+from autoencoders.sdvae import SDVAEDecoder
 from ldm.checkpoint import load_model
 from ldm.distributed import make_accelerator
 from ldm.errors import LdmError
@@ -283,6 +284,25 @@ def test_generator_terms_do_not_reach_the_discriminator(tmp_path):
     for a, b in zip(one[2].gradients, many[2].gradients, strict=True):
         assert torch.equal(a, b)
     assert all(p.requires_grad for p in one[5].parameters())
+
+
+def test_the_discriminator_pays_nothing_outside_the_range_of_images(tmp_path, monkeypatch):
+    """Farther out its logits grow, and the hinge loss of them has no bound."""
+    decode = SDVAEDecoder.forward
+
+    def step(beyond):
+        monkeypatch.setattr(SDVAEDecoder, "forward", lambda self, z: decode(self, z) + beyond)
+        _, opt_ae, opt_discriminator, terms, *_ = gradients(tmp_path, 1.0, "adversarial.cutmix=1")
+        return opt_ae.gradients, opt_discriminator.gradients, terms
+
+    inside, out, farther = step(0), step(10), step(1000)
+    assert any(g is not None and g.any() for g in inside[0])
+    for gradient in (*out[0], *farther[0]):
+        assert gradient is None or not gradient.any()
+    for a, b in zip(out[1], farther[1], strict=True):
+        assert torch.equal(a, b)
+    for name in ("adversarial", "discriminator", "logit_fake", "cutmix"):
+        assert out[2][name] == farther[2][name] != inside[2][name], name
 
 
 def test_adaptive_weight_is_the_gradient_ratio_at_the_last_layer(tmp_path):
