@@ -1,0 +1,301 @@
+"""Distil an encoder and fine-tune a decoder, from small autoencoders that are trained here.
+
+    python -m benchmarks.fine_tuning distil photographs/ --held-out 100
+    python -m benchmarks.fine_tuning finetune photographs/ --held-out 100
+
+All networks have a quarter of the published widths, and images 64², for a CPU.
+
+`distil` trains a teacher, SD-VAE with 16 latent channels as SD3's has, on a folder of images;
+distils LiteVAE-B's encoder from it; trains a diffusion model on the teacher's latents; and edits
+and inpaints held-out images by that model with either encoder. `finetune` trains SD-VAE on the
+built-in photographs, and then its decoder alone on the folder.
+
+After an interruption, the same command resumes. Writes distil.md or finetune.md, its numbers as
+JSON, and its pictures, to --out.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoencoders import Autoencoder, load_autoencoder
+from benchmarks.comparison import add_out, describe_machine, make_parser
+from ldm.charts import drawing, line_style
+from ldm.data import Source, open_source, sheet_images
+from ldm.device import time_interleaved
+from ldm.errors import LdmError
+from ldm.files import write_atomically, write_json
+from ldm.images import save_grid, to_float
+from ldm.logbook import read_rows
+from ldm.tables import markdown_table
+from pipelines import LatentDiffusionPipeline
+from pipelines.recipes import load_recipe
+from pipelines.train_autoencoder import train_autoencoder
+from pipelines.train_diffusion import train_diffusion
+from pipelines.validation import compare_with_teacher, evaluate_autoencoder
+
+CPU = torch.device("cpu")
+RESOLUTION = 64
+COLUMNS = 8
+# SD-VAE's smallest group at full width has 4 channels too
+SD_VAE = [
+    "latent_channels=16", "encoder.group_channels=4", "decoder.group_channels=4",
+    "decoder.norm=group",
+]  # fmt: skip
+LITEVAE = [
+    "encoder.extractor.channels=8", "encoder.extractor.group_channels=4",
+    "encoder.aggregator.channels=8", "encoder.aggregator.group_channels=4",
+]  # fmt: skip
+LOSS = ["loss.lpips=0", "loss.l2=1", "loss.gaussian=0", "loss.wavelet=0.25"]
+TRAINING = [
+    "batch_size=4", "betas=[0.9,0.99]", "warmup_images=400", "ema_half_life_images=2000",
+    "adversarial.weight=0", "discriminator={channels: 16, multipliers: [1, 2]}",
+    "run={log_every_steps: 50, validate_every_steps: 250, save_every_steps: 250, keep_states: 1}",
+]  # fmt: skip
+
+
+def main() -> None:
+    """Parse, train what is asked for, write its page."""
+    parser = make_parser(__doc__)
+    parser.add_argument("part", choices=("distil", "finetune"))
+    parser.add_argument("images", help="folder of images, zip or shards")
+    parser.add_argument("--held-out", type=int, default=100, help="images that are only measured")
+    parser.add_argument("--steps", type=int, default=4000, help="of the first training")
+    add_out(parser, "docs/results/fine-tuning")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/fine-tuning"), help="folder of the trainings"
+    )
+    given = parser.parse_args()
+    try:
+        result = {"distil": distil, "finetune": finetune}[given.part](given)
+    except LdmError as error:
+        sys.exit(f"error: {error}")
+    result["machine"] = describe_machine(CPU, "fp32")
+    result["command"] = shlex.join(["python", "-m", "benchmarks.fine_tuning", *sys.argv[1:]])
+    write_json(given.out / f"{given.part}.json", result)
+    page = {"distil": distil_page, "finetune": finetune_page}[given.part](result)
+    write_atomically(given.out / f"{given.part}.md", page.encode())
+    print(f"wrote {given.out / given.part}.md")
+
+
+# -------------------------------------------------------------------------------- trainings
+def train(folder: Path, kind: str, preset: str, settings: Sequence[str]) -> Path:
+    """Train in a folder, or resume, or return what is finished."""
+    recipe = load_recipe(kind, preset, settings)
+    return {"diffusion": train_diffusion}.get(kind, train_autoencoder)(recipe, folder=folder)
+
+
+def data_of(given: argparse.Namespace) -> list[str]:
+    """Settings of the folder's images."""
+    return [
+        f"data={{source: {given.images}, held_out: {given.held_out}, workers: 0, crop: random}}"
+    ]
+
+
+def steps(count: int, lr: float) -> list[str]:
+    """Settings of an autoencoder's training: its length and learning rate."""
+    return [f"phases=[{{resolution: {RESOLUTION}, steps: {count}}}]", f"lr={lr}", *TRAINING]
+
+
+def distil(given: argparse.Namespace) -> dict[str, Any]:
+    """Train teacher, student and diffusion model; measure and draw."""
+    work, count = given.work, given.steps
+    data = data_of(given)
+    teacher_run = train(
+        work / "teacher", "ae", "sdvae-quarter", [*data, *SD_VAE, *LOSS, *steps(count, 1.5e-3)]
+    )
+    student_run = train(
+        work / "student", "recipes", "distil-b",
+        [*data, f"teacher.source={teacher_run}", *LITEVAE, *LOSS, *steps(count // 2, 1.5e-3)],
+    )  # fmt: skip
+    teacher, student = load_autoencoder(teacher_run), load_autoencoder(student_run)
+    held_out = held_out_images(given)
+    scores = {
+        name: evaluate_autoencoder(ae, held_out, RESOLUTION, 20, CPU)
+        for name, ae in (("teacher", teacher), ("student", student))
+    }
+    found = compare_with_teacher(student, teacher, held_out, RESOLUTION, 20, CPU)
+    images = to_float(sheet_images(held_out, RESOLUTION, COLUMNS))
+    with torch.no_grad():
+        seconds = time_interleaved(
+            {name: lambda ae=ae: ae.encode(images) for name, ae in
+             (("teacher", teacher), ("student", student))}, 20, CPU,
+        )  # fmt: skip
+        recons = [ae(images, sample=False).recon.clamp(-1, 1) for ae in (teacher, student)]
+    save_grid(torch.cat([images, *recons]), given.out / "distil.png", columns=COLUMNS)
+    draw_curves(given.out / "distil-curves.png", teacher_run, student_run, len(held_out))
+
+    diffusion = train(
+        work / "diffusion", "diffusion", "tiny",
+        [*data, f"autoencoder={teacher_run}", f"steps={count // 4}", "batch_size=16"],
+    )  # fmt: skip
+    draw_edits(given.out / "distil-edits.png", diffusion, (teacher, student), images)
+    return {
+        "held_out": len(held_out),
+        "steps": [count, count // 2],
+        "scores": scores,
+        "latents": found,
+        "images_per_second": {name: COLUMNS / s for name, s in seconds.items()},
+        "encoder_parameters": {"teacher": count_of(teacher), "student": count_of(student)},
+    }
+
+
+def finetune(given: argparse.Namespace) -> dict[str, Any]:
+    """Train on the built-in photographs, and the decoder alone on the folder; measure and draw."""
+    count = given.steps
+    before_run = train(
+        given.work / "built-in", "ae", "sdvae-quarter", [*SD_VAE, *LOSS, *steps(count, 1.5e-3)]
+    )
+    after_run = train(
+        given.work / "fine-tuned", "recipes", "finetune",
+        [*data_of(given), f"init.source={before_run}", *LOSS, *steps(count // 2, 5e-4)],
+    )  # fmt: skip
+    before, after = load_autoencoder(before_run), load_autoencoder(after_run)
+    held_out = held_out_images(given)
+    scores = {
+        name: evaluate_autoencoder(ae, held_out, RESOLUTION, 20, CPU)
+        for name, ae in (("before", before), ("after", after))
+    }
+    images = to_float(sheet_images(held_out, RESOLUTION, len(held_out)))
+    with torch.no_grad():
+        a, b = (ae.encode(images) for ae in (before, after))
+        shown = images[:COLUMNS]
+        recons = [ae(shown, sample=False).recon.clamp(-1, 1) for ae in (before, after)]
+    save_grid(torch.cat([shown, *recons]), given.out / "finetune.png", columns=COLUMNS)
+    return {
+        "held_out": len(held_out),
+        "steps": [count, count // 2],
+        "scores": scores,
+        "latents_equal": torch.equal(a.mean, b.mean) and torch.equal(a.logvar, b.logvar),
+    }
+
+
+def held_out_images(given: argparse.Namespace) -> Source:
+    """Open the images of the folder that no training sees."""
+    return open_source(load_recipe("ae", "litevae-b", data_of(given)).data, "val", RESOLUTION)
+
+
+def count_of(ae: Autoencoder) -> int:
+    """The number of parameters of an encoder."""
+    return sum(parameter.numel() for parameter in ae.encoder.parameters())
+
+
+# -------------------------------------------------------------------------------- pictures
+def draw_curves(path: Path, teacher: Path, student: Path, held_out: int) -> None:
+    """Draw held-out PSNR of teacher and student, and the correlation of their latents."""
+    title, under = (
+        "A teacher, and LiteVAE's encoder distilled from it",
+        f"{held_out} held-out images",
+    )
+    with drawing(path, title, under, 2.8) as figure:
+        left, right = figure.subplots(1, 2)
+        for i, (name, run) in enumerate((("teacher", teacher), ("student", student))):
+            rows = [row for row in read_rows(run / "metrics.jsonl") if "val_psnr" in row]
+            seen = [row["images_seen"] for row in rows]
+            style = line_style(i) | {"marker": None}
+            left.plot(seen, [row["val_psnr"] for row in rows], label=name, **style)
+            if name == "student":
+                correlation = [row["val_latent_correlation"] for row in rows]
+                right.plot(seen, correlation, **style)
+        left.set(xlabel="images seen", ylabel="PSNR, dB")
+        right.set(xlabel="images seen", ylabel="least correlation of a channel")
+        left.legend()
+        for axes in (left, right):
+            axes.grid()
+
+
+def draw_edits(path: Path, run: Path, encoders: Sequence[Autoencoder], images: Tensor) -> None:
+    """Edit and inpaint images, by one diffusion model, with each autoencoder in turn.
+
+    Rows: images; edits, one row for each; images with the mask grey; inpainted, one row for each.
+    """
+    mask = torch.zeros(1, 1, RESOLUTION, RESOLUTION)
+    mask[..., RESOLUTION // 4 : 3 * RESOLUTION // 4, RESOLUTION // 4 : 3 * RESOLUTION // 4] = 1
+    pipe = LatentDiffusionPipeline.from_pretrained(run, "cpu")
+    edits, painted = [], []
+    for ae in encoders:
+        pipe.codec.autoencoder = ae
+        edits.append(pipe.edit(images, strength=0.4, seed=0))
+        painted.append(pipe.inpaint(images, mask, seed=0))
+    rows = [images, *edits, images * (1 - mask), *painted]
+    save_grid(torch.cat([torch.as_tensor(row) for row in rows]), path, columns=len(images))
+
+
+# ----------------------------------------------------------------------------------- pages
+def distil_page(result: dict[str, Any]) -> str:
+    """Format the page of `distil`."""
+    scores, found = result["scores"], result["latents"]
+    rows = [
+        (
+            name, f"{result['encoder_parameters'][which]:,}",
+            f"{scores[which]['psnr']:.2f}", f"{scores[which]['ssim']:.3f}",
+            f"{result['images_per_second'][which]:.0f}",
+        )
+        for name, which in (("SD-VAE, teacher", "teacher"), ("LiteVAE-B, student", "student"))
+    ]  # fmt: skip
+    channels = range(sum(key.startswith("latent_error_") for key in found))
+    errors, correlations = (
+        [found[f"latent_{what}_{c}"] for c in channels] for what in ("error", "correlation")
+    )
+    header = ("encoder", "parameters", "PSNR, dB", "SSIM", "encoded images/s")
+    return "\n".join([
+        "# An encoder distilled", "",
+        "LiteVAE-B's encoder, distilled into the latents of an SD-VAE. Both have a quarter of "
+        f"their widths. The teacher has {len(channels)} latent channels at f = 8, like SD3's, and "
+        f"was trained first, for {result['steps'][0]:,} steps of 4 images of {RESOLUTION}²; the "
+        f"student for {result['steps'][1]:,}. Measured on {result['held_out']} images that "
+        "neither saw.", "",
+        *markdown_table(header, rows), "",
+        f"- Latents: correlation {min(correlations):.4f} to {max(correlations):.4f} over the "
+        f"channels; error {min(errors):.3f} to {max(errors):.3f} of the teacher's standard "
+        "deviation (root mean square).",
+        f"- The student's reconstructions are {found['psnr_to_teacher']:.2f} dB from the "
+        "teacher's.", "",
+        "![Held-out PSNR, and correlation of the latents](distil-curves.png)", "",
+        "Images; the teacher's reconstructions; the student's:", "",
+        "![Images and reconstructions](distil.png)", "",
+        "A diffusion model, trained on the teacher's latents alone, edits and inpaints with either "
+        "encoder. Images; edited with the teacher's encoder; with the student's; masked; inpainted "
+        "with the teacher's; with the student's:", "",
+        "![Edited and inpainted images](distil-edits.png)", "",
+        *about(result),
+    ])  # fmt: skip
+
+
+def finetune_page(result: dict[str, Any]) -> str:
+    """Format the page of `finetune`."""
+    scores = result["scores"]
+    rows = [
+        (name, f"{scores[which]['psnr']:.2f}", f"{scores[which]['ssim']:.3f}")
+        for name, which in (("before", "before"), ("decoder fine-tuned", "after"))
+    ]
+    first, then = result["steps"]
+    equal = "equal to the bit" if result["latents_equal"] else "NOT equal"
+    return "\n".join([
+        "# A decoder fine-tuned", "",
+        f"SD-VAE at a quarter of its widths, trained on the built-in photographs for {first:,} "
+        f"steps of 4 at {RESOLUTION}²; then its decoder alone for {then:,} steps on other "
+        f"photographs, of which {result['held_out']} are held out and measured here.", "",
+        *markdown_table(("", "PSNR, dB", "SSIM"), rows), "",
+        f"The latents of all {result['held_out']} images, means and log-variances, are {equal} "
+        "before and after.", "",
+        "Images; reconstructions before; after:", "",
+        "![Images and reconstructions](finetune.png)", "",
+        *about(result),
+    ])  # fmt: skip
+
+
+def about(result: dict[str, Any]) -> list[str]:
+    """The machine and the command."""
+    machine = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
+    return [f"{machine}.", "", f"    {result['command']}", ""]
+
+
+if __name__ == "__main__":
+    main()

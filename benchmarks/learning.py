@@ -1,0 +1,242 @@
+"""How fast do encoders learn? Variants of LiteVAE and SD-VAE, trained over seeds and compared.
+
+    python -m benchmarks.learning photographs/ --held-out 100 --steps 2000
+    python -m benchmarks.learning photographs/ --only sdvae --only plus --share 1/2
+
+All have the same decoder and loss, and in each seed the same images in the same order. Every
+training is a run of its own in --work, and the same command resumes. `--share 1/2` and
+`--share 2/2` divide the runs between two processes; what is written then are the results of all
+that are finished. --channels is the base width of SD-VAE's encoder and of the decoder, 128 in the
+paper; LiteVAE's is a quarter of it. More settings follow the images:
+`'phases=[{resolution: 256, steps: 50000}]' batch_size=16`.
+
+PSNR is that of the averaged weights on held-out images. The time of a step is measured apart from
+the trainings, interleaved. Writes <name>.json, <name>.md and <name>.png to --out.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+
+from autoencoders import Autoencoder, build_autoencoder
+from benchmarks.comparison import add_out, describe_machine, make_parser
+from benchmarks.stage_one import Setting, training_step
+from ldm.charts import drawing, line_style
+from ldm.device import resolve_device, time_interleaved
+from ldm.errors import LdmError, UsageError
+from ldm.files import write_atomically, write_json
+from ldm.logbook import read_rows
+from ldm.run_folder import is_finished
+from ldm.tables import markdown_table
+from pipelines.recipes import AutoencoderRecipe, load_recipe
+from pipelines.train_autoencoder import train_autoencoder
+
+LITEVAE_GROUPS = ["encoder.extractor.group_channels=4", "encoder.aggregator.group_channels=4"]
+SD_VAE_GROUPS = ["encoder.group_channels=4"]
+LOGVAR = ["initial_logvar=-5"]
+SHORTCUT = ["encoder.shortcut=wavelet"]
+VARIANTS = {
+    "sdvae": ("sdvae-quarter", []),
+    "sdvae, 4 a group": ("sdvae-quarter", SD_VAE_GROUPS),
+    "sdvae, 4 a group, log-variance −5": ("sdvae-quarter", [*SD_VAE_GROUPS, *LOGVAR]),
+    "litevae": ("litevae-b-quarter", []),
+    "litevae, 4 a group": ("litevae-b-quarter", LITEVAE_GROUPS),
+    "litevae, log-variance −5": ("litevae-b-quarter", LOGVAR),
+    "litevae, 4 a group, log-variance −5": ("litevae-b-quarter", [*LITEVAE_GROUPS, *LOGVAR]),
+    "litevae, shortcut": ("litevae-b-quarter", SHORTCUT),
+    "litevae, shortcut, log-variance −5": ("litevae-b-quarter", [*SHORTCUT, *LOGVAR]),
+    "plus": ("litevae-b-quarter", [*LITEVAE_GROUPS, *SHORTCUT, *LOGVAR]),
+}
+"""Preset and settings of each; `plus` is that of the presets litevae-*-plus."""
+
+Curve = dict[int, float]
+"""Held-out PSNR by step."""
+
+
+def main() -> None:
+    """Parse, train this process's share, write the results of all that is finished."""
+    parser = make_parser(__doc__)
+    parser.add_argument("images", help="folder of images, zip or shards")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of all recipes")
+    parser.add_argument("--held-out", type=int, default=100, help="images that are only measured")
+    parser.add_argument("--only", action="append", choices=VARIANTS, help="variant; repeatable")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--every", type=int, default=100, help="steps between measurements")
+    parser.add_argument("--latent-channels", type=int, default=12)
+    parser.add_argument("--channels", type=int, default=32, help="base width of the decoder")
+    parser.add_argument("--share", default="1/1", metavar="I/N", help="runs of this process")
+    parser.add_argument("--name", default="learning", help="of the files written")
+    add_out(parser)
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/learning"), help="folder of the trainings"
+    )
+    given = parser.parse_args()
+    try:
+        index, shares = map(int, given.share.split("/"))
+        cells = [(name, seed) for seed in range(given.seeds) for name in given.only or VARIANTS]
+        for name, seed in cells[index - 1 :: shares]:
+            train_autoencoder(recipe_of(given, name, seed), folder=folder_of(given, name, seed))
+        write_results(given, cells)
+    except LdmError as error:
+        sys.exit(f"error: {error}")
+
+
+def recipe_of(given: argparse.Namespace, name: str, seed: int) -> AutoencoderRecipe:
+    """The recipe of a variant: the preset's, at the sizes that were asked for."""
+    preset, settings = VARIANTS[name]
+    width, litevae = given.channels, given.channels // 4
+    widths = {
+        "sdvae-quarter": [f"encoder.channels={width}"],
+        "litevae-b-quarter": [
+            f"encoder.extractor.channels={litevae}", f"encoder.aggregator.channels={litevae}",
+        ],
+    }  # fmt: skip
+    return load_recipe("ae", preset, [
+        f"data={{source: {given.images}, held_out: {given.held_out}, workers: 0}}",
+        f"phases=[{{resolution: 64, steps: {given.steps}}}]",
+        f"latent_channels={given.latent_channels}", f"decoder.channels={width}",
+        f"run={{seed: {seed}, validate_every_steps: {given.every}, save_every_steps: 250, "
+        "keep_states: 1, log_every_steps: 50}",
+        *widths[preset], *settings, *given.settings,
+    ])  # fmt: skip
+
+
+def folder_of(given: argparse.Namespace, name: str, seed: int) -> Path:
+    """The folder of a variant's run."""
+    file = name.replace(", ", "+").replace(" ", "-").replace("−", "minus-")
+    size = f"{given.channels}-channels-{given.latent_channels}-latents-{given.steps}-steps"
+    return Path(given.work) / size / f"{file}-seed-{seed}"
+
+
+# -------------------------------------------------------------------------------- results
+def write_results(given: argparse.Namespace, cells: list[tuple[str, int]]) -> None:
+    """Write the numbers, the table and the curves of the runs that are finished."""
+    curves: dict[str, list[Curve]] = {}
+    for name, seed in cells:
+        folder = folder_of(given, name, seed)
+        if is_finished(folder):
+            curves.setdefault(name, []).append(curve_of(folder, recipe_of(given, name, seed)))
+    if not curves:
+        raise UsageError("no training is finished yet")
+    recipe = recipe_of(given, *cells[0])
+    device = resolve_device(recipe.run.device)
+    seconds = seconds_a_step(given, curves, device)
+    facts = {
+        "machine": describe_machine(device, recipe.run.precision),
+        "command": shlex.join(["python", "-m", "benchmarks.learning", *sys.argv[1:]]),
+        "psnr": curves,
+        "seconds_a_step": seconds,
+    }
+    write_json(given.out / f"{given.name}.json", facts)
+    page = page_of(given, recipe, curves, seconds, facts)
+    write_atomically(given.out / f"{given.name}.md", page.encode())
+    draw(given.out / f"{given.name}.png", given, curves, seconds)
+    print(page)
+
+
+def curve_of(folder: Path, recipe: AutoencoderRecipe) -> Curve:
+    """Read a run's held-out PSNR by step."""
+    rows = read_rows(folder / "metrics.jsonl")
+    return {
+        round(row["images_seen"] / recipe.batch_size): row["val_psnr"]
+        for row in rows
+        if "val_psnr" in row
+    }
+
+
+def seconds_a_step(
+    given: argparse.Namespace, curves: Mapping[str, Any], device: torch.device
+) -> dict[str, float]:
+    """Time a training step of each variant: encode, sample, decode, ℓ1, backward, Adam."""
+    recipe = recipe_of(given, next(iter(curves)), 0)
+    side = recipe.phases[-1].resolution
+    setting = Setting(device, recipe.batch_size, side, repeats=10)
+    shape = (recipe.batch_size, 3, side, side)
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    calls = {
+        name: training_step(model_of(given, name), setting, images.to(device)) for name in curves
+    }
+    return time_interleaved(calls, setting.repeats, device)
+
+
+def model_of(given: argparse.Namespace, name: str) -> Autoencoder:
+    """The fresh autoencoder of a variant."""
+    return build_autoencoder(recipe_of(given, name, 0).model)
+
+
+def page_of(
+    given: argparse.Namespace,
+    recipe: AutoencoderRecipe,
+    curves: Mapping[str, list[Curve]],
+    seconds: Mapping[str, float],
+    facts: Mapping[str, Any],
+) -> str:
+    """Format the page: PSNR at a few steps, with its spread over seeds, and time."""
+    last = recipe.phases[-1]
+    shown = [round(last.steps * share) for share in (0.05, 0.1, 0.2, 0.5, 1.0)]
+    shown = sorted({max(given.every, step // given.every * given.every) for step in shown})
+    rows = [
+        (
+            name, *(spread([curve[step] for curve in of_seeds]) for step in shown),
+            f"{len(of_seeds)}", f"{1000 * seconds[name]:.0f}",
+        )
+        for name, of_seeds in curves.items()
+    ]  # fmt: skip
+    header = ("encoder", *(f"{step:,} steps" for step in shown), "seeds", "ms a step")
+    machine = ", ".join(f"{key} {value}" for key, value in facts["machine"].items())
+    return "\n".join([
+        f"# How fast encoders learn: {given.latent_channels} latent channels", "",
+        f"Held-out PSNR in dB, mean ± standard deviation over seeds. {last.steps:,} steps of "
+        f"{recipe.batch_size} images of {last.resolution}²; the same decoder for all, base width "
+        f"{given.channels}.", "",
+        *markdown_table(header, rows), "",
+        f"![Held-out PSNR against steps and seconds]({given.name}.png)", "",
+        f"{machine}.", "", f"    {facts['command']}", "",
+    ])  # fmt: skip
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± standard deviation over seeds; one value alone."""
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{fmean(values):.2f} ± {stdev(values):.2f}"
+
+
+def draw(
+    path: Path,
+    given: argparse.Namespace,
+    curves: Mapping[str, list[Curve]],
+    seconds: Mapping[str, float],
+) -> None:
+    """Draw the means over seeds, against steps and seconds, in bands of their extremes."""
+    title = "Held-out PSNR while training, dB"
+    under = f"{given.latent_channels} latent channels; mean over seeds, and the range of all"
+    with drawing(path, title, under, 3.6 + 0.15 * len(curves)) as figure:
+        axes = figure.subplots(1, 2, sharey=True)
+        for i, (name, of_seeds) in enumerate(curves.items()):
+            steps = list(of_seeds[0])
+            values = [[curve[step] for curve in of_seeds] for step in steps]
+            style = line_style(i) | {"marker": None}
+            for panel, unit in zip(axes, (1.0, seconds[name]), strict=True):
+                x = [unit * step for step in steps]
+                panel.plot(x, [fmean(each) for each in values], label=name, **style)
+                panel.fill_between(
+                    x, [min(each) for each in values], [max(each) for each in values],
+                    color=style["color"], alpha=0.15, linewidth=0,
+                )  # fmt: skip
+        for panel, label in zip(axes, ("steps", "seconds of training"), strict=True):
+            panel.set_xlabel(label)
+            panel.grid()
+        lines, names = axes[0].get_legend_handles_labels()
+        figure.legend(lines, names, loc="outside lower center", ncols=2)
+
+
+if __name__ == "__main__":
+    main()
