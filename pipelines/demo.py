@@ -1,4 +1,4 @@
-"""`ldm demo`: train both stages on scikit-image's photographs, and show the results on a page."""
+"""`ldm demo`: train both stages on built-in photographs, or a folder, and show it on a page."""
 
 import json
 import shutil
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from autoencoders import load_autoencoder
+from diffusion.samplers import Denoise
 from ldm.config import load_preset, resolve
 from ldm.data import batches, open_source
+from ldm.data.dataset import PHOTOS
 from ldm.files import check_writable, write_json
 from ldm.images import save_grid, to_uint8
 from ldm.locks import lock
@@ -29,10 +31,19 @@ from pipelines.validation import evaluate_autoencoder, reconstruction_sheet
 
 SAMPLES = 16
 SWD_IMAGES = 256
+FROM_NOISE, EVERY = 2, 2  # samples shown from noise on, and sampler steps from picture to picture
+NEXT = (
+    "ldm data prepare my-images data/mine --size 256",
+    "ldm train-ae litevae-b data.source=data/mine",
+)
 
 
 def run_demo(
-    out: Path, fresh: bool = False, stage_one: Sequence[str] = (), stage_two: Sequence[str] = ()
+    out: Path,
+    fresh: bool = False,
+    data: str = PHOTOS,
+    stage_one: Sequence[str] = (),
+    stage_two: Sequence[str] = (),
 ) -> Path:
     """Train `tiny` of both stages in `out`, sample, measure, and write `out/report.html`.
 
@@ -40,6 +51,7 @@ def run_demo(
 
     Args:
         fresh: remove an earlier demo from `out` first.
+        data: folder of images, zip or shards in place of the photographs.
         stage_one, stage_two: `key=value` settings over the two presets.
     """
     check_writable(out / "report.html", advice="give --out another folder")
@@ -48,17 +60,20 @@ def run_demo(
             for name in ("autoencoder", "diffusion"):
                 shutil.rmtree(out / name, ignore_errors=True)
         began = time.monotonic()
-        first = resolve(AutoencoderRecipe, load_preset("ae", "tiny"), stage_one)
+        source = [] if data == PHOTOS else [f"data.source={json.dumps(data)}"]
+        first = resolve(AutoencoderRecipe, load_preset("ae", "tiny"), [*source, *stage_one])
         with _timed("1/3 autoencoder"):
             ae_folder = train_autoencoder(first, "tiny", out / "autoencoder")
         trained = f"autoencoder={json.dumps(str(ae_folder / 'ckpt.pt'))}"
-        second = resolve(DiffusionRecipe, load_preset("diffusion", "tiny"), [*stage_two, trained])
+        settings = [*source, *stage_two, trained]
+        second = resolve(DiffusionRecipe, load_preset("diffusion", "tiny"), settings)
         with _timed("2/3 diffusion model"):
             ldm_folder = train_diffusion(second, "tiny", out / "diffusion")
         with _timed("3/3 samples and numbers"):
             path = _report(out, ae_folder, ldm_folder, second)
     minutes = (time.monotonic() - began) / 60
     console.print(f"the demo took {minutes:.1f} minutes")
+    console.print(f"next, on images of yours: {' && '.join(NEXT)}")
     return path
 
 
@@ -83,6 +98,8 @@ def _report(out: Path, ae_folder: Path, ldm_folder: Path, recipe: DiffusionRecip
     sheet, columns = reconstruction_sheet(autoencoder, held_out, resolution, 8)
     save_grid(sheet, out / "reconstructions.png", columns)
     save_grid(drawn[:SAMPLES], out / "samples.png", 8)
+    strip = from_noise(pipe)
+    save_grid(strip, out / "from-noise.png", len(strip) // FROM_NOISE)
     train = open_source(recipe.data, "train", resolution)
     # two sets of other crops of the training images: the reference, and one to show its floor
     streams = (
@@ -93,7 +110,7 @@ def _report(out: Path, ae_folder: Path, ldm_folder: Path, recipe: DiffusionRecip
     floor = sliced_wasserstein(others, crops)["mean"]
 
     numbers = {
-        "psnr": quality["psnr"], "ssim": quality["ssim"], "held_out_crops": quality["count"],
+        "psnr": quality["psnr"], "ssim": quality["ssim"], "held_out_images": quality["count"],
         "swd": swd, "swd_floor": floor, "swd_images": SWD_IMAGES, "resolution": resolution,
     }  # fmt: skip
     write_json(out / "numbers.json", numbers | provenance())
@@ -101,39 +118,77 @@ def _report(out: Path, ae_folder: Path, ldm_folder: Path, recipe: DiffusionRecip
     return page.write_page(
         out / "report.html",
         "From photographs to samples",
-        "A LiteVAE and a latent diffusion model, trained on this machine on the photographs inside "
-        f"scikit-image, at {resolution}² pixels.",
+        "A LiteVAE and a latent diffusion model, trained on this machine on "
+        f"{_name(recipe.data.source)}, at {resolution}² pixels.",
         _sections(
             numbers,
+            _held_out(recipe.data.source),
             page.picture(sheet, columns, "original · reconstruction · latent"),
             page.picture(drawn[:SAMPLES], 8, f"images 0 to {SAMPLES - 1} of seed 0"),
+            page.picture(strip, len(strip) // FROM_NOISE, "from noise to a sample"),
             _curves(*(read_rows(f / "metrics.jsonl") for f in (ae_folder, ldm_folder))),
         ),
     )
 
 
+@torch.no_grad()
+def from_noise(pipe: LatentDiffusionPipeline) -> Tensor:
+    """Decode the latents of a few samples while they become images: (FROM_NOISE · n, 3, H, W)."""
+    states: list[Tensor] = []
+
+    def record(denoise: Denoise) -> Denoise:
+        def recording(x: Tensor, sigma: Tensor) -> Tensor:
+            # at every noise level as large as latents without noise are
+            scale = pipe.codec.sigma_data / (sigma**2 + pipe.codec.sigma_data**2) ** 0.5
+            states.append(pipe.codec.decode(x * scale).cpu())
+            return denoise(x, sigma)
+
+        return recording
+
+    samples = pipe.sample(range(FROM_NOISE), 0, wrap=record)
+    # Heun's sampler calls the denoiser twice a step
+    return torch.stack([*states[:: 2 * EVERY], samples], dim=1).flatten(0, 1)
+
+
+def _name(source: str) -> str:
+    return "the photographs inside scikit-image" if source == PHOTOS else source
+
+
+def _held_out(source: str) -> str:
+    if source == PHOTOS:
+        return "Crops of the right third of each photograph, which training never saw."
+    return "Images that training never saw."
+
+
 def _sections(
-    numbers: dict[str, Any], reconstructions: str, samples: str, curves: str
+    numbers: dict[str, Any],
+    held_out: str,
+    reconstructions: str,
+    samples: str,
+    strip: str,
+    curves: str,
 ) -> list[str]:
     return [
         page.tiles({
-            "PSNR, held-out crops": f"{numbers['psnr']:.2f} dB",
-            "SSIM, held-out crops": f"{numbers['ssim']:.3f}",
+            "PSNR, held out": f"{numbers['psnr']:.2f} dB",
+            "SSIM, held out": f"{numbers['ssim']:.3f}",
             "SWD ×10³, samples": f"{numbers['swd']:.1f}",
             "SWD ×10³, real crops": f"{numbers['swd_floor']:.1f}",
         }),
         page.section(
             "Reconstructions",
-            "Crops of the right third of each photograph, which training never saw. Rows: the "
-            "original, its reconstruction, and the latent's first three channels as colours.",
+            f"{held_out} Rows: the original, its reconstruction, and the latent's first three "
+            "channels as colours.",
             reconstructions,
         ),
         page.section(
             "Samples",
             "The diffusion model turns noise into latents in 18 steps, and the decoder turns "
             "these into images. A few minutes of training give colours and textures; objects "
-            "take a GPU and a real data set.",
+            "take a GPU and a real data set. Below, the latents of two samples at every second of "
+            "the 18 steps, decoded.",
             samples,
+            strip,
         ),
         page.section(
             "Training",
@@ -143,12 +198,12 @@ def _sections(
         ),
         page.section("Numbers", "The measurements and their conditions.", page.table([
             ("PSNR, SSIM", f"{numbers['psnr']:.3f} dB, {numbers['ssim']:.4f}: mean over "
-             f"{numbers['held_out_crops']} held-out crops, averaged weights, posterior mean, "
+             f"{numbers['held_out_images']} held-out images, averaged weights, posterior mean, "
              "8 bit"),
             ("Sliced Wasserstein distance", f"{numbers['swd']:.2f} ×10³: {numbers['swd_images']} "
              "samples (seed 0, 18 Heun steps) against as many random crops"),
             ("The same for real crops", f"{numbers['swd_floor']:.2f} ×10³: a floor: "
-             "other crops of the same photographs"),
+             "other crops of the same images"),
         ])),
         page.section(
             "Commands",
@@ -161,6 +216,7 @@ def _sections(
                 "ldm fid --force",
             ]),
         ),
+        page.section("Next", "On images of yours, with a GPU:", page.commands(NEXT)),
     ]  # fmt: skip
 
 

@@ -41,6 +41,9 @@ def report(
 def demo(
     out: Annotated[Path, Option(help="Folder of the demo.")] = Path("runs/demo"),
     fresh: Annotated[bool, Option("--fresh", help="Start over.")] = False,
+    data: Annotated[
+        str, Option(help="Images: `photos` (built in), a folder, a zip or shards.")
+    ] = "photos",
 ) -> None:
     """Train both stages on built-in photographs in a few minutes on a CPU, and show the results.
 
@@ -48,7 +51,7 @@ def demo(
     """
     from pipelines.demo import run_demo
 
-    page = run_demo(out, fresh)
+    page = run_demo(out, fresh, data)
     options.echo(f"done: open {page} in a browser")
 
 
