@@ -23,6 +23,7 @@ from autoencoders.losses.adversarial import (
     cutmix_consistency,
     cutmix_masks,
     gradient_ratio,
+    in_range,
 )
 from autoencoders.losses.objective import TeacherPosterior
 from autoencoders.losses.perceptual import SMALLEST, ESRGANPerceptual
@@ -175,7 +176,7 @@ def train_step(
     with run.accelerator.accumulate(state.ddp_autoencoder, state.ddp_discriminator):
         terms, recon = _update_generator(run, state, images, drawn.posterior, ramp, log_gradients)
         if ramp * state.recipe.adversarial.weight > 0:
-            terms |= _update_discriminator(run, state, images, recon, drawn.boxes)
+            terms |= _update_discriminator(run, state, images, in_range(recon), drawn.boxes)
     return terms
 
 
@@ -226,12 +227,10 @@ def _update_discriminator(
     run: Run, state: AutoencoderState, images: Tensor, recon: Tensor, boxes: Tensor | None
 ) -> dict[str, Tensor | float]:
     """Update the discriminator on real images and their reconstructions; return its terms."""
-    recon = in_range(recon)
     batches_of_images = [images, recon]
     adversarial = state.recipe.adversarial
     if boxes is not None:
-        boxes = to_device(boxes, run.device)
-        mask = cutmix_masks(boxes, *images.shape[-2:])  # (b, 1, H, W)
+        mask = cutmix_masks(to_device(boxes, run.device), *images.shape[-2:])  # (b, 1, H, W)
         batches_of_images.append(torch.where(mask, images, recon))
     # one forward pass, so that the power iteration of spectral norm runs once
     with run.autocast():
@@ -251,15 +250,6 @@ def _update_discriminator(
     if norm is not None:
         terms["discriminator_gradient_norm"] = norm
     return terms
-
-
-def in_range(recon: Tensor) -> Tensor:
-    """Clip reconstructions to [−1, 1], where all images are, for the discriminator.
-
-    Outside, nothing real has shaped its logits: they grow with the distance, and the hinge loss
-    would pay the decoder for any distance. A pixel outside gets no adversarial gradient.
-    """
-    return recon.clamp(-1, 1)
 
 
 # -------------------------------------------------------------------------------- the loop

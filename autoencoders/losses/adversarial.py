@@ -15,6 +15,15 @@ from autoencoders.discriminators import Logits
 
 
 # ---------------------------------------------------------------------------------- losses
+def in_range(recon: Tensor) -> Tensor:
+    """Clip reconstructions to [−1, 1], where all images are, for the discriminator.
+
+    Outside, nothing real has shaped its logits: they grow with the distance, and the hinge loss
+    would pay the decoder for any distance. A pixel outside gets no adversarial gradient.
+    """
+    return recon.clamp(-1, 1)
+
+
 def hinge_generator(fake: Logits) -> Tensor:
     """Minus the logits of generated images."""
     # Lim & Ye 2017 (arXiv 1705.02894); Miyato et al. 2018 (arXiv 1802.05957), Equation 17
