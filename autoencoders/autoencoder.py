@@ -70,9 +70,6 @@ class AutoencoderConfig(Config):
     codes: Width | None = None
     """Codes of an imported VQ model, the nearest of which replaces each latent vector in decoding;
     null: latents are decoded as they are. They are not trained."""
-    initial_logvar: Annotated[float, Field(ge=-30, le=20)] = 0.0
-    """Log-variance of the posteriors before any training, about: −5 begins with little noise. The
-    paper is silent; it is added to the last layer's bias."""
     encoder: EncoderConfig = LiteVAEEncoderConfig()
     """Images to posteriors."""
     decoder: DecoderConfig = SDVAEDecoderConfig()
@@ -96,9 +93,6 @@ class AutoencoderConfig(Config):
                 f"the decoder upsamples {decoder.upsampling}×, the encoder downsamples "
                 f"{encoder.downsampling}×: {', or '.join(advice)}"
             )
-        fresh = isinstance(encoder, LiteVAEEncoderConfig | SDVAEEncoderConfig)
-        if self.initial_logvar and not (fresh and getattr(encoder, "variance", True)):
-            raise ValueError("initial_logvar needs an encoder that learns a log-variance: omit it")
         parts: tuple[Any, ...] = (encoder, decoder)
         for part, word in zip(parts, ("encoder gives", "decoder takes"), strict=True):
             # a transform without parameters and an imported part fix the number of channels
@@ -207,10 +201,6 @@ class Autoencoder(HubMixin):
         self.quant_conv = nn.Conv2d(moments, moments, 1) if config.conv1x1 else nn.Identity()
         self.quantizer = Quantizer(config.codes, n_z) if config.codes else nn.Identity()
         self.post_quant_conv = nn.Conv2d(n_z, n_z, 1) if config.conv1x1 else nn.Identity()
-        if config.initial_logvar:
-            last: Any = self.quant_conv if config.conv1x1 else self.encoder.last_layer
-            with torch.no_grad():
-                last.bias[n_z:] += config.initial_logvar
         self.settings: dict[str, Any] = {}
         self.register_state_dict_post_hook(partial(rename_layers, FILE_KEYS))
         self.register_load_state_dict_pre_hook(partial(rename_layers, OWN_NAMES))
@@ -291,6 +281,12 @@ class Autoencoder(HubMixin):
             dtype = next(self.post_quant_conv.parameters()).dtype
             latents = self.post_quant_conv(latents.to(dtype))
         return self.decoder(latents).float()
+
+    @torch.no_grad()
+    def shift_logvar(self, shift: float) -> None:
+        """Add to the log-variances of all posteriors, by the bias of the layer that gives them."""
+        last: Any = self.quant_conv if self.config.conv1x1 else self.encoder.last_layer
+        last.bias[self.config.latent_channels :] += shift
 
     def fuse(self) -> "Autoencoder":
         """Copy this autoencoder for faster inference; see `layers.fuse`.

@@ -5,16 +5,17 @@
 
 All networks have a quarter of the published widths, and images 64², for a CPU.
 
-`distil` trains a teacher, SD-VAE with 16 latent channels as SD3's has, on a folder of images;
-distils LiteVAE-B's encoder from it; trains a diffusion model on the teacher's latents; and edits
-and inpaints held-out images by that model with either encoder. `finetune` trains SD-VAE on the
-built-in photographs, and then its decoder alone on the folder.
+`distil` trains a teacher, the SD-VAE of f = 4, on a folder of images; distils LiteVAE-B's encoder
+from it; trains a diffusion model on the teacher's latents; and edits and inpaints held-out images
+by that model with either encoder. `finetune` trains the SD-VAE of f = 8 with 16 latent channels on
+the built-in photographs, and then its decoder alone on the folder.
 
 After an interruption, the same command resumes. Writes distil.md or finetune.md, its numbers as
 JSON, and its pictures, to --out.
 """
 
 import argparse
+import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ from benchmarks.comparison import add_out, describe_machine, make_parser
 from ldm.charts import drawing, line_style
 from ldm.data import Source, open_source, sheet_images
 from ldm.device import time_interleaved
-from ldm.errors import LdmError
+from ldm.errors import Interrupted, LdmError
 from ldm.files import write_atomically, write_json
 from ldm.images import save_grid, to_float
 from ldm.logbook import read_rows
@@ -41,15 +42,18 @@ from pipelines.train_diffusion import train_diffusion
 from pipelines.validation import compare_with_teacher, evaluate_autoencoder
 
 CPU = torch.device("cpu")
+CPU_RUN = ["run.device=cpu", "run.precision=fp32"]
 RESOLUTION = 64
 COLUMNS = 8
 # SD-VAE's smallest group at full width has 4 channels too
-SD_VAE = [
-    "latent_channels=16", "encoder.group_channels=4", "decoder.group_channels=4",
-    "decoder.norm=group",
+GROUPS = ["encoder.group_channels=4", "decoder.group_channels=4", "decoder.norm=group"]
+F8 = ["latent_channels=16", *GROUPS]
+F4 = [
+    "latent_channels=4", "encoder.multipliers=[1,2,4]", "decoder.multipliers=[1,2,4]",
+    "init.logvar=-5", *GROUPS,
 ]  # fmt: skip
 LITEVAE = [
-    "encoder.extractor.channels=8", "encoder.extractor.group_channels=4",
+    "encoder.depth=2", "encoder.extractor.channels=8", "encoder.extractor.group_channels=4",
     "encoder.aggregator.channels=8", "encoder.aggregator.group_channels=4",
 ]  # fmt: skip
 LOSS = ["loss.lpips=0", "loss.l2=1", "loss.gaussian=0", "loss.wavelet=0.25"]
@@ -57,6 +61,7 @@ TRAINING = [
     "batch_size=4", "betas=[0.9,0.99]", "warmup_images=400", "ema_half_life_images=2000",
     "adversarial.weight=0", "discriminator={channels: 16, multipliers: [1, 2]}",
     "run={log_every_steps: 50, validate_every_steps: 250, save_every_steps: 250, keep_states: 1}",
+    *CPU_RUN,
 ]  # fmt: skip
 
 
@@ -74,8 +79,8 @@ def main() -> None:
     given = parser.parse_args()
     try:
         result = {"distil": distil, "finetune": finetune}[given.part](given)
-    except LdmError as error:
-        sys.exit(f"error: {error}")
+    except (Interrupted, LdmError) as error:
+        sys.exit(str(error))
     result["machine"] = describe_machine(CPU, "fp32")
     result["command"] = shlex.join(["python", "-m", "benchmarks.fine_tuning", *sys.argv[1:]])
     write_json(given.out / f"{given.part}.json", result)
@@ -93,9 +98,8 @@ def train(folder: Path, kind: str, preset: str, settings: Sequence[str]) -> Path
 
 def data_of(given: argparse.Namespace) -> list[str]:
     """Settings of the folder's images."""
-    return [
-        f"data={{source: {given.images}, held_out: {given.held_out}, workers: 0, crop: random}}"
-    ]
+    source = f"data.source={json.dumps(given.images)}"
+    return [source, f"data.held_out={given.held_out}", "data.workers=0", "data.crop=random"]
 
 
 def steps(count: int, lr: float) -> list[str]:
@@ -108,7 +112,7 @@ def distil(given: argparse.Namespace) -> dict[str, Any]:
     work, count = given.work, given.steps
     data = data_of(given)
     teacher_run = train(
-        work / "teacher", "ae", "sdvae-quarter", [*data, *SD_VAE, *LOSS, *steps(count, 1.5e-3)]
+        work / "teacher", "ae", "sdvae-quarter", [*data, *F4, *LOSS, *steps(count, 1.5e-3)]
     )
     student_run = train(
         work / "student", "recipes", "distil-b",
@@ -133,12 +137,12 @@ def distil(given: argparse.Namespace) -> dict[str, Any]:
 
     diffusion = train(
         work / "diffusion", "diffusion", "tiny",
-        [*data, f"autoencoder={teacher_run}", f"steps={count // 4}", "batch_size=16"],
+        [*data, f"autoencoder={teacher_run}", f"steps={count // 4}", "batch_size=16", *CPU_RUN],
     )  # fmt: skip
     draw_edits(given.out / "distil-edits.png", diffusion, (teacher, student), images)
     return {
         "held_out": len(held_out),
-        "steps": [count, count // 2],
+        "steps": [count, count // 2, count // 4],
         "scores": scores,
         "latents": found,
         "images_per_second": {name: COLUMNS / s for name, s in seconds.items()},
@@ -150,7 +154,7 @@ def finetune(given: argparse.Namespace) -> dict[str, Any]:
     """Train on the built-in photographs, and the decoder alone on the folder; measure and draw."""
     count = given.steps
     before_run = train(
-        given.work / "built-in", "ae", "sdvae-quarter", [*SD_VAE, *LOSS, *steps(count, 1.5e-3)]
+        given.work / "built-in", "ae", "sdvae-quarter", [*F8, *LOSS, *steps(count, 1.5e-3)]
     )
     after_run = train(
         given.work / "fine-tuned", "recipes", "finetune",
@@ -247,8 +251,8 @@ def distil_page(result: dict[str, Any]) -> str:
     return "\n".join([
         "# An encoder distilled", "",
         "LiteVAE-B's encoder, distilled into the latents of an SD-VAE. Both have a quarter of "
-        f"their widths. The teacher has {len(channels)} latent channels at f = 8, like SD3's, and "
-        f"was trained first, for {result['steps'][0]:,} steps of 4 images of {RESOLUTION}²; the "
+        f"their widths. The teacher has {len(channels)} latent channels at f = 4, and was "
+        f"trained first, for {result['steps'][0]:,} steps of 4 images of {RESOLUTION}²; the "
         f"student for {result['steps'][1]:,}. Measured on {result['held_out']} images that "
         "neither saw.", "",
         *markdown_table(header, rows), "",
@@ -260,7 +264,8 @@ def distil_page(result: dict[str, Any]) -> str:
         "![Held-out PSNR, and correlation of the latents](distil-curves.png)", "",
         "Images; the teacher's reconstructions; the student's:", "",
         "![Images and reconstructions](distil.png)", "",
-        "A diffusion model, trained on the teacher's latents alone, edits and inpaints with either "
+        f"A diffusion model, trained on the teacher's latents alone for {result['steps'][2]:,} "
+        "steps of 16, edits and inpaints with either "
         "encoder. Images; edited with the teacher's encoder; with the student's; masked; inpainted "
         "with the teacher's; with the student's:", "",
         "![Edited and inpainted images](distil-edits.png)", "",

@@ -1,45 +1,55 @@
-"""How fast do encoders learn? Variants of LiteVAE and SD-VAE, trained over seeds and compared.
+"""Train variants of LiteVAE and SD-VAE over several seeds, and compare how fast they learn.
 
     python -m benchmarks.learning photographs/ --held-out 100 --steps 2000
     python -m benchmarks.learning photographs/ --only sdvae --only plus --share 1/2
 
 All have the same decoder and loss, and in each seed the same images in the same order. Every
 training is a run of its own in --work, and the same command resumes. `--share 1/2` and
-`--share 2/2` divide the runs between two processes; what is written then are the results of all
-that are finished. --channels is the base width of SD-VAE's encoder and of the decoder, 128 in the
-paper; LiteVAE's is a quarter of it. More settings follow the images:
+`--share 2/2` divide the runs between two processes; the one that is last, or the command without
+--share, writes the results. --channels is the base width of SD-VAE's encoder and of the decoder,
+128 in the paper; LiteVAE's is a quarter of it. More settings follow the images:
 `'phases=[{resolution: 256, steps: 50000}]' batch_size=16`.
 
-PSNR is that of the averaged weights on held-out images. The time of a step is measured apart from
-the trainings, interleaved. Writes <name>.json, <name>.md and <name>.png to --out.
+PSNR is that of the averaged weights on held-out images. The time of a training step, without
+loading images, is measured at the end, interleaved. Writes <name>.json, <name>.md and <name>.png
+to --out.
 """
 
 import argparse
+import json
+import re
 import shlex
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from autoencoders import Autoencoder, build_autoencoder
 from benchmarks.comparison import add_out, describe_machine, make_parser
-from benchmarks.stage_one import Setting, training_step
 from ldm.charts import drawing, line_style
-from ldm.device import resolve_device, time_interleaved
-from ldm.errors import LdmError, UsageError
+from ldm.device import time_interleaved
+from ldm.distributed import make_accelerator
+from ldm.errors import Interrupted, LdmError, UsageError
 from ldm.files import write_atomically, write_json
 from ldm.logbook import read_rows
+from ldm.run import Run
 from ldm.run_folder import is_finished
 from ldm.tables import markdown_table
 from pipelines.recipes import AutoencoderRecipe, load_recipe
-from pipelines.train_autoencoder import train_autoencoder
+from pipelines.train_autoencoder import (
+    AutoencoderState,
+    load_perceptual,
+    train_autoencoder,
+    train_step,
+)
 
 LITEVAE_GROUPS = ["encoder.extractor.group_channels=4", "encoder.aggregator.group_channels=4"]
 SD_VAE_GROUPS = ["encoder.group_channels=4"]
-LOGVAR = ["initial_logvar=-5"]
+LOGVAR = ["init.logvar=-5"]
 SHORTCUT = ["encoder.shortcut=wavelet"]
 VARIANTS = {
     "sdvae": ("sdvae-quarter", []),
@@ -79,13 +89,23 @@ def main() -> None:
     )
     given = parser.parse_args()
     try:
-        index, shares = map(int, given.share.split("/"))
+        share = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", given.share)
+        if share is None or int(share[1]) > int(share[2]):
+            raise UsageError(
+                f"--share {given.share}: give 1/2 for the first half, 2/2 for the other"
+            )
+        if given.every > given.steps:
+            raise UsageError(f"--every {given.every} is more than --steps {given.steps}")
         cells = [(name, seed) for seed in range(given.seeds) for name in given.only or VARIANTS]
-        for name, seed in cells[index - 1 :: shares]:
+        for name, seed in cells[int(share[1]) - 1 :: int(share[2])]:
             train_autoencoder(recipe_of(given, name, seed), folder=folder_of(given, name, seed))
-        write_results(given, cells)
-    except LdmError as error:
-        sys.exit(f"error: {error}")
+        finished = sum(is_finished(folder_of(given, *cell)) for cell in cells)
+        if finished < len(cells):
+            print(f"{finished} of {len(cells)} trainings are finished: run the other share")
+        else:
+            write_results(given, cells)
+    except (Interrupted, LdmError) as error:
+        sys.exit(str(error))
 
 
 def recipe_of(given: argparse.Namespace, name: str, seed: int) -> AutoencoderRecipe:
@@ -99,7 +119,8 @@ def recipe_of(given: argparse.Namespace, name: str, seed: int) -> AutoencoderRec
         ],
     }  # fmt: skip
     return load_recipe("ae", preset, [
-        f"data={{source: {given.images}, held_out: {given.held_out}, workers: 0}}",
+        f"data.source={json.dumps(given.images)}", f"data.held_out={given.held_out}",
+        "data.workers=0",
         f"phases=[{{resolution: 64, steps: {given.steps}}}]",
         f"latent_channels={given.latent_channels}", f"decoder.channels={width}",
         f"run={{seed: {seed}, validate_every_steps: {given.every}, save_every_steps: 250, "
@@ -117,19 +138,16 @@ def folder_of(given: argparse.Namespace, name: str, seed: int) -> Path:
 
 # -------------------------------------------------------------------------------- results
 def write_results(given: argparse.Namespace, cells: list[tuple[str, int]]) -> None:
-    """Write the numbers, the table and the curves of the runs that are finished."""
+    """Write the numbers, the table and the curves."""
     curves: dict[str, list[Curve]] = {}
     for name, seed in cells:
-        folder = folder_of(given, name, seed)
-        if is_finished(folder):
-            curves.setdefault(name, []).append(curve_of(folder, recipe_of(given, name, seed)))
-    if not curves:
-        raise UsageError("no training is finished yet")
+        curve = curve_of(folder_of(given, name, seed), recipe_of(given, name, seed))
+        curves.setdefault(name, []).append(curve)
     recipe = recipe_of(given, *cells[0])
-    device = resolve_device(recipe.run.device)
-    seconds = seconds_a_step(given, curves, device)
+    run = Run(given.work, recipe.run, make_accelerator(recipe.run.device))
+    seconds = seconds_a_step({name: recipe_of(given, name, 0) for name in curves}, run)
     facts = {
-        "machine": describe_machine(device, recipe.run.precision),
+        "machine": describe_machine(run.device, run.precision),
         "command": shlex.join(["python", "-m", "benchmarks.learning", *sys.argv[1:]]),
         "psnr": curves,
         "seconds_a_step": seconds,
@@ -151,24 +169,22 @@ def curve_of(folder: Path, recipe: AutoencoderRecipe) -> Curve:
     }
 
 
-def seconds_a_step(
-    given: argparse.Namespace, curves: Mapping[str, Any], device: torch.device
-) -> dict[str, float]:
-    """Time a training step of each variant: encode, sample, decode, ℓ1, backward, Adam."""
-    recipe = recipe_of(given, next(iter(curves)), 0)
-    side = recipe.phases[-1].resolution
-    setting = Setting(device, recipe.batch_size, side, repeats=10)
-    shape = (recipe.batch_size, 3, side, side)
-    images = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    calls = {
-        name: training_step(model_of(given, name), setting, images.to(device)) for name in curves
-    }
-    return time_interleaved(calls, setting.repeats, device)
+def seconds_a_step(recipes: Mapping[str, AutoencoderRecipe], run: Run) -> dict[str, float]:
+    """Time a training step of each variant, on the same images."""
+    calls = {}
+    for name, recipe in recipes.items():
+        side, generator = recipe.phases[-1].resolution, torch.Generator().manual_seed(0)
+        images = torch.rand(recipe.batch_size, 3, side, side, generator=generator) * 2 - 1
+        state = AutoencoderState(recipe, run, load_perceptual(recipe))
+        state.prepare(run)
+        calls[name] = partial(step, run, state, run.place(images))
+    return time_interleaved(calls, 10, run.device)
 
 
-def model_of(given: argparse.Namespace, name: str) -> Autoencoder:
-    """The fresh autoencoder of a variant."""
-    return build_autoencoder(recipe_of(given, name, 0).model)
+def step(run: Run, state: AutoencoderState, images: Tensor) -> None:
+    """Take a step, with the discriminator if the recipe has one."""
+    train_step(run, state, images, list(range(len(images))), ramp=1.0)
+    state.advance()
 
 
 def page_of(

@@ -23,7 +23,7 @@ from autoencoders import Autoencoder
 from autoencoders.discriminators import build_discriminator
 from autoencoders.sdvae import SDVAEDecoder
 from benchmarks.comparison import add_out, describe_machine, make_parser
-from ldm.config import load_preset, resolve, to_tree
+from ldm.config import load_preset, resolve, to_tree, validate
 from ldm.data import Batch, Source, batches, open_source, sheet_images
 from ldm.device import synchronise
 from ldm.distributed import make_accelerator
@@ -42,7 +42,7 @@ from pipelines.train_autoencoder import (
 )
 from pipelines.validation import evaluate_autoencoder
 
-MAY_DIFFER = {"encoder", "conv1x1"}
+MAY_DIFFER = {"encoder", "conv1x1", "init"}
 COLUMNS = 8
 
 
@@ -144,7 +144,9 @@ def train(run: Run, contenders: list[Contender], chunk: int, every: int) -> Sour
     step, states = 0, run.folder / "state"
     if latest := latest_state(states):
         saved = load_state(latest)
-        if saved["recipes"] != [to_tree(c.recipe) for c in contenders]:
+        if [validate(AutoencoderRecipe, r) for r in saved["recipes"]] != [
+            c.recipe for c in contenders
+        ]:
             raise UsageError(f"{run.folder} holds another comparison: give --work another folder")
         step = saved["step"]
         for contender, state in zip(contenders, saved["contenders"], strict=True):

@@ -1,6 +1,7 @@
 """`ldm demo`: train both stages on built-in photographs, or a folder, and show it on a page."""
 
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -14,8 +15,9 @@ from torch import Tensor
 from autoencoders import load_autoencoder
 from diffusion.samplers import Denoise
 from ldm.config import load_preset, resolve
-from ldm.data import batches, open_source
+from ldm.data import batches, holds_out, open_source
 from ldm.data.dataset import PHOTOS
+from ldm.errors import UsageError
 from ldm.files import check_writable, write_json
 from ldm.images import save_grid, to_uint8
 from ldm.locks import lock
@@ -62,6 +64,8 @@ def run_demo(
         began = time.monotonic()
         source = [] if data == PHOTOS else [f"data.source={json.dumps(data)}"]
         first = resolve(AutoencoderRecipe, load_preset("ae", "tiny"), [*source, *stage_one])
+        if not holds_out(first.data):
+            raise UsageError(f"{data} holds out no images for the demo to measure: hold out some")
         with _timed("1/3 autoencoder"):
             ae_folder = train_autoencoder(first, "tiny", out / "autoencoder")
         trained = f"autoencoder={json.dumps(str(ae_folder / 'ckpt.pt'))}"
@@ -73,7 +77,7 @@ def run_demo(
             path = _report(out, ae_folder, ldm_folder, second)
     minutes = (time.monotonic() - began) / 60
     console.print(f"the demo took {minutes:.1f} minutes")
-    console.print(f"next, on images of yours: {' && '.join(NEXT)}")
+    console.print(f"next, on your own images: {' && '.join(NEXT)}")
     return path
 
 
@@ -122,7 +126,7 @@ def _report(out: Path, ae_folder: Path, ldm_folder: Path, recipe: DiffusionRecip
         f"{_name(recipe.data.source)}, at {resolution}² pixels.",
         _sections(
             numbers,
-            _held_out(recipe.data.source),
+            recipe.data.source,
             page.picture(sheet, columns, "original · reconstruction · latent"),
             page.picture(drawn[:SAMPLES], 8, f"images 0 to {SAMPLES - 1} of seed 0"),
             page.picture(strip, len(strip) // FROM_NOISE, "from noise to a sample"),
@@ -133,7 +137,7 @@ def _report(out: Path, ae_folder: Path, ldm_folder: Path, recipe: DiffusionRecip
 
 @torch.no_grad()
 def from_noise(pipe: LatentDiffusionPipeline) -> Tensor:
-    """Decode the latents of a few samples while they become images: (FROM_NOISE · n, 3, H, W)."""
+    """Decode the latents of a few samples on their way: (FROM_NOISE · n, 3, H, W), row by row."""
     states: list[Tensor] = []
 
     def record(denoise: Denoise) -> Denoise:
@@ -154,20 +158,18 @@ def _name(source: str) -> str:
     return "the photographs inside scikit-image" if source == PHOTOS else source
 
 
-def _held_out(source: str) -> str:
-    if source == PHOTOS:
-        return "Crops of the right third of each photograph, which training never saw."
-    return "Images that training never saw."
-
-
 def _sections(
     numbers: dict[str, Any],
-    held_out: str,
+    source: str,
     reconstructions: str,
     samples: str,
     strip: str,
     curves: str,
 ) -> list[str]:
+    held_out, own_data = "Images that training never saw.", f" data.source={shlex.quote(source)}"
+    if source == PHOTOS:
+        own_data = ""
+        held_out = "Crops of the right third of each photograph, which training never saw."
     return [
         page.tiles({
             "PSNR, held out": f"{numbers['psnr']:.2f} dB",
@@ -185,8 +187,8 @@ def _sections(
             "Samples",
             "The diffusion model turns noise into latents in 18 steps, and the decoder turns "
             "these into images. A few minutes of training give colours and textures; objects "
-            "take a GPU and a real data set. Below, the latents of two samples at every second of "
-            "the 18 steps, decoded.",
+            "take a GPU and a real data set. Below, two samples emerge from noise: their latents "
+            "at every second of the 18 steps, decoded.",
             samples,
             strip,
         ),
@@ -209,14 +211,14 @@ def _sections(
             "Commands",
             "The same, step by step; every setting is key=value (`ldm show ae/tiny`).",
             page.commands([
-                "ldm train-ae tiny",
-                "ldm train-diffusion tiny",
+                f"ldm train-ae tiny{own_data}",
+                f"ldm train-diffusion tiny{own_data}",
                 f"ldm sample --n {SAMPLES}",
                 "ldm eval-ae",
                 "ldm fid --force",
             ]),
         ),
-        page.section("Next", "On images of yours, with a GPU:", page.commands(NEXT)),
+        page.section("Next", "On your own images, with a GPU:", page.commands(NEXT)),
     ]  # fmt: skip
 
 

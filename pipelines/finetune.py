@@ -122,8 +122,14 @@ def load_given(ae: Autoencoder, recipe: AutoencoderRecipe, given: Given) -> None
 def _other_setting(part: str, theirs: Autoencoder, ours: Autoencoder) -> str | None:
     """Describe the first setting of a part that differs: no tensor shows a wavelet."""
     a, b = (flatten(to_tree(getattr(ae.config, part))) for ae in (theirs, ours))
+    if _groups(getattr(theirs, part)) == _groups(getattr(ours, part)):  # wide enough for both
+        a, b = ({k: v for k, v in t.items() if not k.endswith("group_channels")} for t in (a, b))
     key = next((key for key in {**a, **b} if a.get(key) != b.get(key)), None)
     return key and f"{part}.{key} is {a.get(key)} in the file, {b.get(key)} in the model"
+
+
+def _groups(network: nn.Module) -> list[int]:
+    return [module.num_groups for module in network.modules() if isinstance(module, nn.GroupNorm)]
 
 
 def begin(
@@ -142,6 +148,8 @@ def begin(
             if given.sha256 != first:
                 raise LdmError("the processes have read different weights: give all the same file")
             load_given(ae, recipe, given)
+    if recipe.init.logvar and (given is None or "encoder" not in recipe.init.parts):
+        ae.shift_logvar(recipe.init.logvar)
     ae = run.place(ae)
     still = {
         "all": [],

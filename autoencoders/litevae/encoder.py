@@ -36,8 +36,8 @@ class LiteVAEEncoderConfig(Config):
     aggregator: AggregatorConfig = FeatureUNetConfig()
     """Feature aggregation: the network that joins the levels into the posterior (Table 20)."""
     shortcut: Literal["none", "wavelet"] = "none"
-    """wavelet: the deepest sub-bands are added to the mean, and need not be learned. Not in the
-    paper."""
+    """wavelet: the deepest sub-bands are added to the mean (before a 1×1 convolution, if there is
+    one), and need not be learned. Not in the paper."""
 
     @field_validator("levels")
     @classmethod

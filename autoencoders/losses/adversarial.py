@@ -18,8 +18,8 @@ from autoencoders.discriminators import Logits
 def in_range(recon: Tensor) -> Tensor:
     """Clip reconstructions to [−1, 1], where all images are, for the discriminator.
 
-    Outside, nothing real has shaped its logits: they grow with the distance, and the hinge loss
-    would pay the decoder for any distance. A pixel outside gets no adversarial gradient.
+    Outside, no real image bounds its logits: they grow with the distance, and the hinge loss would
+    reward the decoder for any distance. A pixel outside gets no adversarial gradient.
     """
     return recon.clamp(-1, 1)
 

@@ -114,8 +114,8 @@ def tree_from_diffusers(described: Mapping[str, Any]) -> dict[str, Any]:
     widths, blocks = described["block_out_channels"], described["layers_per_block"]
     sizes = _sizes(widths[0] if widths else 0, widths, blocks)
     groups = described.get("norm_num_groups", GROUPS)
-    least = next((c for c in (1, _channels(widths, groups)) if groups_of(widths, c) == groups), 0)
-    if not least:
+    least = next((c for c in _channels(widths, groups) if groups_of(widths, c) == groups), None)
+    if least is None:
         raise LdmError(
             f"norm_num_groups is {groups}; here widths {widths} are normalised in "
             f"{groups_of(widths) or 'unequal numbers of'} groups"
@@ -124,9 +124,11 @@ def tree_from_diffusers(described: Mapping[str, Any]) -> dict[str, Any]:
     return _tree(described["latent_channels"], conv1x1, sizes, sizes)
 
 
-def _channels(widths: Sequence[int], groups: Any) -> int:
-    """Channels in a group of the smallest width; 1 where there is no such number."""
-    return max(min(widths) // groups, 1) if type(groups) is int and groups > 0 else 1
+def _channels(widths: Sequence[int], groups: Any) -> list[int]:
+    """Numbers that the least channels in a group can be, where there are so many groups."""
+    if type(groups) is not int or groups < 1:
+        return [1]
+    return [1, max(min(widths) // groups, 1), max(max(widths) // groups, 1)]
 
 
 def diffusers_config(

@@ -45,9 +45,10 @@ def demo(
         str, Option(help="Images: `photos` (built in), a folder, a zip or shards.")
     ] = "photos",
 ) -> None:
-    """Train both stages on built-in photographs in a few minutes on a CPU, and show the results.
+    """Train both stages in a few minutes on a CPU, and show the results.
 
-    Needs neither network nor data. Writes report.html, a page of pictures and numbers.
+    On built-in photographs, without data or downloads, or on your own images. Writes report.html,
+    a page of pictures and numbers.
     """
     from pipelines.demo import run_demo
 

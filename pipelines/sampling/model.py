@@ -1,7 +1,7 @@
 """A trained model that samples one batch, and the images 0 … n−1 of one seed and its settings."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256 as new_sha256
@@ -47,6 +47,16 @@ from pipelines.sampling.settings import (
 PRECISIONS: dict[Any, Any] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
+def _drop_defaults(tree: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Remove keys that have their default, in a tree of settings and its branches."""
+    for key, default in defaults.items():
+        if tree.get(key) == default:
+            del tree[key]
+    for branch in tree.values():
+        if isinstance(branch, dict):
+            _drop_defaults(branch, defaults)
+
+
 class LatentModel:
     """A denoiser of latents and the codec that maps images to latents and back.
 
@@ -79,10 +89,11 @@ class LatentModel:
         self.classes = Classes(recipe.network.classes, tuple(file.statistics.get("classes", ())))
         self.recipe, self.sha256, self.autoencoder_sha256 = recipe, file.sha256, inner.sha256
         network_tree, ae_tree = to_tree(recipe.network), to_tree(config)
-        # earlier versions had none of these; those of the autoencoder show in its weights
+        # earlier versions had none of these; `codes` and `variance` show in the weights
         network_tree.pop("embedding_multiplier", None)
         ae_tree.pop("codes")
         ae_tree["encoder"].pop("variance", None)
+        _drop_defaults(ae_tree, {"group_channels": 1, "shortcut": "none"})
         parts = {
             "network": [self.sha256, network_tree],
             "denoiser": to_tree(recipe.denoiser),

@@ -64,7 +64,7 @@ def test_plus_presets_are_the_papers_but_for_what_they_say(size):
     encoder = {"shortcut": "wavelet", "extractor": net, "aggregator": net}
     with torch.device("meta"):
         plus = build_autoencoder(f"litevae-{size}-plus")
-        changed = build_autoencoder(f"litevae-{size}", encoder=encoder, initial_logvar=-5)
+        changed = build_autoencoder(f"litevae-{size}", encoder=encoder)
     assert plus.config == changed.config
     assert count(plus.encoder) == LITEVAE_ENCODER_PARAMETERS[f"litevae-{size}"]
 
@@ -119,18 +119,15 @@ def test_least_channels_reach_every_group():
         {"aggregator": {"type": "vit", "width": 16, "heads": 2}},
     ],
 )
-def test_the_log_variance_begins_lower_and_the_mean_where_it_did(encoder, conv1x1, images):
-    def fresh(logvar):
-        torch.manual_seed(0)
-        decoder = {"channels": 8, "multipliers": [1, 2, 2, 2]}
-        return build_autoencoder(
-            "tiny", encoder=encoder, decoder=decoder, conv1x1=conv1x1, initial_logvar=logvar
-        ).encode(images)
-
-    with torch.no_grad():
-        usual, lower = fresh(0), fresh(-5)
-    assert torch.equal(lower.mean, usual.mean)
-    torch.testing.assert_close(lower.logvar, usual.logvar - 5)
+@torch.no_grad()
+def test_a_shift_of_the_log_variance_leaves_the_mean(encoder, conv1x1, images):
+    decoder = {"channels": 8, "multipliers": [1, 2, 2, 2]}
+    ae = build_autoencoder("tiny", encoder=encoder, decoder=decoder, conv1x1=conv1x1)
+    before = ae.encode(images)
+    ae.shift_logvar(-5)
+    after = ae.encode(images)
+    assert torch.equal(after.mean, before.mean)
+    torch.testing.assert_close(after.logvar, before.logvar - 5)
 
 
 def test_the_1x1_convolutions_keep_their_keys_in_files():
@@ -172,15 +169,6 @@ def test_keys_a_person_types():
         ({"decoder": {"norm": "batch"}}, "'decoder.norm': "),
         ({"encoder": {"shortcut": "dwt"}}, "'encoder.shortcut': "),
         ({"encoder": {"extractor": {"group_channels": 0}}}, "'encoder.extractor.group_channels'"),
-        ({"initial_logvar": -31}, "'initial_logvar': "),
-        (
-            {"initial_logvar": -5, "encoder": {"type": "sdvae", "variance": False}},
-            "initial_logvar needs an encoder that learns a log-variance",
-        ),
-        (
-            {"initial_logvar": -5, "encoder": {"type": "dwt"}, "latent_channels": 12},
-            "initial_logvar needs an encoder that learns a log-variance",
-        ),
         (
             {"decoder": {"multipliers": [1, 2]}},
             "upsamples 2×, the encoder downsamples 8×: set encoder.depth=1, or give "

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import pipelines.demo as job
-from ldm.errors import LdmError
+from ldm.data.prepare import prepare
+from ldm.errors import LdmError, UsageError
 from ldm.seeds import normal
 from pipelines import LatentDiffusionPipeline
 from tests.pipelines.measuring.fid_sides import enlarged, pictures, write_folder
@@ -43,13 +44,21 @@ def test_the_demo_of_a_folder_shows_its_images_and_says_what_is_next(tmp_path, m
     page = job.run_demo(tmp_path / "demo", data=data, **settings).read_text("utf-8")
     assert data in page and "scikit-image" not in page and "Images that training never saw" in page
     assert all(line in page for line in job.NEXT)
-    assert f"next, on images of yours: {job.NEXT[0]}" in " ".join(capsys.readouterr().out.split())
+    assert f"next, on your own images: {job.NEXT[0]}" in " ".join(capsys.readouterr().out.split())
     for stage in ("autoencoder", "diffusion"):
         config = (tmp_path / "demo" / stage / "config.yaml").read_text("utf-8")
         assert f"source: {data}" in config
     # another folder's demo is not this one's
     with pytest.raises(LdmError, match=r"data\.source"):
         job.run_demo(tmp_path / "demo", **settings)
+
+
+def test_data_without_held_out_images_is_refused_before_training(tmp_path):
+    mine = write_folder(tmp_path / "mine", enlarged(pictures(24, 0)))
+    prepare(mine, tmp_path / "all", 48, held_out=0)
+    with pytest.raises(UsageError, match="holds out no images"):
+        job.run_demo(tmp_path / "demo", data=str(tmp_path / "all"))
+    assert not (tmp_path / "demo" / "autoencoder").exists()
 
 
 def test_samples_are_shown_from_noise_on(tmp_path):

@@ -147,6 +147,33 @@ def test_a_setting_that_no_tensor_shows_must_fit_too(tmp_path):
         begin(fine_tuning(tmp_path / "dwt", "encoder.wavelet=db2"), tmp_path)
 
 
+def test_groups_must_be_equal_and_not_the_setting_that_made_them(tmp_path):
+    sizes = {"channels": 128, "multipliers": [1, 1], "blocks": 1}
+    wide = build_autoencoder("sdvae", encoder=sizes, decoder=sizes)
+    wide.save_pretrained(tmp_path / "wide")  # 32 groups of 4
+    begin(fine_tuning(tmp_path / "wide", "decoder.group_channels=4"), tmp_path)
+    with pytest.raises(LdmError, match=r"decoder\.group_channels is 1 in the file, 8 in the model"):
+        begin(fine_tuning(tmp_path / "wide", "decoder.group_channels=8"), tmp_path)
+
+
+def test_only_a_new_encoder_without_a_teacher_begins_at_another_log_variance(source, tmp_path):
+    def logvar_of(*words):
+        torch.manual_seed(0)
+        encoder = "encoder={channels: 32, multipliers: [1, 2], blocks: 1}"
+        sizes = [encoder, encoder.replace("encoder", "decoder"), "conv1x1=true", *words]
+        recipe = load_recipe("recipes", "finetune", [*SETTINGS, "train=all", *sizes])
+        ae = begin(recipe, tmp_path)[1].autoencoder
+        return ae.encode(some_images()).logvar
+
+    begun, lower = f"init.source={str(source)!r}", "init.logvar=-5"
+    for words in (["encoder.type=sdvae"], [begun, "init.parts=[decoder]"]):
+        torch.testing.assert_close(logvar_of(*words, lower), logvar_of(*words) - 5)
+    assert torch.equal(logvar_of(begun, lower), logvar_of(begun))
+    teachers = [begin(distillation(source, *words), tmp_path)[1] for words in ([], [lower])]
+    a, b = (fingerprint(state.autoencoder.quant_conv.state_dict()) for state in teachers)
+    assert a == b
+
+
 @pytest.mark.parametrize("word", ["init={{source: {0!r}}}", "init.source={0!r}"])
 def test_both_spellings_of_a_setting_take_its_architecture(word, source):
     recipe = load_recipe("recipes", "finetune", [*SETTINGS, word.format(str(source))])
@@ -184,6 +211,8 @@ def test_parts_that_are_not_there_are_refused(tmp_path):
             "loss: one of l1, l2, lpips, esrgan must be above 0",
         ),
         (["best_by=lpips", "train=all", "phases=[{resolution: 8, steps: 1}]"], "best_by=lpips"),
+        (["encoder.type=dwt", "latent_channels=12", "init.logvar=-5"], "set it to 0"),
+        (["init.logvar=-31"], r"init\.logvar"),
         (["train=decoder", "encoder.type=litevae"], "needs weights for the rest.*--from"),
         (["encoder.type=dwt", "latent_channels=12", "train=encoder"], "dwt encoder has no weights"),
         (["loss.lpips=1", "train=all", "phases=[{resolution: 8, steps: 1}]"], "below 16"),

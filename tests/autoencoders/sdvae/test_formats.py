@@ -169,7 +169,10 @@ def test_diffusers_opens_the_folder_and_answers_the_same(tmp_path, conv1x1, size
     )
 
 
-@pytest.mark.parametrize("sizes", [{}, {"multipliers": [1, 1], "group_channels": 4}])
+@pytest.mark.parametrize(
+    "sizes",
+    [{}, {"multipliers": [1, 1], "group_channels": 4}, {"group_channels": 64}],
+)
 def test_round_trips_are_bit_equal(tmp_path, sizes):
     ours = small(*[SIZES | sizes] * 2)
     write_diffusers(tmp_path / "a", ours)

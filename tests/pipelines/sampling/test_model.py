@@ -43,6 +43,21 @@ def guided(strong, weak, scale, low=0.0):
     return sample_heun(denoise, noise, karras_sigmas(3))
 
 
+def test_settings_that_earlier_versions_lacked_leave_no_trace_in_the_identity(
+    tmp_path, monkeypatch
+):
+    """Samples of an earlier version's model must be found again as its own."""
+    hashed, sha256 = [], module.new_sha256
+    monkeypatch.setattr(module, "new_sha256", lambda data: (hashed.append(data), sha256(data))[1])
+    load(make_model(tmp_path, 0))
+    (text,) = hashed
+    for key in (b"group_channels", b"shortcut", b"codes", b"variance", b"embedding_multiplier"):
+        assert key not in text, key
+    tree = {"key": 1, "a": {"key": 2}, "b": [{"c": 0}], "d": {"e": {"key": 1, "f": 3}}}
+    module._drop_defaults(tree, {"key": 1})
+    assert tree == {"a": {"key": 2}, "b": [{"c": 0}], "d": {"e": {"f": 3}}}
+
+
 def test_classifier_free_guidance(conditional):
     labels = torch.tensor([2, 2])
     z = guided(
