@@ -128,8 +128,8 @@ def _report(out: Path, ae_folder: Path, ldm_folder: Path, recipe: DiffusionRecip
             numbers,
             recipe.data.source,
             page.picture(sheet, columns, "original · reconstruction · latent"),
-            page.picture(drawn[:SAMPLES], 8, f"images 0 to {SAMPLES - 1} of seed 0"),
-            page.picture(strip, len(strip) // FROM_NOISE, "from noise to a sample"),
+            page.picture(drawn[:SAMPLES], 8, f"images 0 to {SAMPLES - 1} of seed 0")
+            + page.picture(strip, len(strip) // FROM_NOISE, "from noise to a sample"),
             _curves(*(read_rows(f / "metrics.jsonl") for f in (ae_folder, ldm_folder))),
         ),
     )
@@ -163,7 +163,6 @@ def _sections(
     source: str,
     reconstructions: str,
     samples: str,
-    strip: str,
     curves: str,
 ) -> list[str]:
     held_out, own_data = "Images that training never saw.", f" data.source={shlex.quote(source)}"
@@ -190,7 +189,6 @@ def _sections(
             "take a GPU and a real data set. Below, two samples emerge from noise: their latents "
             "at every second of the 18 steps, decoded.",
             samples,
-            strip,
         ),
         page.section(
             "Training",

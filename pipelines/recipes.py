@@ -64,8 +64,7 @@ class InitConfig(WeightsConfig):
     parts: Annotated[tuple[Part, ...], Field(min_length=1)] = ("encoder", "decoder")
     """Parts that begin from them, each with its 1×1 convolution at the latent."""
     logvar: Annotated[float, Field(ge=-30, le=20)] = 0.0
-    """Log-variance at which a new encoder begins, about: −5 is little noise. It has no effect with
-    a teacher, nor on an encoder that begins from weights."""
+    """Log-variance at which a new encoder without a teacher begins, about: −5 is little noise."""
 
 
 class TeacherConfig(WeightsConfig):
@@ -148,10 +147,7 @@ class AutoencoderRecipe(GivenWeights, AutoencoderConfig):
         if not any(getattr(self.loss, term) for term in terms):
             raise ValueError(f"loss: one of {', '.join(terms)} must be above 0")
         if self.adversarial.mixes and self.discriminator.type != "unet":
-            raise ValueError(
-                "adversarial.cutmix and cutmix_augmentation need per-pixel logits: "
-                "discriminator.type=unet"
-            )
+            raise ValueError("CutMix needs per-pixel logits: discriminator.type=unet")
         for phase in self.phases:
             self.check_resolution(phase.resolution)
         return self
@@ -168,8 +164,7 @@ class AutoencoderRecipe(GivenWeights, AutoencoderConfig):
                 f"train={self.train}: with a teacher only the encoder learns, train=encoder; "
                 "afterwards, both learn with --from that run and train=all"
             )
-        learns_variance = self.encoder.type in ("litevae", "sdvae")
-        if self.init.logvar and not (learns_variance and getattr(self.encoder, "variance", True)):
+        if self.init.logvar and self.encoder.type not in ("litevae", "sdvae"):
             raise ValueError("init.logvar needs an encoder that learns a log-variance: set it to 0")
         stays = {"decoder": "encoder", "encoder": "decoder"}.get(self.train)
         if self.init.source and stays and stays not in self.init.parts:
