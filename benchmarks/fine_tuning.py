@@ -45,22 +45,21 @@ CPU = torch.device("cpu")
 CPU_RUN = ["run.device=cpu", "run.precision=fp32"]
 RESOLUTION = 64
 COLUMNS = 8
-# SD-VAE's smallest group at full width has 4 channels too
-GROUPS = ["encoder.group_channels=4", "decoder.group_channels=4", "decoder.norm=group"]
-F8 = ["latent_channels=16", *GROUPS]
-F4 = [
-    "latent_channels=4", "encoder.multipliers=[1,2,4]", "decoder.multipliers=[1,2,4]",
-    "init.logvar=-5", *GROUPS,
-]  # fmt: skip
+# at full width the smallest group of SD-VAE's norms has four channels too
+DECODER = ["decoder.norm=group", "decoder.group_channels=4"]
+F8 = ["latent_channels=16", "encoder.group_channels=4", *DECODER]
+F4 = ["latent_channels=4", "decoder.multipliers=[1,2,4]", *DECODER]
+SD_VAE = ["encoder={type: sdvae, channels: 32, multipliers: [1, 2, 4], group_channels: 4}"]
 LITEVAE = [
     "encoder.depth=2", "encoder.extractor.channels=8", "encoder.extractor.group_channels=4",
     "encoder.aggregator.channels=8", "encoder.aggregator.group_channels=4",
 ]  # fmt: skip
+PLUS = ["encoder.shortcut=wavelet", "init.logvar=-5"]
 LOSS = ["loss.lpips=0", "loss.l2=1", "loss.gaussian=0", "loss.wavelet=0.25"]
 TRAINING = [
-    "batch_size=4", "betas=[0.9,0.99]", "warmup_images=400", "ema_half_life_images=2000",
+    "batch_size=16", "betas=[0.9,0.99]", "warmup_images=800", "ema_half_life_images=2000",
     "adversarial.weight=0", "discriminator={channels: 16, multipliers: [1, 2]}",
-    "run={log_every_steps: 50, validate_every_steps: 250, save_every_steps: 250, keep_states: 1}",
+    "run={log_every_steps: 25, validate_every_steps: 125, save_every_steps: 125, keep_states: 1}",
     *CPU_RUN,
 ]  # fmt: skip
 
@@ -71,7 +70,7 @@ def main() -> None:
     parser.add_argument("part", choices=("distil", "finetune"))
     parser.add_argument("images", help="folder of images, zip or shards")
     parser.add_argument("--held-out", type=int, default=100, help="images that are only measured")
-    parser.add_argument("--steps", type=int, default=4000, help="of the first training")
+    parser.add_argument("--steps", type=int, default=400, help="of a training")
     add_out(parser, "docs/results/fine-tuning")
     parser.add_argument(
         "--work", type=Path, default=Path("runs/fine-tuning"), help="folder of the trainings"
@@ -102,21 +101,44 @@ def data_of(given: argparse.Namespace) -> list[str]:
     return [source, f"data.held_out={given.held_out}", "data.workers=0", "data.crop=random"]
 
 
-def steps(count: int, lr: float) -> list[str]:
-    """Settings of an autoencoder's training: its length and learning rate."""
-    return [f"phases=[{{resolution: {RESOLUTION}, steps: {count}}}]", f"lr={lr}", *TRAINING]
+def steps(count: int, last: int, lr: float) -> list[str]:
+    """Settings of an autoencoder's training: steps at half the resolution, then at the last."""
+    half, whole = (
+        f"{{resolution: {side}, steps: {number}}}"
+        for side, number in ((RESOLUTION // 2, count), (RESOLUTION, last))
+    )
+    phases = f"{half}, {whole}" if last else half
+    return [f"phases=[{phases}]", f"lr={lr}", *LOSS, *TRAINING]
+
+
+def train_teacher(given: argparse.Namespace) -> Path:
+    """Train an SD-VAE that knows colours.
+
+    From scratch it takes thousands of steps to. LiteVAE's wavelet shortcut has them from the start:
+    SD-VAE's encoder is distilled from it, and then learns on together with the decoder.
+    """
+    work, data, count = given.work, data_of(given), given.steps
+    first = train(
+        work / "litevae", "ae", "litevae-b-quarter",
+        [*data, *F4, *LITEVAE, *PLUS, *steps(count // 2, 0, 2e-3)],
+    )  # fmt: skip
+    encoder = train(
+        work / "sdvae-encoder", "recipes", "distil-b",
+        [*data, f"teacher.source={first}", *SD_VAE, *steps(count // 2, 0, 2e-3)],
+    )  # fmt: skip
+    return train(
+        work / "teacher", "recipes", "finetune",
+        [*data, f"init.source={encoder}", "train=all", *steps(count, count // 4, 1e-3)],
+    )  # fmt: skip
 
 
 def distil(given: argparse.Namespace) -> dict[str, Any]:
     """Train teacher, student and diffusion model; measure and draw."""
-    work, count = given.work, given.steps
-    data = data_of(given)
-    teacher_run = train(
-        work / "teacher", "ae", "sdvae-quarter", [*data, *F4, *LOSS, *steps(count, 1.5e-3)]
-    )
+    work, data, count = given.work, data_of(given), given.steps
+    teacher_run = train_teacher(given)
     student_run = train(
         work / "student", "recipes", "distil-b",
-        [*data, f"teacher.source={teacher_run}", *LITEVAE, *LOSS, *steps(count // 2, 1.5e-3)],
+        [*data, f"teacher.source={teacher_run}", *LITEVAE, *steps(count, count // 8, 2e-3)],
     )  # fmt: skip
     teacher, student = load_autoencoder(teacher_run), load_autoencoder(student_run)
     held_out = held_out_images(given)
@@ -137,12 +159,12 @@ def distil(given: argparse.Namespace) -> dict[str, Any]:
 
     diffusion = train(
         work / "diffusion", "diffusion", "tiny",
-        [*data, f"autoencoder={teacher_run}", f"steps={count // 4}", "batch_size=16", *CPU_RUN],
+        [*data, f"autoencoder={teacher_run}", f"steps={count}", "batch_size=16", *CPU_RUN],
     )  # fmt: skip
     draw_edits(given.out / "distil-edits.png", diffusion, (teacher, student), images)
     return {
         "held_out": len(held_out),
-        "steps": [count, count // 2, count // 4],
+        "steps": count,
         "scores": scores,
         "latents": found,
         "images_per_second": {name: COLUMNS / s for name, s in seconds.items()},
@@ -154,11 +176,11 @@ def finetune(given: argparse.Namespace) -> dict[str, Any]:
     """Train on the built-in photographs, and the decoder alone on the folder; measure and draw."""
     count = given.steps
     before_run = train(
-        given.work / "built-in", "ae", "sdvae-quarter", [*F8, *LOSS, *steps(count, 1.5e-3)]
+        given.work / "built-in", "ae", "sdvae-quarter", [*F8, *steps(count, count // 4, 2e-3)]
     )
     after_run = train(
         given.work / "fine-tuned", "recipes", "finetune",
-        [*data_of(given), f"init.source={before_run}", *LOSS, *steps(count // 2, 5e-4)],
+        [*data_of(given), f"init.source={before_run}", *steps(count // 2, count // 8, 1e-3)],
     )  # fmt: skip
     before, after = load_autoencoder(before_run), load_autoencoder(after_run)
     held_out = held_out_images(given)
@@ -174,7 +196,7 @@ def finetune(given: argparse.Namespace) -> dict[str, Any]:
     save_grid(torch.cat([shown, *recons]), given.out / "finetune.png", columns=COLUMNS)
     return {
         "held_out": len(held_out),
-        "steps": [count, count // 2],
+        "steps": count,
         "scores": scores,
         "latents_equal": torch.equal(a.mean, b.mean) and torch.equal(a.logvar, b.logvar),
     }
@@ -234,7 +256,7 @@ def draw_edits(path: Path, run: Path, encoders: Sequence[Autoencoder], images: T
 # ----------------------------------------------------------------------------------- pages
 def distil_page(result: dict[str, Any]) -> str:
     """Format the page of `distil`."""
-    scores, found = result["scores"], result["latents"]
+    scores, found, count = result["scores"], result["latents"], result["steps"]
     rows = [
         (
             name, f"{result['encoder_parameters'][which]:,}",
@@ -251,10 +273,12 @@ def distil_page(result: dict[str, Any]) -> str:
     return "\n".join([
         "# An encoder distilled", "",
         "LiteVAE-B's encoder, distilled into the latents of an SD-VAE. Both have a quarter of "
-        f"their widths. The teacher has {len(channels)} latent channels at f = 4, and was "
-        f"trained first, for {result['steps'][0]:,} steps of 4 images of {RESOLUTION}²; the "
-        f"student for {result['steps'][1]:,}. Measured on {result['held_out']} images that "
-        "neither saw.", "",
+        f"their widths and see images of {RESOLUTION}². The teacher has {len(channels)} latent "
+        "channels at f = 4. So that it knows colours, its encoder was itself distilled first, from "
+        f"a LiteVAE with the wavelet shortcut ({count // 2:,} steps each), and then trained on "
+        f"together with the decoder ({trained(count, count // 4)}). The student, a plain LiteVAE, "
+        f"learned for {trained(count, count // 8)}. Measured on {result['held_out']} images that "
+        "none of them saw.", "",
         *markdown_table(header, rows), "",
         f"- Latents: correlation {min(correlations):.4f} to {max(correlations):.4f} over the "
         f"channels; error {min(errors):.3f} to {max(errors):.3f} of the teacher's standard "
@@ -264,8 +288,8 @@ def distil_page(result: dict[str, Any]) -> str:
         "![Held-out PSNR, and correlation of the latents](distil-curves.png)", "",
         "Images; the teacher's reconstructions; the student's:", "",
         "![Images and reconstructions](distil.png)", "",
-        f"A diffusion model, trained on the teacher's latents alone for {result['steps'][2]:,} "
-        "steps of 16, edits and inpaints with either "
+        f"A diffusion model, trained on the teacher's latents alone for {count:,} steps "
+        "of 16, edits and inpaints with either "
         "encoder. Images; edited with the teacher's encoder; with the student's; masked; inpainted "
         "with the teacher's; with the student's:", "",
         "![Edited and inpainted images](distil-edits.png)", "",
@@ -280,13 +304,14 @@ def finetune_page(result: dict[str, Any]) -> str:
         (name, f"{scores[which]['psnr']:.2f}", f"{scores[which]['ssim']:.3f}")
         for name, which in (("before", "before"), ("decoder fine-tuned", "after"))
     ]
-    first, then = result["steps"]
+    count = result["steps"]
     equal = "equal to the bit" if result["latents_equal"] else "NOT equal"
     return "\n".join([
         "# A decoder fine-tuned", "",
-        f"SD-VAE at a quarter of its widths, trained on the built-in photographs for {first:,} "
-        f"steps of 4 at {RESOLUTION}²; then its decoder alone for {then:,} steps on other "
-        f"photographs, of which {result['held_out']} are held out and measured here.", "",
+        "SD-VAE at a quarter of its widths, trained on the built-in photographs for "
+        f"{trained(count, count // 4)}; then its decoder alone, for "
+        f"{trained(count // 2, count // 8)}, on other photographs, of which "
+        f"{result['held_out']} are held out and measured here.", "",
         *markdown_table(("", "PSNR, dB", "SSIM"), rows), "",
         f"The latents of all {result['held_out']} images, means and log-variances, are {equal} "
         "before and after.", "",
@@ -294,6 +319,11 @@ def finetune_page(result: dict[str, Any]) -> str:
         "![Images and reconstructions](finetune.png)", "",
         *about(result),
     ])  # fmt: skip
+
+
+def trained(count: int, last: int) -> str:
+    """The length of a training by `steps`."""
+    return f"{count:,} steps of 16 images at {RESOLUTION // 2}² and {last:,} at {RESOLUTION}²"
 
 
 def about(result: dict[str, Any]) -> list[str]:
