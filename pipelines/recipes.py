@@ -147,7 +147,7 @@ class AutoencoderRecipe(GivenWeights, AutoencoderConfig):
         if not any(getattr(self.loss, term) for term in terms):
             raise ValueError(f"loss: one of {', '.join(terms)} must be above 0")
         if self.adversarial.mixes and self.discriminator.type != "unet":
-            raise ValueError("CutMix needs per-pixel logits: discriminator.type=unet")
+            raise ValueError("adversarial: CutMix needs per-pixel logits, discriminator.type=unet")
         for phase in self.phases:
             self.check_resolution(phase.resolution)
         return self

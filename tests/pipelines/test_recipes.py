@@ -52,7 +52,7 @@ def test_invalid_autoencoder_recipe_is_refused(setting, message):
 
 def test_cutmix_needs_a_per_pixel_discriminator():
     with pytest.raises(
-        UsageError, match=r"CutMix needs per-pixel logits: discriminator\.type=unet"
+        UsageError, match=r"CutMix needs per-pixel logits, discriminator\.type=unet"
     ):
         autoencoder_recipe("adversarial.cutmix=1", "discriminator={type: patchgan, layers: 2}")
 
