@@ -33,7 +33,7 @@ from pipelines.validation import evaluate_autoencoder, reconstruction_sheet
 
 SAMPLES = 16
 SWD_IMAGES = 256
-FROM_NOISE, EVERY = 2, 2  # samples shown from noise on, and sampler steps from picture to picture
+FROM_NOISE, EVERY = 2, 2  # samples shown emerging from noise, and steps between their pictures
 NEXT = (
     "ldm data prepare my-images data/mine --size 256",
     "ldm train-ae litevae-b data.source=data/mine",
@@ -65,7 +65,7 @@ def run_demo(
         source = [] if data == PHOTOS else [f"data.source={json.dumps(data)}"]
         first = resolve(AutoencoderRecipe, load_preset("ae", "tiny"), [*source, *stage_one])
         if not holds_out(first.data):
-            raise UsageError(f"{data} holds out no images for the demo to measure: hold out some")
+            raise UsageError(f"{data} holds out no images: prepare it again without --held-out 0")
         with _timed("1/3 autoencoder"):
             ae_folder = train_autoencoder(first, "tiny", out / "autoencoder")
         trained = f"autoencoder={json.dumps(str(ae_folder / 'ckpt.pt'))}"
@@ -137,7 +137,7 @@ def _report(out: Path, ae_folder: Path, ldm_folder: Path, recipe: DiffusionRecip
 
 @torch.no_grad()
 def from_noise(pipe: LatentDiffusionPipeline) -> Tensor:
-    """Decode the latents of a few samples on their way: (FROM_NOISE · n, 3, H, W), row by row."""
+    """Decode the latents of FROM_NOISE samples at n steps each: (FROM_NOISE · n, 3, H, W)."""
     states: list[Tensor] = []
 
     def record(denoise: Denoise) -> Denoise:

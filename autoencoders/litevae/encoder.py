@@ -94,6 +94,7 @@ class LiteVAEEncoder(nn.Module):
         if self.config.shortcut == "none":
             return moments
         mean, logvar = moments.chunk(2, dim=1)
+        # in float32, whatever the networks compute in
         deepest = torch.cat(transform[-1], dim=1) / 2**depth
         return torch.cat([mean + wavelet_latents(deepest, mean.shape[1]), logvar], dim=1)
 
