@@ -138,7 +138,7 @@ def distil(given: argparse.Namespace) -> dict[str, Any]:
     teacher_run = train_teacher(given)
     student_run = train(
         work / "student", "recipes", "distil-b",
-        [*data, f"teacher.source={teacher_run}", *LITEVAE, *steps(count, count // 8, 2e-3)],
+        [*data, f"teacher.source={teacher_run}", *LITEVAE, *steps(4 * count, count // 2, 2e-3)],
     )  # fmt: skip
     teacher, student = load_autoencoder(teacher_run), load_autoencoder(student_run)
     held_out = held_out_images(given)
@@ -278,7 +278,7 @@ def distil_page(result: dict[str, Any]) -> str:
         "channels at f = 4. To learn colours, its encoder was itself distilled first, from "
         f"a LiteVAE with the wavelet shortcut ({count // 2:,} steps each), and then trained on "
         f"together with the decoder ({trained(count, count // 4)}). The student, a plain LiteVAE, "
-        f"learned for {trained(count, count // 8)}. Measured on {result['held_out']} images that "
+        f"learned for {trained(4 * count, count // 2)}. Measured on {result['held_out']} images that "
         "none of them saw.", "",
         *markdown_table(header, rows), "",
         f"- Latents: correlation {min(correlations):.4f} to {max(correlations):.4f} over the "
