@@ -278,8 +278,8 @@ def distil_page(result: dict[str, Any]) -> str:
         "channels at f = 4. To learn colours, its encoder was itself distilled first, from "
         f"a LiteVAE with the wavelet shortcut ({count // 2:,} steps each), and then trained on "
         f"together with the decoder ({trained(count, count // 4)}). The student, a plain LiteVAE, "
-        f"learned for {trained(4 * count, count // 2)}. Measured on {result['held_out']} images that "
-        "none of them saw.", "",
+        f"learned for {trained(4 * count, count // 2)}. Measured on {result['held_out']} images "
+        "that none of them saw.", "",
         *markdown_table(header, rows), "",
         f"- Latents: correlation {min(correlations):.4f} to {max(correlations):.4f} over the "
         f"channels; error {min(errors):.3f} to {max(errors):.3f} of the teacher's standard "

@@ -34,7 +34,7 @@ from ldm.data.loader import image_name
 from ldm.device import to_device
 from ldm.ema import Ema
 from ldm.images import grid, save_grid, to_float
-from ldm.learning_rate import learning_rate, set_learning_rate
+from ldm.learning_rate import set_learning_rate
 from ldm.logbook import Logbook
 from ldm.run import Run, TrainingState, check_batch, frozen, start_run
 from ldm.run_folder import is_finished, provenance
@@ -114,8 +114,8 @@ class AutoencoderState(TrainingState):
 
     def set_learning_rate(self) -> float:
         """Set, and return, the learning rate of the next step."""
-        images_seen = self.images_seen + self.batch_size
-        lr = learning_rate(self.recipe.lr, images_seen, self.recipe.warmup_images)
+        total_images = self.total_steps * self.batch_size
+        lr = self.recipe.lr_at(self.images_seen + self.batch_size, total_images)
         for optimizer in (self.opt_autoencoder, self.opt_discriminator):
             set_learning_rate(optimizer, lr)
         return lr

@@ -125,6 +125,13 @@ def test_phases_train_at_their_resolutions(tmp_path):
     assert [row["resolution"] for row in rows] == [32, 32, 64, 64]
 
 
+def test_the_learning_rate_follows_its_schedule_over_all_phases(tmp_path):
+    recipe = autoencoder_recipe("lr=1e-3", "lr_schedule=cosine", "warmup_images=8")
+    rows = read_rows(train_autoencoder(recipe, "tiny", tmp_path / "run") / "metrics.jsonl")
+    rates = [row["lr"] for row in rows if "lr" in row]
+    assert rates == pytest.approx([1e-3, 0.75e-3, 0.25e-3, 0], rel=1e-9, abs=1e-12)
+
+
 @pytest.mark.slow
 def test_loss_falls(tmp_path):
     recipe = autoencoder_recipe(
