@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=Path("runs/learning"), help="folder of the trainings"
     )
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     try:
         share = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", given.share)
         if share is None or int(share[1]) > int(share[2]):

@@ -47,7 +47,7 @@ def run_demo(
     stage_one: Sequence[str] = (),
     stage_two: Sequence[str] = (),
 ) -> Path:
-    """Train `tiny` of both stages in `out`, sample, measure, and write `out/report.html`.
+    """Train the presets `demo` of both stages in `out`, sample, measure, and write `out/report.html`.
 
     The same call resumes an interrupted demo; finished stages are not trained again.
 
@@ -63,16 +63,16 @@ def run_demo(
                 shutil.rmtree(out / name, ignore_errors=True)
         began = time.monotonic()
         source = [] if data == PHOTOS else [f"data.source={json.dumps(data)}"]
-        first = resolve(AutoencoderRecipe, load_preset("ae", "tiny"), [*source, *stage_one])
+        first = resolve(AutoencoderRecipe, load_preset("ae", "demo"), [*source, *stage_one])
         if not holds_out(first.data):
             raise UsageError(f"{data} holds out no images: prepare it again without --held-out 0")
         with _timed("1/3 autoencoder"):
-            ae_folder = train_autoencoder(first, "tiny", out / "autoencoder")
+            ae_folder = train_autoencoder(first, "demo", out / "autoencoder")
         trained = f"autoencoder={json.dumps(str(ae_folder / 'ckpt.pt'))}"
         settings = [*source, *stage_two, trained]
-        second = resolve(DiffusionRecipe, load_preset("diffusion", "tiny"), settings)
+        second = resolve(DiffusionRecipe, load_preset("diffusion", "demo"), settings)
         with _timed("2/3 diffusion model"):
-            ldm_folder = train_diffusion(second, "tiny", out / "diffusion")
+            ldm_folder = train_diffusion(second, "demo", out / "diffusion")
         with _timed("3/3 samples and numbers"):
             path = _report(out, ae_folder, ldm_folder, second)
     minutes = (time.monotonic() - began) / 60
@@ -207,10 +207,10 @@ def _sections(
         ])),
         page.section(
             "Commands",
-            "The same, step by step; every setting is key=value (`ldm show ae/tiny`).",
+            "The same, step by step; every setting is key=value (`ldm show ae/demo`).",
             page.commands([
-                f"ldm train-ae tiny{own_data}",
-                f"ldm train-diffusion tiny{own_data}",
+                f"ldm train-ae demo{own_data}",
+                f"ldm train-diffusion demo{own_data}",
                 f"ldm sample --n {SAMPLES}",
                 "ldm eval-ae",
                 "ldm fid --force",

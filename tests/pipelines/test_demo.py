@@ -13,11 +13,13 @@ from tests.pipelines.measuring.fid_sides import enlarged, pictures, write_folder
 from tests.pipelines.untrained import make_model
 from tests.small import AUTOENCODER, DIFFUSION
 
+SMALL = {"stage_one": [*AUTOENCODER, "encoder.depth=3"], "stage_two": DIFFUSION}
+
 
 @pytest.mark.slow
 def test_the_demo_leaves_one_page_with_everything_in_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(job, "SWD_IMAGES", 32)
-    path = job.run_demo(tmp_path / "demo", stage_one=AUTOENCODER, stage_two=DIFFUSION)
+    path = job.run_demo(tmp_path / "demo", **SMALL)
     page = path.read_text("utf-8")
     numbers = json.loads((tmp_path / "demo" / "numbers.json").read_text())
     assert f"{numbers['psnr']:.2f} dB" in page and f"{numbers['swd']:.1f}" in page
@@ -28,10 +30,10 @@ def test_the_demo_leaves_one_page_with_everything_in_it(tmp_path, monkeypatch, c
 
     # again: nothing is trained anew, unless asked
     before = (tmp_path / "demo" / "diffusion" / "ckpt.pt").stat().st_mtime_ns
-    job.run_demo(tmp_path / "demo", stage_one=AUTOENCODER, stage_two=DIFFUSION)
+    job.run_demo(tmp_path / "demo", **SMALL)
     assert (tmp_path / "demo" / "diffusion" / "ckpt.pt").stat().st_mtime_ns == before
     assert "is already finished" in capsys.readouterr().out
-    job.run_demo(tmp_path / "demo", True, stage_one=AUTOENCODER, stage_two=DIFFUSION)
+    job.run_demo(tmp_path / "demo", True, **SMALL)
     assert (tmp_path / "demo" / "diffusion" / "ckpt.pt").stat().st_mtime_ns > before
 
 
@@ -40,8 +42,7 @@ def test_the_demo_of_a_folder_shows_its_images_and_says_what_is_next(tmp_path, m
     monkeypatch.setattr(job, "SWD_IMAGES", 32)
     write_folder(tmp_path / "mine", enlarged(enlarged(pictures(24, 0))))
     data = str(tmp_path / "mine")
-    settings = {"stage_one": AUTOENCODER, "stage_two": DIFFUSION}
-    page = job.run_demo(tmp_path / "demo", data=data, **settings).read_text("utf-8")
+    page = job.run_demo(tmp_path / "demo", data=data, **SMALL).read_text("utf-8")
     assert data in page and "scikit-image" not in page and "Images that training never saw" in page
     assert all(line in page for line in job.NEXT)
     assert f"next, on your own images: {job.NEXT[0]}" in " ".join(capsys.readouterr().out.split())
@@ -50,7 +51,7 @@ def test_the_demo_of_a_folder_shows_its_images_and_says_what_is_next(tmp_path, m
         assert f"source: {data}" in config
     # another folder's demo is not this one's
     with pytest.raises(LdmError, match=r"data\.source"):
-        job.run_demo(tmp_path / "demo", **settings)
+        job.run_demo(tmp_path / "demo", **SMALL)
 
 
 def test_data_without_held_out_images_is_refused_before_training(tmp_path):
