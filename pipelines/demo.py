@@ -47,7 +47,7 @@ def run_demo(
     stage_one: Sequence[str] = (),
     stage_two: Sequence[str] = (),
 ) -> Path:
-    """Train the presets `demo` of both stages in `out`, sample, measure, and write `out/report.html`.
+    """Train the presets `demo` in `out`, sample, measure, and write `out/report.html`.
 
     The same call resumes an interrupted demo; finished stages are not trained again.
 
