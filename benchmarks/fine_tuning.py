@@ -272,7 +272,7 @@ def distil_page(result: dict[str, Any]) -> str:
     )
     header = ("encoder", "parameters", "PSNR, dB", "SSIM", "encoded images/s")
     return "\n".join([
-        "# An encoder distilled", "",
+        "# Distilling an encoder", "",
         "LiteVAE-B's encoder, distilled into the latents of an SD-VAE. Both have a quarter of "
         f"their widths and see images of {RESOLUTION}². The teacher has {len(channels)} latent "
         "channels at f = 4. To learn colours, its encoder was itself distilled first, from "
@@ -307,11 +307,12 @@ def finetune_page(result: dict[str, Any]) -> str:
     count = result["steps"]
     equal = "equal to the bit" if result["latents_equal"] else "NOT equal"
     return "\n".join([
-        "# A decoder fine-tuned", "",
+        "# Fine-tuning a decoder", "",
         "SD-VAE at a quarter of its widths, trained on the built-in photographs for "
         f"{trained(count, count // 4)}; then its decoder alone, for "
         f"{trained(count // 2, count // 8)}, on other photographs, of which "
-        f"{result['held_out']} are held out and measured here.", "",
+        f"{result['held_out']} are held out and measured here. Both trainings are short: the page "
+        "shows what changes and what does not, not a quality to expect.", "",
         *markdown_table(("", "PSNR, dB", "SSIM"), rows), "",
         f"The latents of all {result['held_out']} images, means and log-variances, are {equal} "
         "before and after.", "",

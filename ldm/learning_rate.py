@@ -1,40 +1,11 @@
 """Learning rates as functions of images seen: a resumed run needs no scheduler state."""
 
 import math
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch.optim import Optimizer
 
-from ldm.config import Config
-
 RateSchedule = Literal["constant", "cosine", "inverse_sqrt"]
-
-
-class LearningRate(Config):
-    """Settings of the learning rate, in the recipes of both stages."""
-
-    lr: PositiveFloat = 1e-4
-    """Adam's learning rate, absolute: never scaled by batch size or processes."""
-    lr_schedule: RateSchedule = "constant"
-    """Learning rate after the warm-up; cosine reaches 0 at the last step."""
-    lr_decay_images: PositiveInt | None = None
-    """With inverse_sqrt: images after which the learning rate falls."""
-    warmup_images: NonNegativeInt = 0
-    """Images over which the learning rate rises from 0."""
-
-    @model_validator(mode="after")
-    def _need_each_other(self) -> Self:
-        if (self.lr_schedule == "inverse_sqrt") != (self.lr_decay_images is not None):
-            raise ValueError("lr_schedule=inverse_sqrt and lr_decay_images need each other")
-        return self
-
-    def lr_at(self, images_seen: int, total_images: int) -> float:
-        """The learning rate of the step that ends at this number of images of the run's."""
-        return learning_rate(
-            self.lr, images_seen, self.warmup_images, self.lr_schedule, total_images,
-            self.lr_decay_images,
-        )  # fmt: skip
 
 
 def learning_rate(

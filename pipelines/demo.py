@@ -23,7 +23,7 @@ from ldm.images import save_grid, to_uint8
 from ldm.locks import lock
 from ldm.logbook import console, read_rows
 from ldm.metrics import sliced_wasserstein
-from ldm.run_folder import provenance
+from ldm.run_folder import preset_of, provenance
 from pipelines.latent_diffusion import LatentDiffusionPipeline
 from pipelines.recipes import AutoencoderRecipe, DiffusionRecipe
 from pipelines.report import page
@@ -62,6 +62,8 @@ def run_demo(
             for name in ("autoencoder", "diffusion"):
                 shutil.rmtree(out / name, ignore_errors=True)
         began = time.monotonic()
+        if preset_of(out / "autoencoder") not in (None, "demo"):
+            raise UsageError(f"{out} holds a demo of an earlier version: replace it by --fresh")
         source = [] if data == PHOTOS else [f"data.source={json.dumps(data)}"]
         first = resolve(AutoencoderRecipe, load_preset("ae", "demo"), [*source, *stage_one])
         if not holds_out(first.data):

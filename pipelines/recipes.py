@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     model_validator,
@@ -39,7 +40,6 @@ from ldm.data import DataConfig
 from ldm.data.dataset import PHOTOS
 from ldm.ema import gamma_of_std
 from ldm.errors import LdmError, UsageError
-from ldm.learning_rate import LearningRate
 from ldm.records import read_each
 from ldm.run import RunConfig
 from ldm.run_folder import differences, newest_run, preset_of, read_config, unfinished_runs
@@ -93,7 +93,7 @@ class Phase(Config):
     """Steps, each a generator update and a discriminator update."""
 
 
-class AutoencoderRecipe(LearningRate, GivenWeights, AutoencoderConfig):
+class AutoencoderRecipe(GivenWeights, AutoencoderConfig):
     """An autoencoder and its training. The defaults are those of Sadat et al. 2024, Section F."""
 
     train: Literal["all", "encoder", "decoder"] = "all"
@@ -109,8 +109,14 @@ class AutoencoderRecipe(LearningRate, GivenWeights, AutoencoderConfig):
     """Micro-batches per step, to fit a batch into less memory."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
+    lr: PositiveFloat = 1e-4
+    """Adam's learning rate; absolute, never scaled by batch size or processes."""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after the warm-up; cosine reaches 0 at the last step."""
     betas: tuple[float, float] = (0.5, 0.9)
     """Adam's betas of both optimisers."""
+    warmup_images: NonNegativeInt = 0
+    """Images over which the learning rate rises from 0."""
     clip_norm: PositiveFloat | None = None
     """Largest gradient norm of either network; null: no clipping."""
     ema_half_life_images: NonNegativeFloat = 0.0
@@ -221,7 +227,7 @@ class AutoencoderRecipe(LearningRate, GivenWeights, AutoencoderConfig):
         return AutoencoderConfig(**{name: getattr(self, name) for name in fields})
 
 
-class DiffusionRecipe(LearningRate):
+class DiffusionRecipe(Config):
     """A latent diffusion model and its training."""
 
     autoencoder: str = ""
@@ -243,16 +249,23 @@ class DiffusionRecipe(LearningRate):
     cache: str = ""
     """Folder of latents encoded before training; empty: encode on the fly. `--cache` sets it."""
     statistics_images: PositiveInt | None = 10_000
-    """Images for the latents' mean and standard deviation, rounded up to whole batches; null:
-    all."""
+    """Images for the latents' mean and standard deviation, in whole batches; null: all."""
     steps: PositiveInt = 500_000
     """Optimiser steps."""
     batch_size: BatchSize = 48
     """Images per step, over all processes and accumulated micro-batches."""
     accumulate: PositiveInt = 1
     """Micro-batches per step, to fit a batch into less memory."""
+    lr: PositiveFloat = 1e-4
+    """Adam's learning rate, absolute: never scaled by batch or processes."""
+    lr_schedule: Literal["constant", "cosine", "inverse_sqrt"] = "constant"
+    """Learning rate after the warm-up; cosine reaches 0 at the last step."""
+    lr_decay_images: PositiveInt | None = None
+    """With inverse_sqrt: images after which the learning rate falls."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's betas."""
+    warmup_images: NonNegativeInt = 0
+    """Images over which the learning rate rises from 0."""
     clip_norm: PositiveFloat | None = 1.0
     """Largest gradient norm; null: no clipping."""
     ema_half_life_images: NonNegativeFloat = 500_000
@@ -269,6 +282,8 @@ class DiffusionRecipe(LearningRate):
     def _fits_together(self) -> "DiffusionRecipe":
         if self.batch_size % self.accumulate:
             raise ValueError("batch_size must be a multiple of accumulate")
+        if (self.lr_schedule == "inverse_sqrt") != (self.lr_decay_images is not None):
+            raise ValueError("lr_schedule=inverse_sqrt and lr_decay_images need each other")
         if len(self.ema_stds) == 1 or len(set(self.ema_stds)) < len(self.ema_stds):
             raise ValueError("ema_stds needs two or more different widths, such as [0.05, 0.1]")
         for std in self.ema_stds:
@@ -427,9 +442,8 @@ def find_stage_one(recipe: DiffusionRecipe, preset: str, out: Path | None = None
         return Path(theirs)
 
     found = read_each([out] if out else unfinished_runs("diffusion", preset), begun_with)
-    return next(filter(None, found.values()), None) or _file(
-        newest_run("autoencoder", preset=wanted)
-    )
+    begun = next(filter(None, found.values()), None)
+    return begun or _file(newest_run("autoencoder", preset=wanted))
 
 
 def _file(path: Path) -> Path:

@@ -34,7 +34,7 @@ from ldm.data.loader import image_name
 from ldm.device import to_device
 from ldm.ema import Ema
 from ldm.images import grid, save_grid, to_float
-from ldm.learning_rate import set_learning_rate
+from ldm.learning_rate import learning_rate, set_learning_rate
 from ldm.logbook import Logbook
 from ldm.run import Run, TrainingState, check_batch, frozen, start_run
 from ldm.run_folder import is_finished, provenance
@@ -114,8 +114,9 @@ class AutoencoderState(TrainingState):
 
     def set_learning_rate(self) -> float:
         """Set, and return, the learning rate of the next step."""
-        total_images = self.total_steps * self.batch_size
-        lr = self.recipe.lr_at(self.images_seen + self.batch_size, total_images)
+        recipe, images_seen = self.recipe, self.images_seen + self.batch_size
+        total = self.total_steps * self.batch_size
+        lr = learning_rate(recipe.lr, images_seen, recipe.warmup_images, recipe.lr_schedule, total)
         for optimizer in (self.opt_autoencoder, self.opt_discriminator):
             set_learning_rate(optimizer, lr)
         return lr
@@ -427,9 +428,8 @@ def _export(run: Run, state: AutoencoderState, name: str, **more: Any) -> None:
     """Write a model file: the averaged weights, the config that builds them, their provenance."""
     if not run.is_main:
         return
-    recipe = to_tree(state.recipe)
-    origin = provenance() | {"images_seen": state.images_seen, "recipe": recipe} | more
-    origin |= state.origin and {"imported": state.origin}
+    made = {"images_seen": state.images_seen, "recipe": to_tree(state.recipe)} | more
+    origin = provenance() | made | (state.origin and {"imported": state.origin})
     if state.teacher is not None:
         origin["teacher_latent_std"] = state.latent_std.tolist()
     config, weights = to_tree(state.recipe.model), state.ema.ema_model.state_dict()

@@ -21,7 +21,7 @@ from ldm.device import full_float32, resolve_device, resolve_precision
 from ldm.ema import Ema, PowerEma, save_snapshot
 from ldm.errors import LdmError, listed
 from ldm.images import grid, save_grid, to_float
-from ldm.learning_rate import set_learning_rate
+from ldm.learning_rate import learning_rate, set_learning_rate
 from ldm.logbook import Logbook, read_rows
 from ldm.run import Run, TrainingState, check_batch, log, start_run
 from ldm.run_folder import is_finished, provenance
@@ -88,8 +88,11 @@ class DiffusionState(TrainingState):
 
     def set_learning_rate(self) -> float:
         """Set, and return, the learning rate of the next step."""
-        total_images = self.total_steps * self.batch_size
-        lr = self.recipe.lr_at(self.images_seen + self.batch_size, total_images)
+        recipe = self.recipe
+        lr = learning_rate(
+            recipe.lr, self.images_seen + self.batch_size, recipe.warmup_images,
+            recipe.lr_schedule, recipe.steps * recipe.batch_size, recipe.lr_decay_images,
+        )  # fmt: skip
         set_learning_rate(self.optimizer, lr)
         return lr
 

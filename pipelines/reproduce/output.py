@@ -312,6 +312,7 @@ KNOWN = {
     "phases": "training",
     "batch_size": "batch size",
     "lr": "learning rate",
+    "lr_schedule": "learning-rate schedule",
     "betas": "Adam's betas",
     "clip_norm": "largest gradient norm",
     "warmup_images": "warm-up in images",

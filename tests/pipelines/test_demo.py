@@ -13,7 +13,7 @@ from tests.pipelines.measuring.fid_sides import enlarged, pictures, write_folder
 from tests.pipelines.untrained import make_model
 from tests.small import AUTOENCODER, DIFFUSION
 
-SMALL = {"stage_one": [*AUTOENCODER, "encoder.depth=3"], "stage_two": DIFFUSION}
+SMALL = {"stage_one": [*AUTOENCODER, "decoder.multipliers=[1, 1, 2]"], "stage_two": DIFFUSION}
 
 
 @pytest.mark.slow
@@ -52,6 +52,15 @@ def test_the_demo_of_a_folder_shows_its_images_and_says_what_is_next(tmp_path, m
     # another folder's demo is not this one's
     with pytest.raises(LdmError, match=r"data\.source"):
         job.run_demo(tmp_path / "demo", **SMALL)
+
+
+def test_an_earlier_demo_is_kept_unless_asked(tmp_path):
+    run = tmp_path / "demo" / "autoencoder"
+    run.mkdir(parents=True)
+    (run / "run.json").write_text(json.dumps({"kind": "autoencoder", "preset": "tiny"}))
+    with pytest.raises(UsageError, match="an earlier version: replace it by --fresh"):
+        job.run_demo(tmp_path / "demo")
+    assert (run / "run.json").is_file()
 
 
 def test_data_without_held_out_images_is_refused_before_training(tmp_path):

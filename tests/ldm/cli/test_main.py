@@ -65,7 +65,7 @@ def test_help_names_every_command_and_is_quick(tmp_path):
 def test_presets_are_listed_with_summaries(run):
     code, out, _ = run("presets")
     assert code == 0
-    for name in ("litevae-b", "sdvae", "ffhq256", "tiny"):
+    for name in ("litevae-b", "sdvae", "ffhq256", "tiny", "demo"):
         assert re.search(rf"^ *{name} +\S+", out, re.MULTILINE), name
 
 
