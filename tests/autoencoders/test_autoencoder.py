@@ -22,7 +22,7 @@ from tests.autoencoders.parameters import count
 from tests.golden import LITEVAE_ENCODER_PARAMETERS
 
 OUR_PRESETS = {"litevae-s", "litevae-b", "litevae-m", "litevae-l", "sdvae", "sdvae-small", "tiny"}
-F = {"litevae-b-f4": 4, "litevae-b-f16": 16}  # 8, all others
+F = {"litevae-b-f4": 4, "litevae-b-f16": 16, "demo": 4}  # 8, all others
 
 
 @pytest.fixture(autouse=True)
