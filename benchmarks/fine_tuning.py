@@ -70,7 +70,9 @@ def main() -> None:
     parser.add_argument("part", choices=("distil", "finetune"))
     parser.add_argument("images", help="folder of images, zip or shards")
     parser.add_argument("--held-out", type=int, default=100, help="images that are only measured")
-    parser.add_argument("--steps", type=int, default=400, help="of a training")
+    parser.add_argument(
+        "--steps", type=int, default=400, help="of the teacher; the student takes 4×"
+    )
     add_out(parser, "docs/results/fine-tuning")
     parser.add_argument(
         "--work", type=Path, default=Path("runs/fine-tuning"), help="folder of the trainings"
