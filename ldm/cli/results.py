@@ -82,6 +82,12 @@ def reproduce(
         list[str] | None,
         Option(metavar="ROW=PATH", help="Use this checkpoint instead of training the row."),
     ] = None,
+    seeds: Annotated[
+        int, Option(min=1, help="Train every row with seeds 0, 1 …; print means and their spread.")
+    ] = 1,
+    ours: Annotated[
+        bool, Option("--ours", help="Add the rows of our own presets, litevae-*-plus.")
+    ] = False,
     out: Annotated[Path, Option(help="Folder of all tables.")] = Path("reproduce"),
     weights: options.InceptionWeights = None,
     force: options.Force = False,
@@ -104,7 +110,8 @@ def reproduce(
 
     from pipelines.reproduce.runner import reproduce as run
 
-    for result in run(table, scale, data or (), take or (), words, out, weights, force):
+    given = (data or (), take or (), words, out, weights, force, seeds, ours)
+    for result in run(table, scale, *given):
         options.say("", *result.lines, "", f"done: {', '.join(map(str, result.files))}")
 
 
@@ -114,7 +121,7 @@ def _list(out: Path) -> None:
     from pipelines.reproduce.runner import row_states
     from pipelines.reproduce.tables import all_tables
 
-    tables = all_tables()
+    tables = [table.with_ours() for table in all_tables()]
     width = max(len(row.name) for table in tables for row in table.rows)
     for table in tables:
         options.echo(f"{table.number:<4} {table.title}", bold=True)

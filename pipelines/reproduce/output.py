@@ -5,11 +5,14 @@
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from math import floor, log10
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
+
+import numpy as np
 
 from autoencoders.discriminators import StyleGANConfig
 from ldm.config import flatten, to_tree
@@ -35,6 +38,7 @@ from pipelines.reproduce.tables import (
     Row,
     Table,
     judge,
+    mean_of,
 )
 
 FORMAT = 1
@@ -58,6 +62,8 @@ class Result:
     """By row the numbers of every image."""
     seconds: float
     """Of this call."""
+    pages: tuple[Path, ...] = ()
+    """If it is pooled, the pages of the other seeds."""
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -102,7 +108,7 @@ class Result:
                 for names in rows_by_run.values()
                 if len(names) > 1
             ]
-            lines += STANDING
+            lines += [SILENT, SEEDS.format(len(self.pages)) if self.pages else ONE_SEED]
             lines += [EDM] if self.table.measure == "generation" else []
         if self.plan.settings:
             lines.append(f"Settings: {', '.join(self.plan.settings)}.")
@@ -145,6 +151,9 @@ class Result:
                 "- these describe the measurements; each training run has its own run.json",
                 f"- data: {self._data()}",
             ]
+        if self.pages:
+            pages = ", ".join(map(str, self.pages))
+            lines.append(f"- the trainings named below are those of seed 0; of the others: {pages}")
         now = provenance()
         lines += [f"- this page: {now['command']}, {now['created']}, {self.seconds:,.1f} s", ""]
         rows = [self._provenance_of(name) for name in self.records]
@@ -200,6 +209,37 @@ class Result:
         )
         images = f"{count:,} images" if count else NOTHING
         return row, where, training, images, measuring, record.get("created", NOTHING)
+
+
+def pool_seeds(results: Sequence[Result]) -> Result:
+    """Join the results of a table's seeds: its numbers become means and standard deviations."""
+    first = results[0]
+    records, each = {}, dict[str, Each]()
+    for row, record in first.records.items():
+        of_seeds = [result.records[row] for result in results]
+        numbers, seeds = dict(record["numbers"]), {}
+        for column in record["numbers"]:
+            measured = [of_seed["numbers"].get(column) for of_seed in of_seeds]
+            if None in measured:
+                numbers[column] = None
+            elif not COLUMNS[column].counted:
+                seeds[column] = [mean_of(number) for number in measured]
+                numbers[column] = fmean(seeds[column]), stdev(seeds[column])
+        records[row] = {
+            **record,
+            "numbers": numbers,
+            "seeds": seeds,
+            "missing": {c: why for s in of_seeds for c, why in s["missing"].items()},
+            "notes": [*dict.fromkeys(note for s in of_seeds for note in s["notes"])],
+        }
+        images = [result.each[row] for result in results]
+        each[row] = {}
+        if all(i and np.array_equal(i["k"], images[0]["k"]) for i in images):
+            common = set[str].intersection(*map(set, images))
+            each[row] = {name: np.mean([i[name] for i in images], axis=0) for name in common}
+    pages = tuple(result.files[0] for result in results[1:])
+    seconds = sum(result.seconds for result in results)
+    return replace(first, records=records, each=each, seconds=seconds, pages=pages)
 
 
 def write_result(result: Result) -> None:
@@ -278,9 +318,12 @@ def claim_lines(
 def _show_both(claim: Claim, comparison: Comparison, table: Table) -> str:
     """Two rows in one column: ours, their difference, and the paper's."""
     column, here, error = comparison.column, comparison.here, comparison.error
-    papers = {row.name: row.paper[column] for row in table.rows}
-    theirs = (show(column, papers[name], of_paper=True) for name in (claim.row, claim.than))
-    text = f"the paper's {' against '.join(theirs)}"
+    papers = {row.name: row.paper.get(column) for row in table.rows}
+    theirs = [papers[name] for name in (claim.row, claim.than)]
+    text = "not the paper's"
+    if None not in theirs:
+        shown = (show(column, number, of_paper=True) for number in theirs)
+        text = f"the paper's {' against '.join(shown)}"
     title, digits = COLUMNS[column].title, COLUMNS[column].digits
     if here is not None:
         ours = " against ".join(show(column, value) for value in here)
@@ -296,11 +339,17 @@ def _show_both(claim: Claim, comparison: Comparison, table: Table) -> str:
 
 
 # --------------------------------------------------------- the differences from the paper
-STANDING = (
+SILENT = (
     "Where the paper is silent (loss weights, widths of some networks, weight averaging), this "
-    "toolkit's defaults: see docs/design.md.",
+    "toolkit's defaults: see docs/design.md."
+)
+ONE_SEED = (
     "One training of each recipe, with one seed: the variation between seeds is unknown. The ± of "
-    "a difference is its standard error over images only; without one, the error is unknown.",
+    "a difference is its standard error over images only; without one, the error is unknown."
+)
+SEEDS = (
+    "Trainings of each recipe with seeds 0 to {}: a number is their mean ± standard deviation. The "
+    "± of a difference is its standard error over seeds or over images, the larger."
 )
 EDM = (
     "Diffusion: EDM's preconditioning, noise and sampler (Karras et al. 2022); the paper follows "

@@ -311,7 +311,8 @@ class BuildPlan:
     @cached_property
     def _first_rows(self) -> dict[Recipe, Row]:
         first: dict[Recipe, Row] = {}
-        for row in (row for t in all_tables() if t.measure != "encoder" for row in t.rows):
+        trained = [table.with_ours() for table in all_tables() if table.measure != "encoder"]
+        for row in (row for table in trained for row in table.rows):
             with suppress(UsageError):  # a row of another table, which the settings do not fit
                 first.setdefault(self.recipe_of(row.preset), row)
         return first

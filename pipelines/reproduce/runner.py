@@ -1,15 +1,11 @@
-"""`ldm reproduce`, a build cache: target → up to date? → build → measure → judge → print.
+"""`ldm reproduce`, a build cache: target → up to date? → build → measure → judge → print."""
 
-Figures are drawn of models of the same cache.
-"""
-
-import re
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal, NamedTuple
+from typing import IO, Annotated, Any
 
 import numpy as np
 from accelerate import PartialState
@@ -26,14 +22,12 @@ from ldm.logbook import console
 from ldm.metrics.inception import SHA256, digest, published_weights
 from ldm.records import Count, checked, read_arrays, read_each, read_tree, schema
 from ldm.run_folder import provenance
-from ldm.tables import text_table
-from pipelines.analysis.subjects import open_analysis
-from pipelines.reproduce.output import Result, write_result
+from pipelines.reproduce.figures import Drawing, draw_figure, find_figure
+from pipelines.reproduce.output import Result, pool_seeds, write_result
 from pipelines.reproduce.plan import (
     SCALES,
     BuildPlan,
     Target,
-    check_settings,
     load_scale,
     setting_key,
 )
@@ -52,9 +46,7 @@ from pipelines.reproduce.rows import (
     missing_weights,
     same_listing,
 )
-from pipelines.reproduce.tables import Row, Table, find_tables
-from pipelines.sample import sample_images
-from pipelines.sampling.sample_folder import GRID
+from pipelines.reproduce.tables import Row, Table, all_tables, find_tables
 
 FORMAT = 3
 RECORD, EACH = "row.json", "images.npz"
@@ -88,7 +80,9 @@ def reproduce(
     out: Path = Path("reproduce"),
     weights: Path | None = None,
     force: bool = False,
-) -> "list[Result | Drawing]":
+    seeds: int = 1,
+    ours: bool = False,
+) -> list[Result] | list[Drawing]:
     """Build and write the tables or the figure that a word names.
 
     After an interruption the same call resumes: finished rows are reused, and a row in training
@@ -104,12 +98,50 @@ def reproduce(
     if figure:
         if take:
             raise UsageError(f"--take is for tables: draw {figure} of checkpoints by `ldm analyze`")
-        return [_draw_figure(figure, plan)]
+        if seeds > 1 or ours:
+            raise UsageError(f"--seeds and --ours are for tables: omit them for {figure}")
+        return [draw_figure(figure, plan)]
+    if ours and not any(table.ours.rows for table in tables):
+        with_ours = ", ".join(table.number for table in all_tables() if table.ours.rows)
+        raise UsageError(f"{tables[0].number} has no rows of ours; these have: {with_ours}")
+    tables = [table.with_ours() if ours else table for table in tables]
+    if seeds > 1:
+        return _build_seeds(tables, plan, take, seeds)
     if take and len(tables) > 1:
         numbers = " or ".join(table.number.lower() for table in tables)
         raise LdmError(f"--take is for one table: give {numbers}")
     targets = {table.name: plan.targets(table, take) for table in tables}
     return [_build_table(table, targets[table.name], plan) for table in tables]
+
+
+def _build_seeds(
+    tables: Sequence[Table], plan: BuildPlan, take: Sequence[str], seeds: int
+) -> list[Result]:
+    """Build tables with every seed, those after the first in folders of their own, and pool them.
+
+    All tables are built with a seed before any is with the next, so that early pages have all rows.
+    """
+    if any(table.measure == "encoder" for table in tables):
+        raise UsageError(f"{tables[0].number} trains nothing: omit --seeds")
+    if take or any(setting_key(text) == "run.seed" for text in plan.settings):
+        raise UsageError("--seeds trains every row with seeds 0, 1 …: omit --take and run.seed")
+    plans = [plan] + [
+        replace(plan, settings=(*plan.settings, f"run.seed={k}"), out=plan.out / f"seed-{k}")
+        for k in range(1, seeds)
+    ]
+    targets = [[each.targets(table) for table in tables] for each in plans]  # all checked first
+    built = [
+        [
+            _build_table(table, of_table, each)
+            for table, of_table in zip(tables, of_seed, strict=True)
+        ]
+        for each, of_seed in zip(plans, targets, strict=True)
+    ]
+    pooled = [pool_seeds(results) for results in zip(*built, strict=True)]
+    if is_main():
+        for result in pooled:
+            write_result(result)
+    return pooled
 
 
 def row_states(out: Path, row: Row) -> dict[str, str]:
@@ -135,11 +167,12 @@ def _build_table(table: Table, targets: Sequence[Target], plan: BuildPlan) -> Re
         # decided once for all processes: each would wait for the others in another step
         rows: list[_Status] = from_main(ranks, lambda: _check_rows(targets, plan))
         targets = [row.target for row in rows]
-        records = {}
+        records, seed = {}, targets[0].training.recipe.run.seed
+        which = f", seed {seed}" if seed else ""
         for number, row in enumerate(rows, start=1):
             label = " · ".join(row.target.row.label)
             done = ", done already" if row.record else ""
-            _say(f"{table.number}, row {number} of {len(rows)}: {label}{done}")
+            _say(f"{table.number}{which}, row {number} of {len(rows)}: {label}{done}")
             name = row.target.row.name
             records[name] = row.record or _build_row(table, row, plan, ranks)
     each = {target.row.name: _read_each(target.folder) for target in targets}
@@ -332,104 +365,3 @@ def _read_each(folder: Path) -> dict[str, NDArray]:
 def _say(text: str) -> None:
     if is_main():
         console.print(text, markup=False)
-
-
-# ------------------------------------------------------------------------------------ figures
-class Figure(NamedTuple):
-    """A figure of the paper."""
-
-    title: str
-    rows: dict[str, str]
-    """Its labels, and the presets of their rows."""
-    drawn_by: Literal["latents", "features", "scale", "gradients", "samples"]
-
-
-# The paper does not say on which data and latent width its figures are; these rows are Table 1's
-# ImageNet-256, n_z 4, and the ablations'.
-BOTH = {"VAE": "t01-imagenet256-nz4-vae", "LiteVAE": "t01-imagenet256-nz4-litevae"}
-NORMS = {"GroupNorm": "t04-group", "SMC": "t04-smc"}
-WEIGHTS = {"constant": "t08-constant", "adaptive": "t08-adaptive"}
-FFHQ = {"FFHQ": "t07-ffhq-litevae"}
-FIGURES = {
-    "f2": Figure("SD-VAE's latents as colours", {"VAE": BOTH["VAE"]}, "latents"),
-    "f3": Figure("feature maps of the decoder, GroupNorm beside SMC", NORMS, "features"),
-    "f4": Figure("LiteVAE's latents as colours", {"LiteVAE": BOTH["LiteVAE"]}, "latents"),
-    "f5": Figure("metrics over resolutions, LiteVAE beside the VAE", BOTH, "scale"),
-    "f6": Figure("samples of FFHQ", FFHQ, "samples"),
-    "f7": Figure("adversarial against reconstruction gradient", WEIGHTS, "gradients"),
-    "f8": Figure("metrics over resolutions, SMC beside GroupNorm", NORMS, "scale"),
-    "f9": Figure("more samples of FFHQ", FFHQ, "samples"),
-}
-SAMPLES = 64
-"""Samples in a figure."""
-
-
-class Drawing(NamedTuple):
-    """A drawn figure."""
-
-    files: tuple[Path, ...]
-    lines: list[str]
-    """Its title, numbers and notes."""
-
-
-def find_figure(word: str) -> str | None:
-    """Find the figure that a word names (f5, F5, figure 5), if any."""
-    match = re.fullmatch(r"f(?:ig(?:ure)?[ .-]*)?0*(\d)", word.strip().lower())
-    name = f"f{match[1]}" if match else ""
-    return name if name in FIGURES else None
-
-
-def _draw_figure(name: str, plan: BuildPlan) -> Drawing:
-    """Train a figure's rows where needed, and draw it."""
-    figure, protocol = FIGURES[name], plan.scale.protocol
-    if figure.drawn_by == "scale" and not protocol.published:
-        raise UsageError(f"{name} measures LPIPS: use --scale small or paper")
-    targets = {label: _find_target(plan, preset) for label, preset in figure.rows.items()}
-    check_settings(plan.settings, [*{type(t.training.recipe): None for t in targets.values()}])
-    for target in targets.values():  # before hours of training the first of them
-        check_images(target)
-    models = {
-        label: make_model(target, substitutes=not protocol.published).path
-        for label, target in targets.items()
-    }
-    files, lines = _draw(name, models, next(iter(targets.values())), plan)
-    return Drawing(files, [f"# {name.upper()}: {figure.title}", "", *lines])
-
-
-def _find_target(plan: BuildPlan, preset: str) -> Target:
-    [table] = find_tables(preset.partition("-")[0])
-    return next(target for target in plan.targets(table) if target.row.preset == preset)
-
-
-def _draw(
-    name: str, models: dict[str, Path], target: Target, plan: BuildPlan
-) -> tuple[tuple[Path, ...], list[str]]:
-    given, kind = [f"{label}={path}" for label, path in models.items()], FIGURES[name].drawn_by
-    folder, device = plan.folder(name), target.device
-    if kind == "samples":
-        [model] = models.values()
-        protocol = plan.scale.protocol
-        count, steps = min(SAMPLES, protocol.samples), protocol.sampler_steps
-        seed = int(name == "f9")  # F9 shows other samples than F6
-        sample_images(model, count, folder, seed, steps=steps, device=device)
-        return (folder / GRID,), [f"{count} samples, seed {seed}"]
-    if kind == "gradients":
-        from pipelines.analysis.gradients import analyze_gradients
-
-        found = analyze_gradients(given, folder) if is_main() else None
-    elif kind == "scale":
-        from pipelines.analysis.scale import analyze_scale
-
-        found = analyze_scale(
-            given, weights=plan.weights, device=device, force=plan.force, out=folder
-        )
-    else:
-        from pipelines.analysis.features import analyze_features
-        from pipelines.analysis.latents import analyze_latents
-
-        analyze = analyze_latents if kind == "latents" else analyze_features
-        opened = open_analysis(given, resolution=target.resolution, device=device)
-        found = analyze(*opened, out=folder)
-    if found is None:  # the main process reports it
-        return (), []
-    return found.files, [found.title, *text_table(found.header, found.rows), *found.notes]

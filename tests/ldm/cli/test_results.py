@@ -87,12 +87,13 @@ def test_what_is_passed_on_and_printed(run, monkeypatch):
     monkeypatch.setattr(jobs, "reproduce", faked)
     out = run(
         "t9", "loss.lpips=0", "lr=1e-3", "--scale", "smoke", "--data", "ffhq=/x", "--data", "/y",
-        "--take", "gaussian=a.pt", "--out", "o", "--weights", "w.pt", "--force",
+        "--take", "gaussian=a.pt", "--out", "o", "--weights", "w.pt", "--force", "--seeds", "3",
+        "--ours",
     )  # fmt: skip
     [words] = asked
     assert words == (
         "t9", "smoke", ["ffhq=/x", "/y"], ["gaussian=a.pt"], ["loss.lpips=0", "lr=1e-3"],
-        Path("o"), Path("w.pt"), True,
+        Path("o"), Path("w.pt"), True, 3, True,
     )  # fmt: skip
     assert out.count("| a [b] |") == 2 and "done: t09/table.md, t09/table.json" in out
 
@@ -101,7 +102,7 @@ def test_what_is_left_out(run, monkeypatch):
     asked = []
     monkeypatch.setattr(jobs, "reproduce", lambda *words: asked.append(words) or [])
     run("T9")
-    assert asked == [("T9", "small", (), (), [], Path("reproduce"), None, False)]
+    assert asked == [("T9", "small", (), (), [], Path("reproduce"), None, False, 1, False)]
 
 
 def test_the_list_has_every_table_and_how_far_its_rows_are(run, tmp_path):

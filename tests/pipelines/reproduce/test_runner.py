@@ -12,6 +12,7 @@ import pytest
 from ldm.errors import Interrupted, LdmError, UsageError
 from ldm.metrics.inception import SHA256
 from pipelines.reproduce import rows, runner
+from pipelines.reproduce.output import SEEDS
 from pipelines.reproduce.runner import reproduce, row_states
 from pipelines.reproduce.tables import find_tables
 from tests.ldm.data.pictures import encode, noise, png_folder
@@ -88,6 +89,64 @@ def test_finished_rows_are_reused(faked):
     again = run()
     assert len(faked.trained) == 3 and len(faked.measured) == 3
     assert again.numbers == first.numbers
+
+
+def test_every_seed_is_trained_and_pooled(faked, monkeypatch, capsys):
+    kept = []
+    train = rows.train_autoencoder
+    monkeypatch.setattr(
+        rows, "train_autoencoder",
+        lambda recipe, *how, **more: kept.append(recipe.run.seed) or train(recipe, *how, **more),
+    )  # fmt: skip
+    [result] = reproduce("t4", "small", seeds=3)
+    assert "T4, seed 2, row 1 of 2: Group Norm" in capsys.readouterr().out
+    assert kept == [0, 0, 1, 1, 2, 2]
+    assert faked.trained[2:4] == [
+        f"reproduce/seed-1/small/t04/{name}/autoencoder" for name in ("group", "smc")
+    ]
+    # 21 and 22 of the first seed, then 23 and 24, 25 and 26
+    assert result.numbers["group"]["psnr"] == (23.0, 2.0)
+    assert result.records["smc"]["seeds"]["psnr"] == [22.0, 24.0, 26.0]
+    np.testing.assert_allclose(result.each["smc"]["psnr"], 24.0)
+    page = Path("reproduce/small/t04/table.md").read_text("utf-8")
+    assert "PSNR: 24.00 against 23.00 (+1.00 ± 0.00), the paper's 29.32 against 29.24" in page
+    assert "| 24.00 ± 2.00 |" in page
+    assert (
+        SEEDS.format(2) in page and "of the others: reproduce/seed-1/small/t04/table.md, " in page
+    )
+    alone = Path("reproduce/seed-2/small/t04/table.md").read_text("utf-8")
+    assert "Settings: run.seed=2." in alone and "26.00 against 25.00" in alone
+    assert reproduce("t4", "small", seeds=3)[0].numbers == result.numbers
+    assert len(kept) == 6
+
+
+def test_a_number_that_one_seed_lacks_is_not_pooled(faked):
+    reproduce("t4", "small")
+    faked.lacks = ("rfid", "lpips", "ssim")
+    [result] = reproduce("t4", "small", seeds=2)
+    assert result.numbers["smc"]["ssim"] is None and result.records["smc"]["missing"]["ssim"]
+    assert set(result.each["smc"]) == {"k", "psnr"}
+    assert "SSIM" in "".join(result.lines)
+
+
+def test_what_seeds_and_our_rows_do_not_fit(tmp_path):
+    for word, how, told in (
+        ("t3", {"seeds": 2}, "T3 trains nothing: omit --seeds"),
+        ("t4", {"seeds": 2, "settings": ["run.seed=4"]}, "omit --take and run.seed"),
+        ("f3", {"seeds": 2}, "--seeds and --ours are for tables: omit them for f3"),
+        ("t4", {"ours": True}, "T4 has no rows of ours; these have: T1, T2a, T2b"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            reproduce(word, "small", out=tmp_path, **how)
+
+
+def test_our_rows_are_built_beside_the_papers(faked):
+    [result] = reproduce("t2b", "small", ours=True)
+    assert list(result.records) == ["vae", "vae-small", "litevae-b", "litevae-b-plus"]
+    page = Path("reproduce/small/t02b/table.md").read_text("utf-8")
+    assert "| LiteVAE-B-plus " in page and "(+3.00 ± 0.00), not the paper's" in page
+    [papers] = reproduce("t2b", "small")
+    assert list(papers.records) == ["vae", "vae-small", "litevae-b"] and len(faked.measured) == 4
 
 
 def test_tables_share_trainings(faked):

@@ -8,7 +8,17 @@ from scipy import stats
 
 from ldm.config import list_presets, validate
 from ldm.errors import UsageError
-from pipelines.reproduce.tables import COLUMNS, UNKNOWN, Claim, Row, Table, all_tables, find_tables
+from pipelines.reproduce.tables import (
+    COLUMNS,
+    STUDENT_T,
+    UNKNOWN,
+    Claim,
+    Row,
+    Table,
+    all_tables,
+    find_tables,
+    judge,
+)
 from tests.pipelines.reproduce.images import equal_images, judge_numbers
 
 TABLES = all_tables()
@@ -24,7 +34,7 @@ def test_every_row_has_a_recipe_and_every_recipe_a_row():
     rows = {
         ("diffusion" if table.measure == "generation" else "recipes", row.preset)
         for table in TABLES
-        for row in table.rows
+        for row in (*table.rows, *table.ours.rows)
     }
     recipes = {
         (kind, name)
@@ -110,6 +120,23 @@ def test_yardsticks_are_the_widest_that_the_paper_calls_similar():
         needed = -COLUMNS[name].margins("better", row, other)
         yardstick = COLUMNS[name].margins("no_worse", other, other)
         assert needed <= yardstick < 1.2 * needed, name
+
+
+def test_our_rows_stand_behind_the_papers():
+    [t2a] = find_tables("t2a")
+    ours = t2a.with_ours()
+    assert [row.name for row in ours.rows] == ["vae", "s", "b", "m", "l", "s-plus", "b-plus"]
+    assert ours.rows[-1].label == ("LiteVAE-B-plus",) and not ours.rows[-1].paper
+    assert ours.claims == t2a.claims + t2a.ours.claims and not ours.ours.rows
+    [t9] = find_tables("t9")
+    assert t9.with_ours() == t9
+
+
+def test_all_our_claims_say_so():
+    claims = [claim for table in TABLES for claim in table.ours.claims]
+    assert claims and all(claim.says.startswith("ours") for claim in claims)
+    papers = [claim for table in TABLES for claim in table.claims]
+    assert not any(claim.says.startswith("ours") for claim in papers)
 
 
 # ---------------------------------------------------------------------------------- claims
@@ -310,3 +337,61 @@ def test_a_claim_on_the_edge_is_rarely_judged(relation, kind):
         [claim] = judge_numbers(table(relation, ("lpips",)), numbers, {}, each=each)
         found += claim.verdict != "cannot be judged"
     assert 0 < found < 24, "one in twenty of 200, and what chance adds"
+
+
+# ---------------------------------------------------------------------------- over several seeds
+def test_student_t_is_that_of_scipy():
+    expected = [stats.t.ppf(0.975, seeds - 1) for seeds in range(2, 11)]
+    np.testing.assert_allclose(STUDENT_T, expected, atol=0.005)
+
+
+def judged_over_seeds(relation: str, a: list[float], b: list[float], column="psnr"):
+    numbers = {"a": {column: np.mean(a)}, "b": {column: np.mean(b)}}
+    records = {
+        row: {"numbers": of, "missing": {}, "seeds": {column: values}}
+        for (row, of), values in zip(numbers.items(), (a, b), strict=True)
+    }
+    each = equal_images(numbers)
+    [claim] = judge(table(relation, (column,)), records, each, "")
+    return claim.comparisons[0]
+
+
+@pytest.mark.parametrize(
+    ("gains", "verdict"),
+    [
+        ([0.9, 1.0, 1.1], "holds"), ([-0.9, -1.0, -1.1], "does not hold"),
+        ([0.2, 1.0, 1.8], "cannot be judged"),  # 1.0 ± 0.46: 2.2 standard errors, of 4.3
+        ([0.9, 1.1], "cannot be judged"),  # of two, ten of them
+        ([0.7, 0.9, 1.0, 1.1, 1.3], "holds"),
+    ],
+)  # fmt: skip
+def test_seeds_that_disagree_decide_nothing(gains, verdict):
+    found = judged_over_seeds("better", [29 + gain for gain in gains], [29.0] * len(gains))
+    assert found.verdict == verdict
+    assert (found.why == "within the error over seeds") == (verdict == "cannot be judged")
+    assert found.error == pytest.approx(stats.sem(gains))
+
+
+def test_the_error_of_rfid_is_known_over_seeds():
+    found = judged_over_seeds("better", [3.0, 3.1, 3.2], [4.0, 4.1, 4.2], "rfid")
+    assert (found.verdict, found.why, found.error) == ("holds", "", pytest.approx(0, abs=1e-12))
+    unsure = judged_over_seeds("no_worse", [3.0, 3.5, 4.0], [3.2, 3.3, 3.4], "rfid")
+    assert unsure.why == "within the error over seeds"
+
+
+def test_the_larger_of_two_errors_counts():
+    """Seeds that agree do not make up for images that do not."""
+    more = RNG.normal(0, 3, 40)
+    each = {
+        "a": {"k": np.arange(40), "psnr": HARD + 0.3 + more - more.mean()},
+        "b": {"k": np.arange(40), "psnr": HARD},
+    }
+    numbers = {row: {"psnr": float(of["psnr"].mean())} for row, of in each.items()}
+    records = {
+        row: {"numbers": of, "missing": {}, "seeds": {"psnr": [of["psnr"] + d for d in (0, 0.01)]}}
+        for row, of in numbers.items()
+    }
+    [claim] = judge(table("better", ("psnr",)), records, each, "")
+    [found] = claim.comparisons
+    assert found.why == "within two standard errors"
+    assert found.error == pytest.approx(stats.sem(more))

@@ -3,7 +3,8 @@
 import pytest
 
 from ldm.errors import LdmError, UsageError
-from pipelines.reproduce.runner import FIGURES, find_figure, reproduce
+from pipelines.reproduce.figures import FIGURES, find_figure
+from pipelines.reproduce.runner import reproduce
 from pipelines.reproduce.tables import all_tables
 from tests.ldm.data.pictures import noise, png_folder
 
