@@ -151,7 +151,7 @@ class Table(Config):
     claims: tuple[Claim, ...]
     """The paper's claims about it."""
     ours: OurRows = OurRows()
-    """What `with_ours` adds to the paper's."""
+    """Rows and claims that `with_ours` adds."""
 
     @model_validator(mode="after")
     def _check_names(self) -> "Table":
