@@ -14,7 +14,12 @@ app = typer.Typer(no_args_is_help=True, help="Prepare images for training, and c
 @app.command()
 def prepare(
     source: Annotated[
-        Path, Argument(metavar="SRC", help="A folder of images or .npy arrays, a .zip or a .tar.")
+        Path,
+        Argument(
+            metavar="SRC",
+            help="A folder of images or .npy arrays, a .zip, a .tar, a folder of .parquet, or "
+            "hf:OWNER/NAME of the Hugging Face Hub.",
+        ),
     ],
     destination: Annotated[
         Path, Argument(metavar="DST", help="Folder for the shards; created if missing.")

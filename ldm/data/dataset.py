@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ldm.config import Config
-from ldm.data.shards import ShardSource, open_shards, read_manifest
+from ldm.data.hf import has_tables, is_hub, open_hub, open_tables
+from ldm.data.shards import open_shards, read_manifest
 from ldm.data.sources import FolderSource, PhotoSource, Source, Split, ZipSource, take_split
 from ldm.errors import LdmError, UsageError, check_at_least
 from ldm.files import sha256_of
@@ -24,19 +25,25 @@ class DataConfig(Config):
 
     source: str = PHOTOS
     """photos (built in; their right thirds are held out), or a path: a folder of images, a .zip, a
-    folder of .tar shards, one .tar, or several as a/{000..009}.tar."""
+    folder of .tar shards, one .tar, or several as a/{000..009}.tar, a folder of .parquet; or a data
+    set of the Hugging Face Hub, hf:OWNER/NAME[@REVISION][:[CONFIG/]SPLIT] (see `ldm.data.hf`)."""
     crop: Literal["center", "random"] = "center"
     """center: the central square, downsized to the resolution; random: a window at native size.
     The built-in photographs are always cropped at random for training."""
     flip: bool = False
     """Mirror each training image with probability 1/2."""
     labels: bool = False
-    """Read class labels: the top-level folder of an image, `.cls` in shards, or the photograph.
+    """Read class labels: the top-level folder of an image, `.cls` in shards, a column, or the
+    photograph.
     Folders that hold every image are skipped: x/cat/1.png and x/dog/2.png are of cat and dog."""
     held_out: Annotated[int, Field(ge=0)] | None = None
     """Images held out for validation, the last by name; with labels every n-th by name, so that
-    every class is represented. Default: the manifest's number, else 10,000 of FFHQ's 70,000, 5,000
-    of CelebA-HQ's 30,000, else one in twenty, up to 10,000."""
+    every class is represented. Default: those of the manifest, or a table's split for validation,
+    else 10,000 of FFHQ's 70,000, 5,000 of CelebA-HQ's 30,000, else one in twenty, up to 10,000."""
+    image_column: str = ""
+    """Column of images in a table; by default the only one."""
+    label_column: str = ""
+    """Column of classes in a table; by default the only one."""
     workers: Annotated[int, Field(ge=0, le=1024)] = 4
     """Loader processes per GPU; 0 loads in the training process, as the photographs always do."""
 
@@ -56,14 +63,14 @@ def open_source(config: DataConfig, split: Split, resolution: int) -> Source:
             )
         return PhotoSource(split, resolution, config.labels)
     path = Path(config.source).expanduser()
-    if not path.exists() and "{" not in config.source:
+    if not is_hub(config.source) and not path.exists() and "{" not in config.source:
         size = resolution if resolution > 1 else 256
         raise LdmError(
             f"data.source: {config.source} does not exist: create it with "
             f"`ldm data prepare SRC {path} --size {size}`, "
             f"or use the built-in photographs, data.source={PHOTOS}"
         )
-    images = open_images(path, config.labels)
+    images = open_images(config.source, config.labels, config.image_column, config.label_column)
     manifest = read_manifest(path) if path.is_dir() else None
     if manifest and manifest.get("size", resolution) < resolution:
         size = manifest["size"]
@@ -71,10 +78,8 @@ def open_source(config: DataConfig, split: Split, resolution: int) -> Source:
             f"{path} was prepared at {size}×{size}, smaller than the {resolution}×{resolution} "
             f"requested: prepare it with --size {resolution}, or lower the resolution"
         )
-    prepared = manifest["splits"]["val"]["count"] if manifest else None
-    held_out = prepared if config.held_out is None else config.held_out
-    # `prepare` puts the images it holds out last
-    evenly = config.labels and (prepared is None or held_out != prepared)
+    held_out = images.held_out if config.held_out is None else config.held_out
+    evenly = config.labels and (images.held_out is None or held_out != images.held_out)
     return take_split(images, split, held_out, evenly)
 
 
@@ -82,19 +87,31 @@ def holds_out(config: DataConfig) -> bool:
     """True if images are held out for validation, so that `open_source` can open "val"."""
     if config.source == PHOTOS or config.held_out is not None:
         return config.held_out != 0
+    if is_hub(config.source):
+        return True
     manifest = read_manifest(Path(config.source).expanduser())
     return manifest is None or manifest["splits"]["val"]["count"] > 0
 
 
-def open_images(path: Path, labels: bool = False) -> FolderSource | ZipSource | ShardSource:
-    """Open all images at a path: a folder, a .zip, or .tar shards."""
+def open_images(
+    source: str | Path, labels: bool = False, image_column: str = "", label_column: str = ""
+) -> Source:
+    """Open all images of a `DataConfig.source`: a folder, a .zip, .tar shards, or a table."""
+    columns = image_column, label_column
+    if is_hub(str(source)):
+        return open_hub(str(source), labels, *columns)
+    path = Path(source).expanduser()
+    if path.is_dir() and has_tables(path):
+        return open_tables(path, labels, *columns)
+    if any(columns):
+        raise UsageError(f"{path} is no table: omit data.image_column and data.label_column")
     if path.is_dir() and not any(path.glob("*.tar")):
         return FolderSource(path, labels)
     if path.is_dir() or path.suffix == ".tar":
         return open_shards(path, labels)
     if path.suffix == ".zip":
         return ZipSource(path, labels)
-    raise LdmError(f"{path} is not a folder of images, a .zip or a .tar")
+    raise LdmError(f"{path} is not a folder of images or tables, a .zip or a .tar")
 
 
 # --------------------------------------------------------------------------------- identity
@@ -130,7 +147,7 @@ def listing_identity(data: str) -> str | None:
         return PHOTOS
     path, listing = Path(data).expanduser(), sha256()
     try:
-        images = open_images(path)
+        images = open_images(data)
     except LdmError:
         return None
     size_of = cache(_size)  # of an archive once for all of its images

@@ -18,6 +18,7 @@ from PIL import Image
 from pydantic import Field
 
 from ldm.data.dataset import open_images
+from ldm.data.hf import is_hub
 from ldm.data.loader import FaultCount
 from ldm.data.shards import MANIFEST, MANIFEST_FORMAT, PNG, SHARD, sidecar, write_shard
 from ldm.data.sources import Indices, Source, held_out_count, printable, split_indices
@@ -51,14 +52,15 @@ def prepare(
     workers: int | None = None,
     labels: bool = False,
 ) -> dict[str, Any]:
-    """Write a folder, a zip or tar shards of images as `size`×`size` PNGs in shards.
+    """Write the images of a folder, zip, tar shards or table as `size`×`size` PNGs in shards.
 
     The central square of each image is cropped, then resized; nothing is enlarged. The images keep
     the order of their names. The last `held_out` of them, with labels every n-th, go into
     `val-00000.tar` …, the others into `train-00000.tar` …. Existing shards are kept.
 
     Args:
-        held_out: images for validation; None: the default of `held_out_count`.
+        held_out: images for validation; None: those of a table's or prepared data's own split,
+            else the default of `held_out_count`.
         workers: processes; None: one per CPU core; 0: this process alone.
         labels: keep the class of each image (see `folder_labels`; in shards, `.cls`).
 
@@ -70,9 +72,10 @@ def prepare(
     _check(path, destination, filter, size, shard_size, workers)
     source = open_images(path, labels)
     names = [source.name(i).removeprefix(f"{path}/") for i in range(len(source))]
-    held_out = held_out_count(len(source), held_out)
+    held_out = held_out_count(len(source), source.held_out if held_out is None else held_out)
+    evenly = labels and held_out != source.held_out
     settings: dict[str, Any] = {
-        "source": printable(path.resolve().name),
+        "source": str(path) if is_hub(str(path)) else printable(path.resolve().name),
         "images": len(source),
         "names_sha256": sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest(),
         "size": size,
@@ -84,7 +87,7 @@ def prepare(
     if labels:
         text = json.dumps([source.classes, [source.label(i) for i in range(len(source))]])
         settings["labels_sha256"] = sha256(text.encode()).hexdigest()
-    splits = zip(("train", "val"), split_indices(len(source), held_out, labels), strict=True)
+    splits = zip(("train", "val"), split_indices(len(source), held_out, evenly), strict=True)
     shards = {
         f"{split}-{number:05d}.tar": indices[first : first + shard_size]
         for split, indices in splits
@@ -106,11 +109,11 @@ def _check(
         raise UsageError(f"no filter '{filter}': choose one of {', '.join(get_args(Filter))}")
     check_at_least(1, size=size, shard_size=shard_size)
     check_at_least(0, workers=workers)
-    if not source.exists():
+    if not source.exists() and not is_hub(str(source)):
         raise LdmError(f"{source} does not exist: give a folder of images, a .zip or a .tar")
     if destination.exists() and not destination.is_dir():
         raise UsageError(f"{destination} is a file: the destination must be a folder")
-    if destination.exists() and destination.samefile(source):
+    if destination.exists() and source.exists() and destination.samefile(source):
         raise UsageError(f"{destination} is the source: {ANOTHER}")
     check_writable(destination / MANIFEST, advice=ANOTHER)
     foreign = [tar for tar in sorted(destination.glob("*.tar")) if not sidecar(tar).is_file()]

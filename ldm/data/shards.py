@@ -139,7 +139,9 @@ def open_shards(path: Path, labels: bool = False) -> ShardSource:
         return ShardSource(shards, read_manifest(shards[0].parent), labels)
     manifest = read_manifest(path)
     if manifest:
-        return ShardSource([path / name for name in _counts(manifest)], manifest, labels)
+        source = ShardSource([path / name for name in _counts(manifest)], manifest, labels)
+        source.held_out = manifest["splits"]["val"]["count"]
+        return source
     if any(path.glob(f"*{SIDECAR}")):
         raise LdmError(
             f"{path} is not complete: run the same `ldm data prepare` again to resume it"

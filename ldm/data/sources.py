@@ -35,6 +35,8 @@ class Source(ABC):
     """Names of the classes; () without labels."""
     labels: np.ndarray | None = None
     """Class of each image (n,), as an index into `classes`; None without labels."""
+    held_out: int | None = None
+    """Images, the last ones, that whoever made the data set holds out; None if that is not said."""
 
     @abstractmethod
     def __len__(self) -> int:

@@ -24,6 +24,7 @@ from accelerate import PartialState
 from ldm.config import to_tree
 from ldm.data import Batch, DataConfig, Source, batches, open_source
 from ldm.data.dataset import PHOTOS, content_identity
+from ldm.data.hf import is_hub
 from ldm.data.shards import MANIFEST, read_manifest
 from ldm.data.sources import Part, Split
 from ldm.data.transforms import NOT_RESIZED, CorruptImage
@@ -50,7 +51,8 @@ from pipelines.measuring.statistics import (
 # ------------------------------------------------------------------------ facts about a data set
 def resolve_source(source: str) -> str | Path:
     """Return the place of a data set, whatever path names it."""
-    return source if source == PHOTOS else Path(source).expanduser().resolve()
+    named = source == PHOTOS or is_hub(source)
+    return source if named else Path(source).expanduser().resolve()
 
 
 def name_data(source: str) -> str:
@@ -60,7 +62,7 @@ def name_data(source: str) -> str:
     where = Path(resolve_source(source))
     # two folders of the path, for many data sets end in /val; and a hash, for many end in x/val
     digits = sha256(str(where).encode()).hexdigest()[:6]
-    return "-".join([*where.parts[-2:], digits])
+    return "-".join([*where.parts[-2:], digits]).replace(":", "-")
 
 
 def is_same(config: DataConfig | None, source: str) -> bool:
@@ -82,7 +84,7 @@ _PREPARATION = schema(size=Count, filter=str, crop=str, source=str)
 def read_preparation(config: DataConfig) -> dict[str, Any] | None:
     """Return size, filter, crop and source of data made by `ldm data prepare`; None of other."""
     path = Path(config.source).expanduser()
-    if config.source == PHOTOS or path.suffix == ".zip":
+    if config.source == PHOTOS or is_hub(config.source) or path.suffix == ".zip":
         return None
     if not path.exists() and "{" not in config.source:
         return None  # the folder that it is not in may be prepared

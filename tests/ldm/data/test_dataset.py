@@ -74,7 +74,7 @@ def test_a_path_that_is_not_there_says_what_to_do(tmp_path):
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "x.rar").write_bytes(b"")
-    with pytest.raises(LdmError, match=r"not a folder of images, a \.zip or a \.tar"):
+    with pytest.raises(LdmError, match=r"not a folder of images or tables, a \.zip or a \.tar"):
         open_source(DataConfig(source=str(tmp_path / "x.rar")), "train", 32)
 
 
