@@ -42,8 +42,17 @@ def prepare(
         Option(min=0, show_default="one per CPU core", help="Worker processes; 0: none."),
     ] = None,
     labels: Annotated[
-        bool, Option("--labels", help="Keep class labels: top-level folders, or .cls in a .tar.")
+        bool,
+        Option(
+            "--labels",
+            help="Keep class labels: top-level folders, EDM's dataset.json, .cls or .json in a "
+            ".tar, a column of a table.",
+        ),
     ] = False,
+    label_file: Annotated[
+        Path | None,
+        Option(metavar="FILE.csv", help="Keep class labels, from a CSV: image, class."),
+    ] = None,
 ) -> None:
     """Convert a folder, zip or tar of images into tar shards of square PNGs.
 
@@ -57,9 +66,11 @@ def prepare(
     from ldm.data.prepare import prepare
     from ldm.data.shards import MANIFEST
 
-    manifest = prepare(source, destination, size, filter, held_out, shard_size, workers, labels)
+    manifest = prepare(
+        source, destination, size, filter, held_out, shard_size, workers, labels, label_file or ""
+    )
     train, val = (manifest["splits"][split] for split in ("train", "val"))
-    classes = f", {len(manifest['classes']):,} classes" if labels else ""
+    classes = f", {len(manifest['classes']):,} classes" if "classes" in manifest else ""
     shards = options.many(len(train["shards"]) + len(val["shards"]), "shard")
     options.echo(
         f"{manifest['count']:,} images of {size}×{size} in {shards}: "

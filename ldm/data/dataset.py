@@ -33,13 +33,15 @@ class DataConfig(Config):
     flip: bool = False
     """Mirror each training image with probability 1/2."""
     labels: bool = False
-    """Read class labels: the top-level folder of an image, `.cls` in shards, a column, or the
-    photograph.
-    Folders that hold every image are skipped: x/cat/1.png and x/dog/2.png are of cat and dog."""
+    """Read class labels: of `label_file`, EDM's dataset.json, `.cls` or `.json` members of shards,
+    a table's column, or the top-level folder of an image. Folders that hold every image are
+    skipped: x/cat/1.png and x/dog/2.png are of cat and dog."""
     held_out: Annotated[int, Field(ge=0)] | None = None
     """Images held out for validation, the last by name; with labels every n-th by name, so that
     every class is represented. Default: those of the manifest, or a table's split for validation,
     else 10,000 of FFHQ's 70,000, 5,000 of CelebA-HQ's 30,000, else one in twenty, up to 10,000."""
+    label_file: str = ""
+    """CSV file with the class of each image, by its path or its file's name; for labels=true."""
     image_column: str = ""
     """Column of images in a table; by default the only one."""
     label_column: str = ""
@@ -70,7 +72,9 @@ def open_source(config: DataConfig, split: Split, resolution: int) -> Source:
             f"`ldm data prepare SRC {path} --size {size}`, "
             f"or use the built-in photographs, data.source={PHOTOS}"
         )
-    images = open_images(config.source, config.labels, config.image_column, config.label_column)
+    images = open_images(
+        config.source, config.labels, config.label_file, config.image_column, config.label_column
+    )
     manifest = read_manifest(path) if path.is_dir() else None
     if manifest and manifest.get("size", resolution) < resolution:
         size = manifest["size"]
@@ -94,10 +98,21 @@ def holds_out(config: DataConfig) -> bool:
 
 
 def open_images(
-    source: str | Path, labels: bool = False, image_column: str = "", label_column: str = ""
+    source: str | Path,
+    labels: bool = False,
+    label_file: str = "",
+    image_column: str = "",
+    label_column: str = "",
 ) -> Source:
-    """Open all images of a `DataConfig.source`: a folder, a .zip, .tar shards, or a table."""
+    """Open all images of a `DataConfig.source`: a folder, a .zip, .tar shards, or a table.
+
+    The other arguments are as in `DataConfig`.
+    """
     columns = image_column, label_column
+    if label_file and not labels:
+        raise UsageError("data.label_file: classes are read with data.labels=true: set it too")
+    if label_file and (is_hub(str(source)) or has_tables(Path(source).expanduser())):
+        raise UsageError(f"{source} is a table: choose its column by data.label_column")
     if is_hub(str(source)):
         return open_hub(str(source), labels, *columns)
     path = Path(source).expanduser()
@@ -106,11 +121,11 @@ def open_images(
     if any(columns):
         raise UsageError(f"{path} is no table: omit data.image_column and data.label_column")
     if path.is_dir() and not any(path.glob("*.tar")):
-        return FolderSource(path, labels)
+        return FolderSource(path, labels, label_file)
     if path.is_dir() or path.suffix == ".tar":
-        return open_shards(path, labels)
+        return open_shards(path, labels, label_file)
     if path.suffix == ".zip":
-        return ZipSource(path, labels)
+        return ZipSource(path, labels, label_file)
     raise LdmError(f"{path} is not a folder of images or tables, a .zip or a .tar")
 
 

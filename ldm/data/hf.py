@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ldm.config import did_you_mean
-from ldm.data.sources import Source, printable
+from ldm.data.labels import named_labels, numbered_labels, printable
+from ldm.data.sources import Source
 from ldm.data.transforms import MAX_BYTES, CorruptImage, decode, is_image
 from ldm.errors import LdmError, UsageError, brief
 from ldm.files import read_bytes
@@ -35,8 +36,6 @@ NAME = re.compile(
 TABLES = (".parquet", ".arrow")
 SAVED = ("dataset_dict.json", "state.json")
 """Files of `datasets`' own save_to_disk, of several splits or one."""
-MOST_CLASSES = 1_000_000
-"""Of classes that are mere numbers."""
 HELD_OUT = ("validation", "valid", "val", "dev", "test")
 """Names of splits for validation; the first that there is."""
 
@@ -136,19 +135,12 @@ class TableSource(Source):
             )
         parts = [s.select_columns([column]).with_format("numpy") for s in splits.values()]
         values = np.concatenate([part[:][column] for part in parts])
+        if "string" in feature.dtype:
+            self.classes, self.labels = named_labels(values.astype(str))
+        else:
+            self.classes, self.labels = numbered_labels(values, self.name)
         if isinstance(feature, ClassLabel):
             self.classes = tuple(map(printable, feature.names))
-        elif "string" in feature.dtype:
-            names, values = np.unique(values.astype(str), return_inverse=True)
-            self.classes = tuple(map(printable, names))
-        elif values.max() < MOST_CLASSES:
-            self.classes = tuple(map(str, range(int(values.max()) + 1)))
-        else:
-            raise UsageError(f"{self._where}: class {values.max()} in '{column}' is over a million")
-        if values.min() < 0:
-            row = self.name(int(values.argmin()))
-            raise UsageError(f"{row} has no class: choose another split, or omit labels")
-        self.labels = values.astype(np.int32)
 
 
 def open_hub(source: str, labels: bool = False, image: str = "", label: str = "") -> TableSource:

@@ -19,9 +19,10 @@ from pydantic import Field
 
 from ldm.data.dataset import open_images
 from ldm.data.hf import is_hub
+from ldm.data.labels import printable
 from ldm.data.loader import FaultCount
 from ldm.data.shards import MANIFEST, MANIFEST_FORMAT, PNG, SHARD, sidecar, write_shard
-from ldm.data.sources import Indices, Source, held_out_count, printable, split_indices
+from ldm.data.sources import Indices, Source, held_out_count, split_indices
 from ldm.data.transforms import NOT_RESIZED, CorruptImage, Filter, center_crop
 from ldm.data.workers import load_in_workers
 from ldm.errors import LdmError, UsageError, check_at_least
@@ -51,6 +52,7 @@ def prepare(
     shard_size: int = 1000,
     workers: int | None = None,
     labels: bool = False,
+    label_file: str | Path = "",
 ) -> dict[str, Any]:
     """Write the images of a folder, zip, tar shards or table as `size`×`size` PNGs in shards.
 
@@ -62,7 +64,8 @@ def prepare(
         held_out: images for validation; None: those of a table's or prepared data's own split,
             else the default of `held_out_count`.
         workers: processes; None: one per CPU core; 0: this process alone.
-        labels: keep the class of each image (see `folder_labels`; in shards, `.cls`).
+        labels: keep the class of each image, see `DataConfig.labels`.
+        label_file: CSV file of them.
 
     Returns:
         The manifest, as written to `manifest.json` in the destination; its filter is
@@ -70,7 +73,8 @@ def prepare(
     """
     path, destination = Path(source_path).expanduser(), Path(destination).expanduser()
     _check(path, destination, filter, size, shard_size, workers)
-    source = open_images(path, labels)
+    labels = labels or bool(label_file)
+    source = open_images(path, labels, str(label_file))
     names = [source.name(i).removeprefix(f"{path}/") for i in range(len(source))]
     held_out = held_out_count(len(source), source.held_out if held_out is None else held_out)
     evenly = labels and held_out != source.held_out

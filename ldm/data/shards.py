@@ -15,6 +15,13 @@ from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 
+from ldm.data.labels import (
+    LABEL_COLUMNS,
+    match_labels,
+    named_labels,
+    numbered_labels,
+    read_label_file,
+)
 from ldm.data.sources import Source
 from ldm.data.transforms import MAX_BYTES, SUFFIXES, CorruptImage, decode, is_image
 from ldm.errors import LdmError, UsageError, brief, refuse_newer
@@ -27,7 +34,7 @@ from ldm.files import (
     write_json,
 )
 from ldm.logbook import show_progress
-from ldm.records import Count, FileName, checked, read_json, schema
+from ldm.records import Count, FileName, checked, parse_json, read_json, schema
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
@@ -55,14 +62,15 @@ class Member(NamedTuple):
     name: str
     offset: int
     size: int
-    label: int | None = None
+    label: int | str | None = None
 
 
 class ShardSource(Source):
     """Every image in local tar shards, shard by shard in the order given.
 
-    A manifest knows the number of images in each shard, and names of classes. With labels, the
-    `.cls` members are read; without a manifest, their classes are named "0", "1", ….
+    A manifest knows the number of images in each shard, and names of classes. With labels, classes
+    are read from a label file, or from `.cls` and `.json` members (`LABEL_COLUMNS`); without a
+    manifest, numbers are named "0", "1", ….
     """
 
     def __init__(
@@ -70,9 +78,10 @@ class ShardSource(Source):
         shards: Sequence[Path],
         manifest: Mapping[str, Any] | None = None,
         labels: bool = False,
+        label_file: str = "",
     ) -> None:
-        counts = _counts(manifest) if manifest else {}
-        index = [index_shard(path, counts.get(path.name), labels) for path in shards]
+        counts, in_members = _counts(manifest) if manifest else {}, labels and not label_file
+        index = [index_shard(path, counts.get(path.name), in_members) for path in shards]
         members = [(i, member) for i, found in enumerate(index) for member in found]
         if not members:
             searched = " … ".join(dict.fromkeys((str(shards[0]), str(shards[-1]))))
@@ -80,8 +89,11 @@ class ShardSource(Source):
         self._shards = list(shards)
         self._names = [member.name for _, member in members]
         self._places = np.array([(i, m.offset, m.size) for i, m in members])  # (n, 3)
-        if labels:
+        if in_members:
             self._read_labels([member.label for _, member in members], manifest)
+        elif labels:
+            path = Path(label_file).expanduser()
+            self.classes, self.labels = match_labels(self._names, read_label_file(path), path)
 
     def __len__(self) -> int:
         return len(self._names)
@@ -108,26 +120,31 @@ class ShardSource(Source):
             raise CorruptImage(brief(error)) from error
 
     def _read_labels(
-        self, members: Sequence[int | None], manifest: Mapping[str, Any] | None
+        self, labels: Sequence[int | str | None], manifest: Mapping[str, Any] | None
     ) -> None:
-        labels = [label for label in members if label is not None]
-        if len(labels) < len(members):
+        if None in labels:
             raise UsageError(
-                f"{self.name(members.index(None))} has no .cls member with its class: prepare the "
-                "images with `ldm data prepare … --labels`, or omit labels"
+                f"{self.name(labels.index(None))} has no .cls or .json member with its class: "
+                "prepare the images with `ldm data prepare … --labels`, or omit labels"
             )
-        highest = max(labels)
-        classes = (manifest or {}).get("classes")
-        self.classes = tuple(map(str, range(highest + 1)) if classes is None else classes)
-        if highest >= len(self.classes):
+        numbers = [label for label in labels if isinstance(label, int)]
+        if not numbers:
+            self.classes, self.labels = named_labels([str(label) for label in labels])
+            return
+        if len(numbers) < len(labels):
+            raise UsageError(f"{self._shards[0].parent} has names and numbers as classes: use one")
+        self.classes, self.labels = numbered_labels(numbers, self.name)
+        named = (manifest or {}).get("classes")
+        if named is not None and max(numbers) >= len(named):
             raise UsageError(
-                f"{self.name(labels.index(highest))} has class {highest}, but {MANIFEST} names "
-                f"only classes below {len(self.classes)}: prepare the images again, or omit labels"
+                f"{self.name(numbers.index(max(numbers)))} has class {max(numbers)}, but "
+                f"{MANIFEST} names only classes below {len(named)}: prepare the images again, or "
+                "omit labels"
             )
-        self.labels = np.array(labels, np.int32)
+        self.classes = self.classes if named is None else tuple(named)
 
 
-def open_shards(path: Path, labels: bool = False) -> ShardSource:
+def open_shards(path: Path, labels: bool = False, label_file: str = "") -> ShardSource:
     """Open a folder of `.tar` shards, one `.tar`, or several by a pattern as a/{000..009}.tar.
 
     If `ldm data prepare` wrote the folder, its manifest lists the shards and names the classes.
@@ -136,17 +153,18 @@ def open_shards(path: Path, labels: bool = False) -> ShardSource:
         from braceexpand import braceexpand
 
         shards = [path] if path.exists() else [Path(name) for name in braceexpand(str(path))]
-        return ShardSource(shards, read_manifest(shards[0].parent), labels)
+        return ShardSource(shards, read_manifest(shards[0].parent), labels, label_file)
     manifest = read_manifest(path)
     if manifest:
-        source = ShardSource([path / name for name in _counts(manifest)], manifest, labels)
+        prepared = [path / name for name in _counts(manifest)]
+        source = ShardSource(prepared, manifest, labels, label_file)
         source.held_out = manifest["splits"]["val"]["count"]
         return source
     if any(path.glob(f"*{SIDECAR}")):
         raise LdmError(
             f"{path} is not complete: run the same `ldm data prepare` again to resume it"
         )
-    return ShardSource(sorted(path.glob("*.tar")), labels=labels)
+    return ShardSource(sorted(path.glob("*.tar")), None, labels, label_file)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -171,11 +189,12 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 def index_shard(path: Path, expected: int | None = None, labels: bool = False) -> list[Member]:
     """List the images in a tar, in its order: members with one dot, and the suffix of an image.
 
-    A manifest can tell the number `expected`. With labels, `.cls` members are read too, each the
-    class of the images with the same key.
+    A manifest can tell the number `expected`. With labels, `.cls` and `.json` members are read too,
+    each with the class of the images with the same key; of both, `.cls` counts.
     """
     members: list[tuple[str, Member]] = []  # and their keys
-    classes: dict[str, int] = {}
+    classes: dict[str, int | str] = {}
+    described: dict[str, int | str] = {}
     try:
         with HeaderReader(path, MAX_HEADER) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
@@ -193,11 +212,16 @@ def index_shard(path: Path, expected: int | None = None, labels: bool = False) -
                 if is_image(member.name):
                     image = Member(member.name, member.offset_data, member.size)
                     members.append((key, image))
-                elif labels and inside.suffix.lower() == ".cls":
+                elif labels and inside.suffix.lower() in (".cls", ".json"):
                     content = tar.extractfile(member)
                     assert content is not None  # as of every regular file
-                    text = content.read(32)  # six digits, and white space
-                    classes[key] = _class_number(text, f"{path}/{member.name}")
+                    where = f"{path}/{member.name}"
+                    if inside.suffix.lower() == ".cls":
+                        classes[key] = _class_number(content.read(32), where)  # and white space
+                    elif (
+                        described_as := _described_class(content.read(MAX_HEADER), where)
+                    ) is not None:
+                        described[key] = described_as
             file.seek(tar.offset)
             # cut between two members, or with a broken header, a tar reads as a shorter one
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -211,6 +235,7 @@ def index_shard(path: Path, expected: int | None = None, labels: bool = False) -
     except Exception as error:  # damage makes tarfile raise nearly anything
         message = f"shard {path} is truncated or corrupt ({error}): copy or prepare it again"
         raise LdmError(lfs_pointer(path, "the shard") or message) from error
+    classes = described | classes
     return [image._replace(label=classes.get(key)) for key, image in members]
 
 
@@ -222,6 +247,16 @@ def _class_number(text: bytes, where: str) -> int:
             "labels"
         )
     return int(text)
+
+
+def _described_class(text: bytes, where: str) -> int | str | None:
+    """The class in a member of JSON, a number or a name; None if it has none."""
+    try:
+        tree = parse_json(text)
+    except ValueError as error:
+        raise LdmError(f"{where} is damaged ({error}): repair it, or omit labels") from error
+    found = (tree.get(key) for key in LABEL_COLUMNS) if isinstance(tree, dict) else ()
+    return next((label for label in found if type(label) in (int, str)), None)
 
 
 def _counts(manifest: Mapping[str, Any]) -> dict[str, int]:

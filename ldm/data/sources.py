@@ -6,12 +6,12 @@ A split takes the training images of a source, or the held-out ones: the last by
 images are sorted by class, so that these would be whole classes: of them, every n-th is held out.
 """
 
+import logging
 import math
 import os
-import re
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import product, zip_longest
 from pathlib import Path
@@ -19,6 +19,16 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ldm.data.labels import (
+    DATASET_JSON,
+    LIMIT,
+    Labels,
+    folder_labels,
+    match_labels,
+    numbered_labels,
+    read_dataset_json,
+    read_label_file,
+)
 from ldm.data.transforms import MAX_BYTES, SUFFIXES, CorruptImage, decode, is_image, resize
 from ldm.errors import LdmError, UsageError, brief
 from ldm.files import HeaderReader, lfs_pointer, read_bytes
@@ -26,6 +36,17 @@ from ldm.seeds import generator
 
 Split = Literal["train", "val", "all"]
 Indices = range | np.ndarray
+
+
+log = logging.getLogger("ldm")
+_told: set[str] = set()
+
+
+def tell(note: str) -> None:
+    """Log a note about a data set, which may be opened often: once, in the first process."""
+    if note not in _told and os.environ.get("RANK", "0") == "0":
+        log.warning("%s", note)
+        _told.add(note)
 
 
 class Source(ABC):
@@ -71,16 +92,60 @@ class Source(ABC):
 
 
 # ---------------------------------------------------------------------------- folder and zip
-class PathSource(Source):
-    """Images known by their paths in a folder or an archive, given the paths of all files."""
+SPLITS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
+"""Names of folders that are splits, where one is train and another val."""
 
-    def __init__(self, path: Path, names: Iterable[str], labels: bool) -> None:
+
+class PathSource(Source):
+    """Images known by their paths in a folder or an archive, given the paths of all files.
+
+    If all lie in folders train and val, as ImageNet's do, those of val are the held-out ones.
+
+    Args:
+        labels: read classes: of `label_file`, of a `dataset.json`, or of folders.
+        label_file: path of a CSV file, see `read_label_file`.
+    """
+
+    def __init__(self, path: Path, names: Iterable[str], labels: bool, label_file: str) -> None:
         self.path = path
         self._names = sorted(filter(is_image, names))
         if not self._names:
             raise LdmError(f"{path} holds no images: {' '.join(SUFFIXES)} are read")
+        outer = self._take_splits()
         if labels:
-            self.classes, self.labels = folder_labels(self._names, str(path))
+            self.classes, self.labels = self._read_labels(outer, label_file)
+
+    def _take_splits(self) -> int:
+        """Put images of val last; return the number of characters that are of no class."""
+        tops = {name.partition("/")[0] if "/" in name else "" for name in self._names}
+        splits = [SPLITS.get(top) for top in tops]
+        if None in splits or not {"train", "val"} <= set(splits):
+            return 0
+        groups: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+        for name in self._names:
+            groups[SPLITS[name.partition("/")[0]]].append(name)
+        self._names, self.held_out = groups["train"] + groups["val"], len(groups["val"])
+        counts = ", ".join(f"{len(group):,} of {name}" for name, group in groups.items() if group)
+        without = "; those of test are left out" if groups["test"] else ""
+        tell(f"{self.path} has splits, not classes: {counts} images; val is held out{without}")
+        return 1
+
+    def _read_labels(self, outer: int, label_file: str) -> Labels:
+        if label_file:
+            path = Path(label_file).expanduser()
+            return match_labels(self._names, read_label_file(path), path)
+        content = self.read_file(DATASET_JSON)
+        table = content and read_dataset_json(content, f"{self.path}/{DATASET_JSON}")
+        if table:
+            missing = [name for name in self._names if name not in table]
+            if missing:
+                raise UsageError(
+                    f"{self.path}/{DATASET_JSON} gives no class for {len(missing):,} images, such "
+                    f"as {missing[0]}: make it again, or omit labels"
+                )
+            return numbered_labels([table[name] for name in self._names], self.name)
+        inside = [name.split("/", outer)[outer] for name in self._names]
+        return folder_labels(inside, str(self.path))
 
     def __len__(self) -> int:
         return len(self._names)
@@ -95,18 +160,30 @@ class PathSource(Source):
     def read(self, index: int) -> bytes:
         """Read the file of an image, or raise `CorruptImage`."""
 
+    @abstractmethod
+    def read_file(self, name: str) -> bytes | None:
+        """Read a small file that is no image; None if there is none of that name."""
+
 
 class FolderSource(PathSource):
     """Every image under a folder. Links to folders are followed; hidden files are ignored."""
 
-    def __init__(self, path: Path, labels: bool = False) -> None:
-        super().__init__(path, _walk(path), labels)
+    def __init__(self, path: Path, labels: bool = False, label_file: str = "") -> None:
+        super().__init__(path, _walk(path), labels, label_file)
 
     def read(self, index: int) -> bytes:
         try:
             return read_bytes(self.path / self._names[index], MAX_BYTES)
         except OSError as error:
             raise CorruptImage(brief(error)) from error
+
+    def read_file(self, name: str) -> bytes | None:
+        try:
+            return read_bytes(self.path / name, LIMIT)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise LdmError(f"could not read {self.path / name} ({brief(error)})") from error
 
 
 def _walk(path: Path) -> Iterator[str]:
@@ -131,7 +208,7 @@ class ZipSource(PathSource):
     Only stored and deflated images are read: other methods cannot be stopped at a size.
     """
 
-    def __init__(self, path: Path, labels: bool = False) -> None:
+    def __init__(self, path: Path, labels: bool = False, label_file: str = "") -> None:
         self._handle: tuple[int, zipfile.ZipFile] | None = None
         try:
             with HeaderReader(path, MAX_DIRECTORY) as file, zipfile.ZipFile(file) as archive:
@@ -139,19 +216,30 @@ class ZipSource(PathSource):
         except Exception as error:  # damage makes zipfile raise nearly anything
             message = f"{path} is truncated or not a zip archive ({brief(error)}): copy it again"
             raise LdmError(lfs_pointer(path, "the archive") or message) from error
-        super().__init__(path, names, labels)
+        super().__init__(path, names, labels, label_file)
 
     def file(self, index: int) -> Path:
         return self.path
 
     def read(self, index: int) -> bytes:
+        return self._read(self._names[index], MAX_BYTES)
+
+    def read_file(self, name: str) -> bytes | None:
+        try:
+            return self._read(name, LIMIT)
+        except CorruptImage as error:
+            if isinstance(error.__cause__, KeyError):
+                return None
+            raise LdmError(f"could not read {self.path}/{name} ({error})") from error
+
+    def _read(self, name: str, limit: int) -> bytes:
         try:
             # one handle per process: forked ones would share, and move, one position in the file
             if self._handle is None or self._handle[0] != os.getpid():
                 self._handle = os.getpid(), zipfile.ZipFile(self.path)
-            archive, entry = self._handle[1], self._handle[1].getinfo(self._names[index])
-            if entry.file_size > MAX_BYTES:
-                raise CorruptImage(f"{entry.file_size:,} bytes, more than {MAX_BYTES:,}")
+            archive, entry = self._handle[1], self._handle[1].getinfo(name)
+            if entry.file_size > limit:
+                raise CorruptImage(f"{entry.file_size:,} bytes, more than {limit:,}")
             if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise CorruptImage("compressed by another method than deflate")
             with archive.open(entry) as file:
@@ -161,35 +249,6 @@ class ZipSource(PathSource):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_handle": None}
-
-
-def folder_labels(names: Sequence[str], where: str) -> tuple[tuple[str, ...], np.ndarray]:
-    """Return the names of the classes, sorted, and the class of each image (n,) int32.
-
-    A class is the first folder below those that hold every image: cat and dog in `cat/1.png` and
-    `dog/a/2.png`, and in `x/cat/1.png` and `x/dog/a/2.png`. `where` is for messages.
-    """
-    folders = [tuple(name.split("/")[:-1]) for name in names]
-    first, last = min(folders), max(folders)  # a prefix of both is one of all
-    depth = next((i for i, part in enumerate(first) if part != last[i]), len(first))
-    for name, folder in zip(names, folders, strict=True):
-        if len(folder) <= depth:
-            raise UsageError(
-                f"{where}/{name} has no class: with labels, every image must be in one of two or "
-                "more folders named after the classes; move it into one, or omit labels"
-            )
-    if all(re.fullmatch(r"(.*/)?\d{5}/img\d{8}\.\w+", name) for name in names):
-        raise UsageError(
-            f"{where} has numbered folders ({names[0]}), which are not classes: "
-            "name folders after the classes, or omit labels"
-        )
-    classes, labels = np.unique([folder[depth] for folder in folders], return_inverse=True)
-    return tuple(map(printable, classes)), labels.astype(np.int32)
-
-
-def printable(name: str) -> str:
-    """Convert a file name to valid UTF-8, with other bytes written as \\xff."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 # ------------------------------------------------------------------------------- photographs

@@ -285,5 +285,5 @@ def test_a_table_without_images_or_classes(tmp_path):
     Dataset.from_dict({"image": cells(0, 2), "label": [0, -1]}, features=unlabelled).save_to_disk(
         tmp_path / "test"
     )
-    with pytest.raises(UsageError, match=r"test/train/1 has no class"):
+    with pytest.raises(UsageError, match=r"test/train/1 has class -1"):
         open_images(tmp_path / "test", labels=True)

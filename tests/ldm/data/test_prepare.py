@@ -342,7 +342,7 @@ class Fatal(Coded):
 
 
 def test_a_killed_worker_is_one_clear_line(monkeypatch, tmp_path):
-    monkeypatch.setattr("ldm.data.prepare.open_images", lambda path, labels: Fatal(20))
+    monkeypatch.setattr("ldm.data.prepare.open_images", lambda path, labels, file: Fatal(20))
     with pytest.raises(LdmError, match=r"a loader worker was killed, .*fewer --workers; finished"):
         prepare(tmp_path, tmp_path / "out", size=16, shard_size=5, workers=1)
     assert [tar.name for tar in (tmp_path / "out").glob("*.tar")] == ["train-00000.tar"]

@@ -152,7 +152,9 @@ def test_without_labels_nothing_speaks_of_them(images, tmp_path):
     assert list(members(tmp_path / "out" / "val-00000.tar")) == [
         f"{n:08d}.png" for n in range(16, 20)
     ]
-    with pytest.raises(UsageError, match=r"train-00000\.tar/00000000\.png has no \.cls member"):
+    with pytest.raises(
+        UsageError, match=r"train-00000\.tar/00000000\.png has no \.cls or \.json member"
+    ):
         classes_of(tmp_path / "out", "all")
 
 

@@ -212,8 +212,8 @@ def test_an_image_without_cls_is_named(tmp_path):
     with pytest.raises(UsageError) as error:
         open_shards(tmp_path, labels=True)
     assert str(error.value) == (
-        f"{tmp_path}/a.tar/sub/0001.png has no .cls member with its class: prepare the images "
-        "with `ldm data prepare … --labels`, or omit labels"
+        f"{tmp_path}/a.tar/sub/0001.png has no .cls or .json member with its class: prepare the "
+        "images with `ldm data prepare … --labels`, or omit labels"
     )
 
 

@@ -1,6 +1,5 @@
 import io
 import multiprocessing
-import os
 import pickle
 import zipfile
 
@@ -14,7 +13,6 @@ from ldm.data.sources import (
     FolderSource,
     PhotoSource,
     ZipSource,
-    folder_labels,
     split_indices,
     take_split,
 )
@@ -166,57 +164,6 @@ def test_a_member_that_ends_too_early_is_corrupt(edm_zip, monkeypatch):
     monkeypatch.setattr(zipfile.ZipExtFile, "read", read)
     with pytest.raises(CorruptImage, match="EOFError"):
         ZipSource(edm_zip).load(0)
-
-
-def classified(*names):
-    classes, labels = folder_labels(names, "data")
-    return classes, labels.tolist()
-
-
-def test_the_first_folder_is_the_class_in_the_order_of_names():
-    assert classified("dog/1.png", "Dog/1.png", "cat/1.png", "cat/a/2.png", "b/cat/1.png") == (
-        ("Dog", "b", "cat", "dog"),
-        [3, 0, 2, 2, 1],
-    )
-
-
-def test_folders_that_hold_every_image_are_no_classes():
-    assert classified("x/cat/1.png", "x/dog/a/2.png") == (("cat", "dog"), [0, 1])
-    assert classified("x/y/cat/1.png", "x/y/dog/1.png") == (("cat", "dog"), [0, 1])
-    # x and xy begin alike, and are two folders all the same
-    assert classified("xy/cat/1.png", "x/cat/1.png") == (("x", "xy"), [1, 0])
-
-
-@pytest.mark.parametrize(
-    "names",
-    [
-        ["1.png", "2.png"],
-        ["cat/1.png", "dog/1.png", "2.png"],
-        ["x/cat/1.png", "x/2.png", "x/dog/1.png"],
-        ["cat/2.png", "cat/3.png"],
-    ],
-)
-def test_an_image_outside_every_class_is_named(names):
-    with pytest.raises(UsageError) as error:
-        folder_labels(names, "data")
-    stray = next(name for name in names if not name.endswith("/1.png") or len(names) == 2)
-    assert str(error.value) == (
-        f"data/{stray} has no class: with labels, every image must be in one of two or more "
-        "folders named after the classes; move it into one, or omit labels"
-    )
-
-
-def test_folders_by_number_are_no_classes():
-    numbered = ["00000/img00000999.png", "00001/img00001000.png"]
-    with pytest.raises(UsageError, match=r"^data has numbered folders \(00000/img0.*not classes"):
-        folder_labels(numbered, "data")
-    with pytest.raises(UsageError, match="numbered folders"):
-        folder_labels([f"ffhq/{name}" for name in numbered], "data")
-    assert folder_labels(["00000/cat.png", *numbered], "data")[0] == ("00000", "00001")
-
-
-def test_names_that_are_no_utf8_can_be_written():
-    assert classified(os.fsdecode(b"\xe9/1.png"), "z/1.png") == (("z", "\\xe9"), [1, 0])
 
 
 def test_labels_default_to_none():
