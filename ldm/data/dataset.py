@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,8 +11,25 @@ from pydantic import Field
 
 from ldm.config import Config
 from ldm.data.hf import has_tables, is_hub, open_hub, open_tables
-from ldm.data.shards import open_shards, read_manifest
-from ldm.data.sources import FolderSource, PhotoSource, Source, Split, ZipSource, take_split
+from ldm.data.shards import (
+    SIDECAR,
+    find_compression,
+    find_shards,
+    open_shards,
+    read_manifest,
+)
+from ldm.data.sources import (
+    FolderSource,
+    LeftOut,
+    PhotoSource,
+    Source,
+    Split,
+    ZipSource,
+    take_split,
+    tell,
+    walk,
+)
+from ldm.data.transforms import is_image
 from ldm.errors import LdmError, UsageError, check_at_least
 from ldm.files import sha256_of
 from ldm.logbook import show_progress
@@ -116,17 +134,43 @@ def open_images(
     if is_hub(str(source)):
         return open_hub(str(source), labels, *columns)
     path = Path(source).expanduser()
-    if path.is_dir() and has_tables(path):
+    kind = find_kind(path)
+    if kind == "tables":
         return open_tables(path, labels, *columns)
     if any(columns):
         raise UsageError(f"{path} is no table: omit data.image_column and data.label_column")
-    if path.is_dir() and not any(path.glob("*.tar")):
+    if kind == "images":
         return FolderSource(path, labels, label_file)
-    if path.is_dir() or path.suffix == ".tar":
+    if kind == "shards":
         return open_shards(path, labels, label_file)
-    if path.suffix == ".zip":
-        return ZipSource(path, labels, label_file)
-    raise LdmError(f"{path} is not a folder of images or tables, a .zip or a .tar")
+    return ZipSource(path, labels, label_file)
+
+
+def find_kind(path: Path) -> Literal["images", "tables", "shards", "zip"]:
+    """Decide what the files at a path are: everything that reads images asks here.
+
+    A folder with .tar files and with images is what it has more files of.
+    """
+    suffix = path.suffix.lower()
+    if not path.is_dir():
+        if suffix in (".zip", ".tar"):
+            return "zip" if suffix == ".zip" else "shards"
+        if program := find_compression(path):
+            raise LdmError(f"{path} is compressed: unpack it by {program} first")
+        raise LdmError(f"{path} is not a folder of images or tables, a .zip or a .tar")
+    if has_tables(path):
+        return "tables"
+    if read_manifest(path) or any(path.glob(f"*{SIDECAR}")):
+        return "shards"
+    if not (shards := find_shards(path)):
+        return "images"
+    images = list(islice(filter(is_image, walk(path, LeftOut())), len(shards)))
+    if len(images) == len(shards):
+        tell(f"{path}: its images are read, and its {len(shards):,} .tar ({shards[0].name}) not")
+        return "images"
+    if images:
+        tell(f"{path}: its {len(shards):,} .tar are read, and its images ({images[0]}) not")
+    return "shards"
 
 
 # --------------------------------------------------------------------------------- identity

@@ -22,8 +22,8 @@ from ldm.data.labels import (
     numbered_labels,
     read_label_file,
 )
-from ldm.data.sources import Source
-from ldm.data.transforms import MAX_BYTES, SUFFIXES, CorruptImage, decode, is_image
+from ldm.data.sources import LeftOut, Source
+from ldm.data.transforms import MAX_BYTES, SUFFIXES, CorruptImage, decode, is_hidden, is_image
 from ldm.errors import LdmError, UsageError, brief, refuse_newer
 from ldm.files import (
     HeaderReader,
@@ -81,11 +81,13 @@ class ShardSource(Source):
         label_file: str = "",
     ) -> None:
         counts, in_members = _counts(manifest) if manifest else {}, labels and not label_file
-        index = [index_shard(path, counts.get(path.name), in_members) for path in shards]
+        left_out = LeftOut()
+        index = [index_shard(path, counts.get(path.name), in_members, left_out) for path in shards]
         members = [(i, member) for i, found in enumerate(index) for member in found]
+        searched = " … ".join(dict.fromkeys((str(shards[0]), str(shards[-1]))))
         if not members:
-            searched = " … ".join(dict.fromkeys((str(shards[0]), str(shards[-1]))))
-            raise LdmError(f"no images in {searched}: {' '.join(SUFFIXES)} are read")
+            raise LdmError(f"no images in {searched}{left_out}: {' '.join(SUFFIXES)} are read")
+        left_out.tell(searched, len(members))
         self._shards = list(shards)
         self._names = [member.name for _, member in members]
         self._places = np.array([(i, m.offset, m.size) for i, m in members])  # (n, 3)
@@ -164,7 +166,13 @@ def open_shards(path: Path, labels: bool = False, label_file: str = "") -> Shard
         raise LdmError(
             f"{path} is not complete: run the same `ldm data prepare` again to resume it"
         )
-    return ShardSource(sorted(path.glob("*.tar")), None, labels, label_file)
+    return ShardSource(find_shards(path), None, labels, label_file)
+
+
+def find_shards(folder: Path) -> list[Path]:
+    """Return the tars in a folder, by name, but hidden ones, such as macOS's copies."""
+    tars = (path for path in folder.iterdir() if path.suffix.lower() == ".tar")
+    return sorted(path for path in tars if not is_hidden(path.name))
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -186,12 +194,19 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def index_shard(path: Path, expected: int | None = None, labels: bool = False) -> list[Member]:
+def index_shard(
+    path: Path,
+    expected: int | None = None,
+    labels: bool = False,
+    left_out: LeftOut | None = None,
+) -> list[Member]:
     """List the images in a tar, in its order: members with one dot, and the suffix of an image.
 
     A manifest can tell the number `expected`. With labels, `.cls` and `.json` members are read too,
-    each with the class of the images with the same key; of both, `.cls` counts.
+    each with the class of the images with the same key; of both, `.cls` counts. Other members are
+    counted in `left_out`.
     """
+    left_out = LeftOut() if left_out is None else left_out
     members: list[tuple[str, Member]] = []  # and their keys
     classes: dict[str, int | str] = {}
     described: dict[str, int | str] = {}
@@ -203,13 +218,17 @@ def index_shard(path: Path, expected: int | None = None, labels: bool = False) -
                     raise tarfile.ReadError("a member is sparse or of a negative size")
                 if len(tar.pax_headers) > MAX_GLOBAL:
                     raise tarfile.ReadError(f"more than {MAX_GLOBAL} global headers")
-                if not member.isfile():
-                    continue
                 inside = PurePosixPath(member.name)
-                if inside.name.count(".") > 1:  # to webdataset, a.seg.png is no image of a
+                if not member.isfile():
+                    if member.issym() or member.islnk():
+                        left_out.add("links", member.name)
+                    continue
+                if is_image(member.name) and inside.name.count(".") > 1:
+                    # to webdataset, a.seg.png is no image of a
+                    left_out.add("images with two dots in their names", member.name)
                     continue
                 key = member.name.rpartition(".")[0]
-                if is_image(member.name):
+                if left_out.keeps(member.name):
                     image = Member(member.name, member.offset_data, member.size)
                     members.append((key, image))
                 elif labels and inside.suffix.lower() in (".cls", ".json"):
@@ -233,10 +252,28 @@ def index_shard(path: Path, expected: int | None = None, labels: bool = False) -
     except LdmError:
         raise
     except Exception as error:  # damage makes tarfile raise nearly anything
+        if kind := find_compression(path):
+            raise LdmError(f"shard {path} is compressed: unpack it by {kind} first") from error
         message = f"shard {path} is truncated or corrupt ({error}): copy or prepare it again"
         raise LdmError(lfs_pointer(path, "the shard") or message) from error
     classes = described | classes
     return [image._replace(label=classes.get(key)) for key, image in members]
+
+
+COMPRESSIONS = {
+    b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"
+}  # fmt: skip
+"""Programs that unpack, by the first bytes of their files."""
+
+
+def find_compression(path: Path) -> str | None:
+    """Return the program that unpacks a compressed file; None for another file."""
+    try:
+        with open_regular(path) as file:
+            start = file.read(8)
+    except OSError:
+        return None
+    return next((name for magic, name in COMPRESSIONS.items() if start.startswith(magic)), None)
 
 
 def _class_number(text: bytes, where: str) -> int:

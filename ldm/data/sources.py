@@ -11,10 +11,11 @@ import math
 import os
 import zipfile
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import product, zip_longest
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
@@ -29,8 +30,16 @@ from ldm.data.labels import (
     read_dataset_json,
     read_label_file,
 )
-from ldm.data.transforms import MAX_BYTES, SUFFIXES, CorruptImage, decode, is_image, resize
-from ldm.errors import LdmError, UsageError, brief
+from ldm.data.transforms import (
+    MAX_BYTES,
+    SUFFIXES,
+    CorruptImage,
+    decode,
+    is_hidden,
+    is_image,
+    resize,
+)
+from ldm.errors import LdmError, UsageError, brief, listed
 from ldm.files import HeaderReader, lfs_pointer, read_bytes
 from ldm.seeds import generator
 
@@ -47,6 +56,40 @@ def tell(note: str) -> None:
     if note not in _told and os.environ.get("RANK", "0") == "0":
         log.warning("%s", note)
         _told.add(note)
+
+
+class LeftOut:
+    """Files that are no images of a data set, counted by their kind, with the first of each."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
+
+    def keeps(self, name: str) -> bool:
+        """True for the relative path of an image; others are counted, but for label files."""
+        if is_image(name):
+            return True
+        suffix = PurePosixPath(name).suffix.lower()
+        if name != DATASET_JSON and suffix != ".cls":
+            self.add("hidden" if is_hidden(name) else suffix or "without a suffix", name)
+        return False
+
+    def add(self, kind: str, name: str) -> None:
+        """Count a file of some kind, such as ".txt" or "links"."""
+        self._counts[kind] += 1
+        self._first.setdefault(kind, name)
+
+    def __str__(self) -> str:
+        if not self._counts:
+            return ""
+        kinds = [f"{count:,} {kind}" for kind, count in self._counts.most_common()]
+        some = self._first[self._counts.most_common(1)[0][0]]
+        return f" (left out: {listed(kinds, 8)}, such as {some})"
+
+    def tell(self, where: str, kept: int) -> None:
+        """Log what was left out, if anything was."""
+        if self._counts:
+            tell(f"{where}: {kept:,} images{self}")
 
 
 class Source(ABC):
@@ -102,15 +145,19 @@ class PathSource(Source):
     If all lie in folders train and val, as ImageNet's do, those of val are the held-out ones.
 
     Args:
+        names: of all files; those that are no images are counted in `left_out`.
         labels: read classes: of `label_file`, of a `dataset.json`, or of folders.
         label_file: path of a CSV file, see `read_label_file`.
     """
 
-    def __init__(self, path: Path, names: Iterable[str], labels: bool, label_file: str) -> None:
+    def __init__(
+        self, path: Path, names: Iterable[str], left_out: LeftOut, labels: bool, label_file: str
+    ) -> None:
         self.path = path
-        self._names = sorted(filter(is_image, names))
+        self._names = sorted(filter(left_out.keeps, names))
         if not self._names:
-            raise LdmError(f"{path} holds no images: {' '.join(SUFFIXES)} are read")
+            raise LdmError(f"{path} holds no images{left_out}: {' '.join(SUFFIXES)} are read")
+        left_out.tell(str(path), len(self._names))
         outer = self._take_splits()
         if labels:
             self.classes, self.labels = self._read_labels(outer, label_file)
@@ -169,7 +216,8 @@ class FolderSource(PathSource):
     """Every image under a folder. Links to folders are followed; hidden files are ignored."""
 
     def __init__(self, path: Path, labels: bool = False, label_file: str = "") -> None:
-        super().__init__(path, _walk(path), labels, label_file)
+        left_out = LeftOut()
+        super().__init__(path, walk(path, left_out), left_out, labels, label_file)
 
     def read(self, index: int) -> bytes:
         try:
@@ -186,10 +234,14 @@ class FolderSource(PathSource):
             raise LdmError(f"could not read {self.path / name} ({brief(error)})") from error
 
 
-def _walk(path: Path) -> Iterator[str]:
-    """Yield relative paths of all files, entering each folder once even if links form a loop."""
+def walk(path: Path, left_out: LeftOut) -> Iterator[str]:
+    """Yield relative paths of all files; enter each folder once even if links form a loop."""
     entered = set()
-    for folder, folders, files in os.walk(path, followlinks=True):
+
+    def refused(error: OSError) -> None:
+        left_out.add("folders that cannot be read", str(error.filename))
+
+    for folder, folders, files in os.walk(path, onerror=refused, followlinks=True):
         if (real := os.path.realpath(folder)) in entered:
             folders.clear()
             continue
@@ -212,11 +264,11 @@ class ZipSource(PathSource):
         self._handle: tuple[int, zipfile.ZipFile] | None = None
         try:
             with HeaderReader(path, MAX_DIRECTORY) as file, zipfile.ZipFile(file) as archive:
-                names = set(archive.namelist())
+                names = sorted(set(archive.namelist()))
         except Exception as error:  # damage makes zipfile raise nearly anything
             message = f"{path} is truncated or not a zip archive ({brief(error)}): copy it again"
             raise LdmError(lfs_pointer(path, "the archive") or message) from error
-        super().__init__(path, names, labels, label_file)
+        super().__init__(path, names, LeftOut(), labels, label_file)
 
     def file(self, index: int) -> Path:
         return self.path

@@ -26,7 +26,8 @@ Filter = Literal["lanczos", "box", "bicubic"]
 NOT_RESIZED = "none"
 """Filter in the manifest of images that already had their size."""
 SUFFIXES = (
-    ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".npy"
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".tif", ".tiff",
+    ".gif", ".avif", ".avifs", ".npy",
 )  # fmt: skip
 """Suffixes of the files that are read, in upper or lower case."""
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF") + (
@@ -75,9 +76,12 @@ class CorruptImage(Exception):
 
 def is_image(name: str) -> bool:
     """True for the relative path of an image; hidden files and macOS's copies do not count."""
-    path = PurePosixPath(name)
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-    return path.suffix.lower() in SUFFIXES and not hidden
+    return PurePosixPath(name).suffix.lower() in SUFFIXES and not is_hidden(name)
+
+
+def is_hidden(name: str) -> bool:
+    """True for the relative path of a hidden file, or of one that macOS adds to archives."""
+    return any(p.startswith(".") or p == "__MACOSX" for p in PurePosixPath(name).parts)
 
 
 def decode(data: bytes, suffix: str) -> np.ndarray:

@@ -28,7 +28,7 @@ from PIL import Image
 
 from ldm.config import to_tree, validate
 from ldm.data import Batch, DataConfig, Source, evaluation_batches
-from ldm.data.dataset import open_images
+from ldm.data.dataset import find_kind, open_images
 from ldm.data.shards import (
     MANIFEST,
     MANIFEST_FORMAT,
@@ -38,7 +38,7 @@ from ldm.data.shards import (
     write_shard,
 )
 from ldm.data.sources import FolderSource, ZipSource
-from ldm.data.transforms import NOT_RESIZED, CorruptImage
+from ldm.data.transforms import NOT_RESIZED, CorruptImage, is_hidden
 from ldm.errors import LdmError, UsageError, try_call
 from ldm.files import clear_partials, write_atomically, write_json
 from ldm.locks import ANOTHER, lock
@@ -303,7 +303,7 @@ class SampleFolder(Source):
         # the archive of a sample folder stands for it
         if archives and path.name == ZIP and (path.parent / SAMPLES).is_file():
             path = path.parent
-        is_archive = path.suffix in ARCHIVES and (path.is_file() or "{" in str(path))
+        is_archive = path.suffix.lower() in ARCHIVES and (path.is_file() or "{" in str(path))
         if not path.is_dir() and not (archives and is_archive):
             raise LdmError(f"no folder of samples at {path}: make one with `ldm sample`")
         self.path = path
@@ -373,11 +373,12 @@ def _open(path: Path, manifest: dict[str, Any] | None) -> Source:
     """The images in the form in which they are stored."""
     if manifest is not None:
         return SampleStore(path, manifest.get("files", "png")).images()
-    if path.suffix in ARCHIVES or any(path.glob("*.tar")):
+    if find_kind(path) != "images":
         images = open_images(path)
         _refuse_lossy(path, map(images.name, range(len(images))))
         return images
     files = sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
+    files = [file for file in files if not is_hidden(file.as_posix())]  # such as macOS's copies
     _refuse_lossy(path, map(str, files))
     inner = [str(path / file.parent) for file in files if file.name == SAMPLES]
     if inner:

@@ -137,7 +137,9 @@ def test_a_preparation_that_was_not_finished_is_refused(folder):
 def test_shards_without_images_say_what_is_read(tmp_path):
     with TarWriter(str(tmp_path / "x.tar"), encoder=False) as writer:
         writer.write({"__key__": "1", "txt": b"hello"})
-    with pytest.raises(LdmError, match=r"no images in .*x\.tar: \.png"):
+    with pytest.raises(
+        LdmError, match=r"no images in .*x\.tar .left out: 1 \.txt, such as 1\.txt.: \.png"
+    ):
         open_shards(tmp_path)
 
 

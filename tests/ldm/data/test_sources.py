@@ -60,7 +60,10 @@ def test_a_file_that_is_gone_counts_as_corrupt(tmp_path):
 
 def test_a_folder_without_images_says_what_is_read(tmp_path):
     (tmp_path / "labels.csv").write_text("")
-    with pytest.raises(LdmError, match=r"holds no images: \.png \.jpg .*\.npy are read"):
+    with pytest.raises(
+        LdmError,
+        match=r"holds no images .left out: 1 \.csv, such as labels\.csv.: \.png .*\.npy are",
+    ):
         FolderSource(tmp_path)
 
 
@@ -135,7 +138,9 @@ def test_a_truncated_zip_is_one_clear_line(edm_zip):
 
 def test_a_zip_without_images_says_what_is_read(tmp_path):
     path = zip_file(tmp_path / "empty.zip", {"a.txt": b""})
-    with pytest.raises(LdmError, match=r"empty\.zip holds no images: \.png"):
+    with pytest.raises(
+        LdmError, match=r"empty\.zip holds no images .left out: 1 \.txt, such as a\.txt.: \.png"
+    ):
         ZipSource(path)
 
 

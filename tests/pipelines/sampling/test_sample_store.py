@@ -189,7 +189,7 @@ def test_unlabelled_images_have_no_label_on_disk(tmp_path):
         assert archive.namelist() == ["00000/img00000000.png", "00000/img00000001.png"]
     data = DataConfig(source=str(tmp_path / "shards"))
     assert len(open_source(data, "train", 4)) == 2
-    with pytest.raises(LdmError, match=r"has no \.cls member"):
+    with pytest.raises(LdmError, match=r"has no \.cls or \.json member"):
         open_source(data.model_copy(update={"labels": True}), "train", 4)
 
 
