@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ldm.config import to_tree
 from ldm.data import DataConfig, Source, evaluation_batches, holds_out, open_source
 from ldm.data.loader import FaultCount
-from ldm.data.sources import PhotoSource
+from ldm.data.photos import PhotoSource
 from ldm.data.transforms import CorruptImage, center_crop
 from ldm.device import full_float32, resolve_device
 from ldm.errors import LdmError, UsageError, check_at_least

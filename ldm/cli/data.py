@@ -1,5 +1,6 @@
 """`ldm data`: prepare images for training, and check what was prepared."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -41,6 +42,10 @@ def prepare(
         int | None,
         Option(min=0, show_default="one per CPU core", help="Worker processes; 0: none."),
     ] = None,
+    small: Annotated[
+        Literal["error", "skip", "enlarge"],
+        Option(help="Images with a side below --size: an error, left out, or enlarged."),
+    ] = "error",
     labels: Annotated[
         bool,
         Option(
@@ -56,8 +61,8 @@ def prepare(
 ) -> None:
     """Convert a folder, zip or tar of images into tar shards of square PNGs.
 
-    Images are centre-cropped and downsized, never enlarged. Corrupt images are skipped and listed
-    in the manifest; more than 1 % of them is an error.
+    Images are centre-cropped and downsized. Corrupt images are skipped and listed in the manifest;
+    more than 1 % of them is an error.
 
     The same command resumes an interrupted one; the result is identical to the byte.
 
@@ -65,10 +70,12 @@ def prepare(
     """
     from ldm.data.prepare import prepare
     from ldm.data.shards import MANIFEST
+    from ldm.data.transforms import SMALL
 
     manifest = prepare(
-        source, destination, size, filter, held_out, shard_size, workers, labels, label_file or ""
-    )
+        source, destination, size, filter, held_out, shard_size, workers, labels, label_file or "",
+        small,
+    )  # fmt: skip
     train, val = (manifest["splits"][split] for split in ("train", "val"))
     classes = f", {len(manifest['classes']):,} classes" if "classes" in manifest else ""
     shards = options.many(len(train["shards"]) + len(val["shards"]), "shard")
@@ -76,10 +83,13 @@ def prepare(
         f"{manifest['count']:,} images of {size}×{size} in {shards}: "
         f"{train['count']:,} for training, {val['count']:,} for validation{classes}"
     )
-    if skipped := len(manifest["skipped"]):
-        options.echo(f"skipped {options.many(skipped, 'corrupt image')}, listed in the manifest")
+    reasons = [one["reason"] for one in manifest["skipped"]]
+    few = sum(reason.startswith(SMALL) for reason in reasons)
+    for count, kind in ((len(reasons) - few, "corrupt"), (few, "small")):
+        if count:
+            options.echo(f"skipped {options.many(count, f'{kind} image')}, listed in the manifest")
     options.echo(f"manifest: {destination / MANIFEST}")
-    options.echo(f"next: ldm train-ae litevae-b data.source={destination}")
+    options.echo(f"next: ldm train-ae litevae-b {shlex.quote(f'data.source={destination}')}")
 
 
 @app.command()

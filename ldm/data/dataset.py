@@ -11,6 +11,7 @@ from pydantic import Field
 
 from ldm.config import Config
 from ldm.data.hf import has_tables, is_hub, open_hub, open_tables
+from ldm.data.photos import PhotoSource
 from ldm.data.shards import (
     SIDECAR,
     find_compression,
@@ -21,7 +22,7 @@ from ldm.data.shards import (
 from ldm.data.sources import (
     FolderSource,
     LeftOut,
-    PhotoSource,
+    Small,
     Source,
     Split,
     ZipSource,
@@ -50,6 +51,9 @@ class DataConfig(Config):
     The built-in photographs are always cropped at random for training."""
     flip: bool = False
     """Mirror each training image with probability 1/2."""
+    small: Small = "error"
+    """Images with a side below the resolution: error stops and counts them; skip leaves them out;
+    enlarge resizes them (Lanczos), as ADM does with ImageNet's."""
     labels: bool = False
     """Read class labels: of `label_file`, EDM's dataset.json, `.cls` or `.json` members of shards,
     a table's column, or the top-level folder of an image. Folders that hold every image are
@@ -93,8 +97,9 @@ def open_source(config: DataConfig, split: Split, resolution: int) -> Source:
     images = open_images(
         config.source, config.labels, config.label_file, config.image_column, config.label_column
     )
+    images.small = config.small
     manifest = read_manifest(path) if path.is_dir() else None
-    if manifest and manifest.get("size", resolution) < resolution:
+    if manifest and manifest.get("size", resolution) < resolution and config.small == "error":
         size = manifest["size"]
         raise LdmError(
             f"{path} was prepared at {size}×{size}, smaller than the {resolution}×{resolution} "

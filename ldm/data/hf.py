@@ -22,7 +22,7 @@ import numpy as np
 from ldm.config import did_you_mean
 from ldm.data.labels import named_labels, numbered_labels, printable
 from ldm.data.sources import Source
-from ldm.data.transforms import MAX_BYTES, CorruptImage, decode, is_image
+from ldm.data.transforms import MAX_BYTES, CorruptImage, decode, image_size, is_image
 from ldm.errors import LdmError, UsageError, brief
 from ldm.files import read_bytes
 
@@ -97,6 +97,13 @@ class TableSource(Source):
         return self._files[max(0, bisect_right(self._file_starts, index) - 1)]
 
     def load(self, index: int) -> np.ndarray:
+        return decode(*self.read(index))
+
+    def size(self, index: int) -> tuple[int, int]:
+        return image_size(*self.read(index))
+
+    def read(self, index: int) -> tuple[bytes, str]:
+        """Read the file of an image, and the suffix of its name, or raise `CorruptImage`."""
         split, row = self._place(index)
         try:
             cell = self._splits[split][row][self._column]
@@ -109,7 +116,7 @@ class TableSource(Source):
             raise CorruptImage(brief(error)) from error
         if len(data) > MAX_BYTES:
             raise CorruptImage(f"{len(data):,} bytes, more than {MAX_BYTES:,}")
-        return decode(data, Path(cell["path"] or "").suffix)
+        return data, Path(cell["path"] or "").suffix
 
     def _place(self, index: int) -> tuple[str, int]:
         number = bisect_right(self._starts, index) - 1

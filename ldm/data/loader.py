@@ -17,14 +17,18 @@ from einops import rearrange
 from torch import Tensor
 
 from ldm.data.dataset import DataConfig
-from ldm.data.sources import PhotoSource, Source
-from ldm.data.transforms import CorruptImage, center_crop, random_crop
+from ldm.data.photos import PhotoSource
+from ldm.data.sources import Source
+from ldm.data.transforms import SMALL, CorruptImage, center_crop, random_crop
 from ldm.data.workers import load_in_workers
 from ldm.errors import LdmError, UsageError, listed
 from ldm.seeds import generator
 
 TOLERATED = 0.01
 """Share of a source's images that may be corrupt before a job stops."""
+
+MOST_SKIPPED = 10_000
+"""Images in a row that may be too small."""
 
 FEWER_WORKERS = "lower data.workers"
 
@@ -49,26 +53,35 @@ class FaultCount:
     """The distinct corrupt images that one process met among the `total` of a source."""
 
     def __init__(self, total: int) -> None:
-        self.total = total
+        self.total, self.small = total, 0
         self.found: dict[str, str] = {}
 
     def add(self, faults: Mapping[str, str]) -> None:
-        """Log the new ones, given by name with the reason; raise LdmError if there are too many."""
+        """Log the new ones, given by name with the reason; raise LdmError if there are too many.
+
+        Images that are too small are counted by themselves, and logged at 1, 10, 100, …
+        """
         for name, reason in faults.items():
-            if name not in self.found:
-                self.found[name] = reason
+            if name in self.found:
+                continue
+            self.found[name] = reason
+            if not reason.startswith(SMALL):
                 log.warning("skipped a corrupt image: %s (%s)", name, reason)
+                continue
+            self.small += 1
+            if self.small == 10 ** (len(str(self.small)) - 1):
+                log.warning("skipped small images: %s so far, %s (%s)", self.small, name, reason)
         stop_if_too_many(self.found, self.total)
 
 
 def stop_if_too_many(faults: Mapping[str, str], total: int) -> None:
-    """Raise an LdmError that names the first ten if faults exceed 1 % of `total` images."""
-    if len(faults) <= TOLERATED * total:
+    """Raise an LdmError that names the first ten if more than 1 % of `total` are corrupt."""
+    corrupt = [name for name, reason in faults.items() if not reason.startswith(SMALL)]
+    if len(corrupt) <= TOLERATED * total:
         return
-    names = list(faults)
     raise LdmError(
-        f"{len(names)} of {total} images are corrupt, more than {TOLERATED:.0%}: "
-        f"{listed(names, 10)} ({faults[names[0]]}); repair or remove them"
+        f"{len(corrupt)} of {total} images are corrupt, more than {TOLERATED:.0%}: "
+        f"{listed(corrupt, 10)} ({faults[corrupt[0]]}); repair or remove them"
     )
 
 
@@ -101,10 +114,16 @@ def _training_image(
     source: Source, side: int, seed: int, at_random: bool, flip: bool, k: int, faults: Faults
 ) -> Image:
     """Load image k of a training run; the next good one replaces a corrupt image."""
-    index = image_index(seed, len(source), k)
+    index = first = image_index(seed, len(source), k)
     while (image := _whole_image(source, side, index, faults)) is None:
         stop_if_too_many(faults, len(source))
         index = (index + 1) % len(source)
+        if index in (first, (first + MOST_SKIPPED) % len(source)):
+            name, reason = next(reversed(faults.items()))
+            raise LdmError(
+                f"{(index - first) % len(source) or len(source):,} images in a row were skipped, "
+                f"the last {name} ({reason}): lower the resolution, or set data.small=enlarge"
+            )
     if at_random:
         image = random_crop(image, side, generator(seed, "crop", k))
     else:

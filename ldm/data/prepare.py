@@ -7,7 +7,7 @@ not at all. The same call resumes an interrupted preparation, and gives the same
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from hashlib import sha256
 from itertools import chain, islice
@@ -22,10 +22,10 @@ from ldm.data.hf import is_hub
 from ldm.data.labels import printable
 from ldm.data.loader import FaultCount
 from ldm.data.shards import MANIFEST, MANIFEST_FORMAT, PNG, SHARD, sidecar, write_shard
-from ldm.data.sources import Indices, Source, held_out_count, split_indices
-from ldm.data.transforms import NOT_RESIZED, CorruptImage, Filter, center_crop
+from ldm.data.sources import Indices, Small, Source, held_out_count, split_indices
+from ldm.data.transforms import NOT_RESIZED, SMALL, CorruptImage, Filter, center_crop
 from ldm.data.workers import load_in_workers
-from ldm.errors import LdmError, UsageError, check_at_least
+from ldm.errors import LdmError, UsageError, check_at_least, listed
 from ldm.files import check_writable, write_json
 from ldm.locks import lock
 from ldm.logbook import show_progress
@@ -35,8 +35,10 @@ Report = dict[str, Any]
 """Description of a shard, as in the sidecar beside it."""
 REPORT = schema(
     **SHARD, bytes=Count, sha256=str, settings=dict[str, Any], resized=(Count, 1),
-    skipped=list[Annotated[list[str], Field(min_length=2, max_length=2)]],
+    own_sha256=(str, ""), skipped=list[Annotated[list[str], Field(min_length=2, max_length=2)]],
 )  # fmt: skip
+OF_IMAGES = ("images", "names_sha256", "labels_sha256", "held_out")
+"""Settings that follow from the images."""
 NAMED = {"names_sha256": "the list of images", "labels_sha256": "the class labels"}
 """Settings whose values say nothing to a reader."""
 ANOTHER = "choose another folder for the shards"
@@ -53,11 +55,12 @@ def prepare(
     workers: int | None = None,
     labels: bool = False,
     label_file: str | Path = "",
+    small: Small = "error",
 ) -> dict[str, Any]:
     """Write the images of a folder, zip, tar shards or table as `size`×`size` PNGs in shards.
 
-    The central square of each image is cropped, then resized; nothing is enlarged. The images keep
-    the order of their names. The last `held_out` of them, with labels every n-th, go into
+    The central square of each image is cropped, then resized. The images keep the order of their
+    names. The last `held_out` of them, with labels every n-th, go into
     `val-00000.tar` …, the others into `train-00000.tar` …. Existing shards are kept.
 
     Args:
@@ -66,6 +69,8 @@ def prepare(
         workers: processes; None: one per CPU core; 0: this process alone.
         labels: keep the class of each image, see `DataConfig.labels`.
         label_file: CSV file of them.
+        small: what becomes of images with a side below `size`: an error that counts them all, or
+            they are left out, or enlarged (with `filter`).
 
     Returns:
         The manifest, as written to `manifest.json` in the destination; its filter is
@@ -75,6 +80,7 @@ def prepare(
     _check(path, destination, filter, size, shard_size, workers)
     labels = labels or bool(label_file)
     source = open_images(path, labels, str(label_file))
+    source.small = small
     names = [source.name(i).removeprefix(f"{path}/") for i in range(len(source))]
     held_out = held_out_count(len(source), source.held_out if held_out is None else held_out)
     evenly = labels and held_out != source.held_out
@@ -88,6 +94,8 @@ def prepare(
         "held_out": held_out,
         "shard_size": shard_size,
     }
+    if small != "error":
+        settings["small"] = small
     if labels:
         text = json.dumps([source.classes, [source.label(i) for i in range(len(source))]])
         settings["labels_sha256"] = sha256(text.encode()).hexdigest()
@@ -135,7 +143,16 @@ def _write_all(
     workers: int | None,
 ) -> list[Report]:
     """Write the shards that are missing; return the descriptions of all."""
-    found = {name: _read_report(destination / name, settings) for name in shards}
+    own = {name: _own_images(source, indices) for name, indices in shards.items()}
+    is_complete = (destination / MANIFEST).is_file()
+    found = {
+        name: _read_report(destination / name, settings, None if is_complete else own[name])
+        for name in shards
+    }
+    for tar in set(destination.glob("*.tar")) - {destination / name for name in shards}:
+        if not is_complete:  # of an earlier attempt, with more images
+            tar.unlink()
+            sidecar(tar).unlink(missing_ok=True)
     reports = {name: report for name, report in found.items() if report}
     missing = {name: indices for name, indices in shards.items() if name not in reports}
     faults = FaultCount(len(source))
@@ -148,7 +165,11 @@ def _write_all(
     with show_progress("preparing", total) as advance, closing(images):
         for name, indices in missing.items():
             part = islice(images, len(indices))
-            reports[name] = report = _write_images(destination / name, part, settings, advance)
+            try:
+                report = _write_images(destination / name, part, settings, own[name], advance)
+            except _TooSmall:
+                raise _count_small(source, settings["size"], workers) from None
+            reports[name] = report
             faults.add(dict(report["skipped"]))
     return [reports[name] for name in shards]
 
@@ -188,26 +209,68 @@ class Prepared(NamedTuple):
 
 
 def _prepare_image(source: Source, size: int, filter: Filter, index: int) -> Prepared:
+    name = printable(source.name(index))
     try:
-        image = source.load_at_least(index, size)
+        image = source.load(index)
     except CorruptImage as error:
-        return Prepared(fault=(printable(source.name(index)), str(error)))
+        return Prepared(fault=(name, str(error)))
+    height, width = image.shape[:2]
+    if min(height, width) < size and source.small != "enlarge":
+        return Prepared(fault=(name, f"{SMALL}{width}×{height}"))
     file = io.BytesIO()
     Image.fromarray(center_crop(image, size, filter)).save(file, "PNG")
     prepared = int(index), file.getvalue(), source.label(index)
     return Prepared(prepared, resized=min(image.shape[:2]) != size)
 
 
+class _TooSmall(Exception):
+    """An image is too small, and that is an error."""
+
+
+def _count_small(source: Source, size: int, workers: int) -> LdmError:
+    """Look at the size of every image; return an error that counts and names the small ones."""
+    with show_progress("looking at sizes", len(source)) as advance:
+        small = []
+        work = partial(_small_image, source, size)
+        for found in load_in_workers(work, range(len(source)), workers, FEWER_WORKERS):
+            small += [found] if found else []
+            advance(1)
+    return LdmError(
+        f"{len(small):,} of {len(source):,} images are smaller than {size}×{size}: "
+        f"{listed(small, 10)}: give --small skip or --small enlarge, or a smaller --size"
+    )
+
+
+def _small_image(source: Source, size: int, index: int) -> str | None:
+    """Name and size of an image that is too small."""
+    with suppress(CorruptImage):
+        width, height = source.size(index)
+        return f"{source.name(index)} ({width}×{height})" if min(width, height) < size else None
+    return None
+
+
+def _own_images(source: Source, indices: Indices) -> str:
+    """SHA-256 of the numbers, names and classes of a shard's images."""
+    text = json.dumps([[int(i), source.name(i), source.label(i)] for i in indices])
+    return sha256(text.encode()).hexdigest()
+
+
 def _write_images(
-    tar: Path, images: Iterable[Prepared], settings: dict[str, Any], advance: Callable[[int], None]
+    tar: Path,
+    images: Iterable[Prepared],
+    settings: dict[str, Any],
+    own: str,
+    advance: Callable[[int], None],
 ) -> Report:
     """Write the good images to a shard; return its description, with the corrupt ones."""
-    report: Report = {"name": tar.name, "settings": settings, "skipped": []}
+    report: Report = {"name": tar.name, "settings": settings, "own_sha256": own, "skipped": []}
     report["count"] = report["resized"] = 0
 
     def good() -> Iterator[PNG]:
         for image, resized, fault in images:
             if fault is not None:
+                if fault[1].startswith(SMALL) and "small" not in settings:
+                    raise _TooSmall
                 report["skipped"].append(list(fault))
             if image is not None:
                 yield image
@@ -218,12 +281,22 @@ def _write_images(
     return report
 
 
-def _read_report(tar: Path, settings: dict[str, Any]) -> Report | None:
-    """Read the description of a shard; None if it is unfinished. Its settings must be these."""
+def _read_report(tar: Path, settings: dict[str, Any], own: str | None) -> Report | None:
+    """Read the description of a shard; None if it is unfinished. Its settings must be these.
+
+    As long as the preparation is not complete, images may be added and removed, as after an error
+    that named them: a shard stays if its own images are still those of `own`.
+    """
     report = read_tree(sidecar(tar), REPORT, "delete it to write the shard again")
     if report is None:
         return None
     before = report["settings"]
+    others = [{k: v for k, v in tree.items() if k not in OF_IMAGES} for tree in (before, settings)]
+    if own is not None and before != settings and others[0] == others[1]:
+        if report["own_sha256"] != own:
+            return None
+        before = report["settings"] = settings
+        write_json(sidecar(tar), report)
     differing = [
         NAMED.get(key) or f"{key} {before.get(key)!r} there, {settings.get(key)!r} now"
         for key in settings | before

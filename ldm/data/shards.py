@@ -23,7 +23,15 @@ from ldm.data.labels import (
     read_label_file,
 )
 from ldm.data.sources import LeftOut, Source
-from ldm.data.transforms import MAX_BYTES, SUFFIXES, CorruptImage, decode, is_hidden, is_image
+from ldm.data.transforms import (
+    MAX_BYTES,
+    SUFFIXES,
+    CorruptImage,
+    decode,
+    image_size,
+    is_hidden,
+    is_image,
+)
 from ldm.errors import LdmError, UsageError, brief, refuse_newer
 from ldm.files import (
     HeaderReader,
@@ -108,6 +116,9 @@ class ShardSource(Source):
 
     def load(self, index: int) -> np.ndarray:
         return decode(self.read(index), Path(self._names[index]).suffix)
+
+    def size(self, index: int) -> tuple[int, int]:
+        return image_size(self.read(index), Path(self._names[index]).suffix)
 
     def read(self, index: int) -> bytes:
         """Read the file of an image, or raise `CorruptImage`."""

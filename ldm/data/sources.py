@@ -1,4 +1,4 @@
-"""Sources of whole images: a folder, a zip such as EDM's dataset tool writes, and photographs.
+"""Sources of whole images: a folder, and a zip such as EDM's dataset tool writes.
 
 Images in files are in the order of their paths, and their folders can name classes.
 
@@ -13,8 +13,7 @@ import zipfile
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
-from itertools import product, zip_longest
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -32,18 +31,21 @@ from ldm.data.labels import (
 )
 from ldm.data.transforms import (
     MAX_BYTES,
+    SMALL,
     SUFFIXES,
     CorruptImage,
+    SmallImage,
     decode,
+    image_size,
     is_hidden,
     is_image,
     resize,
 )
 from ldm.errors import LdmError, UsageError, brief, listed
 from ldm.files import HeaderReader, lfs_pointer, read_bytes
-from ldm.seeds import generator
 
 Split = Literal["train", "val", "all"]
+Small = Literal["error", "skip", "enlarge"]
 Indices = range | np.ndarray
 
 
@@ -56,6 +58,10 @@ def tell(note: str) -> None:
     if note not in _told and os.environ.get("RANK", "0") == "0":
         log.warning("%s", note)
         _told.add(note)
+
+
+PROBED = 500
+"""Images that are looked at, when one is too small, to say how many are."""
 
 
 class LeftOut:
@@ -101,6 +107,8 @@ class Source(ABC):
     """Class of each image (n,), as an index into `classes`; None without labels."""
     held_out: int | None = None
     """Images, the last ones, that whoever made the data set holds out; None if that is not said."""
+    small: Small = "error"
+    """What `load_at_least` does with images that are too small."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -122,16 +130,38 @@ class Source(ABC):
         """Return the file with an image: its own, or an archive of many."""
         return Path(self.name(index))
 
+    def size(self, index: int) -> tuple[int, int]:
+        """Return width and height of an image, from its file's header where it has one."""
+        height, width = self.load(index).shape[:2]
+        return width, height
+
     def load_at_least(self, index: int, side: int) -> np.ndarray:
-        """Load an image (H, W, 3) uint8; raise LdmError if a side is shorter than `side` pixels."""
+        """Load an image (H, W, 3) uint8 with no side shorter than `side` pixels.
+
+        Raises:
+            SmallImage, LdmError: it is smaller, and `small` is "skip" or "error".
+        """
         image = self.load(index)
         height, width = image.shape[:2]
-        if min(height, width) < side:
-            raise LdmError(
-                f"{self.name(index)} is {width}×{height}, smaller than the {side}×{side} "
-                "requested: lower the resolution, or remove the image"
-            )
-        return image
+        if (shorter := min(height, width)) >= side:
+            return image
+        if self.small == "enlarge":
+            return resize(image, *(math.ceil(each * side / shorter) for each in (height, width)))
+        if self.small == "skip":
+            raise SmallImage(f"{SMALL}{width}×{height}")
+        raise LdmError(
+            f"{self.name(index)} is {width}×{height}, smaller than the {side}×{side} requested"
+            f"{self._share_smaller(side)}: set data.small=skip or data.small=enlarge, or lower the "
+            "resolution"
+        )
+
+    def _share_smaller(self, side: int) -> str:
+        """How many of some images, evenly spread, are smaller, in words."""
+        probed, smaller = np.linspace(0, len(self) - 1, min(PROBED, len(self))).round(), 0
+        for index in probed.astype(int).tolist():
+            with suppress(CorruptImage):
+                smaller += min(self.size(index)) < side
+        return f", as are {smaller} of {len(probed)} images that were looked at" if smaller else ""
 
 
 # ---------------------------------------------------------------------------- folder and zip
@@ -202,6 +232,9 @@ class PathSource(Source):
 
     def load(self, index: int) -> np.ndarray:
         return decode(self.read(index), Path(self._names[index]).suffix)
+
+    def size(self, index: int) -> tuple[int, int]:
+        return image_size(self.read(index), Path(self._names[index]).suffix)
 
     @abstractmethod
     def read(self, index: int) -> bytes:
@@ -303,85 +336,6 @@ class ZipSource(PathSource):
         return self.__dict__ | {"_handle": None}
 
 
-# ------------------------------------------------------------------------------- photographs
-PHOTOGRAPHS = (
-    "astronaut",
-    "coffee",
-    "chelsea",
-    "rocket",
-    "hubble_deep_field",
-    "retina",
-    "immunohistochemistry",
-    "stereo_motorcycle",
-)
-"""The colour photographs in scikit-image's wheel: data that needs no download."""
-
-
-class PhotoSource(Source):
-    """Regions of the photographs: left two thirds ("train"), all of each ("all"), or tiles ("val").
-
-    Tiles are R×R and do not overlap, of the right thirds: one of each photograph, then another of
-    each, and so on. Their order is random and fixed, so that the first few show the photographs'
-    middles as well as their corners. With labels, each photograph is a class.
-
-    A part with a side shorter than R is enlarged (Lanczos) just enough to hold one R×R window.
-    """
-
-    def __init__(self, split: Split, resolution: int, labels: bool = False) -> None:
-        self.split, self.resolution = split, resolution
-        corners = (_corners(p, resolution) if split == "val" else [(0, 0)] for p in PHOTOGRAPHS)
-        turns = (zip(PHOTOGRAPHS, turn, strict=True) for turn in zip_longest(*corners))
-        self._regions = [region for turn in turns for region in turn if region[1] is not None]
-        if labels:
-            self.classes = PHOTOGRAPHS
-            self.labels = np.array([PHOTOGRAPHS.index(name) for name, _ in self._regions])
-
-    def __len__(self) -> int:
-        return len(self._regions)
-
-    def name(self, index: int) -> str:
-        photograph, (top, left) = self._regions[index]
-        tile = f", tile at row {top}, column {left} of the right third"
-        return f"photograph '{photograph}'{tile if self.split == 'val' else ''}"
-
-    def load(self, index: int) -> np.ndarray:
-        photograph, (top, left) = self._regions[index]
-        part = _part(photograph, self.split, self.resolution)
-        tile = part[top : top + self.resolution, left : left + self.resolution]
-        return tile if self.split == "val" else part
-
-
-def _corners(photograph: str, resolution: int) -> list[tuple[int, int]]:
-    height, width = _part(photograph, "val", resolution).shape[:2]
-    tops, lefts = (range(0, side - resolution + 1, resolution) for side in (height, width))
-    corners = list(product(tops, lefts))
-    order = generator(0, f"tiles of {photograph}", resolution).permutation(len(corners))
-    return [corners[i] for i in order]
-
-
-@lru_cache
-def _part(photograph: str, split: Split, resolution: int) -> np.ndarray:
-    """Part of a photograph (H, W, 3) uint8, read-only, with no side shorter than R."""
-    image = _photograph(photograph)
-    cut = image.shape[1] - image.shape[1] // 3
-    part = {"train": image[:, :cut], "val": image[:, cut:], "all": image}[split]
-    height, width = part.shape[:2]
-    scale = resolution / min(height, width)
-    if scale > 1:
-        part = resize(part, math.ceil(height * scale), math.ceil(width * scale))
-    part.flags.writeable = False
-    return part
-
-
-@lru_cache
-def _photograph(name: str) -> np.ndarray:
-    from skimage import data
-
-    image = getattr(data, name)()
-    # the stereo pair is (left view, right view, disparity)
-    return image[0] if name.startswith("stereo") else image
-
-
 # ------------------------------------------------------------------------------------- split
 # FFHQ and CelebA-HQ as split by Rombach et al. 2022: 60,000 + 10,000 and 25,000 + 5,000
 USUAL_HELD_OUT = {70_000: 10_000, 30_000: 5_000}
@@ -416,6 +370,7 @@ class Part(Source):
     def __init__(self, whole: Source, indices: Indices) -> None:
         self._whole, self._indices, self.classes = whole, indices, whole.classes
         self.labels = None if whole.labels is None else whole.labels[indices]
+        self.small = whole.small
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -428,6 +383,9 @@ class Part(Source):
 
     def load(self, index: int) -> np.ndarray:
         return self._whole.load(self._indices[index])
+
+    def size(self, index: int) -> tuple[int, int]:
+        return self._whole.size(self._indices[index])
 
 
 def take_split(source: Source, split: Split, held_out: int | None, evenly: bool = False) -> Source:

@@ -74,6 +74,24 @@ class CorruptImage(Exception):
     """An image that cannot be read, to be skipped and counted; the message is the reason."""
 
 
+class SmallImage(CorruptImage):
+    """An image that is smaller than needed, to be left out; the message begins with `SMALL`."""
+
+
+SMALL = "too small: "
+
+
+def image_size(data: bytes, suffix: str) -> tuple[int, int]:
+    """Return width and height of an image file, from its header but for NumPy's arrays."""
+    if suffix.lower() == ".npy":
+        return _decode_array(data).shape[1::-1]
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+            return file.size
+    except Exception as error:  # a damaged file makes Pillow's readers raise nearly anything
+        raise CorruptImage(brief(error)) from error
+
+
 def is_image(name: str) -> bool:
     """True for the relative path of an image; hidden files and macOS's copies do not count."""
     return PurePosixPath(name).suffix.lower() in SUFFIXES and not is_hidden(name)

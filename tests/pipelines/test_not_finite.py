@@ -10,7 +10,7 @@ from autoencoders import build_autoencoder
 from ldm.checkpoint import ModelFile, save_model
 from ldm.config import to_tree
 from ldm.data.loader import image_name
-from ldm.data.sources import PhotoSource
+from ldm.data.photos import PhotoSource
 from ldm.errors import LdmError
 from ldm.images import to_float
 from ldm.logbook import read_rows

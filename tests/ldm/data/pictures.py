@@ -57,7 +57,7 @@ class Coded(Source):
     """Images in memory whose pixels hold (index, row, column); `corrupt` ones cannot be read."""
 
     def __init__(self, count, corrupt=(), height=24, width=20):
-        self.count, self.corrupt, self.size = count, corrupt, (height, width)
+        self.count, self.corrupt, self.sides = count, corrupt, (height, width)
 
     def __len__(self):
         return self.count
@@ -68,7 +68,7 @@ class Coded(Source):
     def load(self, index):
         if index in self.corrupt:
             raise CorruptImage("truncated")
-        return coordinates(index, *self.size)
+        return coordinates(index, *self.sides)
 
 
 class CodedClasses(Coded):

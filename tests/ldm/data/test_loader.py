@@ -9,6 +9,8 @@ import torch
 
 from ldm.data import DataConfig, batches, evaluation_batches, open_source, sheet_images
 from ldm.data.loader import FaultCount, image_index
+from ldm.data.sources import take_split
+from ldm.data.transforms import resize
 from ldm.errors import LdmError, UsageError
 from ldm.seeds import generator
 from tests.ldm.data.pictures import Coded, CodedClasses, class_folder, noise, png_folder
@@ -129,7 +131,8 @@ def test_faults_and_errors_of_workers_reach_the_caller_as_one_line(caplog):
         stream(Coded(20, width=15), workers=1)
     assert str(error.value) == (
         f"image {generator(3, 'order', 0).permutation(20)[0]} is 15×24, smaller than the 16×16 "
-        "requested: lower the resolution, or remove the image"
+        "requested, as are 20 of 20 images that were looked at: set data.small=skip or "
+        "data.small=enlarge, or lower the resolution"
     )
 
 
@@ -313,9 +316,72 @@ def test_none_that_can_be_read():
 
 
 def test_one_too_small():
-    with pytest.raises(LdmError, match="image 0 is 20×24, smaller than the 32×32 requested"):
+    with pytest.raises(
+        LdmError,
+        match="image 0 is 20×24, smaller than the 32×32 requested, as are 5 of 5 images that",
+    ):
         sheet_images(Coded(5), 32, 2)
 
 
 def test_photographs():
     assert sheet_images(open_source(DataConfig(), "val", 64), 64, 8).shape == (8, 3, 64, 64)
+
+
+# --------------------------------------------------------------------------------- small images
+class Mixed(Coded):
+    """Of which every fourth is too small, and its header tells so without decoding."""
+
+    def __init__(self, count, small="error"):
+        super().__init__(count)
+        self.small = small
+
+    def load(self, index):
+        image = super().load(index)
+        return image[:12] if index % 4 == 0 else image
+
+
+def test_small_images_are_skipped_and_counted_by_themselves(caplog):
+    with caplog.at_level(logging.WARNING, "ldm"):
+        seen = stream(Mixed(400, "skip"), stop=400)
+    assert len(seen) == 400
+    assert not any(image[0, 0, 0] % 4 == 0 for k, image in seen.items())
+    assert [record.message.split(",")[0] for record in caplog.records] == [
+        "skipped small images: 1 so far",
+        "skipped small images: 10 so far",
+        "skipped small images: 100 so far",
+    ]
+    assert "(too small: 20×12)" in caplog.text
+
+
+def test_small_images_are_enlarged_with_lanczos():
+    source = Mixed(8, "enlarge")
+    whole = source.load_at_least(4, 16)
+    assert whole.shape == (16, 27, 3)
+    np.testing.assert_array_equal(whole, resize(source.load(4), 16, 27))
+    assert len(stream(source, stop=8)) == 8
+    np.testing.assert_array_equal(source.load_at_least(5, 16), source.load(5))
+
+
+def test_a_part_does_with_small_images_as_its_whole():
+    assert take_split(Mixed(8, "enlarge"), "val", 4).load_at_least(0, 16).shape == (16, 27, 3)
+
+
+def test_evaluation_leaves_small_images_out(caplog):
+    batch = next(evaluation_batches(Mixed(8, "skip"), 16, 8))
+    assert batch.k.tolist() == [1, 2, 3, 5, 6, 7]
+
+
+def test_a_data_set_of_small_images_is_one_clear_line():
+    with pytest.raises(
+        LdmError, match=r"20 images in a row were skipped, the last image .*lower the"
+    ):
+        source = Coded(20, width=15)
+        source.small = "skip"
+        stream(source)
+
+
+def test_the_setting_reaches_the_source(tmp_path):
+    folder = png_folder(tmp_path / "data", [noise(0, 12, 20), noise(1, 24, 20)])
+    config = DataConfig(source=str(folder), held_out=1, small="enlarge")
+    assert open_source(config, "train", 16).load_at_least(0, 16).shape == (16, 27, 3)
+    assert open_source(config, "all", 16).size(0) == (20, 12)

@@ -201,11 +201,62 @@ def test_more_than_one_percent_corrupt_stops_with_the_list(tmp_path, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_nothing_is_enlarged(images, tmp_path, workers):
-    (images / "0007.png").write_bytes(encode(noise(0, 30, 50)))
-    with pytest.raises(LdmError, match=r"0007\.png is 50×30, smaller than the 32×32 requested"):
+def test_small_images_are_counted_and_named_at_once(images, tmp_path, workers):
+    for number in (7, 19):
+        (images / f"00{number:02d}.png").write_bytes(encode(noise(0, 30, 50)))
+    told = (
+        r"^2 of 25 images are smaller than 32×32: \S*0007\.png \(50×30\), \S*0019\.png \(50×30\): "
+        "give --small skip or --small enlarge, or a smaller --size$"
+    )
+    with pytest.raises(LdmError, match=told):
         prepare(images, tmp_path / "out", size=32, shard_size=5, workers=workers)
     assert not list((tmp_path / "out").glob(".*.partial"))
+    # shards that were finished before stay
+    assert [tar.name for tar in (tmp_path / "out").glob("*.tar")] == ["train-00000.tar"]
+
+
+def test_small_images_are_skipped_or_enlarged_on_request(images, tmp_path):
+    (images / "0007.png").write_bytes(encode(noise(0, 30, 50)))
+    skipped = prepare(images, tmp_path / "skip", size=32, workers=0, small="skip")
+    assert skipped["count"] == 24
+    assert skipped["skipped"] == [{"name": "0007.png", "reason": "too small: 50×30"}]
+    enlarged = prepare(images, tmp_path / "enlarge", size=32, workers=0, small="enlarge")
+    assert enlarged["count"] == 25 and not enlarged["skipped"]
+    source = open_source(DataConfig(source=str(tmp_path / "enlarge")), "all", 32)
+    expected = Image.fromarray(noise(0, 30, 50)[:, 10:40]).resize((32, 32), Image.LANCZOS)
+    np.testing.assert_array_equal(source.load(7), np.asarray(expected))
+
+
+def test_after_a_bad_file_was_removed_it_goes_on(images, tmp_path):
+    """Shards of the same images stay; the others are written again, and none is left over."""
+    (images / "0012.png").write_bytes(encode(noise(0, 30, 50)))
+    call = partial(prepare, images, tmp_path / "out", size=32, shard_size=5, workers=0, held_out=4)
+    with pytest.raises(LdmError, match="1 of 25 images are smaller"):
+        call()
+    before = {tar.name: tar.stat().st_mtime_ns for tar in (tmp_path / "out").glob("*.tar")}
+    assert sorted(before) == ["train-00000.tar", "train-00001.tar"]
+    (images / "0012.png").unlink()
+    manifest = call()
+    assert manifest["count"] == 24 and manifest["splits"]["val"]["count"] == 4
+    for name, written in before.items():
+        assert (tmp_path / "out" / name).stat().st_mtime_ns == written
+    fresh = prepare(images, tmp_path / "fresh", size=32, shard_size=5, workers=0, held_out=4)
+    assert manifest == fresh and call() == fresh
+    # a complete one is of these images alone
+    (images / "0013.png").unlink()
+    with pytest.raises(LdmError, match=r"other settings \(images 24 there, 23 now; the list of"):
+        call()
+
+
+def test_shards_of_an_earlier_attempt_do_not_stay(images, tmp_path):
+    (images / "0023.png").write_bytes(encode(noise(0, 30, 50)))
+    call = partial(prepare, images, tmp_path / "out", size=32, shard_size=5, workers=0, held_out=1)
+    with pytest.raises(LdmError, match="1 of 25 images are smaller"):
+        call()
+    for number in range(11, 25):
+        (images / f"00{number}.png").unlink()
+    assert call()["count"] == 11
+    assert len(list((tmp_path / "out").glob("*.tar"))) == 3
 
 
 def test_what_makes_no_sense_is_refused(images, tmp_path):

@@ -3,7 +3,7 @@
 import numpy as np
 from skimage.transform import downscale_local_mean
 
-from ldm.data.sources import PHOTOGRAPHS, PhotoSource
+from ldm.data.photos import PHOTOGRAPHS, PhotoSource
 from ldm.metrics import FeatureStatistics
 
 EDGE = 32

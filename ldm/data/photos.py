@@ -1,0 +1,88 @@
+"""The photographs inside scikit-image, as data that needs no download."""
+
+import math
+from functools import lru_cache
+from itertools import product, zip_longest
+
+import numpy as np
+
+from ldm.data.sources import Source, Split
+from ldm.data.transforms import resize
+from ldm.seeds import generator
+
+PHOTOGRAPHS = (
+    "astronaut",
+    "coffee",
+    "chelsea",
+    "rocket",
+    "hubble_deep_field",
+    "retina",
+    "immunohistochemistry",
+    "stereo_motorcycle",
+)
+"""The colour photographs in scikit-image's wheel: data that needs no download."""
+
+
+class PhotoSource(Source):
+    """Regions of the photographs: left two thirds ("train"), all of each ("all"), or tiles ("val").
+
+    Tiles are R×R and do not overlap, of the right thirds: one of each photograph, then another of
+    each, and so on. Their order is random and fixed, so that the first few show the photographs'
+    middles as well as their corners. With labels, each photograph is a class.
+
+    A part with a side shorter than R is enlarged (Lanczos) just enough to hold one R×R window.
+    """
+
+    def __init__(self, split: Split, resolution: int, labels: bool = False) -> None:
+        self.split, self.resolution = split, resolution
+        corners = (_corners(p, resolution) if split == "val" else [(0, 0)] for p in PHOTOGRAPHS)
+        turns = (zip(PHOTOGRAPHS, turn, strict=True) for turn in zip_longest(*corners))
+        self._regions = [region for turn in turns for region in turn if region[1] is not None]
+        if labels:
+            self.classes = PHOTOGRAPHS
+            self.labels = np.array([PHOTOGRAPHS.index(name) for name, _ in self._regions])
+
+    def __len__(self) -> int:
+        return len(self._regions)
+
+    def name(self, index: int) -> str:
+        photograph, (top, left) = self._regions[index]
+        tile = f", tile at row {top}, column {left} of the right third"
+        return f"photograph '{photograph}'{tile if self.split == 'val' else ''}"
+
+    def load(self, index: int) -> np.ndarray:
+        photograph, (top, left) = self._regions[index]
+        part = _part(photograph, self.split, self.resolution)
+        tile = part[top : top + self.resolution, left : left + self.resolution]
+        return tile if self.split == "val" else part
+
+
+def _corners(photograph: str, resolution: int) -> list[tuple[int, int]]:
+    height, width = _part(photograph, "val", resolution).shape[:2]
+    tops, lefts = (range(0, side - resolution + 1, resolution) for side in (height, width))
+    corners = list(product(tops, lefts))
+    order = generator(0, f"tiles of {photograph}", resolution).permutation(len(corners))
+    return [corners[i] for i in order]
+
+
+@lru_cache
+def _part(photograph: str, split: Split, resolution: int) -> np.ndarray:
+    """Part of a photograph (H, W, 3) uint8, read-only, with no side shorter than R."""
+    image = _photograph(photograph)
+    cut = image.shape[1] - image.shape[1] // 3
+    part = {"train": image[:, :cut], "val": image[:, cut:], "all": image}[split]
+    height, width = part.shape[:2]
+    scale = resolution / min(height, width)
+    if scale > 1:
+        part = resize(part, math.ceil(height * scale), math.ceil(width * scale))
+    part.flags.writeable = False
+    return part
+
+
+@lru_cache
+def _photograph(name: str) -> np.ndarray:
+    from skimage import data
+
+    image = getattr(data, name)()
+    # the stereo pair is (left view, right view, disparity)
+    return image[0] if name.startswith("stereo") else image
