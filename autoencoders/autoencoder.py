@@ -10,6 +10,7 @@ from typing import Annotated, Any, NamedTuple, Self, cast
 import torch
 from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from autoencoders.cpu import PIXELS_AT_ONCE, in_small_batches
@@ -57,6 +58,8 @@ DecoderConfig = Annotated[
 
 FILE_KEYS = {"quant_conv": "pre_conv", "post_quant_conv": "post_conv"}
 """Layers whose key in state dicts, and so in all files, differs from their name."""
+LARGEST = 10.0
+"""Value of an image that is surely not in [−1, 1], but in [0, 255]."""
 OWN_NAMES = {key: name for name, key in FILE_KEYS.items()}
 
 
@@ -202,6 +205,7 @@ class Autoencoder(HubMixin):
         self.quantizer = Quantizer(config.codes, n_z) if config.codes else nn.Identity()
         self.post_quant_conv = nn.Conv2d(n_z, n_z, 1) if config.conv1x1 else nn.Identity()
         self.settings: dict[str, Any] = {}
+        self._range_checked = False
         self.register_state_dict_post_hook(partial(rename_layers, FILE_KEYS))
         self.register_load_state_dict_pre_hook(partial(rename_layers, OWN_NAMES))
 
@@ -211,8 +215,10 @@ class Autoencoder(HubMixin):
         Sides that are no multiples of f are padded by `pad`; `decode` crops the padding off.
 
         Raises:
-            LdmError: a side is smaller than f.
+            LdmError: the images have another rank, type or number of channels, or a side is smaller
+                than f; or those of the first call are not in [−1, 1].
         """
+        self._check(images)
         images = self.pad(images)
         learns = any(p.requires_grad for p in self._encoding_parameters())
         if torch.is_grad_enabled() and not (learns or images.requires_grad):
@@ -226,6 +232,20 @@ class Autoencoder(HubMixin):
         pixels, at_once = math.prod(images.shape[-2:]), PIXELS_AT_ONCE[self.config.encoder.type]
         moments = in_small_batches(self._moments, images, pixels, at_once)  # (B, 2·n_z, H/f, W/f)
         return DiagonalGaussian.from_moments(moments)
+
+    def _check(self, images: Tensor) -> None:
+        """Refuse images that are none; the range of the first call's alone, for it is read back."""
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise LdmError(f"images have shape {tuple(images.shape)}: give (B, 3, H, W)")
+        if not images.is_floating_point():
+            raise LdmError(f"images are {images.dtype}: give floats in [−1, 1], as by `to_float`")
+        is_plain = type(images) is Tensor and not images.is_meta and not is_compiling()
+        if self._range_checked or not is_plain or not images.numel():
+            return
+        self._range_checked = True
+        low, high = (bound.item() for bound in images.detach().aminmax())
+        if low < -LARGEST or high > LARGEST:
+            raise LdmError(f"images have values from {low:g} to {high:g}: give them in [−1, 1]")
 
     def pad(self, images: Tensor) -> Tensor:
         """Repeat the last column and row of images (B, 3, H, W) up to multiples of f."""

@@ -1,6 +1,5 @@
 """`ldm data`: prepare images for training, and check what was prepared."""
 
-import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -89,7 +88,7 @@ def prepare(
         if count:
             options.echo(f"skipped {options.many(count, f'{kind} image')}, listed in the manifest")
     options.echo(f"manifest: {destination / MANIFEST}")
-    options.echo(f"next: ldm train-ae litevae-b {shlex.quote(f'data.source={destination}')}")
+    options.echo(options.next_step("ldm train-ae litevae-b data.source={}", destination))
 
 
 @app.command()

@@ -61,9 +61,9 @@ def import_model(
         from pipelines.exchange import import_diffusion
 
         _refuse("applies to autoencoders only", subfolder=subfolder, revision=revision)
-        options = (resolution, head_width, heads, scale_factor, force)
-        written, notes = import_diffusion(source, out, *options)
-        return _print(written, *notes, f"next: ldm sample {out}")
+        how = (resolution, head_width, heads, scale_factor, force)
+        written, notes = import_diffusion(source, out, *how)
+        return _print(written, *notes, options.next_step("ldm sample {}", out))
     from pipelines.exchange import import_autoencoder
 
     _refuse(
@@ -71,7 +71,7 @@ def import_model(
         scale_factor=scale_factor,
     )  # fmt: skip
     written = import_autoencoder(source, out, subfolder, revision, force)
-    _print(written, f"next: ldm train-diffusion --ae {out}")
+    _print(written, options.next_step("ldm train-diffusion --ae {}", out))
 
 
 def export_model(
@@ -124,7 +124,7 @@ def export_model(
 
     usage = {
         "diffusers": [f"next: diffusers.AutoencoderKL.from_pretrained({str(out)!r})"],
-        "hub": [f"next: hf upload OWNER/NAME {out}"],
+        "hub": [options.next_step("hf upload OWNER/NAME {}", out)],
     }
     _print(export_autoencoder(out, form, named, scaling_factor, force), *usage.get(form, []))
 

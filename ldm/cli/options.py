@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from collections.abc import Collection, Sequence
 from itertools import chain
 from pathlib import Path
@@ -112,6 +113,11 @@ def say(*lines: str) -> None:
 def echo(text: str = "", **style: Any) -> None:
     """Print text, escaped but for its line breaks, in a style of `typer.secho`."""
     typer.secho(escape(text, "\n"), **style)
+
+
+def next_step(command: str, *paths: Path | str) -> str:
+    """Return a line with a command to paste: each {} in it is a path, quoted."""
+    return f"next: {command.format(*(shlex.quote(str(path)) for path in paths))}"
 
 
 def many(count: int, one: str, more: str = "") -> str:

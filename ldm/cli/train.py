@@ -65,7 +65,10 @@ def train_ae(
     options.add_setting(words, "--teacher", "teacher.source", teacher)
     kind, preset = options.find_presets(preset, options.STAGE_ONE)[0]
     folder = train_autoencoder(load_recipe(kind, preset, words), preset, run)
-    options.say(f"done: {folder}/ckpt.pt", f"next: ldm train-diffusion --ae {folder}/ckpt.pt")
+    options.say(
+        f"done: {folder}/ckpt.pt",
+        options.next_step("ldm train-diffusion --ae {}", folder / "ckpt.pt"),
+    )
 
 
 def train_diffusion(
@@ -100,7 +103,7 @@ def train_diffusion(
     options.say(f"autoencoder: {file}")
     recipe = recipe.model_copy(update={"autoencoder": str(file)})
     folder = train_diffusion(recipe, preset, run)
-    options.say(f"done: {folder}/ckpt.pt", f"next: ldm sample {folder} --n 50000")
+    options.say(f"done: {folder}/ckpt.pt", options.next_step("ldm sample {} --n 50000", folder))
 
 
 def ema(
@@ -134,7 +137,7 @@ def ema(
         run = newest_run("diffusion", needs="ema")
         options.say(f"run: {run}")
     path = synthesize_ema(run, std, at, out)
-    options.say(f"wrote {path}", f"next: ldm sample {path}")
+    options.say(f"wrote {path}", options.next_step("ldm sample {}", path))
 
 
 def sample(
@@ -194,7 +197,7 @@ def sample(
     )  # fmt: skip
     options.say(
         f"done: {n:,} images in {folder}, an overview in {folder}/grid.png",
-        f"next: ldm fid {folder}",
+        options.next_step("ldm fid {}", folder),
     )
 
 

@@ -1,6 +1,9 @@
+import shlex
+from pathlib import Path
+
 import pytest
 
-from ldm.cli.options import STAGE_ONE, STAGE_TWO, find_presets
+from ldm.cli.options import STAGE_ONE, STAGE_TWO, find_presets, next_step
 from ldm.config import list_presets, load_preset, published, resolve
 from ldm.errors import UsageError
 from pipelines.recipes import AutoencoderRecipe
@@ -78,3 +81,10 @@ def test_what_tables_switch():
     assert [phase.steps for phase in recipe("t05-128-tuned").phases] == [100_000, 50_000]
     assert recipe("t12-dwt-2").latent_channels == 48
     assert recipe("t14-esrgan").loss.lpips == 0 and recipe("t14-esrgan").loss.esrgan == 1
+
+
+def test_the_next_command_can_be_pasted():
+    line = next_step("ldm sample {} --n 4", Path("my runs/it's"))
+    assert line == "next: ldm sample 'my runs/it'\"'\"'s' --n 4"
+    assert shlex.split(line.removeprefix("next: "))[2] == "my runs/it's"
+    assert next_step("ldm fid {}", "runs/x") == "next: ldm fid runs/x"
