@@ -29,7 +29,7 @@ from autoencoders.losses.objective import TeacherPosterior
 from autoencoders.losses.perceptual import SMALLEST, ESRGANPerceptual
 from ldm.checkpoint import ModelFile, load_model, save_model
 from ldm.config import to_tree
-from ldm.data import Batch, Source, batches, holds_out, open_source
+from ldm.data import Batch, Source, batches, check_data, holds_out, open_source
 from ldm.data.loader import image_name
 from ldm.device import to_device
 from ldm.ema import Ema
@@ -268,8 +268,7 @@ def train_autoencoder(
         perceptual: losses to use in place of the published ones.
 
     Raises:
-        LdmError: data, weights or device missing (before anything is written), ten
-            steps in a row not finite, or a full disk.
+        LdmError: data, weights or device missing, ten steps in a row not finite, or a full disk.
         Interrupted: asked to stop; the state is saved, and the same call resumes.
     """
     # the largest first: its message about missing data then suits every phase
@@ -286,6 +285,7 @@ def train_autoencoder(
             run.say(f"{run.folder} is already finished")
             return run.folder
         check_batch(recipe.batch_size, recipe.accumulate, run.world)
+        check_data(run.accelerator, run.folder, sources[last], recipe.data)
 
         # the same initial weights on every process: start_run has seeded them
         state = AutoencoderState(recipe, run, perceptual, given)

@@ -15,7 +15,7 @@ from diffusion.edm import EDM, EDMLoss, Uncertainty
 from diffusion.edm2 import MPModule
 from ldm.checkpoint import ModelFile, fingerprint, save_model
 from ldm.config import to_tree
-from ldm.data import Source, batches, open_source
+from ldm.data import Source, batches, check_data, open_source
 from ldm.data.loader import image_name
 from ldm.device import full_float32, resolve_device, resolve_precision
 from ldm.ema import Ema, PowerEma, save_snapshot
@@ -167,6 +167,7 @@ def train_diffusion(
             run.say(f"{run.folder} is already finished")
             return run.folder
         check_batch(recipe.batch_size, recipe.accumulate, run.world)
+        check_data(run.accelerator, run.folder, source, recipe.data)
         recipe = fit(as_begun(requested, run.folder), autoencoder, len(source.classes))
 
         state = DiffusionState(recipe, run, autoencoder)

@@ -5,7 +5,7 @@ of a training run, `evaluation_batches` into one pass, `sheet_images` into a pic
 `ldm.data.prepare` writes shards.
 """
 
-from ldm.data.dataset import DataConfig, holds_out, open_source
+from ldm.data.dataset import DataConfig, check_data, holds_out, open_source
 from ldm.data.loader import Batch, batches, evaluation_batches, sheet_images
 from ldm.data.sources import Source
 
@@ -14,6 +14,7 @@ __all__ = [
     "DataConfig",
     "Source",
     "batches",
+    "check_data",
     "evaluation_batches",
     "holds_out",
     "open_source",

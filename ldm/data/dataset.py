@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
+from accelerate import Accelerator, PartialState
 from pydantic import Field
 
 from ldm.config import Config
@@ -14,6 +15,7 @@ from ldm.data.hf import has_tables, is_hub, open_hub, open_tables
 from ldm.data.photos import PhotoSource
 from ldm.data.shards import (
     SIDECAR,
+    UTF8,
     find_compression,
     find_shards,
     open_shards,
@@ -31,9 +33,11 @@ from ldm.data.sources import (
     walk,
 )
 from ldm.data.transforms import is_image
+from ldm.distributed import from_main
 from ldm.errors import LdmError, UsageError, check_at_least
-from ldm.files import sha256_of
+from ldm.files import sha256_of, write_json
 from ldm.logbook import show_progress
+from ldm.records import read_tree, schema
 
 PHOTOS = "photos"
 HASHED_AT_ONCE = 8  # files; one at a time is limited by the processor
@@ -68,6 +72,8 @@ class DataConfig(Config):
     """Column of images in a table; by default the only one."""
     label_column: str = ""
     """Column of classes in a table; by default the only one."""
+    changed: Literal["error", "ok"] = "error"
+    """ok: resume a run although the list of images has changed since it began."""
     workers: Annotated[int, Field(ge=0, le=1024)] = 4
     """Loader processes per GPU; 0 loads in the training process, as the photographs always do."""
 
@@ -179,7 +185,28 @@ def find_kind(path: Path) -> Literal["images", "tables", "shards", "zip"]:
 
 
 # --------------------------------------------------------------------------------- identity
-UTF8 = ("utf-8", "surrogateescape")  # file names may have any encoding
+IDENTITY = "data.json"
+"""File of a run's folder with the identity of its images."""
+
+
+def check_data(
+    ranks: Accelerator | PartialState, folder: Path, source: Source, config: DataConfig
+) -> None:
+    """Keep the identity of a run's images in its folder; refuse to resume with other images."""
+
+    def check() -> None:
+        now = {"sha256": source.identity()}
+        before = read_tree(folder / IDENTITY, schema(sha256=str), "delete it to go on unchecked")
+        if before and before != now:
+            if config.changed == "error":
+                raise LdmError(
+                    f"the list of images in {config.source} is not that with which {folder} was "
+                    "started: restore it, or set data.changed=ok to go on with this one"
+                )
+            tell(f"{folder} goes on with another list of images")
+        write_json(folder / IDENTITY, now)
+
+    from_main(ranks, check)
 
 
 def content_identity(source: Source, count: int) -> str:

@@ -13,6 +13,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,6 +96,10 @@ class TableSource(Source):
 
     def file(self, index: int) -> Path:
         return self._files[max(0, bisect_right(self._file_starts, index) - 1)]
+
+    def identity(self) -> str:
+        sizes = [file.stat().st_size for file in self._files]
+        return sha256(f"{self._starts} {sizes}".encode()).hexdigest()
 
     def load(self, index: int) -> np.ndarray:
         return decode(*self.read(index))

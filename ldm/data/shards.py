@@ -10,6 +10,7 @@ import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple, cast
 
@@ -45,6 +46,7 @@ from ldm.logbook import show_progress
 from ldm.records import Count, FileName, checked, parse_json, read_json, schema
 
 MANIFEST = "manifest.json"
+UTF8 = ("utf-8", "surrogateescape")  # file names may have any encoding
 MANIFEST_FORMAT = 1
 AGAIN = "run `ldm data prepare` again"
 SIDECAR = ".tar.json"
@@ -113,6 +115,10 @@ class ShardSource(Source):
 
     def file(self, index: int) -> Path:
         return self._shards[self._places[index, 0]]
+
+    def identity(self) -> str:
+        shards = [f"{shard.name} {shard.stat().st_size}" for shard in self._shards]
+        return sha256("\0".join([*shards, str(len(self))]).encode(*UTF8)).hexdigest()
 
     def load(self, index: int) -> np.ndarray:
         return decode(self.read(index), Path(self._names[index]).suffix)

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -122,6 +123,13 @@ class Source(ABC):
     def load(self, index: int) -> np.ndarray:
         """Load an image as RGB uint8 (H, W, 3), or raise `CorruptImage`."""
 
+    def identity(self) -> str:
+        """SHA-256 of the list of images, by their names: quick, and blind to their contents."""
+        listing = sha256()
+        for index in range(len(self)):
+            listing.update(f"{self.name(index)}\0".encode("utf-8", "surrogateescape"))
+        return listing.hexdigest()
+
     def label(self, index: int) -> int:
         """Return the class of an image; −1 for none."""
         return -1 if self.labels is None else int(self.labels[index])
@@ -229,6 +237,10 @@ class PathSource(Source):
 
     def name(self, index: int) -> str:
         return f"{self.path}/{self._names[index]}"
+
+    def identity(self) -> str:
+        names = "\0".join(self._names)  # without the folder, which may be moved
+        return sha256(names.encode("utf-8", "surrogateescape")).hexdigest()
 
     def load(self, index: int) -> np.ndarray:
         return decode(self.read(index), Path(self._names[index]).suffix)
@@ -380,6 +392,9 @@ class Part(Source):
 
     def file(self, index: int) -> Path:
         return self._whole.file(self._indices[index])
+
+    def identity(self) -> str:
+        return self._whole.identity()  # which images of it these are follows from the settings
 
     def load(self, index: int) -> np.ndarray:
         return self._whole.load(self._indices[index])
