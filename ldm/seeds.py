@@ -11,6 +11,8 @@ from hashlib import blake2b
 import numpy as np
 import torch
 
+WORD = 2**64 - 1
+
 
 def generator(seed: int, purpose: str, k: int) -> np.random.Generator:
     """Create the generator of sample `k` for one purpose ("crop", "noise", "sigma" …)."""
@@ -30,6 +32,35 @@ def uniform(seed: int, purpose: str, ks: Iterable[int], shape: Sequence[int]) ->
     """Draw from [0, 1), (len(ks), *shape), float32; row i depends on (seed, ks[i]) alone."""
     rows = [generator(seed, purpose, int(k)).random(tuple(shape), dtype=np.float32) for k in ks]
     return torch.from_numpy(np.stack(rows))
+
+
+def permuted(seed: int, purpose: str, k: int, index: int, count: int) -> int:
+    """Return element `index` of a random permutation of 0 … count−1, without making the others.
+
+    A Feistel network on the bits of the index, keyed by (seed, purpose, k): Luby & Rackoff 1988;
+    results of `count` or more are permuted again, Black & Rogaway 2002, Section 3.
+    """
+    half = max(1, ((count - 1).bit_length() + 1) // 2)  # two halves of so many bits
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for key in _round_keys(seed, purpose, k):
+            left, right = right, left ^ (_mixed(right + key) & mask)
+        index = left << half | right
+        if index < count:
+            return index
+
+
+@lru_cache(maxsize=64)
+def _round_keys(seed: int, purpose: str, k: int) -> tuple[int, ...]:
+    return tuple(generator(seed, purpose, k).integers(2**63, size=6).tolist())
+
+
+def _mixed(number: int) -> int:
+    """64 bits that each depend on all of a number's: SplitMix64 (Steele et al. 2014)."""
+    number = (number ^ number >> 30) * 0xBF58476D1CE4E5B9 & WORD
+    number = (number ^ number >> 27) * 0x94D049BB133111EB & WORD
+    return number ^ number >> 31
 
 
 def torch_seed(seed: int, purpose: str, k: int) -> int:

@@ -22,11 +22,13 @@ from ldm.data.sources import Source
 from ldm.data.transforms import SMALL, CorruptImage, center_crop, random_crop
 from ldm.data.workers import load_in_workers
 from ldm.errors import LdmError, UsageError, listed
-from ldm.seeds import generator
+from ldm.seeds import generator, permuted
 
 TOLERATED = 0.01
 """Share of a source's images that may be corrupt before a job stops."""
 
+LISTED = 2**20
+"""Images up to which each process keeps a whole order, of 8 MB; beyond, elements are computed."""
 MOST_SKIPPED = 10_000
 """Images in a row that may be too small."""
 
@@ -92,6 +94,8 @@ def image_index(seed: int, count: int, k: int) -> int:
     Each epoch k // count visits every image once, in a new order.
     """
     epoch, position = divmod(k, count)
+    if count > LISTED:
+        return permuted(seed, "order", epoch, position, count)
     return int(_permutation(seed, count, epoch)[position])
 
 

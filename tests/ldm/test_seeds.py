@@ -1,7 +1,8 @@
 import numpy as np
+import pytest
 import torch
 
-from ldm.seeds import generator, normal, torch_seed
+from ldm.seeds import generator, normal, permuted, torch_seed
 
 
 def test_a_row_depends_on_its_own_number_alone():
@@ -34,3 +35,59 @@ def test_the_stream_is_philox_and_stays_the_same():
     assert np.array_equal(values, generator(0, "crop", 7).integers(0, 1000, 4))
     assert 0 <= torch_seed(0, "dropout", 1) < 2**63
     assert torch_seed(0, "dropout", 1) != torch_seed(0, "dropout", 2)
+
+
+# ------------------------------------------------------------------------------- permutations
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7, 16, 17, 64, 65, 1000, 4097])
+def test_a_permutation_has_every_element_once(count):
+    for k in range(3):
+        assert sorted(permuted(5, "order", k, i, count) for i in range(count)) == list(range(count))
+
+
+def test_permutations_of_another_seed_purpose_or_k_differ():
+    def order(*key):
+        return [permuted(*key, i, 100) for i in range(100)]
+
+    orders = [
+        order(0, "order", 0),
+        order(1, "order", 0),
+        order(0, "shards", 0),
+        order(0, "order", 1),
+    ]
+    assert len({tuple(each) for each in orders}) == 4
+    # a random permutation of 100 leaves one element in its place
+    assert all(sum(i == p for i, p in enumerate(each)) < 8 for each in orders)
+
+
+@pytest.mark.parametrize("count", [6, 37, 2**20 + 7])
+def test_every_place_is_as_likely_for_every_element(count):
+    """Over many keys: the place of one element, and the distance of two neighbours' places."""
+    from scipy.stats import chisquare
+
+    bins, draws = min(count, 12), 3000
+    places = np.array([[permuted(0, "x", k, i, count) for i in (0, 1)] for k in range(draws)])
+    apart = (places[:, 1] - places[:, 0]) % count - 1
+    for values, kinds in ((places[:, 0], count), (places[:, 1], count), (apart, count - 1)):
+        found = np.bincount(values * bins // kinds, minlength=bins)
+        expected = np.bincount(np.arange(kinds) * bins // kinds, minlength=bins) * draws / kinds
+        possible = expected > 0
+        found, expected = found[possible], expected[possible]
+        assert chisquare(found, expected).pvalue > 1e-4
+    assert places.min() >= 0 and places.max() < count
+
+
+def test_neighbours_are_unrelated_within_a_permutation():
+    order = np.array([permuted(0, "order", 0, i, 5000) for i in range(5000)])
+    shuffled = order / 5000
+    for lag in (1, 2, 16, 64):
+        assert abs(np.corrcoef(shuffled[:-lag], shuffled[lag:])[0, 1]) < 0.05
+
+
+def test_permutations_stay_the_same():
+    """A run that is resumed years later must see the same images."""
+    assert [permuted(0, "order", 0, i, 10) for i in range(10)] == [5, 6, 8, 3, 1, 7, 0, 2, 9, 4]
+    assert [permuted(3, "order", 1, i, 2**40) for i in range(3)] == [
+        183284052166,
+        366799961458,
+        857359199899,
+    ]

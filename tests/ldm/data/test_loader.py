@@ -7,8 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.data import DataConfig, batches, evaluation_batches, open_source, sheet_images
-from ldm.data.loader import FaultCount, image_index
+from ldm.data import (
+    DataConfig,
+    batches,
+    evaluation_batches,
+    loader,
+    open_source,
+    sheet_images,
+)
+from ldm.data.loader import LISTED, FaultCount, image_index
 from ldm.data.sources import take_split
 from ldm.data.transforms import resize
 from ldm.errors import LdmError, UsageError
@@ -268,6 +275,17 @@ def test_the_order_depends_on_the_seed_and_k_alone():
     backward = [image_index(5, 30, k) for k in reversed(range(90))]
     assert forward == backward[::-1]
     assert forward != [image_index(6, 30, k) for k in range(90)]
+
+
+def test_orders_of_many_images_are_computed_not_kept(monkeypatch):
+    monkeypatch.setattr(loader, "_permutation", None)
+    count = LISTED + 1
+    seen = {image_index(0, count, k) for k in range(2000)}
+    assert len(seen) == 2000 and max(seen) < count and min(seen) < count // 100
+    assert image_index(0, count, 5) != image_index(0, count, count + 5), "another epoch"
+    monkeypatch.setattr(loader, "LISTED", 10)
+    epochs = [[image_index(0, 50, k) for k in range(e * 50, e * 50 + 50)] for e in range(3)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
 
 
 def test_each_fault_is_logged_once_and_one_percent_is_tolerated(caplog):
