@@ -1,4 +1,4 @@
-"""Helpers for several processes: join them, share a result, fail together."""
+"""Helpers for several processes: join them, divide a batch, share a result, fail together."""
 
 import sys
 import time
@@ -18,7 +18,7 @@ from accelerate.utils import (
 )
 
 from ldm.device import keep_freed_memory, resolve_device
-from ldm.errors import LdmError, brief, escape
+from ldm.errors import LdmError, UsageError, brief, escape
 
 PATIENCE = timedelta(hours=1)
 """Time that processes wait for the others, such as while the main one computes metrics."""
@@ -61,6 +61,20 @@ def make_accelerator(device: str = "auto", accumulate: int = 1) -> Accelerator:
             f"{resolved.type}: restart it"
         )
     return accelerator
+
+
+def check_batch(batch_size: int, accumulate: int, processes: int) -> None:
+    """Raise a UsageError unless a batch divides into micro-batches and over processes."""
+    whole = accumulate * processes
+    if batch_size % whole == 0:
+        return
+    near = [n for n in (batch_size // whole * whole, -(-batch_size // whole) * whole) if n]
+    counts = [str(n) for n in range(1, 65) if batch_size % (accumulate * n) == 0]
+    on = f", or {', '.join(counts)} process(es)" if counts else ""
+    raise UsageError(
+        f"batch_size={batch_size} does not divide into {accumulate} micro-batch(es) on "
+        f"{processes} process(es): use batch_size={' or '.join(map(str, near))}{on}"
+    )
 
 
 def from_main(accelerator: Accelerator | PartialState, make: Callable[[], Any]) -> Any:

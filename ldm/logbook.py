@@ -1,4 +1,4 @@
-"""Logs of a run: metrics.jsonl, TensorBoard, and a progress bar.
+"""Logs of a run: metrics.jsonl, TensorBoard, other trackers, and a progress bar.
 
 Only the first process writes. Values stay on the device until a row is written, so that logging
 every step does not synchronise.
@@ -9,10 +9,10 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import torch
 from pydantic import Field
@@ -23,6 +23,7 @@ from torch import Tensor
 from ldm.errors import LdmError, escape
 from ldm.files import read_bytes, write_atomically
 from ldm.records import RESTORE, Count, Schema, checked, parse_json
+from ldm.trackers import Trackers
 
 
 class _Console(Console):
@@ -81,27 +82,56 @@ class LogRow(Schema):
 class Logbook:
     """Rows of named numbers over images seen; a write that fails is an LdmError.
 
+    As a context it ends the trackers' records, of a failed run too.
+
     Args:
         folder: the run's folder; None on processes that do not write.
         resume_at: images seen at the state that the run resumes from; later rows are removed.
         saved: the `state_dict` of that state.
+        trackers: names as in `RunConfig.trackers`; metrics.jsonl is always written.
+        config: the resolved configuration, for the trackers.
+
+    Attributes:
+        opening: a line for each tracker, with the link of its record.
+
+    Raises:
+        LdmError: a tracker did not start; one that fails later is left out, with a warning.
     """
 
     def __init__(
-        self, folder: Path | None, resume_at: int = 0, saved: Mapping[str, Any] | None = None
+        self,
+        folder: Path | None,
+        resume_at: int = 0,
+        saved: Mapping[str, Any] | None = None,
+        trackers: Sequence[str] = ("tensorboard",),
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         saved = saved or {}  # of an earlier version
         self._pending: dict[str, list[Tensor | float]] = defaultdict(list)
         self._pending |= {name: [*values] for name, values in saved.get("pending", {}).items()}
         self._clock, self._clock_images = time.monotonic(), resume_at
-        self._folder, self._rows = folder, 0
+        self._folder, self._rows, self._board = folder, 0, None
+        others = [name for name in trackers if name != "tensorboard"] if folder else []
         if folder is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
             self._rows = cut_rows(folder / "metrics.jsonl", resume_at, saved.get("rows"))
             with _writing(folder):
-                self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_at + 1)
                 (folder / "metrics.jsonl").touch()
+                if "tensorboard" in trackers:
+                    # not accelerate's class, which does not remove the rows after `resume_at`
+                    from torch.utils.tensorboard import SummaryWriter
+
+                    board = str(folder / "tensorboard")
+                    self._board = SummaryWriter(board, purge_step=resume_at + 1)
+        self._trackers = Trackers(others, folder or Path(), dict(config or {}))
+        self.opening = self._trackers.opening
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._trackers.finish(failed=error is not None)
+        with suppress(*([] if error is None else [LdmError])):  # the first error is the cause
+            self.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of rows and the values of the next one, which waits for the device."""
@@ -132,20 +162,23 @@ class Logbook:
             with _writing(self._folder):
                 with (self._folder / "metrics.jsonl").open("a", encoding="utf-8") as rows:
                     rows.write(json.dumps({k: _short(v) for k, v in row.items()}) + "\n")
-                for name, value in row.items():
-                    if name != "images_seen" and math.isfinite(value):
+                finite = {k: v for k, v in row.items() if k != "images_seen" and math.isfinite(v)}
+                for name, value in finite.items():
+                    if self._board is not None:
                         self._board.add_scalar(name, value, images_seen)
+            self._trackers.log(finite, images_seen)
         return row
 
     def picture(self, name: str, sheet: Tensor, images_seen: int) -> None:
-        """Write a float image (3, H, W) in [−1, 1] to TensorBoard."""
-        if self._folder is not None:
+        """Write a float image (3, H, W) in [−1, 1] to TensorBoard and other trackers."""
+        if self._folder is not None and self._board is not None:
             with _writing(self._folder):
                 self._board.add_image(name, (sheet + 1).clamp(0, 2) / 2, images_seen)
+        self._trackers.picture(name, sheet, images_seen)
 
     def close(self) -> None:
         """Flush and close TensorBoard's file."""
-        if self._folder is not None:
+        if self._folder is not None and self._board is not None:
             with _writing(self._folder):
                 self._board.close()
 

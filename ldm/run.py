@@ -20,7 +20,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from ldm.checkpoint import repair_pair
-from ldm.config import Config
+from ldm.config import Config, to_tree
 from ldm.console import HANGUP, STOPS, receive, received
 from ldm.data.workers import stopping
 from ldm.device import (
@@ -34,9 +34,9 @@ from ldm.device import (
 )
 from ldm.distributed import fail_together, from_main, make_accelerator
 from ldm.ema import Average
-from ldm.errors import Interrupted, LdmError, UsageError, listed
+from ldm.errors import Interrupted, LdmError, listed
 from ldm.files import write_json
-from ldm.logbook import console, progress_bar
+from ldm.logbook import Logbook, console, progress_bar
 from ldm.run_folder import (
     check_state,
     latest_state,
@@ -46,6 +46,7 @@ from ldm.run_folder import (
     save_state,
 )
 from ldm.seeds import torch_seed
+from ldm.trackers import TrackerName, check_trackers
 
 T = TypeVar("T")
 
@@ -71,6 +72,9 @@ class RunConfig(Config):
     """Steps between saved states; a stop by Ctrl-C, SIGTERM or SIGHUP saves as well."""
     keep_states: PositiveInt = 2
     """Number of saved states to keep, the newest."""
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
+    """Trackers that get numbers and pictures, besides the run's folder: [tensorboard, wandb], or
+    any that accelerate knows; [] for none."""
     compile: Literal["auto", True, False] = "auto"
     """torch.compile the networks: the first steps are slow. auto: on a CUDA GPU, where there are
     Triton and the compilers that it needs, unless `deterministic`."""
@@ -336,6 +340,17 @@ class Run:
         self.accelerator.wait_for_everyone()
         return self.folder
 
+    @contextmanager
+    def logbook(self, state: TrainingState, recipe: Config) -> Iterator[Logbook]:
+        """Open the logs of a run that resumes at a state, on the main process; fail together."""
+        with fail_together(self.accelerator):
+            start = self.folder if self.is_main else None, state.images_seen, state.log
+            book = Logbook(*start, self.config.trackers, to_tree(recipe))
+        for line in book.opening:
+            self.say(line)
+        with book:
+            yield book
+
     # ------------------------------------------------------------------------------ stopping
     def stop_requested(self) -> bool:
         """Return True if a signal asked any process to stop; all agree, and wait for each other."""
@@ -395,20 +410,6 @@ class Run:
             yield show
 
 
-def check_batch(batch_size: int, accumulate: int, processes: int) -> None:
-    """Raise a UsageError unless a batch divides into micro-batches and over processes."""
-    whole = accumulate * processes
-    if batch_size % whole == 0:
-        return
-    near = [n for n in (batch_size // whole * whole, -(-batch_size // whole) * whole) if n]
-    counts = [str(n) for n in range(1, 65) if batch_size % (accumulate * n) == 0]
-    on = f", or {', '.join(counts)} process(es)" if counts else ""
-    raise UsageError(
-        f"batch_size={batch_size} does not divide into {accumulate} micro-batch(es) on "
-        f"{processes} process(es): use batch_size={' or '.join(map(str, near))}{on}"
-    )
-
-
 @contextmanager
 def start_run(
     kind: str,
@@ -423,6 +424,7 @@ def start_run(
         if config.deterministic:
             held.enter_context(deterministic_algorithms())
         accelerator = make_accelerator(config.device, accumulate)
+        from_main(accelerator, partial(check_trackers, config.trackers))
         claim = partial(new_or_unfinished, kind, preset, recipe, folder, held)
         run = Run(from_main(accelerator, claim), config, accelerator)
         held.callback(stopping.clear)  # after the handlers, which set it, are gone

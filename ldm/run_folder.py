@@ -5,6 +5,7 @@ runs/<time>-<preset>/
   config.yaml      the resolved configuration
   metrics.jsonl    tensorboard/   pictures/
   data.json        the identity of the images
+  trackers.json    identifiers of the records that other trackers keep
   state/           saved states, one folder each, from which the same command resumes
   ckpt.pt          the model
   result.json      written when the run is complete
@@ -50,6 +51,7 @@ IGNORED = {
     "validate_every_steps",
     "validate_images",
     "keep_states",
+    "trackers",
     "workers",
     "data.changed",
     "init.source",
@@ -60,7 +62,8 @@ by rounding and by dropout's masks. Weights may move: their SHA-256 must stay.""
 
 _RUN = schema(kind=(str, ""), preset=(str, ""))
 BEGINNING = re.compile(
-    r"config\.yaml|data\.json|metrics\.jsonl|tensorboard/events\..*|pictures/\w+-\d+\.png|state/\d+/state\.pt"
+    r"config\.yaml|data\.json|metrics\.jsonl|tensorboard/events\..*|trackers\.json|wandb/.*"
+    r"|pictures/\w+-\d+\.png|state/\d+/state\.pt"
 )
 """Files of a run that hold no result."""
 

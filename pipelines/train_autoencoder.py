@@ -32,11 +32,12 @@ from ldm.config import to_tree
 from ldm.data import Batch, Source, batches, check_data, holds_out, open_source
 from ldm.data.loader import image_name
 from ldm.device import to_device
+from ldm.distributed import check_batch
 from ldm.ema import Ema
 from ldm.images import grid, save_grid, to_float
 from ldm.learning_rate import learning_rate, set_learning_rate
 from ldm.logbook import Logbook
-from ldm.run import Run, TrainingState, check_batch, frozen, start_run
+from ldm.run import Run, TrainingState, frozen, start_run
 from ldm.run_folder import is_finished, provenance
 from ldm.seeds import normal, uniform
 from pipelines import finetune
@@ -268,7 +269,8 @@ def train_autoencoder(
         perceptual: losses to use in place of the published ones.
 
     Raises:
-        LdmError: data, weights or device missing, ten steps in a row not finite, or a full disk.
+        LdmError: data, weights, device or tracker missing (before anything is written), ten
+            steps in a row not finite, or a full disk.
         Interrupted: asked to stop; the state is saved, and the same call resumes.
     """
     # the largest first: its message about missing data then suits every phase
@@ -296,16 +298,15 @@ def train_autoencoder(
             state.latent_std.copy_(std)
         del saved, given  # some gigabytes, and the file
         state.prepare(run)
-        logbook = Logbook(run.folder if run.is_main else None, state.images_seen, state.log)
-        run.say(_opening(run, state))
-        validate = partial(_validate, run, state, held_out, lpips, logbook)
-        if state.owes_validation(recipe.run.validate_every_steps):
-            validate()
-        stream = _stream(run, state, sources)
-        _train(run, state, stream, logbook, validate)
-        logbook.close()
-        result = {"images_seen": state.images_seen, **state.held_out, "best": state.best}
-        return run.finish(result)
+        with run.logbook(state, recipe) as logbook:
+            run.say(_opening(run, state))
+            validate = partial(_validate, run, state, held_out, lpips, logbook)
+            if state.owes_validation(recipe.run.validate_every_steps):
+                validate()
+            _train(run, state, _stream(run, state, sources), logbook, validate)
+            logbook.close()
+            result = {"images_seen": state.images_seen, **state.held_out, "best": state.best}
+            return run.finish(result)
 
 
 def _train(

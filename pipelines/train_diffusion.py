@@ -18,12 +18,13 @@ from ldm.config import to_tree
 from ldm.data import Source, batches, check_data, open_source
 from ldm.data.loader import image_name
 from ldm.device import full_float32, resolve_device, resolve_precision
+from ldm.distributed import check_batch
 from ldm.ema import Ema, PowerEma, save_snapshot
 from ldm.errors import LdmError, listed
 from ldm.images import grid, save_grid, to_float
 from ldm.learning_rate import learning_rate, set_learning_rate
 from ldm.logbook import Logbook, read_rows
-from ldm.run import Run, TrainingState, check_batch, log, start_run
+from ldm.run import Run, TrainingState, log, start_run
 from ldm.run_folder import is_finished, provenance
 from ldm.seeds import normal
 from pipelines.latents import (
@@ -149,8 +150,8 @@ def train_diffusion(
 
     Raises:
         UsageError: settings that do not fit the autoencoder, the data or each other.
-        LdmError: autoencoder, data or device missing, an autoencoder that changed since the run
-            began, ten steps in a row not finite, or a full disk.
+        LdmError: autoencoder, data, device or tracker missing, an autoencoder that changed since
+            the run began, ten steps in a row not finite, or a full disk.
         Interrupted: asked to stop; the state is saved, and the same call resumes.
     """
     autoencoder = load_autoencoder(recipe.autoencoder)
@@ -177,23 +178,23 @@ def train_diffusion(
             codec = measure_codec(frozen, recipe, source, run)
         cache = open_cache(recipe, codec, ae_sha256, source, run) if recipe.cache else None
         state.prepare(run, frozen)
-        logbook = Logbook(run.folder if run.is_main else None, state.images_seen, state.log)
-        run.say(_opening(run, state, codec))
-        validate = partial(_validate, run, state, codec, logbook)
-        if state.owes_validation(recipe.run.validate_every_steps):
-            validate()
+        with run.logbook(state, requested) as logbook:
+            run.say(_opening(run, state, codec))
+            validate = partial(_validate, run, state, codec, logbook)
+            if state.owes_validation(recipe.run.validate_every_steps):
+                validate()
 
-        def save() -> None:
-            # the model first, so that a run whose last state is complete always has one
-            _export(run, state, codec, autoencoder, source)
-            facts = {"autoencoder_sha256": ae_sha256, "statistics": codec.statistics()}
-            run.save(state.state_dict() | {"log": logbook.state_dict()} | facts)
+            def save() -> None:
+                # the model first, so that a run whose last state is complete always has one
+                _export(run, state, codec, autoencoder, source)
+                facts = {"autoencoder_sha256": ae_sha256, "statistics": codec.statistics()}
+                run.save(state.state_dict() | {"log": logbook.state_dict()} | facts)
 
-        run.name_image = partial(image_name, source, run.seed)
-        stream = latent_batches(run, recipe, codec, source, cache, state.images_seen)
-        _train(run, state, stream, logbook, validate, save)
-        logbook.close()
-        return run.finish({"images_seen": state.images_seen, **state.row})
+            run.name_image = partial(image_name, source, run.seed)
+            stream = latent_batches(run, recipe, codec, source, cache, state.images_seen)
+            _train(run, state, stream, logbook, validate, save)
+            logbook.close()
+            return run.finish({"images_seen": state.images_seen, **state.row})
 
 
 def _resume(run: Run, state: DiffusionState, ae: Autoencoder, ae_sha256: str) -> Codec | None:

@@ -19,10 +19,11 @@ import torch
 from ldm.checkpoint import fingerprint
 from ldm.data import Source, holds_out
 from ldm.device import resolve_device, resolve_precision
-from ldm.distributed import make_accelerator
+from ldm.distributed import check_batch, make_accelerator
 from ldm.errors import LdmError
-from ldm.run import Run, check_batch
+from ldm.run import Run
 from ldm.run_folder import RUNS
+from ldm.trackers import check_trackers
 from pipelines.doctor import checks
 from pipelines.doctor.checks import Problem
 from pipelines.doctor.costs import (
@@ -149,6 +150,7 @@ def diagnose(
         source, build, disk_of, where = _stage_two(recipe, preset, machine.precision, problems)
     batch_size, accumulate = recipe.batch_size, recipe.accumulate
     problems += checks.attempt(check_batch, batch_size, accumulate, processes)[1]
+    problems += checks.attempt(check_trackers, recipe.run.trackers)[1]
     problems += checks.check_compiler(recipe.run, device)
     steps = sum(stretch.steps for stretch in stretches(recipe))
     each = ceil(batch_size / (accumulate * processes))

@@ -7,9 +7,9 @@ from torch import nn
 
 from ldm.console import received
 from ldm.data import workers
-from ldm.distributed import make_accelerator
+from ldm.distributed import check_batch, make_accelerator
 from ldm.errors import Interrupted, LdmError, UsageError
-from ldm.run import MAX_BAD_STEPS, Run, RunConfig, check_batch, frozen, start_run
+from ldm.run import MAX_BAD_STEPS, Run, RunConfig, frozen, start_run
 from ldm.run_folder import load_state
 
 
