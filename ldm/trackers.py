@@ -48,8 +48,8 @@ class _Kind:
     """Keyword arguments from the run's folder and the identifier of the record to continue."""
     variables: Mapping[str, str] = field(default_factory=dict)
     """By argument, "project" included, the environment variable that wins over it."""
-    begin: Callable[[Any, str], None] = lambda run, name: None
-    """Prepares a record that was opened, of a run with this name."""
+    begin: Callable[[Any, str], object] = lambda run, name: None
+    """Prepares an open record; its name is that of a new record's run, and "" for another."""
     record: Callable[[Any], str] = lambda run: ""
     link: Callable[[Any], str] = lambda run: ""
     fail: Callable[[Any], None] | None = None
@@ -65,7 +65,9 @@ def _begin_wandb(run: Any, name: str) -> None:
 _KINDS = {
     "wandb": _Kind(
         lambda folder, record: {
-            "name": folder.name, "dir": str(folder), "id": record, "resume": "allow"
+            # a record that someone has renamed keeps its name
+            "name": None if record else folder.name, "dir": str(folder), "id": record,
+            "resume": "allow",
         },
         {"project": "WANDB_PROJECT", "name": "WANDB_NAME", "dir": "WANDB_DIR",
          "id": "WANDB_RUN_ID", "resume": "WANDB_RESUME"},
@@ -75,7 +77,8 @@ _KINDS = {
         lambda run: run.finish(exit_code=1),
     ),
     "mlflow": _Kind(
-        lambda folder, record: {"run_id": record, "run_name": folder.name},  # it reads variables
+        # the class itself reads the variables
+        lambda folder, record: {"run_id": record, "run_name": None if record else folder.name},
         record=lambda run: run.info.run_id,
         link=lambda run: f"run {run.info.run_id} at {import_module('mlflow').get_tracking_uri()}",
         fail=lambda run: import_module("mlflow").end_run("KILLED"),
@@ -90,7 +93,7 @@ _KINDS = {
     "comet_ml": _Kind(
         lambda folder, record: {"experiment_key": record},
         {"project": "COMET_PROJECT_NAME", "experiment_key": "COMET_EXPERIMENT_KEY"},
-        lambda run, name: run.set_name(name),
+        lambda run, name: name and run.set_name(name),
         lambda run: run.get_key(),
         lambda run: run.url,
     ),
@@ -110,8 +113,8 @@ _KINDS = {
     ),
     "swanlab": _Kind(
         lambda folder, record: {
-            "experiment_name": folder.name, "logdir": str(folder / "swanlog"), "id": record,
-            "resume": "allow",
+            "experiment_name": None if record else folder.name,
+            "logdir": str(folder / "swanlog"), "id": record, "resume": "allow",
         },
         {"project": "SWANLAB_PROJ_NAME", "experiment_name": "SWANLAB_EXP_NAME",
          "logdir": "SWANLAB_LOGDIR", "id": "SWANLAB_RUN_ID", "resume": "SWANLAB_RESUME"},
@@ -197,6 +200,7 @@ class Trackers:
 
     def __init__(self, names: Sequence[str], folder: Path, config: Tree) -> None:
         self._open: dict[str, Any] = {}
+        self._failed: set[str] = set()
         self.opening: list[str] = []
         if not names:
             return
@@ -231,7 +235,7 @@ class Trackers:
                 if hasattr(tracker, "start"):  # before accelerate 1.8, its class starts it
                     tracker.start()
                 self._open[name] = tracker
-                kind.begin(tracker.tracker, folder.name)
+                kind.begin(tracker.tracker, "" if before else folder.name)
                 if before is None or name != "mlflow":  # whose parameters cannot change
                     tracker.store_init_configuration(config if name == "wandb" else flat)
         except (Exception, SystemExit) as error:
@@ -248,7 +252,7 @@ class Trackers:
 
     def log(self, values: Mapping[str, float], images_seen: int) -> None:
         """Log finite numbers by their names."""
-        for name, tracker in [*self._open.items()]:
+        for name, tracker in self._working():
             with self._attempt(name):
                 if name == "wandb":
                     tracker.log({**values, "images_seen": images_seen})
@@ -257,7 +261,7 @@ class Trackers:
 
     def picture(self, title: str, sheet: Tensor, images_seen: int) -> None:
         """Log a float image (3, H, W) in [−1, 1], by the trackers that take some."""
-        for name, tracker in [*self._open.items()]:
+        for name, tracker in self._working():
             if not hasattr(tracker, "log_images"):
                 continue
             with self._attempt(name):
@@ -271,7 +275,8 @@ class Trackers:
 
     def finish(self, failed: bool = False) -> None:
         """End the records, of a run that may have failed; a resumed run continues them."""
-        for name, tracker in [*self._open.items()]:
+        # those that failed too: the next run of this process would get into their records
+        for name, tracker in self._open.items():
             with self._attempt(name):
                 fail = _KINDS.get(name, _Kind()).fail
                 if failed and fail is not None:
@@ -280,16 +285,20 @@ class Trackers:
                     tracker.finish()
         self._open.clear()
 
+    def _working(self) -> list[tuple[str, Any]]:
+        return [(name, tracker) for name, tracker in self._open.items() if name not in self._failed]
+
     @contextmanager
     def _attempt(self, name: str) -> Iterator[None]:
         """Leave a tracker out of the rest of the run if it fails: each further call may wait for
         a network that is gone, and training with it."""
         try:
             yield
-        except Exception as error:
-            self._open.pop(name, None)
+        except (Exception, SystemExit) as error:
             text = "%s failed (%s): it gets no more of this run; metrics.jsonl does"
-            log.warning(text, name, _reason(error))
+            if name not in self._failed:
+                log.warning(text, name, _reason(error))
+            self._failed.add(name)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import tracking
 
 from autoencoders import Autoencoder, load_autoencoder
 from autoencoders.discriminators import build_discriminator
@@ -102,6 +103,13 @@ def test_everything_missing_is_told_at_once():
     assert "use batch_size=4 or 8, or " in told[2] and found.length.each == 2
     notes = [problem.text for problem in found.problems if problem.level == "note"]
     assert notes == ["the data's classes are not known: 1,000 are assumed"]
+
+
+def test_a_tracker_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(tracking, "_available_trackers", [])
+    found = diagnose(autoencoder_recipe("run.trackers=[mlflow]"), "tiny", seconds=0)
+    [text] = errors(found)
+    assert text.startswith("run.trackers: mlflow is not installed: ") and not found.ready
 
 
 def test_settings_that_do_not_fit_stage_one_are_refused(tmp_path):
