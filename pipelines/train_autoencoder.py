@@ -269,8 +269,7 @@ def train_autoencoder(
         perceptual: losses to use in place of the published ones.
 
     Raises:
-        LdmError: data, weights, device or tracker missing (before anything is written), ten
-            steps in a row not finite, or a full disk.
+        LdmError: data, weights, device or tracker missing, ten bad steps in a row, or a full disk.
         Interrupted: asked to stop; the state is saved, and the same call resumes.
     """
     # the largest first: its message about missing data then suits every phase
