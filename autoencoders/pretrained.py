@@ -1,18 +1,13 @@
 """Trained autoencoders on disk and on the Hugging Face Hub: ours, diffusers' and CompVis's.
 
-`read_autoencoder` tells them apart by content. A folder of ours follows the Hub's conventions:
-
-config.json         library, kind and version, the config, and the usage settings of an import
-model.safetensors   the weights, by our names
-README.md           the model card
+`read_autoencoder` tells them apart by content. A folder of ours is as `ldm.hub` describes it; its
+config.json has the usage settings of an import, too.
 """
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -26,6 +21,7 @@ from autoencoders.sdvae.formats import (
     read_compvis,
     read_diffusers,
 )
+from ldm import hub
 from ldm.checkpoint import (
     Damaged,
     fingerprint,
@@ -37,23 +33,16 @@ from ldm.checkpoint import (
     to_safetensors,
 )
 from ldm.config import parse_yaml, to_tree
-from ldm.errors import LdmError, UsageError, brief, refuse_newer
+from ldm.errors import LdmError
 from ldm.files import read_bytes, to_json, write_together
 from ldm.foreign import find_prefix, read_described, read_weights, weights_files
-from ldm.run_folder import installed_version
+from ldm.hub import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, code
 
-LIBRARY, MODEL_TYPE, FORMAT = "ldm", "autoencoder", 1
-WEIGHTS_FILE = "model.safetensors"
-# owner/name, as the Hub allows it, unless it ends like a file
-REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+(?<!\.pt)(?<!\.ckpt)(?<!\.bin)(?<!\.safetensors)")
-LOG_IN = "log in with `hf auth login`"
+MODEL_TYPE = "autoencoder"
 # a repository often holds the same weights several times: fetch one copy
-FILES = ("config.json", WEIGHTS_FILE, "diffusion_pytorch_model*.safetensors", "README.md")
+FILES = (CONFIG_FILE, WEIGHTS_FILE, "diffusion_pytorch_model*.safetensors", CARD_FILE)
 
-CARD = """---
-library_name: ldm
-tags: [autoencoder, latent-diffusion, {ae.config.encoder.type}]
-{license}---
+CARD = """{front}
 
 # An image autoencoder ({ae.config.encoder.type})
 
@@ -110,7 +99,7 @@ def read_autoencoder(path: str | Path) -> AutoencoderFile:
 
 def _read_folder(folder: Path) -> AutoencoderFile:
     described = read_described(folder / "config.json")
-    if described.get("library_name") == LIBRARY:
+    if described.get("library_name") == hub.LIBRARY:
         return _read_ours(folder, described)
     read = read_other if described.get("_class_name") in tuple(KINDS) else read_diffusers
     tree, weights = read(folder, described)
@@ -119,19 +108,13 @@ def _read_folder(folder: Path) -> AutoencoderFile:
 
 
 def _read_ours(folder: Path, described: Mapping[str, Any]) -> AutoencoderFile:
-    kind, form, tree = (described.get(key) for key in ("model_type", "format", "config"))
-    if kind != MODEL_TYPE or not isinstance(tree, dict) or not isinstance(form, int):
-        raise LdmError(f"{folder}/config.json describes no autoencoder, but a model_type {kind!r}")
-    refuse_newer(folder, form, FORMAT)
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        raise LdmError(f"{folder} holds no {WEIGHTS_FILE}: copy or fetch it again")
+    path = hub.check_described(folder, described, MODEL_TYPE, "no autoencoder")
     settings = {"imported": pick_settings(described.get("imported"))}
     weights = read_safetensors(path)
     refuse_unusual(weights, path)
     if described.get("sha256") not in (None, fingerprint(weights)):  # earlier versions had none
         raise Damaged(f"{path} was altered: its SHA-256 is not config.json's: fetch it again")
-    return AutoencoderFile(tree, weights, "hub", (path,), settings)
+    return AutoencoderFile(described["config"], weights, "hub", (path,), settings)
 
 
 def _read_compvis(path: Path) -> AutoencoderFile | None:
@@ -242,35 +225,29 @@ class HubMixin(nn.Module):
         Raises:
             LdmError: the folder cannot be written.
         """
-        described = {
-            "library_name": LIBRARY,
-            "model_type": MODEL_TYPE,
-            "format": FORMAT,
-            "version": installed_version(LIBRARY),
-            "config": to_tree(self.config),
-            "sha256": fingerprint(self.state_dict()),
-        }
+        described = hub.describe(MODEL_TYPE, to_tree(self.config), fingerprint(self.state_dict()))
         if settings := pick_settings(self.settings if imported is None else imported):
             described["imported"] = settings
-        files, readme = {}, Path(folder, "README.md")
+        files, readme = {}, Path(folder, CARD_FILE)
         if not readme.exists():  # an existing card stays
             files[readme] = self._card(imported or {}).encode()
         files[Path(folder, WEIGHTS_FILE)] = to_safetensors(self.state_dict(), format="pt")
-        files[Path(folder, "config.json")] = to_json(described)
+        files[Path(folder, CONFIG_FILE)] = to_json(described)
         write_together(files)
         return list(reversed(files))
 
     def _card(self, imported: Mapping[str, Any]) -> str:
         parameters = sum(p.numel() for p in self.parameters())
-        license, origin = "", ""
-        if terms := imported.get("license"):
-            license = f"license: {json.dumps(terms)}\n"
+        terms, origin = imported.get("license"), ""
         if source := imported.get("source"):
-            of = f", whose licence is {terms}" if terms else ""
+            of = f", whose licence is {code(terms)}" if terms else ""
             hashes = imported.get("sha256", "unknown")
-            hashes = ", ".join(hashes.values()) if isinstance(hashes, dict) else hashes
-            origin = f"\nMade from `{source}`{of} (SHA-256 {hashes}).\n"
-        return CARD.format(ae=self, parameters=parameters, license=license, origin=origin)
+            each = hashes.values() if isinstance(hashes, dict) else [hashes]
+            sums = ", ".join(map(code, each))
+            origin = f"\nMade from {code(source)}{of} (SHA-256 {sums}).\n"
+        tags = ["autoencoder", "latent-diffusion", self.config.encoder.type]
+        front = hub.front_matter(terms, tags=tags)
+        return CARD.format(ae=self, parameters=parameters, front=front, origin=origin)
 
     def push_to_hub(self, repo_id: str, private: bool = False, token: str | None = None) -> str:
         """Save to a repository of the Hub, created if needed, and return its address.
@@ -285,61 +262,21 @@ class HubMixin(nn.Module):
         Raises:
             LdmError: the Hub could not be reached, or refused.
         """
-        import huggingface_hub as hub
-
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            try:
-                url = hub.create_repo(repo_id, token=token, private=private, exist_ok=True)
-                if hub.file_exists(repo_id, "README.md", token=token):
-                    Path(folder, "README.md").unlink()
-                hub.upload_folder(
-                    repo_id=repo_id, folder_path=folder, token=token,
-                    commit_message="Upload an autoencoder",
-                )  # fmt: skip
-            except Exception as error:  # the client lets through whatever its own libraries raise
-                raise LdmError(
-                    f"could not push to {repo_id} on the Hugging Face Hub ({type(error).__name__}: "
-                    f"{brief(error)}): check the connection and the name, and {LOG_IN}"
-                ) from error
-        return str(url)
+        return hub.push(self.save_pretrained, repo_id, "Upload an autoencoder", private, token)
 
 
 def find_pretrained(
     name_or_path: str | Path, revision: str | None = None, subfolder: str | None = None
 ) -> Path:
     """Find the file or folder of that name, or fetch the Hub repository of that name."""
-    path, subfolder = Path(name_or_path).expanduser(), (subfolder or "").strip("/")
-    if path.exists():
-        if revision:
-            raise UsageError(
-                f"{path} is on this machine: only a repository of the Hub has a revision"
-            )
-        return path / subfolder
-    if not REPOSITORY.fullmatch(str(name_or_path)):
-        raise LdmError(
-            f"no model at {name_or_path}: it is no file or folder here, nor the name of a "
-            "repository on the Hugging Face Hub (owner/name)"
-        )
-    import huggingface_hub as hub
-
-    repo_id = str(name_or_path)
+    subfolder = (subfolder or "").strip("/")
     wanted = [f"{subfolder}/{name}" if subfolder else name for name in FILES]
-    wanted += ["README.md"] if subfolder else []  # of the whole, with its licence
-    try:
-        folder = hub.snapshot_download(repo_id, revision=revision, allow_patterns=wanted)
-    except Exception as error:  # the client lets through whatever its own libraries raise
-        # the Hub asks for a login for a name that does not exist, too
-        status = getattr(getattr(error, "response", None), "status_code", None)
+    wanted += [CARD_FILE] if subfolder else []  # of the whole, with its licence
+    found = hub.find(name_or_path, wanted, revision)
+    path = found / subfolder
+    if found != Path(name_or_path).expanduser() and not (path / CONFIG_FILE).is_file():
         raise LdmError(
-            f"{repo_id} is no file or folder here, and could not be fetched from the Hugging Face "
-            f"Hub ({type(error).__name__}: {brief(error)}): check name and connection, "
-            f"{f'{LOG_IN}, ' if status in (401, 403) else ''}or give a folder on this machine"
-        ) from error
-    path = Path(folder, subfolder)
-    if not (path / "config.json").is_file():
-        raise LdmError(
-            f"{name_or_path} on the Hugging Face Hub holds no {subfolder or '.'}/config.json: "
+            f"{name_or_path} on the Hugging Face Hub holds no {subfolder or '.'}/{CONFIG_FILE}: "
             "name the folder that has one, in a pipeline mostly vae, as its subfolder"
         )
     return path

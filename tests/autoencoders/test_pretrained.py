@@ -19,6 +19,7 @@ from ldm.checkpoint import ModelFile, save_model
 from ldm.config import to_tree
 from ldm.errors import LdmError, UsageError
 from tests import small
+from tests.fake_hub import fake_hub
 
 
 @pytest.fixture
@@ -258,31 +259,8 @@ def test_save_and_load_round_trips(tmp_path, ae):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A Hub in a folder: what is asked of it is written down."""
-    asked = {}
-
-    def snapshot_download(repo_id, *, revision=None, allow_patterns=None):
-        asked["download"] = (repo_id, revision, allow_patterns)
-        return str(tmp_path / "hub" / repo_id)
-
-    def create_repo(repo_id, *, token=None, private=False, exist_ok=False):
-        asked["create"] = (repo_id, token, private, exist_ok)
-        return f"https://huggingface.co/{repo_id}"
-
-    def upload_folder(*, repo_id, folder_path, token=None, commit_message=None):
-        from pathlib import Path
-        from shutil import copytree
-
-        asked["upload"] = (repo_id, token, sorted(p.name for p in Path(folder_path).iterdir()))
-        copytree(folder_path, tmp_path / "hub" / repo_id, dirs_exist_ok=True)
-
-    def file_exists(repo_id, filename, *, token=None):
-        return (tmp_path / "hub" / repo_id / filename).exists()
-
-    for function in (snapshot_download, create_repo, upload_folder, file_exists):
-        monkeypatch.setattr(huggingface_hub, function.__name__, function)
     monkeypatch.chdir(tmp_path)
-    return asked
+    return fake_hub(tmp_path / "hub", monkeypatch)
 
 
 def test_push_and_fetch_round_trips(hub, ae):
@@ -334,20 +312,6 @@ def test_subfolder_of_a_diffusers_pipeline_loads(hub, tmp_path):
     assert hub["download"][2][0] == "vae/config.json"
     with pytest.raises(LdmError, match=r"holds no \./config\.json: .* vae, as its subfolder"):
         Autoencoder.from_pretrained("them/sd")
-
-
-def test_fakes_have_the_signatures_of_the_client():
-    """The fakes have the client's signatures."""
-    from inspect import signature
-
-    download = signature(huggingface_hub.snapshot_download).parameters
-    assert {"repo_id", "revision", "allow_patterns"} <= download.keys()
-    create = signature(huggingface_hub.create_repo).parameters
-    assert {"repo_id", "token", "private", "exist_ok"} <= create.keys()
-    upload = signature(huggingface_hub.upload_folder).parameters
-    assert {"repo_id", "folder_path", "token", "commit_message"} <= upload.keys()
-    exists = signature(huggingface_hub.file_exists).parameters
-    assert {"repo_id", "filename", "token"} <= exists.keys()
 
 
 @pytest.mark.parametrize("name", ["nowhere", "a/b.pt", "a/b.safetensors", "a/b/c", "/a/b", "./a/b"])
