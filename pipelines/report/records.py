@@ -3,7 +3,6 @@
 Missing files become notes, not errors.
 """
 
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,26 +17,18 @@ from ldm.logbook import read_rows
 from ldm.records import Count, read_each, read_tree, schema
 from ldm.run_folder import is_finished, read_config, read_run
 from pipelines.analysis.subjects import distinct_names, split_name
+from pipelines.measuring.results import (
+    NUMBERS,
+    SAMPLES,
+    known_numbers,
+    read_numbers,
+    section,
+    show_number,
+)
 from pipelines.report import page
 
 STAGES = {"autoencoder": "stage one", "diffusion": "stage two"}
-NUMBERS = {
-    "rfid": ("rFID", 3, 1.0),
-    "fid": ("FID", 3, 1.0),
-    "kid": ("KID ×10³", 3, 1e3),
-    "lpips": ("LPIPS", 4, 1.0),
-    "psnr": ("PSNR, dB", 2, 1.0),
-    "ssim": ("SSIM", 4, 1.0),
-    "precision": ("precision", 3, 1.0),
-    "recall": ("recall", 3, 1.0),
-    "swd": ("SWD ×10³", 2, 1.0),  # the files hold ×10³ already
-    "loss": ("loss", 4, 1.0),
-}
-"""Names of numbers in result files: title, digits and scale on the page."""
-SAMPLES = ("samples/*/fid*.json", "samples/*.fid*.json", "fid/*.json")
-"""FIDs of a folder of samples, of an archive of samples, and of a model's own samples."""
 IRRELEVANT = ("crop", "flip", "labels", "workers")  # measurements see each image's centre, once
-SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 RESULT = schema(images_seen=(Count | None, None), best=(dict[str, Any] | None, None))
@@ -221,18 +212,18 @@ def _read_measurements(record: Record) -> Iterator[Measurement]:
 def _of_training(record: Record, result: Tree) -> Iterator[Measurement]:
     """Read the numbers of a run's end, and of its best weights."""
     ends = {"at the end": {**result, "images_seen": record.images_seen}}
-    best = _tree(result.get("best"))
-    if _known(best) and best.get("images_seen") != result.get("images_seen"):
+    best = section(result, "best")
+    if known_numbers(best) and best.get("images_seen") != result.get("images_seen"):
         ends["best.pt"] = best
     for name, numbers in ends.items():
         seen = _images(numbers.get("images_seen"), "images seen")
         images = _images(numbers.get("count"), "held-out images", record.resolution)
-        yield Measurement(record, _join(name, seen, images), _known(numbers))
+        yield Measurement(record, _join(name, seen, images), known_numbers(numbers))
 
 
 def _describe_evaluation(record: Record, path: Path, tree: Tree) -> tuple[str, Tree | None]:
     """Describe and identify the model and the images of a result of `ldm eval-ae`."""
-    model, data = _tree(tree.get("model")), _tree(tree.get("data"))
+    model, data = section(tree, "model"), section(tree, "data")
     images = _images(tree.get("count"), "images", tree.get("resolution"))
     if not model or "source" not in data:
         return _join(path.stem, images), None
@@ -252,7 +243,7 @@ def _describe_evaluation(record: Record, path: Path, tree: Tree) -> tuple[str, T
 
 def _describe_samples(record: Record, path: Path, tree: Tree) -> tuple[str, Tree | None]:
     """Describe and identify the samples and the reference of a result of `ldm fid`."""
-    samples, reference = _tree(tree.get("samples")), _tree(tree.get("reference"))
+    samples, reference = section(tree, "samples"), section(tree, "reference")
     names = {"fid": path.stem, "samples": path.name.rpartition(".fid")[0]}  # by folder
     name = names.get(path.parent.name, path.parent.name)
     images = _images(samples.get("count"), "images", tree.get("resolution"))
@@ -266,7 +257,7 @@ def _describe_samples(record: Record, path: Path, tree: Tree) -> tuple[str, Tree
         "folder": "" if path.parent.name == "fid" else name,
         **{key: samples.get(key) for key in ("fingerprint", "filter")},
         "reference": {key: reference.get(key) for key in kept},
-        "data": _relevant(_tree(reference.get("data"))),
+        "data": _relevant(section(reference, "data")),
     }
 
 
@@ -274,33 +265,17 @@ def _measured(
     record: Record, path: Path, tree: Tree, what: str, subject: Tree | None
 ) -> Measurement:
     """Read everything from a result file but the description of its subject."""
-    numbers, details = (_tree(tree.get(key)) or tree for key in ("numbers", "details"))
-    spread = {"fid": _tree(tree.get("fid_interval")).get("std"), "kid": details.get("kid_std")}
-    lists = tree.get("warnings"), tree.get("notes"), [*_tree(tree.get("doubtful")).values()]
+    numbers, spread = read_numbers(tree)
+    lists = tree.get("warnings"), tree.get("notes"), [*section(tree, "doubtful").values()]
     texts = [text for texts in lists if isinstance(texts, list) for text in texts]
     # the table names the model already, and one sentence may hold for several models
-    model = re.escape(f"{_tree(tree.get('model')).get('path', '')} ")
+    model = re.escape(f"{section(tree, 'model').get('path', '')} ")
     doubts = (re.sub(f"^{model}", "the model ", text) for text in texts if isinstance(text, str))
-    network = _tree(tree.get("extractor"))
+    network = section(tree, "extractor")
     return Measurement(
-        record, what, _known(numbers), subject, _known(spread), dict.fromkeys(doubts),
+        record, what, numbers, subject, spread, dict.fromkeys(doubts),
         [(path, tree)], network | {"mode": tree.get("mode")} if network else None,
     )  # fmt: skip
-
-
-def _known(tree: Tree) -> dict[str, float]:
-    """Return those of a file's values that the page shows."""
-    found = {}
-    for name in NUMBERS:
-        value = tree.get(name)
-        value = value.get("mean") if isinstance(value, dict) else value
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            found[name] = float(value)
-    return found
-
-
-def _tree(value: Any) -> Tree:
-    return value if isinstance(value, dict) else {}
 
 
 def _relevant(data: Tree) -> Tree:
@@ -325,7 +300,10 @@ def numbers_section(records: Sequence[Record], suffix: str = "") -> str:
     names = [name for name in NUMBERS if any(name in each.numbers for each in found)]
     header = ["measurement", *(NUMBERS[name][0] for name in names)]
     rows = [
-        [page.under(each.record.title, each.what), *(_cell(each, name) for name in names)]
+        [
+            page.under(each.record.title, each.what),
+            *(show_number(name, each.numbers, each.spread) for name in names),
+        ]
         for each in found
     ]
     table = page.table(rows, header) if rows else page.note("Nothing has been measured yet.")
@@ -382,23 +360,6 @@ def _origin(record: Record) -> str:
 
 def _pairs(tree: Tree) -> str:
     return page.table([(page.breakable(key), _text(value)) for key, value in tree.items()])
-
-
-def _cell(measured: Measurement, name: str) -> str:
-    if name not in measured.numbers:
-        return ""
-    _, digits, scale = NUMBERS[name]
-    values = [numbers[name] for numbers in (measured.numbers, measured.spread) if name in numbers]
-    return "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}".join(_number(scale * v, digits) for v in values)
-
-
-def _number(value: float, digits: int) -> str:
-    """Format with a fixed number of decimals, or as a power of ten above seven integer digits."""
-    plain = f"{value:.{digits}f}"
-    if not math.isfinite(value) or len(plain.partition(".")[0].lstrip("-")) <= 7:
-        return plain
-    mantissa, _, power = f"{value:.2e}".partition("e+")
-    return f"{mantissa}×10{str(int(power)).translate(SUPERSCRIPTS)}"
 
 
 def _text(value: Any) -> str:
