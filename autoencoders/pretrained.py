@@ -184,6 +184,15 @@ def describe_source(source: str, found: AutoencoderFile, path: Path) -> dict[str
     }
 
 
+def find_origin(source: str, found: AutoencoderFile) -> dict[str, Any]:
+    """Return where the weights of an autoencoder came from, by `describe_source`; an empty dict for
+    those that were trained here from the start."""
+    if found.format != "ldm":
+        return describe_source(source, found, Path(source))
+    imported = found.provenance.get("imported")
+    return imported if isinstance(imported, dict) else {}
+
+
 def find_license(path: Path) -> str | None:
     """The licence that the model card in a folder states, or the card of the whole pipeline.
 

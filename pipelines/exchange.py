@@ -18,6 +18,7 @@ from autoencoders.diffusers_parts import write_other
 from autoencoders.pretrained import (
     AutoencoderFile,
     describe_source,
+    find_license,
     find_pretrained,
     read_autoencoder,
 )
@@ -168,6 +169,8 @@ def import_diffusion(
     root = path if path.is_dir() else path.parent
     sums = {file.relative_to(root).as_posix(): sha256_of(file) for file in found.files}
     imported = {"source": source, "format": found.format, "scale_factor": scale, "sha256": sums}
+    if license := find_license(path):
+        imported["license"] = license
     origin = provenance() | {"imported": imported, "autoencoder_sha256": inner.sha256}
     model = ModelFile("diffusion", to_tree(recipe), found.weights, statistics, origin, inner)
     save_model(out, model)

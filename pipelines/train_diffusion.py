@@ -9,7 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from autoencoders import Autoencoder, DiagonalGaussian, load_autoencoder
+from autoencoders import Autoencoder, DiagonalGaussian
+from autoencoders.autoencoder import assemble
+from autoencoders.pretrained import find_origin, read_autoencoder
 from diffusion import build_network, karras_sigmas, sample_heun
 from diffusion.edm import EDM, EDMLoss, Uncertainty
 from diffusion.edm2 import MPModule
@@ -154,7 +156,7 @@ def train_diffusion(
             the run began, ten steps in a row not finite, or a full disk.
         Interrupted: asked to stop; the state is saved, and the same call resumes.
     """
-    autoencoder = load_autoencoder(recipe.autoencoder)
+    autoencoder, origin = _load_autoencoder(recipe.autoencoder)
     ae_sha256 = fingerprint(autoencoder.state_dict())
     source = open_source(recipe.data, "train", recipe.resolution)
     requested, recipe = recipe, fit(recipe, autoencoder, len(source.classes))
@@ -186,7 +188,7 @@ def train_diffusion(
 
             def save() -> None:
                 # the model first, so that a run whose last state is complete always has one
-                _export(run, state, codec, autoencoder, source)
+                _export(run, state, codec, autoencoder, origin, source)
                 facts = {"autoencoder_sha256": ae_sha256, "statistics": codec.statistics()}
                 run.save(state.state_dict() | {"log": logbook.state_dict()} | facts)
 
@@ -195,6 +197,12 @@ def train_diffusion(
             _train(run, state, stream, logbook, validate, save)
             logbook.close()
             return run.finish({"images_seen": state.images_seen, **state.row})
+
+
+def _load_autoencoder(path: str) -> tuple[Autoencoder, dict[str, Any]]:
+    """Load an autoencoder, and where its weights came from, whose licence binds this model too."""
+    found = read_autoencoder(path)
+    return assemble(found, path).eval(), find_origin(path, found)
 
 
 def _resume(run: Run, state: DiffusionState, ae: Autoencoder, ae_sha256: str) -> Codec | None:
@@ -312,12 +320,19 @@ def _validate(run: Run, state: DiffusionState, codec: Codec, logbook: Logbook) -
     run.say(f"step {state.step:>6}/{state.total_steps}: loss {loss:.4f}, samples drawn")
 
 
-def _export(run: Run, state: DiffusionState, codec: Codec, ae: Autoencoder, source: Source) -> None:
+def _export(
+    run: Run,
+    state: DiffusionState,
+    codec: Codec,
+    ae: Autoencoder,
+    ae_origin: dict[str, Any],
+    source: Source,
+) -> None:
     """Write `ckpt.pt`: the averaged network, the latents' statistics, and the autoencoder."""
     if not run.is_main:
         return
     recipe = state.recipe
-    came_with = {"imported": ae.settings} if ae.settings else {}
+    came_with = {"imported": ae_origin} if ae_origin else {}
     inner = ModelFile("autoencoder", to_tree(ae.config), ae.state_dict(), provenance=came_with)
     origin = provenance() | {"images_seen": state.images_seen, "autoencoder_sha256": inner.sha256}
     statistics = codec.statistics() | {
