@@ -79,15 +79,14 @@ def fingerprint_each(names: Iterable[str], read: Callable[[str], Tensor]) -> str
 def save_model(path: Path, model: ModelFile) -> None:
     """Write `ckpt.pt` and its `.safetensors` twin, both or none."""
     tree = _to_tree(model)
-    plain, tensors = {**tree}, {**tree["weights"]}
-    del plain["weights"]
-    if inner := tree["autoencoder"]:
-        tensors |= {f"{INNER}{name}": tensor for name, tensor in inner["weights"].items()}
-        plain["autoencoder"] = {key: value for key, value in inner.items() if key != "weights"}
-    twin = to_safetensors(tensors, ldm=json.dumps(plain))
     # the twin last: it may be missing after a crash, and is then written again on resume
     write = partial(torch.save, tree)
-    write_together({path: write, path.with_suffix(".safetensors"): twin})
+    write_together({path: write, path.with_suffix(".safetensors"): _to_twin(tree)})
+
+
+def to_twin(model: ModelFile) -> bytes:
+    """Return the content of a `.safetensors` that holds a whole model, stage one included."""
+    return _to_twin(_to_tree(model))
 
 
 def repair_pair(path: Path) -> None:
@@ -294,6 +293,16 @@ def _to_tree(model: ModelFile) -> dict[str, Any]:
         "weights": weights,
         "autoencoder": model.autoencoder and _to_tree(model.autoencoder),
     }
+
+
+def _to_twin(tree: dict[str, Any]) -> bytes:
+    plain, tensors = {**tree}, {**tree["weights"]}
+    del plain["weights"]
+    if inner := tree["autoencoder"]:
+        tensors |= {f"{INNER}{name}": tensor for name, tensor in inner["weights"].items()}
+        plain["autoencoder"] = {key: value for key, value in inner.items() if key != "weights"}
+    # the only entry, for several would be written in any order
+    return to_safetensors(tensors, ldm=json.dumps(plain))
 
 
 def _from_tree(tree: dict[str, Any], path: Path) -> ModelFile:

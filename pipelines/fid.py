@@ -53,7 +53,7 @@ def measure_fid(
     data: DataConfig | str | None = None,
     split: Split | None = None,
     *,
-    model: Path | None = None,
+    model: Path | str | None = None,
     reference: str | None = None,
     sampling: dict[str, Any] | None = None,
     **options: Any,
@@ -74,7 +74,7 @@ def measure_fid(
             samples' model.
         split: None: all images, training and held out, as published FIDs on FFHQ are measured
             against all 70,000; refused for a model that was trained on all of them.
-        model: a stage-two file or run folder, to sample from without writing.
+        model: a stage-two file, run folder or Hub repository, to sample from without writing.
         reference: statistics in place of data: `ffhq256`, `ffhq1024`, or a file.
         sampling: with `model`: `n`, 50,000 by default, and the keywords of `sample_images`.
         options: the fields of `MeasureOptions`. `out` defaults to a file named after the
@@ -111,7 +111,7 @@ def measure_fid(
 
 
 def _open_samples(
-    samples: Path | None, model: Path | None, sampling: dict[str, Any], how: MeasureOptions
+    samples: Path | None, model: Path | str | None, sampling: dict[str, Any], how: MeasureOptions
 ) -> Samples:
     if model is not None:
         n = sampling.get("n", FID_50K)

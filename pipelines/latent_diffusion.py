@@ -1,6 +1,8 @@
 """The sampling pipeline for Python users: generate, interpolate, edit and inpaint images."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,12 +12,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffusion.samplers import inpaint
+from ldm import hub
+from ldm.checkpoint import to_twin
 from ldm.config import did_you_mean, validate
 from ldm.errors import UsageError
-from ldm.images import to_float, to_pil
+from ldm.files import Content, check_writable, to_json, write_together
+from ldm.images import grid, to_float, to_pil
 from ldm.logbook import show_progress
 from ldm.seeds import normal
-from pipelines.sampling.model import LatentModel
+from pipelines.sampling.model import MODEL_TYPE, LatentModel
 from pipelines.sampling.settings import Churn, Options, integer
 
 Images = Tensor | list[Image.Image]
@@ -24,7 +29,7 @@ Images = Tensor | list[Image.Image]
 class LatentDiffusionPipeline(LatentModel):
     """Samples images from a stage-two checkpoint, which includes its autoencoder.
 
-    >>> pipe = LatentDiffusionPipeline.from_pretrained("runs/x").to("cuda")
+    >>> pipe = LatentDiffusionPipeline.from_pretrained("runs/x").to("cuda")  # or "owner/name"
     >>> images = pipe(n=4, seed=0, steps=18)             # (4, 3, H, W) in [−1, 1], on the CPU
 
     Input images are (B, 3, H, W) in [−1, 1] or a list of PIL images, of the model's size. Output
@@ -124,6 +129,87 @@ class LatentDiffusionPipeline(LatentModel):
             return torch.where(hidden > 0, generated, given)
 
         return _in_batches(len(images), requested, paint)
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        samples: int = 16,
+        repo_id: str = "owner/name",
+        revision: str | None = None,
+    ) -> list[Path]:
+        """Write a folder for `from_pretrained`, as the Hub has it: no pickle, and no path or
+        command of this machine.
+
+        It holds config.json, model.safetensors (both stages, the latents' statistics, the classes,
+        how it was trained), samples.png, and, unless there is one, a model card. The card has the
+        numbers that `ldm fid` measured of this model, where they lie beside its file.
+
+        Args:
+            samples: images of seed 0 to draw for the card, on this pipeline's device; 0: none.
+            repo_id, revision: the repository and its branch, for the card's lines that load it.
+
+        Returns:
+            The files written.
+
+        Raises:
+            UsageError: the folder holds a run, or `repo_id` is no name of a repository.
+            LdmError: the folder cannot be written, or the samples are not finite.
+        """
+        from pipelines import model_card  # it reads measurements, which sampling does not need
+
+        samples, folder = integer("samples=", samples, least=0), Path(folder)
+        hub.check_name(repo_id)
+        if (folder / "ckpt.pt").exists():
+            raise UsageError(f"{folder} holds a ckpt.pt, which loads first: give another folder")
+        check_writable(folder / hub.CONFIG_FILE, advice="give another folder")
+        file, files = model_card.published(self), dict[Path, Content]()
+        if samples:
+            sheet = to_pil(grid(self._draw(samples), max(1, round(samples**0.5))))
+            files[folder / model_card.PICTURE] = lambda opened: sheet.save(opened, "PNG")
+        if not (folder / hub.CARD_FILE).exists():  # an existing card stays
+            card = model_card.write_card(self, file, repo_id, revision, samples)
+            files[folder / hub.CARD_FILE] = card.encode()
+        described = hub.describe(MODEL_TYPE, file.config, file.sha256)
+        files[folder / hub.WEIGHTS_FILE] = to_twin(file)
+        files[folder / hub.CONFIG_FILE] = to_json(described)
+        write_together(files)
+        return list(reversed(files))
+
+    def _draw(self, n: int) -> Tensor:
+        images = self(n, seed=0)
+        assert isinstance(images, Tensor)
+        return images
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        samples: int = 16,
+        commit_message: str = "Upload a latent diffusion model",
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+    ) -> str:
+        """Upload what `save_pretrained` writes to a repository of the Hub, created if needed, and
+        return its address. A model card that is there stays.
+
+        Args:
+            repo_id: `owner/name`.
+            samples: images of seed 0 to draw for the card; 0: none.
+            private: create it as a private repository; None: as its owner has set.
+            token: of an account that may write there; None: that of `hf auth login`.
+            revision: branch to push to, created if needed; None: the main one.
+
+        Raises:
+            UsageError: `repo_id` is no name of a repository.
+            LdmError: the Hub could not be reached, or refused; the repository is public, and a
+                private one is wanted; or the samples are not finite.
+        """
+        proposed = revision is not None and revision.startswith("refs/")  # to the main branch
+        loaded = None if proposed or revision == "main" else revision
+        save = partial(self.save_pretrained, samples=samples, repo_id=repo_id, revision=loaded)
+        return hub.push(save, repo_id, commit_message, private, token, revision)
 
     def _read(
         self, options: dict[str, Any], n: int, seed: int

@@ -55,7 +55,7 @@ def sample_images(
     measured. Under a distributed launch each process samples its share of the batches.
 
     Args:
-        model: a stage-two `ckpt.pt` or run folder.
+        model: a stage-two `ckpt.pt` or run folder, or a repository of the Hugging Face Hub.
         out: the folder; None: in `samples/` beside the model, named after the seed and the
             settings, as `seed0-steps18`.
         labels: classes, image i has the (i mod len)-th; None: drawn uniformly for each image, as

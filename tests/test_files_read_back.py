@@ -423,6 +423,15 @@ def test_config_json_of_ours():
     survives(folder / "config.json", lambda: load_autoencoder(folder), most=8)
 
 
+@pytest.mark.slow
+def test_config_json_of_a_pipeline():
+    from tests.pipelines.untrained import load, pipeline
+
+    folder = Path("saved")
+    pipeline().save_pretrained(folder, samples=0)
+    survives(folder / "config.json", lambda: load(folder), most=8)
+
+
 def test_config_json_of_diffusers():
     diffusers = pytest.importorskip("diffusers")
     folder = Path("foreign")

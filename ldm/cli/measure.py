@@ -98,8 +98,11 @@ def fid(
     ] = None,
     reference: Reference = None,
     model: Annotated[
-        Path | None,
-        Option(help="Sample from this stage-two ckpt.pt or run folder, without writing images."),
+        str | None,
+        Option(
+            help="Sample from this stage-two ckpt.pt, run folder or repository of the Hugging Face "
+            "Hub, without writing images."
+        ),
     ] = None,
     n: Annotated[int | None, Option(help="With --model: images. Default: 50,000.")] = None,
     seed: Annotated[int | None, Option(help="With --model: seed. Default: 0.")] = None,

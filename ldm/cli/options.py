@@ -29,7 +29,7 @@ Limit = Annotated[int | None, Option(help="Use at most this many images.")]
 Seed = Annotated[int, Option(help="Seed. Image i depends only on the seed and on i.")]
 Steps = Annotated[int, Option(help="Sampling steps.")]
 Guide = Annotated[
-    Path | None,
+    str | None,
     Option("--guide", "--weaker", help="Model for autoguidance: less trained or smaller."),
 ]
 Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:1.")]

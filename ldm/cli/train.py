@@ -10,6 +10,21 @@ from ldm.errors import UsageError
 
 CHURN = ("S_churn", "S_min", "S_max", "S_noise")
 
+Model = Annotated[
+    str | None,
+    Argument(
+        help="A stage-two ckpt.pt or run folder, or a repository of the Hugging Face Hub "
+        "(owner/name). Default: the newest run."
+    ),
+]
+SamplesFolder = Annotated[
+    Path | None,
+    Option(
+        "--out",
+        help="Folder. Default: samples/ next to the model; of one on the Hub, in "
+        "runs/owner--name/.",
+    ),
+]
 Format = Annotated[
     Literal["png", "zip", "shards"],
     Option("--format", help="PNG files, one zip, or tar shards for training."),
@@ -141,9 +156,7 @@ def ema(
 
 
 def sample(
-    model: Annotated[
-        Path | None, Argument(help="A stage-two ckpt.pt or run folder. Default: the newest run.")
-    ] = None,
+    model: Model = None,
     n: Annotated[int, Option(help="Number of images.")] = 64,
     seed: options.Seed = 0,
     steps: options.Steps = 18,
@@ -169,7 +182,7 @@ def sample(
     ] = "0",
     files: Format = "png",
     batch_size: options.BatchSize = 64,
-    out: Annotated[Path | None, Option(help="Folder. Default: samples/ next to the model.")] = None,
+    out: SamplesFolder = None,
     device: options.Device = "auto",
     precision: Annotated[
         options.Precision, Option(help="auto: bf16 where the device supports it.")
@@ -187,7 +200,7 @@ def sample(
     guided = options.parse_numbers("interval", interval, counts=(2,))
     churned = zip(CHURN, options.parse_numbers("churn", churn, counts=(1, 4)), strict=False)
     if model is None:
-        model = newest_run("diffusion")
+        model = str(newest_run("diffusion"))
         options.say(f"model: {model}")
     folder = sample_images(
         model, n, out, seed, labels=labels.split(",") if labels is not None else None,

@@ -16,7 +16,8 @@ from autoencoders.sdvae.formats import pick_settings, scalar_statistics
 from diffusion import build_denoiser, build_network, samplers
 from diffusion.samplers import SAMPLERS, Denoise, make_churn
 from diffusion.unet import check_labels
-from ldm.checkpoint import ModelFile, build_with, load_model
+from ldm import hub
+from ldm.checkpoint import Damaged, ModelFile, build_with, load_model
 from ldm.config import to_tree, validate
 from ldm.data import Batch
 from ldm.device import (
@@ -30,7 +31,9 @@ from ldm.device import (
 )
 from ldm.distributed import join_processes
 from ldm.errors import LdmError, UsageError
+from ldm.foreign import read_described
 from ldm.images import to_uint8
+from ldm.run_folder import RUNS
 from ldm.seeds import normal
 from pipelines.latents import Codec
 from pipelines.recipes import read_recipe
@@ -45,6 +48,8 @@ from pipelines.sampling.settings import (
 )
 
 PRECISIONS: dict[Any, Any] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+MODEL_TYPE = "latent-diffusion"
+"""Of a `config.json`."""
 
 
 def _drop_defaults(tree: dict[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -64,6 +69,9 @@ class LatentModel:
         latent_shape: (n_z, h, w) of one image's latents.
         identifiers: names the model in a `samples.json`, beside its path: the `sha256` of the
             network's weights, and the `identity`, over everything that decides a picture.
+        provenance: how the model was trained, or where it was `imported` from.
+        autoencoder_origin: the same of an autoencoder's weights that came from elsewhere.
+        folder: the folder that holds the file; None for a repository of the Hub.
     """
 
     def __init__(self, file: ModelFile, path: str | Path) -> None:
@@ -103,21 +111,71 @@ class LatentModel:
         }
         identity = new_sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         self.identifiers = {"sha256": self.sha256, "identity": identity}
+        self.provenance, origin = file.provenance, inner.provenance.get("imported")
+        self.autoencoder_origin = origin if isinstance(origin, dict) else {}
+        self.folder: Path | None = None
         self.device, self.precision, self._requested = torch.device("cpu"), "fp32", "auto"
 
     @classmethod
     def from_pretrained(
         cls,
-        path: str | Path,
+        name_or_path: str | Path,
         device: str | torch.device = "auto",
         precision: str | torch.dtype = "auto",
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
     ) -> Self:
-        """Load a `ckpt.pt`, its `.safetensors` twin, or a run folder; see `to` for the options.
+        """Load a model from this machine or from the Hugging Face Hub; nothing in it is executed.
+
+        Args:
+            name_or_path: a `ckpt.pt`, its `.safetensors` twin, a run folder, a folder of
+                `save_pretrained`, or a repository of the Hub, the string `owner/name`. What is on
+                this machine comes first. Of a repository, only `config.json` and
+                `model.safetensors` are fetched, or found where they were fetched before.
+            device, precision: see `to`.
+            revision: branch, tag or commit of the repository.
+            token: of an account that may read it; None: that of `hf auth login`, if there is one.
+            cache_dir: folder to fetch into; None: that of the Hub's client.
 
         Raises:
-            LdmError: no such file, a stage-one file, damaged weights, or a missing device.
+            UsageError: a revision of what is on this machine, or an unknown precision.
+            LdmError: it is neither here nor on the Hub; a stage-one model, damaged weights, or a
+                missing device.
         """
-        return cls(load_model(path, "diffusion"), path).to(device, precision)
+        wanted = (hub.CONFIG_FILE, hub.WEIGHTS_FILE)
+        found = hub.find(name_or_path, wanted, revision, token, cache_dir)
+        is_here = found == Path(name_or_path).expanduser()
+        is_described = (found / hub.CONFIG_FILE).is_file()
+        # a run, whatever else lies beside it; but a repository is read by its config.json alone
+        if is_here and ((found / "ckpt.pt").is_file() or not is_described):
+            model = cls(load_model(found, "diffusion"), found)
+        elif is_described:
+            model = cls._read_described(found)
+        else:
+            raise LdmError(
+                f"{name_or_path} on the Hugging Face Hub holds no {hub.CONFIG_FILE}, so it is no "
+                "model of this toolkit: fetch models of others, and convert them by `ldm import "
+                "--diffusion`"
+            )
+        if is_here:
+            model.folder = found if found.is_dir() else found.parent
+        return model.to(device, precision)
+
+    @classmethod
+    def _read_described(cls, folder: Path) -> Self:
+        """Read a folder of `save_pretrained`."""
+        described = read_described(folder / hub.CONFIG_FILE)
+        path = hub.check_described(folder, described, MODEL_TYPE, "no latent diffusion model")
+        file = load_model(path, "diffusion")
+        model = cls(file, path) if described["config"] == file.config else None
+        if model is None or described.get("sha256") != model.sha256:
+            raise Damaged(
+                f"{path} is not the model that {hub.CONFIG_FILE} beside it describes: copy or "
+                "fetch both again"
+            )
+        return model
 
     def to(
         self,
@@ -297,7 +355,7 @@ class ModelSamples:
 
     Attributes:
         made_with: everything that decides an image, in the form of `samples.json`.
-        folder: the folder that holds the model.
+        folder: the folder that holds the model; of one on the Hub `runs/owner--name`.
         ranks: the processes launched together; each loads the model.
     """
 
@@ -314,8 +372,10 @@ class ModelSamples:
         **sampling: Any,
     ) -> None:
         self._n, self.seed = integer("--n ", n, least=1), integer("--seed ", seed)
-        self.path, self.sampling = Path(path), validate(Sampling, sampling)
+        self.path, self.sampling = Path(path).expanduser(), validate(Sampling, sampling)
         self.folder = self.path if self.path.is_dir() else self.path.parent
+        if not self.path.exists():  # a repository of the Hub
+            self.folder = RUNS / "--".join(self.path.parts)
         self.ranks, where = join_processes(device)
         keep_freed_memory(where)
         self.model = LatentModel.from_pretrained(path, where, precision)
@@ -379,6 +439,6 @@ class ModelSamples:
         if files != "png":
             words.append(files)
         # ckpt-ema0.05.pt lies beside ckpt.pt
-        if not self.path.is_dir() and (name := self.path.stem.removeprefix("ckpt").strip("-")):
+        if self.path.is_file() and (name := self.path.stem.removeprefix("ckpt").strip("-")):
             words.append(name)
         return "-".join(words)

@@ -238,7 +238,7 @@ def test_a_model_that_is_gone_is_an_error(samples):
     mark = json.loads((samples / "samples.json").read_text())
     mark["model"]["path"] = "runs/gone"
     (samples / "samples.json").write_text(json.dumps(mark))
-    with pytest.raises(LdmError, match=r"no checkpoint at runs/gone"):
+    with pytest.raises(LdmError, match=r"no model at runs/gone"):
         find_neighbours(samples, device="cpu")
 
 

@@ -129,7 +129,7 @@ def test_failures_are_one_line_and_code_1(failed, tmp_path):
         (["train-diffusion"], "`ldm train-ae` first"),
         (["train-diffusion", "autoencoder=b.pt"], "no checkpoint at b.pt"),
         (["sample"], "`ldm train-diffusion` first"),
-        (["sample", "nowhere.pt"], "no checkpoint at nowhere.pt"),
+        (["sample", "nowhere.pt"], "no model at nowhere.pt: it is no file or folder here"),
         (["sample", "truncated.pt"], "truncated.pt"),
         (["sample", "newer.pt"], "upgrade ldm"),
         (["sample", "other.pt"], "is a stage-one autoencoder"),
@@ -151,7 +151,7 @@ def test_a_missing_perceptual_loss_stops_before_training(failed, tmp_path, monke
 
 
 def test_debug_leaves_the_traceback_to_python(failed, tmp_path):
-    assert failed("sample", "nowhere.pt", code=1) == "error: no checkpoint at nowhere.pt"
+    assert failed("sample", "nowhere.pt", code=1).startswith("error: no model at nowhere.pt: it is")
     done = ldm("sample", "nowhere.pt", "--debug", cwd=tmp_path)
     assert done.returncode == 1 and "Traceback" in done.stderr
 

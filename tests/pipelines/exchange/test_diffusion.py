@@ -389,7 +389,7 @@ def everything():
         ("one", "unet.pt", UsageError, "unet.pt: --format unet writes a folder"),
         ("one", "full", LdmError, "exists: give another name, or --force"),
         ("loose/a.pt", "loose", LdmError, "exists: give another name"),
-        ("nowhere", "unet", LdmError, "no checkpoint at nowhere"),
+        ("nowhere", "unet", LdmError, "no model at nowhere: it is no file or folder here"),
         ("narrow", "unet", LdmError, "its widths are normalised in unequal numbers of groups"),
         (None, "unet", LdmError, "no diffusion run with ckpt.pt under runs/"),
     ],
