@@ -103,6 +103,7 @@ PARSE_ONLY = {
     r"ldm reproduce t\d+.*": "takes a minute or more; tests/pipelines/reproduce runs every table",
     r"ldm import [\w-]+/[\w-]+ .*": "needs the Hugging Face Hub",
     r"ldm data prepare hf:.*": "needs the Hugging Face Hub; tests/ldm/data/test_hf.py has one",
+    r"ldm sample owner/name .*": "needs the Hugging Face Hub",
     r"ldm import ((churches|celebahq)\.ckpt|my-pipeline/) .*": "tests/pipelines/exchange does",
     r"ldm export .* --format unet": "tests/pipelines/exchange export one that diffusers can have",
     r"ldm fid .*--reference ffhq256": "needs clean-fid's statistics and 256² samples",
