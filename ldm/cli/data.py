@@ -11,6 +11,31 @@ from ldm.cli import options
 app = typer.Typer(no_args_is_help=True, help="Prepare images for training, and check them.")
 
 
+HeldOut = Annotated[
+    int | None,
+    Option(
+        min=0,
+        show_default="FFHQ 10,000; CelebA-HQ 5,000; else 5 %, at most 10,000",
+        help="Images for validation: the last by name, or every n-th with --labels.",
+    ),
+]
+Small = Annotated[
+    Literal["error", "skip", "enlarge"],
+    Option(help="Images with a side below --size: an error, left out, or enlarged."),
+]
+Labels = Annotated[
+    bool,
+    Option(
+        "--labels",
+        help="Keep class labels: top-level folders, EDM's dataset.json, .cls or .json in a .tar, "
+        "a column of a table.",
+    ),
+]
+LabelFile = Annotated[
+    Path | None, Option(metavar="FILE.csv", help="Keep class labels, from a CSV: image, class.")
+]
+
+
 @app.command()
 def prepare(
     source: Annotated[
@@ -28,35 +53,15 @@ def prepare(
     filter: Annotated[
         Literal["lanczos", "box", "bicubic"], Option(help="Resize filter. FID depends on it.")
     ] = "lanczos",
-    held_out: Annotated[
-        int | None,
-        Option(
-            min=0,
-            show_default="FFHQ 10,000; CelebA-HQ 5,000; else 5 %, at most 10,000",
-            help="Images for validation: the last by name, or every n-th with --labels.",
-        ),
-    ] = None,
+    held_out: HeldOut = None,
     shard_size: Annotated[int, Option(min=1, help="Images per shard.")] = 1000,
     workers: Annotated[
         int | None,
         Option(min=0, show_default="one per CPU core", help="Worker processes; 0: none."),
     ] = None,
-    small: Annotated[
-        Literal["error", "skip", "enlarge"],
-        Option(help="Images with a side below --size: an error, left out, or enlarged."),
-    ] = "error",
-    labels: Annotated[
-        bool,
-        Option(
-            "--labels",
-            help="Keep class labels: top-level folders, EDM's dataset.json, .cls or .json in a "
-            ".tar, a column of a table.",
-        ),
-    ] = False,
-    label_file: Annotated[
-        Path | None,
-        Option(metavar="FILE.csv", help="Keep class labels, from a CSV: image, class."),
-    ] = None,
+    small: Small = "error",
+    labels: Labels = False,
+    label_file: LabelFile = None,
 ) -> None:
     """Convert a folder, zip or tar of images into tar shards of square PNGs.
 

@@ -81,24 +81,18 @@ def prepare(
     labels = labels or bool(label_file)
     source = open_images(path, labels, str(label_file))
     source.small = small
-    names = [source.name(i).removeprefix(f"{path}/") for i in range(len(source))]
     held_out = held_out_count(len(source), source.held_out if held_out is None else held_out)
     evenly = labels and held_out != source.held_out
     settings: dict[str, Any] = {
         "source": str(path) if is_hub(str(path)) else printable(path.resolve().name),
-        "images": len(source),
-        "names_sha256": sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest(),
+        **_describe_images(source, path, labels),
         "size": size,
         "filter": filter,
         "crop": "center",
         "held_out": held_out,
         "shard_size": shard_size,
+        **({} if small == "error" else {"small": small}),
     }
-    if small != "error":
-        settings["small"] = small
-    if labels:
-        text = json.dumps([source.classes, [source.label(i) for i in range(len(source))]])
-        settings["labels_sha256"] = sha256(text.encode()).hexdigest()
     splits = zip(("train", "val"), split_indices(len(source), held_out, evenly), strict=True)
     shards = {
         f"{split}-{number:05d}.tar": indices[first : first + shard_size]
@@ -108,10 +102,22 @@ def prepare(
     with lock(destination, ANOTHER):
         reports = _write_all(source, shards, settings, destination, workers)
         manifest = _manifest(reports, settings, path)
-        if labels:
-            manifest["classes"] = list(source.classes)
+        manifest |= {"classes": list(source.classes)} if labels else {}
         write_json(destination / MANIFEST, manifest)
     return manifest
+
+
+def _describe_images(source: Source, path: Path, labels: bool) -> dict[str, Any]:
+    """Number, names and classes of the images, for the settings."""
+    names = [source.name(i).removeprefix(f"{path}/") for i in range(len(source))]
+    found: dict[str, Any] = {
+        "images": len(source),
+        "names_sha256": sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest(),
+    }
+    if labels:
+        text = json.dumps([source.classes, [source.label(i) for i in range(len(source))]])
+        found["labels_sha256"] = sha256(text.encode()).hexdigest()
+    return found
 
 
 def _check(

@@ -251,13 +251,9 @@ def index_shard(
                 elif labels and inside.suffix.lower() in (".cls", ".json"):
                     content = tar.extractfile(member)
                     assert content is not None  # as of every regular file
-                    where = f"{path}/{member.name}"
-                    if inside.suffix.lower() == ".cls":
-                        classes[key] = _class_number(content.read(32), where)  # and white space
-                    elif (
-                        described_as := _described_class(content.read(MAX_HEADER), where)
-                    ) is not None:
-                        described[key] = described_as
+                    found = _read_class(content, f"{path}/{member.name}")
+                    if found is not None:
+                        (classes if inside.suffix.lower() == ".cls" else described)[key] = found
             file.seek(tar.offset)
             # cut between two members, or with a broken header, a tar reads as a shorter one
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -291,6 +287,13 @@ def find_compression(path: Path) -> str | None:
     except OSError:
         return None
     return next((name for magic, name in COMPRESSIONS.items() if start.startswith(magic)), None)
+
+
+def _read_class(file: IO[bytes], where: str) -> int | str | None:
+    """The class in a member `.cls` or `.json`; None if JSON has none."""
+    if where.lower().endswith(".cls"):
+        return _class_number(file.read(32), where)  # six digits, and white space
+    return _described_class(file.read(MAX_HEADER), where)
 
 
 def _class_number(text: bytes, where: str) -> int:

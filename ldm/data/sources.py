@@ -109,7 +109,7 @@ class Source(ABC):
     held_out: int | None = None
     """Images, the last ones, that whoever made the data set holds out; None if that is not said."""
     small: Small = "error"
-    """What `load_at_least` does with images that are too small."""
+    """Treatment of images that are too small by `load_at_least`."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -164,7 +164,7 @@ class Source(ABC):
         )
 
     def _share_smaller(self, side: int) -> str:
-        """How many of some images, evenly spread, are smaller, in words."""
+        """Say how many of some images, evenly spread, are smaller."""
         probed, smaller = np.linspace(0, len(self) - 1, min(PROBED, len(self))).round(), 0
         for index in probed.astype(int).tolist():
             with suppress(CorruptImage):
