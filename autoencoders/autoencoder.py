@@ -242,10 +242,10 @@ class Autoencoder(HubMixin):
         is_plain = type(images) is Tensor and not images.is_meta and not is_compiling()
         if self._range_checked or not is_plain or not images.numel():
             return
-        self._range_checked = True
         low, high = (bound.item() for bound in images.detach().aminmax())
         if low < -LARGEST or high > LARGEST:
             raise LdmError(f"images have values from {low:g} to {high:g}: give them in [−1, 1]")
+        self._range_checked = True
 
     def pad(self, images: Tensor) -> Tensor:
         """Repeat the last column and row of images (B, 3, H, W) up to multiples of f."""

@@ -413,6 +413,7 @@ def _identity(
         "resolution": recipe.resolution,
         "mirrored": recipe.data.flip,
         "precision": precision,
+        **({} if recipe.data.small == "error" else {"small": recipe.data.small}),
     }
 
 

@@ -62,6 +62,8 @@ def prepare(
     small: Small = "error",
     labels: Labels = False,
     label_file: LabelFile = None,
+    image_column: Annotated[str, Option(help="Column of images in a table.")] = "",
+    label_column: Annotated[str, Option(help="Column of classes in a table.")] = "",
 ) -> None:
     """Convert a folder, zip or tar of images into tar shards of square PNGs.
 
@@ -78,7 +80,7 @@ def prepare(
 
     manifest = prepare(
         source, destination, size, filter, held_out, shard_size, workers, labels, label_file or "",
-        small,
+        small, image_column, label_column,
     )  # fmt: skip
     train, val = (manifest["splits"][split] for split in ("train", "val"))
     classes = f", {len(manifest['classes']):,} classes" if "classes" in manifest else ""

@@ -7,11 +7,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 from accelerate import Accelerator, PartialState
 from pydantic import Field
 
 from ldm.config import Config
-from ldm.data.hf import has_tables, is_hub, open_hub, open_tables
+from ldm.data.hf import find_tables, is_hub, is_saved, open_hub, open_tables
 from ldm.data.photos import PhotoSource
 from ldm.data.shards import (
     SIDECAR,
@@ -24,6 +25,7 @@ from ldm.data.shards import (
 from ldm.data.sources import (
     FolderSource,
     LeftOut,
+    Part,
     Small,
     Source,
     Split,
@@ -34,7 +36,7 @@ from ldm.data.sources import (
 )
 from ldm.data.transforms import is_image
 from ldm.distributed import from_main
-from ldm.errors import LdmError, UsageError, check_at_least
+from ldm.errors import LdmError, UsageError, check_at_least, listed
 from ldm.files import sha256_of, write_json
 from ldm.logbook import show_progress
 from ldm.records import read_tree, schema
@@ -56,8 +58,8 @@ class DataConfig(Config):
     flip: bool = False
     """Mirror each training image with probability 1/2."""
     small: Small = "error"
-    """Images with a side below the resolution: error stops and counts them; skip leaves them out;
-    enlarge resizes them (Lanczos), as ADM does with ImageNet's."""
+    """Images with a side below the resolution: error stops and counts them; skip takes the next
+    image instead; enlarge resizes them (Lanczos), as ADM does with ImageNet's."""
     labels: bool = False
     """Read class labels: of `label_file`, EDM's dataset.json, `.cls` or `.json` members of shards,
     a table's column, or the top-level folder of an image. Folders that hold every image are
@@ -91,6 +93,9 @@ def open_source(config: DataConfig, split: Split, resolution: int) -> Source:
                 "data.held_out is for folders and archives: the built-in photographs hold out "
                 "their right thirds; omit it"
             )
+        for key in ("label_file", "image_column", "label_column"):
+            if getattr(config, key):
+                raise UsageError(f"data.{key} does not apply to the built-in photographs: omit it")
         return PhotoSource(split, resolution, config.labels)
     path = Path(config.source).expanduser()
     if not is_hub(config.source) and not path.exists() and "{" not in config.source:
@@ -112,6 +117,11 @@ def open_source(config: DataConfig, split: Split, resolution: int) -> Source:
             f"requested: prepare it with --size {resolution}, or lower the resolution"
         )
     held_out = images.held_out if config.held_out is None else config.held_out
+    if split != "all" and held_out and images.held_out and held_out < images.held_out:
+        # fewer of those that the data set holds out, of which none may be trained on
+        train, last = len(images) - images.held_out, len(images) - held_out
+        images = Part(images, np.r_[0:train, last : len(images)])
+        return take_split(images, split, held_out)
     evenly = config.labels and (images.held_out is None or held_out != images.held_out)
     return take_split(images, split, held_out, evenly)
 
@@ -140,13 +150,13 @@ def open_images(
     columns = image_column, label_column
     if label_file and not labels:
         raise UsageError("data.label_file: classes are read with data.labels=true: set it too")
-    if label_file and (is_hub(str(source)) or has_tables(Path(source).expanduser())):
-        raise UsageError(f"{source} is a table: choose its column by data.label_column")
     if is_hub(str(source)):
+        _refuse_label_file(source, label_file)
         return open_hub(str(source), labels, *columns)
     path = Path(source).expanduser()
     kind = find_kind(path)
     if kind == "tables":
+        _refuse_label_file(source, label_file)
         return open_tables(path, labels, *columns)
     if any(columns):
         raise UsageError(f"{path} is no table: omit data.image_column and data.label_column")
@@ -157,10 +167,18 @@ def open_images(
     return ZipSource(path, labels, label_file)
 
 
-def find_kind(path: Path) -> Literal["images", "tables", "shards", "zip"]:
+def _refuse_label_file(source: str | Path, label_file: str) -> None:
+    if label_file:
+        raise UsageError(f"{source} is a table: choose its column by data.label_column")
+
+
+Kind = Literal["images", "shards", "tables", "zip"]
+
+
+def find_kind(path: Path) -> Kind:
     """Decide what the files at a path are: everything that reads images asks here.
 
-    A folder with .tar files and with images is what it has more files of.
+    A folder with shards, tables and images is what it has more files of.
     """
     suffix = path.suffix.lower()
     if not path.is_dir():
@@ -169,19 +187,24 @@ def find_kind(path: Path) -> Literal["images", "tables", "shards", "zip"]:
         if program := find_compression(path):
             raise LdmError(f"{path} is compressed: unpack it by {program} first")
         raise LdmError(f"{path} is not a folder of images or tables, a .zip or a .tar")
-    if has_tables(path):
+    if is_saved(path):
         return "tables"
     if read_manifest(path) or any(path.glob(f"*{SIDECAR}")):
         return "shards"
-    if not (shards := find_shards(path)):
+    shards, tables = find_shards(path), find_tables(path)
+    if not shards and not tables:
         return "images"
-    images = list(islice(filter(is_image, walk(path, LeftOut())), len(shards)))
-    if len(images) == len(shards):
-        tell(f"{path}: its images are read, and its {len(shards):,} .tar ({shards[0].name}) not")
-        return "images"
-    if images:
-        tell(f"{path}: its {len(shards):,} .tar are read, and its images ({images[0]}) not")
-    return "shards"
+    images = list(islice(filter(is_image, walk(path, LeftOut())), len(shards) + len(tables)))
+    found: dict[Kind, list[str]] = {
+        "images": images,
+        "shards": [shard.name for shard in shards],
+        "tables": [table.name for table in tables],
+    }
+    kind = max(found, key=lambda kind: len(found[kind]))  # the first of equal ones
+    for other, names in found.items():
+        if names and other != kind:
+            tell(f"{path}: read as {kind}; its {other} ({listed(names, 1)}) are left out")
+    return kind
 
 
 # --------------------------------------------------------------------------------- identity
@@ -219,7 +242,8 @@ def content_identity(source: Source, count: int) -> str:
     for index in range(count):
         file = source.file(index)
         number = files.setdefault(file, len(files))
-        chosen.update(f"{number}{source.name(index).removeprefix(str(file))}\0".encode(*UTF8))
+        name = source.name(index).removeprefix(str(file)).removeprefix(source.root)
+        chosen.update(f"{number}{name}\0".encode(*UTF8))
     progress = show_progress("hashing the data", len(files), unit="files")
     with ThreadPoolExecutor(HASHED_AT_ONCE) as pool, progress as advance:
         for digest in pool.map(_digest, files):

@@ -11,7 +11,8 @@ asked for.
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from hashlib import sha256
 from itertools import accumulate
@@ -23,7 +24,14 @@ import numpy as np
 from ldm.config import did_you_mean
 from ldm.data.labels import named_labels, numbered_labels, printable
 from ldm.data.sources import Source
-from ldm.data.transforms import MAX_BYTES, CorruptImage, decode, image_size, is_image
+from ldm.data.transforms import (
+    MAX_BYTES,
+    CorruptImage,
+    decode,
+    image_size,
+    is_hidden,
+    is_image,
+)
 from ldm.errors import LdmError, UsageError, brief
 from ldm.files import read_bytes
 
@@ -37,6 +45,8 @@ NAME = re.compile(
 TABLES = (".parquet", ".arrow")
 SAVED = ("dataset_dict.json", "state.json")
 """Files of `datasets`' own save_to_disk, of several splits or one."""
+MAGIC = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"RIFF": ".webp"}
+"""Suffixes of images without a name, by their first bytes."""
 HELD_OUT = ("validation", "valid", "val", "dev", "test")
 """Names of splits for validation; the first that there is."""
 
@@ -46,10 +56,15 @@ def is_hub(source: str) -> bool:
     return source.startswith(HUB) and not source.startswith(f"{HUB}//")
 
 
-def has_tables(folder: Path) -> bool:
-    """True for a folder of parquet or arrow files: its own, or in `data/` as on the Hub."""
+def is_saved(folder: Path) -> bool:
+    """True for a folder that `datasets`' save_to_disk wrote."""
+    return any((folder / name).is_file() for name in SAVED)
+
+
+def find_tables(folder: Path) -> list[Path]:
+    """Return the parquet and arrow files in a folder, or in its `data/`, as on the Hub."""
     inside = (f for where in (folder, folder / "data") if where.is_dir() for f in where.iterdir())
-    return any(file.suffix in TABLES for file in inside) or (folder / SAVED[0]).is_file()
+    return sorted(f for f in inside if f.suffix in TABLES and not is_hidden(f.name))
 
 
 class TableSource(Source):
@@ -58,6 +73,7 @@ class TableSource(Source):
     Args:
         splits: by name; the second, if there is one, is held out.
         where: the data set's name, for messages.
+        roots: folders in which files that the table names may lie; the first begins relative paths.
         labels: read classes.
         image_column, label_column: "" finds the only column that can be meant.
     """
@@ -66,6 +82,7 @@ class TableSource(Source):
         self,
         splits: "Mapping[str, Dataset]",
         where: str,
+        roots: Sequence[Path],
         labels: bool = False,
         image_column: str = "",
         label_column: str = "",
@@ -73,7 +90,7 @@ class TableSource(Source):
         from datasets import Image
 
         first = next(iter(splits.values()))
-        self._where = where
+        self._where, self._roots, self.root = where, [root.resolve() for root in roots], where
         self._column = _find_image_column(first, image_column, where)
         whole = Image(decode=False)
         self._splits = {
@@ -92,7 +109,11 @@ class TableSource(Source):
 
     def name(self, index: int) -> str:
         split, row = self._place(index)
-        return f"{self._where}/{split}/{row}"
+        suffix = ""
+        with suppress(CorruptImage):
+            data, named = self.read(index)
+            suffix = named or next((s for magic, s in MAGIC.items() if data.startswith(magic)), "")
+        return f"{self._where}/{split}/{row}{suffix}"
 
     def file(self, index: int) -> Path:
         return self._files[max(0, bisect_right(self._file_starts, index) - 1)]
@@ -116,12 +137,19 @@ class TableSource(Source):
                 raise CorruptImage("no image in this row")
             data = cell["bytes"]
             if data is None:
-                data = read_bytes(Path(cell["path"]), MAX_BYTES)
+                data = read_bytes(self._find(cell["path"]), MAX_BYTES)
         except OSError as error:
             raise CorruptImage(brief(error)) from error
         if len(data) > MAX_BYTES:
             raise CorruptImage(f"{len(data):,} bytes, more than {MAX_BYTES:,}")
         return data, Path(cell["path"] or "").suffix
+
+    def _find(self, name: str) -> Path:
+        """The file that a table names; none but those in `roots`: others are no part of it."""
+        path = (self._roots[0] / name).resolve()
+        if not any(path.is_relative_to(root) for root in self._roots):
+            raise CorruptImage(f"{name} lies outside of the data set")
+        return path
 
     def _place(self, index: int) -> tuple[str, int]:
         number = bisect_right(self._starts, index) - 1
@@ -140,18 +168,33 @@ class TableSource(Source):
     def _read_labels(self, splits: "Mapping[str, Dataset]", column: str) -> None:
         from datasets import ClassLabel
 
-        feature = next(iter(splits.values())).features[column]
+        features = {name: split.features.get(column) for name, split in splits.items()}
+        feature = next(iter(features.values()))
+        if other := next((name for name, found in features.items() if found != feature), None):
+            raise UsageError(
+                f"{self._where}: column '{column}' of split '{other}' is of another kind: name one "
+                "split"
+            )
         if not re.fullmatch(r"u?int\d+|(large_)?string", str(getattr(feature, "dtype", ""))):
             raise UsageError(
                 f"{self._where}: column '{column}' does not hold classes: name another"
             )
-        parts = [s.select_columns([column]).with_format("numpy") for s in splits.values()]
-        values = np.concatenate([part[:][column] for part in parts])
+        parts = [
+            s.select_columns([column]).with_format("arrow")[:][column] for s in splits.values()
+        ]
+        values = [value for part in parts for value in part.to_pylist()]
+        if None in values:
+            raise UsageError(f"{self.name(values.index(None))} has no class: omit labels")
         if "string" in feature.dtype:
-            self.classes, self.labels = named_labels(values.astype(str))
-        else:
-            self.classes, self.labels = numbered_labels(values, self.name)
+            self.classes, self.labels = named_labels(values)
+            return
+        self.classes, self.labels = numbered_labels(values, self.name)
         if isinstance(feature, ClassLabel):
+            if len(self.classes) > len(feature.names):
+                raise UsageError(
+                    f"{self._where} has class {len(self.classes) - 1}, but names only "
+                    f"{len(feature.names)} classes: repair it, or omit labels"
+                )
             self.classes = tuple(map(printable, feature.names))
 
 
@@ -163,15 +206,22 @@ def open_hub(source: str, labels: bool = False, image: str = "", label: str = ""
     match = NAME.fullmatch(source)
     if match is None:
         raise UsageError(f"{source}: must have the form hf:OWNER/NAME[@REVISION][:[CONFIG/]SPLIT]")
-    load = _library().load_dataset
+    library = _library()
+    if Path(match["name"]).exists():  # which `datasets` would read instead
+        raise UsageError(
+            f"{source}: there is a folder {match['name']} here, too: give its path, or change to "
+            "another folder"
+        )
     try:
-        found = load(match["name"], match["config"], revision=match["revision"])
+        found = library.load_dataset(match["name"], match["config"], revision=match["revision"])
     except Exception as error:  # of the network, of the Hub, of the files: of any class
         raise LdmError(
             f"{source} could not be opened ({brief(error)}): check its name and your connection; "
             "for a private or gated one, log in with `hf auth login`"
         ) from error
-    return TableSource(_choose(found, match["split"], source), source, labels, image, label)
+    splits, cache = _choose(found, match["split"], source), library.config.HF_CACHE_HOME
+    caches = [Path(cache), Path(library.config.HF_DATASETS_CACHE)]
+    return TableSource(splits, source, caches, labels, image, label)
 
 
 def open_tables(
@@ -180,14 +230,15 @@ def open_tables(
     """Open a folder of parquet or arrow files, laid out as on the Hub or by `save_to_disk`."""
     library = _library()
     try:
-        if any((folder / name).is_file() for name in SAVED):
+        if is_saved(folder):
             found = library.load_from_disk(str(folder))
             found = found if isinstance(found, dict) else {"train": found}
         else:
             found = library.load_dataset(str(folder))
     except Exception as error:
         raise LdmError(f"{folder} could not be read by `datasets` ({brief(error)})") from error
-    return TableSource(_choose(found, None, str(folder)), str(folder), labels, image, label)
+    splits = _choose(found, None, str(folder))
+    return TableSource(splits, str(folder), [folder], labels, image, label)
 
 
 def _library() -> Any:

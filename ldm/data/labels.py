@@ -126,7 +126,17 @@ def read_label_file(path: Path) -> dict[str, str]:
     for number, row in enumerate(rows, 2 if all(columns) else 1):
         if len(row) <= max(image, label):
             raise LdmError(f"{path}, line {number}: too few columns: repair it")
-    return {row[image].strip(): row[label].strip() for row in rows}
+    table: dict[str, str] = {}
+    for row in rows:
+        name, value = row[image].strip(), row[label].strip()
+        if table.setdefault(name, value) != value:
+            raise LdmError(f"{path} gives {name} two classes, {table[name]} and {value}: repair it")
+    return table
+
+
+def _repeated(names: Sequence[str]) -> str:
+    seen: set[str] = set()
+    return next(name for name in names if name in seen or seen.add(name))  # type: ignore
 
 
 def match_labels(names: Sequence[str], table: Mapping[str, str], path: Path) -> Labels:
@@ -134,6 +144,10 @@ def match_labels(names: Sequence[str], table: Mapping[str, str], path: Path) -> 
 
     Classes that are all numbers keep them.
     """
+    if len(set(names)) < len(names):
+        raise UsageError(
+            f"{path}: several images have one name, such as {_repeated(names)}: omit it"
+        )
     found = [table.get(name) for name in names]
     if None in found:
         last = [PurePosixPath(name).name for name in names]

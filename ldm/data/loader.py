@@ -55,8 +55,9 @@ class FaultCount:
     """The distinct corrupt images that one process met among the `total` of a source."""
 
     def __init__(self, total: int) -> None:
-        self.total, self.small = total, 0
+        self.total = total
         self.found: dict[str, str] = {}
+        self._small: set[str] = set()
 
     def add(self, faults: Mapping[str, str]) -> None:
         """Log the new ones, given by name with the reason; raise LdmError if there are too many.
@@ -64,15 +65,14 @@ class FaultCount:
         Images that are too small are counted by themselves, and logged at 1, 10, 100, …
         """
         for name, reason in faults.items():
-            if name in self.found:
-                continue
-            self.found[name] = reason
-            if not reason.startswith(SMALL):
+            if reason.startswith(SMALL) and name not in self._small:
+                self._small.add(name)
+                count = len(self._small)
+                if count == 10 ** (len(str(count)) - 1):
+                    log.warning("skipped small images: %s so far, %s (%s)", count, name, reason)
+            elif name not in self.found and name not in self._small:
+                self.found[name] = reason
                 log.warning("skipped a corrupt image: %s (%s)", name, reason)
-                continue
-            self.small += 1
-            if self.small == 10 ** (len(str(self.small)) - 1):
-                log.warning("skipped small images: %s so far, %s (%s)", self.small, name, reason)
         stop_if_too_many(self.found, self.total)
 
 
@@ -118,15 +118,15 @@ def _training_image(
     source: Source, side: int, seed: int, at_random: bool, flip: bool, k: int, faults: Faults
 ) -> Image:
     """Load image k of a training run; the next good one replaces a corrupt image."""
-    index = first = image_index(seed, len(source), k)
+    index, skipped = image_index(seed, len(source), k), 0
     while (image := _whole_image(source, side, index, faults)) is None:
         stop_if_too_many(faults, len(source))
-        index = (index + 1) % len(source)
-        if index in (first, (first + MOST_SKIPPED) % len(source)):
+        index, skipped = (index + 1) % len(source), skipped + 1
+        if skipped == min(len(source), MOST_SKIPPED):
             name, reason = next(reversed(faults.items()))
             raise LdmError(
-                f"{(index - first) % len(source) or len(source):,} images in a row were skipped, "
-                f"the last {name} ({reason}): lower the resolution, or set data.small=enlarge"
+                f"{skipped:,} images in a row were skipped, the last {name} ({reason}): lower the "
+                "resolution, or set data.small=enlarge"
             )
     if at_random:
         image = random_crop(image, side, generator(seed, "crop", k))

@@ -42,6 +42,7 @@ OF_IMAGES = ("images", "names_sha256", "labels_sha256", "held_out")
 NAMED = {"names_sha256": "the list of images", "labels_sha256": "the class labels"}
 """Settings whose values say nothing to a reader."""
 ANOTHER = "choose another folder for the shards"
+AGAIN = "delete it to write the shard again"
 FEWER_WORKERS = "run the same command with fewer --workers; finished shards are kept"
 
 
@@ -56,6 +57,8 @@ def prepare(
     labels: bool = False,
     label_file: str | Path = "",
     small: Small = "error",
+    image_column: str = "",
+    label_column: str = "",
 ) -> dict[str, Any]:
     """Write the images of a folder, zip, tar shards or table as `size`×`size` PNGs in shards.
 
@@ -69,6 +72,7 @@ def prepare(
         workers: processes; None: one per CPU core; 0: this process alone.
         labels: keep the class of each image, see `DataConfig.labels`.
         label_file: CSV file of them.
+        image_column, label_column: of a table; by default the only ones.
         small: what becomes of images with a side below `size`: an error that counts them all, or
             they are left out, or enlarged (with `filter`).
 
@@ -79,7 +83,7 @@ def prepare(
     path, destination = Path(source_path).expanduser(), Path(destination).expanduser()
     _check(path, destination, filter, size, shard_size, workers)
     labels = labels or bool(label_file)
-    source = open_images(path, labels, str(label_file))
+    source = open_images(path, labels, str(label_file), image_column, label_column)
     source.small = small
     held_out = held_out_count(len(source), source.held_out if held_out is None else held_out)
     evenly = labels and held_out != source.held_out
@@ -150,13 +154,13 @@ def _write_all(
 ) -> list[Report]:
     """Write the shards that are missing; return the descriptions of all."""
     own = {name: _own_images(source, indices) for name, indices in shards.items()}
-    is_complete = (destination / MANIFEST).is_file()
+    is_ours = _is_same_attempt(destination, own)
     found = {
-        name: _read_report(destination / name, settings, None if is_complete else own[name])
+        name: _read_report(destination / name, settings, own[name] if is_ours else None)
         for name in shards
     }
     for tar in set(destination.glob("*.tar")) - {destination / name for name in shards}:
-        if not is_complete:  # of an earlier attempt, with more images
+        if is_ours:  # of the earlier attempt, with more images
             tar.unlink()
             sidecar(tar).unlink(missing_ok=True)
     reports = {name: report for name, report in found.items() if report}
@@ -287,19 +291,29 @@ def _write_images(
     return report
 
 
+def _is_same_attempt(destination: Path, own: Mapping[str, str]) -> bool:
+    """True for a preparation that is not complete, and has a shard of these very images."""
+    if (destination / MANIFEST).is_file():
+        return False
+    reports = (read_tree(sidecar(destination / name), REPORT, AGAIN) for name in own)
+    found = (report["own_sha256"] for report in reports if report is not None)
+    return any(digest in own.values() for digest in found)
+
+
 def _read_report(tar: Path, settings: dict[str, Any], own: str | None) -> Report | None:
     """Read the description of a shard; None if it is unfinished. Its settings must be these.
 
     As long as the preparation is not complete, images may be added and removed, as after an error
     that named them: a shard stays if its own images are still those of `own`.
     """
-    report = read_tree(sidecar(tar), REPORT, "delete it to write the shard again")
+    report = read_tree(sidecar(tar), REPORT, AGAIN)
     if report is None:
         return None
     before = report["settings"]
     others = [{k: v for k, v in tree.items() if k not in OF_IMAGES} for tree in (before, settings)]
     if own is not None and before != settings and others[0] == others[1]:
         if report["own_sha256"] != own:
+            tar.unlink(missing_ok=True)  # before there is another sidecar beside it
             return None
         before = report["settings"] = settings
         write_json(sidecar(tar), report)

@@ -225,8 +225,7 @@ def index_shard(
     """
     left_out = LeftOut() if left_out is None else left_out
     members: list[tuple[str, Member]] = []  # and their keys
-    classes: dict[str, int | str] = {}
-    described: dict[str, int | str] = {}
+    texts: dict[str, dict[str, bytes]] = {".cls": {}, ".json": {}}  # by their keys
     try:
         with HeaderReader(path, MAX_HEADER) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
@@ -240,20 +239,18 @@ def index_shard(
                     if member.issym() or member.islnk():
                         left_out.add("links", member.name)
                     continue
-                if is_image(member.name) and inside.name.count(".") > 1:
-                    # to webdataset, a.seg.png is no image of a
-                    left_out.add("images with two dots in their names", member.name)
-                    continue
-                key = member.name.rpartition(".")[0]
-                if left_out.keeps(member.name):
-                    image = Member(member.name, member.offset_data, member.size)
-                    members.append((key, image))
-                elif labels and inside.suffix.lower() in (".cls", ".json"):
+                suffix, key = inside.suffix.lower(), member.name.rpartition(".")[0]
+                two_dots = inside.name.count(".") > 1  # to webdataset, a.seg.png is no image of a
+                if labels and suffix in (".cls", ".json") and not two_dots:
                     content = tar.extractfile(member)
                     assert content is not None  # as of every regular file
-                    found = _read_class(content, f"{path}/{member.name}")
-                    if found is not None:
-                        (classes if inside.suffix.lower() == ".cls" else described)[key] = found
+                    # .cls: six digits, and white space
+                    texts[suffix][key] = content.read(32 if suffix == ".cls" else MAX_HEADER)
+                elif is_image(member.name) and two_dots:
+                    left_out.add("images with two dots in their names", member.name)
+                elif left_out.keeps(member.name):
+                    image = Member(member.name, member.offset_data, member.size)
+                    members.append((key, image))
             file.seek(tar.offset)
             # cut between two members, or with a broken header, a tar reads as a shorter one
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -269,8 +266,7 @@ def index_shard(
             raise LdmError(f"shard {path} is compressed: unpack it by {kind} first") from error
         message = f"shard {path} is truncated or corrupt ({error}): copy or prepare it again"
         raise LdmError(lfs_pointer(path, "the shard") or message) from error
-    classes = described | classes
-    return [image._replace(label=classes.get(key)) for key, image in members]
+    return [image._replace(label=_read_class(path, key, texts)) for key, image in members]
 
 
 COMPRESSIONS = {
@@ -289,11 +285,13 @@ def find_compression(path: Path) -> str | None:
     return next((name for magic, name in COMPRESSIONS.items() if start.startswith(magic)), None)
 
 
-def _read_class(file: IO[bytes], where: str) -> int | str | None:
-    """The class in a member `.cls` or `.json`; None if JSON has none."""
-    if where.lower().endswith(".cls"):
-        return _class_number(file.read(32), where)  # six digits, and white space
-    return _described_class(file.read(MAX_HEADER), where)
+def _read_class(path: Path, key: str, texts: Mapping[str, Mapping[str, bytes]]) -> int | str | None:
+    """The class in an image's member `.cls`, else in its `.json`; None if it has none."""
+    if key in texts[".cls"]:
+        return _class_number(texts[".cls"][key], f"{path}/{key}.cls")
+    if key in texts[".json"]:
+        return _described_class(texts[".json"][key], f"{path}/{key}.json")
+    return None
 
 
 def _class_number(text: bytes, where: str) -> int:

@@ -32,6 +32,7 @@ from ldm.data.labels import (
 )
 from ldm.data.transforms import (
     MAX_BYTES,
+    MAX_PIXELS,
     SMALL,
     SUFFIXES,
     CorruptImage,
@@ -108,6 +109,8 @@ class Source(ABC):
     """Class of each image (n,), as an index into `classes`; None without labels."""
     held_out: int | None = None
     """Images, the last ones, that whoever made the data set holds out; None if that is not said."""
+    root: str = ""
+    """Beginning of all names, where it is no part of their files' paths."""
     small: Small = "error"
     """Treatment of images that are too small by `load_at_least`."""
 
@@ -154,7 +157,10 @@ class Source(ABC):
         if (shorter := min(height, width)) >= side:
             return image
         if self.small == "enlarge":
-            return resize(image, *(math.ceil(each * side / shorter) for each in (height, width)))
+            taller, wider = (math.ceil(each * side / shorter) for each in (height, width))
+            if taller * wider > MAX_PIXELS:
+                raise CorruptImage(f"{width}×{height}, too narrow to be enlarged")
+            return resize(image, taller, wider)
         if self.small == "skip":
             raise SmallImage(f"{SMALL}{width}×{height}")
         raise LdmError(

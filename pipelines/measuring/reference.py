@@ -275,6 +275,7 @@ def identify(reference: ImageReference, extractor: Extractor | None) -> dict[str
         "crop": "center",
         "extractor": _identify_extractor(extractor),
         "pillow": version("pillow"),
+        **({} if reference.config.small == "error" else {"small": reference.config.small}),
     }
 
 

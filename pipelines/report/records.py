@@ -28,7 +28,10 @@ from pipelines.measuring.results import (
 from pipelines.report import page
 
 STAGES = {"autoencoder": "stage one", "diffusion": "stage two"}
-IRRELEVANT = ("crop", "flip", "labels", "workers")  # measurements see each image's centre, once
+# measurements see each image's centre, once
+IRRELEVANT = ("crop", "flip", "labels", "label_file", "label_column", "workers", "changed")
+LATER = {"small": "error", "image_column": ""}
+"""Defaults of keys that earlier results do not have."""
 
 
 RESULT = schema(images_seen=(Count | None, None), best=(dict[str, Any] | None, None))
@@ -279,7 +282,7 @@ def _measured(
 
 
 def _relevant(data: Tree) -> Tree:
-    return {key: value for key, value in data.items() if key not in IRRELEVANT}
+    return {k: v for k, v in (LATER | data).items() if k not in IRRELEVANT}
 
 
 def _images(count: Any, what: str, side: Any = None) -> str:

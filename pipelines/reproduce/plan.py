@@ -233,7 +233,8 @@ def decisive(recipe: Recipe) -> Tree:
     """Return the settings that numbers depend on, not those of display and safety."""
     tree = to_tree(recipe)
     tree["run"] = {key: tree["run"][key] for key in ("seed", "precision")}
-    tree["data"].pop("workers")
+    for key in ("workers", "changed"):
+        tree["data"].pop(key)
     tree.pop("validate_images", None)
     return tree
 

@@ -137,6 +137,11 @@ def _build_seeds(
         ]
         for each, of_seed in zip(plans, targets, strict=True)
     ]
+    for result in built[0]:
+        if taken := [name for name, record in result.records.items() if record["taken"]]:
+            raise UsageError(
+                f"row '{taken[0]}' was measured with --take: give --out another folder"
+            )
     pooled = [pool_seeds(results) for results in zip(*built, strict=True)]
     if is_main():
         for result in pooled:

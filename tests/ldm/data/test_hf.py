@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 
 import datasets
 import numpy as np
@@ -10,13 +11,20 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 
 from ldm.data import DataConfig, open_source
-from ldm.data.dataset import content_identity, holds_out, listing_identity, open_images
+from ldm.data.dataset import (
+    content_identity,
+    find_kind,
+    holds_out,
+    listing_identity,
+    open_images,
+)
 from ldm.data.hf import is_hub
 from ldm.data.loader import batches
 from ldm.data.prepare import prepare
 from ldm.data.transforms import CorruptImage
 from ldm.errors import LdmError, UsageError
 from tests.ldm.data.pictures import coordinates, encode, noise, png_folder
+from tests.ldm.data.test_labels import in_tar
 
 IMAGE = Features({"image": Image()})
 LABELLED = Features({"image": Image(), "label": ClassLabel(names=["cat", "dog"])})
@@ -78,8 +86,8 @@ def test_images_are_read_in_order_validation_last(repository):
     assert len(source) == 13 and source.held_out == 3
     for index in (0, 3, 4, 9, 10, 12):
         np.testing.assert_array_equal(source.load(index), coordinates(index))
-    assert source.name(4) == f"{repository}/train/4"
-    assert source.name(12) == f"{repository}/validation/2"
+    assert source.name(4) == f"{repository}/train/4.png"
+    assert source.name(12) == f"{repository}/validation/2.png"
 
 
 def test_the_hubs_own_split_is_held_out(repository):
@@ -152,16 +160,15 @@ def test_save_to_disk_of_one_and_of_several_splits(tmp_path):
 
 @pytest.mark.parametrize("kind", ["bytes", "paths", "struct"])
 def test_images_as_bytes_paths_or_structs(tmp_path, kind):
-    folder = png_folder(tmp_path / "pictures", [coordinates(n) for n in range(3)])
+    png_folder(tmp_path / "table" / "pictures", [coordinates(n) for n in range(3)])
     columns = {
         "bytes": [encode(coordinates(n)) for n in range(3)],
-        "paths": [str(folder / f"{n:04d}.png") for n in range(3)],
+        "paths": [f"pictures/{n:04d}.png" for n in range(3)],
         "struct": cells(0, 3),
     }
-    (tmp_path / "table").mkdir()
-    Dataset.from_dict({"picture": columns[kind], "n": [1, 2, 3]}).to_parquet(
-        tmp_path / "table" / "a.parquet"
-    )
+    for number in range(4):  # more tables than images
+        table = pyarrow.table({"picture": [columns[kind][number % 3]], "n": [number]})
+        pyarrow.parquet.write_table(table, tmp_path / "table" / f"{number}.parquet")
     source = open_images(tmp_path / "table")
     for index in range(3):
         np.testing.assert_array_equal(source.load(index), coordinates(index))
@@ -176,7 +183,7 @@ def test_corrupt_and_missing_images_are_named(tmp_path):
     for index, told in (
         (200, "no image in this row"),
         (201, "not an image"),
-        (202, "No such file"),
+        (202, "/nowhere/1.png lies outside of the data set"),
     ):
         with pytest.raises(CorruptImage, match=told):
             source.load(index)
@@ -285,5 +292,86 @@ def test_a_table_without_images_or_classes(tmp_path):
     Dataset.from_dict({"image": cells(0, 2), "label": [0, -1]}, features=unlabelled).save_to_disk(
         tmp_path / "test"
     )
-    with pytest.raises(UsageError, match=r"test/train/1 has class -1"):
+    with pytest.raises(UsageError, match=r"test/train/1.png has class -1"):
         open_images(tmp_path / "test", labels=True)
+
+
+# ------------------------------------------------------------------- tables beside other files
+def test_a_table_beside_images_or_shards_is_left_out(tmp_path, caplog):
+    """As img2dataset writes one for each tar, and captions come beside images."""
+    captions = pyarrow.table({"url": ["a.jpg", "b.jpg"], "caption": ["x", "y"]})
+    folder = png_folder(tmp_path / "images", [noise(n) for n in range(3)])
+    pyarrow.parquet.write_table(captions, folder / "captions.parquet")
+    assert find_kind(folder) == "images" and len(open_images(folder)) == 3
+    assert "read as images; its tables (captions.parquet) are left out" in caplog.text
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for number in range(2):
+        in_tar(shards / f"{number:05d}", {f"{number}.png": encode(noise(number))})
+        pyarrow.parquet.write_table(captions, shards / f"{number:05d}.parquet")
+    assert find_kind(shards) == "shards" and len(open_images(shards)) == 2
+
+
+def test_files_outside_of_a_table_are_not_read(tmp_path):
+    secret = png_folder(tmp_path / "secret", [noise(0)]) / "0000.png"
+    (tmp_path / "table").mkdir()
+    table = pyarrow.table({"image": [str(secret), "../secret/0000.png"]})
+    pyarrow.parquet.write_table(table, tmp_path / "table" / "a.parquet")
+    source = open_images(tmp_path / "table")
+    for index in range(2):
+        with pytest.raises(CorruptImage, match="lies outside of the data set"):
+            source.load(index)
+
+
+def test_a_folder_of_the_hubs_name_is_not_taken_for_it(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    with pytest.raises(UsageError, match="there is a folder owner/name here, too"):
+        open_images("hf:owner/name")
+    assert not hub
+
+
+@pytest.mark.parametrize("values", [[0, None, 1], ["a", None, "b"]])
+def test_rows_without_a_class_are_named(tmp_path, values):
+    (tmp_path / "table").mkdir()
+    table = pyarrow.table({"image": cells(0, 3), "label": values})
+    pyarrow.parquet.write_table(table, tmp_path / "table" / "a.parquet")
+    with pytest.raises(UsageError, match=r"table/train/1\.png has no class: omit labels"):
+        open_images(tmp_path / "table", labels=True)
+
+
+def test_splits_of_other_classes_are_refused(tmp_path):
+    swapped = Features({"image": Image(), "label": ClassLabel(names=["dog", "cat"])})
+    test = Dataset.from_dict({"image": cells(3, 2), "label": [0, 1]}, features=swapped)
+    DatasetDict(train=rows(0, 3), test=test).save_to_disk(tmp_path / "a")
+    DatasetDict(train=rows(0, 3), test=rows(3, 2, labels=False)).save_to_disk(tmp_path / "b")
+    for name in "ab":
+        with pytest.raises(UsageError, match="'label' of split 'test' is of another kind"):
+            open_images(tmp_path / name, labels=True)
+        assert len(open_images(tmp_path / name)) == 5
+
+
+def test_a_copy_has_the_same_content(repository, tmp_path):
+    before = content_identity(open_images(repository), 13)
+    copy = shutil.copytree(repository, tmp_path / "copy" / "repository")
+    assert content_identity(open_images(copy), 13) == before
+
+
+def test_compression_is_seen_in_tables(tmp_path):
+    from pipelines.fid import find_compressed
+
+    (tmp_path / "table").mkdir()
+    jpegs = [{"bytes": encode(noise(n, 32, 32), "JPEG"), "path": None} for n in range(3)]
+    pyarrow.parquet.write_table(pyarrow.table({"image": jpegs}), tmp_path / "table" / "a.parquet")
+    source = open_images(tmp_path / "table")
+    assert find_compressed(source, 32) == source.name(0) and source.name(0).endswith("/0.jpg")
+
+
+def test_columns_of_a_table_can_be_prepared(tmp_path):
+    table = rows(0, 3).add_column("other", cells(3, 3)).cast_column("other", Image())
+    table.rename_column("image", "face").save_to_disk(tmp_path / "saved")
+    manifest = prepare(
+        tmp_path / "saved", tmp_path / "out", 32, held_out=1, workers=0, labels=True,
+        image_column="other", label_column="label",
+    )  # fmt: skip
+    assert manifest["count"] == 3 and manifest["classes"] == ["cat", "dog"]

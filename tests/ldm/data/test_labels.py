@@ -301,3 +301,39 @@ def test_json_members_that_do_not_fit(tmp_path, change, told):
 
 def test_numbers_stay_within_bounds():
     assert numbered_labels(np.array([0, 999_999]), str)[1].dtype == np.int32
+
+
+def test_members_that_hold_classes_are_not_left_out(tmp_path, caplog):
+    files = {"0.png": PNG, "0.json": b'{"label": 4}', "0.meta.json": b"{"}
+    assert len(open_images(in_tar(tmp_path / "a", files), labels=True)) == 1
+    assert "1 .json, such as 0.meta.json" in caplog.text
+    damaged = {"0.png": PNG, "0.cls": b"3", "0.json": b"{"}
+    assert open_images(in_tar(tmp_path / "b", damaged), labels=True).labels.tolist() == [3]
+
+
+def test_images_of_one_name_are_not_told_apart_by_a_label_file(tmp_path):
+    for number in range(2):
+        in_tar(tmp_path / f"{number}", {"0.png": PNG})
+    table = tmp_path / "labels.csv"
+    table.write_text("0.png,cat\n")
+    with pytest.raises(UsageError, match=r"several images have one name, such as 0\.png"):
+        open_images(tmp_path, labels=True, label_file=str(table))
+    table.write_text("0.png,cat\n0.png,dog\n")
+    with pytest.raises(LdmError, match=r"gives 0\.png two classes, cat and dog"):
+        read_label_file(table)
+
+
+def test_fewer_than_the_official_held_out_images_are_not_trained_on(tmp_path):
+    path = in_folder(tmp_path / "imagenet", dict.fromkeys(IMAGENET, PNG))
+    config = DataConfig(source=str(path), labels=True, held_out=1)
+    train, val = (open_source(config, split, 16) for split in ("train", "val"))
+    assert (len(train), len(val)) == (4, 1) and "/val/n03" in val.name(0)
+    assert all("/train/" in train.name(i) for i in range(4))
+
+
+@pytest.mark.parametrize("key", ["label_file", "image_column", "label_column"])
+def test_settings_that_photographs_do_not_have(key):
+    with pytest.raises(
+        UsageError, match=rf"data\.{key} does not apply to the built-in photographs"
+    ):
+        open_source(DataConfig(**{key: "x"}), "train", 64)

@@ -92,7 +92,7 @@ def test_a_stray_tar_does_not_take_the_place_of_images(tmp_path, notes):
     path = in_folder(tmp_path / "data", {f"x/{n}.png": PNG for n in range(3)})
     in_tar(path / "backup", {"1.png": PNG})
     assert find_kind(path) == "images" and len(open_images(path)) == 3
-    assert f"{path}: its images are read, and its 1 .tar (backup.tar) not" in notes.messages
+    assert f"{path}: read as images; its shards (backup.tar) are left out" in notes.messages
 
 
 def test_a_preview_does_not_take_the_place_of_shards(tmp_path, notes):
@@ -100,7 +100,7 @@ def test_a_preview_does_not_take_the_place_of_shards(tmp_path, notes):
     for number in range(3):
         in_tar(path / f"{number:05d}", {f"{number}.png": PNG})
     assert find_kind(path) == "shards" and len(open_images(path)) == 3
-    assert f"{path}: its 3 .tar are read, and its images (preview.png) not" in notes.messages
+    assert f"{path}: read as shards; its images (preview.png) are left out" in notes.messages
 
 
 def test_hidden_copies_of_shards_and_samples_do_not_count(tmp_path):

@@ -17,7 +17,7 @@ from ldm.data import (
 )
 from ldm.data.loader import LISTED, FaultCount, image_index
 from ldm.data.sources import take_split
-from ldm.data.transforms import resize
+from ldm.data.transforms import CorruptImage, resize
 from ldm.errors import LdmError, UsageError
 from ldm.seeds import generator
 from tests.ldm.data.pictures import Coded, CodedClasses, class_folder, noise, png_folder
@@ -347,7 +347,7 @@ def test_photographs():
 
 # --------------------------------------------------------------------------------- small images
 class Mixed(Coded):
-    """Of which every fourth is too small, and its header tells so without decoding."""
+    """Of which every fourth is too small."""
 
     def __init__(self, count, small="error"):
         super().__init__(count)
@@ -369,6 +369,20 @@ def test_small_images_are_skipped_and_counted_by_themselves(caplog):
         "skipped small images: 100 so far",
     ]
     assert "(too small: 20×12)" in caplog.text
+
+
+@pytest.mark.parametrize("count", [101, 303, 1111])
+def test_one_corrupt_image_is_passed_whatever_the_number(count):
+    assert len(stream(Coded(count % 256 or 1), stop=4)) == 4
+    seen = stream(Coded(count, corrupt=(5,)), stop=count - count % 4)
+    assert len(seen) == count - count % 4
+
+
+def test_a_strip_is_too_narrow_to_be_enlarged():
+    source = Coded(3, height=1, width=60000)
+    source.small = "enlarge"
+    with pytest.raises(CorruptImage, match="60000×1, too narrow to be enlarged"):
+        source.load_at_least(0, 64)
 
 
 def test_small_images_are_enlarged_with_lanczos():

@@ -248,6 +248,20 @@ def test_after_a_bad_file_was_removed_it_goes_on(images, tmp_path):
         call()
 
 
+def test_the_shards_of_another_data_set_are_not_touched(images, tmp_path):
+    (images / "0012.png").write_bytes(encode(noise(0, 30, 50)))
+    call = partial(prepare, size=32, shard_size=5, workers=0, held_out=4)
+    with pytest.raises(LdmError, match="1 of 25 images are smaller"):
+        call(images, tmp_path / "out")
+    before = {tar.name: tar.read_bytes() for tar in (tmp_path / "out").glob("*.tar*")}
+    other = png_folder(tmp_path / "other" / "images", [noise(99 + n) for n in range(9)])
+    for number, path in enumerate(sorted(other.iterdir())):
+        path.rename(other / f"x{number}.png")
+    with pytest.raises(LdmError, match=r"was prepared with other settings .*the list of images"):
+        call(other, tmp_path / "out")
+    assert {tar.name: tar.read_bytes() for tar in (tmp_path / "out").glob("*.tar*")} == before
+
+
 def test_shards_of_an_earlier_attempt_do_not_stay(images, tmp_path):
     (images / "0023.png").write_bytes(encode(noise(0, 30, 50)))
     call = partial(prepare, images, tmp_path / "out", size=32, shard_size=5, workers=0, held_out=1)
@@ -393,7 +407,7 @@ class Fatal(Coded):
 
 
 def test_a_killed_worker_is_one_clear_line(monkeypatch, tmp_path):
-    monkeypatch.setattr("ldm.data.prepare.open_images", lambda path, labels, file: Fatal(20))
+    monkeypatch.setattr("ldm.data.prepare.open_images", lambda *_: Fatal(20))
     with pytest.raises(LdmError, match=r"a loader worker was killed, .*fewer --workers; finished"):
         prepare(tmp_path, tmp_path / "out", size=16, shard_size=5, workers=1)
     assert [tar.name for tar in (tmp_path / "out").glob("*.tar")] == ["train-00000.tar"]
