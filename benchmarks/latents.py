@@ -26,6 +26,7 @@ from torch import Tensor
 
 from autoencoders.pretrained import read_autoencoder
 from benchmarks.comparison import add_out, describe_machine, make_parser
+from ldm.config import to_tree
 from ldm.data import DataConfig, batches, open_source
 from ldm.errors import Interrupted, LdmError
 from ldm.files import write_atomically, write_json
@@ -59,13 +60,15 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--samples", type=int, default=256, help="a multiple of 32")
     parser.add_argument("--name", default="latents", help="of the files written")
     add_out(parser, "docs/results/learning")
     parser.add_argument(
         "--work", type=Path, default=Path("runs/latents"), help="folder of the trainings"
     )
     given = parser.parse_args()
+    if given.samples < 32 or given.samples % 32:
+        parser.error("--samples must be a multiple of 32")
     try:
         subjects, held_out = open_analysis(given.models, device="cpu")
         recipes = {s.name: read_autoencoder(s.path).provenance["recipe"] for s in subjects}
@@ -134,9 +137,8 @@ def train_on(
     path = subject.path / "ckpt.pt" if subject.path.is_dir() else subject.path
     recipe = load_recipe("diffusion", given.preset, [
         f"autoencoder={json.dumps(str(path))}", f"resolution={side}", f"steps={given.steps}",
-        f"data.source={json.dumps(data.source)}", f"data.held_out={json.dumps(data.held_out)}",
-        "data.workers=0", f"run.seed={seed}", "run.device=cpu", "run.precision=fp32",
-        "run.keep_states=1", *given.settings,
+        f"data={json.dumps(to_tree(data) | {'workers': 0})}", f"run.seed={seed}",
+        "run.device=cpu", "run.precision=fp32", "run.keep_states=1", *given.settings,
     ])  # fmt: skip
     name = f"{given.preset}-{given.steps}-steps/{slug(subject.name)}-seed-{seed}"
     return train_diffusion(recipe, folder=given.work / given.name / name)

@@ -25,13 +25,14 @@ IMAGE_COLUMNS = ("file_name", "filename", "file", "path", "image", "name", "id")
 LABEL_COLUMNS = ("label", "class", "category", "target", "labels", "cls")
 
 
-def folder_labels(names: Sequence[str], where: str) -> Labels:
+def folder_labels(names: Sequence[str], where: str, split: bool = False) -> Labels:
     """Read classes from folders; names in the result are sorted.
 
     A class is the first folder below those that hold every image: cat and dog in `cat/1.png` and
-    `dog/a/2.png`, and in `x/cat/1.png` and `x/dog/a/2.png`. `where` is for messages.
+    `dog/a/2.png`, and in `x/cat/1.png` and `x/dog/a/2.png`. `where` is for messages. With `split`,
+    the first folder of each is its split, and no class.
     """
-    folders = [tuple(name.split("/")[:-1]) for name in names]
+    folders = [tuple(name.split("/")[split:-1]) for name in names]
     first, last = min(folders), max(folders)  # a prefix of both is one of all
     depth = next((i for i, part in enumerate(first) if part != last[i]), len(first))
     for name, folder in zip(names, folders, strict=True):

@@ -202,16 +202,16 @@ class PathSource(Source):
         if not self._names:
             raise LdmError(f"{path} holds no images{left_out}: {' '.join(SUFFIXES)} are read")
         left_out.tell(str(path), len(self._names))
-        outer = self._take_splits()
+        is_split = self._take_splits()
         if labels:
-            self.classes, self.labels = self._read_labels(outer, label_file)
+            self.classes, self.labels = self._read_labels(is_split, label_file)
 
-    def _take_splits(self) -> int:
-        """Put images of val last; return the number of characters that are of no class."""
+    def _take_splits(self) -> bool:
+        """Put images of val last, if there are splits."""
         tops = {name.partition("/")[0] if "/" in name else "" for name in self._names}
         splits = [SPLITS.get(top) for top in tops]
         if None in splits or not {"train", "val"} <= set(splits):
-            return 0
+            return False
         groups: dict[str, list[str]] = {"train": [], "val": [], "test": []}
         for name in self._names:
             groups[SPLITS[name.partition("/")[0]]].append(name)
@@ -219,9 +219,9 @@ class PathSource(Source):
         counts = ", ".join(f"{len(group):,} of {name}" for name, group in groups.items() if group)
         without = "; those of test are left out" if groups["test"] else ""
         tell(f"{self.path} has splits, not classes: {counts} images; val is held out{without}")
-        return 1
+        return True
 
-    def _read_labels(self, outer: int, label_file: str) -> Labels:
+    def _read_labels(self, is_split: bool, label_file: str) -> Labels:
         if label_file:
             path = Path(label_file).expanduser()
             return match_labels(self._names, read_label_file(path), path)
@@ -235,8 +235,7 @@ class PathSource(Source):
                     f"as {missing[0]}: make it again, or omit labels"
                 )
             return numbered_labels([table[name] for name in self._names], self.name)
-        inside = [name.split("/", outer)[outer] for name in self._names]
-        return folder_labels(inside, str(self.path))
+        return folder_labels(self._names, str(self.path), is_split)
 
     def __len__(self) -> int:
         return len(self._names)

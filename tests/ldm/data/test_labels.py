@@ -337,3 +337,10 @@ def test_settings_that_photographs_do_not_have(key):
         UsageError, match=rf"data\.{key} does not apply to the built-in photographs"
     ):
         open_source(DataConfig(**{key: "x"}), "train", 64)
+
+
+def test_an_image_of_a_split_without_a_class_is_named_in_full(tmp_path):
+    names = ["train/n01/a.png", "train/n02/a.png", "val/ILSVRC_1.png"]
+    path = in_folder(tmp_path / "imagenet", dict.fromkeys(names, PNG))
+    with pytest.raises(UsageError, match=r"imagenet/val/ILSVRC_1\.png has no class"):
+        open_images(path, labels=True)
