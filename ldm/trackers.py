@@ -57,7 +57,7 @@ class _Kind:
 
 
 def _begin_wandb(run: Any, name: str) -> None:
-    # wandb drops rows whose step is not larger than the last, as those that a resumed run repeats
+    # wandb drops rows whose step is smaller than the last, as those that a resumed run repeats
     run.define_metric("images_seen")
     run.define_metric("*", step_metric="images_seen")
 
@@ -248,7 +248,7 @@ class Trackers:
             records[name] = record
         link = _ask(kind.link, tracker) or "started"
         pictures = "" if hasattr(tracker, "log_images") else "; it gets no pictures"
-        self.opening.append(f"{name}: {_without_secrets(link)}{pictures}")
+        self.opening.append(f"{name}: {escape(_without_secrets(link))}{pictures}")
 
     def log(self, values: Mapping[str, float], images_seen: int) -> None:
         """Log finite numbers by their names."""
