@@ -1,5 +1,6 @@
 """Stage-two model files of random weights: what is tested is not what they draw."""
 
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,9 +27,13 @@ def load(folder: Path) -> LatentDiffusionPipeline:
     return LatentDiffusionPipeline.from_pretrained(folder, "cpu", "fp32")
 
 
-@cache
 def pipeline(seed: int = 0, classes: tuple[str, ...] = ()) -> LatentDiffusionPipeline:
-    """The model that `make_model` writes, once for all tests."""
+    """The model that `make_model` writes, made once; a copy, for `to` changes it."""
+    return deepcopy(_made(seed, classes))
+
+
+@cache
+def _made(seed: int, classes: tuple[str, ...]) -> LatentDiffusionPipeline:
     with TemporaryDirectory() as folder:
         return load(make_model(Path(folder), seed, classes))
 
