@@ -99,6 +99,7 @@ PARSE_ONLY = {
     r"ldm demo": "takes minutes; tests/pipelines/test_demo.py runs it",
     r"ldm train-ae .*": "tests/pipelines/test_every_option.py trains every option",
     r"ldm train-diffusion (t07-.*|ffhq256 augment.*|.*litevae-b)": "as others that are run",
+    r"ldm train-diffusion .*run\.trackers=.*": "needs trackers; tests/pipelines/test_trackers.py",
     r"ldm doctor .*": "takes ten seconds or more; tests/ldm/cli/test_doctor.py runs it",
     r"ldm reproduce t\d+.*": "takes a minute or more; tests/pipelines/reproduce runs every table",
     r"ldm import [\w-]+/[\w-]+ .*": "needs the Hugging Face Hub",
