@@ -97,18 +97,22 @@ def prepare(
         "shard_size": shard_size,
         **({} if small == "error" else {"small": small}),
     }
-    splits = zip(("train", "val"), split_indices(len(source), held_out, evenly), strict=True)
-    shards = {
-        f"{split}-{number:05d}.tar": indices[first : first + shard_size]
-        for split, indices in splits
-        for number, first in enumerate(range(0, len(indices), shard_size))
-    }
+    shards = _divide(split_indices(len(source), held_out, evenly), shard_size)
     with lock(destination, ANOTHER):
         reports = _write_all(source, shards, settings, destination, workers)
         manifest = _manifest(reports, settings, path)
         manifest |= {"classes": list(source.classes)} if labels else {}
         write_json(destination / MANIFEST, manifest)
     return manifest
+
+
+def _divide(splits: tuple[Indices, Indices], shard_size: int) -> dict[str, Indices]:
+    """Indices of the images of each shard, by its name: of training images, then of held-out ones."""
+    return {
+        f"{split}-{number:05d}.tar": indices[first : first + shard_size]
+        for split, indices in zip(("train", "val"), splits, strict=True)
+        for number, first in enumerate(range(0, len(indices), shard_size))
+    }
 
 
 def _describe_images(source: Source, path: Path, labels: bool) -> dict[str, Any]:
