@@ -107,7 +107,7 @@ def prepare(
 
 
 def _divide(splits: tuple[Indices, Indices], shard_size: int) -> dict[str, Indices]:
-    """Indices of the images of each shard, by its name: of training images, then of held-out ones."""
+    """Indices of each shard's images, by its name: training shards, then held-out ones."""
     return {
         f"{split}-{number:05d}.tar": indices[first : first + shard_size]
         for split, indices in zip(("train", "val"), splits, strict=True)
