@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from ldm.tables import markdown_table
@@ -99,6 +100,13 @@ def add_out(parser: argparse.ArgumentParser, folder: str = "docs/results") -> No
     parser.add_argument(
         "--out", type=Path, default=Path(folder), help="folder to write to (default: %(default)s)"
     )
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Format the mean ± standard deviation over seeds; one value alone."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{fmean(values):.{digits}f} ± {stdev(values):.{digits}f}"
 
 
 def compare(

@@ -18,14 +18,14 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from autoencoders.pretrained import read_autoencoder
-from benchmarks.comparison import add_out, describe_machine, make_parser
+from benchmarks.comparison import add_out, describe_machine, make_parser, spread
 from ldm.config import to_tree
 from ldm.data import DataConfig, batches, open_source
 from ldm.errors import Interrupted, LdmError
@@ -197,13 +197,6 @@ def page_of(
         f"{machine}.", "", f"    {facts['command']}", "",
     ]  # fmt: skip
     return "\n".join(lines)
-
-
-def spread(values: list[float], digits: int) -> str:
-    """Mean ± standard deviation over seeds; one value alone."""
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    return f"{fmean(values):.{digits}f} ± {stdev(values):.{digits}f}"
 
 
 if __name__ == "__main__":

@@ -23,13 +23,13 @@ import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.comparison import add_out, describe_machine, make_parser
+from benchmarks.comparison import add_out, describe_machine, make_parser, spread
 from ldm.charts import drawing, line_style
 from ldm.device import time_interleaved
 from ldm.distributed import make_accelerator
@@ -216,13 +216,6 @@ def page_of(
         f"![Held-out PSNR against steps and seconds]({given.name}.png)", "",
         f"{machine}.", "", f"    {facts['command']}", "",
     ])  # fmt: skip
-
-
-def spread(values: list[float]) -> str:
-    """Mean ± standard deviation over seeds; one value alone."""
-    if len(values) == 1:
-        return f"{values[0]:.2f}"
-    return f"{fmean(values):.2f} ± {stdev(values):.2f}"
 
 
 def draw(

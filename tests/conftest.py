@@ -6,6 +6,7 @@ Tests side by side (`pytest -n 2`) have a core each: more threads would get in t
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,6 +37,14 @@ def weights(tmp_path, monkeypatch) -> Path:
 
     monkeypatch.setattr(inception.FeatureExtractor, "dim", DIM)
     return save_fake_inception(tmp_path, DIM)
+
+
+@pytest.fixture
+def asked(tmp_path, monkeypatch) -> dict[str, Any]:
+    """What the Hub's client is asked; its repositories lie in a folder."""
+    from tests.fake_hub import fake_hub
+
+    return fake_hub(tmp_path / "hub", monkeypatch)
 
 
 @pytest.fixture

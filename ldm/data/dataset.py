@@ -16,13 +16,13 @@ from ldm.data.hf import find_tables, is_hub, is_saved, open_hub, open_tables
 from ldm.data.photos import PhotoSource
 from ldm.data.shards import (
     SIDECAR,
-    UTF8,
     find_compression,
     find_shards,
     open_shards,
     read_manifest,
 )
 from ldm.data.sources import (
+    UTF8,
     FolderSource,
     LeftOut,
     Part,
@@ -66,8 +66,10 @@ class DataConfig(Config):
     skipped: x/cat/1.png and x/dog/2.png are of cat and dog."""
     held_out: Annotated[int, Field(ge=0)] | None = None
     """Images held out for validation, the last by name; with labels every n-th by name, so that
-    every class is represented. Default: those of the manifest, or a table's split for validation,
-    else 10,000 of FFHQ's 70,000, 5,000 of CelebA-HQ's 30,000, else one in twenty, up to 10,000."""
+    every class is represented. Default: those that the data set itself holds out (its manifest,
+    its folder val, a table's split for validation), else 10,000 of FFHQ's 70,000, 5,000 of
+    CelebA-HQ's 30,000, else one in twenty, up to 10,000. Fewer than the data set's own are the last
+    of these, and the others are not trained on."""
     label_file: str = ""
     """CSV file with the class of each image, by its path or its file's name; for labels=true."""
     image_column: str = ""

@@ -90,11 +90,11 @@ class TableSource(Source):
         from datasets import Image
 
         first = next(iter(splits.values()))
-        self._where, self._roots, self.root = where, [root.resolve() for root in roots], where
+        self.root, self._roots = where, [root.resolve() for root in roots]
         self._column = _find_image_column(first, image_column, where)
-        whole = Image(decode=False)
+        encoded = Image(decode=False)
         self._splits = {
-            name: split.select_columns([self._column]).cast_column(self._column, whole)
+            name: split.select_columns([self._column]).cast_column(self._column, encoded)
             for name, split in splits.items()
         }
         self._starts = [0, *accumulate(len(split) for split in splits.values())]
@@ -113,7 +113,7 @@ class TableSource(Source):
         with suppress(CorruptImage):
             data, named = self.read(index)
             suffix = named or next((s for magic, s in MAGIC.items() if data.startswith(magic)), "")
-        return f"{self._where}/{split}/{row}{suffix}"
+        return f"{self.root}/{split}/{row}{suffix}"
 
     def file(self, index: int) -> Path:
         return self._files[max(0, bisect_right(self._file_starts, index) - 1)]
@@ -133,7 +133,7 @@ class TableSource(Source):
         split, row = self._place(index)
         try:
             cell = self._splits[split][row][self._column]
-            if cell is None:
+            if cell is None or (cell["bytes"] is None and not cell["path"]):
                 raise CorruptImage("no image in this row")
             data = cell["bytes"]
             if data is None:
@@ -172,13 +172,11 @@ class TableSource(Source):
         feature = next(iter(features.values()))
         if other := next((name for name, found in features.items() if found != feature), None):
             raise UsageError(
-                f"{self._where}: column '{column}' of split '{other}' is of another kind: name one "
+                f"{self.root}: column '{column}' of split '{other}' is of another kind: name one "
                 "split"
             )
         if not re.fullmatch(r"u?int\d+|(large_)?string", str(getattr(feature, "dtype", ""))):
-            raise UsageError(
-                f"{self._where}: column '{column}' does not hold classes: name another"
-            )
+            raise UsageError(f"{self.root}: column '{column}' does not hold classes: name another")
         parts = [
             s.select_columns([column]).with_format("arrow")[:][column] for s in splits.values()
         ]
@@ -192,7 +190,7 @@ class TableSource(Source):
         if isinstance(feature, ClassLabel):
             if len(self.classes) > len(feature.names):
                 raise UsageError(
-                    f"{self._where} has class {len(self.classes) - 1}, but names only "
+                    f"{self.root} has class {len(self.classes) - 1}, but names only "
                     f"{len(feature.names)} classes: repair it, or omit labels"
                 )
             self.classes = tuple(map(printable, feature.names))

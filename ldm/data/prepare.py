@@ -22,7 +22,7 @@ from ldm.data.hf import is_hub
 from ldm.data.labels import printable
 from ldm.data.loader import FaultCount
 from ldm.data.shards import MANIFEST, MANIFEST_FORMAT, PNG, SHARD, sidecar, write_shard
-from ldm.data.sources import Indices, Small, Source, held_out_count, split_indices
+from ldm.data.sources import UTF8, Indices, Small, Source, held_out_count, split_indices
 from ldm.data.transforms import NOT_RESIZED, SMALL, CorruptImage, Filter, center_crop
 from ldm.data.workers import load_in_workers
 from ldm.errors import LdmError, UsageError, check_at_least, listed
@@ -73,8 +73,8 @@ def prepare(
         labels: keep the class of each image, see `DataConfig.labels`.
         label_file: CSV file of them.
         image_column, label_column: of a table; by default the only ones.
-        small: what becomes of images with a side below `size`: an error that counts them all, or
-            they are left out, or enlarged (with `filter`).
+        small: treatment of images with a side below `size`: an error that counts them all, or
+            left out, or enlarged (with `filter`).
 
     Returns:
         The manifest, as written to `manifest.json` in the destination; its filter is
@@ -120,7 +120,7 @@ def _describe_images(source: Source, path: Path, labels: bool) -> dict[str, Any]
     names = [source.name(i).removeprefix(f"{path}/") for i in range(len(source))]
     found: dict[str, Any] = {
         "images": len(source),
-        "names_sha256": sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest(),
+        "names_sha256": sha256("\n".join(names).encode(*UTF8)).hexdigest(),
     }
     if labels:
         text = json.dumps([source.classes, [source.label(i) for i in range(len(source))]])

@@ -23,7 +23,7 @@ from ldm.data.labels import (
     numbered_labels,
     read_label_file,
 )
-from ldm.data.sources import LeftOut, Source
+from ldm.data.sources import UTF8, LeftOut, Source
 from ldm.data.transforms import (
     MAX_BYTES,
     SUFFIXES,
@@ -46,7 +46,6 @@ from ldm.logbook import show_progress
 from ldm.records import Count, FileName, checked, parse_json, read_json, schema
 
 MANIFEST = "manifest.json"
-UTF8 = ("utf-8", "surrogateescape")  # file names may have any encoding
 MANIFEST_FORMAT = 1
 AGAIN = "run `ldm data prepare` again"
 SIDECAR = ".tar.json"

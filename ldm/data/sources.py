@@ -36,7 +36,6 @@ from ldm.data.transforms import (
     SMALL,
     SUFFIXES,
     CorruptImage,
-    SmallImage,
     decode,
     image_size,
     is_hidden,
@@ -50,6 +49,8 @@ Split = Literal["train", "val", "all"]
 Small = Literal["error", "skip", "enlarge"]
 Indices = range | np.ndarray
 
+UTF8 = ("utf-8", "surrogateescape")
+"""Encoding of file names, which may have any."""
 
 log = logging.getLogger("ldm")
 _told: set[str] = set()
@@ -130,7 +131,7 @@ class Source(ABC):
         """SHA-256 of the list of images, by their names: quick, and blind to their contents."""
         listing = sha256()
         for index in range(len(self)):
-            listing.update(f"{self.name(index)}\0".encode("utf-8", "surrogateescape"))
+            listing.update(f"{self.name(index)}\0".encode(*UTF8))
         return listing.hexdigest()
 
     def label(self, index: int) -> int:
@@ -150,7 +151,7 @@ class Source(ABC):
         """Load an image (H, W, 3) uint8 with no side shorter than `side` pixels.
 
         Raises:
-            SmallImage, LdmError: it is smaller, and `small` is "skip" or "error".
+            CorruptImage, LdmError: it is smaller, and `small` is "skip" or "error".
         """
         image = self.load(index)
         height, width = image.shape[:2]
@@ -162,7 +163,7 @@ class Source(ABC):
                 raise CorruptImage(f"{width}×{height}, too narrow to be enlarged")
             return resize(image, taller, wider)
         if self.small == "skip":
-            raise SmallImage(f"{SMALL}{width}×{height}")
+            raise CorruptImage(f"{SMALL}{width}×{height}")
         raise LdmError(
             f"{self.name(index)} is {width}×{height}, smaller than the {side}×{side} requested"
             f"{self._share_smaller(side)}: set data.small=skip or data.small=enlarge, or lower the "
@@ -245,7 +246,7 @@ class PathSource(Source):
 
     def identity(self) -> str:
         names = "\0".join(self._names)  # without the folder, which may be moved
-        return sha256(names.encode("utf-8", "surrogateescape")).hexdigest()
+        return sha256(names.encode(*UTF8)).hexdigest()
 
     def load(self, index: int) -> np.ndarray:
         return decode(self.read(index), Path(self._names[index]).suffix)
@@ -263,7 +264,7 @@ class PathSource(Source):
 
 
 class FolderSource(PathSource):
-    """Every image under a folder. Links to folders are followed; hidden files are ignored."""
+    """Every image under a folder. Links to folders are followed; hidden files are left out."""
 
     def __init__(self, path: Path, labels: bool = False, label_file: str = "") -> None:
         left_out = LeftOut()
@@ -305,7 +306,7 @@ MAX_DIRECTORY = 2**30
 
 
 class ZipSource(PathSource):
-    """Every image in a zip; other files in it are ignored. Of two with one name, the last counts.
+    """Every image in a zip. Of two with one name, the last counts.
 
     Only stored and deflated images are read: other methods cannot be stopped at a size.
     """

@@ -74,11 +74,8 @@ class CorruptImage(Exception):
     """An image that cannot be read, to be skipped and counted; the message is the reason."""
 
 
-class SmallImage(CorruptImage):
-    """An image that is smaller than needed, to be left out; the message begins with `SMALL`."""
-
-
 SMALL = "too small: "
+"""Beginning of the message of a `CorruptImage` that is only smaller than needed."""
 
 
 def image_size(data: bytes, suffix: str) -> tuple[int, int]:

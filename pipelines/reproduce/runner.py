@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import IO, Annotated, Any
 
@@ -130,6 +131,12 @@ def _build_seeds(
         for k in range(1, seeds)
     ]
     targets = [[each.targets(table) for table in tables] for each in plans]  # all checked first
+    for target in chain(*targets[0]):
+        record = read_tree(target.folder / RECORD, BEGUN, REMEASURE)
+        if record and record["taken"]:
+            raise UsageError(
+                f"row '{target.row.name}' was measured with --take: give --out another folder"
+            )
     built = [
         [
             _build_table(table, of_table, each)
@@ -137,11 +144,6 @@ def _build_seeds(
         ]
         for each, of_seed in zip(plans, targets, strict=True)
     ]
-    for result in built[0]:
-        if taken := [name for name, record in result.records.items() if record["taken"]]:
-            raise UsageError(
-                f"row '{taken[0]}' was measured with --take: give --out another folder"
-            )
     pooled = [pool_seeds(results) for results in zip(*built, strict=True)]
     if is_main():
         for result in pooled:

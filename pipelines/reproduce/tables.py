@@ -228,7 +228,7 @@ def find_tables(word: str) -> list[Table]:
 FEWEST = 30
 """Images below which two standard errors are too few: Student's t is 2.05 there."""
 STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
-"""Standard errors of a mean over 2, 3 … 10 seeds that it stays within in 95 of 100 cases."""
+"""Student's t of a mean over 2, 3 … 10 seeds: 95 % of all means lie within as many errors."""
 UNKNOWN = "its error is unknown"
 
 Verdict = Literal["holds", "does not hold", "cannot be judged"]

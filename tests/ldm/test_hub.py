@@ -24,11 +24,6 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def asked(tmp_path, monkeypatch):
-    return fake_hub(tmp_path / "hub", monkeypatch)
-
-
-@pytest.fixture
 def offline(tmp_path, monkeypatch):
     """The real client without a connection, and one repository in its cache."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

@@ -17,7 +17,6 @@ from ldm.run_folder import provenance
 from pipelines import LatentDiffusionPipeline
 from pipelines.exchange import import_diffusion
 from pipelines.sample import sample_images
-from tests.fake_hub import fake_hub
 from tests.pipelines.exchange.foreign_models import SIZE as THEIR_SIZE
 from tests.pipelines.exchange.foreign_models import write_compvis, write_diffusers
 from tests.pipelines.report.run_folders import stage_two
@@ -40,11 +39,6 @@ MODELS = {
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def asked(tmp_path, monkeypatch):
-    return fake_hub(tmp_path / "hub", monkeypatch)
 
 
 def loaded(name, *arguments, **options):

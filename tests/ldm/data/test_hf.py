@@ -175,7 +175,8 @@ def test_images_as_bytes_paths_or_structs(tmp_path, kind):
 
 
 def test_corrupt_and_missing_images_are_named(tmp_path):
-    bad = [None, {"bytes": b"damage", "path": "x.png"}, {"bytes": None, "path": "/nowhere/1.png"}]
+    bad = [None, {"bytes": b"damage", "path": "x.png"}, {"bytes": None, "path": "/nowhere/1.png"},
+           {"bytes": None, "path": None}]  # fmt: skip
     (tmp_path / "table").mkdir()
     table = pyarrow.table({"image": [*cells(0, 200), *bad]})
     pyarrow.parquet.write_table(table, tmp_path / "table" / "a.parquet")
@@ -184,6 +185,7 @@ def test_corrupt_and_missing_images_are_named(tmp_path):
         (200, "no image in this row"),
         (201, "not an image"),
         (202, "/nowhere/1.png lies outside of the data set"),
+        (203, "no image in this row"),
     ):
         with pytest.raises(CorruptImage, match=told):
             source.load(index)

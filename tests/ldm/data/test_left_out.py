@@ -1,4 +1,4 @@
-"""What a data set's files are is decided once, and what is left out of it is named."""
+"""The kind of a data set's files is decided once, and files that are left out are named."""
 
 import gzip
 import logging
@@ -78,11 +78,16 @@ def test_folders_that_cannot_be_read_are_named(tmp_path, notes, monkeypatch):
     assert f"1 folders that cannot be read, such as {path}/closed" in notes.text
 
 
-@pytest.mark.parametrize("suffix", [".jfif", ".jpe", ".JPG", ".apng", ".dib", ".gif", ".avif"])
-def test_suffixes_of_all_formats_are_read(tmp_path, suffix):
-    kind = {".apng": "PNG", ".dib": "BMP", ".gif": "GIF", ".avif": "AVIF"}.get(suffix, "JPEG")
-    if kind not in FORMATS:
-        pytest.skip("Pillow without AVIF")
+SUFFIXES = {
+    ".jfif": "JPEG", ".jpe": "JPEG", ".JPG": "JPEG", ".apng": "PNG", ".dib": "BMP", ".gif": "GIF",
+    ".avif": "AVIF",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("suffix", "kind"), [(s, kind) for s, kind in SUFFIXES.items() if kind in FORMATS]
+)
+def test_suffixes_of_all_formats_are_read(tmp_path, suffix, kind):
     path = in_folder(tmp_path / "data", {f"1{suffix}": encode(coordinates(0), kind)})
     assert open_images(path).load(0).shape == (48, 40, 3)
 

@@ -140,6 +140,16 @@ def test_what_seeds_and_our_rows_do_not_fit(tmp_path):
             reproduce(word, "small", out=tmp_path, **how)
 
 
+def test_seeds_refuse_a_row_of_a_given_checkpoint_before_they_train(faked):
+    [result] = reproduce("t4", "small")
+    trained = Path(result.records["smc"]["trained_in"]) / "ckpt.pt"
+    reproduce("t4", "small", take=[f"smc={trained}"])
+    count = len(faked.trained)
+    with pytest.raises(UsageError, match="row 'smc' was measured with --take: give --out another"):
+        reproduce("t4", "small", seeds=2)
+    assert len(faked.trained) == count
+
+
 def test_our_rows_are_built_beside_the_papers(faked):
     [result] = reproduce("t2b", "small", ours=True)
     assert list(result.records) == ["vae", "vae-small", "litevae-b", "litevae-b-plus"]
