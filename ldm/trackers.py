@@ -232,8 +232,7 @@ class Trackers:
                 if make.requires_logging_directory:
                     given.append("." if name == "aim" else str(folder))  # its repository, for all
                 tracker = make(*given, **options)
-                if hasattr(tracker, "start"):  # before accelerate 1.8, its class starts it
-                    tracker.start()
+                tracker.start()
                 self._open[name] = tracker
                 kind.begin(tracker.tracker, "" if before else folder.name)
                 if before is None or name != "mlflow":  # whose parameters cannot change

@@ -114,6 +114,7 @@ PARSE_ONLY = {
 }
 NOT_OURS = {
     r"pip install .*": "would change the environment",
+    r"python -m build": "downloads its build backend; .ci/run calls it",
     r"pytest.*": "runs this test",
     r"(ruff|mypy|mkdocs|pre-commit)( .*)?": "a developer's tool; .ci/run calls it",
     r"\.ci/run": "runs this test",

@@ -1,7 +1,9 @@
-"""Imports point down only, and nowhere in a circle."""
+"""Imports point down only, nowhere in a circle, and to declared libraries only."""
 
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -40,6 +42,22 @@ def test_imports_point_down(source):
             continue
         assert floor(name) <= floor(own), f"{own} imports {name}, which stands above it"
         assert name.partition(".")[0] != siblings.get(own.partition(".")[0]), f"{own} ↔ {name}"
+
+
+NAMES = {
+    "PIL": "pillow", "cleanfid": "clean-fid", "pywt": "pywavelets", "skimage": "scikit-image",
+    "yaml": "pyyaml",
+}  # fmt: skip
+OPTIONAL = {"diffusers", "datasets", "wandb"}  # missing, they are an error that names them
+
+
+def test_every_imported_library_is_a_dependency():
+    names = {name.partition(".")[0] for source in SOURCES for name in imported(source)}
+    names -= {*(source.path.parts[0] for source in SOURCES), *sys.stdlib_module_names, *OPTIONAL}
+    assert {"torch", "PIL", "huggingface_hub"} <= names
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    declared = {re.match(r"[\w-]+", text)[0].lower() for text in project["dependencies"]}
+    assert {NAMES.get(name, name.replace("_", "-")) for name in names} <= declared
 
 
 def test_an_import_that_points_up_is_seen():
