@@ -14,13 +14,7 @@ from pydantic import Field
 from ldm.config import Config
 from ldm.data.hf import find_tables, is_hub, is_saved, open_hub, open_tables
 from ldm.data.photos import PhotoSource
-from ldm.data.shards import (
-    SIDECAR,
-    find_compression,
-    find_shards,
-    open_shards,
-    read_manifest,
-)
+from ldm.data.shards import SIDECAR, find_shards, open_shards, read_manifest
 from ldm.data.sources import (
     UTF8,
     FolderSource,
@@ -37,7 +31,7 @@ from ldm.data.sources import (
 from ldm.data.transforms import is_image
 from ldm.distributed import from_main
 from ldm.errors import LdmError, UsageError, check_at_least, listed
-from ldm.files import sha256_of, write_json
+from ldm.files import find_compression, sha256_of, write_json
 from ldm.logbook import show_progress
 from ldm.records import read_tree, schema
 

@@ -12,7 +12,7 @@ import os
 import zipfile
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
@@ -88,6 +88,17 @@ class LeftOut:
         self._counts[kind] += 1
         self._first.setdefault(kind, name)
 
+    @property
+    def kinds(self) -> dict[str, tuple[int, str]]:
+        """The number, and the first, of each kind."""
+        return {kind: (count, self._first[kind]) for kind, count in self._counts.items()}
+
+    def merge(self, kinds: Mapping[str, tuple[int, str]]) -> None:
+        """Count those of another, later place."""
+        for kind, (count, first) in kinds.items():
+            self._counts[kind] += count
+            self._first.setdefault(kind, first)
+
     def __str__(self) -> str:
         if not self._counts:
             return ""
@@ -106,14 +117,14 @@ class Source(ABC):
 
     classes: tuple[str, ...] = ()
     """Names of the classes; () without labels."""
-    labels: np.ndarray | None = None
-    """Class of each image (n,), as an index into `classes`; None without labels."""
     held_out: int | None = None
     """Images, the last ones, that whoever made the data set holds out; None if that is not said."""
     root: str = ""
     """Beginning of all names, where it is no part of their files' paths."""
     small: Small = "error"
     """Treatment of images that are too small by `load_at_least`."""
+
+    _labels: np.ndarray | None = None
 
     @abstractmethod
     def __len__(self) -> int:
@@ -135,8 +146,8 @@ class Source(ABC):
         return listing.hexdigest()
 
     def label(self, index: int) -> int:
-        """Return the class of an image; −1 for none."""
-        return -1 if self.labels is None else int(self.labels[index])
+        """Return the class of an image, as an index into `classes`; −1 for none."""
+        return -1 if self._labels is None else int(self._labels[index])
 
     def file(self, index: int) -> Path:
         """Return the file with an image: its own, or an archive of many."""
@@ -205,7 +216,7 @@ class PathSource(Source):
         left_out.tell(str(path), len(self._names))
         is_split = self._take_splits()
         if labels:
-            self.classes, self.labels = self._read_labels(is_split, label_file)
+            self.classes, self._labels = self._read_labels(is_split, label_file)
 
     def _take_splits(self) -> bool:
         """Put images of val last, if there are splits."""
@@ -387,7 +398,6 @@ class Part(Source):
 
     def __init__(self, whole: Source, indices: Indices) -> None:
         self._whole, self._indices, self.classes = whole, indices, whole.classes
-        self.labels = None if whole.labels is None else whole.labels[indices]
         self.small = whole.small
 
     def __len__(self) -> int:
@@ -395,6 +405,9 @@ class Part(Source):
 
     def name(self, index: int) -> str:
         return self._whole.name(self._indices[index])
+
+    def label(self, index: int) -> int:
+        return self._whole.label(self._indices[index])
 
     def file(self, index: int) -> Path:
         return self._whole.file(self._indices[index])
