@@ -193,7 +193,7 @@ def find_kind(path: Path) -> Kind:
     images = list(islice(filter(is_image, walk(path, LeftOut())), len(shards) + len(tables)))
     found: dict[Kind, list[str]] = {
         "images": images,
-        "shards": [shard.name for shard in shards],
+        "shards": shards,
         "tables": [table.name for table in tables],
     }
     kind = max(found, key=lambda kind: len(found[kind]))  # the first of equal ones

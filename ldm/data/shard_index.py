@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple, TypeGuard, cast
 from zlib import crc32
@@ -178,8 +179,6 @@ def open_index(
 ) -> ShardIndex:
     """Open the index of shards, `folder`/`shards[i]`; make it if there is none, or shards changed.
 
-    `ldm data prepare` writes it beside its shards; others' are kept in the cache.
-
     Args:
         key: names the data set in the cache.
         listed: the shards' entries in a manifest, if there is one.
@@ -237,7 +236,7 @@ def write_index(
     stopped: list[BaseException] = []
 
     def write(file: IO[bytes]) -> None:
-        writer = _Writer(file, labels)
+        writer = IndexWriter(file, labels)
         with closing(blocks), show_progress("indexing", len(new), unit="shards") as advance:
             for stamp in stamps:
                 if old is not None and stamp in known:
@@ -258,18 +257,19 @@ def write_index(
 
 def _stat(folder: Path, shards: Sequence[str], listed: Listed) -> list[Stamp]:
     def stamp(name: str) -> Stamp:
+        path = f"{folder}/{name}"  # 10⁵ objects of pathlib would take seconds
         try:
-            found = (folder / name).stat()
+            found = os.stat(path)  # noqa: PTH116
         except FileNotFoundError as error:
-            raise LdmError(f"shard {folder / name} does not exist") from error
+            raise LdmError(f"shard {path} does not exist") from error
         except OSError as error:
-            raise LdmError(f"could not read shard {folder / name} ({error.strerror})") from error
+            raise LdmError(f"could not read shard {path} ({error.strerror})") from error
         digest = listed.get(name, {}).get("sha256")
-        version = crc32(digest.encode()) if digest else found.st_mtime_ns
-        return Stamp(name, found.st_size, version)
+        return Stamp(name, found.st_size, crc32(digest.encode()) if digest else found.st_mtime_ns)
 
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(stamp, shards, chunksize=100))
+    parts = [shards[first : first + 1000] for first in range(0, len(shards), 1000)]
+    with ThreadPoolExecutor() as pool:  # a remote disk answers many at once
+        return list(chain(*pool.map(lambda part: list(map(stamp, part)), parts)))
 
 
 def _read(path: Path) -> ShardIndex | None:
@@ -319,7 +319,9 @@ def _old_block(index: ShardIndex, shard: int) -> Block:
     return Block(records, names.tobytes(), index._names, index.left_out.get(index.shard(shard), {}))
 
 
-class _Writer:
+class IndexWriter:
+    """Writes an index into an open file."""
+
     def __init__(self, file: IO[bytes], labels: bool) -> None:
         self._file, self._labels = file, labels
         self._rows: list[tuple[Any, ...]] = []

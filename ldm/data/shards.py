@@ -59,31 +59,30 @@ class ShardSource(Source):
     manifest, numbers are named "0", "1", ….
 
     Args:
-        key: names the data set in the cache of indexes; the first shard by default.
+        folder: of the shards.
+        names: their paths in it.
+        key: names the data set in the cache of indexes.
     """
 
     def __init__(
         self,
-        shards: Sequence[Path],
+        folder: Path,
+        names: Sequence[str],
         manifest: Mapping[str, Any] | None = None,
         labels: bool = False,
         label_file: str = "",
         key: str = "",
     ) -> None:
-        in_members = labels and not label_file
-        if not shards:
-            raise LdmError(f"no shards in {key}: give another folder")
-        self._folder = Path(os.path.commonpath([shard.absolute().parent for shard in shards]))
-        names = [shard.absolute().relative_to(self._folder).as_posix() for shard in shards]
+        if not names:
+            raise LdmError(f"no shards in {folder}: give another folder")
+        in_members, self._folder = labels and not label_file, folder
         listed = listed_shards(manifest) if manifest else {}
-        self._index = open_index(
-            self._folder, names, key or str(shards[0].absolute()), listed, in_members
-        )
-        self._shown = shards[0].parent if len({shard.parent for shard in shards}) == 1 else None
+        key = key or str((folder / names[0]).absolute())
+        self._index = open_index(folder, names, key, listed, in_members)
         left_out = LeftOut()
         for kinds in self._index.left_out.values():
             left_out.merge(kinds)
-        searched = " … ".join(dict.fromkeys((str(shards[0]), str(shards[-1]))))
+        searched = " … ".join(dict.fromkeys(str(folder / names[end]) for end in (0, -1)))
         if not len(self):
             raise LdmError(f"no images in {searched}{left_out}: {' '.join(SUFFIXES)} are read")
         left_out.tell(searched, len(self))
@@ -102,8 +101,7 @@ class ShardSource(Source):
         return f"{self.file(index)}/{self._member(index).name}"
 
     def file(self, index: int) -> Path:
-        name = self._index.shard(self._index.find(index)[0])
-        return (self._shown or self._folder) / name
+        return self._folder / self._index.shard(self._index.find(index)[0])
 
     def label(self, index: int) -> int:
         if not self._in_members:
@@ -173,25 +171,32 @@ def open_shards(path: Path, labels: bool = False, label_file: str = "") -> Shard
         from braceexpand import braceexpand
 
         shards = [path] if path.exists() else [Path(name) for name in braceexpand(str(path))]
-        manifest = read_manifest(shards[0].parent)
-        return ShardSource(shards, manifest, labels, label_file, str(path.absolute()))
-    manifest = read_manifest(path)
+        folder, names = common_folder(shards)
+        manifest = read_manifest(folder)
+        return ShardSource(folder, names, manifest, labels, label_file, str(path.absolute()))
+    manifest, key = read_manifest(path), str(path.absolute())
     if manifest:
-        prepared = [path / name for name in listed_shards(manifest)]
-        source = ShardSource(prepared, manifest, labels, label_file, str(path.absolute()))
+        prepared = list(listed_shards(manifest))
+        source = ShardSource(path, prepared, manifest, labels, label_file, key)
         source.held_out = manifest["splits"]["val"]["count"]
         return source
     if any(path.glob(f"*{SIDECAR}")):
         raise LdmError(
             f"{path} is not complete: run the same `ldm data prepare` again to resume it"
         )
-    return ShardSource(find_shards(path), None, labels, label_file, str(path.absolute()))
+    return ShardSource(path, find_shards(path), None, labels, label_file, key)
 
 
-def find_shards(folder: Path) -> list[Path]:
-    """Return the tars in a folder, by name, but hidden ones, such as macOS's copies."""
-    tars = (path for path in folder.iterdir() if path.suffix.lower() == ".tar")
-    return sorted(path for path in tars if not is_hidden(path.name))
+def common_folder(shards: Sequence[Path]) -> tuple[Path, list[str]]:
+    """Return the folder that holds all of some files, and their paths in it."""
+    folder = Path(os.path.commonpath([shard.parent for shard in shards]))
+    return folder, [shard.relative_to(folder).as_posix() for shard in shards]
+
+
+def find_shards(folder: Path) -> list[str]:
+    """Return the names of the tars in a folder, sorted; but hidden ones, as macOS's copies."""
+    tars = (entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(".tar"))
+    return sorted(name for name in tars if not is_hidden(name))
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ import os
 import zipfile
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
@@ -47,10 +47,8 @@ from ldm.files import HeaderReader, lfs_pointer, read_bytes
 
 Split = Literal["train", "val", "all"]
 Small = Literal["error", "skip", "enlarge"]
-Indices = range | np.ndarray
 
-UTF8 = ("utf-8", "surrogateescape")
-"""Encoding of file names, which may have any."""
+UTF8 = ("utf-8", "surrogateescape")  # of file names, which may have any bytes
 
 log = logging.getLogger("ldm")
 _told: set[str] = set()
@@ -63,8 +61,7 @@ def tell(note: str) -> None:
         _told.add(note)
 
 
-PROBED = 500
-"""Images that are looked at, when one is too small, to say how many are."""
+PROBED = 500  # images that are looked at, when one is too small, to say how many are
 
 
 class LeftOut:
@@ -94,7 +91,7 @@ class LeftOut:
         return {kind: (count, self._first[kind]) for kind, count in self._counts.items()}
 
     def merge(self, kinds: Mapping[str, tuple[int, str]]) -> None:
-        """Count those of another, later place."""
+        """Count those of a later place."""
         for kind, (count, first) in kinds.items():
             self._counts[kind] += count
             self._first.setdefault(kind, first)
@@ -308,8 +305,8 @@ def walk(path: Path, left_out: LeftOut) -> Iterator[str]:
             folders.clear()
             continue
         entered.add(real)
-        relative = Path(folder).relative_to(path)
-        yield from ((relative / file).as_posix() for file in files)
+        relative = "" if folder == str(path) else f"{Path(folder).relative_to(path).as_posix()}/"
+        yield from (f"{relative}{file}" for file in files)
 
 
 MAX_DIRECTORY = 2**30
@@ -382,6 +379,26 @@ def held_out_count(count: int, requested: int | None) -> int:
     return held_out
 
 
+class Others(Sequence[int]):
+    """0 … count−1 without `ends`, which ascend; they are computed."""
+
+    def __init__(self, count: int, ends: np.ndarray) -> None:
+        self._count = count - len(ends)
+        self._before = ends - np.arange(len(ends))  # others below each end
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, i: Any) -> Any:
+        j = range(self._count)[i]  # or an IndexError
+        if isinstance(j, range):
+            return [self[k] for k in j]
+        return j + int(np.searchsorted(self._before, j, "right"))
+
+
+Indices = Sequence[int] | np.ndarray
+
+
 def split_indices(count: int, held_out: int, evenly: bool) -> tuple[Indices, Indices]:
     """Ascending indices of the training images and of the held-out images among `count`.
 
@@ -390,7 +407,7 @@ def split_indices(count: int, held_out: int, evenly: bool) -> tuple[Indices, Ind
     if not evenly:
         return range(count - held_out), range(count - held_out, count)
     ends = np.arange(1, held_out + 1) * count // held_out - 1
-    return np.delete(np.arange(count), ends), ends
+    return Others(count, ends), ends
 
 
 class Part(Source):
