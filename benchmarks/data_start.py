@@ -22,7 +22,6 @@ import numpy as np
 
 from benchmarks.comparison import make_parser
 from ldm.data import DataConfig, open_source
-from ldm.data.loader import image_index
 from ldm.data.shard_index import INDEX, RECORD, Block, IndexWriter, Stamp
 from ldm.tables import text_table
 
@@ -79,7 +78,7 @@ def open_once(folder: Path) -> dict[str, float]:
     travelling = len(pickle.dumps(source)) / 1e6
     start = time.perf_counter()
     for k in range(LOOKS):
-        index = image_index(0, len(source), k)
+        index = source.shuffled(0, k)
         source.name(index), source.label(index)
     looked = (time.perf_counter() - start) / LOOKS
     own, mapped = (after - b for after, b in zip(memory(), before, strict=True))

@@ -17,7 +17,7 @@ from typing import Annotated, Any, NamedTuple, get_args
 from PIL import Image
 from pydantic import Field
 
-from ldm.data.dataset import open_images
+from ldm.data.dataset import held_out_count, open_images, split_indices
 from ldm.data.hf import is_hub
 from ldm.data.labels import printable
 from ldm.data.loader import FaultCount
@@ -31,7 +31,7 @@ from ldm.data.shards import (
     sidecar,
     write_shard,
 )
-from ldm.data.sources import UTF8, Indices, Small, Source, held_out_count, split_indices
+from ldm.data.sources import UTF8, Indices, Small, Source
 from ldm.data.transforms import NOT_RESIZED, SMALL, CorruptImage, Filter, center_crop
 from ldm.data.workers import load_in_workers
 from ldm.errors import LdmError, UsageError, check_at_least, listed

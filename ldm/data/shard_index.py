@@ -10,23 +10,23 @@ of the same name, size, and time or hash.
 import atexit
 import json
 import os
-import re
 import shutil
 import struct
 import tarfile
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple, TypeGuard, cast
+from typing import IO, Any, NamedTuple, cast
 from zlib import crc32
 
 import numpy as np
 
-from ldm.data.labels import LABEL_COLUMNS, named_labels, numbered_labels
+from ldm.data.labels import member_class, named_labels, numbered_labels
 from ldm.data.sources import UTF8, LeftOut, tell
 from ldm.data.transforms import is_image
 from ldm.data.workers import load_in_workers
@@ -34,7 +34,6 @@ from ldm.errors import LdmError
 from ldm.files import HeaderReader, find_compression, lfs_pointer, open_regular, write_atomically
 from ldm.locks import lock
 from ldm.logbook import show_progress
-from ldm.records import parse_json
 from ldm.weights import cache_folder
 
 INDEX = "shards.index"
@@ -48,6 +47,8 @@ FEW = 32
 
 Listed = Mapping[str, Mapping[str, Any]]
 """Entries of shards in a manifest, by their names: `count`, and perhaps `sha256`."""
+ReadShards = Callable[[Sequence[str]], Generator["Block"]]
+"""Reads shards, by their names, one after the other."""
 MAGIC = b"ldmindex"
 RECORD = np.dtype([("offset", "<u8"), ("size", "<u8"), ("label", "<i4"), ("name_end", "<u4")])
 """An image: the position of its bytes; its class, −1 for none, −2 − i for the i-th name of a class;
@@ -159,6 +160,12 @@ class ShardIndex:
         length = int(row["count"]) * RECORD.itemsize
         return block[:length].view(RECORD), block[length:]
 
+    def whole_block(self, shard: int) -> "Block":
+        """Return all that is known of a shard, for another index."""
+        records, names = self.block(shard)
+        left_out = self.left_out.get(self.shard(shard), {})
+        return Block(records, names.tobytes(), self._names, left_out)
+
 
 def _open_again(path: Path, digest: bytes) -> ShardIndex:
     try:
@@ -185,42 +192,44 @@ def open_index(
         labels: read classes; an index with classes serves without them, too.
     """
     stamps = _stat(folder, shards, listed)
+    beside = _read(folder / INDEX)
+    if beside is not None and _is_valid(beside, stamps, listed, labels):
+        return beside
+    return kept_index(key, stamps, listed, labels, partial(read_shards, folder, listed, labels))
+
+
+def kept_index(
+    key: str, stamps: Sequence[Stamp], listed: Listed, labels: bool, read: ReadShards
+) -> ShardIndex:
+    """Open the index that is kept in the cache by `key`, or make it by reading shards."""
     kept = cache_folder() / "indexes" / sha256(key.encode(*UTF8)).hexdigest()[:24] / INDEX
-
-    def is_valid(index: ShardIndex | None) -> TypeGuard[ShardIndex]:
-        if index is None or labels > index.has_labels or _stamps(index) != stamps:
-            return False
-        counts = zip(shards, index.table["count"].tolist(), strict=True)
-        return all(listed.get(name, {}).get("count", n) == n for name, n in counts)
-
-    for path in (folder / INDEX, kept):
-        if is_valid(index := _read(path)):
-            return index
+    if (index := _read(kept)) and _is_valid(index, stamps, listed, labels):
+        return index
     try:
         with lock(kept.parent, wait=True):  # of several processes, one makes it
-            if is_valid(index := _read(kept)):
+            if (index := _read(kept)) and _is_valid(index, stamps, listed, labels):
                 return index
-            return write_index(kept, folder, stamps, listed, labels, index)
+            return write_index(kept, stamps, labels, read, index)
     except LdmError as error:
         if not isinstance(error.__cause__, OSError) or os.access(kept.parent, os.W_OK):
             raise
         tell(f"{kept.parent} cannot be written: the index of {key} is made at each start")
     own = Path(tempfile.mkdtemp(prefix="ldm-index-"))
     atexit.register(shutil.rmtree, own, ignore_errors=True)
-    return write_index(own / INDEX, folder, stamps, listed, labels)
+    return write_index(own / INDEX, stamps, labels, read)
 
 
 def keep_index(folder: Path, listed: Listed, labels: bool) -> None:
     """Write the index of prepared shards, the `listed` ones, beside them."""
-    write_index(folder / INDEX, folder, _stat(folder, list(listed), listed), listed, labels)
+    read = partial(read_shards, folder, listed, labels)
+    write_index(folder / INDEX, _stat(folder, list(listed), listed), labels, read)
 
 
 def write_index(
     path: Path,
-    folder: Path,
     stamps: Sequence[Stamp],
-    listed: Listed,
     labels: bool,
+    read: ReadShards,
     old: ShardIndex | None = None,
 ) -> ShardIndex:
     """Index shards into a file; blocks of an `old` index are copied where the shards are the same.
@@ -230,17 +239,14 @@ def write_index(
     old = None if old is None or labels > old.has_labels else old
     known = {} if old is None else {stamp: i for i, stamp in enumerate(_stamps(old))}
     new = [stamp.name for stamp in stamps if stamp not in known]
-    workers = 0 if len(new) < FEW else os.cpu_count() or 1
-    keys = [(folder / name, listed.get(name, {}).get("count"), labels) for name in new]
-    blocks = load_in_workers(_index, keys, workers, "run the same command again")
-    stopped: list[BaseException] = []
+    blocks, stopped = read(new), list[BaseException]()
 
     def write(file: IO[bytes]) -> None:
         writer = IndexWriter(file, labels)
         with closing(blocks), show_progress("indexing", len(new), unit="shards") as advance:
             for stamp in stamps:
                 if old is not None and stamp in known:
-                    writer.add(stamp, _old_block(old, known[stamp]))
+                    writer.add(stamp, old.whole_block(known[stamp]))
                 elif not stopped:
                     try:
                         writer.add(stamp, next(blocks))
@@ -253,6 +259,21 @@ def write_index(
     if stopped:
         raise stopped[0]
     return ShardIndex(path)
+
+
+def _is_valid(index: ShardIndex, stamps: Sequence[Stamp], listed: Listed, labels: bool) -> bool:
+    if labels > index.has_labels or _stamps(index) != stamps:
+        return False
+    counts = zip(stamps, index.table["count"].tolist(), strict=True)
+    return all(listed.get(stamp.name, {}).get("count", n) == n for stamp, n in counts)
+
+
+def read_shards(
+    folder: Path, listed: Listed, labels: bool, names: Sequence[str]
+) -> Generator["Block"]:
+    workers = 0 if len(names) < FEW else os.cpu_count() or 1
+    keys = [(folder / name, listed.get(name, {}).get("count"), labels) for name in names]
+    return load_in_workers(read_shard, keys, workers, "run the same command again")
 
 
 def _stat(folder: Path, shards: Sequence[str], listed: Listed) -> list[Stamp]:
@@ -294,7 +315,8 @@ class Block(NamedTuple):
     left_out: dict[str, tuple[int, str]]
 
 
-def _index(shard: tuple[Path, int | None, bool]) -> Block:
+def read_shard(shard: tuple[Path, int | None, bool]) -> Block:
+    """Index one shard, given its path, the number of its images if known, and labels or not."""
     path, expected, labels = shard
     left_out = LeftOut()
     members = index_shard(path, expected, labels, left_out)
@@ -312,11 +334,6 @@ def _index(shard: tuple[Path, int | None, bool]) -> Block:
     records["label"] = [label if isinstance(label, int) else number[label] for label in found]
     records["name_end"] = np.cumsum([len(name) for name in names])
     return Block(records, b"".join(names), classes, left_out.kinds)
-
-
-def _old_block(index: ShardIndex, shard: int) -> Block:
-    records, names = index.block(shard)
-    return Block(records, names.tobytes(), index._names, index.left_out.get(index.shard(shard), {}))
 
 
 class IndexWriter:
@@ -418,33 +435,4 @@ def index_shard(
             raise LdmError(f"shard {path} is compressed: unpack it by {kind} first") from error
         message = f"shard {path} is truncated or corrupt ({error}): copy or prepare it again"
         raise LdmError(lfs_pointer(path, "the shard") or message) from error
-    return [image._replace(label=_read_class(path, key, texts)) for key, image in members]
-
-
-def _read_class(path: Path, key: str, texts: Mapping[str, Mapping[str, bytes]]) -> int | str | None:
-    """The class in an image's member `.cls`, else in its `.json`; None if it has none."""
-    if key in texts[".cls"]:
-        return _class_number(texts[".cls"][key], f"{path}/{key}.cls")
-    if key in texts[".json"]:
-        return _described_class(texts[".json"][key], f"{path}/{key}.json")
-    return None
-
-
-def _class_number(text: bytes, where: str) -> int:
-    # at most six digits: a damaged number must not become millions of classes
-    if not re.fullmatch(rb"\s*\d{1,6}\s*", text):
-        raise LdmError(
-            f"{where} holds {text!r}, not a class number from 0 to 999999: repair it, or omit "
-            "labels"
-        )
-    return int(text)
-
-
-def _described_class(text: bytes, where: str) -> int | str | None:
-    """The class in a member of JSON, a number or a name; None if it has none."""
-    try:
-        tree = parse_json(text)
-    except ValueError as error:
-        raise LdmError(f"{where} is damaged ({error}): repair it, or omit labels") from error
-    found = (tree.get(key) for key in LABEL_COLUMNS) if isinstance(tree, dict) else ()
-    return next((label for label in found if type(label) in (int, str)), None)
+    return [image._replace(label=member_class(path, key, texts)) for key, image in members]

@@ -6,7 +6,7 @@ image, so no handle is shared between processes. A class is a number in a `.cls`
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import sha256
@@ -16,7 +16,7 @@ from typing import IO, Any
 import numpy as np
 
 from ldm.data.labels import match_labels, read_label_file
-from ldm.data.shard_index import Member, index_shard, open_index
+from ldm.data.shard_index import Member, ShardIndex, index_shard, open_index
 from ldm.data.sources import UTF8, LeftOut, Source
 from ldm.data.transforms import (
     MAX_BYTES,
@@ -88,7 +88,8 @@ class ShardSource(Source):
         left_out.tell(searched, len(self))
         self._in_members = in_members
         if in_members:
-            self._read_classes(manifest)
+            named = (manifest or {}).get("classes")
+            self.classes = class_names(self._index, self.name, folder, named)
         elif labels:
             path = Path(label_file).expanduser()
             table = read_label_file(path)
@@ -129,37 +130,51 @@ class ShardSource(Source):
 
     def _read(self, index: int) -> tuple[bytes, str]:
         """The file of an image, and the suffix of its name."""
-        member = self._member(index)
-        if member.size > MAX_BYTES:
-            raise CorruptImage(f"{member.size:,} bytes, more than {MAX_BYTES:,}")
         try:
-            with open_regular(self.file(index)) as file:
-                file.seek(member.offset)
-                return file.read(member.size), Path(member.name).suffix
+            return read_member(self.file(index), self._member(index))
         except OSError as error:
             raise CorruptImage(brief(error)) from error
 
-    def _read_classes(self, manifest: Mapping[str, Any] | None) -> None:
-        table, named = self._index.table, (manifest or {}).get("classes")
-        if (without := np.flatnonzero(table["unlabelled"])).size:
-            raise UsageError(
-                f"{self.name(self._index.first(int(without[0]), -1))} has no .cls or .json member "
-                "with its class: prepare the images with `ldm data prepare … --labels`, or omit "
-                "labels"
-            )
-        highest = int(table["highest"].max())
-        if self._index.classes:
-            if highest >= 0:
-                raise UsageError(f"{self._folder} has names and numbers as classes: use one")
-            self.classes = self._index.classes
-            return
-        first = self._index.first(int(table["highest"].argmax()), highest)
-        if named is not None and highest >= len(named):
-            raise UsageError(
-                f"{self.name(first)} has class {highest}, but {MANIFEST} names only classes below "
-                f"{len(named)}: prepare the images again, or omit labels"
-            )
-        self.classes = tuple(map(str, range(highest + 1))) if named is None else tuple(named)
+
+def read_member(path: Path, member: Member) -> tuple[bytes, str]:
+    """Read an image's file in a tar, and the suffix of its name; or raise `CorruptImage`."""
+    if member.size > MAX_BYTES:
+        raise CorruptImage(f"{member.size:,} bytes, more than {MAX_BYTES:,}")
+    with open_regular(path) as file:
+        try:
+            file.seek(member.offset)
+            return file.read(member.size), Path(member.name).suffix
+        except OSError as error:
+            raise CorruptImage(brief(error)) from error
+
+
+def class_names(
+    index: ShardIndex, name: Callable[[int], str], where: object, named: Sequence[str] | None
+) -> tuple[str, ...]:
+    """Return the names of the classes in shards that were read with labels.
+
+    Args:
+        name: gives an image's name, for messages; `where` is that of all.
+        named: names by a manifest.
+    """
+    table = index.table
+    if (without := np.flatnonzero(table["unlabelled"])).size:
+        raise UsageError(
+            f"{name(index.first(int(without[0]), -1))} has no .cls or .json member with its class: "
+            "prepare the images with `ldm data prepare … --labels`, or omit labels"
+        )
+    highest = int(table["highest"].max())
+    if index.classes:
+        if highest >= 0:
+            raise UsageError(f"{where} has names and numbers as classes: use one")
+        return index.classes
+    if named is not None and highest >= len(named):
+        first = index.first(int(table["highest"].argmax()), highest)
+        raise UsageError(
+            f"{name(first)} has class {highest}, but {MANIFEST} names only classes below "
+            f"{len(named)}: prepare the images again, or omit labels"
+        )
+    return tuple(map(str, range(highest + 1))) if named is None else tuple(named)
 
 
 def open_shards(path: Path, labels: bool = False, label_file: str = "") -> ShardSource:
@@ -204,7 +219,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / MANIFEST
     if not path.is_file():
         return None
-    manifest = read_json(path, AGAIN)
+    return check_manifest(read_json(path, AGAIN), path)
+
+
+def check_manifest(manifest: Any, path: object) -> dict[str, Any] | None:
+    """Return the content of a manifest, if it is one of `ldm data prepare`; else None."""
     if not isinstance(manifest, dict) or "splits" not in manifest:
         return None  # another tool's file of the same name
     checked(schema(format=Count), manifest, path, AGAIN)

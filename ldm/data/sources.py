@@ -1,9 +1,6 @@
 """Sources of whole images: a folder, and a zip such as EDM's dataset tool writes.
 
 Images in files are in the order of their paths, and their folders can name classes.
-
-A split takes the training images of a source, or the held-out ones: the last by name. Labelled
-images are sorted by class, so that these would be whole classes: of them, every n-th is held out.
 """
 
 import logging
@@ -44,6 +41,7 @@ from ldm.data.transforms import (
 )
 from ldm.errors import LdmError, UsageError, brief, listed
 from ldm.files import HeaderReader, lfs_pointer, read_bytes
+from ldm.seeds import shuffled
 
 Split = Literal["train", "val", "all"]
 Small = Literal["error", "skip", "enlarge"]
@@ -149,6 +147,17 @@ class Source(ABC):
     def file(self, index: int) -> Path:
         """Return the file with an image: its own, or an archive of many."""
         return Path(self.name(index))
+
+    def shuffled(self, seed: int, k: int) -> int:
+        """Return the index of the k-th image of a training run, a function of (seed, k) alone.
+
+        Each epoch k div n visits every image once, in a new order.
+        """
+        return shuffled(seed, k, len(self))
+
+    def part(self, indices: "Indices") -> "Source":
+        """Return some of the images as a source."""
+        return Part(self, indices)
 
     def size(self, index: int) -> tuple[int, int]:
         """Return width and height of an image, from its file's header where it has one."""
@@ -362,52 +371,8 @@ class ZipSource(PathSource):
         return self.__dict__ | {"_handle": None}
 
 
-# ------------------------------------------------------------------------------------- split
-# FFHQ and CelebA-HQ as split by Rombach et al. 2022: 60,000 + 10,000 and 25,000 + 5,000
-USUAL_HELD_OUT = {70_000: 10_000, 30_000: 5_000}
-
-
-def held_out_count(count: int, requested: int | None) -> int:
-    """Number of images held out of `count`: as requested, else the default of `DataConfig`."""
-    usual = USUAL_HELD_OUT.get(count, min(max(count // 20, 1), 10_000))
-    held_out = usual if requested is None else requested
-    if held_out >= count:
-        raise UsageError(
-            f"holding out {held_out} of {count} images leaves none to train on: "
-            "lower held_out (0 holds out none)"
-        )
-    return held_out
-
-
-class Others(Sequence[int]):
-    """0 … count−1 without `ends`, which ascend; they are computed."""
-
-    def __init__(self, count: int, ends: np.ndarray) -> None:
-        self._count = count - len(ends)
-        self._before = ends - np.arange(len(ends))  # others below each end
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, i: Any) -> Any:
-        j = range(self._count)[i]  # or an IndexError
-        if isinstance(j, range):
-            return [self[k] for k in j]
-        return j + int(np.searchsorted(self._before, j, "right"))
-
-
+# -------------------------------------------------------------------------------------- part
 Indices = Sequence[int] | np.ndarray
-
-
-def split_indices(count: int, held_out: int, evenly: bool) -> tuple[Indices, Indices]:
-    """Ascending indices of the training images and of the held-out images among `count`.
-
-    Held out are the last; or, `evenly`, the last of each of `held_out` runs of equal length.
-    """
-    if not evenly:
-        return range(count - held_out), range(count - held_out, count)
-    ends = np.arange(1, held_out + 1) * count // held_out - 1
-    return Others(count, ends), ends
 
 
 class Part(Source):
@@ -437,16 +402,3 @@ class Part(Source):
 
     def size(self, index: int) -> tuple[int, int]:
         return self._whole.size(self._indices[index])
-
-
-def take_split(source: Source, split: Split, held_out: int | None, evenly: bool = False) -> Source:
-    """Select the training images, the held-out images, or all images of a source.
-
-    `held_out` is a number of images, see `held_out_count`; `evenly` is as in `split_indices`.
-    """
-    if split == "all":
-        return source
-    train, val = split_indices(len(source), held_out_count(len(source), held_out), evenly)
-    if split == "val" and not len(val):
-        raise UsageError("no images are held out for validation: set data.held_out to 1 or more")
-    return Part(source, train if split == "train" else val)
