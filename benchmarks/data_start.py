@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.comparison import make_parser
 from ldm.data import DataConfig, open_source
-from ldm.data.shard_index import INDEX, RECORD, Block, IndexWriter, Stamp
+from ldm.data.shard_index import INDEX, RECORD, IndexWriter, ShardBlock, Stamp
 from ldm.tables import text_table
 
 LOOKS = 10_000
@@ -59,7 +59,7 @@ def make_listing(folder: Path, shards: int, images: int) -> None:
     records["size"], records["label"] = sizes, np.arange(images)
     records["offset"] = np.cumsum(sizes + 1024) - sizes
     records["name_end"] = list(accumulate(map(len, names)))
-    block = Block(records, b"".join(names), [], {})
+    block = ShardBlock(records, b"".join(names), [], {})
     with (folder / INDEX).open("wb") as file:
         writer = IndexWriter(file, labels=True)
         for number in range(shards):

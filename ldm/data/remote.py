@@ -28,7 +28,7 @@ import numpy as np
 
 from ldm.data.shard_cache import PIPE, Shard, ShardCache, file_system, read_small
 from ldm.data.shard_index import (
-    Block,
+    ShardBlock,
     ShardIndex,
     Stamp,
     kept_index,
@@ -404,7 +404,7 @@ def _read_all(source: str, shards: Sequence[Shard], cache: ShardCache) -> ShardI
     stamps = [Stamp(shard.url, shard.bytes, shard.version) for shard in shards]
     by_url = {shard.url: shard for shard in shards}
 
-    def read(names: Sequence[str]) -> Generator[Block]:
+    def read(names: Sequence[str]) -> Generator[ShardBlock]:
         waiting: deque[Future[tuple[Path, ShardIndex]]] = deque()
         left = iter(names)
         with ThreadPoolExecutor(AT_ONCE) as pool:

@@ -47,7 +47,7 @@ FEW = 32
 
 Listed = Mapping[str, Mapping[str, Any]]
 """Entries of shards in a manifest, by their names: `count`, and perhaps `sha256`."""
-ReadShards = Callable[[Sequence[str]], Generator["Block"]]
+ReadShards = Callable[[Sequence[str]], Generator["ShardBlock"]]
 """Reads shards, by their names, one after the other."""
 MAGIC = b"ldmindex"
 RECORD = np.dtype([("offset", "<u8"), ("size", "<u8"), ("label", "<i4"), ("name_end", "<u4")])
@@ -160,11 +160,11 @@ class ShardIndex:
         length = int(row["count"]) * RECORD.itemsize
         return block[:length].view(RECORD), block[length:]
 
-    def whole_block(self, shard: int) -> "Block":
+    def whole_block(self, shard: int) -> "ShardBlock":
         """Return all that is known of a shard, for another index."""
         records, names = self.block(shard)
         left_out = self.left_out.get(self.shard(shard), {})
-        return Block(records, names.tobytes(), self._names, left_out)
+        return ShardBlock(records, names.tobytes(), self._names, left_out)
 
 
 def _open_again(path: Path, digest: bytes) -> ShardIndex:
@@ -270,7 +270,7 @@ def _is_valid(index: ShardIndex, stamps: Sequence[Stamp], listed: Listed, labels
 
 def read_shards(
     folder: Path, listed: Listed, labels: bool, names: Sequence[str]
-) -> Generator["Block"]:
+) -> Generator["ShardBlock"]:
     workers = 0 if len(names) < FEW else os.cpu_count() or 1
     keys = [(folder / name, listed.get(name, {}).get("count"), labels) for name in names]
     return load_in_workers(read_shard, keys, workers, "run the same command again")
@@ -306,7 +306,7 @@ def _stamps(index: ShardIndex) -> list[Stamp]:
 
 
 # ------------------------------------------------------------------------------------- blocks
-class Block(NamedTuple):
+class ShardBlock(NamedTuple):
     """The images of a shard, as in the file, and what else was found in it."""
 
     records: np.ndarray
@@ -315,7 +315,7 @@ class Block(NamedTuple):
     left_out: dict[str, tuple[int, str]]
 
 
-def read_shard(shard: tuple[Path, int | None, bool]) -> Block:
+def read_shard(shard: tuple[Path, int | None, bool]) -> ShardBlock:
     """Index one shard, given its path, the number of its images if known, and labels or not."""
     path, expected, labels = shard
     left_out = LeftOut()
@@ -333,7 +333,7 @@ def read_shard(shard: tuple[Path, int | None, bool]) -> Block:
     records["size"] = [member.size for member in members]
     records["label"] = [label if isinstance(label, int) else number[label] for label in found]
     records["name_end"] = np.cumsum([len(name) for name in names])
-    return Block(records, b"".join(names), classes, left_out.kinds)
+    return ShardBlock(records, b"".join(names), classes, left_out.kinds)
 
 
 class IndexWriter:
@@ -347,7 +347,7 @@ class IndexWriter:
         self._file.write(MAGIC)
         self._at = len(MAGIC)
 
-    def add(self, stamp: Stamp, block: Block) -> None:
+    def add(self, stamp: Stamp, block: ShardBlock) -> None:
         """Write the block of a shard."""
         records, labels = block.records.copy(), block.records["label"]
         for label in np.unique(labels[labels <= -2]):  # numbered in the block, now in the file
