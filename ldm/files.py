@@ -280,6 +280,22 @@ def lfs_pointer(path: Path, content: str = "the weights") -> str | None:
     return f"{path} is a Git LFS pointer, not {content}: {how}" if is_pointer else None
 
 
+COMPRESSIONS = {
+    b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"
+}  # fmt: skip
+"""Programs that unpack, by the first bytes of their files."""
+
+
+def find_compression(path: Path) -> str | None:
+    """Return the program that unpacks a compressed file; None for another file."""
+    try:
+        with open_regular(path) as file:
+            start = file.read(8)
+    except OSError:
+        return None
+    return next((name for magic, name in COMPRESSIONS.items() if start.startswith(magic)), None)
+
+
 def sha256_of(path: Path) -> str:
     """Compute the SHA-256 of a regular file."""
     with open_regular(path) as file:

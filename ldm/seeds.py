@@ -34,6 +34,23 @@ def uniform(seed: int, purpose: str, ks: Iterable[int], shape: Sequence[int]) ->
     return torch.from_numpy(np.stack(rows))
 
 
+LISTED = 2**20
+"""Samples up to which each process keeps a whole order, of 8 MB; beyond, elements are computed."""
+
+
+def shuffled(seed: int, k: int, count: int) -> int:
+    """Return the k-th sample of `count` in random order, anew in each epoch k div count."""
+    epoch, position = divmod(k, count)
+    if count > LISTED:
+        return permuted(seed, "order", epoch, position, count)
+    return int(_permutation(seed, count, epoch)[position])
+
+
+@lru_cache(maxsize=2)  # a batch may straddle two epochs
+def _permutation(seed: int, count: int, epoch: int) -> np.ndarray:
+    return generator(seed, "order", epoch).permutation(count)
+
+
 def permuted(seed: int, purpose: str, k: int, index: int, count: int) -> int:
     """Return element `index` of a random permutation of 0 … count−1, without making the others.
 
@@ -51,7 +68,7 @@ def permuted(seed: int, purpose: str, k: int, index: int, count: int) -> int:
             return index
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4096)  # of as many streams
 def _round_keys(seed: int, purpose: str, k: int) -> tuple[int, ...]:
     return tuple(generator(seed, purpose, k).integers(2**63, size=6).tolist())
 

@@ -35,7 +35,7 @@ from autoencoders import Autoencoder, DiagonalGaussian
 from diffusion.augment import augment
 from diffusion.unet import check_labels
 from ldm.data import Batch, Source, batches, evaluation_batches
-from ldm.data.loader import FEWER_WORKERS, Draw, FaultCount, image_index, whole_shares
+from ldm.data.loader import FEWER_WORKERS, Draw, FaultCount, whole_shares
 from ldm.data.sources import Part
 from ldm.data.transforms import CorruptImage
 from ldm.data.workers import load_in_workers
@@ -269,7 +269,7 @@ class LatentCache:
         """Load image k of a run: mean and standard deviation (2, n_z, h, w), and its index."""
         count = len(self.source)
         mirror = int(generator(seed, "flip", k).integers(2)) if self.mirrored else 0
-        first = image_index(seed, count, k)
+        first = self.source.shuffled(seed, k)
         for index in chain(range(first, count), range(first)):
             (block, sums), at = self._blocks[index // BLOCK], (index % BLOCK, mirror)
             row = np.ascontiguousarray(block[at])

@@ -3,8 +3,11 @@
 Tests side by side (`pytest -n 2`) have a core each: more threads would get in the way.
 """
 
+import atexit
 import os
+import shutil
 import signal
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,9 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; commands inherit it
+if "LDM_CACHE" not in os.environ:  # indexes of shards would be kept in the user's
+    os.environ["LDM_CACHE"] = tempfile.mkdtemp(prefix="ldm-cache-")
+    atexit.register(shutil.rmtree, os.environ["LDM_CACHE"], ignore_errors=True)
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, commands would inherit its refusal
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job

@@ -1,11 +1,16 @@
-"""Data sets by their configuration: opening one, and recognising its files."""
+"""Data sets by their configuration: opening one, recognising its files, and splitting it.
 
+A split takes the training images of a source, or the held-out ones: the last by name. Labelled
+images are sorted by class, so that these would be whole classes: of them, every n-th is held out.
+"""
+
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from accelerate import Accelerator, PartialState
@@ -14,30 +19,24 @@ from pydantic import Field
 from ldm.config import Config
 from ldm.data.hf import find_tables, is_hub, is_saved, open_hub, open_tables
 from ldm.data.photos import PhotoSource
-from ldm.data.shards import (
-    SIDECAR,
-    find_compression,
-    find_shards,
-    open_shards,
-    read_manifest,
-)
+from ldm.data.remote import RemoteSource, is_remote, open_remote, read_remote_manifest
+from ldm.data.shards import SIDECAR, find_shards, open_shards, read_manifest
 from ldm.data.sources import (
     UTF8,
     FolderSource,
+    Indices,
     LeftOut,
-    Part,
     Small,
     Source,
     Split,
     ZipSource,
-    take_split,
     tell,
     walk,
 )
 from ldm.data.transforms import is_image
 from ldm.distributed import from_main
 from ldm.errors import LdmError, UsageError, check_at_least, listed
-from ldm.files import sha256_of, write_json
+from ldm.files import find_compression, sha256_of, write_json
 from ldm.logbook import show_progress
 from ldm.records import read_tree, schema
 
@@ -51,7 +50,8 @@ class DataConfig(Config):
     source: str = PHOTOS
     """photos (built in; their right thirds are held out), or a path: a folder of images, a .zip, a
     folder of .tar shards, one .tar, or several as a/{000..009}.tar, a folder of .parquet; or a data
-    set of the Hugging Face Hub, hf:OWNER/NAME[@REVISION][:[CONFIG/]SPLIT] (see `ldm.data.hf`)."""
+    set of the Hugging Face Hub, hf:OWNER/NAME[@REVISION][:[CONFIG/]SPLIT] (see `ldm.data.hf`); or
+    shards elsewhere: s3://…, gs://…, https://…, hf://…, pipe:… (see `ldm.data.remote`)."""
     crop: Literal["center", "random"] = "center"
     """center: the central square, downsized to the resolution; random: a window at native size.
     The built-in photographs are always cropped at random for training."""
@@ -78,6 +78,12 @@ class DataConfig(Config):
     """Column of classes in a table; by default the only one."""
     changed: Literal["error", "ok"] = "error"
     """ok: resume a run although the list of images has changed since it began."""
+    streams: Annotated[int, Field(ge=1, le=4096)] = 16
+    """Shards elsewhere: streams of them that are read side by side, by all GPUs together."""
+    window: Annotated[int, Field(ge=1)] = 2
+    """Shards elsewhere: consecutive ones of a stream whose images are shuffled together."""
+    cache_gb: Annotated[float, Field(gt=0)] = 50.0
+    """GB of shards from elsewhere that are kept in `$LDM_CACHE/shards`, for all runs together."""
     workers: Annotated[int, Field(ge=0, le=1024)] = 4
     """Loader processes per GPU; 0 loads in the training process, as the photographs always do."""
 
@@ -99,32 +105,39 @@ def open_source(config: DataConfig, split: Split, resolution: int) -> Source:
             if getattr(config, key):
                 raise UsageError(f"data.{key} does not apply to the built-in photographs: omit it")
         return PhotoSource(split, resolution, config.labels)
-    path = Path(config.source).expanduser()
-    if not is_hub(config.source) and not path.exists() and "{" not in config.source:
+    path, elsewhere = Path(config.source).expanduser(), is_remote(config.source)
+    is_path = not elsewhere and not is_hub(config.source)
+    if is_path and not path.exists() and "{" not in config.source:
         size = resolution if resolution > 1 else 256
         raise LdmError(
             f"data.source: {config.source} does not exist: create it with "
             f"`ldm data prepare SRC {path} --size {size}`, "
             f"or use the built-in photographs, data.source={PHOTOS}"
         )
-    images = open_images(
-        config.source, config.labels, config.label_file, config.image_column, config.label_column
-    )
+    columns = config.image_column, config.label_column
+    images = open_images(config.source, config.labels, config.label_file, *columns, config.cache_gb)
     images.small = config.small
-    manifest = read_manifest(path) if path.is_dir() else None
+    if isinstance(images, RemoteSource):
+        images.arrange(config.streams, config.window)
+        manifest = images.manifest
+    else:
+        manifest = read_manifest(path) if path.is_dir() else None
     if manifest and manifest.get("size", resolution) < resolution and config.small == "error":
         size = manifest["size"]
         raise LdmError(
-            f"{path} was prepared at {size}×{size}, smaller than the {resolution}×{resolution} "
-            f"requested: prepare it with --size {resolution}, or lower the resolution"
+            f"{config.source} was prepared at {size}×{size}, smaller than the "
+            f"{resolution}×{resolution} requested: prepare it with --size {resolution}, or lower "
+            "the resolution"
         )
     held_out = images.held_out if config.held_out is None else config.held_out
     if split != "all" and held_out and images.held_out and held_out < images.held_out:
         # fewer of those that the data set holds out, of which none may be trained on
         train, last = len(images) - images.held_out, len(images) - held_out
-        images = Part(images, np.r_[0:train, last : len(images)])
+        images = images.part(np.r_[0:train, last : len(images)])
         return take_split(images, split, held_out)
-    evenly = config.labels and (images.held_out is None or held_out != images.held_out)
+    evenly = (
+        config.labels and not elsewhere and (images.held_out is None or held_out != images.held_out)
+    )
     return take_split(images, split, held_out, evenly)
 
 
@@ -134,6 +147,9 @@ def holds_out(config: DataConfig) -> bool:
         return config.held_out != 0
     if is_hub(config.source):
         return True
+    if is_remote(config.source):
+        manifest = read_remote_manifest(config.source)
+        return manifest is None or manifest["splits"]["val"]["count"] > 0
     manifest = read_manifest(Path(config.source).expanduser())
     return manifest is None or manifest["splits"]["val"]["count"] > 0
 
@@ -144,6 +160,7 @@ def open_images(
     label_file: str = "",
     image_column: str = "",
     label_column: str = "",
+    cache_gb: float = 50.0,
 ) -> Source:
     """Open all images of a `DataConfig.source`: a folder, a .zip, .tar shards, or a table.
 
@@ -155,6 +172,12 @@ def open_images(
     if is_hub(str(source)):
         _refuse_label_file(source, label_file)
         return open_hub(str(source), labels, *columns)
+    if is_remote(str(source)):
+        if label_file:
+            raise UsageError(
+                "data.label_file is for local data: put classes into the shards, as .cls members"
+            )
+        return open_remote(str(source), labels, cache_gb)
     path = Path(source).expanduser()
     kind = find_kind(path)
     if kind == "tables":
@@ -199,7 +222,7 @@ def find_kind(path: Path) -> Kind:
     images = list(islice(filter(is_image, walk(path, LeftOut())), len(shards) + len(tables)))
     found: dict[Kind, list[str]] = {
         "images": images,
-        "shards": [shard.name for shard in shards],
+        "shards": shards,
         "tables": [table.name for table in tables],
     }
     kind = max(found, key=lambda kind: len(found[kind]))  # the first of equal ones
@@ -207,6 +230,64 @@ def find_kind(path: Path) -> Kind:
         if names and other != kind:
             tell(f"{path}: read as {kind}; its {other} ({listed(names, 1)}) are left out")
     return kind
+
+
+# ------------------------------------------------------------------------------------- split
+# FFHQ and CelebA-HQ as split by Rombach et al. 2022: 60,000 + 10,000 and 25,000 + 5,000
+USUAL_HELD_OUT = {70_000: 10_000, 30_000: 5_000}
+
+
+def held_out_count(count: int, requested: int | None) -> int:
+    """Number of images held out of `count`: as requested, else the default of `DataConfig`."""
+    usual = USUAL_HELD_OUT.get(count, min(max(count // 20, 1), 10_000))
+    held_out = usual if requested is None else requested
+    if held_out >= count:
+        raise UsageError(
+            f"holding out {held_out} of {count} images leaves none to train on: "
+            "lower held_out (0 holds out none)"
+        )
+    return held_out
+
+
+class Others(Sequence[int]):
+    """0 … count−1 without `ends`, which ascend; they are computed."""
+
+    def __init__(self, count: int, ends: np.ndarray) -> None:
+        self._count = count - len(ends)
+        self._before = ends - np.arange(len(ends))  # others below each end
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, i: Any) -> Any:
+        j = range(self._count)[i]  # or an IndexError
+        if isinstance(j, range):
+            return [self[k] for k in j]
+        return j + int(np.searchsorted(self._before, j, "right"))
+
+
+def split_indices(count: int, held_out: int, evenly: bool) -> tuple[Indices, Indices]:
+    """Ascending indices of the training images and of the held-out images among `count`.
+
+    Held out are the last; or, `evenly`, the last of each of `held_out` runs of equal length.
+    """
+    if not evenly:
+        return range(count - held_out), range(count - held_out, count)
+    ends = np.arange(1, held_out + 1) * count // held_out - 1
+    return Others(count, ends), ends
+
+
+def take_split(source: Source, split: Split, held_out: int | None, evenly: bool = False) -> Source:
+    """Select the training images, the held-out images, or all images of a source.
+
+    `held_out` is a number of images, see `held_out_count`; `evenly` is as in `split_indices`.
+    """
+    if split == "all":
+        return source
+    train, val = split_indices(len(source), held_out_count(len(source), held_out), evenly)
+    if split == "val" and not len(val):
+        raise UsageError("no images are held out for validation: set data.held_out to 1 or more")
+    return source.part(train if split == "train" else val)
 
 
 # --------------------------------------------------------------------------------- identity
@@ -237,8 +318,11 @@ def check_data(
 def content_identity(source: Source, count: int) -> str:
     """SHA-256 over the first `count` images: the bytes of their files, and their places in these.
 
-    File names are not part of it: a copy of a data set has the same identity. Every file is read.
+    File names are not part of it: a copy of a data set has the same identity. Every file is read;
+    but of shards elsewhere it is their names, sizes and hashes in a manifest.
     """
+    if isinstance(source, RemoteSource):
+        return sha256(f"{source.identity()}{source.range[:count]}".encode()).hexdigest()
     files: dict[Path, int] = {}  # in the order of their first image → number
     chosen = sha256()
     for index in range(count):

@@ -184,9 +184,9 @@ class TableSource(Source):
         if None in values:
             raise UsageError(f"{self.name(values.index(None))} has no class: omit labels")
         if "string" in feature.dtype:
-            self.classes, self.labels = named_labels(values)
+            self.classes, self._labels = named_labels(values)
             return
-        self.classes, self.labels = numbered_labels(values, self.name)
+        self.classes, self._labels = numbered_labels(values, self.name)
         if isinstance(feature, ClassLabel):
             if len(self.classes) > len(feature.names):
                 raise UsageError(

@@ -7,7 +7,7 @@ another k.
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -18,17 +18,16 @@ from torch import Tensor
 
 from ldm.data.dataset import DataConfig
 from ldm.data.photos import PhotoSource
+from ldm.data.remote import RemoteSource
 from ldm.data.sources import Source
 from ldm.data.transforms import SMALL, CorruptImage, center_crop, random_crop
 from ldm.data.workers import load_in_workers
 from ldm.errors import LdmError, UsageError, listed
-from ldm.seeds import generator, permuted
+from ldm.seeds import generator
 
 TOLERATED = 0.01
 """Share of a source's images that may be corrupt before a job stops."""
 
-LISTED = 2**20
-"""Images up to which each process keeps a whole order, of 8 MB; beyond, elements are computed."""
 MOST_SKIPPED = 10_000
 """Images in a row that may be too small."""
 
@@ -88,25 +87,9 @@ def stop_if_too_many(faults: Mapping[str, str], total: int) -> None:
 
 
 # --------------------------------------------------------------------------------- one image
-def image_index(seed: int, count: int, k: int) -> int:
-    """Index in a source of `count` images of the run's k-th image, a function of (seed, k) alone.
-
-    Each epoch k // count visits every image once, in a new order.
-    """
-    epoch, position = divmod(k, count)
-    if count > LISTED:
-        return permuted(seed, "order", epoch, position, count)
-    return int(_permutation(seed, count, epoch)[position])
-
-
 def image_name(source: Source, seed: int, k: int) -> str:
     """Name the run's k-th image; if it is corrupt, the next good one was taken instead."""
-    return source.name(image_index(seed, len(source), k))
-
-
-@lru_cache(maxsize=2)  # a batch may straddle two epochs
-def _permutation(seed: int, count: int, epoch: int) -> np.ndarray:
-    return generator(seed, "order", epoch).permutation(count)
+    return source.name(source.shuffled(seed, k))
 
 
 Image = tuple[np.ndarray, int]  # (R, R, 3) uint8, and its class
@@ -118,7 +101,9 @@ def _training_image(
     source: Source, side: int, seed: int, at_random: bool, flip: bool, k: int, faults: Faults
 ) -> Image:
     """Load image k of a training run; the next good one replaces a corrupt image."""
-    index, skipped = image_index(seed, len(source), k), 0
+    if isinstance(source, RemoteSource):
+        source.fetch_ahead(seed, k)
+    index, skipped = source.shuffled(seed, k), 0
     while (image := _whole_image(source, side, index, faults)) is None:
         stop_if_too_many(faults, len(source))
         index, skipped = (index + 1) % len(source), skipped + 1
@@ -170,12 +155,14 @@ def batches(
     is left out.
 
     Args:
-        batch_size: images over all processes; each gets a contiguous 1/world of every batch.
+        batch_size: images over all processes; each gets every world-th of every batch.
         draw: draws a batch's random numbers, given its images' k, where the images are loaded.
     """
     at_random = config.crop == "random" or isinstance(source, PhotoSource)
     load = partial(_training_image, source, resolution, seed, at_random, config.flip)
     numbers = whole_shares(start, stop, batch_size, rank, world)
+    if isinstance(source, RemoteSource) and start < stop:
+        source.fetch_first(seed, start, rank, world)
     return _load(source, resolution, load, numbers, config.workers, draw=draw)
 
 
@@ -218,17 +205,26 @@ def sheet_images(source: Source, resolution: int, count: int) -> Tensor:
 
 
 def whole_shares(start: int, stop: int, batch_size: int, rank: int, world: int) -> Iterator[range]:
-    """Return the numbers of a process's images in each batch but an incomplete last one."""
-    return _shares(start, stop - (stop - start) % batch_size, batch_size, rank, world)
+    """Return the numbers of a process's images in each batch but an incomplete last one.
+
+    They are every world-th, so that a process reads its own streams of shards elsewhere.
+    """
+    _check_divides(batch_size, world)
+    lasts = range(start + batch_size, stop + 1, batch_size)
+    return (range(last - batch_size + rank, last, world) for last in lasts)
 
 
 def _shares(start: int, stop: int, batch_size: int, rank: int, world: int) -> Iterator[range]:
-    """Return the numbers of a process's images in each batch."""
-    if batch_size % world:
-        raise UsageError(f"batch_size={batch_size} does not divide over {world} processes")
+    """Return the numbers of a process's images in each batch, which follow each other."""
+    _check_divides(batch_size, world)
     share = batch_size // world
     firsts = range(start + rank * share, stop, batch_size)
     return (range(first, min(first + share, stop)) for first in firsts)
+
+
+def _check_divides(batch_size: int, world: int) -> None:
+    if batch_size % world:
+        raise UsageError(f"batch_size={batch_size} does not divide over {world} processes")
 
 
 def _load(

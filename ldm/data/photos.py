@@ -40,7 +40,7 @@ class PhotoSource(Source):
         self._regions = [region for turn in turns for region in turn if region[1] is not None]
         if labels:
             self.classes = PHOTOGRAPHS
-            self.labels = np.array([PHOTOGRAPHS.index(name) for name, _ in self._regions])
+            self._labels = np.array([PHOTOGRAPHS.index(name) for name, _ in self._regions])
 
     def __len__(self) -> int:
         return len(self._regions)

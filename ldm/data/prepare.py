@@ -17,12 +17,21 @@ from typing import Annotated, Any, NamedTuple, get_args
 from PIL import Image
 from pydantic import Field
 
-from ldm.data.dataset import open_images
+from ldm.data.dataset import held_out_count, open_images, split_indices
 from ldm.data.hf import is_hub
 from ldm.data.labels import printable
 from ldm.data.loader import FaultCount
-from ldm.data.shards import MANIFEST, MANIFEST_FORMAT, PNG, SHARD, sidecar, write_shard
-from ldm.data.sources import UTF8, Indices, Small, Source, held_out_count, split_indices
+from ldm.data.shard_index import keep_index
+from ldm.data.shards import (
+    MANIFEST,
+    MANIFEST_FORMAT,
+    PNG,
+    SHARD,
+    listed_shards,
+    sidecar,
+    write_shard,
+)
+from ldm.data.sources import UTF8, Indices, Small, Source
 from ldm.data.transforms import NOT_RESIZED, SMALL, CorruptImage, Filter, center_crop
 from ldm.data.workers import load_in_workers
 from ldm.errors import LdmError, UsageError, check_at_least, listed
@@ -102,6 +111,7 @@ def prepare(
         reports = _write_all(source, shards, settings, destination, workers)
         manifest = _manifest(reports, settings, path)
         manifest |= {"classes": list(source.classes)} if labels else {}
+        keep_index(destination, listed_shards(manifest), labels)
         write_json(destination / MANIFEST, manifest)
     return manifest
 

@@ -1,28 +1,22 @@
-"""Tar shards as webdataset writes them, indexed once and then read by position.
+"""Tar shards as webdataset writes them: reading them by position, writing and checking them.
 
-An image is found by its offset in its shard, so any order, and resuming at any image, costs no more
-than reading in sequence. The file is opened anew for each image, so no handle is shared between
-processes. A class is a number in a `.cls` member beside its image, read with the index.
+An image is found by its offset in its shard (see `ldm.data.shard_index`), so any order, and
+resuming at any image, costs no more than reading in sequence. The file is opened anew for each
+image, so no handle is shared between processes. A class is a number in a `.cls` member beside it.
 """
 
-import re
-import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import sha256
-from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple, cast
+from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 
-from ldm.data.labels import (
-    LABEL_COLUMNS,
-    match_labels,
-    named_labels,
-    numbered_labels,
-    read_label_file,
-)
+from ldm.data.labels import match_labels, read_label_file
+from ldm.data.shard_index import Member, ShardIndex, index_shard, open_index
 from ldm.data.sources import UTF8, LeftOut, Source
 from ldm.data.transforms import (
     MAX_BYTES,
@@ -31,30 +25,22 @@ from ldm.data.transforms import (
     decode,
     image_size,
     is_hidden,
-    is_image,
 )
 from ldm.errors import LdmError, UsageError, brief, refuse_newer
 from ldm.files import (
-    HeaderReader,
-    lfs_pointer,
     open_regular,
     sha256_of,
     write_atomically,
     write_json,
 )
 from ldm.logbook import show_progress
-from ldm.records import Count, FileName, checked, parse_json, read_json, schema
+from ldm.records import Count, FileName, checked, read_json, schema
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
 AGAIN = "run `ldm data prepare` again"
 SIDECAR = ".tar.json"
 """Suffix of the description that preparation writes beside each finished shard."""
-MAX_HEADER = 2**20
-"""Bytes of an extended header in a tar, such as a long name."""
-MAX_GLOBAL = 100
-"""Global headers in a tar; reading a member goes through all of them."""
-
 
 SHARD = {"name": FileName, "count": Count}
 SIDECAR_SCHEMA = schema(**SHARD, sha256=str, bytes=Count)
@@ -65,101 +51,130 @@ _MANIFEST = schema(
 )  # fmt: skip
 
 
-class Member(NamedTuple):
-    """An image in a tar: its name, the position of its bytes, and its class, if that was read."""
-
-    name: str
-    offset: int
-    size: int
-    label: int | str | None = None
-
-
 class ShardSource(Source):
     """Every image in local tar shards, shard by shard in the order given.
 
     A manifest knows the number of images in each shard, and names of classes. With labels, classes
     are read from a label file, or from `.cls` and `.json` members (`LABEL_COLUMNS`); without a
     manifest, numbers are named "0", "1", ….
+
+    Args:
+        folder: of the shards.
+        names: their paths in it.
+        key: names the data set in the cache of indexes.
     """
 
     def __init__(
         self,
-        shards: Sequence[Path],
+        folder: Path,
+        names: Sequence[str],
         manifest: Mapping[str, Any] | None = None,
         labels: bool = False,
         label_file: str = "",
+        key: str = "",
     ) -> None:
-        counts, in_members = _counts(manifest) if manifest else {}, labels and not label_file
+        if not names:
+            raise LdmError(f"no shards in {folder}: give another folder")
+        in_members, self._folder = labels and not label_file, folder
+        listed = listed_shards(manifest) if manifest else {}
+        key = key or str((folder / names[0]).absolute())
+        self._index = open_index(folder, names, key, listed, in_members)
         left_out = LeftOut()
-        index = [index_shard(path, counts.get(path.name), in_members, left_out) for path in shards]
-        members = [(i, member) for i, found in enumerate(index) for member in found]
-        searched = " … ".join(dict.fromkeys((str(shards[0]), str(shards[-1]))))
-        if not members:
+        for kinds in self._index.left_out.values():
+            left_out.merge(kinds)
+        searched = " … ".join(dict.fromkeys(str(folder / names[end]) for end in (0, -1)))
+        if not len(self):
             raise LdmError(f"no images in {searched}{left_out}: {' '.join(SUFFIXES)} are read")
-        left_out.tell(searched, len(members))
-        self._shards = list(shards)
-        self._names = [member.name for _, member in members]
-        self._places = np.array([(i, m.offset, m.size) for i, m in members])  # (n, 3)
+        left_out.tell(searched, len(self))
+        self._in_members = in_members
         if in_members:
-            self._read_labels([member.label for _, member in members], manifest)
+            named = (manifest or {}).get("classes")
+            self.classes = class_names(self._index, self.name, folder, named)
         elif labels:
             path = Path(label_file).expanduser()
-            self.classes, self.labels = match_labels(self._names, read_label_file(path), path)
+            table = read_label_file(path)
+            self.classes, self._labels = match_labels(self._index.names(), table, path)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return int(self._index.starts[-1])
 
     def name(self, index: int) -> str:
-        return f"{self.file(index)}/{self._names[index]}"
+        return f"{self.file(index)}/{self._member(index).name}"
 
     def file(self, index: int) -> Path:
-        return self._shards[self._places[index, 0]]
+        return self._folder / self._index.shard(self._index.find(index)[0])
+
+    def label(self, index: int) -> int:
+        if not self._in_members:
+            return super().label(index)
+        return self._index.label(*self._index.find(index))
 
     def identity(self) -> str:
-        shards = [f"{shard.name} {shard.stat().st_size}" for shard in self._shards]
+        table = self._index.table
+        names = (self._index.shard(shard).rpartition("/")[2] for shard in range(len(table)))
+        shards = [f"{n} {size}" for n, size in zip(names, table["bytes"].tolist(), strict=True)]
         return sha256("\0".join([*shards, str(len(self))]).encode(*UTF8)).hexdigest()
 
     def load(self, index: int) -> np.ndarray:
-        return decode(self.read(index), Path(self._names[index]).suffix)
+        return decode(*self._read(index))
 
     def size(self, index: int) -> tuple[int, int]:
-        return image_size(self.read(index), Path(self._names[index]).suffix)
+        return image_size(*self._read(index))
+
+    def _member(self, index: int) -> Member:
+        return self._index.member(*self._index.find(index))
 
     def read(self, index: int) -> bytes:
         """Read the file of an image, or raise `CorruptImage`."""
-        _, offset, size = self._places[index].tolist()
-        if size > MAX_BYTES:
-            raise CorruptImage(f"{size:,} bytes, more than {MAX_BYTES:,}")
+        return self._read(index)[0]
+
+    def _read(self, index: int) -> tuple[bytes, str]:
+        """The file of an image, and the suffix of its name."""
         try:
-            with open_regular(self.file(index)) as file:
-                file.seek(offset)
-                return file.read(size)
+            return read_member(self.file(index), self._member(index))
         except OSError as error:
             raise CorruptImage(brief(error)) from error
 
-    def _read_labels(
-        self, labels: Sequence[int | str | None], manifest: Mapping[str, Any] | None
-    ) -> None:
-        if None in labels:
-            raise UsageError(
-                f"{self.name(labels.index(None))} has no .cls or .json member with its class: "
-                "prepare the images with `ldm data prepare … --labels`, or omit labels"
-            )
-        numbers = [label for label in labels if isinstance(label, int)]
-        if not numbers:
-            self.classes, self.labels = named_labels([str(label) for label in labels])
-            return
-        if len(numbers) < len(labels):
-            raise UsageError(f"{self._shards[0].parent} has names and numbers as classes: use one")
-        self.classes, self.labels = numbered_labels(numbers, self.name)
-        named = (manifest or {}).get("classes")
-        if named is not None and max(numbers) >= len(named):
-            raise UsageError(
-                f"{self.name(numbers.index(max(numbers)))} has class {max(numbers)}, but "
-                f"{MANIFEST} names only classes below {len(named)}: prepare the images again, or "
-                "omit labels"
-            )
-        self.classes = self.classes if named is None else tuple(named)
+
+def read_member(path: Path, member: Member) -> tuple[bytes, str]:
+    """Read an image's file in a tar, and the suffix of its name; or raise `CorruptImage`."""
+    if member.size > MAX_BYTES:
+        raise CorruptImage(f"{member.size:,} bytes, more than {MAX_BYTES:,}")
+    with open_regular(path) as file:
+        try:
+            file.seek(member.offset)
+            return file.read(member.size), Path(member.name).suffix
+        except OSError as error:
+            raise CorruptImage(brief(error)) from error
+
+
+def class_names(
+    index: ShardIndex, name: Callable[[int], str], where: object, named: Sequence[str] | None
+) -> tuple[str, ...]:
+    """Return the names of the classes in shards that were read with labels.
+
+    Args:
+        name: gives an image's name, for messages; `where` is that of all.
+        named: names by a manifest.
+    """
+    table = index.table
+    if (without := np.flatnonzero(table["unlabelled"])).size:
+        raise UsageError(
+            f"{name(index.first(int(without[0]), -1))} has no .cls or .json member with its class: "
+            "prepare the images with `ldm data prepare … --labels`, or omit labels"
+        )
+    highest = int(table["highest"].max())
+    if index.classes:
+        if highest >= 0:
+            raise UsageError(f"{where} has names and numbers as classes: use one")
+        return index.classes
+    if named is not None and highest >= len(named):
+        first = index.first(int(table["highest"].argmax()), highest)
+        raise UsageError(
+            f"{name(first)} has class {highest}, but {MANIFEST} names only classes below "
+            f"{len(named)}: prepare the images again, or omit labels"
+        )
+    return tuple(map(str, range(highest + 1))) if named is None else tuple(named)
 
 
 def open_shards(path: Path, labels: bool = False, label_file: str = "") -> ShardSource:
@@ -171,24 +186,32 @@ def open_shards(path: Path, labels: bool = False, label_file: str = "") -> Shard
         from braceexpand import braceexpand
 
         shards = [path] if path.exists() else [Path(name) for name in braceexpand(str(path))]
-        return ShardSource(shards, read_manifest(shards[0].parent), labels, label_file)
-    manifest = read_manifest(path)
+        folder, names = common_folder(shards)
+        manifest = read_manifest(folder)
+        return ShardSource(folder, names, manifest, labels, label_file, str(path.absolute()))
+    manifest, key = read_manifest(path), str(path.absolute())
     if manifest:
-        prepared = [path / name for name in _counts(manifest)]
-        source = ShardSource(prepared, manifest, labels, label_file)
+        prepared = list(listed_shards(manifest))
+        source = ShardSource(path, prepared, manifest, labels, label_file, key)
         source.held_out = manifest["splits"]["val"]["count"]
         return source
     if any(path.glob(f"*{SIDECAR}")):
         raise LdmError(
             f"{path} is not complete: run the same `ldm data prepare` again to resume it"
         )
-    return ShardSource(find_shards(path), None, labels, label_file)
+    return ShardSource(path, find_shards(path), None, labels, label_file, key)
 
 
-def find_shards(folder: Path) -> list[Path]:
-    """Return the tars in a folder, by name, but hidden ones, such as macOS's copies."""
-    tars = (path for path in folder.iterdir() if path.suffix.lower() == ".tar")
-    return sorted(path for path in tars if not is_hidden(path.name))
+def common_folder(shards: Sequence[Path]) -> tuple[Path, list[str]]:
+    """Return the folder that holds all of some files, and their paths in it."""
+    folder = Path(os.path.commonpath([shard.parent for shard in shards]))
+    return folder, [shard.relative_to(folder).as_posix() for shard in shards]
+
+
+def find_shards(folder: Path) -> list[str]:
+    """Return the names of the tars in a folder, sorted; but hidden ones, as macOS's copies."""
+    tars = (entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(".tar"))
+    return sorted(name for name in tars if not is_hidden(name))
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -196,7 +219,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / MANIFEST
     if not path.is_file():
         return None
-    manifest = read_json(path, AGAIN)
+    return check_manifest(read_json(path, AGAIN), path)
+
+
+def check_manifest(manifest: Any, path: object) -> dict[str, Any] | None:
+    """Return the content of a manifest, if it is one of `ldm data prepare`; else None."""
     if not isinstance(manifest, dict) or "splits" not in manifest:
         return None  # another tool's file of the same name
     checked(schema(format=Count), manifest, path, AGAIN)
@@ -210,113 +237,10 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def index_shard(
-    path: Path,
-    expected: int | None = None,
-    labels: bool = False,
-    left_out: LeftOut | None = None,
-) -> list[Member]:
-    """List the images in a tar, in its order: members with one dot, and the suffix of an image.
-
-    A manifest can tell the number `expected`. With labels, `.cls` and `.json` members are read too,
-    each with the class of the images with the same key; of both, `.cls` counts. Other members are
-    counted in `left_out`.
-    """
-    left_out = LeftOut() if left_out is None else left_out
-    members: list[tuple[str, Member]] = []  # and their keys
-    texts: dict[str, dict[str, bytes]] = {".cls": {}, ".json": {}}  # by their keys
-    try:
-        with HeaderReader(path, MAX_HEADER) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                cast(Any, tar).members.clear()  # it would keep all, with their headers
-                if member.size < 0 or member.issparse():  # the first would go around in circles
-                    raise tarfile.ReadError("a member is sparse or of a negative size")
-                if len(tar.pax_headers) > MAX_GLOBAL:
-                    raise tarfile.ReadError(f"more than {MAX_GLOBAL} global headers")
-                inside = PurePosixPath(member.name)
-                if not member.isfile():
-                    if member.issym() or member.islnk():
-                        left_out.add("links", member.name)
-                    continue
-                suffix, key = inside.suffix.lower(), member.name.rpartition(".")[0]
-                two_dots = inside.name.count(".") > 1  # to webdataset, a.seg.png is no image of a
-                if labels and suffix in (".cls", ".json") and not two_dots:
-                    content = tar.extractfile(member)
-                    assert content is not None  # as of every regular file
-                    # .cls: six digits, and white space
-                    texts[suffix][key] = content.read(32 if suffix == ".cls" else MAX_HEADER)
-                elif is_image(member.name) and two_dots:
-                    left_out.add("images with two dots in their names", member.name)
-                elif left_out.keeps(member.name):
-                    image = Member(member.name, member.offset_data, member.size)
-                    members.append((key, image))
-            file.seek(tar.offset)
-            # cut between two members, or with a broken header, a tar reads as a shorter one
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError("no end-of-archive marker")
-        if expected is not None and len(members) != expected:
-            raise tarfile.ReadError(f"{len(members)} images, {expected} in the manifest")
-    except FileNotFoundError as error:
-        raise LdmError(f"shard {path} does not exist") from error
-    except LdmError:
-        raise
-    except Exception as error:  # damage makes tarfile raise nearly anything
-        if kind := find_compression(path):
-            raise LdmError(f"shard {path} is compressed: unpack it by {kind} first") from error
-        message = f"shard {path} is truncated or corrupt ({error}): copy or prepare it again"
-        raise LdmError(lfs_pointer(path, "the shard") or message) from error
-    return [image._replace(label=_read_class(path, key, texts)) for key, image in members]
-
-
-COMPRESSIONS = {
-    b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"
-}  # fmt: skip
-"""Programs that unpack, by the first bytes of their files."""
-
-
-def find_compression(path: Path) -> str | None:
-    """Return the program that unpacks a compressed file; None for another file."""
-    try:
-        with open_regular(path) as file:
-            start = file.read(8)
-    except OSError:
-        return None
-    return next((name for magic, name in COMPRESSIONS.items() if start.startswith(magic)), None)
-
-
-def _read_class(path: Path, key: str, texts: Mapping[str, Mapping[str, bytes]]) -> int | str | None:
-    """The class in an image's member `.cls`, else in its `.json`; None if it has none."""
-    if key in texts[".cls"]:
-        return _class_number(texts[".cls"][key], f"{path}/{key}.cls")
-    if key in texts[".json"]:
-        return _described_class(texts[".json"][key], f"{path}/{key}.json")
-    return None
-
-
-def _class_number(text: bytes, where: str) -> int:
-    # at most six digits: a damaged number must not become millions of classes
-    if not re.fullmatch(rb"\s*\d{1,6}\s*", text):
-        raise LdmError(
-            f"{where} holds {text!r}, not a class number from 0 to 999999: repair it, or omit "
-            "labels"
-        )
-    return int(text)
-
-
-def _described_class(text: bytes, where: str) -> int | str | None:
-    """The class in a member of JSON, a number or a name; None if it has none."""
-    try:
-        tree = parse_json(text)
-    except ValueError as error:
-        raise LdmError(f"{where} is damaged ({error}): repair it, or omit labels") from error
-    found = (tree.get(key) for key in LABEL_COLUMNS) if isinstance(tree, dict) else ()
-    return next((label for label in found if type(label) in (int, str)), None)
-
-
-def _counts(manifest: Mapping[str, Any]) -> dict[str, int]:
-    """Images per shard, by its name: training shards first."""
+def listed_shards(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the entries of shards in a manifest, by their names: training shards first."""
     splits = manifest["splits"]
-    return {s["name"]: s["count"] for split in ("train", "val") for s in splits[split]["shards"]}
+    return {shard["name"]: shard for split in ("train", "val") for shard in splits[split]["shards"]}
 
 
 PNG = tuple[int, bytes, int]

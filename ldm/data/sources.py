@@ -1,9 +1,6 @@
 """Sources of whole images: a folder, and a zip such as EDM's dataset tool writes.
 
 Images in files are in the order of their paths, and their folders can name classes.
-
-A split takes the training images of a source, or the held-out ones: the last by name. Labelled
-images are sorted by class, so that these would be whole classes: of them, every n-th is held out.
 """
 
 import logging
@@ -12,7 +9,7 @@ import os
 import zipfile
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
@@ -44,13 +41,12 @@ from ldm.data.transforms import (
 )
 from ldm.errors import LdmError, UsageError, brief, listed
 from ldm.files import HeaderReader, lfs_pointer, read_bytes
+from ldm.seeds import shuffled
 
 Split = Literal["train", "val", "all"]
 Small = Literal["error", "skip", "enlarge"]
-Indices = range | np.ndarray
 
-UTF8 = ("utf-8", "surrogateescape")
-"""Encoding of file names, which may have any."""
+UTF8 = ("utf-8", "surrogateescape")  # of file names, which may have any bytes
 
 log = logging.getLogger("ldm")
 _told: set[str] = set()
@@ -63,8 +59,7 @@ def tell(note: str) -> None:
         _told.add(note)
 
 
-PROBED = 500
-"""Images that are looked at, when one is too small, to say how many are."""
+PROBED = 500  # images that are looked at, when one is too small, to say how many are
 
 
 class LeftOut:
@@ -88,6 +83,17 @@ class LeftOut:
         self._counts[kind] += 1
         self._first.setdefault(kind, name)
 
+    @property
+    def kinds(self) -> dict[str, tuple[int, str]]:
+        """The number, and the first, of each kind."""
+        return {kind: (count, self._first[kind]) for kind, count in self._counts.items()}
+
+    def merge(self, kinds: Mapping[str, tuple[int, str]]) -> None:
+        """Count those of a later place."""
+        for kind, (count, first) in kinds.items():
+            self._counts[kind] += count
+            self._first.setdefault(kind, first)
+
     def __str__(self) -> str:
         if not self._counts:
             return ""
@@ -106,14 +112,14 @@ class Source(ABC):
 
     classes: tuple[str, ...] = ()
     """Names of the classes; () without labels."""
-    labels: np.ndarray | None = None
-    """Class of each image (n,), as an index into `classes`; None without labels."""
     held_out: int | None = None
     """Images, the last ones, that whoever made the data set holds out; None if that is not said."""
     root: str = ""
     """Beginning of all names, where it is no part of their files' paths."""
     small: Small = "error"
     """Treatment of images that are too small by `load_at_least`."""
+
+    _labels: np.ndarray | None = None
 
     @abstractmethod
     def __len__(self) -> int:
@@ -135,12 +141,23 @@ class Source(ABC):
         return listing.hexdigest()
 
     def label(self, index: int) -> int:
-        """Return the class of an image; −1 for none."""
-        return -1 if self.labels is None else int(self.labels[index])
+        """Return the class of an image, as an index into `classes`; −1 for none."""
+        return -1 if self._labels is None else int(self._labels[index])
 
     def file(self, index: int) -> Path:
         """Return the file with an image: its own, or an archive of many."""
         return Path(self.name(index))
+
+    def shuffled(self, seed: int, k: int) -> int:
+        """Return the index of the k-th image of a training run, a function of (seed, k) alone.
+
+        Each epoch k div n visits every image once, in a new order.
+        """
+        return shuffled(seed, k, len(self))
+
+    def part(self, indices: "Indices") -> "Source":
+        """Return some of the images as a source."""
+        return Part(self, indices)
 
     def size(self, index: int) -> tuple[int, int]:
         """Return width and height of an image, from its file's header where it has one."""
@@ -205,7 +222,7 @@ class PathSource(Source):
         left_out.tell(str(path), len(self._names))
         is_split = self._take_splits()
         if labels:
-            self.classes, self.labels = self._read_labels(is_split, label_file)
+            self.classes, self._labels = self._read_labels(is_split, label_file)
 
     def _take_splits(self) -> bool:
         """Put images of val last, if there are splits."""
@@ -297,8 +314,8 @@ def walk(path: Path, left_out: LeftOut) -> Iterator[str]:
             folders.clear()
             continue
         entered.add(real)
-        relative = Path(folder).relative_to(path)
-        yield from ((relative / file).as_posix() for file in files)
+        relative = "" if folder == str(path) else f"{Path(folder).relative_to(path).as_posix()}/"
+        yield from (f"{relative}{file}" for file in files)
 
 
 MAX_DIRECTORY = 2**30
@@ -354,32 +371,8 @@ class ZipSource(PathSource):
         return self.__dict__ | {"_handle": None}
 
 
-# ------------------------------------------------------------------------------------- split
-# FFHQ and CelebA-HQ as split by Rombach et al. 2022: 60,000 + 10,000 and 25,000 + 5,000
-USUAL_HELD_OUT = {70_000: 10_000, 30_000: 5_000}
-
-
-def held_out_count(count: int, requested: int | None) -> int:
-    """Number of images held out of `count`: as requested, else the default of `DataConfig`."""
-    usual = USUAL_HELD_OUT.get(count, min(max(count // 20, 1), 10_000))
-    held_out = usual if requested is None else requested
-    if held_out >= count:
-        raise UsageError(
-            f"holding out {held_out} of {count} images leaves none to train on: "
-            "lower held_out (0 holds out none)"
-        )
-    return held_out
-
-
-def split_indices(count: int, held_out: int, evenly: bool) -> tuple[Indices, Indices]:
-    """Ascending indices of the training images and of the held-out images among `count`.
-
-    Held out are the last; or, `evenly`, the last of each of `held_out` runs of equal length.
-    """
-    if not evenly:
-        return range(count - held_out), range(count - held_out, count)
-    ends = np.arange(1, held_out + 1) * count // held_out - 1
-    return np.delete(np.arange(count), ends), ends
+# -------------------------------------------------------------------------------------- part
+Indices = Sequence[int] | np.ndarray
 
 
 class Part(Source):
@@ -387,7 +380,6 @@ class Part(Source):
 
     def __init__(self, whole: Source, indices: Indices) -> None:
         self._whole, self._indices, self.classes = whole, indices, whole.classes
-        self.labels = None if whole.labels is None else whole.labels[indices]
         self.small = whole.small
 
     def __len__(self) -> int:
@@ -395,6 +387,9 @@ class Part(Source):
 
     def name(self, index: int) -> str:
         return self._whole.name(self._indices[index])
+
+    def label(self, index: int) -> int:
+        return self._whole.label(self._indices[index])
 
     def file(self, index: int) -> Path:
         return self._whole.file(self._indices[index])
@@ -407,16 +402,3 @@ class Part(Source):
 
     def size(self, index: int) -> tuple[int, int]:
         return self._whole.size(self._indices[index])
-
-
-def take_split(source: Source, split: Split, held_out: int | None, evenly: bool = False) -> Source:
-    """Select the training images, the held-out images, or all images of a source.
-
-    `held_out` is a number of images, see `held_out_count`; `evenly` is as in `split_indices`.
-    """
-    if split == "all":
-        return source
-    train, val = split_indices(len(source), held_out_count(len(source), held_out), evenly)
-    if split == "val" and not len(val):
-        raise UsageError("no images are held out for validation: set data.held_out to 1 or more")
-    return Part(source, train if split == "train" else val)

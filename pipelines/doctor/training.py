@@ -152,7 +152,7 @@ class _Noise(Source):
     def __init__(self, side: int, classes: int) -> None:
         if classes:
             self.classes = tuple(map(str, range(classes)))
-            self.labels = np.arange(len(self)) % classes
+            self._labels = np.arange(len(self)) % classes
         self._image = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
 
     def __len__(self) -> int:

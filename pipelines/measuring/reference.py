@@ -25,6 +25,7 @@ from ldm.config import to_tree
 from ldm.data import Batch, DataConfig, Source, batches, open_source
 from ldm.data.dataset import PHOTOS, content_identity
 from ldm.data.hf import is_hub
+from ldm.data.remote import is_remote, read_remote_manifest
 from ldm.data.shards import MANIFEST, read_manifest
 from ldm.data.sources import Part, Split
 from ldm.data.transforms import NOT_RESIZED, CorruptImage
@@ -51,7 +52,7 @@ from pipelines.measuring.statistics import (
 # ------------------------------------------------------------------------ facts about a data set
 def resolve_source(source: str) -> str | Path:
     """Return the place of a data set, whatever path names it."""
-    named = source == PHOTOS or is_hub(source)
+    named = source == PHOTOS or is_hub(source) or is_remote(source)
     return source if named else Path(source).expanduser().resolve()
 
 
@@ -86,10 +87,14 @@ def read_preparation(config: DataConfig) -> dict[str, Any] | None:
     path = Path(config.source).expanduser()
     if config.source == PHOTOS or is_hub(config.source) or path.suffix == ".zip":
         return None
-    if not path.exists() and "{" not in config.source:
-        return None  # the folder that it is not in may be prepared
     folder = path if path.is_dir() else path.parent
-    if (manifest := read_manifest(folder)) is None:
+    if is_remote(config.source):
+        manifest = read_remote_manifest(config.source)
+    elif not path.exists() and "{" not in config.source:
+        return None  # the folder that it is not in may be prepared
+    else:
+        manifest = read_manifest(folder)
+    if manifest is None:
         return None
     checked(_PREPARATION, manifest, folder / MANIFEST)
     return {key: manifest[key] for key in _PREPARATION.model_fields}

@@ -34,6 +34,7 @@ from ldm.data.shards import (
     MANIFEST_FORMAT,
     SIDECAR_SCHEMA,
     ShardSource,
+    common_folder,
     sidecar,
     write_shard,
 )
@@ -256,7 +257,9 @@ def _number(name: str) -> int:
 
 
 def _open_archives(archives: Sequence[Path]) -> ZipSource | ShardSource:
-    return ZipSource(archives[0]) if archives[0].suffix == ".zip" else ShardSource(archives)
+    if archives[0].suffix == ".zip":
+        return ZipSource(archives[0])
+    return ShardSource(*common_folder(archives))
 
 
 def _write_zip(images: Packed, label: Callable[[int], int], file: IO[bytes]) -> None:

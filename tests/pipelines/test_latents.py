@@ -317,8 +317,8 @@ def test_processes_share_a_cached_batch(autoencoder, data, tmp_path):
     cache = cached(tmp_path / "cache", autoencoder, data)
     whole = torch.cat([posterior.mean for posterior, *_ in cache.batches(0, 0, 8, 4)])
     halves = [list(cache.batches(0, 0, 8, 4, rank, 2)) for rank in range(2)]
-    joined = [half[step][0].mean for step in range(2) for half in halves]
-    assert torch.equal(whole, torch.cat(joined))
+    steps = [torch.stack([half[step][0].mean for half in halves], 1) for step in range(2)]
+    assert torch.equal(whole, torch.cat(steps).flatten(0, 1))
 
 
 def test_only_missing_blocks_are_encoded(autoencoder, data, tmp_path):

@@ -78,4 +78,8 @@ class CodedClasses(Coded):
 
     def __init__(self, count, corrupt=(), **size):
         super().__init__(count, corrupt, **size)
-        self.labels = np.arange(count) % 3
+        self._labels = np.arange(count) % 3
+
+
+def labels_of(source):
+    return [source.label(index) for index in range(len(source))]

@@ -6,9 +6,8 @@ from PIL import Image
 
 from ldm.config import resolve
 from ldm.data import DataConfig, holds_out, open_source
-from ldm.data.dataset import listing_identity
+from ldm.data.dataset import held_out_count, listing_identity
 from ldm.data.prepare import prepare
-from ldm.data.sources import held_out_count
 from ldm.errors import LdmError, UsageError
 from tests.ldm.data.pictures import class_folder, encode, noise, png_folder, zip_file
 

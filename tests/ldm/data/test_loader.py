@@ -7,19 +7,19 @@ import numpy as np
 import pytest
 import torch
 
+from ldm import seeds
 from ldm.data import (
     DataConfig,
     batches,
     evaluation_batches,
-    loader,
     open_source,
     sheet_images,
 )
-from ldm.data.loader import LISTED, FaultCount, image_index
-from ldm.data.sources import take_split
+from ldm.data.dataset import take_split
+from ldm.data.loader import FaultCount
 from ldm.data.transforms import CorruptImage, resize
 from ldm.errors import LdmError, UsageError
-from ldm.seeds import generator
+from ldm.seeds import LISTED, generator, shuffled
 from tests.ldm.data.pictures import Coded, CodedClasses, class_folder, noise, png_folder
 
 
@@ -69,7 +69,7 @@ def test_the_stream_is_the_same_however_it_is_cut():
     same(stream(source, batch_size=8), whole)
     same(stream(source, start=20), {k: whole[k] for k in range(20, 48)})
     first, second = (stream(source, batch_size=8, rank=rank, world=2) for rank in range(2))
-    assert list(first)[:5] == [0, 1, 2, 3, 8]
+    assert list(first)[:5] == [0, 2, 4, 6, 8]
     same(dict(sorted((first | second).items())), whole)
 
 
@@ -265,26 +265,26 @@ def test_leaving_early_ends_the_workers():
 
 
 def test_every_epoch_visits_every_image_once_in_an_order_of_its_own():
-    epochs = [[image_index(0, 50, k) for k in range(e * 50, e * 50 + 50)] for e in range(3)]
+    epochs = [[shuffled(0, k, 50) for k in range(e * 50, e * 50 + 50)] for e in range(3)]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
 
 def test_the_order_depends_on_the_seed_and_k_alone():
-    forward = [image_index(5, 30, k) for k in range(90)]
-    backward = [image_index(5, 30, k) for k in reversed(range(90))]
+    forward = [shuffled(5, k, 30) for k in range(90)]
+    backward = [shuffled(5, k, 30) for k in reversed(range(90))]
     assert forward == backward[::-1]
-    assert forward != [image_index(6, 30, k) for k in range(90)]
+    assert forward != [shuffled(6, k, 30) for k in range(90)]
 
 
 def test_orders_of_many_images_are_computed_not_kept(monkeypatch):
-    monkeypatch.setattr(loader, "_permutation", None)
+    monkeypatch.setattr(seeds, "_permutation", None)
     count = LISTED + 1
-    seen = {image_index(0, count, k) for k in range(2000)}
+    seen = {shuffled(0, k, count) for k in range(2000)}
     assert len(seen) == 2000 and max(seen) < count and min(seen) < count // 100
-    assert image_index(0, count, 5) != image_index(0, count, count + 5), "another epoch"
-    monkeypatch.setattr(loader, "LISTED", 10)
-    epochs = [[image_index(0, 50, k) for k in range(e * 50, e * 50 + 50)] for e in range(3)]
+    assert shuffled(0, 5, count) != shuffled(0, count + 5, count), "another epoch"
+    monkeypatch.setattr(seeds, "LISTED", 10)
+    epochs = [[shuffled(0, k, 50) for k in range(e * 50, e * 50 + 50)] for e in range(3)]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
 
 

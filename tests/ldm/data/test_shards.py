@@ -8,7 +8,7 @@ from webdataset import TarWriter
 from ldm.data.shards import index_shard, open_shards, read_manifest
 from ldm.data.transforms import CorruptImage
 from ldm.errors import LdmError, UsageError
-from tests.ldm.data.pictures import encode, noise
+from tests.ldm.data.pictures import encode, labels_of, noise
 
 
 def shard(path, numbers):
@@ -162,10 +162,6 @@ def labelled_shard(path, classes, **others):
             sample = {"__key__": f"sub/{n:04d}", "png": encode(noise(n)), "seg.cls": b"77"}
             writer.write(sample | ({} if text is None else {"cls": text}) | others)
     return path
-
-
-def labels_of(source):
-    return [source.label(i) for i in range(len(source))]
 
 
 def test_classes_are_the_cls_beside_the_images(tmp_path):

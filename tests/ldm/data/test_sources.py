@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 
 from ldm.data import DataConfig, open_source
+from ldm.data.dataset import split_indices, take_split
 from ldm.data.sources import (
     FolderSource,
     ZipSource,
-    split_indices,
-    take_split,
 )
 from ldm.data.transforms import CorruptImage
 from ldm.errors import LdmError, UsageError
