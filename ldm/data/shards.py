@@ -25,6 +25,7 @@ from ldm.data.labels import (
 )
 from ldm.data.sources import UTF8, LeftOut, Source
 from ldm.data.transforms import (
+    LARGE,
     MAX_BYTES,
     SUFFIXES,
     CorruptImage,
@@ -120,16 +121,18 @@ class ShardSource(Source):
         return sha256("\0".join([*shards, str(len(self))]).encode(*UTF8)).hexdigest()
 
     def load(self, index: int) -> np.ndarray:
-        return decode(self.read(index), Path(self._names[index]).suffix)
+        return decode(
+            self.read(index), Path(self._names[index]).suffix, self.channels, self.keep
+        )
 
     def size(self, index: int) -> tuple[int, int]:
-        return image_size(self.read(index), Path(self._names[index]).suffix)
+        return image_size(self.read(index), Path(self._names[index]).suffix, self.channels)
 
     def read(self, index: int) -> bytes:
         """Read the file of an image, or raise `CorruptImage`."""
         _, offset, size = self._places[index].tolist()
         if size > MAX_BYTES:
-            raise CorruptImage(f"{size:,} bytes, more than {MAX_BYTES:,}")
+            raise CorruptImage(f"{LARGE}{size:,} bytes, more than {MAX_BYTES:,}")
         try:
             with open_regular(self.file(index)) as file:
                 file.seek(offset)
