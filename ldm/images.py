@@ -5,7 +5,7 @@ Inside the toolkit images are NCHW float32 in [−1, 1]; in files uint8, uint16 
 """
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import IO, Annotated, Literal, Self
 
 import numpy as np
 import torch
@@ -75,6 +75,20 @@ class Pixels(Config):
         if self.type == "float32":
             return pixels.astype(np.float32)
         return pixels.round().clip(0, LEVELS[self.type]).astype(self.type)
+
+
+def file_suffix(kind: str, channels: int) -> str:
+    """Return ".png" for pixels that a PNG can hold: 8 bits, of one channel 16; else ".npy"."""
+    fits = (("uint8", 1), ("uint8", 3), ("uint16", 1))
+    return ".png" if (kind, channels) in fits else ".npy"
+
+
+def write_pixels(pixels: np.ndarray, file: IO[bytes]) -> None:
+    """Write pixels (H, W, C) in the format of their `file_suffix`."""
+    if file_suffix(str(pixels.dtype), pixels.shape[2]) == ".npy":
+        np.save(file, np.ascontiguousarray(pixels))
+    else:
+        Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0]).save(file, "PNG")
 
 
 def from_pixels(pixels: np.ndarray, range: tuple[float, float] | None = None) -> np.ndarray:

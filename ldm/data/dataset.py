@@ -40,7 +40,7 @@ from ldm.data.workers import load_in_workers
 from ldm.distributed import from_main
 from ldm.errors import LdmError, UsageError, check_at_least, listed
 from ldm.files import sha256_of, write_json
-from ldm.images import Bound, PixelType, Pixels
+from ldm.images import Bound, Pixels, PixelType
 from ldm.logbook import show_progress
 from ldm.records import read_tree, schema
 
@@ -93,9 +93,15 @@ class DataConfig(Config):
 
     def of(self, model: Any) -> Self:
         """Return these settings for an autoencoder's config: its channels and range of pixels."""
+        if self.channels not in (None, model.image_channels):
+            raise UsageError(
+                f"data.channels is {self.channels}, and image_channels {model.image_channels}: "
+                "omit data.channels"
+            )
         chosen = isinstance(self.range, tuple) or model.pixels.range is None
         range = self.range if chosen else model.pixels.range
-        return self.model_copy(update={"channels": model.image_channels, "range": range})
+        channels = None if model.image_channels == 3 else model.image_channels
+        return self.model_copy(update={"channels": channels, "range": range})
 
 
 def open_source(config: DataConfig, split: Split, resolution: int) -> Source:
@@ -241,12 +247,17 @@ MEASURED = 10_000
 
 
 def check_data(
-    ranks: Accelerator | PartialState, folder: Path, source: Source, config: DataConfig
+    ranks: Accelerator | PartialState,
+    folder: Path,
+    source: Source,
+    config: DataConfig,
+    *others: Source | None,
 ) -> Pixels:
     """Keep the identity of a run's images in its folder; refuse to resume with other images.
 
     Returns:
-        The type and range of their pixels: found once, and kept in the folder too.
+        The type and range of their pixels: found once, kept in the folder too, and set in the
+        source and in `others` of the same images.
     """
     known = schema(sha256=str, pixels=(Pixels | None, None))
 
@@ -265,7 +276,10 @@ def check_data(
         write_json(folder / IDENTITY, now | ({} if pixels.is_plain else {"pixels": found}))
         return pixels
 
-    return from_main(ranks, check)
+    pixels = from_main(ranks, check)
+    for each in filter(None, (source, *others)):
+        each.range = pixels.range
+    return pixels
 
 
 def find_pixels(source: Source, config: DataConfig) -> Pixels:
@@ -284,7 +298,7 @@ def find_pixels(source: Source, config: DataConfig) -> Pixels:
     if config.range != "measured":
         range = config.range if isinstance(config.range, tuple) else None
         pixels = Pixels(type=first[0], range=range)
-        pixels.bounds  # noqa: B018
+        _ = pixels.bounds  # floats need a range
         return pixels
     found = []
     with show_progress("measuring pixels", len(spread)) as advance:

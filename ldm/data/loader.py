@@ -219,7 +219,7 @@ def sheet_images(source: Source, resolution: int, count: int) -> Tensor:
     if not chosen:
         name, reason = next(iter(faults.items()))
         raise LdmError(f"no image can be read, not even {name} ({reason}): repair or replace them")
-    return _stack(chosen, resolution, source)
+    return stack(chosen, resolution, source)
 
 
 def whole_shares(start: int, stop: int, batch_size: int, rank: int, world: int) -> Iterator[range]:
@@ -264,13 +264,14 @@ def _batch(
 ) -> tuple[Batch, Faults]:
     faults: Faults = {}
     loaded = {k: image for k in ks if (image := load(k, faults)) is not None}
-    images = _stack([image for image, _ in loaded.values()], side, source)
+    images = stack([image for image, _ in loaded.values()], side, source)
     labels = torch.tensor([label for _, label in loaded.values()], dtype=torch.int64)
     drawn = None if draw is None else draw(list(loaded))
     return Batch(images, torch.tensor(list(loaded), dtype=torch.int64), labels, drawn), faults
 
 
-def _stack(images: Sequence[np.ndarray], side: int, source: Source) -> Tensor:
+def stack(images: Sequence[np.ndarray], side: int, source: Source) -> Tensor:
+    """Stack pixels (R, R, C) of a source as the images of a `Batch`."""
     if source.range or any(image.dtype != np.uint8 for image in images):
         images = [from_pixels(image, source.range) for image in images]
     stacked = np.stack(images) if images else np.empty((0, side, side, source.channels), np.uint8)

@@ -61,7 +61,7 @@ SHARD = {"name": FileName, "count": Count}
 SIDECAR_SCHEMA = schema(**SHARD, sha256=str, bytes=Count)
 _SPLIT = schema(count=Count, shards=list[schema(**SHARD)])  # type: ignore[misc]
 _MANIFEST = schema(
-    size=(Count, 1), classes=(list[str] | None, None),
+    size=(Count, 1), channels=(Count, 3), classes=(list[str] | None, None),
     splits=schema(train=_SPLIT, val=_SPLIT),
 )  # fmt: skip
 
@@ -121,9 +121,7 @@ class ShardSource(Source):
         return sha256("\0".join([*shards, str(len(self))]).encode(*UTF8)).hexdigest()
 
     def load(self, index: int) -> np.ndarray:
-        return decode(
-            self.read(index), Path(self._names[index]).suffix, self.channels, self.keep
-        )
+        return decode(self.read(index), Path(self._names[index]).suffix, self.channels, self.keep)
 
     def size(self, index: int) -> tuple[int, int]:
         return image_size(self.read(index), Path(self._names[index]).suffix, self.channels)
@@ -180,6 +178,7 @@ def open_shards(path: Path, labels: bool = False, label_file: str = "") -> Shard
         prepared = [path / name for name in _counts(manifest)]
         source = ShardSource(prepared, manifest, labels, label_file)
         source.held_out = manifest["splits"]["val"]["count"]
+        source.channels = manifest.get("channels", 3)
         return source
     if any(path.glob(f"*{SIDECAR}")):
         raise LdmError(
@@ -339,7 +338,8 @@ def write_shard(tar: Path, images: Iterable[PNG], report: dict[str, Any]) -> Non
         with TarWriter(file, encoder=False, mtime=0) as writer:
             for number, png, label in images:
                 labelled = {} if label < 0 else {"cls": b"%d" % label}
-                writer.write({"__key__": f"{number:08d}", "png": png} | labelled)
+                suffix = "npy" if png.startswith(b"\x93NUMPY") else "png"
+                writer.write({"__key__": f"{number:08d}", suffix: png} | labelled)
                 report["count"] += 1
         file.flush()
         report["sha256"] = sha256_of(Path(file.name))

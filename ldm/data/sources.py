@@ -268,9 +268,7 @@ class PathSource(Source):
         return sha256(names.encode(*UTF8)).hexdigest()
 
     def load(self, index: int) -> np.ndarray:
-        return decode(
-            self.read(index), Path(self._names[index]).suffix, self.channels, self.keep
-        )
+        return decode(self.read(index), Path(self._names[index]).suffix, self.channels, self.keep)
 
     def size(self, index: int) -> tuple[int, int]:
         return image_size(self.read(index), Path(self._names[index]).suffix, self.channels)

@@ -83,7 +83,9 @@ def resize(image: np.ndarray, height: int, width: int, filter: Filter = "lanczos
         return np.stack([np.asarray(plane.resize(size, resampling)) for plane in planes], axis=2)
     planes = [Image.fromarray(plane.astype(np.float32)) for plane in np.moveaxis(image, 2, 0)]
     resized = np.stack([np.asarray(plane.resize(size, resampling)) for plane in planes], axis=2)
-    return resized if image.dtype == np.float32 else resized.round().clip(0, 65535).astype(np.uint16)
+    return (
+        resized if image.dtype == np.float32 else resized.round().clip(0, 65535).astype(np.uint16)
+    )
 
 
 class CorruptImage(Exception):
@@ -127,9 +129,7 @@ def is_hidden(name: str) -> bool:
     return any(p.startswith(".") or p == "__MACOSX" for p in PurePosixPath(name).parts)
 
 
-def decode(
-    data: bytes, suffix: str, channels: int = 3, keep: PixelType = "uint8"
-) -> np.ndarray:
+def decode(data: bytes, suffix: str, channels: int = 3, keep: PixelType = "uint8") -> np.ndarray:
     """Decode an image file to pixels (H, W, C), uint8 by default.
 
     Grey is repeated for three channels, and colour becomes its luminance (ITU-R 601) for one.
@@ -220,7 +220,7 @@ SIXTEEN = "sixteen bits of colour"
 LOW = {
     "16B": "16L", "16L": "16B", "16N": "16B" if sys.byteorder == "little" else "16L",
 }  # fmt: skip
-"""Pillow's layouts of 16-bit colour, of which it keeps the high byte; read as the other, the low."""
+"""Pillow's layouts of 16-bit colour, of which it keeps the high byte: for each, that of the low."""
 
 SWAPPED = {"F;32BF": "F;32F", "I;32BS": "I;32S"}
 """Layouts of big-endian files that libtiff has put into this machine's order, unknown to Pillow."""
@@ -285,7 +285,9 @@ def _to_array(image: Image.Image, channels: int, keep: PixelType) -> np.ndarray:
         image = Image.alpha_composite(white, rgba)
     if channels != 3 and image.mode in ("1", "L"):
         return np.asarray(image.convert("L"))[..., None]
-    return fit_channels(np.asarray(image if image.mode == "RGB" else image.convert("RGB")), channels)
+    return fit_channels(
+        np.asarray(image if image.mode == "RGB" else image.convert("RGB")), channels
+    )
 
 
 def fit_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
