@@ -1,6 +1,7 @@
 """The autoencoder: an encoder, a posterior and a decoder, of exchangeable types."""
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import product
@@ -31,6 +32,7 @@ from ldm.checkpoint import build_with
 from ldm.config import Config, Width, load_preset, merge, to_tree, validate
 from ldm.device import memory_format
 from ldm.errors import LdmError, UsageError
+from ldm.images import Pixels
 
 ENCODERS = {
     "litevae": LiteVAEEncoder,
@@ -68,6 +70,10 @@ class AutoencoderConfig(Config):
 
     latent_channels: Width = 4
     """n_z, channels of the latents."""
+    image_channels: Width = 3
+    """C, channels of the images: 1 for grey."""
+    pixels: Pixels = Pixels()
+    """Pixel values of the files that it was trained on; training notes them, see data.range."""
     conv1x1: bool = False
     """1×1 convolutions around the latent: after the encoder, before the decoder (Table 17)."""
     codes: Width | None = None
@@ -100,6 +106,13 @@ class AutoencoderConfig(Config):
         for part, word in zip(parts, ("encoder gives", "decoder takes"), strict=True):
             # a transform without parameters and an imported part fix the number of channels
             n_z = getattr(part, "latent_channels", self.latent_channels)
+            kind = getattr(part, "type", "sdvae")
+            if kind == "diffusers" and self.image_channels != 3:
+                raise ValueError(
+                    f"image_channels is {self.image_channels}, and {kind} parts take 3: set "
+                    "image_channels=3"
+                )
+            n_z = n_z // 3 * self.image_channels if kind == "dwt" else n_z
             if n_z != self.latent_channels:
                 raise ValueError(
                     f"latent_channels is {self.latent_channels}, and the {part.type} {word} {n_z}: "
@@ -173,7 +186,7 @@ class AutoencoderOutput(NamedTuple):
     """Result of a forward pass."""
 
     recon: Tensor
-    """Reconstruction (B, 3, H, W), float32, about [−1, 1], not clipped."""
+    """Reconstruction (B, C, H, W), float32, about [−1, 1], not clipped."""
     posterior: DiagonalGaussian
     """Posterior over latents (B, n_z, H/f, W/f)."""
     latents: Tensor
@@ -181,7 +194,7 @@ class AutoencoderOutput(NamedTuple):
 
 
 class Autoencoder(HubMixin):
-    """Images (B, 3, H, W) in [−1, 1] ↔ latents (B, n_z, H/f, W/f).
+    """Images (B, C, H, W) in [−1, 1] ↔ latents (B, n_z, H/f, W/f).
 
     Attributes:
         encoder: images → moments (B, 2·n_z, H/f, W/f).
@@ -195,11 +208,11 @@ class Autoencoder(HubMixin):
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
-        n_z = config.latent_channels
+        n_z, channels = config.latent_channels, config.image_channels
         self.config = config
         self.downsampling = config.encoder.downsampling
-        self.encoder = ENCODERS[config.encoder.type](config.encoder, n_z)
-        self.decoder: Any = DECODERS[decoder_type(config.decoder)](config.decoder, n_z)
+        self.encoder = ENCODERS[config.encoder.type](config.encoder, n_z, channels)
+        self.decoder: Any = DECODERS[decoder_type(config.decoder)](config.decoder, n_z, channels)
         moments = 2 * n_z if getattr(config.encoder, "variance", True) else n_z
         self.quant_conv = nn.Conv2d(moments, moments, 1) if config.conv1x1 else nn.Identity()
         self.quantizer = Quantizer(config.codes, n_z) if config.codes else nn.Identity()
@@ -210,7 +223,7 @@ class Autoencoder(HubMixin):
         self.register_load_state_dict_pre_hook(partial(rename_layers, OWN_NAMES))
 
     def encode(self, images: Tensor) -> DiagonalGaussian:
-        """Images (B, 3, H, W) in [−1, 1] → posterior over latents (B, n_z, ⌈H/f⌉, ⌈W/f⌉).
+        """Images (B, C, H, W) in [−1, 1] → posterior over latents (B, n_z, ⌈H/f⌉, ⌈W/f⌉).
 
         Sides that are no multiples of f are padded by `pad`; `decode` crops the padding off.
 
@@ -235,8 +248,9 @@ class Autoencoder(HubMixin):
 
     def _check(self, images: Tensor) -> None:
         """Refuse images that are none; the range of the first call's alone, for it is read back."""
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise LdmError(f"images have shape {tuple(images.shape)}: give (B, 3, H, W)")
+        channels = self.config.image_channels
+        if images.ndim != 4 or images.shape[1] != channels:
+            raise LdmError(f"images have shape {tuple(images.shape)}: give (B, {channels}, H, W)")
         if not images.is_floating_point():
             raise LdmError(f"images are {images.dtype}: give floats in [−1, 1], as by `to_float`")
         is_plain = type(images) is Tensor and not images.is_meta and not is_compiling()
@@ -248,7 +262,7 @@ class Autoencoder(HubMixin):
         self._range_checked = True
 
     def pad(self, images: Tensor) -> Tensor:
-        """Repeat the last column and row of images (B, 3, H, W) up to multiples of f."""
+        """Repeat the last column and row of images (B, C, H, W) up to multiples of f."""
         f, (height, width) = self.downsampling, images.shape[-2:]
         if min(height, width) < f:
             raise LdmError(
@@ -260,7 +274,7 @@ class Autoencoder(HubMixin):
         return F.pad(images, (0, -width % f, 0, -height % f), mode="replicate")
 
     def decode(self, latents: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        """Latents (B, n_z, h, w) → images (B, 3, f·h, f·w), float32, not clipped.
+        """Latents (B, n_z, h, w) → images (B, C, f·h, f·w), float32, not clipped.
 
         Args:
             size: height and width to crop to, those of the encoded images.
@@ -275,7 +289,7 @@ class Autoencoder(HubMixin):
         """Encode, sample the posterior, decode; the reconstruction has the images' size.
 
         Args:
-            images: (B, 3, H, W) in [−1, 1], of any size from f up.
+            images: (B, C, H, W) in [−1, 1], of any size from f up.
             noise: standard normal (B, n_z, ⌈H/f⌉, ⌈W/f⌉), so that noise belongs to samples.
             sample: False decodes the posterior's mode instead of a sample.
         """
@@ -380,6 +394,28 @@ def assemble(file: AutoencoderFile, path: str | Path) -> Autoencoder:
     ae = build_with(lambda: Autoencoder(config), file.weights, path)
     ae.settings = pick_settings(file.provenance.get("imported"))
     return ae
+
+
+def grey_weights(ae: Autoencoder) -> dict[str, Tensor]:
+    """The weights of an autoencoder as one of a single channel takes them.
+
+    The first convolutions' are summed over the channels, the last one's averaged: on a grey image
+    it gives the mean over the channels of what `ae` gives for the image repeated.
+
+    Raises:
+        LdmError: the encoder has no first convolution, or its latents show the channels.
+    """
+    weights, channels = ae.state_dict(), ae.config.image_channels
+    first = [n for n in weights if re.fullmatch(r"encoder\.(extractors\.\d+\.)?conv_in\.weight", n)]
+    if not first or getattr(ae.config.encoder, "shortcut", "none") != "none":
+        raise LdmError(
+            "only encoders of type sdvae, and litevae without a shortcut, can be adapted"
+        )
+    for name in first:  # sub-bands come channel by channel: LL of all, H of all, …
+        weights[name] = weights[name].unflatten(1, (-1, channels)).sum(2)
+    for name in ("decoder.conv_out.weight", "decoder.conv_out.bias"):
+        weights[name] = weights[name].unflatten(0, (-1, channels)).mean(1)
+    return weights
 
 
 def rename_layers(

@@ -146,9 +146,11 @@ class DiffusersEncoder(nn.Module):
     The posterior of a deterministic encoder has no variance: its log-variance is −30.
     """
 
-    def __init__(self, config: DiffusersConfig, latent_channels: int) -> None:
+    def __init__(
+        self, config: DiffusersConfig, latent_channels: int, image_channels: int = 3
+    ) -> None:
         super().__init__()
-        assert latent_channels == config.latent_channels  # `AutoencoderConfig` has checked it
+        assert latent_channels == config.latent_channels  # `AutoencoderConfig` has checked both
         self.output, self.model = config.kind.output, config.build()
         _keep(self.model, True)
 
@@ -166,7 +168,9 @@ class DiffusersDecoder(nn.Module):
     same noise for every image, so that an image does not depend on its batch.
     """
 
-    def __init__(self, config: DiffusersConfig, latent_channels: int) -> None:
+    def __init__(
+        self, config: DiffusersConfig, latent_channels: int, image_channels: int = 3
+    ) -> None:
         super().__init__()
         assert latent_channels == config.latent_channels
         self.model = config.build()

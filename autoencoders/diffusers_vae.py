@@ -138,8 +138,14 @@ def wrap(ae: Autoencoder, **settings: Any) -> DiffusersVAE:
     latent_statistics(usage, None, n_z, "the autoencoder")
     check_settings(usage, "the autoencoder")
     with torch.device("meta"):
+        channels = ae.config.image_channels
         vae = DiffusersVAE(
-            to_tree(ae.config), block_out_channels=widths, latent_channels=n_z, **usage
+            to_tree(ae.config),
+            block_out_channels=widths,
+            latent_channels=n_z,
+            in_channels=channels,
+            out_channels=channels,
+            **usage,
         )
     vae.autoencoder = ae
     return vae.train(ae.training)

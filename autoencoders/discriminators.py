@@ -36,7 +36,7 @@ def drawn(layer: LayerT, draw: Callable[..., Tensor], **options: float) -> Layer
 
 
 def check_images(images: Tensor, check_resolution: Callable[[int], None]) -> None:
-    """Raise LdmError if a config's check refuses a side of images (B, 3, H, W)."""
+    """Raise LdmError if a config's check refuses a side of images (B, C, H, W)."""
     height, width = images.shape[-2:]
     try:
         check_resolution(height)
@@ -69,7 +69,7 @@ class UNetDiscriminatorConfig(Config):
 
 
 class UNetDiscriminator(nn.Module):
-    """Images (B, 3, H, W) in [−1, 1] → logits of every pixel, and of every image.
+    """Images (B, C, H, W) in [−1, 1] → logits of every pixel, and of every image.
 
     Schönfeld, Schiele & Khoreva 2020, "A U-Net Based Discriminator for GANs" (arXiv 2002.12655).
     Residual blocks halve the resolution and double it again. Each block on the way up but the first
@@ -77,14 +77,14 @@ class UNetDiscriminator(nn.Module):
     256×256 as well.
     """
 
-    def __init__(self, config: UNetDiscriminatorConfig) -> None:
+    def __init__(self, config: UNetDiscriminatorConfig, image_channels: int = 3) -> None:
         super().__init__()
         self.config = config
         down = [config.channels * m for m in config.multipliers]
         up = [*reversed(down[:-1]), config.channels]
         self.down = nn.ModuleList(
             UNetDownBlock(in_width, out_width, first=i == 0)
-            for i, (in_width, out_width) in enumerate(pairwise([3, *down]))
+            for i, (in_width, out_width) in enumerate(pairwise([image_channels, *down]))
         )
         bottleneck = drawn(nn.Linear(down[-1], 1), nn.init.orthogonal_)
         self.bottleneck = spectral_norm(bottleneck)
@@ -96,7 +96,7 @@ class UNetDiscriminator(nn.Module):
         self.pixels = _conv(up[-1], 1, 1)
 
     def forward(self, images: Tensor) -> Logits:
-        """Images (B, 3, H, W) in [−1, 1] → pixel logits (B, 1, H, W), image logits (B, 1)."""
+        """Images (B, C, H, W) in [−1, 1] → pixel logits (B, 1, H, W), image logits (B, 1)."""
         check_images(images, self.config.check_resolution)
         x, skips = images, []
         for block in self.down:
@@ -215,7 +215,7 @@ class PatchGANConfig(Config):
 
 
 class PatchGAN(nn.Module):
-    """Images (B, 3, H, W) in [−1, 1] → a map of logits of overlapping patches.
+    """Images (B, C, H, W) in [−1, 1] → a map of logits of overlapping patches.
 
     Isola, Zhu, Zhou & Efros 2017, "Image-to-Image Translation with Conditional Adversarial
     Networks" (arXiv 1611.07004), in the shape that latent diffusion uses (Rombach et al. 2022).
@@ -224,11 +224,11 @@ class PatchGAN(nn.Module):
     micro-batches, and in eval mode lag behind the weights.
     """
 
-    def __init__(self, config: PatchGANConfig) -> None:
+    def __init__(self, config: PatchGANConfig, image_channels: int = 3) -> None:
         super().__init__()
         self.config = config
         widths = [config.channels * min(2**layer, 8) for layer in range(config.layers + 1)]
-        layers = [_patch_conv(3, widths[0], stride=2), nn.LeakyReLU(0.2)]
+        layers = [_patch_conv(image_channels, widths[0], stride=2), nn.LeakyReLU(0.2)]
         for i in range(config.layers):
             stride = 2 if i + 1 < config.layers else 1
             # no bias: the norm would remove it
@@ -238,7 +238,7 @@ class PatchGAN(nn.Module):
         self.layers = nn.Sequential(*layers, _patch_conv(widths[-1], 1, stride=1))
 
     def forward(self, images: Tensor) -> Logits:
-        """Images (B, 3, H, W) in [−1, 1] → one map (B, 1, ⌊H/2^layers⌋ − 2, ⌊W/2^layers⌋ − 2)."""
+        """Images (B, C, H, W) in [−1, 1] → one map (B, 1, ⌊H/2^layers⌋ − 2, ⌊W/2^layers⌋ − 2)."""
         check_images(images, self.config.check_resolution)
         return (self.layers(images).float(),)
 
@@ -292,18 +292,18 @@ class StyleGANConfig(Config):
 
 
 class StyleGANDiscriminator(nn.Module):
-    """Images (B, 3, R, R) in [−1, 1] → a logit for every image.
+    """Images (B, C, R, R) in [−1, 1] → a logit for every image.
 
     Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN" (arXiv 1912.04958).
     One layer of the paper's is left out: the standard deviation over a minibatch makes a logit
     depend on the other images. It prevents mode collapse, which an autoencoder does not suffer.
     """
 
-    def __init__(self, config: StyleGANConfig) -> None:
+    def __init__(self, config: StyleGANConfig, image_channels: int = 3) -> None:
         super().__init__()
         self.config = config
         widths = config.widths
-        self.from_rgb = _equalize(nn.Conv2d(3, widths[0], 1))
+        self.from_rgb = _equalize(nn.Conv2d(image_channels, widths[0], 1))
         self.blocks = nn.ModuleList(
             StyleGANBlock(in_width, out_width) for in_width, out_width in pairwise(widths)
         )
@@ -312,7 +312,7 @@ class StyleGANDiscriminator(nn.Module):
         self.logit = _equalize(nn.Linear(widths[-1], 1))
 
     def forward(self, images: Tensor) -> Logits:
-        """Images (B, 3, R, R) in [−1, 1] → one map (B, 1)."""
+        """Images (B, C, R, R) in [−1, 1] → one map (B, 1)."""
         check_images(images, self.config.check_resolution)
         x = _activate(self.from_rgb(images))
         for block in self.blocks:
@@ -393,6 +393,6 @@ DiscriminatorConfig = Annotated[
 ]
 
 
-def build_discriminator(config: DiscriminatorConfig) -> nn.Module:
-    """Build the network that a config describes: (B, 3, H, W) in [−1, 1] → `Logits`."""
-    return DISCRIMINATORS[config.type](config)
+def build_discriminator(config: DiscriminatorConfig, image_channels: int = 3) -> nn.Module:
+    """Build the network that a config describes: (B, C, H, W) in [−1, 1] → `Logits`."""
+    return DISCRIMINATORS[config.type](config, image_channels)

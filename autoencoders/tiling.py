@@ -20,7 +20,7 @@ from ldm.errors import UsageError
 def encode_tiled(
     ae: Autoencoder, images: Tensor, tile: int = 512, overlap: int = 128, batch: int = 1
 ) -> DiagonalGaussian:
-    """Images (B, 3, H, W) in [−1, 1] → posterior over latents (B, n_z, ⌈H/f⌉, ⌈W/f⌉).
+    """Images (B, C, H, W) in [−1, 1] → posterior over latents (B, n_z, ⌈H/f⌉, ⌈W/f⌉).
 
     Mean and log-variance are blended. Images no larger than a tile go through in one piece, as by
     `ae.encode`, and sides that are no multiples of f are padded as there. No gradients.
@@ -55,7 +55,7 @@ def decode_tiled(
     overlap: int = 128,
     batch: int = 1,
 ) -> Tensor:
-    """Latents (B, n_z, h, w) → images (B, 3, f·h, f·w), float32, not clipped.
+    """Latents (B, n_z, h, w) → images (B, C, f·h, f·w), float32, not clipped.
 
     Latents no larger than a tile go through in one piece, as by `ae.decode`. No gradients.
 
@@ -67,7 +67,7 @@ def decode_tiled(
         UsageError: tile, overlap or batch is out of range.
     """
     height, width = (side * ae.downsampling for side in latents.shape[-2:])
-    shape = (len(latents), 3, height, width)
+    shape = (len(latents), ae.config.image_channels, height, width)
     recon = _blend(ae, ae.decode, latents, shape, tile, overlap, batch)
     return recon if size is None else recon[..., : size[0], : size[1]]
 
@@ -75,7 +75,7 @@ def decode_tiled(
 def reconstruct_tiled(
     ae: Autoencoder, images: Tensor, tile: int = 512, overlap: int = 128, batch: int = 1
 ) -> Tensor:
-    """Images (B, 3, H, W) in [−1, 1] → reconstruction from the posterior's mode, of equal size.
+    """Images (B, C, H, W) in [−1, 1] → reconstruction from the posterior's mode, of equal size.
 
     Arguments and errors are those of `encode_tiled`.
     """

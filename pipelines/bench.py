@@ -6,7 +6,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from math import nan
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -162,8 +162,10 @@ def _measure(
     """Complete counted costs by measurements on the device."""
     try:
         placed = [_place(cost, resolution, batch, device) for cost in counted]
-        images = _images(timed, resolution, device)
-        calls = {cost.name: partial(ae.encode, images) for ae, cost in placed}
+        draw = cache(partial(_images, timed, resolution, device))
+        calls = {
+            cost.name: partial(ae.encode, draw(ae.config.image_channels)) for ae, cost in placed
+        }
         seconds = time_interleaved(calls, repeats, device)
     except torch.OutOfMemoryError as error:
         raise LdmError(
@@ -181,10 +183,11 @@ def _count(name: str, resolution: int, batch: int) -> EncoderCost:
                 f"--resolution {resolution}: it must be a multiple of "
                 f"{autoencoder.downsampling}, the downsampling of {name}"
             )
-        image = torch.zeros(1, 3, resolution, resolution)
+        channels = autoencoder.config.image_channels
+        image = torch.zeros(1, channels, resolution, resolution)
         gmac = count_gmac(lambda: autoencoder.encoder(image))
         with AllocationTracker() as tracker:
-            autoencoder.encoder(torch.zeros(batch, 3, resolution, resolution))
+            autoencoder.encoder(torch.zeros(batch, channels, resolution, resolution))
         weights = sum(parameter.nbytes for parameter in autoencoder.encoder.parameters())
         parameters = count_parameters(autoencoder.encoder)
     return EncoderCost(name, parameters, gmac, (tracker.peak + weights) / MIB, nan)
@@ -199,7 +202,7 @@ def _place(
         return autoencoder, cost
     before = torch.cuda.memory_allocated(device)
     autoencoder.to(device).to(memory_format=memory_format(device))
-    images = _images(batch, resolution, device)
+    images = _images(batch, resolution, device, autoencoder.config.image_channels)
     autoencoder.encode(images)  # libraries allocate their workspaces before the count
     synchronise(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -218,9 +221,9 @@ def _without_decoder(name: str) -> Autoencoder:
     return autoencoder
 
 
-def _images(count: int, resolution: int, device: torch.device) -> Tensor:
-    """Draw images (count, 3, R, R) in [−1, 1], always the same."""
-    shape = (count, 3, resolution, resolution)
+def _images(count: int, resolution: int, device: torch.device, channels: int = 3) -> Tensor:
+    """Draw images (count, C, R, R) in [−1, 1], always the same."""
+    shape = (count, channels, resolution, resolution)
     images = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     return images.to(device, memory_format=memory_format(device))
 

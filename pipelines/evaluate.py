@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from autoencoders import Autoencoder, load_autoencoder
+from autoencoders import Autoencoder, AutoencoderConfig, load_autoencoder
 from autoencoders.losses import LPIPS, load_lpips
 from ldm.config import to_tree
 from ldm.data import DataConfig, evaluation_batches
@@ -101,7 +101,7 @@ def evaluate_checkpoints(
         if not done or done[-1].model != job.model:
             with fail_together(ranks):
                 ae = load_autoencoder(job.model, device).to(memory_format=memory_format(device))
-        done.append(_measure(ae, job, path, how, metrics, device, ranks))
+        done.append(_measure(ae, job, path, how, _that_fit(metrics, ae, ranks), device, ranks))
         trees = [each.to_tree() for each in done]
         tree = {"format": evaluation.FORMAT, "evaluations": trees} if how.out else trees[-1]
         from_main(ranks, partial(write_json, path, tree))
@@ -127,6 +127,16 @@ def load_metrics(
     if why is not None:
         missing |= dict.fromkeys(OF_FEATURES, why)
     return Metrics(lpips, extractor, missing)
+
+
+def _that_fit(metrics: Metrics, ae: Autoencoder, ranks: PartialState) -> Metrics:
+    """The networks, without an extractor that does not take images of as many channels."""
+    why = statistics.refuse_channels(ae.config.image_channels)
+    if why is None or metrics.extractor is None:
+        return metrics
+    missing = metrics.missing | dict.fromkeys(OF_FEATURES, why)
+    _print_missing(missing, ranks)
+    return metrics._replace(extractor=None, missing=missing)
 
 
 def _measure(
@@ -173,7 +183,7 @@ def _measure(
         means = everything.means()  # no image at all is an error
         count = everything.count
         distances = statistics.compare_sets(fake, real, device)
-        numbers, about = _conclude(job, means, distances, count, metrics, how.force)
+        numbers, about = _conclude(job, means, distances, count, metrics, how.force, ae.config)
         about |= {
             "limit": how.limit,
             "corrupt": len(corrupt),
@@ -198,6 +208,7 @@ def _conclude(
     count: int,
     metrics: Metrics,
     force: bool,
+    config: AutoencoderConfig,
 ) -> tuple[dict[str, float | None], dict[str, Any]]:
     """The numbers, without those that mean nothing, and what they depend on."""
     known = distances | means | {"rfid": distances["fid"], "swd": distances["swd"]["mean"]}
@@ -221,13 +232,19 @@ def _conclude(
             f"{extractor.name} is not the published Inception: compare rFID, KID, precision "
             "and recall only with those of the same network"
         )
+    channels, pixels = config.image_channels, config.pixels
+    depth = {"uint8": "8 bits", "uint16": "16 bits"}.get(pixels.type)
+    if channels != 3:
+        notes.append(statistics.describe_channels(channels))
     return numbers, {
         "model": job.about_model,
+        **({} if channels == 3 else {"image_channels": channels}),
+        **({} if pixels.is_plain else {"pixels": to_tree(pixels)}),
         "data": to_tree(job.data),
         "prepared": read_preparation(job.data),
         "split": job.split,
         "seen": job.seen,
-        "recon": "posterior's mode, float32, rounded to 8 bits",
+        "recon": "posterior's mode, float32" + (f", rounded to {depth}" if depth else ""),
         "lpips": metrics.lpips and "VGG-16",
         "extractor": statistics.describe_extractor(extractor),
         "missing": missing,

@@ -134,11 +134,14 @@ def _measure(
         with suppress(UsageError):  # settings of another version
             own = trained_on(samples)
         if isinstance(against, DataConfig):
+            against = _as_samples(against, samples)
             side, chosen = samples.resolution, split or DEFAULT_SPLIT
             reference: Reference = ImageReference(against, chosen, side, len(samples), how.limit)
         else:
             references.check_statistics(against)
     extractor, missing = statistics.find_extractor(how, samples.resolution, device, ranks)
+    if why := statistics.refuse_channels(samples.channels):
+        extractor, missing = None, why
     with fail_together(ranks):
         if not isinstance(against, DataConfig):
             reference = references.open_statistics(against, extractor, missing)
@@ -169,7 +172,7 @@ def _measure(
             "reference": reference.about | {"split_asked": split, "count": count},
             "extractor": statistics.describe_extractor(extractor),
             "forced": how.force,
-            "warnings": [*warnings, *copies, *find_limits(reference, extractor)],
+            "warnings": [*warnings, *copies, *find_limits(reference, extractor, samples.channels)],
             **provenance("clean-fid", "pillow"),
         }
         path = out if result["fid"] is not None else path_without_fid(out)
@@ -179,12 +182,22 @@ def _measure(
     return _report(from_main(ranks, conclude), ranks)
 
 
+def _as_samples(config: DataConfig, samples: Samples) -> DataConfig:
+    """Read a reference as the samples are: of their channels, and their range of pixels."""
+    channels = None if samples.channels == 3 else samples.channels
+    pixels = (samples.made_with or {}).get("pixels") or {}
+    range = config.range if config.range != "type" else pixels.get("range") or "type"
+    update = {"channels": channels, "range": range if isinstance(range, str) else tuple(range)}
+    return config.model_copy(update=update)
+
+
 def _describe(samples: Samples, fake: SetStatistics, own: DataConfig | None) -> dict[str, Any]:
     return {
         "path": str(samples.path),
         "what": samples.what,
         "count": len(fake.hashes),
         "made_with": samples.made_with,
+        "image_channels": samples.channels,
         "filter": samples_preparation(samples, own)[0],
         # equal for the same images in the same order
         "fingerprint": sha256(statistics.pack_hashes(fake.hashes)).hexdigest(),
@@ -299,8 +312,12 @@ def find_copies(samples: Samples, fake: SetStatistics, real: SetStatistics) -> I
         )
 
 
-def find_limits(reference: Reference, extractor: Extractor | None) -> Iterator[str]:
+def find_limits(
+    reference: Reference, extractor: Extractor | None, channels: int = 3
+) -> Iterator[str]:
     """Yield what limits the use of the numbers, without making them wrong."""
+    if extractor is not None and channels != 3:
+        yield statistics.describe_channels(channels)
     if extractor is not None and not extractor.is_published:
         yield (
             "the network is not the published Inception (another SHA-256): compare this FID only "

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from autoencoders import Autoencoder, DiagonalGaussian
-from autoencoders.autoencoder import assemble
+from autoencoders.autoencoder import assemble, grey_weights
 from autoencoders.losses import LossConfig
 from autoencoders.pretrained import describe_source, find_pretrained, read_autoencoder
 from autoencoders.sdvae.formats import SETTINGS
@@ -25,7 +25,7 @@ from ldm.data import Source, batches
 from ldm.device import full_float32
 from ldm.distributed import fail_together, from_main
 from ldm.errors import LdmError, UsageError
-from ldm.images import to_float
+from ldm.images import as_float
 from ldm.run import Run
 from pipelines.latents import measure_latents
 from pipelines.recipes import AutoencoderRecipe, InitConfig, TeacherConfig
@@ -94,7 +94,7 @@ def load_given(ae: Autoencoder, recipe: AutoencoderRecipe, given: Given) -> None
         source, parts = recipe.teacher.source, ["decoder"]
     else:
         source, parts = recipe.init.source, [*recipe.init.parts]
-    weights, expected = given.ae.state_dict(), ae.state_dict()
+    weights, expected = _fitting_weights(given.ae, ae, recipe, source), ae.state_dict()
     faults = {}
     for part in parts:
         prefixes = PARTS[part]
@@ -117,6 +117,21 @@ def load_given(ae: Autoencoder, recipe: AutoencoderRecipe, given: Given) -> None
             "the preset and its settings, for the architecture of the weights"
         )
     ae.load_state_dict(expected)
+
+
+def _fitting_weights(
+    given: Autoencoder, ae: Autoencoder, recipe: AutoencoderRecipe, source: str
+) -> dict[str, Tensor]:
+    """The given weights, adapted to the number of the images' channels where that is requested."""
+    theirs, ours = given.config.image_channels, ae.config.image_channels
+    if theirs == ours:
+        return given.state_dict()
+    way = f"set image_channels={theirs}"
+    if recipe.init.source and ours == 1:
+        if recipe.init.adapt == "sum":
+            return grey_weights(given)
+        way = "set init.adapt=sum (the first convolution's weights summed, the last's averaged)"
+    raise LdmError(f"{source} is of images of {theirs} channels, this model of {ours}: {way}")
 
 
 def _other_setting(part: str, theirs: Autoencoder, ours: Autoencoder) -> str | None:
@@ -224,7 +239,7 @@ def measure_teacher(
         for batch in stream:
             if run.stop_requested():
                 raise run.interrupted(f"stopped before the first step of {run.folder}")
-            yield teacher.encode(to_float(run.place(batch.images)))
+            yield teacher.encode(as_float(run.place(batch.images)))
 
     with run.autocast():
         _, std = measure_latents(posteriors(), drawn=False, reduce=run.sum)

@@ -230,14 +230,18 @@ class LatentDiffusionPipeline(LatentModel):
         return requested, sample
 
     def _read_images(self, images: Images) -> Tensor:
-        """(B, 3, H, W) in [−1, 1] on the CPU, of the model's size."""
+        """(B, C, H, W) in [−1, 1] on the CPU, of the model's size."""
+        channels = self.autoencoder_config.image_channels
         if not isinstance(images, Tensor):
-            pictures = [np.array(image.convert("RGB")) for image in images]
+            mode = "L" if channels == 1 else "RGB"
+            pictures = [
+                np.array(image.convert(mode)).reshape(*image.size[::-1], -1) for image in images
+            ]
             if len({picture.shape for picture in pictures}) != 1:
                 raise UsageError("images: give at least one, all of one size")
             images = to_float(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2))
         factor = self.codec.autoencoder.downsampling
-        wanted = (3, *(side * factor for side in self.latent_shape[1:]))
+        wanted = (channels, *(side * factor for side in self.latent_shape[1:]))
         if images.shape[1:] != wanted or not len(images):
             sides = ", ".join(map(str, wanted))
             raise UsageError(f"images are {tuple(images.shape)}, not (B, {sides})")

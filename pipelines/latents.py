@@ -43,7 +43,7 @@ from ldm.device import full_float32, memory_format, one_ahead, to_device
 from ldm.distributed import fail_together, from_main, wait_for_files
 from ldm.errors import LdmError
 from ldm.files import check_writable, write_atomically, write_json
-from ldm.images import assert_range, to_float
+from ldm.images import as_float, assert_range
 from ldm.locks import lock
 from ldm.records import checked, read_tree, schema
 from ldm.run import Run
@@ -61,7 +61,7 @@ HASHED = 64  # images whose pixels are part of a source's fingerprint
 
 # ------------------------------------------------------------------------------- the codec
 class Codec(nn.Module):
-    """images (B, 3, H, W) in [−1, 1] ↔ z (B, n_z, H/f, W/f), by a frozen autoencoder.
+    """images (B, C, H, W) in [−1, 1] ↔ z (B, n_z, H/f, W/f), by a frozen autoencoder.
 
     Args:
         autoencoder: stage one; frozen and put into eval mode.
@@ -96,14 +96,14 @@ class Codec(nn.Module):
 
     @torch.no_grad()
     def posterior(self, images: Tensor) -> DiagonalGaussian:
-        """images (B, 3, H, W) in [−1, 1] → posterior of their raw latents (B, n_z, h, w).
+        """images (B, C, H, W) in [−1, 1] → posterior of their raw latents (B, n_z, h, w).
 
         The range is not checked, which would wait for a GPU.
         """
         return self.autoencoder.encode(images)
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """images (B, 3, H, W) in [−1, 1] → z: drawn with noise (B, n_z, h, w), else the mean.
+        """images (B, C, H, W) in [−1, 1] → z: drawn with noise (B, n_z, h, w), else the mean.
 
         Raises:
             ValueError: the images are not in [−1, 1].
@@ -121,7 +121,7 @@ class Codec(nn.Module):
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        """z (B, n_z, h, w) → images (B, 3, H, W) in [−1, 1]."""
+        """z (B, n_z, h, w) → images (B, C, H, W) in [−1, 1]."""
         latents = z.float() * (self.std / self.sigma_data) + self.mean
         return self.autoencoder.decode(latents).float().clamp(-1, 1)
 
@@ -212,7 +212,7 @@ def latent_batches(
     }  # fmt: skip
 
     def encoded(batch: Batch) -> tuple[int, LatentBatch]:
-        images, parameters = to_float(run.place(batch.images)), batch.drawn["augment"]
+        images, parameters = as_float(run.place(batch.images)), batch.drawn["augment"]
         if parameters is not None:
             images = augment(images, parameters)
         with run.autocast():
@@ -354,7 +354,7 @@ def _encode(
     for batch in evaluation_batches(
         part, recipe.resolution, BATCH, workers=recipe.data.workers, faults=faults
     ):
-        images = to_float(run.place(batch.images))
+        images = as_float(run.place(batch.images))
         for mirror in range(1 + recipe.data.flip):
             with run.autocast():
                 posterior = codec.posterior(images.flip(-1) if mirror else images)
@@ -414,6 +414,7 @@ def _identity(
         "mirrored": recipe.data.flip,
         "precision": precision,
         **({} if recipe.data.small == "error" else {"small": recipe.data.small}),
+        **({"range": list(source.range)} if source.range else {}),
     }
 
 

@@ -17,13 +17,13 @@ from torch.nn import functional as F
 
 from ldm.config import to_tree
 from ldm.data import DataConfig, Source, evaluation_batches, holds_out, open_source
-from ldm.data.loader import FaultCount
+from ldm.data.loader import FaultCount, stack
 from ldm.data.photos import PhotoSource
 from ldm.data.transforms import CorruptImage, center_crop
 from ldm.device import full_float32, resolve_device
 from ldm.errors import LdmError, UsageError, check_at_least
 from ldm.files import check_writable, to_json, write_together
-from ldm.images import grid, to_float, to_pil
+from ldm.images import as_float, from_pixels, grid, to_pil
 from ldm.logbook import console, progress_bar
 from ldm.run_folder import provenance
 from pipelines.sampling import sample_folder
@@ -32,7 +32,7 @@ from pipelines.sampling.sample_folder import SampleFolder
 
 Space = Literal["latents", "pixels"]
 Embed = Callable[[Tensor], Tensor]
-"""uint8 images (B, 3, R, R) → points (B, D), whose distance is the root mean square difference."""
+"""Images of a batch (B, C, R, R) → points (B, D), whose distance is the root mean square."""
 Crop = tuple[int, int, int, int]
 """Index of a training image, row and column of its window (−1: its centre crop), 1 if mirrored."""
 
@@ -85,10 +85,10 @@ def find_neighbours(
     distances, crops = _search(torch.cat(queries), stream, embed, config.flip, nearest, len(train))
 
     rows = [
-        [folder.load(i), *(_cut(train, crop, side) for crop in crops[i])]
+        [from_pixels(folder.load(i), folder.range)] + [_cut(train, crop, side) for crop in crops[i]]
         for i in range(len(folder))
     ]
-    sheet = to_float(torch.from_numpy(np.stack([*chain(*rows)])).permute(0, 3, 1, 2))
+    sheet = torch.from_numpy(np.stack([*chain(*rows)])).permute(0, 3, 1, 2)
     result = _describe(folder, config, train, space, distances, crops)
     drawn = to_pil(grid(sheet, columns=len(rows[0])))
     write_together(
@@ -163,10 +163,11 @@ def _embedding(space: Space, folder: SampleFolder, path: Path | None, where: tor
     @torch.no_grad()
     def embed(images: Tensor) -> Tensor:
         if model is not None:
-            points = model.encode(to_float(images)).flatten(1) / model.codec.sigma_data
+            points = model.encode(as_float(images)).flatten(1) / model.codec.sigma_data
         else:
             side = min(SIDE, images.shape[2])
-            small = F.interpolate(images.to(where).float(), size=(side, side), mode="area")
+            levels = images if images.dtype == torch.uint8 else (images + 1) * 127.5
+            small = F.interpolate(levels.to(where).float(), size=(side, side), mode="area")
             points = small.flatten(1)
         return points / points.shape[1] ** 0.5
 
@@ -227,7 +228,7 @@ def _search(
 def _training_images(
     train: Source, config: DataConfig, resolution: int, batch_size: int
 ) -> Iterator[tuple[Tensor, list[Crop]]]:
-    """Yield images uint8 (b, 3, R, R) that training may have seen."""
+    """Yield images (b, C, R, R), as in a `Batch`, that training may have seen."""
     if not (config.crop == "random" or isinstance(train, PhotoSource)):
         for batch in evaluation_batches(train, resolution, batch_size, workers=config.workers):
             yield batch.images, [(k, -1, -1, 0) for k in batch.k.tolist()]
@@ -242,8 +243,8 @@ def _training_images(
         corners = _windows(image.shape, resolution)
         for first in range(0, len(corners), batch_size):
             some = corners[first : first + batch_size]
-            cut = np.stack([image[r : r + resolution, c : c + resolution] for r, c in some])
-            yield torch.from_numpy(cut).permute(0, 3, 1, 2), [(index, r, c, 0) for r, c in some]
+            cut = [image[r : r + resolution, c : c + resolution] for r, c in some]
+            yield stack(cut, resolution, train), [(index, r, c, 0) for r, c in some]
 
 
 def _windows(shape: tuple[int, ...], side: int) -> list[tuple[int, int]]:
@@ -256,8 +257,8 @@ def _windows(shape: tuple[int, ...], side: int) -> list[tuple[int, int]]:
 
 
 def _cut(train: Source, crop: Crop, side: int) -> np.ndarray:
-    """Load a training image again, (R, R, 3) uint8."""
+    """Load a training image again, (R, R, C) in [−1, 1]."""
     index, row, column, mirrored = crop
     image = train.load_at_least(index, side)
     image = center_crop(image, side) if row < 0 else image[row:, column:][:side, :side]
-    return image[:, ::-1] if mirrored else image
+    return from_pixels(image[:, ::-1] if mirrored else image, train.range)

@@ -63,6 +63,8 @@ class InitConfig(WeightsConfig):
 
     parts: Annotated[tuple[Part, ...], Field(min_length=1)] = ("encoder", "decoder")
     """Parts that begin from them, each with its 1×1 convolution at the latent."""
+    adapt: Literal["none", "sum"] = "none"
+    """sum: to one channel, from three: first convolution's weights summed, the last's averaged."""
     logvar: Annotated[float, Field(ge=-30, le=20)] = 0.0
     """Log-variance at which a new encoder without a teacher begins, about: −5 is little noise."""
 
@@ -144,8 +146,7 @@ class AutoencoderRecipe(GivenWeights, AutoencoderConfig):
         if self.batch_size % self.accumulate:
             raise ValueError("batch_size must be a multiple of accumulate")
         terms = ["l1", "l2", "lpips", "esrgan"]
-        if self.teacher.source and not self.adversarial.weight:
-            terms.append("latent")
+        terms += ["latent"] if self.teacher.source and not self.adversarial.weight else []
         if not any(getattr(self.loss, term) for term in terms):
             raise ValueError(f"loss: one of {', '.join(terms)} must be above 0")
         if self.adversarial.mixes and self.discriminator.type != "unet":
@@ -223,8 +224,7 @@ class AutoencoderRecipe(GivenWeights, AutoencoderConfig):
     @property
     def model(self) -> AutoencoderConfig:
         """The autoencoder alone, without its training."""
-        fields = AutoencoderConfig.model_fields
-        return AutoencoderConfig(**{name: getattr(self, name) for name in fields})
+        return AutoencoderConfig(**{k: getattr(self, k) for k in AutoencoderConfig.model_fields})
 
 
 class DiffusionRecipe(Config):

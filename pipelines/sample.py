@@ -16,7 +16,7 @@ from ldm.device import full_float32
 from ldm.distributed import from_main, wait_for_files
 from ldm.errors import LdmError, UsageError
 from ldm.files import keep, write_atomically
-from ldm.images import save_grid, to_float, to_pil
+from ldm.images import as_float, file_suffix, save_grid
 from ldm.logbook import console, show_progress
 from pipelines.sampling.model import ModelSamples
 from pipelines.sampling.sample_folder import (
@@ -81,7 +81,7 @@ def sample_images(
         model, n, seed, labels=labels, guide=guide, device=device, precision=precision, **sampling
     )
     out, ranks = Path(out) if out else job.folder / "samples" / job.slug(files), job.ranks
-    store = SampleStore(out, files, job.label)
+    store = SampleStore(out, files, job.label, file_suffix(job.pixels.type, job.channels))
     with ExitStack() as held:
         # on the main process, so that its checks come before anyone writes and stop all of them
         missing = from_main(ranks, lambda: _begin(job, store, held))
@@ -120,7 +120,7 @@ def _write_batches(job: ModelSamples, store: SampleStore, batches: Sequence[Sequ
             # the batch before must be written by now, so that memory does not grow with n
             _wait(writing)
             writing = [
-                pool.submit(store.write, i, to_pil(image))
+                pool.submit(store.write, i, job.pixels.to_array(image))
                 for i, image in zip(indices, images, strict=True)
             ]
             if is_main:
@@ -152,5 +152,5 @@ def _draw_grid(store: SampleStore) -> None:
     gaps = store.missing(IN_GRID)
     shown = gaps[0] if gaps else IN_GRID
     folder = SampleFolder(store.out, limit=shown, least=1)
-    sheet = to_float(sheet_images(folder, folder.resolution, shown))
+    sheet = as_float(sheet_images(folder, folder.resolution, shown))
     save_grid(sheet, store.out / GRID, max(1, round(shown**0.5)))

@@ -34,7 +34,7 @@ from ldm.data.loader import image_name
 from ldm.device import to_device
 from ldm.distributed import check_batch
 from ldm.ema import Ema
-from ldm.images import grid, save_grid, to_float
+from ldm.images import as_float, grid, save_grid
 from ldm.learning_rate import learning_rate, set_learning_rate
 from ldm.logbook import Logbook
 from ldm.run import Run, TrainingState, frozen, start_run
@@ -77,7 +77,8 @@ class AutoencoderState(TrainingState):
         self.autoencoder, still, self.teacher = finetune.begin(recipe, run, given)
         ones = torch.ones(recipe.latent_channels, device=run.device)
         self.latent_std = nn.Parameter(ones, requires_grad=False)
-        self.discriminator: nn.Module = run.place(build_discriminator(recipe.discriminator))
+        discriminator = build_discriminator(recipe.discriminator, recipe.image_channels)
+        self.discriminator: nn.Module = run.place(discriminator)
         loss = finetune.loss_weights(recipe, self.autoencoder)
         self.objective = Objective(loss, recipe.adversarial, dict(perceptual))
         self.ema = Ema(self.autoencoder, recipe.ema_half_life_images, still)
@@ -162,7 +163,7 @@ def train_step(
     """One generator update, then one discriminator update, on the same micro-batch.
 
     Args:
-        images: (b, 3, H, W) in [−1, 1].
+        images: (b, C, H, W) in [−1, 1].
         ks: their numbers in the run; random numbers are functions of (seed, k).
         ramp: factor of the adversarial weight, in [0, 1]; at 0 the discriminator is not trained.
         log_gradients: return the ratio of the gradients' norms (Figure 7) even if it is unused.
@@ -190,7 +191,7 @@ def _update_generator(
     ramp: float,
     log_gradients: bool,
 ) -> tuple[dict[str, Tensor | float], Tensor]:
-    """Update the autoencoder; return its terms and the reconstructions (b, 3, H, W)."""
+    """Update the autoencoder; return its terms and the reconstructions (b, C, H, W)."""
     objective, adversarial = state.objective, state.objective.adversarial
     weight: Tensor | float = ramp * adversarial.weight
     logs: dict[str, Tensor | float] = {}
@@ -229,8 +230,7 @@ def _update_discriminator(
     run: Run, state: AutoencoderState, images: Tensor, recon: Tensor, boxes: Tensor | None
 ) -> dict[str, Tensor | float]:
     """Update the discriminator on real images and their reconstructions; return its terms."""
-    batches_of_images = [images, recon]
-    adversarial = state.recipe.adversarial
+    batches_of_images, adversarial = [images, recon], state.recipe.adversarial
     if boxes is not None:
         mask = cutmix_masks(to_device(boxes, run.device), *images.shape[-2:])  # (b, 1, H, W)
         batches_of_images.append(torch.where(mask, images, recon))
@@ -274,9 +274,9 @@ def train_autoencoder(
     """
     # the largest first: its message about missing data then suits every phase
     resolutions = sorted({phase.resolution for phase in recipe.phases}, reverse=True)
-    sources = {side: open_source(recipe.data, "train", side) for side in resolutions}
-    last = recipe.phases[-1].resolution
-    held_out = open_source(recipe.data, "val", last) if holds_out(recipe.data) else None
+    last, data = recipe.phases[-1].resolution, recipe.data.of(recipe)
+    sources = {side: open_source(data, "train", side) for side in resolutions}
+    held_out = open_source(data, "val", last) if holds_out(data) else None
     perceptual = load_perceptual(recipe, perceptual)
     lpips = _validation_lpips(recipe, perceptual)
     recipe, given = finetune.read_given(recipe)
@@ -286,8 +286,9 @@ def train_autoencoder(
             run.say(f"{run.folder} is already finished")
             return run.folder
         check_batch(recipe.batch_size, recipe.accumulate, run.world)
-        check_data(run.accelerator, run.folder, sources[last], recipe.data)
-
+        others = [*sources.values(), held_out]
+        pixels = check_data(run.accelerator, run.folder, sources[last], data, *others)
+        recipe = recipe.model_copy(update={"pixels": pixels})
         # the same initial weights on every process: start_run has seeded them
         state = AutoencoderState(recipe, run, perceptual, given)
         if saved := run.resume():
@@ -304,8 +305,8 @@ def train_autoencoder(
                 validate()
             _train(run, state, _stream(run, state, sources), logbook, validate)
             logbook.close()
-            result = {"images_seen": state.images_seen, **state.held_out, "best": state.best}
-            return run.finish(result)
+            best = {**state.held_out, "best": state.best}
+            return run.finish({"images_seen": state.images_seen} | best)
 
 
 def _train(
@@ -327,7 +328,7 @@ def _train(
         for batch in run.until_stopped(stream, save):
             lr = state.set_learning_rate()
             run.begin(int(batch.k[0]))
-            images = to_float(run.place(batch.images))
+            images = as_float(run.place(batch.images))
             ramp = state.objective.ramp(state.step / state.total_steps)
             log_gradients = (state.step + 1) % every.log_every_steps == 0
             ks = batch.k.tolist()
@@ -412,15 +413,14 @@ def _validate(
     save_grid(sheet, run.folder / "pictures" / f"recon-{state.images_seen:08d}.png", columns)
     logbook.picture("reconstructions", grid(sheet, columns), state.images_seen)
 
-    state.held_out, sign = numbers, -1 if by == "lpips" else 1
-    best = state.best.get(by)
+    state.held_out, sign, best = numbers, -1 if by == "lpips" else 1, state.best.get(by)
     is_best = by in numbers and (best is None or sign * numbers[by] > sign * best)
     if is_best:
         _export(run, state, "best.pt", held_out=numbers)
         state.best = {"images_seen": state.images_seen, **numbers}
     whole = [name for name in numbers if name != "count" and not name[-1].isdigit()]  # no channel's
     shown = ", ".join(f"{name} {numbers[name]:.3f}" for name in whole)
-    shown += " (the best so far)" if is_best else ""
+    shown += " (the best so far)" * is_best
     run.say(f"step {state.step:>6}/{state.total_steps}: held-out {shown}")
 
 

@@ -22,8 +22,8 @@ from ldm.data.loader import image_name
 from ldm.device import full_float32, resolve_device, resolve_precision
 from ldm.distributed import check_batch
 from ldm.ema import Ema, PowerEma, save_snapshot
-from ldm.errors import LdmError, listed
-from ldm.images import grid, save_grid, to_float
+from ldm.errors import LdmError, UsageError, listed
+from ldm.images import as_float, grid, save_grid
 from ldm.learning_rate import learning_rate, set_learning_rate
 from ldm.logbook import Logbook, read_rows
 from ldm.run import Run, TrainingState, log, start_run
@@ -158,7 +158,10 @@ def train_diffusion(
     """
     autoencoder, origin = _load_autoencoder(recipe.autoencoder)
     ae_sha256 = fingerprint(autoencoder.state_dict())
-    source = open_source(recipe.data, "train", recipe.resolution)
+    data = recipe.data.of(autoencoder.config)
+    if data.range == "measured":
+        raise UsageError("data.range=measured is for stage one: stage two takes its range; omit it")
+    source = open_source(data, "train", recipe.resolution)
     requested, recipe = recipe, fit(recipe, autoencoder, len(source.classes))
     if recipe.cache:
         precision = resolve_precision(recipe.run.precision, resolve_device(recipe.run.device))
@@ -170,7 +173,7 @@ def train_diffusion(
             run.say(f"{run.folder} is already finished")
             return run.folder
         check_batch(recipe.batch_size, recipe.accumulate, run.world)
-        check_data(run.accelerator, run.folder, source, recipe.data)
+        check_data(run.accelerator, run.folder, source, data)
         recipe = fit(as_begun(requested, run.folder), autoencoder, len(source.classes))
 
         state = DiffusionState(recipe, run, autoencoder)
@@ -285,7 +288,7 @@ def measure_codec(
         for batch in stream:
             if run.stop_requested():
                 raise run.interrupted(f"stopped before the first step of {run.folder}")
-            posterior = autoencoder.encode(to_float(run.place(batch.images)))
+            posterior = autoencoder.encode(as_float(run.place(batch.images)))
             if not (good := posterior.isfinite().cpu()).all():
                 bad.extend(image_name(source, run.seed, k) for k in batch.k[~good].tolist())
                 posterior = DiagonalGaussian(posterior.mean[good], posterior.logvar[good])

@@ -18,7 +18,7 @@ from autoencoders import Autoencoder
 from ldm.data import Batch, Source, evaluation_batches, sheet_images
 from ldm.device import full_float32, memory_format
 from ldm.errors import LdmError
-from ldm.images import latents_as_rgb, to_float, to_uint8
+from ldm.images import as_float, as_rgb, latents_as_rgb
 from ldm.metrics import psnr, ssim
 from ldm.run import frozen
 
@@ -27,11 +27,11 @@ from ldm.run import frozen
 PSNR_CEILING = 100.0
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]
-"""(recon, images), (B, 3, H, W) each in [−1, 1] → the distance of each pair (B,)."""
+"""(recon, images), (B, C, H, W) each in [−1, 1] → the distance of each pair (B,)."""
 
 
 class Pair(NamedTuple):
-    """Images and their reconstructions, uint8 (b, 3, R, R), on the device."""
+    """Images and their reconstructions (b, C, R, R), uint8 or floats in [−1, 1], on the device."""
 
     images: Tensor
     recon: Tensor
@@ -43,7 +43,7 @@ class Pair(NamedTuple):
 def reconstruct(
     ae: Autoencoder, stream: Iterable[Batch], device: torch.device
 ) -> Generator[Pair, None, None]:
-    """Yield images and their reconstructions from the posterior's mode, rounded to 8 bits.
+    """Yield images and their reconstructions from the posterior's mode, rounded as files would.
 
     Args:
         ae: on `device`; in eval mode and frozen while this runs.
@@ -51,11 +51,11 @@ def reconstruct(
     with frozen(ae):
         for batch in stream:
             pixels = batch.images.to(device).contiguous(memory_format=memory_format(device))
-            recon = ae.decode(ae.encode(to_float(pixels)).mode(), pixels.shape[-2:])
+            recon = ae.decode(ae.encode(as_float(pixels)).mode(), pixels.shape[-2:])
             # rounded, a NaN would pass for black
             if not recon.isfinite().all():
                 raise LdmError("reconstructions are not finite: use an earlier checkpoint")
-            yield Pair(pixels, to_uint8(recon), batch.k)
+            yield Pair(pixels, ae.config.pixels.round(recon), batch.k)
 
 
 class Scores:
@@ -72,7 +72,7 @@ class Scores:
 
     def add(self, pair: Pair, perceptual: Perceptual | None) -> None:
         """Score a batch; `lpips` is scored only if `perceptual` is given."""
-        images, recon = to_float(pair.images), to_float(pair.recon)
+        images, recon = as_float(pair.images), as_float(pair.recon)
         scores = {"psnr": psnr(images, recon).clamp(max=PSNR_CEILING), "ssim": ssim(images, recon)}
         if perceptual is not None:
             scores["lpips"] = perceptual(recon, images)
@@ -114,7 +114,8 @@ def evaluate_autoencoder(
 ) -> dict[str, float]:
     """Reconstruct every image of a source once in float32, and average its scores.
 
-    Reconstructions are rounded to 8 bits first, like a saved PNG. An exact one counts 100 dB.
+    Reconstructions are rounded first, to 8 bits like a saved PNG, or to the data's own depth. An
+    exact one counts 100 dB.
 
     Args:
         ae: on `device`; in eval mode and frozen while this runs.
@@ -160,10 +161,11 @@ def compare_with_teacher(
     sums: Tensor | float = 0.0
     with frozen(student), frozen(teacher):
         for batch in evaluation_batches(source, resolution, batch_size, limit):
-            images = to_float(batch.images.to(device))
+            images = as_float(batch.images.to(device))
             s, t = (ae.encode(images).mode() for ae in (student, teacher))  # (b, n_z, h, w)
             recon, theirs = (
-                to_float(to_uint8(student.decode(z, images.shape[-2:]))) for z in (s, t)
+                as_float(student.config.pixels.round(student.decode(z, images.shape[-2:])))
+                for z in (s, t)
             )
             for name, pair in (("teacher_psnr", images), ("psnr_to_teacher", recon)):
                 scores[name].append(psnr(pair, theirs).clamp(max=PSNR_CEILING).cpu())
@@ -238,9 +240,9 @@ def reconstruction_sheet(
     Returns:
         The pictures (3·n, 3, H, W) in [−1, 1], on the CPU, and the number of columns n.
     """
-    images = to_float(sheet_images(source, resolution, columns))
+    images = as_float(sheet_images(source, resolution, columns))
     images = images.to(next(autoencoder.parameters()).device)
     latents = autoencoder.encode(images).mode()
     recon = autoencoder.decode(latents).clamp(-1, 1)
     shown = nn.functional.interpolate(latents_as_rgb(latents), images.shape[-2:])
-    return torch.cat([images, recon, shown]).cpu(), len(images)
+    return torch.cat([as_rgb(images), as_rgb(recon), shown]).cpu(), len(images)

@@ -48,7 +48,13 @@ NAMES = {
     "PIL": "pillow", "cleanfid": "clean-fid", "pywt": "pywavelets", "skimage": "scikit-image",
     "yaml": "pyyaml",
 }  # fmt: skip
-OPTIONAL = {"diffusers", "datasets", "wandb", "fsspec", "aiohttp"}  # missing, they are an error that names them
+OPTIONAL = {
+    "diffusers",
+    "datasets",
+    "wandb",
+    "fsspec",
+    "aiohttp",
+}  # missing, they are an error that names them
 
 
 def test_every_imported_library_is_a_dependency():

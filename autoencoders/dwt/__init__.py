@@ -38,26 +38,29 @@ class DWTEncoderConfig(Config):
 
     @property
     def latent_channels(self) -> int:
-        """n_z: 12, 48 or 192 for 1, 2 or 3 levels of three colours."""
+        """n_z of three colours: 12, 48 or 192 for 1, 2 or 3 levels; of C channels C/3 as many."""
         return 12 * 4 ** (self.levels - 1)
 
 
 class DWTEncoder(nn.Module):
-    """Images (B, 3, H, W) in [−1, 1] → moments (B, 2·n_z, H/f, W/f): mean, log-variance of −30."""
+    """Images (B, C, H, W) in [−1, 1] → moments (B, 2·n_z, H/f, W/f): mean, log-variance of −30."""
 
-    def __init__(self, config: DWTEncoderConfig, latent_channels: int) -> None:
+    def __init__(
+        self, config: DWTEncoderConfig, latent_channels: int, image_channels: int = 3
+    ) -> None:
         super().__init__()
-        assert latent_channels == config.latent_channels  # `AutoencoderConfig` has checked it
+        # `AutoencoderConfig` has checked it
+        assert latent_channels == config.latent_channels // 3 * image_channels
         self.config = config
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) → moments (B, 2·n_z, H/f, W/f), in float32 or float64."""
+        """Images (B, C, H, W) → moments (B, 2·n_z, H/f, W/f), in float32 or float64."""
         depth, kept = self.config.depth, self.config.levels
         # dividing level l by 2^l keeps it in the image's range
         transform = dwt_cascade(images, depth, self.config.wavelet)
-        latents = [torch.cat(transform[-1], dim=1) / 2**depth]  # (B, 12, H/f, W/f)
+        latents = [torch.cat(transform[-1], dim=1) / 2**depth]  # (B, 4·C, H/f, W/f)
         for level in range(depth - 1, depth - kept, -1):
-            _, *edges = transform[level - 1]  # 3 × (B, 3, H/2^l, W/2^l)
+            _, *edges = transform[level - 1]  # 3 × (B, C, H/2^l, W/2^l)
             side = 2 ** (depth - level)
             bands = torch.cat(edges, dim=1) / 2**level
             latents.append(rearrange(bands, "b c (h i) (w j) -> b (c i j) h w", i=side, j=side))

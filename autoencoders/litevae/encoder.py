@@ -63,16 +63,22 @@ class LiteVAEEncoderConfig(Config):
 
 
 class LiteVAEEncoder(nn.Module):
-    """Images (B, 3, H, W) in [−1, 1] → moments (B, 2·n_z, H/f, W/f): mean, log-variance."""
+    """Images (B, C, H, W) in [−1, 1] → moments (B, 2·n_z, H/f, W/f): mean, log-variance.
 
-    def __init__(self, config: LiteVAEEncoderConfig, latent_channels: int) -> None:
+    Each level has as many features as it has sub-bands, LL, H, V and D of each channel; but grey
+    images have the 12 of colour images, so that a model of these can be adapted to them.
+    """
+
+    def __init__(
+        self, config: LiteVAEEncoderConfig, latent_channels: int, image_channels: int = 3
+    ) -> None:
         super().__init__()
         self.config = config
         extract, aggregate = (FEATURE_NETS[c.type] for c in (config.extractor, config.aggregator))
         levels = len(config.levels_read)
-        width = 4 * 3  # LL, H, V and D of three colours
+        bands, width = 4 * image_channels, 4 * max(image_channels, 3)
         self.extractors = nn.ModuleList(
-            extract(config.extractor, width, width) for _ in range(1 if config.shared else levels)
+            extract(config.extractor, bands, width) for _ in range(1 if config.shared else levels)
         )
         self.aggregator = aggregate(config.aggregator, levels * width, 2 * latent_channels)
 
@@ -86,11 +92,11 @@ class LiteVAEEncoder(nn.Module):
         transform = dwt_cascade(images, depth, self.config.wavelet)
         for i, level in enumerate(self.config.levels_read):
             # LL grows twofold a level: dividing keeps it in the image's range
-            sub_bands = torch.cat(transform[level - 1], dim=1) / 2**level  # (B, 12, H/2^l, W/2^l)
+            sub_bands = torch.cat(transform[level - 1], dim=1) / 2**level  # (B, 4·C, H/2^l, W/2^l)
             extractor = self.extractors[0 if self.config.shared else i]
             sub_bands = sub_bands.to(next(extractor.parameters()).dtype)  # from float32
             features.append(F.avg_pool2d(extractor(sub_bands), 2 ** (depth - level)))
-        moments = self.aggregator(torch.cat(features, dim=1))  # from (B, 12·levels, H/f, W/f)
+        moments = self.aggregator(torch.cat(features, dim=1))  # of C ≤ 3, (B, 12·levels, H/f, W/f)
         if self.config.shortcut == "none":
             return moments
         mean, logvar = moments.chunk(2, dim=1)
@@ -100,19 +106,22 @@ class LiteVAEEncoder(nn.Module):
 
 
 def wavelet_latents(sub_bands: Tensor, latent_channels: int) -> Tensor:
-    """The sub-bands LL, H, V, D of three colours as latents: an orthonormal map without parameters.
+    """The sub-bands LL, H, V, D of all channels as latents: an orthonormal map without parameters.
 
-    From 12 latent channels on they are the first 12, and the others are 0. Fewer are the first of:
-    luminance and two colour differences of LL; luminance of H, V and D; their colour differences.
+    From as many latent channels on they are the first, and the others are 0. Fewer are the first;
+    of three colours the first of: luminance and two colour differences of LL; luminance of H, V and
+    D; their colour differences.
 
     Args:
-        sub_bands: (B, 12, h, w).
+        sub_bands: (B, 4·C, h, w).
 
     Returns:
         (B, n_z, h, w).
     """
-    if latent_channels >= 12:
-        return F.pad(sub_bands, (0, 0, 0, 0, 0, latent_channels - 12))
+    if latent_channels >= (bands := sub_bands.shape[1]):
+        return F.pad(sub_bands, (0, 0, 0, 0, 0, latent_channels - bands))
+    if bands != 12:
+        return sub_bands[:, :latent_channels]
     # 3 × (B, 4, h, w)
     red, green, blue = rearrange(sub_bands, "b (bands rgb) h w -> rgb b bands h w", rgb=3)
     colours = torch.stack([

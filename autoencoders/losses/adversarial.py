@@ -161,7 +161,7 @@ def _interval(share: Tensor, start: Tensor, side: int) -> Tensor:
 
 # ------------------------------------------------------------------------------------- LDL
 def ldl(recon: Tensor, images: Tensor, averaged: Tensor | None = None) -> Tensor:
-    """Mean absolute difference of two (B, 3, H, W) in [−1, 1], weighted by `artifact_map`.
+    """Mean absolute difference of two (B, C, H, W) in [−1, 1], weighted by `artifact_map`.
 
     Locally discriminative learning (Liang, Zeng & Zhang 2022, arXiv 2203.09195; Table 15): what
     looks like an artifact of adversarial training costs more.
@@ -172,7 +172,7 @@ def ldl(recon: Tensor, images: Tensor, averaged: Tensor | None = None) -> Tensor
 
 @torch.no_grad()
 def artifact_map(recon: Tensor, images: Tensor, averaged: Tensor | None = None) -> Tensor:
-    """Likelihood of an artifact at each pixel: images (B, 3, H, W) in [−1, 1] → (B, 1, H, W), ≥ 0.
+    """Likelihood of an artifact at each pixel: images (B, C, H, W) in [−1, 1] → (B, 1, H, W), ≥ 0.
 
     The residual of an artifact varies within a few pixels, that of a smooth error does not. The
     map grows faster than the residual, so it is computed in the paper's range, [0, 1].
@@ -204,5 +204,8 @@ def local_variance(x: Tensor, size: int = 7) -> Tensor:
 
 
 def _residual(recon: Tensor, images: Tensor) -> Tensor:
-    """Absolute difference summed over colours: (B, 3, H, W) → (B, 1, H, W), in units of [0, 1]."""
-    return (recon - images).abs().sum(dim=1, keepdim=True) / 2
+    """Absolute difference: (B, C, H, W) → (B, 1, H, W), in units of [0, 1].
+
+    Summed over three colours; of another number of channels, three times their mean.
+    """
+    return (recon - images).abs().sum(dim=1, keepdim=True) / 2 * (3 / images.shape[1])

@@ -138,7 +138,7 @@ class Objective:
         """Unweighted scalars named as in `LossConfig`, of the terms with a weight above 0.
 
         Args:
-            images: (B, 3, H, W) in [−1, 1] that `out` was computed from.
+            images: (B, C, H, W) in [−1, 1] that `out` was computed from.
             averaged: their reconstruction by the averaged (EMA) weights, for LDL; see `ldl`.
             target: the teacher's posterior of them; None leaves out `latent` and `logvar`.
         """
@@ -190,7 +190,7 @@ class Objective:
 def kl(posterior: DiagonalGaussian, images: Tensor) -> Tensor:
     """KL to N(0, I) in nats per image value, averaged over the batch (L_reg of Equation 1).
 
-    The sum over an image's latents is divided by its 3HW values, as in latent diffusion (Rombach et
+    The sum over an image's latents is divided by its CHW values, as in latent diffusion (Rombach et
     al. 2022), so that its weight relative to ℓ1 does not depend on the resolution.
     """
     return posterior.kl().mean() / images[0].numel()
@@ -208,14 +208,14 @@ def logvar(posterior: DiagonalGaussian, target: TeacherPosterior) -> Tensor:
 
 
 def gaussian(recon: Tensor, images: Tensor) -> Tensor:
-    """Mean absolute difference of two (B, 3, H, W), each less its Gaussian blur (Table 9)."""
+    """Mean absolute difference of two (B, C, H, W), each less its Gaussian blur (Table 9)."""
     difference = recon - images
     # Sadat et al. 2024, Section 4.3: ℓ1 between x − h(x) and x̂ − h(x̂)
     return (difference - blur(difference)).abs().mean()
 
 
 def wavelet(recon: Tensor, images: Tensor, eps: float = 1e-3) -> Tensor:
-    """Mean Charbonnier loss of the Haar sub-bands H, V, D of two (B, 3, H, W) (Table 9)."""
+    """Mean Charbonnier loss of the Haar sub-bands H, V, D of two (B, C, H, W) (Table 9)."""
     _, *edges = haar_dwt(recon - images)
     # Charbonnier et al. 1994: √(d² + ε²), smooth at 0 and like ℓ1 far from it
     return torch.stack([(band.square() + eps**2).sqrt().mean() for band in edges]).mean()

@@ -89,6 +89,9 @@ class LPIPS:
     Deliberately no `nn.Module`: its weights reach no optimiser and no checkpoint, and no `train()`
     turns its dropout on.
 
+    Images of another number of channels than three are compared channel by channel, each repeated
+    to three; the distance is the mean.
+
     Args:
         network: an `lpips.LPIPS`; its backbone and linear layers are used.
     """
@@ -98,11 +101,11 @@ class LPIPS:
         self.smallest = SMALLEST[getattr(network, "pnet_type", "vgg")]
 
     def __call__(self, recon: Tensor, images: Tensor) -> Tensor:
-        """Two batches (B, 3, H, W) in [−1, 1] → scalar, in float32 under autocast too."""
+        """Two batches (B, C, H, W) in [−1, 1] → scalar, in float32 under autocast too."""
         return self.each(recon, images).mean()
 
     def each(self, recon: Tensor, images: Tensor) -> Tensor:
-        """Distance of each pair: two batches (B, 3, H, W) in [−1, 1] → (B,), in float32.
+        """Distance of each pair: two batches (B, C, H, W) in [−1, 1] → (B,), in float32.
 
         Raises:
             LdmError: a side is below `smallest`.
@@ -115,12 +118,21 @@ class LPIPS:
                 f"{self.smallest}×{self.smallest}: use larger ones, or do without it"
             )
         with torch.autocast(recon.device.type, enabled=False):
-            pair = [net.net(net.scaling_layer(x.float())) for x in (recon, images)]
+            pair = [net.net(net.scaling_layer(in_colour(x.float()))) for x in (recon, images)]
             layers = zip(net.lins, *pair, strict=True)
             # Zhang et al. 2018, Equation 1: a mean over places, a sum over layers
-            return sum(
+            distances: Any = sum(
                 lin((_unit(a) - _unit(b)).square()).mean(dim=(1, 2, 3)) for lin, a, b in layers
             )
+        return distances if images.shape[1] == 3 else distances.view(len(images), -1).mean(1)
+
+
+def in_colour(images: Tensor) -> Tensor:
+    """Images (B, C, H, W) for networks of colour: as they are if C is 3, else each channel as an
+    image of its own, repeated to three: (B·C, 3, H, W)."""
+    if images.shape[1] == 3:
+        return images
+    return images.flatten(0, 1)[:, None].expand(-1, 3, -1, -1)
 
 
 def _unit(features: Tensor, eps: float = 1e-10) -> Tensor:
@@ -182,8 +194,9 @@ class ESRGANPerceptual:
         self.network = nn.Sequential(Normalise(), features).eval().requires_grad_(False)
 
     def __call__(self, recon: Tensor, images: Tensor) -> Tensor:
-        """Two batches (B, 3, H, W) in [−1, 1] → scalar, in float32 under autocast too."""
+        """Two batches (B, C, H, W) in [−1, 1] → scalar, in float32 under autocast too."""
         network = _on(self.network, recon.device)
+        recon, images = in_colour(recon), in_colour(images)
         with torch.autocast(recon.device.type, enabled=False):
             # Wang et al. 2018, Section 3.3: ‖φ(x̂) − φ(x)‖₁, φ before activation
             return (network(recon) - network(images)).abs().mean()

@@ -40,14 +40,16 @@ class SDVAEEncoderConfig(Config):
 
 
 class SDVAEEncoder(nn.Module):
-    """Images (B, 3, H, W) in [−1, 1] → moments (B, 2·n_z, H/f, W/f): mean, log-variance.
+    """Images (B, C, H, W) in [−1, 1] → moments (B, 2·n_z, H/f, W/f): mean, log-variance.
 
     Without `variance`, the mean alone (B, n_z, H/f, W/f).
     """
 
-    def __init__(self, config: SDVAEEncoderConfig, latent_channels: int) -> None:
+    def __init__(
+        self, config: SDVAEEncoderConfig, latent_channels: int, image_channels: int = 3
+    ) -> None:
         super().__init__()
-        self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(image_channels, config.channels, 3, padding=1)
         widths = [config.channels, *(config.channels * m for m in config.multipliers)]
         least = config.group_channels
         self.levels = _levels(widths, config.blocks, "group", least, "downsample", Downsample)
@@ -92,7 +94,7 @@ class SDVAEDecoderConfig(Config):
 
 
 class SDVAEDecoder(nn.Module):
-    """Latents (B, n_z, h, w) → images (B, 3, f·h, f·w), about [−1, 1], not clipped.
+    """Latents (B, n_z, h, w) → images (B, C, f·h, f·w), about [−1, 1], not clipped.
 
     With `norm="smc"` self-modulated convolution takes the place of GroupNorm and convolution in
     every residual block. The paper is silent on the two norms outside them; here
@@ -102,12 +104,14 @@ class SDVAEDecoder(nn.Module):
       attention reads the whole image anyway; and without it the attention logits grow with the
       square of the features.
 
-    With `output="wavelet"` the last convolution returns the sub-bands LL, H, V and D of three
-    colours at half the size, divided by 2 like those that LiteVAE's encoder reads, and the image is
-    their inverse Haar transform in float32.
+    With `output="wavelet"` the last convolution gives the sub-bands LL, H, V and D of all channels
+    at half the size, divided by 2 like those that LiteVAE's encoder reads, and the image is their
+    inverse Haar transform in float32.
     """
 
-    def __init__(self, config: SDVAEDecoderConfig, latent_channels: int) -> None:
+    def __init__(
+        self, config: SDVAEDecoderConfig, latent_channels: int, image_channels: int = 3
+    ) -> None:
         super().__init__()
         widths = [config.channels * m for m in reversed(config.multipliers)]
         self.conv_in = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
@@ -118,7 +122,8 @@ class SDVAEDecoder(nn.Module):
         )
         self.norm_out = group_norm(widths[-1], least) if norm == "group" else nn.Identity()
         self.wavelet = config.output == "wavelet"
-        self.conv_out = nn.Conv2d(widths[-1], 4 * 3 if self.wavelet else 3, 3, padding=1)
+        values = 4 * image_channels if self.wavelet else image_channels
+        self.conv_out = nn.Conv2d(widths[-1], values, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
         x = chain(self.features(latents), self.norm_out, F.silu, self.conv_out)
@@ -126,7 +131,7 @@ class SDVAEDecoder(nn.Module):
             return x
         # times 2, since LL has twice the range of the image
         low, horizontal, vertical, diagonal = (2 * x).chunk(4, dim=1)
-        return haar_idwt((low, horizontal, vertical, diagonal))  # 4 × (B, 3, f·h/2, …) → (B, 3, …)
+        return haar_idwt((low, horizontal, vertical, diagonal))  # 4 × (B, C, f·h/2, …) → (B, C, …)
 
     def features(self, latents: Tensor) -> Tensor:
         """Latents (B, n_z, h, w) → features at the image's size, before the last convolution."""

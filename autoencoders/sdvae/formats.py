@@ -88,8 +88,6 @@ def from_diffusers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 SIZES = ("_class_name", "latent_channels", "block_out_channels", "layers_per_block")
 FIXED: dict[str, tuple[Any, ...]] = {
     "_class_name": ("AutoencoderKL",),
-    "in_channels": (3,),
-    "out_channels": (3,),
     "act_fn": ("silu",),
     "mid_block_add_attention": (True,),
 }
@@ -108,6 +106,9 @@ def tree_from_diffusers(described: Mapping[str, Any]) -> dict[str, Any]:
         others = [name for name in described.get(key, ()) if name != level]
         if others:
             raise LdmError(f"{key} has {others[0]}, only {level} is supported")
+    channels, out = (described.get(key, 3) for key in ("in_channels", "out_channels"))
+    if channels != out:
+        raise LdmError(f"in_channels is {channels} and out_channels {out}: only equal ones fit")
     conv1x1 = described.get("use_quant_conv", True)
     if conv1x1 != described.get("use_post_quant_conv", True):
         raise LdmError("it has one of the two 1×1 convolutions around the latent, not both")
@@ -121,7 +122,7 @@ def tree_from_diffusers(described: Mapping[str, Any]) -> dict[str, Any]:
             f"{groups_of(widths) or 'unequal numbers of'} groups"
         )
     sizes["group_channels"] = least
-    return _tree(described["latent_channels"], conv1x1, sizes, sizes)
+    return _tree(described["latent_channels"], conv1x1, sizes, sizes, channels)
 
 
 def _channels(widths: Sequence[int], groups: Any) -> list[int]:
@@ -148,6 +149,7 @@ def diffusers_config(
     return {
         **{key: known[0] for key, known in FIXED.items()},
         **{key: [level] * len(widths) for key, level in LEVELS.items()},
+        **dict.fromkeys(("in_channels", "out_channels"), config.image_channels),
         "block_out_channels": widths,
         "layers_per_block": config.encoder.blocks,
         "latent_channels": config.latent_channels,
@@ -323,7 +325,7 @@ def tree_from_compvis(weights: Mapping[str, Tensor]) -> dict[str, Any]:
             f"it has attention inside a level ({inside}), as kl-f16 and kl-f32: only models "
             "with attention in the middle alone are supported"
         )
-    channels, _ = layer_sizes(weights, "encoder.conv_in.weight")
+    channels, image_channels = layer_sizes(weights, "encoder.conv_in.weight")
     _, n_z = layer_sizes(weights, "decoder.conv_in.weight")
     moments, _ = layer_sizes(weights, "encoder.conv_out.weight")
     if moments not in (n_z, 2 * n_z):
@@ -340,7 +342,7 @@ def tree_from_compvis(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 
     # a level of the decoder has one block more
     encoder, decoder = sizes("encoder.down"), sizes("decoder.up", more=1)
-    tree = _tree(n_z, "quant_conv.weight" in weights, encoder, decoder)
+    tree = _tree(n_z, "quant_conv.weight" in weights, encoder, decoder, image_channels)
     tree["encoder"]["variance"] = moments != n_z
     return tree | ({"codes": layer_sizes(weights, codes, 2)[0]} if codes in weights else {})
 
@@ -377,11 +379,16 @@ def _sizes(channels: int, widths: Sequence[int], blocks: int) -> dict[str, Any]:
 
 
 def _tree(
-    latent_channels: int, conv1x1: bool, encoder: dict[str, Any], decoder: dict[str, Any]
+    latent_channels: int,
+    conv1x1: bool,
+    encoder: dict[str, Any],
+    decoder: dict[str, Any],
+    image_channels: int,
 ) -> dict[str, Any]:
     """The tree of an `AutoencoderConfig`, from the sizes of its two parts."""
     return {
         "latent_channels": latent_channels,
+        **({} if image_channels == 3 else {"image_channels": image_channels}),
         "conv1x1": conv1x1,
         "encoder": {"type": "sdvae", **encoder},
         "decoder": {**decoder, "norm": "group"},

@@ -64,6 +64,7 @@ def prepare(
     label_file: LabelFile = None,
     image_column: Annotated[str, Option(help="Column of images in a table.")] = "",
     label_column: Annotated[str, Option(help="Column of classes in a table.")] = "",
+    channels: Annotated[int, Option(min=1, help="Channels of the images: 1 for grey.")] = 3,
 ) -> None:
     """Convert a folder, zip or tar of images into tar shards of square PNGs.
 
@@ -76,26 +77,36 @@ def prepare(
     """
     from ldm.data.prepare import prepare
     from ldm.data.shards import MANIFEST
-    from ldm.data.transforms import SMALL
 
     manifest = prepare(
         source, destination, size, filter, held_out, shard_size, workers, labels, label_file or "",
-        small, image_column, label_column,
+        small, image_column, label_column, channels,
     )  # fmt: skip
     train, val = (manifest["splits"][split] for split in ("train", "val"))
     classes = f", {len(manifest['classes']):,} classes" if "classes" in manifest else ""
+    dtype, own = manifest.get("dtype", "uint8"), channels
+    kind_of = "" if (dtype, own) == ("uint8", 3) else f"; {dtype}, {options.many(own, 'channel')}"
     shards = options.many(len(train["shards"]) + len(val["shards"]), "shard")
     options.echo(
         f"{manifest['count']:,} images of {size}×{size} in {shards}: "
-        f"{train['count']:,} for training, {val['count']:,} for validation{classes}"
+        f"{train['count']:,} for training, {val['count']:,} for validation{classes}{kind_of}"
     )
-    reasons = [one["reason"] for one in manifest["skipped"]]
-    few = sum(reason.startswith(SMALL) for reason in reasons)
-    for count, kind in ((len(reasons) - few, "corrupt"), (few, "small")):
+    _echo_skipped([one["reason"] for one in manifest["skipped"]])
+    options.echo(f"manifest: {destination / MANIFEST}")
+    more = "" if channels == 3 else f" image_channels={channels}"
+    more += " data.range=measured" if dtype == "float32" else ""
+    options.echo(options.next_step(f"ldm train-ae litevae-b data.source={{}}{more}", destination))
+
+
+def _echo_skipped(reasons: list[str]) -> None:
+    """Say how many images were skipped, by their kind."""
+    from ldm.data.transforms import LARGE, SMALL
+
+    small, large = (sum(r.startswith(word) for r in reasons) for word in (SMALL, LARGE))
+    kinds = {"corrupt": len(reasons) - small - large, "small": small, "too large": large}
+    for kind, count in kinds.items():
         if count:
             options.echo(f"skipped {options.many(count, f'{kind} image')}, listed in the manifest")
-    options.echo(f"manifest: {destination / MANIFEST}")
-    options.echo(options.next_step("ldm train-ae litevae-b data.source={}", destination))
 
 
 @app.command()

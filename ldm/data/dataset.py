@@ -6,17 +6,18 @@ images are sorted by class, so that these would be whole classes: of them, every
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from copy import copy
+from functools import cache, partial
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from accelerate import Accelerator, PartialState
 from pydantic import Field
 
-from ldm.config import Config
+from ldm.config import Config, Width, to_tree
 from ldm.data.hf import find_tables, is_hub, is_saved, open_hub, open_tables
 from ldm.data.photos import PhotoSource
 from ldm.data.remote import RemoteSource, is_remote, open_remote, read_remote_manifest
@@ -33,10 +34,12 @@ from ldm.data.sources import (
     tell,
     walk,
 )
-from ldm.data.transforms import is_image
+from ldm.data.transforms import CorruptImage, is_image
+from ldm.data.workers import load_in_workers
 from ldm.distributed import from_main
 from ldm.errors import LdmError, UsageError, check_at_least, listed
 from ldm.files import find_compression, sha256_of, write_json
+from ldm.images import Bound, Pixels, PixelType
 from ldm.logbook import show_progress
 from ldm.records import read_tree, schema
 
@@ -60,6 +63,13 @@ class DataConfig(Config):
     small: Small = "error"
     """Images with a side below the resolution: error stops and counts them; skip takes the next
     image instead; enlarge resizes them (Lanczos), as ADM does with ImageNet's."""
+    channels: Width | None = None
+    """Channels of the images; null: those of the autoencoder, image_channels, else three."""
+    range: Literal["type", "measured"] | tuple[Bound, Bound] = "type"
+    """Pixel values that become −1 and 1: the least and the largest of the files' type, 8 or 16
+    bits (with a trained autoencoder: its own); two numbers, beyond which values are clipped; or
+    measured, the least and the largest in the training images, of 10,000 at most. Floating-point
+    pixels need numbers or measured."""
     labels: bool = False
     """Read class labels: of `label_file`, EDM's dataset.json, `.cls` or `.json` members of shards,
     a table's column, or the top-level folder of an image. Folders that hold every image are
@@ -87,6 +97,18 @@ class DataConfig(Config):
     workers: Annotated[int, Field(ge=0, le=1024)] = 4
     """Loader processes per GPU; 0 loads in the training process, as the photographs always do."""
 
+    def of(self, model: Any) -> Self:
+        """Return these settings for an autoencoder's config: its channels and range of pixels."""
+        if self.channels not in (None, model.image_channels):
+            raise UsageError(
+                f"data.channels is {self.channels}, and image_channels {model.image_channels}: "
+                "omit data.channels"
+            )
+        chosen = isinstance(self.range, tuple) or model.pixels.range is None
+        range = self.range if chosen else model.pixels.range
+        channels = None if model.image_channels == 3 else model.image_channels
+        return self.model_copy(update={"channels": channels, "range": range})
+
 
 def open_source(config: DataConfig, split: Split, resolution: int) -> Source:
     """Open one split of a data set: "train", "val", or "all".
@@ -104,7 +126,8 @@ def open_source(config: DataConfig, split: Split, resolution: int) -> Source:
         for key in ("label_file", "image_column", "label_column"):
             if getattr(config, key):
                 raise UsageError(f"data.{key} does not apply to the built-in photographs: omit it")
-        return PhotoSource(split, resolution, config.labels)
+        photos = PhotoSource(split, resolution, config.labels)
+        return _as_configured(photos, config)
     path, elsewhere = Path(config.source).expanduser(), is_remote(config.source)
     is_path = not elsewhere and not is_hub(config.source)
     if is_path and not path.exists() and "{" not in config.source:
@@ -116,7 +139,7 @@ def open_source(config: DataConfig, split: Split, resolution: int) -> Source:
         )
     columns = config.image_column, config.label_column
     images = open_images(config.source, config.labels, config.label_file, *columns, config.cache_gb)
-    images.small = config.small
+    images = _as_configured(images, config)
     if isinstance(images, RemoteSource):
         images.arrange(config.streams, config.window)
         manifest = images.manifest
@@ -139,6 +162,13 @@ def open_source(config: DataConfig, split: Split, resolution: int) -> Source:
         config.labels and not elsewhere and (images.held_out is None or held_out != images.held_out)
     )
     return take_split(images, split, held_out, evenly)
+
+
+def _as_configured(images: Source, config: DataConfig) -> Source:
+    images.small, images.channels = config.small, config.channels or 3
+    images.range = config.range if isinstance(config.range, tuple) else None
+    images.keep = "uint16" if config.range == "type" else "float32"
+    return images
 
 
 def holds_out(config: DataConfig) -> bool:
@@ -292,17 +322,31 @@ def take_split(source: Source, split: Split, held_out: int | None, evenly: bool 
 
 # --------------------------------------------------------------------------------- identity
 IDENTITY = "data.json"
-"""File of a run's folder with the identity of its images."""
+"""File of a run's folder with the identity of its images, and of their pixels unless plain."""
+MEASURED = 10_000
+"""Images at most, evenly spread, of which the range is measured."""
 
 
 def check_data(
-    ranks: Accelerator | PartialState, folder: Path, source: Source, config: DataConfig
-) -> None:
-    """Keep the identity of a run's images in its folder; refuse to resume with other images."""
+    ranks: Accelerator | PartialState,
+    folder: Path,
+    source: Source,
+    config: DataConfig,
+    *others: Source | None,
+) -> Pixels:
+    """Keep the identity of a run's images in its folder; refuse to resume with other images.
 
-    def check() -> None:
-        now = {"sha256": source.identity()}
-        before = read_tree(folder / IDENTITY, schema(sha256=str), "delete it to go on unchecked")
+    Returns:
+        The type and range of their pixels: found once, kept in the folder too, and set in the
+        source and in `others` of the same images.
+    """
+    known = schema(sha256=str, pixels=(Pixels | None, None))
+
+    def check() -> Pixels:
+        now: dict[str, Any] = {"sha256": source.identity()}
+        before = read_tree(folder / IDENTITY, known, "delete it to go on unchecked")
+        found = before.pop("pixels", None) if before else to_tree(find_pixels(source, config))
+        pixels = Pixels.model_validate(found or {})
         if before and before != now:
             if config.changed == "error":
                 raise LdmError(
@@ -310,9 +354,54 @@ def check_data(
                     "started: restore it, or set data.changed=ok to go on with this one"
                 )
             tell(f"{folder} goes on with another list of images")
-        write_json(folder / IDENTITY, now)
+        write_json(folder / IDENTITY, now | ({} if pixels.is_plain else {"pixels": found}))
+        return pixels
 
-    from_main(ranks, check)
+    pixels = from_main(ranks, check)
+    for each in filter(None, (source, *others)):
+        each.range = pixels.range
+    return pixels
+
+
+def find_pixels(source: Source, config: DataConfig) -> Pixels:
+    """Find the type and range of a source's pixels: the type of its first good image.
+
+    Raises:
+        LdmError: they are floating-point, and `config` gives no range; or an image has another
+            number of channels.
+    """
+    whole = copy(source)
+    whole.keep = "float32"
+    spread = np.linspace(0, len(source) - 1, min(MEASURED, len(source))).round().astype(int)
+    extents = (each for i in spread.tolist() if (each := _extent(whole, i)) is not None)
+    if (first := next(extents, None)) is None:
+        return Pixels()
+    if config.range != "measured":
+        range = config.range if isinstance(config.range, tuple) else None
+        pixels = Pixels(type=first[0], range=range)
+        _ = pixels.bounds  # floats need a range
+        return pixels
+    found = []
+    with show_progress("measuring pixels", len(spread)) as advance:
+        work = partial(_extent, whole)
+        for each in load_in_workers(work, spread.tolist(), config.workers, "lower data.workers"):
+            found += [each] if each else []
+            advance(1)
+    low, high = min(low for _, low, _ in found), max(high for *_, high in found)
+    if low == high:
+        raise LdmError(f"all pixels of {config.source} are {low:g}: set data.range=[low,high]")
+    tell(f"{config.source}: pixels from {low:g} to {high:g}, measured on {len(found):,} images")
+    return Pixels(type=first[0], range=(low, high))
+
+
+def _extent(source: Source, index: int) -> tuple[PixelType, float, float] | None:
+    """The type of an image's pixels, the least and the largest; None if it is corrupt."""
+    try:
+        image = source.load_named(index)
+    except CorruptImage:
+        return None
+    kind: Any = str(image.dtype)
+    return kind, float(image.min()), float(image.max())
 
 
 def content_identity(source: Source, count: int) -> str:
@@ -322,7 +411,7 @@ def content_identity(source: Source, count: int) -> str:
     but of shards elsewhere it is their names, sizes and hashes in a manifest.
     """
     if isinstance(source, RemoteSource):
-        return sha256(f"{source.identity()}{source.range[:count]}".encode()).hexdigest()
+        return sha256(f"{source.identity()}{source.span[:count]}".encode()).hexdigest()
     files: dict[Path, int] = {}  # in the order of their first image → number
     chosen = sha256()
     for index in range(count):

@@ -25,12 +25,14 @@ from ldm.config import did_you_mean
 from ldm.data.labels import named_labels, numbered_labels, printable
 from ldm.data.sources import Source
 from ldm.data.transforms import (
+    LARGE,
     MAX_BYTES,
     CorruptImage,
     decode,
     image_size,
     is_hidden,
     is_image,
+    too_large,
 )
 from ldm.errors import LdmError, UsageError, brief
 from ldm.files import read_bytes
@@ -123,10 +125,10 @@ class TableSource(Source):
         return sha256(f"{self._starts} {sizes}".encode()).hexdigest()
 
     def load(self, index: int) -> np.ndarray:
-        return decode(*self.read(index))
+        return decode(*self.read(index), self.channels, self.keep)
 
     def size(self, index: int) -> tuple[int, int]:
-        return image_size(*self.read(index))
+        return image_size(*self.read(index), self.channels)
 
     def read(self, index: int) -> tuple[bytes, str]:
         """Read the file of an image, and the suffix of its name, or raise `CorruptImage`."""
@@ -139,9 +141,9 @@ class TableSource(Source):
             if data is None:
                 data = read_bytes(self._find(cell["path"]), MAX_BYTES)
         except OSError as error:
-            raise CorruptImage(brief(error)) from error
+            raise too_large(error) or CorruptImage(brief(error)) from error
         if len(data) > MAX_BYTES:
-            raise CorruptImage(f"{len(data):,} bytes, more than {MAX_BYTES:,}")
+            raise CorruptImage(f"{LARGE}{len(data):,} bytes, more than {MAX_BYTES:,}")
         return data, Path(cell["path"] or "").suffix
 
     def _find(self, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""Batches of uint8 images for training and evaluation, loaded here or by worker processes.
+"""Batches of images for training and evaluation, loaded here or by worker processes.
 
 The images are the same whatever the batch size, the workers and the processes: in a training run,
 image k, its crop and its flip are functions of (seed, k) alone, so resuming means starting at
@@ -20,9 +20,10 @@ from ldm.data.dataset import DataConfig
 from ldm.data.photos import PhotoSource
 from ldm.data.remote import RemoteSource
 from ldm.data.sources import Source
-from ldm.data.transforms import SMALL, CorruptImage, center_crop, random_crop
+from ldm.data.transforms import LARGE, SMALL, CorruptImage, center_crop, random_crop
 from ldm.data.workers import load_in_workers
 from ldm.errors import LdmError, UsageError, listed
+from ldm.images import from_pixels
 from ldm.seeds import generator
 
 TOLERATED = 0.01
@@ -40,7 +41,8 @@ class Batch(NamedTuple):
     """Images with their numbers and classes."""
 
     images: Tensor
-    """uint8 (b, 3, R, R), channels last in memory."""
+    """(b, C, R, R), channels last in memory: uint8, or of pixels of another depth or range float32
+    in [−1, 1]."""
     k: Tensor
     """int64 (b,): the number of each image in the run, or its index in the source."""
     labels: Tensor
@@ -56,20 +58,21 @@ class FaultCount:
     def __init__(self, total: int) -> None:
         self.total = total
         self.found: dict[str, str] = {}
-        self._small: set[str] = set()
+        self._of_size: dict[str, set[str]] = {SMALL: set(), LARGE: set()}
 
     def add(self, faults: Mapping[str, str]) -> None:
         """Log the new ones, given by name with the reason; raise LdmError if there are too many.
 
-        Images that are too small are counted by themselves, and logged at 1, 10, 100, …
+        Images that are too small or too large are counted by themselves, and logged at 1, 10, …
         """
         for name, reason in faults.items():
-            if reason.startswith(SMALL) and name not in self._small:
-                self._small.add(name)
-                count = len(self._small)
+            size = next((word for word in (SMALL, LARGE) if reason.startswith(word)), None)
+            if size and name not in self._of_size[size]:
+                self._of_size[size].add(name)
+                count, word = len(self._of_size[size]), size.split()[1].rstrip(":")
                 if count == 10 ** (len(str(count)) - 1):
-                    log.warning("skipped small images: %s so far, %s (%s)", count, name, reason)
-            elif name not in self.found and name not in self._small:
+                    log.warning("skipped %s images: %s so far, %s (%s)", word, count, name, reason)
+            elif name not in self.found and not size:
                 self.found[name] = reason
                 log.warning("skipped a corrupt image: %s (%s)", name, reason)
         stop_if_too_many(self.found, self.total)
@@ -77,7 +80,7 @@ class FaultCount:
 
 def stop_if_too_many(faults: Mapping[str, str], total: int) -> None:
     """Raise an LdmError that names the first ten if more than 1 % of `total` are corrupt."""
-    corrupt = [name for name, reason in faults.items() if not reason.startswith(SMALL)]
+    corrupt = [name for name, reason in faults.items() if not reason.startswith((SMALL, LARGE))]
     if len(corrupt) <= TOLERATED * total:
         return
     raise LdmError(
@@ -92,7 +95,7 @@ def image_name(source: Source, seed: int, k: int) -> str:
     return source.name(source.shuffled(seed, k))
 
 
-Image = tuple[np.ndarray, int]  # (R, R, 3) uint8, and its class
+Image = tuple[np.ndarray, int]  # pixels (R, R, C), and its class
 Faults = dict[str, str]  # names of corrupt images → the reasons
 Draw = Callable[[Sequence[int]], Any]  # the ks of a batch → its random numbers; can be pickled
 
@@ -109,9 +112,10 @@ def _training_image(
         index, skipped = (index + 1) % len(source), skipped + 1
         if skipped == min(len(source), MOST_SKIPPED):
             name, reason = next(reversed(faults.items()))
+            advice = "lower the resolution, or set data.small=enlarge"
+            advice = "cut them into tiles" if reason.startswith(LARGE) else advice
             raise LdmError(
-                f"{skipped:,} images in a row were skipped, the last {name} ({reason}): lower the "
-                "resolution, or set data.small=enlarge"
+                f"{skipped:,} images in a row were skipped, the last {name} ({reason}): {advice}"
             )
     if at_random:
         image = random_crop(image, side, generator(seed, "crop", k))
@@ -194,14 +198,15 @@ def evaluation_batches(
 
 
 def sheet_images(source: Source, resolution: int, count: int) -> Tensor:
-    """Load the centres of the first good images of a source: uint8 (n, 3, R, R), n ≤ `count`."""
+    """Load the centres of the first good images of a source: (n, C, R, R), n ≤ `count`, as in a
+    `Batch`."""
     faults: Faults = {}
     loaded = (_evaluation_image(source, resolution, k, faults) for k in range(len(source)))
     chosen = list(islice((image[0] for image in loaded if image is not None), count))
     if not chosen:
         name, reason = next(iter(faults.items()))
         raise LdmError(f"no image can be read, not even {name} ({reason}): repair or replace them")
-    return _stack(chosen, resolution)
+    return stack(chosen, resolution, source)
 
 
 def whole_shares(start: int, stop: int, batch_size: int, rank: int, world: int) -> Iterator[range]:
@@ -239,7 +244,7 @@ def _load(
     if isinstance(source, PhotoSource):
         workers = 0  # they are in memory: moving them would cost more than cropping them
     counted = counted or FaultCount(len(source))
-    work, pin = partial(_batch, side, load, draw), torch.cuda.is_available()
+    work, pin = partial(_batch, source, side, load, draw), torch.cuda.is_available()
     for batch, faults in load_in_workers(work, numbers, workers, FEWER_WORKERS, pin):
         counted.add(faults)
         if len(batch.k):
@@ -247,16 +252,23 @@ def _load(
 
 
 def _batch(
-    side: int, load: Callable[[int, Faults], Image | None], draw: Draw | None, ks: range
+    source: Source,
+    side: int,
+    load: Callable[[int, Faults], Image | None],
+    draw: Draw | None,
+    ks: range,
 ) -> tuple[Batch, Faults]:
     faults: Faults = {}
     loaded = {k: image for k in ks if (image := load(k, faults)) is not None}
-    images = _stack([image for image, _ in loaded.values()], side)
+    images = stack([image for image, _ in loaded.values()], side, source)
     labels = torch.tensor([label for _, label in loaded.values()], dtype=torch.int64)
     drawn = None if draw is None else draw(list(loaded))
     return Batch(images, torch.tensor(list(loaded), dtype=torch.int64), labels, drawn), faults
 
 
-def _stack(images: Sequence[np.ndarray], side: int) -> Tensor:
-    stacked = np.stack(images) if images else np.empty((0, side, side, 3), np.uint8)
+def stack(images: Sequence[np.ndarray], side: int, source: Source) -> Tensor:
+    """Stack pixels (R, R, C) of a source as the images of a `Batch`."""
+    if source.range or any(image.dtype != np.uint8 for image in images):
+        images = [from_pixels(image, source.range) for image in images]
+    stacked = np.stack(images) if images else np.empty((0, side, side, source.channels), np.uint8)
     return rearrange(torch.from_numpy(stacked), "b h w c -> b c h w")

@@ -7,7 +7,7 @@ from itertools import product, zip_longest
 import numpy as np
 
 from ldm.data.sources import Source, Split
-from ldm.data.transforms import resize
+from ldm.data.transforms import fit_channels, resize
 from ldm.seeds import generator
 
 PHOTOGRAPHS = (
@@ -54,7 +54,7 @@ class PhotoSource(Source):
         photograph, (top, left) = self._regions[index]
         part = _part(photograph, self.split, self.resolution)
         tile = part[top : top + self.resolution, left : left + self.resolution]
-        return tile if self.split == "val" else part
+        return fit_channels(tile if self.split == "val" else part, self.channels)
 
 
 def _corners(photograph: str, resolution: int) -> list[tuple[int, int]]:

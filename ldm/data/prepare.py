@@ -1,5 +1,7 @@
 """Preparation of a data set: images of any kind → square PNGs in tar shards, with a manifest.
 
+Pixels that no PNG can hold (`file_suffix`) are written as .npy.
+
 Worker processes read, crop and encode; this process writes one shard after the other, each whole or
 not at all. The same call resumes an interrupted preparation, and gives the same bytes.
 """
@@ -14,7 +16,6 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args
 
-from PIL import Image
 from pydantic import Field
 
 from ldm.data.dataset import held_out_count, open_images, split_indices
@@ -36,6 +37,7 @@ from ldm.data.transforms import NOT_RESIZED, SMALL, CorruptImage, Filter, center
 from ldm.data.workers import load_in_workers
 from ldm.errors import LdmError, UsageError, check_at_least, listed
 from ldm.files import check_writable, write_json
+from ldm.images import PixelType, write_pixels
 from ldm.locks import lock
 from ldm.logbook import show_progress
 from ldm.records import Count, read_tree, schema
@@ -44,12 +46,14 @@ Report = dict[str, Any]
 """Description of a shard, as in the sidecar beside it."""
 REPORT = schema(
     **SHARD, bytes=Count, sha256=str, settings=dict[str, Any], resized=(Count, 1),
-    own_sha256=(str, ""), skipped=list[Annotated[list[str], Field(min_length=2, max_length=2)]],
+    own_sha256=(str, ""), dtype=(PixelType, "uint8"),
+    skipped=list[Annotated[list[str], Field(min_length=2, max_length=2)]],
 )  # fmt: skip
 OF_IMAGES = ("images", "names_sha256", "labels_sha256", "held_out")
 """Settings that follow from the images."""
 NAMED = {"names_sha256": "the list of images", "labels_sha256": "the class labels"}
 """Settings whose values say nothing to a reader."""
+TYPES = get_args(PixelType)  # the deepest last
 ANOTHER = "choose another folder for the shards"
 AGAIN = "delete it to write the shard again"
 FEWER_WORKERS = "run the same command with fewer --workers; finished shards are kept"
@@ -68,6 +72,7 @@ def prepare(
     small: Small = "error",
     image_column: str = "",
     label_column: str = "",
+    channels: int = 3,
 ) -> dict[str, Any]:
     """Write the images of a folder, zip, tar shards or table as `size`×`size` PNGs in shards.
 
@@ -84,16 +89,17 @@ def prepare(
         image_column, label_column: of a table; by default the only ones.
         small: treatment of images with a side below `size`: an error that counts them all, or
             left out, or enlarged (with `filter`).
+        channels: of the images: 1 for grey, 3 for colour, others for arrays. Their depth is kept.
 
     Returns:
         The manifest, as written to `manifest.json` in the destination; its filter is
         `NOT_RESIZED` if every image had its size already.
     """
     path, destination = Path(source_path).expanduser(), Path(destination).expanduser()
-    _check(path, destination, filter, size, shard_size, workers)
+    _check(path, destination, filter, size, shard_size, workers, channels)
     labels = labels or bool(label_file)
     source = open_images(path, labels, str(label_file), image_column, label_column)
-    source.small = small
+    source.small, source.channels, source.keep = small, channels, "float32"
     held_out = held_out_count(len(source), source.held_out if held_out is None else held_out)
     evenly = labels and held_out != source.held_out
     settings: dict[str, Any] = {
@@ -104,7 +110,7 @@ def prepare(
         "crop": "center",
         "held_out": held_out,
         "shard_size": shard_size,
-        **({} if small == "error" else {"small": small}),
+        **_unless({"small": "error", "channels": 3}, small=small, channels=channels),
     }
     shards = _divide(split_indices(len(source), held_out, evenly), shard_size)
     with lock(destination, ANOTHER):
@@ -114,6 +120,11 @@ def prepare(
         keep_index(destination, listed_shards(manifest), labels)
         write_json(destination / MANIFEST, manifest)
     return manifest
+
+
+def _unless(defaults: Mapping[str, Any], **settings: Any) -> dict[str, Any]:
+    """The settings without those at their defaults, which earlier versions did not have."""
+    return {key: value for key, value in settings.items() if value != defaults[key]}
 
 
 def _divide(splits: tuple[Indices, Indices], shard_size: int) -> dict[str, Indices]:
@@ -139,11 +150,17 @@ def _describe_images(source: Source, path: Path, labels: bool) -> dict[str, Any]
 
 
 def _check(
-    source: Path, destination: Path, filter: Filter, size: int, shard_size: int, workers: int | None
+    source: Path,
+    destination: Path,
+    filter: Filter,
+    size: int,
+    shard_size: int,
+    workers: int | None,
+    channels: int,
 ) -> None:
     if filter not in get_args(Filter):
         raise UsageError(f"no filter '{filter}': choose one of {', '.join(get_args(Filter))}")
-    check_at_least(1, size=size, shard_size=shard_size)
+    check_at_least(1, size=size, shard_size=shard_size, channels=channels)
     check_at_least(0, workers=workers)
     if not source.exists() and not is_hub(str(source)):
         raise LdmError(f"{source} does not exist: give a folder of images, a .zip or a .tar")
@@ -209,6 +226,7 @@ def _manifest(reports: Sequence[Report], settings: dict[str, Any], source: Path)
         for report in reports
         for name, reason in report["skipped"]
     ]
+    deepest = max((r.get("dtype", "uint8") for r in reports), key=TYPES.index, default="uint8")
     # earlier versions did not count resized images: theirs may have been
     resized = any(report.get("resized", 1) for report in reports)
     return {
@@ -218,6 +236,8 @@ def _manifest(reports: Sequence[Report], settings: dict[str, Any], source: Path)
         "filter": settings["filter"] if resized else NOT_RESIZED,
         "crop": settings["crop"],
         "source": settings["source"],
+        **({"channels": settings["channels"]} if "channels" in settings else {}),
+        **({} if deepest == "uint8" else {"dtype": deepest}),
         "splits": splits,
         "skipped": skipped,
     }
@@ -229,22 +249,23 @@ class Prepared(NamedTuple):
 
     image: PNG | None = None
     resized: bool = False
+    dtype: str = "uint8"
     fault: tuple[str, str] | None = None
 
 
 def _prepare_image(source: Source, size: int, filter: Filter, index: int) -> Prepared:
     name = printable(source.name(index))
     try:
-        image = source.load(index)
+        image = source.load_named(index)
     except CorruptImage as error:
         return Prepared(fault=(name, str(error)))
     height, width = image.shape[:2]
     if min(height, width) < size and source.small != "enlarge":
         return Prepared(fault=(name, f"{SMALL}{width}×{height}"))
     file = io.BytesIO()
-    Image.fromarray(center_crop(image, size, filter)).save(file, "PNG")
+    write_pixels(center_crop(image, size, filter), file)
     prepared = int(index), file.getvalue(), source.label(index)
-    return Prepared(prepared, resized=min(image.shape[:2]) != size)
+    return Prepared(prepared, min(image.shape[:2]) != size, str(image.dtype))
 
 
 class _TooSmall(Exception):
@@ -291,7 +312,7 @@ def _write_images(
     report["count"] = report["resized"] = 0
 
     def good() -> Iterator[PNG]:
-        for image, resized, fault in images:
+        for image, resized, dtype, fault in images:
             if fault is not None:
                 if fault[1].startswith(SMALL) and "small" not in settings:
                     raise _TooSmall
@@ -299,6 +320,8 @@ def _write_images(
             if image is not None:
                 yield image
                 report["resized"] += resized
+                if dtype != "uint8":
+                    report["dtype"] = max(report.get("dtype", "uint8"), dtype, key=TYPES.index)
             advance(1)
 
     write_shard(tar, good(), report)

@@ -146,7 +146,7 @@ class RemoteSource(Source):
 
     manifest: dict[str, Any] | None = None
     """That of `ldm data prepare`, if it wrote the shards."""
-    range: range
+    span: range
     """These images, among those of all shards."""
 
     def __init__(
@@ -163,7 +163,7 @@ class RemoteSource(Source):
         self._urls, self._digests = np.array(urls), np.array([s.sha256.encode() for s in shards])
         self._stamps = np.array([(shard.bytes, shard.version) for shard in shards])
         self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        self.range = range(int(self._starts[-1]))
+        self.span = range(int(self._starts[-1]))
         self.arrange(streams=16, window=2)
         self._begin()
 
@@ -183,7 +183,7 @@ class RemoteSource(Source):
         self._begin()
 
     def __len__(self) -> int:
-        return len(self.range)
+        return len(self.span)
 
     def name(self, index: int) -> str:
         shard, number = self._find(index)
@@ -218,15 +218,15 @@ class RemoteSource(Source):
             )
         part = self.__new__(type(self))
         part.__setstate__(self.__getstate__())
-        part.range = self.range[indices.start : indices.stop]
+        part.span = self.span[indices.start : indices.stop]
         part.arrange(self._streams, self._window)
         return part
 
     def load(self, index: int) -> np.ndarray:
-        return decode(*self._read(index))
+        return decode(*self._read(index), self.channels, self.keep)
 
     def size(self, index: int) -> tuple[int, int]:
-        return image_size(*self._read(index))
+        return image_size(*self._read(index), self.channels)
 
     def _read(self, index: int) -> tuple[bytes, str]:
         """The file of an image, and the suffix of its name."""
@@ -255,7 +255,7 @@ class RemoteSource(Source):
         return self._open[shard]
 
     def _find(self, index: int) -> tuple[int, int]:
-        place = self.range[index]
+        place = self.span[index]
         shard = int(np.searchsorted(self._starts, place, "right")) - 1
         return shard, place - int(self._starts[shard])
 
@@ -268,12 +268,12 @@ class RemoteSource(Source):
     def arrange(self, streams: int, window: int) -> None:
         """Set the order of training runs, see `Order`."""
         self._streams, self._window = streams, window
-        starts = self._starts.clip(self.range.start, self.range.stop)
+        starts = self._starts.clip(self.span.start, self.span.stop)
         self._order = Order(np.diff(starts), streams, window)
 
     def shuffled(self, seed: int, k: int) -> int:
         shard, number = self._order.find(seed, k)
-        return max(int(self._starts[shard]) - self.range.start, 0) + number
+        return max(int(self._starts[shard]) - self.span.start, 0) + number
 
     def fetch_ahead(self, seed: int, k: int) -> None:
         window = self._order.window(seed, k)
@@ -350,7 +350,9 @@ def open_remote(source: str, labels: bool, cache_gb: float) -> RemoteSource:
     if labels:
         opened.classes = classes if index is None else class_names(index, opened.name, source, None)
     opened.manifest = manifest
-    opened.held_out = manifest["splits"]["val"]["count"] if manifest else None
+    if manifest:
+        opened.held_out = manifest["splits"]["val"]["count"]
+        opened.channels = manifest.get("channels", 3)
     return opened
 
 

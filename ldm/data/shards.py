@@ -19,6 +19,7 @@ from ldm.data.labels import match_labels, read_label_file
 from ldm.data.shard_index import Member, ShardIndex, index_shard, open_index
 from ldm.data.sources import UTF8, LeftOut, Source
 from ldm.data.transforms import (
+    LARGE,
     MAX_BYTES,
     SUFFIXES,
     CorruptImage,
@@ -46,7 +47,7 @@ SHARD = {"name": FileName, "count": Count}
 SIDECAR_SCHEMA = schema(**SHARD, sha256=str, bytes=Count)
 _SPLIT = schema(count=Count, shards=list[schema(**SHARD)])  # type: ignore[misc]
 _MANIFEST = schema(
-    size=(Count, 1), classes=(list[str] | None, None),
+    size=(Count, 1), channels=(Count, 3), classes=(list[str] | None, None),
     splits=schema(train=_SPLIT, val=_SPLIT),
 )  # fmt: skip
 
@@ -116,10 +117,10 @@ class ShardSource(Source):
         return sha256("\0".join([*shards, str(len(self))]).encode(*UTF8)).hexdigest()
 
     def load(self, index: int) -> np.ndarray:
-        return decode(*self._read(index))
+        return decode(*self._read(index), self.channels, self.keep)
 
     def size(self, index: int) -> tuple[int, int]:
-        return image_size(*self._read(index))
+        return image_size(*self._read(index), self.channels)
 
     def _member(self, index: int) -> Member:
         return self._index.member(*self._index.find(index))
@@ -139,7 +140,7 @@ class ShardSource(Source):
 def read_member(path: Path, member: Member) -> tuple[bytes, str]:
     """Read an image's file in a tar, and the suffix of its name; or raise `CorruptImage`."""
     if member.size > MAX_BYTES:
-        raise CorruptImage(f"{member.size:,} bytes, more than {MAX_BYTES:,}")
+        raise CorruptImage(f"{LARGE}{member.size:,} bytes, more than {MAX_BYTES:,}")
     with open_regular(path) as file:
         try:
             file.seek(member.offset)
@@ -194,6 +195,7 @@ def open_shards(path: Path, labels: bool = False, label_file: str = "") -> Shard
         prepared = list(listed_shards(manifest))
         source = ShardSource(path, prepared, manifest, labels, label_file, key)
         source.held_out = manifest["splits"]["val"]["count"]
+        source.channels = manifest.get("channels", 3)
         return source
     if any(path.glob(f"*{SIDECAR}")):
         raise LdmError(
@@ -260,7 +262,8 @@ def write_shard(tar: Path, images: Iterable[PNG], report: dict[str, Any]) -> Non
         with TarWriter(file, encoder=False, mtime=0) as writer:
             for number, png, label in images:
                 labelled = {} if label < 0 else {"cls": b"%d" % label}
-                writer.write({"__key__": f"{number:08d}", "png": png} | labelled)
+                suffix = "npy" if png.startswith(b"\x93NUMPY") else "png"
+                writer.write({"__key__": f"{number:08d}", suffix: png} | labelled)
                 report["count"] += 1
         file.flush()
         report["sha256"] = sha256_of(Path(file.name))

@@ -28,19 +28,22 @@ from ldm.data.labels import (
     read_label_file,
 )
 from ldm.data.transforms import (
+    LARGE,
     MAX_BYTES,
-    MAX_PIXELS,
     SMALL,
     SUFFIXES,
     CorruptImage,
+    OtherChannels,
     decode,
     image_size,
     is_hidden,
     is_image,
     resize,
+    too_large,
 )
 from ldm.errors import LdmError, UsageError, brief, listed
 from ldm.files import HeaderReader, lfs_pointer, read_bytes
+from ldm.images import PixelType
 from ldm.seeds import shuffled
 
 Split = Literal["train", "val", "all"]
@@ -59,6 +62,8 @@ def tell(note: str) -> None:
         _told.add(note)
 
 
+MAX_ENLARGED = 2**26
+"""Pixels of an image that is enlarged, 8192 × 8192."""
 PROBED = 500  # images that are looked at, when one is too small, to say how many are
 
 
@@ -118,6 +123,12 @@ class Source(ABC):
     """Beginning of all names, where it is no part of their files' paths."""
     small: Small = "error"
     """Treatment of images that are too small by `load_at_least`."""
+    channels: int = 3
+    """C, channels of the images."""
+    keep: PixelType = "uint16"
+    """The deepest type of pixels that is kept, see `decode`."""
+    range: tuple[float, float] | None = None
+    """The values of pixels that are −1 and 1; None: those of their type."""
 
     _labels: np.ndarray | None = None
 
@@ -131,7 +142,7 @@ class Source(ABC):
 
     @abstractmethod
     def load(self, index: int) -> np.ndarray:
-        """Load an image as RGB uint8 (H, W, 3), or raise `CorruptImage`."""
+        """Load an image as pixels (H, W, C) of its own depth, or raise `CorruptImage`."""
 
     def identity(self) -> str:
         """SHA-256 of the list of images, by their names: quick, and blind to their contents."""
@@ -165,18 +176,19 @@ class Source(ABC):
         return width, height
 
     def load_at_least(self, index: int, side: int) -> np.ndarray:
-        """Load an image (H, W, 3) uint8 with no side shorter than `side` pixels.
+        """Load an image (H, W, C) with no side shorter than `side` pixels.
 
         Raises:
             CorruptImage, LdmError: it is smaller, and `small` is "skip" or "error".
+            LdmError: it has another number of channels.
         """
-        image = self.load(index)
+        image = self.load_named(index)
         height, width = image.shape[:2]
         if (shorter := min(height, width)) >= side:
             return image
         if self.small == "enlarge":
             taller, wider = (math.ceil(each * side / shorter) for each in (height, width))
-            if taller * wider > MAX_PIXELS:
+            if taller * wider > MAX_ENLARGED:
                 raise CorruptImage(f"{width}×{height}, too narrow to be enlarged")
             return resize(image, taller, wider)
         if self.small == "skip":
@@ -186,6 +198,13 @@ class Source(ABC):
             f"{self._share_smaller(side)}: set data.small=skip or data.small=enlarge, or lower the "
             "resolution"
         )
+
+    def load_named(self, index: int) -> np.ndarray:
+        """Load an image; an LdmError names one of another number of channels."""
+        try:
+            return self.load(index)
+        except OtherChannels as error:
+            raise LdmError(f"{self.name(index)} is {error}") from error
 
     def _share_smaller(self, side: int) -> str:
         """Say how many of some images, evenly spread, are smaller."""
@@ -266,10 +285,10 @@ class PathSource(Source):
         return sha256(names.encode(*UTF8)).hexdigest()
 
     def load(self, index: int) -> np.ndarray:
-        return decode(self.read(index), Path(self._names[index]).suffix)
+        return decode(self.read(index), Path(self._names[index]).suffix, self.channels, self.keep)
 
     def size(self, index: int) -> tuple[int, int]:
-        return image_size(self.read(index), Path(self._names[index]).suffix)
+        return image_size(self.read(index), Path(self._names[index]).suffix, self.channels)
 
     @abstractmethod
     def read(self, index: int) -> bytes:
@@ -291,7 +310,7 @@ class FolderSource(PathSource):
         try:
             return read_bytes(self.path / self._names[index], MAX_BYTES)
         except OSError as error:
-            raise CorruptImage(brief(error)) from error
+            raise too_large(error) or CorruptImage(brief(error)) from error
 
     def read_file(self, name: str) -> bytes | None:
         try:
@@ -359,7 +378,7 @@ class ZipSource(PathSource):
                 self._handle = os.getpid(), zipfile.ZipFile(self.path)
             archive, entry = self._handle[1], self._handle[1].getinfo(name)
             if entry.file_size > limit:
-                raise CorruptImage(f"{entry.file_size:,} bytes, more than {limit:,}")
+                raise CorruptImage(f"{LARGE}{entry.file_size:,} bytes, more than {limit:,}")
             if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise CorruptImage("compressed by another method than deflate")
             with archive.open(entry) as file:
@@ -380,7 +399,8 @@ class Part(Source):
 
     def __init__(self, whole: Source, indices: Indices) -> None:
         self._whole, self._indices, self.classes = whole, indices, whole.classes
-        self.small = whole.small
+        self.small, self.channels = whole.small, whole.channels
+        self.keep, self.range = whole.keep, whole.range
 
     def __len__(self) -> int:
         return len(self._indices)

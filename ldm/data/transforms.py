@@ -1,7 +1,6 @@
-"""Image files → RGB uint8 (H, W, 3), and the crops that make training images of them.
+"""Image files → pixels (H, W, C), and the crops that make training images of them.
 
-Colour profiles are not applied. 16-bit grey is scaled to 8 bits; of 16-bit colour, Pillow itself
-keeps the high byte.
+Pixels are uint8, or of deeper files uint16 or float32. Colour profiles are not applied.
 
 Files come from anywhere, so their sizes are checked before memory is taken, and no format is read
 but those named here: for others, Pillow starts programs such as Ghostscript.
@@ -9,16 +8,19 @@ but those named here: for others, Pillow starts programs such as Ghostscript.
 
 import io
 import re
+import sys
 import zlib
+from errno import EFBIG
 from importlib.util import find_spec
 from pathlib import PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ldm.errors import brief
 from ldm.files import LFS_POINTER
+from ldm.images import PixelType
 from ldm.records import parse_array
 
 Filter = Literal["lanczos", "box", "bicubic"]
@@ -34,10 +36,13 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF") + (
     ("AVIF",) if find_spec("PIL.AvifImagePlugin") else ()
 )
 """Formats that are read, recognised by content, whatever the suffix; AVIF where Pillow has it."""
-MAX_PIXELS = 2**26
-"""Pixels of an image, 8192 × 8192: decoding takes 10 to 30 bytes for each."""
+MAX_PIXELS = 2**28
+"""Pixels of an image, 16,384 × 16,384: decoding takes 3 to 30 bytes for each."""
 MAX_BYTES = 8 * MAX_PIXELS
 """Bytes of an image's file: as many as uncompressed 16-bit RGBA takes."""
+UNSUSPECTED, PIXELS_A_BYTE = 2**26, 16
+"""Pixels beyond which a header is believed only where its file has a byte for so many of them: a
+small file that grows to gigabytes is an attack, and no photograph or scan compresses that well."""
 MAX_SCANS = 100
 """Scans of a progressive JPEG, each of which is a pass over all pixels; cameras write ten."""
 SCAN = re.compile(rb"\xff\xda\0[\x08\x0a\x0c\x0e][\1-\4]")
@@ -46,7 +51,7 @@ what phones append to a JPEG, such as a film."""
 
 
 def center_crop(image: np.ndarray, resolution: int, filter: Filter = "lanczos") -> np.ndarray:
-    """Crop the central square, then downsize it: (H, W, 3) with H, W ≥ R → (R, R, 3).
+    """Crop the central square, then downsize it: (H, W, C) with H, W ≥ R → (R, R, C).
 
     The order matters: resized before the crop, the pixels differ, and so does the FID.
     """
@@ -58,31 +63,56 @@ def center_crop(image: np.ndarray, resolution: int, filter: Filter = "lanczos") 
 
 
 def random_crop(image: np.ndarray, resolution: int, rng: np.random.Generator) -> np.ndarray:
-    """Crop a window uniformly at random: (H, W, 3) with H, W ≥ R → (R, R, 3)."""
+    """Crop a window uniformly at random: (H, W, C) with H, W ≥ R → (R, R, C)."""
     height, width = image.shape[:2]
     top, left = rng.integers(height - resolution + 1), rng.integers(width - resolution + 1)
     return image[top : top + resolution, left : left + resolution]
 
 
 def resize(image: np.ndarray, height: int, width: int, filter: Filter = "lanczos") -> np.ndarray:
-    """Resize with Pillow's antialiasing: (H, W, 3) → (height, width, 3)."""
+    """Resize with Pillow's antialiasing: (H, W, C) → (height, width, C), of the same type.
+
+    Every channel is resized by itself; of 16 bits, rounded once at the end.
+    """
     resampling = Image.Resampling[filter.upper()]
-    return np.asarray(Image.fromarray(image).resize((width, height), resampling))
+    size = (width, height)
+    if image.dtype == np.uint8 and image.shape[2] == 3:
+        return np.asarray(Image.fromarray(image).resize(size, resampling))
+    if image.dtype == np.uint8:
+        planes = [Image.fromarray(plane) for plane in np.moveaxis(image, 2, 0)]
+        return np.stack([np.asarray(plane.resize(size, resampling)) for plane in planes], axis=2)
+    planes = [Image.fromarray(plane.astype(np.float32)) for plane in np.moveaxis(image, 2, 0)]
+    resized = np.stack([np.asarray(plane.resize(size, resampling)) for plane in planes], axis=2)
+    return (
+        resized if image.dtype == np.float32 else resized.round().clip(0, 65535).astype(np.uint16)
+    )
 
 
 class CorruptImage(Exception):
     """An image that cannot be read, to be skipped and counted; the message is the reason."""
 
 
-SMALL = "too small: "
-"""Beginning of the message of a `CorruptImage` that is only smaller than needed."""
+class OtherChannels(CorruptImage):
+    """An image of another number of channels than were requested, which its loader names."""
 
 
-def image_size(data: bytes, suffix: str) -> tuple[int, int]:
+SMALL, LARGE = "too small: ", "too large: "
+"""Beginnings of the message of a `CorruptImage` that is only smaller than needed, or larger than
+can be read."""
+
+
+def too_large(error: OSError) -> CorruptImage | None:
+    """The `CorruptImage` for a file of more bytes than can be read; None for another error."""
+    if error.errno != EFBIG:
+        return None
+    return CorruptImage(f"{LARGE}a file of more than {MAX_BYTES:,} bytes")
+
+
+def image_size(data: bytes, suffix: str, channels: int = 3) -> tuple[int, int]:
     """Return width and height of an image file, from its header but for NumPy's arrays."""
-    if suffix.lower() == ".npy":
-        return _decode_array(data).shape[1::-1]
     try:
+        if suffix.lower() == ".npy":
+            return _channels_last(parse_array(data), channels).shape[1::-1]
         with Image.open(io.BytesIO(data), formats=FORMATS) as file:
             return file.size
     except Exception as error:  # a damaged file makes Pillow's readers raise nearly anything
@@ -99,15 +129,28 @@ def is_hidden(name: str) -> bool:
     return any(p.startswith(".") or p == "__MACOSX" for p in PurePosixPath(name).parts)
 
 
-def decode(data: bytes, suffix: str) -> np.ndarray:
-    """Decode an image file to RGB uint8 (H, W, 3).
+def decode(data: bytes, suffix: str, channels: int = 3, keep: PixelType = "uint8") -> np.ndarray:
+    """Decode an image file to pixels (H, W, C), uint8 by default.
 
-    Grey is repeated, transparency composited on white, CMYK converted, and the EXIF orientation
-    applied. Of an animation the first frame is taken. Files are recognised by their content, except
-    NumPy's arrays by the suffix ".npy". Damage, and pixels of unknown range, raise `CorruptImage`.
+    Grey is repeated for three channels, and colour becomes its luminance (ITU-R 601) for one.
+    Transparency is composited on white, unless the channels are those of the file, CMYK converted,
+    and the EXIF orientation applied. Of an animation the first frame is taken, and the pages of a
+    TIFF are channels where they are as many. Arrays must have the channels, first or last. Files
+    are recognised by their content, except NumPy's arrays by the suffix ".npy".
+
+    Args:
+        channels: C.
+        keep: the deepest type of the pixels: "uint8" rounds 16 bits to 8; "uint16" keeps them, and
+            of 8 bits, 8; "float32" also keeps values whose range no type tells.
+
+    Raises:
+        OtherChannels: the file has another number of channels, which cannot become C.
+        CorruptImage: damage, too large an image, or, without "float32", values of unknown range.
     """
     try:
-        return _decode_array(data) if suffix.lower() == ".npy" else _to_rgb(data)
+        if suffix.lower() == ".npy":
+            return _decode_array(data, channels, keep)
+        return _decode_picture(data, channels, keep)
     except CorruptImage:
         raise
     except UnidentifiedImageError as error:  # its message names a Python object
@@ -119,48 +162,152 @@ def decode(data: bytes, suffix: str) -> np.ndarray:
         raise CorruptImage(brief(error)) from error
 
 
-def _decode_array(data: bytes) -> np.ndarray:
-    """uint8 (1, 3, H, W), (3, H, W) or (H, W, 3), as CelebA-HQ comes, → (H, W, 3)."""
+def _decode_array(data: bytes, channels: int, keep: PixelType) -> np.ndarray:
+    """(1, C, H, W), (C, H, W) as CelebA-HQ comes, (H, W, C), or for one channel (H, W)."""
     array = parse_array(data)
+    pixels = _channels_last(array, channels)
+    is_kept = pixels.dtype == np.uint8 or (pixels.dtype == np.uint16 and keep != "uint8")
+    what = f"a {array.dtype} array of shape {array.shape}"
+    if not is_kept and (keep != "float32" or pixels.dtype.kind not in "iuf"):
+        raise CorruptImage(f"{what} is not uint8{UNKNOWN}")
+    if pixels.ndim != 3 or pixels.shape[2] != channels or not pixels.size:
+        raise OtherChannels(f"{what} is not an image of {channels} channel(s){OTHERWISE}")
+    return np.ascontiguousarray(pixels if is_kept else _finite(pixels))
+
+
+def _channels_last(array: np.ndarray, channels: int) -> np.ndarray:
     pixels = array[0] if array.ndim == 4 and len(array) == 1 else array
-    if pixels.ndim == 3 and pixels.shape[0] == 3 and pixels.shape[2] != 3:
-        pixels = pixels.transpose(1, 2, 0)
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-        raise CorruptImage(f"a {array.dtype} array of shape {array.shape} is not RGB uint8")
-    return np.ascontiguousarray(pixels)
+    if pixels.ndim == 2 and channels == 1:
+        return pixels[..., None]
+    if pixels.ndim == 3 and pixels.shape[0] == channels and pixels.shape[2] != channels:
+        return pixels.transpose(1, 2, 0)
+    return pixels
 
 
-def _to_rgb(data: bytes) -> np.ndarray:
+UNKNOWN = ": for values of another range than that of 8 or 16 bits set data.range"
+OTHERWISE = ": set image_channels to those of the data"
+
+
+def _finite(pixels: np.ndarray) -> np.ndarray:
+    """Convert pixels to float32, or raise CorruptImage if some are not finite."""
+    with np.errstate(over="ignore"):
+        pixels = pixels.astype(np.float32)
+    if not np.isfinite(pixels).all():
+        raise CorruptImage("values that are not finite")
+    return pixels
+
+
+def _decode_picture(data: bytes, channels: int, keep: PixelType) -> np.ndarray:
     if data.startswith(PNG_SIGNATURE):
         _check_png(data)
-    if data[:2] in (b"II", b"MM"):
-        _check_tiff(data)
     # the first count alone is fast
     is_long = data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_SCANS
     if is_long and len(SCAN.findall(data)) > MAX_SCANS:
         raise CorruptImage(f"more than {MAX_SCANS} scans")
+    pages = _check_tiff(data, channels + 1) if data[:2] in (b"II", b"MM") else 1
+    image = _load(data)
+    if pages == channels > 1 and len(image.getbands()) == 1:
+        found = [image, *(_load(data, page) for page in range(1, pages))]
+        if all(len(page.getbands()) == 1 and page.size == image.size for page in found):
+            return np.concatenate([_to_array(page, 1, keep) for page in found], axis=2)
+    if keep != "uint8" and image.info.get(SIXTEEN):  # Pillow has kept the high bytes
+        pair = np.asarray(image), np.asarray(_load(data, low=True))
+        return fit_channels(pair[0].astype(np.uint16) << 8 | pair[1], channels)
+    return _to_array(image, channels, keep)
+
+
+SIXTEEN = "sixteen bits of colour"
+LOW = {
+    "16B": "16L", "16L": "16B", "16N": "16B" if sys.byteorder == "little" else "16L",
+}  # fmt: skip
+"""Pillow's layouts of 16-bit colour, of which it keeps the high byte: for each, that of the low."""
+
+SWAPPED = {"F;32BF": "F;32F", "I;32BS": "I;32S"}
+"""Layouts of big-endian files that libtiff has put into this machine's order, unknown to Pillow."""
+
+
+def _load(data: bytes, page: int = 0, low: bool = False) -> Image.Image:
+    """Load a page of a file, upright; `low`: the low bytes of 16-bit colour."""
     with Image.open(io.BytesIO(data), formats=FORMATS) as file:  # reads the header only
+        if page:
+            file.seek(page)
         tags = getattr(file, "tag_v2", {})  # of a TIFF: a tile may be larger than its image
         for width, height in (file.size, (tags.get(322, 1), tags.get(323, 1))):
-            if width * height > MAX_PIXELS:
-                raise CorruptImage(f"{width}×{height} pixels, more than {MAX_PIXELS:,}")
+            _check_pixels(width, height, len(data))
+        tiles: list[Any] = getattr(file, "tile", [])
+        layouts = [t.args if isinstance(t.args, str) else t.args and t.args[0] for t in tiles]
+        halves = [re.fullmatch("(RGBA?);(16[BLN])", str(layout)) for layout in layouts]
+        is_deep = bool(halves) and all(half and half[1] == file.mode for half in halves)
+        for i, (tile, half, layout) in enumerate(zip(tiles, halves, layouts, strict=True)):
+            other = f"{half[1]};{LOW[half[2]]}" if low and half else None
+            if tile.codec_name == "libtiff" and sys.byteorder == "little":
+                other = SWAPPED.get(layout, other)
+            if other:
+                is_text = isinstance(tile.args, str)
+                tiles[i] = tile._replace(args=other if is_text else (other, *tile.args[1:]))
         file.load()
         ImageOps.exif_transpose(file, in_place=True)
-        image: Image.Image = file
+        file.info[SIXTEEN] = is_deep
+        return file
+
+
+def _check_pixels(width: int, height: int, size: int) -> None:
+    """Refuse an image of more pixels than can be read, or than its file may hold."""
+    if (count := width * height) > MAX_PIXELS:
+        raise CorruptImage(
+            f"{LARGE}{width}×{height} pixels, more than {MAX_PIXELS:,}: cut it into tiles"
+        )
+    if count > UNSUSPECTED and count > PIXELS_A_BYTE * size:
+        raise CorruptImage(f"{width}×{height} pixels in a file of {size:,} bytes")
+
+
+def _to_array(image: Image.Image, channels: int, keep: PixelType) -> np.ndarray:
+    """Pillow's image → (H, W, C)."""
     if image.mode.startswith("I"):
-        levels = np.asarray(image)
+        levels = np.asarray(image)[..., None]
         if levels.min() < 0 or levels.max() > 65535:
-            raise CorruptImage("the range of 32-bit pixels is unknown")
-        # 65535 = 255 · 257: Pillow's own conversion would clip at 255 instead
-        grey = ((levels.astype(np.int32) + 128) // 257).astype(np.uint8)  # (H, W), rounded
-        return np.repeat(grey[..., None], 3, axis=2)
+            if keep != "float32":
+                raise CorruptImage(f"the range of 32-bit pixels is unknown{UNKNOWN}")
+            return fit_channels(_finite(levels), channels)
+        if keep == "uint8":
+            # 65535 = 255 · 257: Pillow's own conversion would clip at 255 instead
+            levels = ((levels.astype(np.int32) + 128) // 257).astype(np.uint8)  # rounded
+        return fit_channels(levels.astype(np.uint8 if keep == "uint8" else np.uint16), channels)
     if image.mode == "F":
-        raise CorruptImage("the range of floating-point pixels is unknown")
+        if keep != "float32":
+            raise CorruptImage(f"the range of floating-point pixels is unknown{UNKNOWN}")
+        return fit_channels(_finite(np.asarray(image)[..., None]), channels)
+    if image.mode in ("LA", "RGBA") and len(image.getbands()) == channels:
+        return np.asarray(image)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         image = Image.alpha_composite(white, rgba)
-    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    if channels != 3 and image.mode in ("1", "L"):
+        return np.asarray(image.convert("L"))[..., None]
+    return fit_channels(
+        np.asarray(image if image.mode == "RGB" else image.convert("RGB")), channels
+    )
+
+
+def fit_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
+    """Pixels (H, W, c) → (H, W, C): grey is repeated, and colour becomes its luminance."""
+    own = pixels.shape[2]
+    if own == 4 and channels in (1, 3):  # 16-bit colour with transparency: on white
+        alpha = pixels[..., 3:] / 65535
+        pixels = (pixels[..., :3] * alpha + 65535 * (1 - alpha)).round().astype(np.uint16)
+        own = 3
+    if own == channels:
+        return pixels
+    if own == 1 and channels == 3:
+        return np.repeat(pixels, 3, axis=2)
+    if own == 3 and channels == 1:
+        # ITU-R 601-2, in Pillow's integers
+        grey = (pixels.astype(np.uint32) * np.array([19595, 38470, 7471], np.uint32)).sum(
+            axis=2, dtype=np.uint32, keepdims=True
+        )
+        return ((grey + 0x8000) >> 16).astype(pixels.dtype)
+    raise OtherChannels(f"an image of {own} channel(s), not {channels}{OTHERWISE}")
 
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -182,14 +329,26 @@ TIFF_TYPES = np.array([0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8, 
 """Bytes of a value of each type in a TIFF; 0 for types that do not exist."""
 
 
-def _check_tiff(data: bytes) -> None:
-    """Raise CorruptImage for tags larger than the file: libtiff takes memory before it reads."""
+def _check_tiff(data: bytes, most: int) -> int:
+    """Count the pages of a TIFF, at most `most` of them.
+
+    Raise CorruptImage for tags larger than the file: libtiff takes memory before it reads.
+    """
     order, is_big = "<" if data[:1] == b"I" else ">", 43 in data[2:4]
     word, number = (order + size for size in (("u8", "u8") if is_big else ("u4", "u2")))
-    start = int(np.frombuffer(data, word, 1, 8 if is_big else 4)[0])
-    count = int(np.frombuffer(data, number, 1, start)[0])
     tag = [("tag", order + "u2"), ("type", order + "u2"), ("count", word), ("value", word)]
-    tags = np.frombuffer(data, tag, count, start + np.dtype(number).itemsize)
-    sizes = TIFF_TYPES[tags["type"].clip(max=len(TIFF_TYPES) - 1)]
-    if (tags["count"] * sizes.astype(float)).sum() > len(data):
-        raise CorruptImage("tags larger than the file")
+    start, pages = int(np.frombuffer(data, word, 1, 8 if is_big else 4)[0]), 0
+    while start and pages < most:
+        try:
+            count = int(np.frombuffer(data, number, 1, start)[0])
+            first = start + np.dtype(number).itemsize
+            tags = np.frombuffer(data, tag, count, first)
+            sizes = TIFF_TYPES[tags["type"].clip(max=len(TIFF_TYPES) - 1)]
+            if (tags["count"] * sizes.astype(float)).sum() > len(data):
+                raise CorruptImage("tags larger than the file")
+            start, pages = int(np.frombuffer(data, word, 1, first + tags.nbytes)[0]), pages + 1
+        except (CorruptImage, ValueError):  # of a later page, which is then not read
+            if not pages:
+                raise
+            break
+    return pages

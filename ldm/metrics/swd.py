@@ -99,7 +99,7 @@ class PatchDescriptors:
         self.resolutions = pyramid_resolutions(resolution)
         self.patches = patches
         self.seed = seed
-        self._images: dict[int, tuple[Patches, ...]] = {}  # by number; (P, 3, 49) of each level
+        self._images: dict[int, tuple[Patches, ...]] = {}  # by number; (P, C, 49) of each level
 
     @property
     def count(self) -> int:
@@ -107,15 +107,15 @@ class PatchDescriptors:
         return len(self._images)
 
     def update(self, images: Tensor, ks: Tensor | Sequence[int] | None = None) -> None:
-        """Add images (B, 3, R, R), uint8 or floats in [−1, 1].
+        """Add images (B, C, R, R), uint8 or floats in [−1, 1].
 
         Args:
             ks: numbers of the images, each once; by default they continue from `count`.
         """
         resolution = self.resolutions[0]
-        if images.ndim != 4 or images.shape[1:] != (3, resolution, resolution):
+        if images.ndim != 4 or images.shape[2:] != (resolution, resolution):
             raise ValueError(
-                f"images must be (B, 3, {resolution}, {resolution}), not {tuple(images.shape)}"
+                f"images must be (B, C, {resolution}, {resolution}), not {tuple(images.shape)}"
             )
         given = range(self.count, self.count + len(images)) if ks is None else ks
         numbers = [int(k) for k in given]
@@ -143,7 +143,7 @@ class PatchDescriptors:
         self._add(other._images.items())
 
     def level(self, index: int, images: int) -> Tensor:
-        """Return the patches (images · P, 3, 49) of the first `images` images by number."""
+        """Return the patches (images · P, C, 49) of the first `images` images by number."""
         first = sorted(self._images)[:images]
         return torch.from_numpy(np.concatenate([self._images[k][index] for k in first]))
 
@@ -169,7 +169,7 @@ def sliced_wasserstein(
     are used of both.
 
     Args:
-        images_a, images_b: (N, 3, R, R), or iterables of such batches; uint8, or floats in
+        images_a, images_b: (N, C, R, R), or iterables of such batches; uint8, or floats in
             [−1, 1].
         patches: number per image and level.
         projections, repeats: `repeats` draws of `projections` random directions.
@@ -210,10 +210,12 @@ def compare_descriptors(
         raise LdmError("the sliced Wasserstein distance of no images: give both sets some")
     levels = {}
     for index, resolution in enumerate(a.resolutions):
-        points_a = normalise_colours(a.level(index, count).to(device))  # (N, 147)
+        points_a = normalise_colours(a.level(index, count).to(device))  # (N, 49·C)
         points_b = normalise_colours(b.level(index, count).to(device))
         distances = [
-            sliced_distance(points_a, points_b, unit_directions(seed, repeat, projections))
+            sliced_distance(
+                points_a, points_b, unit_directions(seed, repeat, projections, points_a.shape[1])
+            )
             for repeat in range(repeats)
         ]
         levels[str(resolution)] = SCALE * sum(distances) / repeats
@@ -221,16 +223,16 @@ def compare_descriptors(
 
 
 def cut_patches(band: Tensor, corners: Tensor) -> Tensor:
-    """Cut patches from (B, 3, r, r) at corners (B, P, 2) → (B, P, 3, 49)."""
+    """Cut patches from (B, C, r, r) at corners (B, P, 2) → (B, P, C, 49)."""
     rows = corners[:, :, 0, None, None] + torch.arange(PATCH)[:, None]  # (B, P, 7, 1)
     columns = corners[:, :, 1, None, None] + torch.arange(PATCH)  # (B, P, 1, 7)
     batch = torch.arange(len(band))[:, None, None, None]
-    cut = band.permute(0, 2, 3, 1)[batch, rows, columns]  # (B, P, 7, 7, 3)
+    cut = band.permute(0, 2, 3, 1)[batch, rows, columns]  # (B, P, 7, 7, C)
     return rearrange(cut, "b p h w c -> b p c (h w)")
 
 
 def normalise_colours(patches: Tensor) -> Tensor:
-    """Normalise each colour to mean 0 and deviation 1: (N, 3, 49) → (N, 147) float32."""
+    """Normalise each colour to mean 0 and deviation 1: (N, C, 49) → (N, 49·C) float32."""
     patches = patches.float()
     mean = patches.mean((0, 2), keepdim=True)
     deviation = patches.std((0, 2), keepdim=True, correction=0)
@@ -238,10 +240,10 @@ def normalise_colours(patches: Tensor) -> Tensor:
     return ((patches - mean) / deviation.clamp_min(1e-4)).flatten(1)
 
 
-def unit_directions(seed: int, repeat: int, projections: int) -> Tensor:
-    """Draw unit vectors (147, projections), uniform on the sphere."""
+def unit_directions(seed: int, repeat: int, projections: int, size: int = 3 * PATCH**2) -> Tensor:
+    """Draw unit vectors (size, projections), uniform on the sphere."""
     draw = generator(seed, "swd directions", repeat)
-    directions = draw.standard_normal((3 * PATCH**2, projections))
+    directions = draw.standard_normal((size, projections))
     directions /= np.linalg.norm(directions, axis=0)
     return torch.from_numpy(directions).float()
 

@@ -24,7 +24,7 @@ from ldm.charts import WIDTH, drawing, picture_rows, show_image
 from ldm.data import sheet_images
 from ldm.device import full_float32, memory_format
 from ldm.errors import LdmError, check_at_least
-from ldm.images import to_float
+from ldm.images import as_float
 from ldm.locks import lock
 from pipelines.analysis.subjects import Analysis, SharedImages, Subject, analysis_folder, write_csv
 
@@ -43,7 +43,7 @@ def analyze_features(
         return None
     folder = analysis_folder(out, subjects[0].path)
     pixels = sheet_images(images.source, images.resolution, count).to(images.device)
-    shown = to_float(pixels.contiguous(memory_format=memory_format(images.device)))
+    shown = as_float(pixels.contiguous(memory_format=memory_format(images.device)))
     what = f"the first {'image' if len(shown) == 1 else f'{len(shown)} images'} of {images.what}"
     maps, norms = {}, {}
     rows: list[tuple[Any, ...]] = []

@@ -26,7 +26,7 @@ from ldm.charts import DIM, INK, WIDTH, colour, drawing, picture_rows, show_imag
 from ldm.data import sheet_images
 from ldm.device import full_float32
 from ldm.errors import UsageError, check_at_least
-from ldm.images import latents_as_rgb, to_float
+from ldm.images import as_float, as_rgb, latents_as_rgb
 from ldm.locks import lock
 from pipelines.analysis.subjects import Analysis, SharedImages, Subject, analysis_folder, write_csv
 
@@ -145,7 +145,9 @@ def _sums(_ks: Tensor, images: Tensor, posterior: DiagonalGaussian) -> list[Tens
     over, places = (0, 2, 3), mean[0, 0].numel()
     # Kingma & Welling 2014, Appendix B: ½ (μ² + σ² − 1 − ln σ²)
     kl = 0.5 * (mean.square() + variance - 1 - posterior.logvar.double())
-    luma = (images.double() * images.new_tensor(LUMA).double().view(1, 3, 1, 1)).sum(1)
+    channels = images.shape[1]
+    weights = LUMA if channels == 3 else [1 / channels] * channels
+    luma = (images.double() * images.new_tensor(weights).double().view(1, -1, 1, 1)).sum(1)
     sums = [
         torch.tensor(len(images)).double(),
         mean.sum(over) / places,
@@ -191,11 +193,12 @@ def _pictures(
 ) -> list[Tensor]:
     """Return images, reconstructions, and latents by channels and PCA, each (B, 3, H, W)."""
     pixels = sheet_images(images.source, images.resolution, count)
-    shown = to_float(pixels.to(images.device))
+    shown = as_float(pixels.to(images.device))
     latents = subject.autoencoder.encode(shown).mode()  # (B, n_z, h, w)
     recon = subject.autoencoder.decode(latents, shown.shape[-2:]).clamp(-1, 1)
     components = project(latents.cpu(), statistics)
-    return [shown.cpu(), recon.cpu(), latents_as_rgb(latents).cpu(), latents_as_rgb(components)]
+    pictures = [as_rgb(shown).cpu(), as_rgb(recon).cpu()]
+    return [*pictures, latents_as_rgb(latents).cpu(), latents_as_rgb(components)]
 
 
 def project(latents: Tensor, statistics: LatentStatistics) -> Tensor:

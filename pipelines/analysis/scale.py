@@ -62,6 +62,8 @@ def analyze_scale(
     origins = {name: read_autoencoder(path).provenance for name, path in paths.items()}
     recipes = {name: origin.get("recipe") or {} for name, origin in origins.items()}
     config = agree_on_data(recipes, data)
+    channels = next(iter(recipes.values())).get("image_channels", 3)
+    config = config.model_copy(update={"channels": None if channels == 3 else channels})
     if resolutions is None:
         resolutions = from_main(ranks, lambda: _fitting(config, split, how.limit))
     sides = sorted(set(resolutions))

@@ -24,7 +24,7 @@ from ldm.device import memory_format
 from ldm.distributed import fail_together, join_processes
 from ldm.errors import LdmError, UsageError, check_at_least
 from ldm.files import check_writable, write_atomically
-from ldm.images import to_float
+from ldm.images import as_float
 from ldm.run_folder import newest_run
 from ldm.seeds import generator
 from pipelines.measuring.reference import is_same, resolve_source
@@ -86,7 +86,7 @@ class SharedImages:
     ) -> list[T]:
         """Encode every image once, in float32, and return what is measured of all, on all.
 
-        `measure` takes the images' numbers (b,), the images (b, 3, R, R) in [−1, 1], and
+        `measure` takes the images' numbers (b,), the images (b, C, R, R) in [−1, 1], and
         their posteriors.
         """
         world, found = self.ranks.num_processes, []
@@ -96,7 +96,7 @@ class SharedImages:
                 rank=self.ranks.process_index, world=world,
             ):  # fmt: skip
                 pixels = batch.images.to(self.device)
-                shown = to_float(pixels.contiguous(memory_format=memory_format(self.device)))
+                shown = as_float(pixels.contiguous(memory_format=memory_format(self.device)))
                 posterior = subject.autoencoder.encode(shown)
                 if not posterior.isfinite().all():
                     raise LdmError(
@@ -131,7 +131,11 @@ def open_analysis(
             autoencoder = assemble(file, path).to(where).eval().requires_grad_(False)
             subjects.append(Subject(name, path, autoencoder))
             recipes[name] = file.provenance.get("recipe") or {}
-        config = agree_on_data(recipes, data)
+        models_channels = {s.name: s.autoencoder.config.image_channels for s in subjects}
+        if len(set(models_channels.values())) > 1:
+            each = ", ".join(f"{name} {count}" for name, count in models_channels.items())
+            raise UsageError(f"the models have different image_channels ({each}): analyse each")
+        config = agree_on_data(recipes, data).of(subjects[0].autoencoder.config)
         if resolution is None:
             phases = {name: each["phases"] for name, each in recipes.items() if each.get("phases")}
             ended = {name: each[-1]["resolution"] for name, each in phases.items()}

@@ -169,7 +169,7 @@ def _stage_one(
 ) -> tuple[Source | None, Build, DiskOf]:
     # the largest first: its message about missing data then suits every phase
     sides = sorted({phase.resolution for phase in recipe.phases}, reverse=True)
-    source, faults = checks.check_data(recipe.data, sides, validates=True)
+    source, faults = checks.check_data(recipe.data.of(recipe), sides, validates=True)
     problems += faults + checks.check_perceptual(recipe) + checks.check_inception()
     found, faults = checks.attempt(read_given, recipe)
     problems += faults
@@ -183,7 +183,8 @@ def _stage_two(
     recipe: DiffusionRecipe, preset: str, precision: str, problems: list[Problem]
 ) -> tuple[Source | None, Build, DiskOf, str]:
     autoencoder, where, missing = checks.check_autoencoder(recipe, preset)
-    source, faults = checks.check_data(recipe.data, [recipe.resolution], validates=False)
+    data = recipe.data.of(autoencoder.config)
+    source, faults = checks.check_data(data, [recipe.resolution], validates=False)
     problems += missing + faults + checks.check_inception()
     uncached = 0  # images
     if recipe.cache and source is not None:

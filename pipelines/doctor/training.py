@@ -63,14 +63,14 @@ class AutoencoderTraining:
 
     def step(self, resolution: int, batch: int, adversarial_active: bool = True) -> None:
         """Train on a micro-batch, with an update of each network."""
-        images = _images(self.run, resolution, batch)
+        images = _images(self.run, self.recipe.image_channels, resolution, batch)
         ramp = float(adversarial_active)
         train_autoencoder.train_step(self.run, self.state, images, range(batch), ramp)
 
     def calls(self, resolution: int, batch: int) -> Mapping[str, Callable[[], Any]]:
         """Forward passes of the reported networks."""
         side = resolution // self.recipe.encoder.downsampling
-        images = _images(self.run, resolution, batch)
+        images = _images(self.run, self.recipe.image_channels, resolution, batch)
         latents = torch.randn(batch, self.recipe.latent_channels, side, side, device=images.device)
         calls = {
             "encoder": lambda: self.state.autoencoder.encode(images),
@@ -115,7 +115,7 @@ class DiffusionTraining:
 
     def calls(self, resolution: int, batch: int) -> Mapping[str, Callable[[], Any]]:
         """Forward passes of the reported networks."""
-        images = _images(self.run, resolution, batch)
+        images = _images(self.run, self.autoencoder.config.image_channels, resolution, batch)
         latents = self._random_latents(resolution, batch)
         return {
             "network": lambda: self.state.network(latents.z, latents.sigma),
@@ -126,7 +126,8 @@ class DiffusionTraining:
         """Encode a micro-batch, unless latents come from a cache."""
         if not self.recipe.cache:
             with torch.no_grad(), self.run.autocast():
-                self.autoencoder.encode(_images(self.run, resolution, batch))
+                channels = self.autoencoder.config.image_channels
+                self.autoencoder.encode(_images(self.run, channels, resolution, batch))
 
     def _stream(self, resolution: int, batch: int) -> Iterator[tuple[int, LatentBatch]]:
         """The training's own batches, of one image of noise or a blank cache."""
@@ -135,7 +136,11 @@ class DiffusionTraining:
         sizes = {"resolution": resolution, "batch_size": batch, "accumulate": 1, "data": data}
         recipe = self.recipe.model_copy(update={**sizes, "steps": 10**6})  # without end
         codec = Codec(self.autoencoder, torch.zeros(n_z), torch.ones(n_z), recipe.edm.sigma_data)
-        source, side = _Noise(resolution, classes), resolution // self.autoencoder.downsampling
+        channels = self.autoencoder.config.image_channels
+        source, side = (
+            _Noise(resolution, classes, channels),
+            resolution // self.autoencoder.downsampling,
+        )
         blank = _BlankCache(source, (n_z, side, side)) if recipe.cache else None
         return latent_batches(self.run, recipe, self.run.place(codec), source, blank, 0)
 
@@ -147,13 +152,14 @@ class DiffusionTraining:
 
 
 class _Noise(Source):
-    """A source whose images are one, of noise, uint8 (side, side, 3)."""
+    """A source whose images are one, of noise, uint8 (side, side, C)."""
 
-    def __init__(self, side: int, classes: int) -> None:
+    def __init__(self, side: int, classes: int, channels: int) -> None:
+        self.channels = channels
         if classes:
             self.classes = tuple(map(str, range(classes)))
             self._labels = np.arange(len(self)) % classes
-        self._image = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+        self._image = np.random.default_rng(0).integers(0, 256, (side, side, channels), np.uint8)
 
     def __len__(self) -> int:
         return 1000
@@ -191,6 +197,6 @@ def random_perceptual(recipe: AutoencoderRecipe) -> dict[str, LPIPS | ESRGANPerc
     return losses
 
 
-def _images(run: Run, resolution: int, batch: int) -> Tensor:
-    """Random images (b, 3, H, W), in the memory layout of training images."""
-    return run.place(torch.randn(batch, 3, resolution, resolution, device=run.device))
+def _images(run: Run, channels: int, resolution: int, batch: int) -> Tensor:
+    """Random images (b, C, H, W), in the memory layout of training images."""
+    return run.place(torch.randn(batch, channels, resolution, resolution, device=run.device))

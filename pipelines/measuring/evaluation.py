@@ -78,12 +78,14 @@ def plan_jobs(
             config, about = _read(path)
             recipe = about["trained"].get("recipe") or {}
             own = validate(DataConfig, recipe["data"]) if "data" in recipe else None
+            own = own and own.of(config)
             chosen = choose_data(data, own)
             phases = recipe.get("phases")
             sides = resolutions or ([phases[-1]["resolution"]] if phases else [])
             if chosen is None or not sides:
                 option = "--data" if chosen is None else "--resolution"
                 raise UsageError(f"{path} does not name its training data: give {option}")
+            chosen = chosen.of(config)
             for side in dict.fromkeys(sides):
                 _check_resolution(path, config, side)
                 source = open_once(chosen, split, side)

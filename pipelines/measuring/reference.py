@@ -280,6 +280,8 @@ def identify(reference: ImageReference, extractor: Extractor | None) -> dict[str
         "crop": "center",
         "extractor": _identify_extractor(extractor),
         "pillow": version("pillow"),
+        **({} if reference.source.channels == 3 else {"channels": reference.source.channels}),
+        **({"range": reference.source.range} if reference.source.range else {}),
         **({} if reference.config.small == "error" else {"small": reference.config.small}),
     }
 

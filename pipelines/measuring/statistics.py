@@ -25,6 +25,7 @@ from ldm.data import Batch, Source, evaluation_batches
 from ldm.data.loader import FaultCount
 from ldm.distributed import fail_together, from_main
 from ldm.errors import LdmError, UsageError, check_at_least
+from ldm.images import as_rgb, as_uint8
 from ldm.logbook import show_progress
 from ldm.metrics import (
     FeatureSet,
@@ -112,6 +113,20 @@ def find_extractor(
     return extractor, why
 
 
+def refuse_channels(channels: int) -> str | None:
+    """The reason for which no extractor takes images of that many channels, if so."""
+    if channels in (1, 3):
+        return None
+    return f"feature extractors take images of 1 or 3 channels, and these have {channels}"
+
+
+def describe_channels(channels: int) -> str:
+    """Say what networks of colour images see of images of that many channels."""
+    if channels == 1:
+        return "grey images: features and LPIPS are of the channel repeated to three"
+    return f"images of {channels} channels: LPIPS is of each channel, repeated to three"
+
+
 def load_on_all(load: Callable[[], T], ranks: PartialState) -> tuple[T | None, str | None]:
     """Call `load` on every process; where it fails on one, return None and the reason on all."""
     loaded: list[T] = []
@@ -152,7 +167,8 @@ HASH_BYTES = 8  # of 50,000 and 70,000 images, two different ones collide once i
 
 
 def hash_images(images: Tensor, ks: Tensor) -> Hashes:
-    """Hash images (B, 3, R, R) uint8 with the numbers `ks` (B,)."""
+    """Hash images (B, C, R, R), at 8 bits, with the numbers `ks` (B,)."""
+    images = as_uint8(images)
     # the same pixels may lie in memory in either layout: bring them to one
     pixels = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
     digests = (sha256(image.data).digest()[:HASH_BYTES] for image in pixels)
@@ -242,13 +258,16 @@ class SetStatistics:
         return found
 
     def update(self, images: Tensor, ks: Tensor, extractor: Extractor | None = None) -> None:
-        """Take in images (B, 3, R, R) uint8 with their numbers (B,)."""
+        """Take in images (B, C, R, R), uint8 or floats in [−1, 1], with their numbers (B,).
+
+        The extractor sees them at 8 bits, and one channel repeated to three.
+        """
         if self.patches is not None:
             places = self._places[ks.cpu()]
             if (chosen := places >= 0).any():
                 self.patches.update(images[chosen], places[chosen])
         if self.features is not None and extractor is not None:
-            features = extractor(images)
+            features = extractor(as_uint8(as_rgb(images)))
             self.features.update(features, ks)
             if self.every_feature is not None:
                 self.every_feature.append(features.float().numpy())

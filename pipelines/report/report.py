@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from autoencoders import AutoencoderConfig
 from autoencoders.autoencoder import assemble
 from autoencoders.pretrained import read_autoencoder
 from ldm.checkpoint import fingerprint
@@ -17,7 +18,7 @@ from ldm.data import DataConfig, open_source, sheet_images
 from ldm.device import resolve_device
 from ldm.errors import LdmError, UsageError, check_at_least, try_call
 from ldm.files import check_writable
-from ldm.images import latents_as_rgb, to_float, to_uint8
+from ldm.images import as_float, latents_as_rgb
 from ldm.logbook import console
 from ldm.metrics import psnr
 from ldm.run_folder import IGNORED, provenance
@@ -173,7 +174,10 @@ def _reconstructions(
         if config is None or not side:
             lacking = "data" if config is None else "resolution"
             raise LdmError(f"config.yaml does not record the {lacking}: use --{lacking}")
-        images = to_float(sheet_images(open_source(config, "val", side), side, count))
+        files = (try_call(read_autoencoder, record.folder) for record in records)
+        first = next((file for file in files if not isinstance(file, LdmError)), None)
+        data = config.of(validate(AutoencoderConfig, first.tree)) if first else config
+        images = as_float(sheet_images(open_source(data, "val", side), side, count))
         return f"Originals: {config.source}, {len(images)} held-out images at {side}²", images
 
     row = try_call(load)  # once for all runs, a failure too
@@ -190,7 +194,7 @@ def _reconstructions(
         autoencoder = assemble(file, record.folder).to(device).eval()
         z = autoencoder.encode(originals.to(device)).mode()
         recon = autoencoder.decode(z, originals.shape[-2:])
-        recon = to_float(to_uint8(recon)).cpu()
+        recon = as_float(autoencoder.config.pixels.round(recon)).cpu()
         shown = F.interpolate(latents_as_rgb(z), originals.shape[-2:])
         latents.append((record.title, shown.cpu()))
         each = psnr(originals, recon)

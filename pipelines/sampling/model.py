@@ -32,7 +32,6 @@ from ldm.device import (
 from ldm.distributed import join_processes
 from ldm.errors import LdmError, UsageError
 from ldm.foreign import read_described
-from ldm.images import to_uint8
 from ldm.run_folder import RUNS
 from ldm.seeds import normal
 from pipelines.latents import Codec
@@ -95,13 +94,16 @@ class LatentModel:
         side = recipe.resolution // autoencoder.downsampling
         self.latent_shape = (recipe.network.latent_channels, side, side)
         self.classes = Classes(recipe.network.classes, tuple(file.statistics.get("classes", ())))
+        self.autoencoder_config = config
         self.recipe, self.sha256, self.autoencoder_sha256 = recipe, file.sha256, inner.sha256
         network_tree, ae_tree = to_tree(recipe.network), to_tree(config)
         # earlier versions had none of these; `codes` and `variance` show in the weights
         network_tree.pop("embedding_multiplier", None)
         ae_tree.pop("codes")
         ae_tree["encoder"].pop("variance", None)
-        _drop_defaults(ae_tree, {"group_channels": 1, "shortcut": "none"})
+        _drop_defaults(ae_tree, {"group_channels": 1, "shortcut": "none", "image_channels": 3})
+        if config.pixels.is_plain:
+            ae_tree.pop("pixels")
         parts = {
             "network": [self.sha256, network_tree],
             "denoiser": to_tree(recipe.denoiser),
@@ -225,7 +227,7 @@ class LatentModel:
         from_z: Tensor | None = None,
         wrap: Callable[[Denoise], Denoise] = lambda denoise: denoise,
     ) -> Tensor:
-        """Sample one batch: images `indices` of a seed, (len, 3, H, W) in [−1, 1] on the CPU.
+        """Sample one batch: images `indices` of a seed, (len, C, H, W) in [−1, 1] on the CPU.
 
         Args:
             labels: the class of each image, −1 for none.
@@ -336,7 +338,7 @@ class LatentModel:
         return self._in_bf16.get(name, getattr(self, name))
 
     def encode(self, images: Tensor) -> Tensor:
-        """Encode images (B, 3, H, W) in [−1, 1] as their posteriors' means z, on the device."""
+        """Encode images (B, C, H, W) in [−1, 1] as their posteriors' means z, on the device."""
         with self._autocast():
             return self._running("codec").encode(images.to(self.device))
 
@@ -356,6 +358,7 @@ class ModelSamples:
     Attributes:
         made_with: everything that decides an image, in the form of `samples.json`.
         folder: the folder that holds the model; of one on the Hub `runs/owner--name`.
+        channels, pixels: of the images, and the values of their files.
         ranks: the processes launched together; each loads the model.
     """
 
@@ -382,7 +385,8 @@ class ModelSamples:
         noise_levels(self.sampling, self.model.denoiser)  # refuses levels outside its range
         self._labels = None if labels is None else self.model.classes.read(labels)
         self._guide = self.model.load_guide(self.sampling, guide, self._labels)
-        self.resolution = self.model.recipe.resolution
+        self.resolution, ae_config = self.model.recipe.resolution, self.model.autoencoder_config
+        self.channels, self.pixels = ae_config.image_channels, ae_config.pixels
         self.what = f"{self._n} images of {self.path}, seed {self.seed}"
         self.made_with: dict[str, Any] = {
             "n": self._n,
@@ -393,7 +397,8 @@ class ModelSamples:
             "labels": self._labels and list(self._labels),
             "precision": self.model.precision,
             "resolution": self.resolution,
-            "data": to_tree(self.model.recipe.data),
+            "data": to_tree(self.model.recipe.data.of(ae_config)),
+            **{"image_channels": self.channels, "pixels": to_tree(self.pixels)},
         }
 
     def __len__(self) -> int:
@@ -403,7 +408,7 @@ class ModelSamples:
         return f"image {index} of seed {self.seed}"
 
     def sample(self, indices: Sequence[int]) -> Tensor:
-        """Sample images (len, 3, H, W) in [−1, 1], on the CPU."""
+        """Sample images (len, C, H, W) in [−1, 1], on the CPU."""
         labels = [self.label(i) for i in indices] if self.model.classes.count else None
         return self.model.sample(indices, self.seed, self.sampling, labels, self._guide)
 
@@ -421,7 +426,7 @@ class ModelSamples:
         for first in range(rank * share, self._n, world * share):
             indices = range(first, min(first + share, self._n))
             labels = torch.tensor([self.label(i) for i in indices])
-            yield Batch(to_uint8(self.sample(indices)), torch.tensor(indices), labels)
+            yield Batch(self.pixels.round(self.sample(indices)), torch.tensor(indices), labels)
 
     @property
     def result_path(self) -> Path:

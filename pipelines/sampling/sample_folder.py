@@ -8,6 +8,8 @@
   shards   train-00000.tar … manifest.json      a thousand per shard, as `ldm data prepare` writes
   zip      samples.zip                          the PNGs of all folders, uncompressed
 
+Pixels that no PNG can hold (`file_suffix`) are written as .npy in place of PNGs.
+
 Every image is first written as a PNG in its folder. A complete thousand is packed into a shard; a
 zip is packed at the end. A folder is removed only once its images are packed, so a stop at any
 moment loses no finished image and leaves no half-written file.
@@ -24,7 +26,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 import numpy as np
-from PIL import Image
+from numpy.typing import ArrayLike
 
 from ldm.config import to_tree, validate
 from ldm.data import Batch, DataConfig, Source, evaluation_batches
@@ -42,6 +44,7 @@ from ldm.data.sources import FolderSource, ZipSource
 from ldm.data.transforms import NOT_RESIZED, CorruptImage, is_hidden
 from ldm.errors import LdmError, UsageError, try_call
 from ldm.files import clear_partials, write_atomically, write_json
+from ldm.images import Pixels, file_suffix, write_pixels
 from ldm.locks import ANOTHER, lock
 from ldm.records import Count, read_tree, schema
 from ldm.run_folder import RUNS, provenance
@@ -58,16 +61,16 @@ THOUSAND = 1000
 MIDNIGHT = (1980, 1, 1, 0, 0, 0)  # the date of a zip's members: the same images, the same bytes
 
 
-def image_name(i: int) -> str:
+def image_name(i: int, suffix: str = ".png") -> str:
     """The path of image i relative to the folder, and its name in a zip."""
-    return f"{i // THOUSAND:05d}/img{i:08d}.png"
+    return f"{i // THOUSAND:05d}/img{i:08d}{suffix}"
 
 
 # ------------------------------------------------------------------------------ the manifest
 _MODEL = schema(path=(str, ""))
 _MANIFEST = schema(  # older ones lack some keys
     n=(Count, 0), model=(_MODEL, {}), weaker=(_MODEL | None, None), data=(dict[str, Any], {}),
-    files=(Files, "png"),
+    files=(Files, "png"), image_channels=(Count, 3), pixels=(Pixels, Pixels()),
 )  # fmt: skip
 
 
@@ -143,16 +146,21 @@ class SampleStore:
 
     Args:
         label: image i → its class, −1 for none.
+        suffix: of an image's file.
     """
 
     def __init__(
-        self, out: Path, files: str = "png", label: Callable[[int], int] = lambda i: -1
+        self,
+        out: Path,
+        files: str = "png",
+        label: Callable[[int], int] = lambda i: -1,
+        suffix: str = ".png",
     ) -> None:
-        self.out, self.files, self.label = out, files, label
+        self.out, self.files, self.label, self.suffix = out, files, label, suffix
 
     def missing(self, n: int) -> list[int]:
         """Return the images among 0 … n−1 that are not there yet."""
-        there = {i for folder in self._folders() for i in _loose(folder)}
+        there = {i for folder in self._folders() for i in self._loose(folder)}
         there.update(*map(self._packed, self._archives()))
         return [i for i in range(n) if i not in there]
 
@@ -161,15 +169,16 @@ class SampleStore:
         if self.files == "shards":
             (self.out / MANIFEST).unlink(missing_ok=True)  # it lists shards that will grow
 
-    def write(self, i: int, picture: Image.Image) -> None:
-        """Write image i as a PNG, whole or not at all."""
-        write_atomically(self.out / image_name(i), lambda file: picture.save(file, format="png"))
+    def write(self, i: int, pixels: ArrayLike) -> None:
+        """Write the pixels (H, W, C) of image i as a file, whole or not at all."""
+        path = self.out / image_name(i, self.suffix)
+        write_atomically(path, partial(write_pixels, np.asarray(pixels)))
 
     def tidy(self) -> None:
         """Pack the shards that are complete while sampling continues."""
         for folder in self._folders() if self.files == "shards" else ():
             tar = self._archive(folder)
-            if len(_loose(folder).keys() | self._packed(tar).keys()) >= THOUSAND:
+            if len(self._loose(folder).keys() | self._packed(tar).keys()) >= THOUSAND:
                 self._pack(tar, [folder])
 
     def finish(self, size: int, source: str, classes: Sequence[str]) -> None:
@@ -196,11 +205,16 @@ class SampleStore:
         if archives := self._archives():
             return _open_archives(archives)
         folders = [] if self.files in ("zip", "shards") else self._folders()
-        loose = sorted(png for folder in folders for png in _loose(folder).values())
+        loose = sorted(png for folder in folders for png in self._loose(folder).values())
         return PngSource(self.out, [png.relative_to(self.out).as_posix() for png in loose])
 
     def _folders(self) -> list[Path]:
         return sorted(self.out.glob("[0-9]" * 5))
+
+    def _loose(self, folder: Path) -> dict[int, Path]:
+        """The images in a folder by their numbers."""
+        found = folder.glob("img" + "[0-9]" * 8 + self.suffix)
+        return {_number(path.name): path for path in found if path.is_file()}
 
     def _archive(self, folder: Path) -> Path:
         """The archive that takes the PNGs of a folder."""
@@ -225,12 +239,12 @@ class SampleStore:
         A shard whose sidecar is lost, damaged or of another shard is written again.
         """
         packed = self._packed(archive)
-        loose = {i: png.read_bytes for folder in folders for i, png in _loose(folder).items()}
+        loose = {i: png.read_bytes for folder in folders for i, png in self._loose(folder).items()}
         images = dict(sorted((loose | packed).items()))
         has_grown = len(images) > len(packed)
         try:
             if self.files == "zip" and has_grown:
-                write_atomically(archive, partial(_write_zip, images, self.label))
+                write_atomically(archive, partial(_write_zip, images, self.label, self.suffix))
             if self.files == "shards" and (has_grown or (packed and not _is_described(archive))):
                 write_shard(archive, ((i, read(), self.label(i)) for i, read in images.items()), {})
         except CorruptImage as error:  # of an image packed before
@@ -246,12 +260,6 @@ class PngSource(FolderSource):
         self.path, self._names = path, list(names)
 
 
-def _loose(folder: Path) -> dict[int, Path]:
-    """The PNGs in a folder by their numbers."""
-    found = folder.glob("img" + "[0-9]" * 8 + ".png")
-    return {_number(path.name): path for path in found if path.is_file()}
-
-
 def _number(name: str) -> int:
     return int(Path(name).stem.removeprefix("img"))
 
@@ -262,7 +270,7 @@ def _open_archives(archives: Sequence[Path]) -> ZipSource | ShardSource:
     return ShardSource(*common_folder(archives))
 
 
-def _write_zip(images: Packed, label: Callable[[int], int], file: IO[bytes]) -> None:
+def _write_zip(images: Packed, label: Callable[[int], int], suffix: str, file: IO[bytes]) -> None:
     """Write a zip laid out as by EDM's dataset tool.
 
     If every image has a class, `dataset.json` lists them in EDM's format, which cannot express an
@@ -270,8 +278,8 @@ def _write_zip(images: Packed, label: Callable[[int], int], file: IO[bytes]) -> 
     """
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as pack:
         for i, read in images.items():
-            pack.writestr(zipfile.ZipInfo(image_name(i), MIDNIGHT), read())
-        labels = [(image_name(i), label(i)) for i in images]
+            pack.writestr(zipfile.ZipInfo(image_name(i, suffix), MIDNIGHT), read())
+        labels = [(image_name(i, suffix), label(i)) for i in images]
         if all(number >= 0 for _, number in labels):
             text = json.dumps({"labels": labels})
             pack.writestr(zipfile.ZipInfo("dataset.json", MIDNIGHT), text)
@@ -312,6 +320,10 @@ class SampleFolder(Source):
         self.path = path
         self.made_with = read_manifest(path, "delete it to measure the folder without it")
         self._images = _open(path, self.made_with)
+        about = self.made_with or {}
+        self.channels = self._images.channels = about.get("image_channels", self._images.channels)
+        self.range = (about.get("pixels") or {}).get("range")
+        self._images.keep = "float32" if self.range else "uint16"
         there, announced = len(self._images), (self.made_with or {}).get("n", 0)
         if there < min(announced, limit or announced):
             raise LdmError(
@@ -352,7 +364,7 @@ class SampleFolder(Source):
         return self._images.name(index)
 
     def load(self, index: int) -> np.ndarray:
-        """Load an image as RGB uint8 (R, R, 3), of the size of the first."""
+        """Load an image as pixels (R, R, C), of the size of the first."""
         image = self._load(index)
         height, width = image.shape[:2]
         if (height, width) != (self.resolution, self.resolution):
@@ -375,7 +387,9 @@ class SampleFolder(Source):
 def _open(path: Path, manifest: dict[str, Any] | None) -> Source:
     """The images in the form in which they are stored."""
     if manifest is not None:
-        return SampleStore(path, manifest.get("files", "png")).images()
+        kind = (manifest.get("pixels") or {}).get("type", "uint8")
+        suffix = file_suffix(kind, manifest.get("image_channels", 3))
+        return SampleStore(path, manifest.get("files", "png"), suffix=suffix).images()
     if find_kind(path) != "images":
         images = open_images(path)
         _refuse_lossy(path, map(images.name, range(len(images))))
