@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from autoencoders import Autoencoder, DiagonalGaussian
 from diffusion.augment import augment
 from diffusion.unet import check_labels
+from ldm.config import plain_size
 from ldm.data import Batch, Source, batches, evaluation_batches
 from ldm.data.loader import FEWER_WORKERS, Draw, FaultCount, image_index, whole_shares
 from ldm.data.sources import Part
@@ -410,7 +411,7 @@ def _identity(
         "autoencoder_sha256": ae_sha256,
         "images": len(source),
         "images_sha256": _fingerprint(source),
-        "resolution": recipe.resolution,
+        "resolution": plain_size(recipe.resolution),
         "mirrored": recipe.data.flip,
         "precision": precision,
         **({} if recipe.data.small == "error" else {"small": recipe.data.small}),

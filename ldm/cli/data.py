@@ -49,7 +49,9 @@ def prepare(
     destination: Annotated[
         Path, Argument(metavar="DST", help="Folder for the shards; created if missing.")
     ],
-    size: Annotated[int, Option(min=1, help="Image size in pixels.")] = 256,
+    size: Annotated[
+        str, Option(metavar="R|HxW", help="Image size in pixels, R for R×R, or HEIGHTxWIDTH.")
+    ] = "256",
     filter: Annotated[
         Literal["lanczos", "box", "bicubic"], Option(help="Resize filter. FID depends on it.")
     ] = "lanczos",
@@ -65,7 +67,7 @@ def prepare(
     image_column: Annotated[str, Option(help="Column of images in a table.")] = "",
     label_column: Annotated[str, Option(help="Column of classes in a table.")] = "",
 ) -> None:
-    """Convert a folder, zip or tar of images into tar shards of square PNGs.
+    """Convert a folder, zip or tar of images into tar shards of PNGs of one size.
 
     Images are centre-cropped and downsized. Corrupt images are skipped and listed in the manifest;
     more than 1 % of them is an error.
@@ -73,20 +75,24 @@ def prepare(
     The same command resumes an interrupted one; the result is identical to the byte.
 
     ldm data prepare ffhq.zip data/ffhq256 --size 256
+
+    ldm data prepare portraits data/portraits --size 96x64
     """
+    from ldm.config import format_size
     from ldm.data.prepare import prepare
     from ldm.data.shards import MANIFEST
     from ldm.data.transforms import SMALL
 
+    resolution = options.parse_size("size", size) or 0
     manifest = prepare(
-        source, destination, size, filter, held_out, shard_size, workers, labels, label_file or "",
-        small, image_column, label_column,
+        source, destination, resolution, filter, held_out, shard_size, workers, labels,
+        label_file or "", small, image_column, label_column,
     )  # fmt: skip
     train, val = (manifest["splits"][split] for split in ("train", "val"))
     classes = f", {len(manifest['classes']):,} classes" if "classes" in manifest else ""
     shards = options.many(len(train["shards"]) + len(val["shards"]), "shard")
     options.echo(
-        f"{manifest['count']:,} images of {size}×{size} in {shards}: "
+        f"{manifest['count']:,} images of {format_size(resolution)} in {shards}: "
         f"{train['count']:,} for training, {val['count']:,} for validation{classes}"
     )
     reasons = [one["reason"] for one in manifest["skipped"]]

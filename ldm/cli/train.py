@@ -159,6 +159,13 @@ def sample(
     model: Model = None,
     n: Annotated[int, Option(help="Number of images.")] = 64,
     seed: options.Seed = 0,
+    size: Annotated[
+        str | None,
+        Option(
+            metavar="R|HxW",
+            help="Image size in pixels, R for R×R, or HEIGHTxWIDTH. Default: that of the training.",
+        ),
+    ] = None,
     steps: options.Steps = 18,
     sampler: Annotated[
         Literal["heun", "euler", "dpmpp-2m"],
@@ -193,6 +200,8 @@ def sample(
     ldm sample --n 50000
 
     ldm sample --n 50000 --guidance 1.5 --interval 0.2,3 --format zip
+
+    ldm sample --n 16 --size 96x64
     """
     from ldm.run_folder import newest_run
     from pipelines.sample import sample_images
@@ -203,8 +212,9 @@ def sample(
         model = str(newest_run("diffusion"))
         options.say(f"model: {model}")
     folder = sample_images(
-        model, n, out, seed, labels=labels.split(",") if labels is not None else None,
-        guide=guide, files=files, batch_size=batch_size, device=device, precision=precision,
+        model, n, out, seed, size=options.parse_size("size", size),
+        labels=labels.split(",") if labels is not None else None, guide=guide, files=files,
+        batch_size=batch_size, device=device, precision=precision,
         steps=steps, sampler=sampler, schedule=schedule, guidance=guidance, interval=guided,
         churn=dict(churned),
     )  # fmt: skip

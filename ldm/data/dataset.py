@@ -11,7 +11,7 @@ import numpy as np
 from accelerate import Accelerator, PartialState
 from pydantic import Field
 
-from ldm.config import Config
+from ldm.config import Config, Resolution, format_size, height_width, read_resolution, size_word
 from ldm.data.hf import find_tables, is_hub, is_saved, open_hub, open_tables
 from ldm.data.photos import PhotoSource
 from ldm.data.shards import (
@@ -34,7 +34,7 @@ from ldm.data.sources import (
     tell,
     walk,
 )
-from ldm.data.transforms import is_image
+from ldm.data.transforms import covers, is_image
 from ldm.distributed import from_main
 from ldm.errors import LdmError, UsageError, check_at_least, listed
 from ldm.files import sha256_of, write_json
@@ -53,8 +53,9 @@ class DataConfig(Config):
     folder of .tar shards, one .tar, or several as a/{000..009}.tar, a folder of .parquet; or a data
     set of the Hugging Face Hub, hf:OWNER/NAME[@REVISION][:[CONFIG/]SPLIT] (see `ldm.data.hf`)."""
     crop: Literal["center", "random"] = "center"
-    """center: the central square, downsized to the resolution; random: a window at native size.
-    The built-in photographs are always cropped at random for training."""
+    """center: the central square, or the largest part of an H×W resolution's proportions, downsized
+    to it; random: a window of the resolution at native size. The built-in photographs are always
+    cropped at random for training."""
     flip: bool = False
     """Mirror each training image with probability 1/2."""
     small: Small = "error"
@@ -82,10 +83,10 @@ class DataConfig(Config):
     """Loader processes per GPU; 0 loads in the training process, as the photographs always do."""
 
 
-def open_source(config: DataConfig, split: Split, resolution: int) -> Source:
+def open_source(config: DataConfig, split: Split, resolution: Resolution) -> Source:
     """Open one split of a data set: "train", "val", or "all".
 
-    `resolution` is the side of the images that will be cut, in pixels; 1 if it is not known yet.
+    `resolution` is the size of the images that will be cut, in pixels; 1 if it is not known yet.
     The tiles of the built-in photographs depend on it.
     """
     check_at_least(1, resolution=resolution)
@@ -101,10 +102,10 @@ def open_source(config: DataConfig, split: Split, resolution: int) -> Source:
         return PhotoSource(split, resolution, config.labels)
     path = Path(config.source).expanduser()
     if not is_hub(config.source) and not path.exists() and "{" not in config.source:
-        size = resolution if resolution > 1 else 256
+        wanted = 256 if resolution == 1 else resolution
         raise LdmError(
             f"data.source: {config.source} does not exist: create it with "
-            f"`ldm data prepare SRC {path} --size {size}`, "
+            f"`ldm data prepare SRC {path} --size {size_word(wanted)}`, "
             f"or use the built-in photographs, data.source={PHOTOS}"
         )
     images = open_images(
@@ -112,11 +113,12 @@ def open_source(config: DataConfig, split: Split, resolution: int) -> Source:
     )
     images.small = config.small
     manifest = read_manifest(path) if path.is_dir() else None
-    if manifest and manifest.get("size", resolution) < resolution and config.small == "error":
-        size = manifest["size"]
+    size = read_resolution((manifest or {}).get("size", resolution))
+    if not covers(*height_width(size), resolution) and config.small == "error":
         raise LdmError(
-            f"{path} was prepared at {size}×{size}, smaller than the {resolution}×{resolution} "
-            f"requested: prepare it with --size {resolution}, or lower the resolution"
+            f"{path} was prepared at {format_size(size)}, smaller than the "
+            f"{format_size(resolution)} requested: prepare it with --size {size_word(resolution)}, "
+            "or lower the resolution"
         )
     held_out = images.held_out if config.held_out is None else config.held_out
     if split != "all" and held_out and images.held_out and held_out < images.held_out:

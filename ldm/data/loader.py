@@ -16,6 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ldm.config import Resolution, height_width
 from ldm.data.dataset import DataConfig
 from ldm.data.photos import PhotoSource
 from ldm.data.sources import Source
@@ -41,7 +42,7 @@ class Batch(NamedTuple):
     """Images with their numbers and classes."""
 
     images: Tensor
-    """uint8 (b, 3, R, R), channels last in memory."""
+    """uint8 (b, 3, H, W), channels last in memory."""
     k: Tensor
     """int64 (b,): the number of each image in the run, or its index in the source."""
     labels: Tensor
@@ -109,17 +110,18 @@ def _permutation(seed: int, count: int, epoch: int) -> np.ndarray:
     return generator(seed, "order", epoch).permutation(count)
 
 
-Image = tuple[np.ndarray, int]  # (R, R, 3) uint8, and its class
+Image = tuple[np.ndarray, int]  # (H, W, 3) uint8, and its class
 Faults = dict[str, str]  # names of corrupt images → the reasons
 Draw = Callable[[Sequence[int]], Any]  # the ks of a batch → its random numbers; can be pickled
 
 
 def _training_image(
-    source: Source, side: int, seed: int, at_random: bool, flip: bool, k: int, faults: Faults
-) -> Image:
+    source: Source, resolution: Resolution, seed: int, at_random: bool, flip: bool, k: int,
+    faults: Faults,
+) -> Image:  # fmt: skip
     """Load image k of a training run; the next good one replaces a corrupt image."""
     index, skipped = image_index(seed, len(source), k), 0
-    while (image := _whole_image(source, side, index, faults)) is None:
+    while (image := _whole_image(source, resolution, index, faults)) is None:
         stop_if_too_many(faults, len(source))
         index, skipped = (index + 1) % len(source), skipped + 1
         if skipped == min(len(source), MOST_SKIPPED):
@@ -129,22 +131,26 @@ def _training_image(
                 "resolution, or set data.small=enlarge"
             )
     if at_random:
-        image = random_crop(image, side, generator(seed, "crop", k))
+        image = random_crop(image, resolution, generator(seed, "crop", k))
     else:
-        image = center_crop(image, side)
+        image = center_crop(image, resolution)
     mirrored = flip and generator(seed, "flip", k).integers(2)
     return image[:, ::-1] if mirrored else image, source.label(index)
 
 
-def _evaluation_image(source: Source, side: int, index: int, faults: Faults) -> Image | None:
+def _evaluation_image(
+    source: Source, resolution: Resolution, index: int, faults: Faults
+) -> Image | None:
     """Load the centre of an image; None if it is corrupt."""
-    image = _whole_image(source, side, index, faults)
-    return None if image is None else (center_crop(image, side), source.label(index))
+    image = _whole_image(source, resolution, index, faults)
+    return None if image is None else (center_crop(image, resolution), source.label(index))
 
 
-def _whole_image(source: Source, side: int, index: int, faults: Faults) -> np.ndarray | None:
+def _whole_image(
+    source: Source, resolution: Resolution, index: int, faults: Faults
+) -> np.ndarray | None:
     try:
-        return source.load_at_least(index, side)
+        return source.load_at_least(index, resolution)
     except CorruptImage as error:
         faults[source.name(index)] = str(error)
         return None
@@ -154,7 +160,7 @@ def _whole_image(source: Source, side: int, index: int, faults: Faults) -> np.nd
 def batches(
     source: Source,
     config: DataConfig,
-    resolution: int,
+    resolution: Resolution,
     seed: int,
     start: int,
     stop: int,
@@ -163,7 +169,7 @@ def batches(
     world: int = 1,
     draw: Draw | None = None,
 ) -> Iterator[Batch]:
-    """Load images k = start … stop−1 of a training run, in batches of R×R crops.
+    """Load images k = start … stop−1 of a training run, in batches of crops of a resolution.
 
     A corrupt image is named in a warning, and replaced by the next good one of the source with its
     label. Each process counts its own corrupt images, from 0 in each call. An incomplete last batch
@@ -181,7 +187,7 @@ def batches(
 
 def evaluation_batches(
     source: Source,
-    resolution: int,
+    resolution: Resolution,
     batch_size: int,
     limit: int | None = None,
     rank: int = 0,
@@ -189,7 +195,7 @@ def evaluation_batches(
     workers: int = 0,
     faults: FaultCount | None = None,
 ) -> Iterator[Batch]:
-    """Load the centre, R×R, of every image of a source once over all processes, never mirrored.
+    """Load the centre crop of every image of a source once over all processes, never mirrored.
 
     A corrupt image is named in a warning and left out, so `k` may have gaps. The last batch may be
     short, and a process may have one batch fewer than another.
@@ -206,8 +212,8 @@ def evaluation_batches(
     return _load(source, resolution, load, numbers, workers, faults)
 
 
-def sheet_images(source: Source, resolution: int, count: int) -> Tensor:
-    """Load the centres of the first good images of a source: uint8 (n, 3, R, R), n ≤ `count`."""
+def sheet_images(source: Source, resolution: Resolution, count: int) -> Tensor:
+    """Load the centres of the first good images of a source: uint8 (n, 3, H, W), n ≤ `count`."""
     faults: Faults = {}
     loaded = (_evaluation_image(source, resolution, k, faults) for k in range(len(source)))
     chosen = list(islice((image[0] for image in loaded if image is not None), count))
@@ -233,7 +239,7 @@ def _shares(start: int, stop: int, batch_size: int, rank: int, world: int) -> It
 
 def _load(
     source: Source,
-    side: int,
+    resolution: Resolution,
     load: Callable[[int, Faults], Image | None],
     numbers: Iterable[range],
     workers: int,
@@ -243,7 +249,7 @@ def _load(
     if isinstance(source, PhotoSource):
         workers = 0  # they are in memory: moving them would cost more than cropping them
     counted = counted or FaultCount(len(source))
-    work, pin = partial(_batch, side, load, draw), torch.cuda.is_available()
+    work, pin = partial(_batch, resolution, load, draw), torch.cuda.is_available()
     for batch, faults in load_in_workers(work, numbers, workers, FEWER_WORKERS, pin):
         counted.add(faults)
         if len(batch.k):
@@ -251,16 +257,18 @@ def _load(
 
 
 def _batch(
-    side: int, load: Callable[[int, Faults], Image | None], draw: Draw | None, ks: range
-) -> tuple[Batch, Faults]:
+    resolution: Resolution, load: Callable[[int, Faults], Image | None], draw: Draw | None,
+    ks: range,
+) -> tuple[Batch, Faults]:  # fmt: skip
     faults: Faults = {}
     loaded = {k: image for k in ks if (image := load(k, faults)) is not None}
-    images = _stack([image for image, _ in loaded.values()], side)
+    images = _stack([image for image, _ in loaded.values()], resolution)
     labels = torch.tensor([label for _, label in loaded.values()], dtype=torch.int64)
     drawn = None if draw is None else draw(list(loaded))
     return Batch(images, torch.tensor(list(loaded), dtype=torch.int64), labels, drawn), faults
 
 
-def _stack(images: Sequence[np.ndarray], side: int) -> Tensor:
-    stacked = np.stack(images) if images else np.empty((0, side, side, 3), np.uint8)
+def _stack(images: Sequence[np.ndarray], resolution: Resolution) -> Tensor:
+    none = np.empty((0, *height_width(resolution), 3), np.uint8)
+    stacked = np.stack(images) if images else none
     return rearrange(torch.from_numpy(stacked), "b h w c -> b c h w")

@@ -1,4 +1,4 @@
-"""Preparation of a data set: images of any kind → square PNGs in tar shards, with a manifest.
+"""Preparation of a data set: images of any kind → PNGs of one size in tar shards, with a manifest.
 
 Worker processes read, crop and encode; this process writes one shard after the other, each whole or
 not at all. The same call resumes an interrupted preparation, and gives the same bytes.
@@ -17,13 +17,30 @@ from typing import Annotated, Any, NamedTuple, get_args
 from PIL import Image
 from pydantic import Field
 
+from ldm.config import Resolution, format_size, height_width, plain_size, read_resolution
 from ldm.data.dataset import open_images
 from ldm.data.hf import is_hub
 from ldm.data.labels import printable
 from ldm.data.loader import FaultCount
 from ldm.data.shards import MANIFEST, MANIFEST_FORMAT, PNG, SHARD, sidecar, write_shard
-from ldm.data.sources import UTF8, Indices, Small, Source, held_out_count, split_indices
-from ldm.data.transforms import NOT_RESIZED, SMALL, CorruptImage, Filter, center_crop
+from ldm.data.sources import (
+    UTF8,
+    Indices,
+    Small,
+    Source,
+    held_out_count,
+    name_size,
+    split_indices,
+)
+from ldm.data.transforms import (
+    NOT_RESIZED,
+    SMALL,
+    CorruptImage,
+    Filter,
+    center_crop,
+    covers,
+    largest_crop,
+)
 from ldm.data.workers import load_in_workers
 from ldm.errors import LdmError, UsageError, check_at_least, listed
 from ldm.files import check_writable, write_json
@@ -49,7 +66,7 @@ FEWER_WORKERS = "run the same command with fewer --workers; finished shards are 
 def prepare(
     source_path: str | Path,
     destination: str | Path,
-    size: int = 256,
+    size: Resolution = 256,
     filter: Filter = "lanczos",
     held_out: int | None = None,
     shard_size: int = 1000,
@@ -60,9 +77,10 @@ def prepare(
     image_column: str = "",
     label_column: str = "",
 ) -> dict[str, Any]:
-    """Write the images of a folder, zip, tar shards or table as `size`×`size` PNGs in shards.
+    """Write the images of a folder, zip, tar shards or table as PNGs of one size in shards.
 
-    The central square of each image is cropped, then resized. The images keep the order of their
+    The central square of each image, or for a size (H, W) the largest central part of those
+    proportions, is cropped, then resized. The images keep the order of their
     names. The last `held_out` of them, with labels every n-th, go into
     `val-00000.tar` …, the others into `train-00000.tar` …. Existing shards are kept.
 
@@ -90,7 +108,7 @@ def prepare(
     settings: dict[str, Any] = {
         "source": str(path) if is_hub(str(path)) else printable(path.resolve().name),
         **_describe_images(source, path, labels),
-        "size": size,
+        "size": plain_size(size),
         "filter": filter,
         "crop": "center",
         "held_out": held_out,
@@ -129,8 +147,9 @@ def _describe_images(source: Source, path: Path, labels: bool) -> dict[str, Any]
 
 
 def _check(
-    source: Path, destination: Path, filter: Filter, size: int, shard_size: int, workers: int | None
-) -> None:
+    source: Path, destination: Path, filter: Filter, size: Resolution, shard_size: int,
+    workers: int | None,
+) -> None:  # fmt: skip
     if filter not in get_args(Filter):
         raise UsageError(f"no filter '{filter}': choose one of {', '.join(get_args(Filter))}")
     check_at_least(1, size=size, shard_size=shard_size)
@@ -173,7 +192,8 @@ def _write_all(
     for report in reports.values():
         faults.add(dict(report["skipped"]))
     total = sum(map(len, missing.values()))
-    work = partial(_prepare_image, source, settings["size"], settings["filter"])
+    size = read_resolution(settings["size"])
+    work = partial(_prepare_image, source, size, settings["filter"])
     workers = total if workers is None else min(workers, total)
     images = load_in_workers(work, chain(*missing.values()), workers, FEWER_WORKERS)
     with show_progress("preparing", total) as advance, closing(images):
@@ -182,7 +202,7 @@ def _write_all(
             try:
                 report = _write_images(destination / name, part, settings, own[name], advance)
             except _TooSmall:
-                raise _count_small(source, settings["size"], workers) from None
+                raise _count_small(source, size, workers) from None
             reports[name] = report
             faults.add(dict(report["skipped"]))
     return [reports[name] for name in shards]
@@ -222,26 +242,26 @@ class Prepared(NamedTuple):
     fault: tuple[str, str] | None = None
 
 
-def _prepare_image(source: Source, size: int, filter: Filter, index: int) -> Prepared:
+def _prepare_image(source: Source, size: Resolution, filter: Filter, index: int) -> Prepared:
     name = printable(source.name(index))
     try:
         image = source.load(index)
     except CorruptImage as error:
         return Prepared(fault=(name, str(error)))
     height, width = image.shape[:2]
-    if min(height, width) < size and source.small != "enlarge":
+    if not covers(height, width, size) and source.small != "enlarge":
         return Prepared(fault=(name, f"{SMALL}{width}×{height}"))
     file = io.BytesIO()
     Image.fromarray(center_crop(image, size, filter)).save(file, "PNG")
     prepared = int(index), file.getvalue(), source.label(index)
-    return Prepared(prepared, resized=min(image.shape[:2]) != size)
+    return Prepared(prepared, resized=largest_crop(height, width, size) != height_width(size))
 
 
 class _TooSmall(Exception):
     """An image is too small, and that is an error."""
 
 
-def _count_small(source: Source, size: int, workers: int) -> LdmError:
+def _count_small(source: Source, size: Resolution, workers: int) -> LdmError:
     """Look at the size of every image; return an error that counts and names the small ones."""
     with show_progress("looking at sizes", len(source)) as advance:
         small = []
@@ -250,16 +270,17 @@ def _count_small(source: Source, size: int, workers: int) -> LdmError:
             small += [found] if found else []
             advance(1)
     return LdmError(
-        f"{len(small):,} of {len(source):,} images are smaller than {size}×{size}: "
+        f"{len(small):,} of {len(source):,} images are smaller than {format_size(size)}: "
         f"{listed(small, 10)}: give --small skip or --small enlarge, or a smaller --size"
     )
 
 
-def _small_image(source: Source, size: int, index: int) -> str | None:
+def _small_image(source: Source, size: Resolution, index: int) -> str | None:
     """Name and size of an image that is too small."""
     with suppress(CorruptImage):
         width, height = source.size(index)
-        return f"{source.name(index)} ({width}×{height})" if min(width, height) < size else None
+        shown = f"{source.name(index)} ({name_size(height, width, size)})"
+        return None if covers(height, width, size) else shown
     return None
 
 

@@ -16,6 +16,7 @@ from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 
+from ldm.config import Resolution
 from ldm.data.labels import (
     LABEL_COLUMNS,
     match_labels,
@@ -60,7 +61,7 @@ SHARD = {"name": FileName, "count": Count}
 SIDECAR_SCHEMA = schema(**SHARD, sha256=str, bytes=Count)
 _SPLIT = schema(count=Count, shards=list[schema(**SHARD)])  # type: ignore[misc]
 _MANIFEST = schema(
-    size=(Count, 1), classes=(list[str] | None, None),
+    size=(Resolution, 1), classes=(list[str] | None, None),
     splits=schema(train=_SPLIT, val=_SPLIT),
 )  # fmt: skip
 

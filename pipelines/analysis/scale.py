@@ -16,6 +16,7 @@ from typing import Any
 
 from autoencoders.pretrained import read_autoencoder
 from ldm.charts import drawing, line_style
+from ldm.config import read_resolution, shorter_side
 from ldm.data import DataConfig, open_source
 from ldm.data.dataset import PHOTOS
 from ldm.data.sources import Split
@@ -31,7 +32,7 @@ from pipelines.analysis.subjects import (
 )
 from pipelines.evaluate import evaluate_checkpoints
 from pipelines.measuring.evaluation import Evaluation
-from pipelines.measuring.reference import read_preparation, shorter_sides
+from pipelines.measuring.reference import crop_heights, read_preparation
 from pipelines.measuring.statistics import MeasureOptions
 
 RESOLUTIONS = (32, 64, 128, 256, 512)  # Sadat et al. 2024, Figures 5 and 8: 2⁵ … 2⁹
@@ -121,12 +122,12 @@ def _fitting(config: DataConfig, split: Split, limit: int | None) -> list[int]:
         source = open_source(config, split, 1)
         count = min(len(source), limit or len(source))
         smallest = RESOLUTIONS[-1]
-        for _, side in shorter_sides(source, range(count), count):
+        for _, side in crop_heights(source, range(count), 1, count):  # the shorter sides
             smallest = min(smallest, side)
             if smallest < RESOLUTIONS[0]:
                 break
     else:
-        smallest = prepared["size"]
+        smallest = shorter_side(read_resolution(prepared["size"]))
     fitting = [side for side in RESOLUTIONS if side <= smallest]
     if not fitting:
         raise LdmError(
