@@ -11,7 +11,15 @@ from importlib import resources
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+)
 
 from ldm.errors import UsageError
 from ldm.records import check_bounds
@@ -49,8 +57,17 @@ def read_resolution(given: Any) -> int | tuple[int, int]:
     return resolution_of(height, width)
 
 
+def plain_size(resolution: int | tuple[int, int]) -> int | list[int]:
+    """A resolution as JSON holds it: R or [H, W]."""
+    return resolution if isinstance(resolution, int) else list(resolution)
+
+
 _SIDE = TypeAdapter(Width)
-Resolution = Annotated[int | tuple[int, int], PlainValidator(read_resolution)]
+Resolution = Annotated[
+    int | tuple[int, int],
+    PlainValidator(read_resolution),
+    PlainSerializer(plain_size, when_used="json"),
+]
 """Size of images in pixels: R for R×R, else (H, W), height first."""
 
 
@@ -88,11 +105,6 @@ def short_size(resolution: Resolution) -> str:
 def size_word(resolution: Resolution) -> str:
     """Write a resolution as options take it, and names of files hold it: 256 or 96x64."""
     return str(resolution) if isinstance(resolution, int) else "{}x{}".format(*resolution)
-
-
-def plain_size(resolution: Resolution) -> int | list[int]:
-    """A resolution as JSON holds it: R or [H, W]."""
-    return resolution if isinstance(resolution, int) else list(resolution)
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
