@@ -11,6 +11,12 @@ from ldm.cli import options
 app = typer.Typer(no_args_is_help=True, help="Prepare images for training, and check them.")
 
 
+Size = Annotated[
+    str, Option(metavar="R|HxW", help="Image size in pixels, R for R×R, or HEIGHTxWIDTH.")
+]
+Filter = Annotated[
+    Literal["lanczos", "box", "bicubic"], Option(help="Resize filter. FID depends on it.")
+]
 HeldOut = Annotated[
     int | None,
     Option(
@@ -49,12 +55,8 @@ def prepare(
     destination: Annotated[
         Path, Argument(metavar="DST", help="Folder for the shards; created if missing.")
     ],
-    size: Annotated[
-        str, Option(metavar="R|HxW", help="Image size in pixels, R for R×R, or HEIGHTxWIDTH.")
-    ] = "256",
-    filter: Annotated[
-        Literal["lanczos", "box", "bicubic"], Option(help="Resize filter. FID depends on it.")
-    ] = "lanczos",
+    size: Size = "256",
+    filter: Filter = "lanczos",
     held_out: HeldOut = None,
     shard_size: Annotated[int, Option(min=1, help="Images per shard.")] = 1000,
     workers: Annotated[
@@ -75,24 +77,22 @@ def prepare(
     The same command resumes an interrupted one; the result is identical to the byte.
 
     ldm data prepare ffhq.zip data/ffhq256 --size 256
-
-    ldm data prepare portraits data/portraits --size 96x64
     """
     from ldm.config import format_size
     from ldm.data.prepare import prepare
     from ldm.data.shards import MANIFEST
     from ldm.data.transforms import SMALL
 
-    resolution = options.parse_size("size", size) or 0
+    shape = options.parse_size("size", size) or 0
     manifest = prepare(
-        source, destination, resolution, filter, held_out, shard_size, workers, labels,
-        label_file or "", small, image_column, label_column,
+        source, destination, shape, filter, held_out, shard_size, workers, labels, label_file or "",
+        small, image_column, label_column,
     )  # fmt: skip
     train, val = (manifest["splits"][split] for split in ("train", "val"))
     classes = f", {len(manifest['classes']):,} classes" if "classes" in manifest else ""
     shards = options.many(len(train["shards"]) + len(val["shards"]), "shard")
     options.echo(
-        f"{manifest['count']:,} images of {format_size(resolution)} in {shards}: "
+        f"{manifest['count']:,} images of {format_size(shape)} in {shards}: "
         f"{train['count']:,} for training, {val['count']:,} for validation{classes}"
     )
     reasons = [one["reason"] for one in manifest["skipped"]]

@@ -24,6 +24,12 @@ Reference = Annotated[
         "SWD."
     ),
 ]
+Size = Annotated[
+    str | None, Option(metavar="R|HxW", help="With --model: image size, as in `ldm sample`.")
+]
+Precision = Annotated[
+    options.Precision | None, Option(help="With --model: precision, as in `ldm sample`.")
+]
 ResultFile = Annotated[
     Path | None,
     Option(
@@ -113,12 +119,8 @@ def fid(
         float | None, Option(help="With --model: guidance scale, as in `ldm sample`.")
     ] = None,
     guide: options.Guide = None,
-    size: Annotated[
-        str | None, Option(metavar="R|HxW", help="With --model: image size, as in `ldm sample`.")
-    ] = None,
-    precision: Annotated[
-        options.Precision | None, Option(help="With --model: precision, as in `ldm sample`.")
-    ] = None,
+    size: Size = None,
+    precision: Precision = None,
     mode: options.Resize = "clean",
     features: options.Features = None,
     weights: options.InceptionWeights = None,

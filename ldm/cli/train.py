@@ -25,6 +25,13 @@ SamplesFolder = Annotated[
         "runs/owner--name/.",
     ),
 ]
+Size = Annotated[
+    str | None,
+    Option(
+        metavar="R|HxW",
+        help="Image size in pixels, R for R×R, or HEIGHTxWIDTH. Default: that of the training.",
+    ),
+]
 Format = Annotated[
     Literal["png", "zip", "shards"],
     Option("--format", help="PNG files, one zip, or tar shards for training."),
@@ -159,13 +166,7 @@ def sample(
     model: Model = None,
     n: Annotated[int, Option(help="Number of images.")] = 64,
     seed: options.Seed = 0,
-    size: Annotated[
-        str | None,
-        Option(
-            metavar="R|HxW",
-            help="Image size in pixels, R for R×R, or HEIGHTxWIDTH. Default: that of the training.",
-        ),
-    ] = None,
+    size: Size = None,
     steps: options.Steps = 18,
     sampler: Annotated[
         Literal["heun", "euler", "dpmpp-2m"],
@@ -200,8 +201,6 @@ def sample(
     ldm sample --n 50000
 
     ldm sample --n 50000 --guidance 1.5 --interval 0.2,3 --format zip
-
-    ldm sample --n 16 --size 96x64
     """
     from ldm.run_folder import newest_run
     from pipelines.sample import sample_images

@@ -16,7 +16,7 @@ from typing import Any
 
 from autoencoders.pretrained import read_autoencoder
 from ldm.charts import drawing, line_style
-from ldm.config import read_resolution, shorter_side
+from ldm.config import read_resolution, short_size, shorter_side
 from ldm.data import DataConfig, open_source
 from ldm.data.dataset import PHOTOS
 from ldm.data.sources import Split
@@ -103,7 +103,7 @@ def _summarise(
     for name, each in named:
         values = [each.numbers[number] for number in measured]
         shown = ("–" if value is None else f"{value:.4g}" for value in values)
-        cells.append((name, f"{each.resolution}²", *shown))
+        cells.append((name, short_size(each.resolution), *shown))
     return Analysis(
         f"reconstructions over resolutions, {what}",
         ("model", "side", *(PANELS[number][0] for number in measured)),
