@@ -127,8 +127,10 @@ def _width(value: int, scale: Scale) -> int:
     return max(1, value // scale.widths)
 
 
-def _side(value: int, scale: Scale) -> int:
-    return value >> scale.halvings
+def _side(value: Any, scale: Scale) -> Any:
+    """A side, or a height and a width."""
+    is_pair = isinstance(value, list)
+    return [_side(side, scale) for side in value] if is_pair else value >> scale.halvings
 
 
 # By the last part of a key, wherever it occurs
