@@ -84,7 +84,7 @@ def eval_ae(
     from pipelines.evaluate import evaluate_checkpoints
     from pipelines.measuring.evaluation import format_evaluations
 
-    words = ",".join(resolution).split(",") if resolution else ()
+    words = [word for each in resolution or () for word in each.split(",")]
     sizes = [options.parse_size("resolution", word) or 0 for word in words]
     # a pipe gets the table alone, progress goes to stderr
     with nullcontext() if layout == "table" else redirect_stdout(sys.stderr):

@@ -100,17 +100,12 @@ def parse_numbers(
 
 def parse_size(option: str, text: str | None) -> "int | tuple[int, int] | None":
     """Parse a size in pixels, R or HxW, to a `ldm.config.Resolution`; None passes."""
-    from ldm.config import read_resolution
-
     if text is None:
         return None
-    sides = re.split("[x×]", text.strip())
-    try:
-        return read_resolution(sides if len(sides) > 1 else text)
-    except ValueError:
-        raise UsageError(
-            f"--{option} {text}: give a number of pixels, or HEIGHTxWIDTH, such as 96x64"
-        ) from None
+    if re.fullmatch(r"-?[0-9]{1,9}([x×]-?[0-9]{1,9})?", text.strip()):
+        height, *width = map(int, re.split("[x×]", text))
+        return height if width in ([], [height]) else (height, width[0])
+    raise UsageError(f"--{option} {text}: give a number of pixels, or HEIGHTxWIDTH, such as 96x64")
 
 
 def add_setting(settings: list[str], option: str, key: str, value: Path | str | None) -> None:

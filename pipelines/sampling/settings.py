@@ -19,9 +19,9 @@ from ldm.config import (
     Resolution,
     format_size,
     height_width,
-    read_resolution,
     size_word,
     to_tree,
+    validate,
 )
 from ldm.errors import MOST, UsageError, check_at_least
 from ldm.logbook import console
@@ -142,7 +142,8 @@ def find_shape(size: Resolution, codec: Any, denoiser: Any) -> tuple[int, int, i
 def find_size(model: Any, guide: Any, size: Resolution | None) -> Resolution:
     """Return the requested size, or that of a model's training; a note tells if they differ."""
     trained_at: Resolution = model.recipe.resolution
-    if size is None or (size := read_resolution(size)) == trained_at:
+    size = validate(Options, {"size": size}).size
+    if size is None or size == trained_at:
         return trained_at
     for each in filter(None, (model, guide)):
         each.shape_of(size)  # refuses a size that its network cannot take
