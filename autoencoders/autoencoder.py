@@ -29,7 +29,16 @@ from autoencoders.sdvae import SDVAEDecoder, SDVAEDecoderConfig, SDVAEEncoder, S
 from autoencoders.sdvae.formats import pick_settings
 from autoencoders.wavelet import check_size
 from ldm.checkpoint import build_with
-from ldm.config import Config, Width, load_preset, merge, to_tree, validate
+from ldm.config import (
+    Config,
+    Resolution,
+    Width,
+    height_width,
+    load_preset,
+    merge,
+    to_tree,
+    validate,
+)
 from ldm.device import memory_format
 from ldm.errors import LdmError, UsageError
 from ldm.images import Pixels
@@ -121,10 +130,15 @@ class AutoencoderConfig(Config):
                 )
         return self
 
-    def check_size(self, side: int) -> None:
-        """Raise LdmError if images of side² pixels are too small for the wavelet transform."""
+    def latent_shape(self, resolution: Resolution) -> tuple[int, int, int]:
+        """Shape (n_z, h, w) of the latents of an image whose sides are multiples of f."""
+        height, width = (side // self.encoder.downsampling for side in height_width(resolution))
+        return self.latent_channels, height, width
+
+    def check_size(self, resolution: Resolution) -> None:
+        """Raise LdmError if images of a resolution are too small for the wavelet transform."""
         if isinstance(self.encoder, LiteVAEEncoderConfig | DWTEncoderConfig):
-            check_size((side, side), self.encoder.depth, self.encoder.wavelet)
+            check_size(height_width(resolution), self.encoder.depth, self.encoder.wavelet)
 
 
 class DiagonalGaussian:

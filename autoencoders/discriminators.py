@@ -12,7 +12,17 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrize import register_parametrization
 
 from autoencoders.layers import group_norm
-from ldm.config import Config, Depth, Levels, Width
+from ldm.config import (
+    Config,
+    Depth,
+    Levels,
+    Resolution,
+    Width,
+    format_size,
+    height_width,
+    resolution_of,
+    shorter_side,
+)
 from ldm.errors import LdmError
 
 Logits = tuple[Tensor, ...]
@@ -35,14 +45,13 @@ def drawn(layer: LayerT, draw: Callable[..., Tensor], **options: float) -> Layer
     return layer
 
 
-def check_images(images: Tensor, check_resolution: Callable[[int], None]) -> None:
-    """Raise LdmError if a config's check refuses a side of images (B, C, H, W)."""
-    height, width = images.shape[-2:]
+def check_images(images: Tensor, check_resolution: Callable[[Resolution], None]) -> None:
+    """Raise LdmError if a config's check refuses the size of images (B, C, H, W)."""
+    size = resolution_of(*images.shape[-2:])
     try:
-        check_resolution(height)
-        check_resolution(width)
+        check_resolution(size)
     except ValueError as error:
-        raise LdmError(f"images of {height}×{width} pixels: {error}") from error
+        raise LdmError(f"images of {format_size(size)} pixels: {error}") from error
 
 
 # ----------------------------------------------------------------------------------- U-Net
@@ -57,10 +66,10 @@ class UNetDiscriminatorConfig(Config):
     """Width after each halving of the image, as a multiple of `channels`, mirrored on the way up;
     for 256×256 U-Net GAN has (1, 2, 4, 8, 8, 16)."""
 
-    def check_resolution(self, resolution: int) -> None:
-        """Raise a ValueError of one line if a side of that many pixels cannot be halved."""
+    def check_resolution(self, resolution: Resolution) -> None:
+        """Raise a ValueError of one line if a side of such images cannot be halved."""
         factor = 2 ** len(self.multipliers)
-        if resolution < factor or resolution % factor:
+        if any(side < factor or side % factor for side in height_width(resolution)):
             raise ValueError(
                 f"the U-Net discriminator halves images {len(self.multipliers)} times, so their "
                 f"sides must be multiples of {factor}: resize them, or give "
@@ -203,11 +212,11 @@ class PatchGANConfig(Config):
     layers: Depth = 3
     """Halvings of the image; 3 make patches of 70×70 pixels."""
 
-    def check_resolution(self, resolution: int) -> None:
-        """Raise a ValueError of one line if no logit is left of such a side, in pixels."""
+    def check_resolution(self, resolution: Resolution) -> None:
+        """Raise a ValueError of one line if no logit is left of such images."""
         # two convolutions after the halvings take a row each
         smallest = 3 * 2**self.layers
-        if resolution < smallest:
+        if shorter_side(resolution) < smallest:
             raise ValueError(
                 f"the PatchGAN discriminator with {self.layers} layers needs images of at least "
                 f"{smallest} pixels a side: use larger ones, or lower discriminator.layers"
@@ -281,8 +290,13 @@ class StyleGANConfig(Config):
         halvings = (self.resolution // SMALLEST).bit_length()
         return [min(base * 2**i, self.max_channels) for i in range(halvings)]
 
-    def check_resolution(self, resolution: int) -> None:
-        """Raise a ValueError of one line if a side, in pixels, is not `resolution`."""
+    def check_resolution(self, resolution: Resolution) -> None:
+        """Raise a ValueError of one line if images of such a size are not of `resolution`."""
+        if not isinstance(resolution, int):
+            raise ValueError(
+                f"the StyleGAN discriminator takes square images, not {format_size(resolution)}: "
+                "its last layer reads 4×4 features; use discriminator.type=unet or patchgan"
+            )
         if resolution != self.resolution:
             raise ValueError(
                 "the StyleGAN discriminator takes one resolution, "

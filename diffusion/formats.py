@@ -51,7 +51,9 @@ FIXED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def diffusers_config(config: UNetConfig, sample_size: int | None = None) -> dict[str, Any]:
+def diffusers_config(
+    config: UNetConfig, sample_size: int | list[int] | None = None
+) -> dict[str, Any]:
     """Turn our config into the config.json of a `UNet2DModel`, whose pipelines sample this size."""
     widths, groups = [config.channels * m for m in config.multipliers], group_counts(config)
     head_widths = {config.head_width_of(width) for width in attending(dict(config)).values()}
@@ -249,7 +251,7 @@ def read_diffusers(folder: Path) -> tuple[UNetConfig, dict[str, Tensor]]:
 
 
 def write_diffusers(
-    folder: Path, network: UNet, sample_size: int | None = None, **notes: Any
+    folder: Path, network: UNet, sample_size: int | list[int] | None = None, **notes: Any
 ) -> list[Path]:
     """Write a folder for diffusers' `UNet2DModel.from_pretrained`, with NAME.json of each note, and
     return its files."""

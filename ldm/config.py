@@ -11,7 +11,15 @@ from importlib import resources
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+)
 
 from ldm.errors import UsageError
 from ldm.records import check_bounds
@@ -32,6 +40,72 @@ Depth = Annotated[int, Field(gt=0, le=64)]
 """Blocks in a row, or a factor."""
 Levels = Annotated[tuple[Depth, ...], Field(min_length=1, max_length=8)]
 """A factor for each resolution."""
+
+
+def read_resolution(given: Any) -> int | tuple[int, int]:
+    """Return R for R×R pixels, given as R or [R, R], or (H, W) for [H, W], height first.
+
+    A ValueError of one line says what it must be.
+    """
+    sides = given if isinstance(given, list | tuple) else (given, given)
+    try:
+        height, width = map(_SIDE.validate_python, sides)
+    except ValueError:  # pydantic's too
+        raise ValueError(
+            "must be a number of pixels from 1 to 65536, or two, [height, width]"
+        ) from None
+    return resolution_of(height, width)
+
+
+def plain_size(resolution: int | tuple[int, int]) -> int | list[int]:
+    """A resolution as JSON holds it: R or [H, W]."""
+    return resolution if isinstance(resolution, int) else list(resolution)
+
+
+_SIDE = TypeAdapter(Width)
+Resolution = Annotated[
+    int | tuple[int, int],
+    PlainValidator(read_resolution),
+    PlainSerializer(plain_size, when_used="json"),
+]
+"""Size of images in pixels: R for R×R, else (H, W), height first."""
+
+
+def resolution_of(height: int, width: int) -> Resolution:
+    """Resolution of images of this height and width."""
+    return height if height == width else (height, width)
+
+
+def height_width(resolution: Resolution) -> tuple[int, int]:
+    """Height and width of images of a resolution."""
+    return (resolution, resolution) if isinstance(resolution, int) else resolution
+
+
+def shorter_side(resolution: Resolution) -> int:
+    """The lesser of height and width."""
+    return min(height_width(resolution))
+
+
+def pixel_count(resolution: Resolution) -> int:
+    """Number of pixels of an image."""
+    height, width = height_width(resolution)
+    return height * width
+
+
+def format_size(resolution: Resolution) -> str:
+    """Format a resolution for messages: 256×256 or 96×64, height first."""
+    return "{}×{}".format(*height_width(resolution))
+
+
+def short_size(resolution: Resolution) -> str:
+    """Format a resolution for tables: 256² or 96×64, height first."""
+    return f"{resolution}²" if isinstance(resolution, int) else format_size(resolution)
+
+
+def size_word(resolution: Resolution) -> str:
+    """Write a resolution as options take it, and names of files hold it: 256 or 96x64."""
+    return str(resolution) if isinstance(resolution, int) else "{}x{}".format(*resolution)
+
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 Tree = dict[str, Any]
@@ -262,6 +336,16 @@ def _sections(annotation: Any) -> Iterator[type[Config]]:
 def to_tree(config: Config) -> Tree:
     """Convert a config to plain values, for YAML, JSON and checkpoints."""
     return config.model_dump(mode="json")
+
+
+def drop_defaults(tree: Tree, defaults: Mapping[str, Any]) -> None:
+    """Remove keys that have their default, in a tree of settings and its branches."""
+    for key, default in defaults.items():
+        if tree.get(key) == default:
+            del tree[key]
+    for branch in tree.values():
+        if isinstance(branch, dict):
+            drop_defaults(branch, defaults)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Tree:

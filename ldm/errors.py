@@ -51,17 +51,20 @@ MOST |= {"workers": 2**10, "n": 10**7}
 """Largest values of options by which memory is requested; of others a billion."""
 
 
-def check_at_least(least: int, **options: int | None) -> None:
+def check_at_least(least: int, **options: int | tuple[int, int] | None) -> None:
     """Raise a UsageError for an option that is below its least value, or absurdly large.
 
-    `batch_size=0` is reported as `--batch-size 0`; None passes.
+    `batch_size=0` is reported as `--batch-size 0`; None passes. Of a size, both sides are checked.
     """
     for name, value in options.items():
-        option, most = f"--{name.replace('_', '-')} {value}", MOST.get(name, 10**9)
-        if value is not None and value < least:
-            raise UsageError(f"{option}: must be at least {least}")
-        if value is not None and value > most:
-            raise UsageError(f"{option}: must be at most {most:,}")
+        numbers = value if isinstance(value, tuple) else (value,)
+        given, most = "x".join(map(str, numbers)), MOST.get(name, 10**9)
+        option = f"--{name.replace('_', '-')} {given}"
+        for number in numbers:
+            if number is not None and number < least:
+                raise UsageError(f"{option}: must be at least {least}")
+            if number is not None and number > most:
+                raise UsageError(f"{option}: must be at most {most:,}")
 
 
 def refuse_newer(path: object, found: int, known: int) -> None:

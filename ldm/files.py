@@ -1,4 +1,4 @@
-"""Atomic writes, and bounded reads of regular files.
+"""Atomic writes, bounded reads of regular files, and the lock of a folder that a command fills.
 
 A file is written beside its final name, flushed, then renamed: a full disk or a killed process
 leaves the previous file intact. A power failure may not, because the folder is not flushed. What a
@@ -215,6 +215,51 @@ def _check_kept(path: Path) -> None:
                 f"{folder} was removed or replaced while this process worked in it: run the same "
                 "command to begin again"
             )
+
+
+ANOTHER = "give --out another folder"
+
+
+@contextmanager
+def lock(folder: Path, advice: str = ANOTHER, wait: bool = False) -> Iterator[None]:
+    """Make a folder and lock it; inside the `with`, no other process fills it.
+
+    Half-written files of killed processes are removed from it. Once someone has removed the folder,
+    nothing is written into it any more. On several processes, the main one takes the lock.
+
+    Args:
+        advice: ends the error messages.
+        wait: until another process is done, for moments of writing, rather than fail.
+
+    Raises:
+        LdmError: another process holds the lock, or the folder cannot be written.
+    """
+    path = folder / ".lock"
+    for tries in reversed(range(10)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            # never truncated, read or removed
+            file = open_regular(path, os.O_WRONLY | os.O_CREAT, "wb")
+        except OSError as error:
+            at = path if os.path.lexists(path) else folder
+            raise LdmError(f"could not write in {at} ({error.strerror}): {advice}") from error
+
+        def is_ours(descriptor: int = file.fileno()) -> bool:
+            try:
+                return os.path.samestat(path.stat(), os.fstat(descriptor))
+            except OSError:
+                return False
+
+        with file:
+            if lock_open(file.fileno(), wait) is False:
+                raise LdmError(f"another process is at work in {folder}: wait for it, or {advice}")
+            if tries and not is_ours():  # the folder was removed in between
+                continue
+            clear_partials([folder])
+            # some file systems number a file anew at every look
+            with keep(folder, is_ours if is_ours() else None):
+                yield
+            return
 
 
 # ------------------------------------------------------------------------------------ checks

@@ -229,6 +229,12 @@ def _writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
+def size_numbers(images: Tensor) -> dict[str, int]:
+    """The size of images (B, C, H, W) for a row: their `resolution`, else `height` and `width`."""
+    height, width = images.shape[-2:]
+    return {"resolution": width} if height == width else {"height": height, "width": width}
+
+
 def stack_scalars(values: Sequence[Tensor | float]) -> Tensor:
     """Stack numbers and tensors () of any type and device: (n,) float64, on a GPU if one is."""
     devices = (value.device for value in values if isinstance(value, Tensor))

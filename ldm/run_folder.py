@@ -35,8 +35,7 @@ from ldm.checkpoint import Damaged, first_difference, read_tensors
 from ldm.config import Config, Tree, flatten, parse_yaml, to_tree, validate
 from ldm.device import allows_tf32
 from ldm.errors import LdmError, UsageError, listed
-from ldm.files import clear_partials, write_atomically, write_json
-from ldm.locks import ANOTHER, lock
+from ldm.files import ANOTHER, clear_partials, lock, write_atomically, write_json
 from ldm.logbook import console
 from ldm.records import Count, checked, read_each, read_tree, schema
 

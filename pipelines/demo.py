@@ -14,13 +14,12 @@ from torch import Tensor
 
 from autoencoders import load_autoencoder
 from diffusion.samplers import Denoise
-from ldm.config import load_preset, resolve
+from ldm.config import load_preset, resolve, short_size
 from ldm.data import batches, holds_out, open_source
 from ldm.data.dataset import PHOTOS
 from ldm.errors import UsageError
-from ldm.files import check_writable, write_json
+from ldm.files import check_writable, lock, write_json
 from ldm.images import save_grid, to_uint8
-from ldm.locks import lock
 from ldm.logbook import console, read_rows
 from ldm.metrics import sliced_wasserstein
 from ldm.run_folder import preset_of, provenance
@@ -125,7 +124,7 @@ def _report(out: Path, ae_folder: Path, ldm_folder: Path, recipe: DiffusionRecip
         out / "report.html",
         "From photographs to samples",
         "A LiteVAE and a latent diffusion model, trained on this machine on "
-        f"{_name(recipe.data.source)}, at {resolution}² pixels.",
+        f"{_name(recipe.data.source)}, at {short_size(resolution)} pixels.",
         _sections(
             numbers,
             recipe.data.source,

@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 
 from autoencoders import Autoencoder, AutoencoderConfig, load_autoencoder
 from autoencoders.losses import LPIPS, load_lpips
-from ldm.config import to_tree
+from ldm.config import Resolution, format_size, to_tree
 from ldm.data import DataConfig, evaluation_batches
 from ldm.data.loader import FaultCount, stop_if_too_many
 from ldm.data.sources import Split
@@ -50,7 +50,7 @@ def evaluate_checkpoints(
     models: Sequence[Path | str] = (),
     data: str | DataConfig | None = None,
     split: Split = "val",
-    resolutions: Sequence[int] | None = None,
+    resolutions: Sequence[Resolution] | None = None,
     batch_size: int = 16,
     lpips: LPIPS | None = None,
     **options: Any,
@@ -69,7 +69,7 @@ def evaluate_checkpoints(
         models: stage-one files or folders, ours or others', as `load_autoencoder` takes them;
             none: the newest run.
         data: `photos`, a folder, a zip, or shards; None: each model's training data.
-        resolutions: edges of the images, pixels; None: the last of each model's training.
+        resolutions: sizes of the images in pixels; None: the last of each model's training.
         batch_size: images at a time, per process.
         lpips: used in place of the published LPIPS.
         options: the other fields of `MeasureOptions`; `out` is one JSON for all, and without it
@@ -110,7 +110,7 @@ def evaluate_checkpoints(
 
 def load_metrics(
     how: MeasureOptions,
-    resolution: int,
+    resolution: Resolution,
     device: torch.device,
     ranks: PartialState,
     lpips: LPIPS | None = None,
@@ -149,7 +149,7 @@ def _measure(
     ranks: PartialState,
 ) -> Evaluation:
     """Measure this process's share of the images, and merge all shares."""
-    size = f"{job.resolution}×{job.resolution}"
+    size = format_size(job.resolution)
     _print(f"measuring {job.model} on the {job.split} split of {job.data.source} at {size}", ranks)
     world = ranks.num_processes
     total = min(len(job.source), how.limit or len(job.source))

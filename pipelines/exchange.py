@@ -7,6 +7,7 @@ std, in most by the scale alone.
 
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -27,7 +28,16 @@ from diffusion import formats
 from diffusion.discrete import DiscreteConfig, DiscreteDenoiser, find_schedule
 from diffusion.unet import UNet, UNetConfig
 from ldm.checkpoint import ModelFile, load_model, refuse_damaged, save_model
-from ldm.config import to_tree, validate
+from ldm.config import (
+    Resolution,
+    format_size,
+    height_width,
+    plain_size,
+    read_resolution,
+    size_word,
+    to_tree,
+    validate,
+)
 from ldm.data import DataConfig
 from ldm.errors import LdmError, UsageError, check_at_least, try_call
 from ldm.files import check_writable, clear_partials, finish_set, sha256_of
@@ -122,8 +132,8 @@ class ForeignModel(NamedTuple):
     denoiser: DiscreteConfig
     settings: dict[str, Any]
     """Of its latents, by diffusers' names: scaling_factor, latents_mean, …"""
-    side: int | None = None
-    """Side of the latents it was trained on, if known."""
+    size: Resolution | None = None
+    """Size of the latents it was trained on, if known."""
     notes: tuple[str, ...] = ()
     """Assumptions made, a line each."""
 
@@ -131,7 +141,7 @@ class ForeignModel(NamedTuple):
 def import_diffusion(
     source: str,
     out: Path,
-    resolution: int | None = None,
+    resolution: Resolution | None = None,
     head_width: int | None = None,
     heads: int | None = None,
     scale_factor: float | None = None,
@@ -141,7 +151,7 @@ def import_diffusion(
 
     Args:
         source: a CompVis checkpoint with its first stage, or the folder of a diffusers pipeline.
-        resolution: side of its images, in pixels. Default: the folder's, else 256.
+        resolution: size of its images, in pixels. Default: the folder's, else 256.
         head_width, heads: of a checkpoint's attention, one of them. Default: heads 32 wide.
         scale_factor: factor that multiplies its latents. Default: the source's.
 
@@ -155,7 +165,7 @@ def import_diffusion(
     found = _read_model(path, head_width, heads)
     ae, network, levels = assemble(found.autoencoder, path), found.network, found.denoiser
     recipe = _make_recipe(found, resolution, ae, path)
-    shape, side = latent_shape(recipe, ae), recipe.resolution
+    shape, size = latent_shape(recipe, ae), format_size(recipe.resolution)
     where = found.autoencoder.files[0].parent / "config.json" if path.is_dir() else path
     scale, mean, std = sdvae.latent_statistics(found.settings, scale_factor, shape[0], where)
     statistics = {
@@ -177,7 +187,7 @@ def import_diffusion(
     parameters = sum(tensor.numel() for tensor in found.weights.values())
     return paths, [
         f"UNet of {parameters:,} parameters, {network.classes or 'no'} classes; latents "
-        f"{' × '.join(map(str, shape))}, times {scale:.5g}; images {side}×{side}",
+        f"{' × '.join(map(str, shape))}, times {scale:.5g}; images {size}",
         f"it predicts {levels.prediction}; {levels.timesteps} noise levels, β {levels.beta_start:g}"
         f" to {levels.beta_end:g} ({levels.schedule})",
         *found.notes,
@@ -197,7 +207,7 @@ def _read_model(path: Path, head_width: int | None, heads: int | None) -> Foreig
 
 
 def _make_recipe(
-    found: ForeignModel, resolution: int | None, ae: Autoencoder, path: Path
+    found: ForeignModel, resolution: Resolution | None, ae: Autoencoder, path: Path
 ) -> DiffusionRecipe:
     network, n_z, f = found.network, ae.config.latent_channels, ae.downsampling
     if network.latent_channels != n_z:
@@ -205,16 +215,19 @@ def _make_recipe(
             f"{path} does not fit together: its UNet is for latents of {network.latent_channels} "
             f"channels, its autoencoder's have {n_z}"
         )
-    side = resolution or (found.side * f if found.side else 256)  # that of CompVis's models
+    size = resolution or 256  # that of CompVis's models
+    if found.size and not resolution:
+        height, width = height_width(found.size)
+        size = height * f, width * f
     multiple = f * 2 ** (len(network.multipliers) - 1)
-    if side % multiple:
+    if any(side % multiple for side in height_width(size)):
         raise UsageError(
-            f"resolution {side}: must be a multiple of {multiple}, by which its autoencoder and "
-            "UNet divide"
+            f"resolution {size_word(read_resolution(size))}: must be a multiple of {multiple}, by "
+            "which its autoencoder and UNet divide"
         )
     data = DataConfig(source="unknown")  # not the default, the photographs
     parts = {"network": network, "denoiser": found.denoiser, "data": data}
-    return validate(DiffusionRecipe, {"resolution": side, **parts})
+    return validate(DiffusionRecipe, {"resolution": size, **parts})
 
 
 # ------------------------------------------------------------------------------------ CompVis
@@ -273,15 +286,21 @@ def read_folder(folder: Path) -> ForeignModel:
     given = sdvae.pick_settings(autoencoder.provenance.get("imported"))
     is_vq = read_described(vae / "config.json").get("_class_name") == "VQModel"
     settings = {"scaling_factor": 1.0 if is_vq else sdvae.SCALING_FACTOR, **given}
-    side = read_described(unet / "config.json").get("sample_size")
-    sdvae.check_settings({"sample_size": side}, unet / "config.json")
+    size = read_described(unet / "config.json").get("sample_size")
+    sdvae.check_settings({"sample_size": size}, unet / "config.json")
     sdvae.check_settings(settings, vae / "config.json")
     files = (*weights_files(unet), *autoencoder.files)
     return ForeignModel(
         "diffusers", network, weights, files, autoencoder, denoiser, settings,
-        side if isinstance(side, int) else None,
+        _read_size(size),
         notes=(UNSCALED,) if is_vq and "scaling_factor" not in given else (),
     )  # fmt: skip
+
+
+def _read_size(given: Any) -> Resolution | None:
+    with suppress(ValueError):
+        return read_resolution(given)
+    return None  # not known
 
 
 def _read_scheduler(path: Path) -> DiscreteConfig:
@@ -347,7 +366,8 @@ def export_network(out: Path, model: Path | None = None, force: bool = False) ->
             f"{path} has a network of type {found.recipe.network.type}, which no diffusers "
             "UNet2DModel can express: only type ldm can be exported"
         )
-    return formats.write_diffusers(out, network, found.latent_shape[1], ldm=_describe(found))
+    sample_size = plain_size(read_resolution(found.latent_shape[1:]))
+    return formats.write_diffusers(out, network, sample_size, ldm=_describe(found))
 
 
 def _describe(model: LatentModel) -> dict[str, Any]:
@@ -372,7 +392,7 @@ def _describe(model: LatentModel) -> dict[str, Any]:
             "class_of_none": classes.count or None,
         },
         "images": {
-            "resolution": model.recipe.resolution,
+            "resolution": plain_size(model.recipe.resolution),
             "autoencoder_sha256": model.autoencoder_sha256,
         },
         "sha256": model.sha256,

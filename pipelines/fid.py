@@ -16,6 +16,7 @@ from typing import Any
 
 from accelerate import PartialState
 
+from ldm.config import Resolution, format_size, height_width, plain_size
 from ldm.data import DataConfig, Source, holds_out, open_source
 from ldm.data.dataset import PHOTOS
 from ldm.data.sources import Split
@@ -135,8 +136,8 @@ def _measure(
             own = trained_on(samples)
         if isinstance(against, DataConfig):
             against = _as_samples(against, samples)
-            side, chosen = samples.resolution, split or DEFAULT_SPLIT
-            reference: Reference = ImageReference(against, chosen, side, len(samples), how.limit)
+            size, chosen = samples.resolution, split or DEFAULT_SPLIT
+            reference: Reference = ImageReference(against, chosen, size, len(samples), how.limit)
         else:
             references.check_statistics(against)
     extractor, missing = statistics.find_extractor(how, samples.resolution, device, ranks)
@@ -167,7 +168,7 @@ def _measure(
             **statistics.compare_sets(fake, real, device, how.bootstrap),
             "fid_missing": missing,
             "mode": how.mode if how.features is None else None,
-            "resolution": samples.resolution,
+            "resolution": plain_size(samples.resolution),
             "samples": _describe(samples, fake, own),
             "reference": reference.about | {"split_asked": split, "count": count},
             "extractor": statistics.describe_extractor(extractor),
@@ -228,10 +229,10 @@ def find_issues(
 
     `own` is the training data of the samples' model, if known; `split` the requested one.
     """
-    side, other = samples.resolution, reference.resolution
-    if side != other:
+    size, other = format_size(samples.resolution), format_size(reference.resolution)
+    if size != other:
         raise LdmError(
-            f"{reference.what} are {other}×{other} and the samples {side}×{side}: "
+            f"{reference.what} are {other} and the samples {size}: "
             "FID between sizes measures the resizing; give a reference of the samples' size"
         )
     if extractor is not None and min(len(samples), len(reference)) < extractor.dim:
@@ -264,7 +265,7 @@ def find_issues(
         yield (
             f"{reference.what} are whole images, downsampled, and the model was trained on crops "
             "of larger ones at native size (data.crop=random): FID between them measures the crop; "
-            f"give --data of such crops, {side}×{side} each"
+            f"give --data of such crops, {size} each"
         )
     name = reference.source and find_compressed(reference.source, reference.resolution)
     if name is not None:
@@ -289,16 +290,17 @@ def samples_preparation(samples: Samples, own: DataConfig | None) -> tuple[str |
             if own.crop == "center":
                 return references.find_filter(own, source, samples.resolution), False
             if own.source != PHOTOS:
-                return None, references.native_size(own, source) > samples.resolution
+                return None, references.is_larger(own, source, samples.resolution)
     return None, False
 
 
-def find_compressed(source: Source, resolution: int) -> str | None:
+def find_compressed(source: Source, resolution: Resolution) -> str | None:
     """Return the name of an image that is lossy at the very size at which it is compared."""
     # downsampling removes the traces of compression with the details
     lossy = [i for i in range(len(source)) if is_lossy(source.name(i))]
-    sides = references.shorter_sides(source, lossy)
-    return next((source.name(i) for i, side in sides if side == resolution), None)
+    heights = references.crop_heights(source, lossy, resolution)
+    exact, _ = height_width(resolution)
+    return next((source.name(i) for i, height in heights if height == exact), None)
 
 
 def find_copies(samples: Samples, fake: SetStatistics, real: SetStatistics) -> Iterator[str]:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from diffusion.samplers import inpaint
 from ldm import hub
 from ldm.checkpoint import to_twin
-from ldm.config import did_you_mean, validate
+from ldm.config import did_you_mean, height_width, validate
 from ldm.errors import UsageError
 from ldm.files import Content, check_writable, to_json, write_together
 from ldm.images import grid, to_float, to_pil
@@ -32,10 +32,10 @@ class LatentDiffusionPipeline(LatentModel):
     >>> pipe = LatentDiffusionPipeline.from_pretrained("runs/x").to("cuda")  # or "owner/name"
     >>> images = pipe(n=4, seed=0, steps=18)             # (4, 3, H, W) in [−1, 1], on the CPU
 
-    Input images are (B, 3, H, W) in [−1, 1] or a list of PIL images, of the model's size. Output
-    image i depends on (seed, i), on input i and on the options alone; the number of images and the
-    batch size change it by rounding only: in fp32 by less than 1/255, in bf16 on a GPU not yet
-    measured.
+    Input images are (B, 3, H, W) in [−1, 1] or a list of PIL images, of the model's size or that
+    of the option `size`. Output image i depends on (seed, i), on input i and on the options alone;
+    the number of images and the batch size change it by rounding only: in fp32 by less than 1/255,
+    in bf16 on a GPU not yet measured.
     """
 
     def __call__(self, n: int = 1, seed: int = 0, **options: Any) -> Images:
@@ -54,6 +54,8 @@ class LatentDiffusionPipeline(LatentModel):
             guide: autoguidance (Karras et al. 2024): a pipeline, or the path of a model, with the
                 same autoencoder, to guide away from. A pipeline is moved to this one's device.
             interval: noise levels (low, high) between which guidance acts.
+            size: of the images in pixels, R or (height, width); by default that of the training.
+                Another is allowed where the networks can halve it, and may look worse.
             batch_size: images at a time, 64 by default.
             callback: called with the number of finished images after every batch.
             progress: show a progress bar.
@@ -81,7 +83,8 @@ class LatentDiffusionPipeline(LatentModel):
             raise UsageError("interpolate does not support churn: omit churn")
         if self.classes.count and requested.labels is None:
             raise UsageError("interpolate needs labels: the model has classes")
-        a, b = (normal(seed, "sample", [0], self.latent_shape) for seed in (seed_a, seed_b))
+        shape = self.shape_of(requested.size)
+        a, b = (normal(seed, "sample", [0], shape) for seed in (seed_a, seed_b))
         noise = slerp(a, b, torch.linspace(0, 1, count))
         return _in_batches(count, requested, lambda i: sample(i, noise=noise[i.start : i.stop]))
 
@@ -94,7 +97,7 @@ class LatentDiffusionPipeline(LatentModel):
             strength: the share of the schedule's steps to run, rounded. 0 gives the autoencoder's
                 reconstruction; 1 a new sample that keeps nothing.
         """
-        images = self._read_images(images)
+        images = self._read_images(images, options)
         if not 0 <= strength <= 1:
             raise UsageError(f"strength={strength}: it must lie between 0 and 1")
         requested, sample = self._read(options, len(images), seed)
@@ -115,7 +118,7 @@ class LatentDiffusionPipeline(LatentModel):
         Args:
             mask: (B or 1, 1, H, W), 1 or true where to generate, 0 or false elsewhere.
         """
-        images = self._read_images(images)
+        images = self._read_images(images, options)
         mask = _read_mask(mask, images)
         if "churn" not in options and options.get("sampler") != "dpmpp-2m":
             options = options | {"churn": Churn(S_churn=float("inf"))}
@@ -124,7 +127,7 @@ class LatentDiffusionPipeline(LatentModel):
         def paint(i: range) -> Tensor:
             given, hidden = images[i.start : i.stop], mask[i.start : i.stop]
             known = self.encode(fill_hidden(given, hidden))
-            where = latent_mask(hidden, self.latent_shape[1:]).to(self.device)
+            where = latent_mask(hidden, known.shape[2:]).to(self.device)
             generated = sample(i, wrap=lambda denoise: inpaint(denoise, known, where))
             return torch.where(hidden > 0, generated, given)
 
@@ -225,12 +228,12 @@ class LatentDiffusionPipeline(LatentModel):
 
         def sample(i: range, **how: Any) -> Tensor:
             chosen = None if labels is None else labels[i.start : i.stop]
-            return self.sample(i, seed, requested, chosen, guide, **how)
+            return self.sample(i, seed, requested, chosen, guide, size=requested.size, **how)
 
         return requested, sample
 
-    def _read_images(self, images: Images) -> Tensor:
-        """(B, C, H, W) in [−1, 1] on the CPU, of the model's size."""
+    def _read_images(self, images: Images, options: dict[str, Any]) -> Tensor:
+        """(B, C, H, W) in [−1, 1] on the CPU, of the size in the options, else the model's."""
         channels = self.autoencoder_config.image_channels
         if not isinstance(images, Tensor):
             mode = "L" if channels == 1 else "RGB"
@@ -240,8 +243,8 @@ class LatentDiffusionPipeline(LatentModel):
             if len({picture.shape for picture in pictures}) != 1:
                 raise UsageError("images: give at least one, all of one size")
             images = to_float(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2))
-        factor = self.codec.autoencoder.downsampling
-        wanted = (channels, *(side * factor for side in self.latent_shape[1:]))
+        requested = validate(Options, {"size": options.get("size")}).size
+        wanted = (channels, *height_width(requested or self.recipe.resolution))
         if images.shape[1:] != wanted or not len(images):
             sides = ", ".join(map(str, wanted))
             raise UsageError(f"images are {tuple(images.shape)}, not (B, {sides})")

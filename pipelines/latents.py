@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from autoencoders import Autoencoder, DiagonalGaussian
 from diffusion.augment import augment
 from diffusion.unet import check_labels
+from ldm.config import plain_size
 from ldm.data import Batch, Source, batches, evaluation_batches
 from ldm.data.loader import FEWER_WORKERS, Draw, FaultCount, whole_shares
 from ldm.data.sources import Part
@@ -42,9 +43,8 @@ from ldm.data.workers import load_in_workers
 from ldm.device import full_float32, memory_format, one_ahead, to_device
 from ldm.distributed import fail_together, from_main, wait_for_files
 from ldm.errors import LdmError
-from ldm.files import check_writable, write_atomically, write_json
+from ldm.files import check_writable, lock, write_atomically, write_json
 from ldm.images import as_float, assert_range
-from ldm.locks import lock
 from ldm.records import checked, read_tree, schema
 from ldm.run import Run
 from ldm.seeds import generator
@@ -410,7 +410,7 @@ def _identity(
         "autoencoder_sha256": ae_sha256,
         "images": len(source),
         "images_sha256": _fingerprint(source),
-        "resolution": recipe.resolution,
+        "resolution": plain_size(recipe.resolution),
         "mirrored": recipe.data.flip,
         "precision": precision,
         **({} if recipe.data.small == "error" else {"small": recipe.data.small}),

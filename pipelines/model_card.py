@@ -14,14 +14,13 @@ from torch import nn
 
 from autoencoders.sdvae.formats import pick_settings
 from ldm.checkpoint import ModelFile
-from ldm.config import Tree, to_tree, validate
+from ldm.config import Tree, format_size, to_tree, validate
 from ldm.data.hf import is_hub
 from ldm.errors import LdmError, UsageError, try_call
 from ldm.hub import REPOSITORY, code, front_matter
-from ldm.records import read_tree
+from ldm.records import NUMBERS, SAMPLES, read_numbers, read_tree, section, show_number
 from ldm.run_folder import read_run
 from ldm.tables import markdown_table
-from pipelines.measuring.results import NUMBERS, SAMPLES, read_numbers, section, show_number
 from pipelines.sampling.model import LatentModel
 from pipelines.sampling.sample_folder import is_same_model
 from pipelines.sampling.settings import Sampling, settings_slug
@@ -38,7 +37,7 @@ SHOWN = 12
 
 CARD = """{front}
 
-# A latent diffusion model of {side}×{side} images
+# A latent diffusion model of {size} images
 {picture}
 ```python
 from pipelines import LatentDiffusionPipeline
@@ -142,7 +141,7 @@ def write_card(
     return CARD.format(
         # of all that the weights were made from, what binds the whole
         front=front_matter(_license(origin) or _license(came_with), **task, tags=tags),
-        side=model.recipe.resolution,
+        size=format_size(model.recipe.resolution),
         picture=DRAWN.format(**drawn) if samples else "",
         where=where,
         facts="\n".join(f"- {fact}." for fact in _facts(model, file, origin, came_with)),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldm.config import to_tree
+from ldm.config import Resolution, height_width, to_tree
 from ldm.data import DataConfig, Source, evaluation_batches, holds_out, open_source
 from ldm.data.loader import FaultCount, stack
 from ldm.data.photos import PhotoSource
@@ -32,11 +32,13 @@ from pipelines.sampling.sample_folder import SampleFolder
 
 Space = Literal["latents", "pixels"]
 Embed = Callable[[Tensor], Tensor]
-"""Images of a batch (B, C, R, R) → points (B, D), whose distance is the root mean square."""
+"""Images of a batch (B, C, H, W) → points (B, D), whose distance is the root mean square."""
 Crop = tuple[int, int, int, int]
 """Index of a training image, row and column of its window (−1: its centre crop), 1 if mirrored."""
 
-SIDE = 64  # pixels are compared at this side at most: finer, a shift of one would hide a copy
+SIDE = (
+    64  # pixels are compared at this longer side at most: finer, a shift of one would hide a copy
+)
 UNITS = {"latents": "standard deviations of the latents", "pixels": "levels of 255"}
 
 
@@ -75,17 +77,17 @@ def find_neighbours(
     embed = _embedding(space, folder, model, where)
     console.print(f"comparing {folder.path} with {config.source}", markup=False)
 
-    side = folder.resolution
+    size = folder.resolution
     queries = [embed(batch.images) for batch in folder.batches(batch_size)]
     if holds_out(config):
-        val = open_source(config, "val", side)
-        held_out = evaluation_batches(val, side, batch_size, limit=len(folder))
+        val = open_source(config, "val", size)
+        held_out = evaluation_batches(val, size, batch_size, limit=len(folder))
         queries += [embed(batch.images) for batch in held_out]
-    stream = _training_images(train, config, side, batch_size)
+    stream = _training_images(train, config, size, batch_size)
     distances, crops = _search(torch.cat(queries), stream, embed, config.flip, nearest, len(train))
 
     rows = [
-        [from_pixels(folder.load(i), folder.range)] + [_cut(train, crop, side) for crop in crops[i]]
+        [from_pixels(folder.load(i), folder.range)] + [_cut(train, crop, size) for crop in crops[i]]
         for i in range(len(folder))
     ]
     sheet = torch.from_numpy(np.stack([*chain(*rows)])).permute(0, 3, 1, 2)
@@ -165,9 +167,10 @@ def _embedding(space: Space, folder: SampleFolder, path: Path | None, where: tor
         if model is not None:
             points = model.encode(as_float(images)).flatten(1) / model.codec.sigma_data
         else:
-            side = min(SIDE, images.shape[2])
+            longer = max(images.shape[2:])
+            size = [side * min(SIDE, longer) // longer for side in images.shape[2:]]
             levels = images if images.dtype == torch.uint8 else (images + 1) * 127.5
-            small = F.interpolate(levels.to(where).float(), size=(side, side), mode="area")
+            small = F.interpolate(levels.to(where).float(), size=size, mode="area")
             points = small.flatten(1)
         return points / points.shape[1] ** 0.5
 
@@ -183,8 +186,8 @@ def _load_model(folder: SampleFolder, path: Path | None, where: torch.device) ->
     model = LatentModel.from_pretrained(path, where, "fp32")
     if not sample_folder.is_same_model(named, model.identifiers):
         raise LdmError(f"{path} is not the model that {folder.path} was sampled from: {instead}")
-    side = folder.resolution // model.codec.autoencoder.downsampling
-    if model.latent_shape[1:] != (side, side):
+    named_size = (folder.made_with or {}).get("resolution")  # any that the model can sample
+    if folder.resolution != model.recipe.resolution and named_size is None:
         raise LdmError(
             f"{path} makes images of another size than those in {folder.path}: {instead}"
         )
@@ -226,9 +229,9 @@ def _search(
 
 
 def _training_images(
-    train: Source, config: DataConfig, resolution: int, batch_size: int
+    train: Source, config: DataConfig, resolution: Resolution, batch_size: int
 ) -> Iterator[tuple[Tensor, list[Crop]]]:
-    """Yield images (b, C, R, R), as in a `Batch`, that training may have seen."""
+    """Yield images (b, C, H, W), as in a `Batch`, that training may have seen."""
     if not (config.crop == "random" or isinstance(train, PhotoSource)):
         for batch in evaluation_batches(train, resolution, batch_size, workers=config.workers):
             yield batch.images, [(k, -1, -1, 0) for k in batch.k.tolist()]
@@ -240,25 +243,28 @@ def _training_images(
         except CorruptImage as error:
             faults.add({train.name(index): str(error)})
             continue
+        height, width = height_width(resolution)
         corners = _windows(image.shape, resolution)
         for first in range(0, len(corners), batch_size):
             some = corners[first : first + batch_size]
-            cut = [image[r : r + resolution, c : c + resolution] for r, c in some]
+            cut = [image[r : r + height, c : c + width] for r, c in some]
             yield stack(cut, resolution, train), [(index, r, c, 0) for r, c in some]
 
 
-def _windows(shape: tuple[int, ...], side: int) -> list[tuple[int, int]]:
+def _windows(shape: tuple[int, ...], resolution: Resolution) -> list[tuple[int, int]]:
     """Corners (row, column) of windows half a side apart, the last ones flush with the edge."""
     rows, columns = (
         sorted({*range(0, length - side + 1, max(side // 2, 1)), length - side})
-        for length in shape[:2]
+        for length, side in zip(shape, height_width(resolution), strict=False)
     )
     return [(row, column) for row in rows for column in columns]
 
 
-def _cut(train: Source, crop: Crop, side: int) -> np.ndarray:
-    """Load a training image again, (R, R, C) in [−1, 1]."""
+def _cut(train: Source, crop: Crop, resolution: Resolution) -> np.ndarray:
+    """Load a training image again, (H, W, C) in [−1, 1]."""
     index, row, column, mirrored = crop
-    image = train.load_at_least(index, side)
-    image = center_crop(image, side) if row < 0 else image[row:, column:][:side, :side]
+    image = train.load_at_least(index, resolution)
+    height, width = height_width(resolution)
+    window = image[row : row + height, column : column + width]
+    image = center_crop(image, resolution) if row < 0 else window
     return from_pixels(image[:, ::-1] if mirrored else image, train.range)

@@ -27,12 +27,15 @@ from diffusion.edm import EDMConfig, sample_sigma
 from diffusion.unet import UNetConfig
 from ldm.config import (
     Config,
+    Resolution,
     Tree,
-    Width,
+    height_width,
     list_presets,
     load_preset,
     merge,
     resolve,
+    shorter_side,
+    size_word,
     to_tree,
     validate,
 )
@@ -89,8 +92,8 @@ class GivenWeights(Config):
 class Phase(Config):
     """A part of training at one resolution; networks and optimisers are carried over."""
 
-    resolution: Width
-    """Side of the square training images, pixels."""
+    resolution: Resolution
+    """Size of the training images in pixels: R for R×R, or [H, W], height first."""
     steps: PositiveInt
     """Steps, each a generator update and a discriminator update."""
 
@@ -188,20 +191,17 @@ class AutoencoderRecipe(GivenWeights, AutoencoderConfig):
                     f"{part}s of type diffusers are not trained: use such a model as --ae, as "
                     f"--teacher, or with train={other} beside {other}s of ours"
                 )
-        if self.best_by == "lpips" and self.phases[-1].resolution < SMALLEST["vgg"]:
-            raise ValueError(
-                f"best_by=lpips needs images of {SMALLEST['vgg']}² pixels: choose psnr or ssim"
-            )
+        if self.best_by == "lpips" and shorter_side(self.phases[-1].resolution) < SMALLEST["vgg"]:
+            raise ValueError(f"best_by=lpips needs images of {SMALLEST['vgg']}²: use psnr or ssim")
         if self.encoder.type == "dwt" and self.train == "encoder":
             raise ValueError("train=encoder: a dwt encoder has no weights: use train=decoder")
 
-    def check_resolution(self, resolution: int) -> None:
-        """Raise a ValueError if the networks cannot train on images of this side, in pixels."""
-        f = self.encoder.downsampling
-        if resolution % f:
+    def check_resolution(self, resolution: Resolution) -> None:
+        """Raise a ValueError if the networks cannot train on images of this size, in pixels."""
+        f, size, sides = self.encoder.downsampling, size_word(resolution), height_width(resolution)
+        if any(side % f for side in sides):
             raise ValueError(
-                f"phases: resolution {resolution} must be a multiple of {f}, the encoder's "
-                "downsampling"
+                f"phases: resolution {size} must be a multiple of {f}, the encoder's downsampling"
             )
         try:
             self.check_size(resolution)
@@ -210,9 +210,9 @@ class AutoencoderRecipe(GivenWeights, AutoencoderConfig):
         if self.adversarial.weight:
             self.discriminator.check_resolution(resolution)
         for term, network in (("lpips", self.loss.lpips_network), ("esrgan", "vgg")):
-            if getattr(self.loss, term) and resolution < SMALLEST[network]:
+            if getattr(self.loss, term) and min(sides) < SMALLEST[network]:
                 raise ValueError(
-                    f"phases: resolution {resolution} is below {SMALLEST[network]}, the least that "
+                    f"phases: resolution {size} is below {SMALLEST[network]}, the least that "
                     f"loss.{term}'s network takes: set loss.{term}=0, or a larger resolution"
                 )
 
@@ -232,8 +232,8 @@ class DiffusionRecipe(Config):
 
     autoencoder: str = ""
     """Stage one: its ckpt.pt, .safetensors or run folder; `--ae` sets it."""
-    resolution: Width = 256
-    """Side of the square training images, pixels."""
+    resolution: Resolution = 256
+    """Size of the training images in pixels: R for R×R, or [H, W], height first."""
     network: NetworkConfig = UNetConfig()
     """The denoising network."""
     denoiser: DenoiserConfig = EDMConfig()
@@ -341,9 +341,9 @@ def fit(recipe: DiffusionRecipe, autoencoder: Autoencoder, classes: int) -> Diff
         if requested not in (value, getattr(defaults, key)):
             raise UsageError(f"network.{key}={requested} must be {value} here: omit it")
     factor = autoencoder.downsampling * 2 ** (len(recipe.network.multipliers) - 1)
-    if recipe.resolution % factor:
+    if any(side % factor for side in height_width(recipe.resolution)):
         raise UsageError(
-            f"resolution={recipe.resolution} must be a multiple of {factor}: the autoencoder "
+            f"resolution={size_word(recipe.resolution)} must be a multiple of {factor}: stage one "
             f"divides by {autoencoder.downsampling}, the network's multipliers by the rest"
         )
     network = recipe.network.model_copy(update=sizes)
@@ -352,8 +352,7 @@ def fit(recipe: DiffusionRecipe, autoencoder: Autoencoder, classes: int) -> Diff
 
 def latent_shape(recipe: DiffusionRecipe, autoencoder: Autoencoder) -> tuple[int, int, int]:
     """Shape (n_z, h, w) of one training image's latents."""
-    side = recipe.resolution // autoencoder.downsampling
-    return (autoencoder.config.latent_channels, side, side)
+    return autoencoder.config.latent_shape(recipe.resolution)
 
 
 def draw_numbers(

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+from ldm.config import Resolution
 from ldm.data import sheet_images
 from ldm.device import full_float32
 from ldm.distributed import from_main, wait_for_files
@@ -40,6 +41,7 @@ def sample_images(
     out: Path | str | None = None,
     seed: int = 0,
     *,
+    size: Resolution | None = None,
     labels: Label | Sequence[Label] | None = None,
     guide: Path | str | None = None,
     files: Files = "png",
@@ -58,6 +60,7 @@ def sample_images(
         model: a stage-two `ckpt.pt` or run folder, or a repository of the Hugging Face Hub.
         out: the folder; None: in `samples/` beside the model, named after the seed and the
             settings, as `seed0-steps18`.
+        size: of the images in pixels; None: that of the training.
         labels: classes, image i has the (i mod len)-th; None: drawn uniformly for each image, as
             an FID against a whole data set needs.
         guide: the guiding model of autoguidance, see `LatentDiffusionPipeline`.
@@ -78,8 +81,9 @@ def sample_images(
     if files not in get_args(Files):
         raise UsageError(f"--format {files}: it must be one of {', '.join(get_args(Files))}")
     job = ModelSamples(
-        model, n, seed, labels=labels, guide=guide, device=device, precision=precision, **sampling
-    )
+        model, n, seed, size=size, labels=labels, guide=guide, device=device, precision=precision,
+        **sampling,
+    )  # fmt: skip
     out, ranks = Path(out) if out else job.folder / "samples" / job.slug(files), job.ranks
     store = SampleStore(out, files, job.label, file_suffix(job.pixels.type, job.channels))
     with ExitStack() as held:

@@ -28,7 +28,7 @@ from autoencoders.losses.adversarial import (
 from autoencoders.losses.objective import TeacherPosterior
 from autoencoders.losses.perceptual import SMALLEST, ESRGANPerceptual
 from ldm.checkpoint import ModelFile, load_model, save_model
-from ldm.config import to_tree
+from ldm.config import Resolution, pixel_count, short_size, shorter_side, to_tree
 from ldm.data import Batch, Source, batches, check_data, holds_out, open_source
 from ldm.data.loader import image_name
 from ldm.device import to_device
@@ -36,7 +36,7 @@ from ldm.distributed import check_batch
 from ldm.ema import Ema
 from ldm.images import as_float, grid, save_grid
 from ldm.learning_rate import learning_rate, set_learning_rate
-from ldm.logbook import Logbook
+from ldm.logbook import Logbook, size_numbers
 from ldm.run import Run, TrainingState, frozen, start_run
 from ldm.run_folder import is_finished, provenance
 from ldm.seeds import normal, uniform
@@ -144,9 +144,9 @@ class Draws(NamedTuple):
     """Uniform numbers of CutMix's boxes (b, 4); None without CutMix."""
 
 
-def draw_numbers(recipe: AutoencoderRecipe, side: int, seed: int, ks: Sequence[int]) -> Draws:
-    """Draw the random numbers of images `ks`, whose latents have side `side`, on the CPU."""
-    noise = normal(seed, "posterior", ks, (recipe.latent_channels, side, side))
+def draw_numbers(recipe: AutoencoderRecipe, at: Resolution, seed: int, ks: Sequence[int]) -> Draws:
+    """Draw the random numbers of images `ks`, at a resolution, on the CPU."""
+    noise = normal(seed, "posterior", ks, recipe.latent_shape(at))
     boxes = uniform(seed, "cutmix", ks, (4,)) if recipe.adversarial.mixes else None
     return Draws(noise, boxes)
 
@@ -174,8 +174,7 @@ def train_step(
         micro-batch of a step.
     """
     if drawn is None:
-        side = images.shape[-1] // state.autoencoder.downsampling
-        drawn = draw_numbers(state.recipe, side, run.seed, ks)
+        drawn = draw_numbers(state.recipe, (images.shape[-2], images.shape[-1]), run.seed, ks)
     with run.accelerator.accumulate(state.ddp_autoencoder, state.ddp_discriminator):
         terms, recon = _update_generator(run, state, images, drawn.posterior, ramp, log_gradients)
         if ramp * state.recipe.adversarial.weight > 0:
@@ -273,9 +272,9 @@ def train_autoencoder(
         Interrupted: asked to stop; the state is saved, and the same call resumes.
     """
     # the largest first: its message about missing data then suits every phase
-    resolutions = sorted({phase.resolution for phase in recipe.phases}, reverse=True)
+    sizes = sorted({phase.resolution for phase in recipe.phases}, key=pixel_count, reverse=True)
     last, data = recipe.phases[-1].resolution, recipe.data.of(recipe)
-    sources = {side: open_source(data, "train", side) for side in resolutions}
+    sources = {size: open_source(data, "train", size) for size in sizes}
     held_out = open_source(data, "val", last) if holds_out(data) else None
     perceptual = load_perceptual(recipe, perceptual)
     lpips = _validation_lpips(recipe, perceptual)
@@ -335,12 +334,11 @@ def _train(
             logbook.add(**train_step(run, state, images, ks, ramp, log_gradients, batch.drawn))
             if not run.accelerator.sync_gradients:
                 continue
-
             state.advance()
             stop = run.stop_after_step() and not state.is_last
             if state.due(every.log_every_steps):
-                extra = {"lr": lr, "resolution": images.shape[-1], "skipped": run.skipped.total()}
-                row = logbook.row(state.images_seen, **extra)
+                extra = size_numbers(batch.images) | {"skipped": run.skipped.total()}
+                row = logbook.row(state.images_seen, lr=lr, **extra)
                 show(row["images_per_second"], f"l1 {row.get('l1', float('nan')):.3f}")
             if state.due(every.validate_every_steps) and not stop:
                 validate()
@@ -350,19 +348,19 @@ def _train(
                 raise run.interrupted(f"stopped after step {state.step}, saved in {run.folder}")
 
 
-def _stream(run: Run, state: AutoencoderState, sources: Mapping[int, Source]) -> Iterator[Batch]:
+def _stream(run: Run, state: AutoencoderState, sources: Mapping[Any, Source]) -> Iterator[Batch]:
     """Yield micro-batches from the state's images seen to the run's last image."""
     recipe, images_seen, stop = state.recipe, state.images_seen, 0
     for phase in recipe.phases:
         stop += phase.steps * recipe.batch_size
         if images_seen >= stop:
             continue
-        side = phase.resolution // state.autoencoder.downsampling
-        run.name_image = partial(image_name, sources[phase.resolution], run.seed)
+        size, source = phase.resolution, sources[phase.resolution]
+        run.name_image = partial(image_name, source, run.seed)
         yield from batches(
-            sources[phase.resolution], recipe.data, phase.resolution, run.seed,
-            start=images_seen, stop=stop, batch_size=recipe.batch_size // recipe.accumulate,
-            rank=run.rank, world=run.world, draw=partial(draw_numbers, recipe, side, run.seed),
+            source, recipe.data, size, run.seed, start=images_seen, stop=stop,
+            batch_size=recipe.batch_size // recipe.accumulate, rank=run.rank, world=run.world,
+            draw=partial(draw_numbers, recipe, size, run.seed),
         )  # fmt: skip
         images_seen = stop
 
@@ -385,7 +383,7 @@ def _validation_lpips(recipe: AutoencoderRecipe, perceptual: PerceptualLosses) -
         return cast(LPIPS, perceptual["lpips"])
     if recipe.best_by == "lpips":
         return load_lpips(instead="choose best_by=psnr")
-    return find_lpips() if recipe.phases[-1].resolution >= SMALLEST["vgg"] else None
+    return find_lpips() if shorter_side(recipe.phases[-1].resolution) >= SMALLEST["vgg"] else None
 
 
 def _validate(
@@ -438,13 +436,13 @@ def _export(run: Run, state: AutoencoderState, name: str, **more: Any) -> None:
 
 def _opening(run: Run, state: AutoencoderState) -> str:
     recipe, ae = state.recipe, state.autoencoder
-    phases = ", then ".join(f"{p.steps:,} steps at {p.resolution}²" for p in recipe.phases)
+    phases = [f"{p.steps:,} steps at {short_size(p.resolution)}" for p in recipe.phases]
     each = recipe.batch_size // (recipe.accumulate * run.world)
     networks = (ae.encoder, ae.decoder, state.discriminator)
     sizes = [sum(p.numel() for p in network.parameters()) for network in networks]
     return (
         f"{run.folder}: encoder {sizes[0]:,}, decoder {sizes[1]:,}, discriminator {sizes[2]:,} "
-        f"parameters{finetune.describe_start(recipe)}\n{phases}; batch {recipe.batch_size} = "
-        f"{run.world} process(es) × {recipe.accumulate} × {each}; lr {recipe.lr:g}; "
-        f"{run.device.type}, {run.precision}"
+        f"parameters{finetune.describe_start(recipe)}\n{', then '.join(phases)}; batch "
+        f"{recipe.batch_size} = {run.world} process(es) × {recipe.accumulate} × {each}; "
+        f"lr {recipe.lr:g}; {run.device.type}, {run.precision}"
     )

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from autoencoders import Autoencoder
+from ldm.config import Resolution
 from ldm.data import Batch, Source, evaluation_batches, sheet_images
 from ldm.device import full_float32, memory_format
 from ldm.errors import LdmError
@@ -106,7 +107,7 @@ class Scores:
 def evaluate_autoencoder(
     ae: Autoencoder,
     source: Source,
-    resolution: int,
+    resolution: Resolution,
     batch_size: int,
     device: torch.device,
     limit: int | None = None,
@@ -119,7 +120,7 @@ def evaluate_autoencoder(
 
     Args:
         ae: on `device`; in eval mode and frozen while this runs.
-        resolution: side of the images, pixels.
+        resolution: size of the images, pixels.
         limit: only the first `limit` images.
         perceptual: distance of each pair, such as `load_lpips().each`.
 
@@ -140,7 +141,7 @@ def compare_with_teacher(
     student: Autoencoder,
     teacher: Autoencoder,
     source: Source,
-    resolution: int,
+    resolution: Resolution,
     batch_size: int,
     device: torch.device,
     limit: int | None = None,
@@ -233,7 +234,7 @@ def draw_bands(rows: Sequence[dict[str, float]], path: Path) -> None:
 @full_float32()
 @torch.no_grad()
 def reconstruction_sheet(
-    autoencoder: Autoencoder, source: Source, resolution: int, columns: int
+    autoencoder: Autoencoder, source: Source, resolution: Resolution, columns: int
 ) -> tuple[Tensor, int]:
     """Rows of originals, reconstructions and latents as RGB (Figures 2, 4) of the first images.
 

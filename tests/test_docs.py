@@ -36,6 +36,7 @@ PAGES = [*GUIDES, *sorted((ROOT / "docs/api").glob("*.md")), *RESULTS, ROOT / "C
 # ------------------------------------------------------------------------------ the tiny sizes
 SMALLER = {
     "--size 256": "--size 32",
+    "--size 384x256": "--size 32x16",
     "--n 50000": "--n 4",
     "--n 64": "--n 4",
     "--resolution 128,256": "--resolution 32",

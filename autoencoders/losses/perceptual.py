@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoint import read_tensors
 from ldm.errors import LdmError
-from ldm.weights import find_or_fetch
+from ldm.hub import find_or_fetch
 
 PUBLISHED = {
     "VGG-16": "VGG16_Weights.IMAGENET1K_V1",

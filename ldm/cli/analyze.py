@@ -55,7 +55,8 @@ def mmd(
     from pipelines.analysis.subjects import open_analysis
 
     settings = MmdSettings(n, options.parse_numbers("sigmas", sigmas), draws, latents)
-    opened = open_analysis(models or (), data, split, resolution, device, batch_size)
+    size = options.parse_size("resolution", resolution)
+    opened = open_analysis(models or (), data, split, size, device, batch_size)
     _print(analyze_mmd(*opened, settings, out))
 
 
@@ -108,7 +109,8 @@ def latents(
     from pipelines.analysis.latents import analyze_latents
     from pipelines.analysis.subjects import open_analysis
 
-    opened = open_analysis(models or (), data, split, resolution, device, batch_size)
+    size = options.parse_size("resolution", resolution)
+    opened = open_analysis(models or (), data, split, size, device, batch_size)
     _print(analyze_latents(*opened, n, images, out))
 
 
@@ -129,7 +131,8 @@ def features(
     from pipelines.analysis.features import analyze_features
     from pipelines.analysis.subjects import open_analysis
 
-    opened = open_analysis(models or (), data, split, resolution, device)
+    size = options.parse_size("resolution", resolution)
+    opened = open_analysis(models or (), data, split, size, device)
     _print(analyze_features(*opened, images, out))
 
 

@@ -11,6 +11,12 @@ from ldm.cli import options
 app = typer.Typer(no_args_is_help=True, help="Prepare images for training, and check them.")
 
 
+Size = Annotated[
+    str, Option(metavar="R|HxW", help="Image size in pixels, R for R×R, or HEIGHTxWIDTH.")
+]
+Filter = Annotated[
+    Literal["lanczos", "box", "bicubic"], Option(help="Resize filter. FID depends on it.")
+]
 HeldOut = Annotated[
     int | None,
     Option(
@@ -39,20 +45,18 @@ LabelFile = Annotated[
 @app.command()
 def prepare(
     source: Annotated[
-        Path,
+        str,
         Argument(
             metavar="SRC",
-            help="A folder of images or .npy arrays, a .zip, a .tar, a folder of .parquet, or "
-            "hf:OWNER/NAME of the Hugging Face Hub.",
+            help="A folder of images or .npy arrays, a .zip, a .tar, a folder of .parquet, "
+            "hf:OWNER/NAME of the Hugging Face Hub, or shards elsewhere, as s3://BUCKET/FOLDER.",
         ),
     ],
     destination: Annotated[
         Path, Argument(metavar="DST", help="Folder for the shards; created if missing.")
     ],
-    size: Annotated[int, Option(min=1, help="Image size in pixels.")] = 256,
-    filter: Annotated[
-        Literal["lanczos", "box", "bicubic"], Option(help="Resize filter. FID depends on it.")
-    ] = "lanczos",
+    size: Size = "256",
+    filter: Filter = "lanczos",
     held_out: HeldOut = None,
     shard_size: Annotated[int, Option(min=1, help="Images per shard.")] = 1000,
     workers: Annotated[
@@ -66,7 +70,7 @@ def prepare(
     label_column: Annotated[str, Option(help="Column of classes in a table.")] = "",
     channels: Annotated[int, Option(min=1, help="Channels of the images: 1 for grey.")] = 3,
 ) -> None:
-    """Convert a folder, zip or tar of images into tar shards of square PNGs.
+    """Convert a folder, zip or tar of images into tar shards of PNGs of one size.
 
     Images are centre-cropped and downsized. Corrupt images are skipped and listed in the manifest;
     more than 1 % of them is an error.
@@ -75,11 +79,13 @@ def prepare(
 
     ldm data prepare ffhq.zip data/ffhq256 --size 256
     """
+    from ldm.config import format_size
     from ldm.data.prepare import prepare
     from ldm.data.shards import MANIFEST
 
+    shape = options.parse_size("size", size) or 0
     manifest = prepare(
-        source, destination, size, filter, held_out, shard_size, workers, labels, label_file or "",
+        source, destination, shape, filter, held_out, shard_size, workers, labels, label_file or "",
         small, image_column, label_column, channels,
     )  # fmt: skip
     train, val = (manifest["splits"][split] for split in ("train", "val"))
@@ -88,7 +94,7 @@ def prepare(
     kind_of = "" if (dtype, own) == ("uint8", 3) else f"; {dtype}, {options.many(own, 'channel')}"
     shards = options.many(len(train["shards"]) + len(val["shards"]), "shard")
     options.echo(
-        f"{manifest['count']:,} images of {size}×{size} in {shards}: "
+        f"{manifest['count']:,} images of {format_size(shape)} in {shards}: "
         f"{train['count']:,} for training, {val['count']:,} for validation{classes}{kind_of}"
     )
     _echo_skipped([one["reason"] for one in manifest["skipped"]])

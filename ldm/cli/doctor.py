@@ -82,7 +82,8 @@ def _print(d: "Diagnosis", preset: str, command: str) -> None:
         ]
         step = [f"{d.step_gmac[side]:,.2f}" for side in sides]
         rows.append(("a training step, forward and backward", "", *step))
-        _table(["networks", "parameters", *(f"GMAC an image of {s}²" for s in sides)], rows)
+        heads = [f"{side}²" if isinstance(side, int) else side for side in sides]
+        _table(["networks", "parameters", *(f"GMAC an image of {head}" for head in heads)], rows)
         memory = _memory(d.memory, options.many(length.each, "image"), machine.memory)
         _table(*_sizes("memory of a process", memory))
         _table(*_sizes("disk", _disk(d.disk, machine)))
@@ -147,14 +148,17 @@ def _sizes(title: str, sizes: Mapping[str, int]) -> tuple[list[str], Rows]:
 
 def _timing(d: "Diagnosis", timing: "Timing") -> Rows:
     """Speed and duration of each stretch of the run, and of the whole."""
+    from ldm.config import pixel_count, short_size
+
     rows: Rows = []
     adversarial = any(part.name == "discriminator" for part in d.parts)
     for speed in timing.speeds:
         stretch = speed.load
-        name = f"{stretch.steps:,} steps at {stretch.resolution}²"
+        name = f"{stretch.steps:,} steps at {short_size(stretch.resolution)}"
         if adversarial:
             name += f", with{'' if stretch.adversarial_active else 'out'} the discriminator"
-        measured = f"{options.many(speed.measured_batch, 'image')} of {speed.measured_side}²"
+        measured = options.many(speed.measured_batch, "image")
+        measured += f" of {short_size(speed.measured_side)}"
         if scaled := speed.measured_side != stretch.resolution:
             measured += ", scaled"  # small images keep a device less busy: it may be faster
         rate = f"{'over ' * scaled}{speed.images_per_second:,.3g}"
@@ -167,8 +171,9 @@ def _timing(d: "Diagnosis", timing: "Timing") -> Rows:
     if d.machine.compiles:
         notes.append("timed without run.compile, whose first steps are slow and the others faster")
     if timing.peak is not None:
-        largest = max(timing.speeds, key=lambda s: s.measured_batch * s.measured_side**2)
-        size = f"with {options.many(largest.measured_batch, 'image')} of {largest.measured_side}²"
+        largest = max(timing.speeds, key=lambda s: s.measured_batch * pixel_count(s.measured_side))
+        images = options.many(largest.measured_batch, "image")
+        size = f"with {images} of {short_size(largest.measured_side)}"
         where = "before it ran out" if timing.out_of_memory else size
         notes.append(f"{timing.peak / 2**30:,.2f} GiB of GPU memory at the peak, {where}")
     return rows + [(note,) + ("",) * 3 for note in notes]

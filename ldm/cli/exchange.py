@@ -41,7 +41,10 @@ def import_model(
         ),
     ] = False,
     resolution: Annotated[
-        int | None, Option(help="With --diffusion: image size. Default: the one in SRC, or 256.")
+        str | None,
+        Option(
+            metavar="R|HxW", help="With --diffusion: image size. Default: the one in SRC, or 256."
+        ),
     ] = None,
     head_width: HeadWidth = None,
     heads: Heads = None,
@@ -61,7 +64,8 @@ def import_model(
         from pipelines.exchange import import_diffusion
 
         _refuse("applies to autoencoders only", subfolder=subfolder, revision=revision)
-        how = (resolution, head_width, heads, scale_factor, force)
+        size = options.parse_size("resolution", resolution)
+        how = (size, head_width, heads, scale_factor, force)
         written, notes = import_diffusion(source, out, *how)
         return _print(written, *notes, options.next_step("ldm sample {}", out))
     from pipelines.exchange import import_autoencoder

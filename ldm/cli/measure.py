@@ -24,6 +24,12 @@ Reference = Annotated[
         "SWD."
     ),
 ]
+Size = Annotated[
+    str | None, Option(metavar="R|HxW", help="With --model: image size, as in `ldm sample`.")
+]
+Precision = Annotated[
+    options.Precision | None, Option(help="With --model: precision, as in `ldm sample`.")
+]
 ResultFile = Annotated[
     Path | None,
     Option(
@@ -45,7 +51,8 @@ def eval_ae(
     data: options.Data = None,
     split: options.Split = "val",
     resolution: Annotated[
-        list[str] | None, Option(help="Sizes in pixels, such as 128,256. Default: as in training.")
+        list[str] | None,
+        Option(help="Sizes in pixels, such as 128,256 or 96x64. Default: as in training."),
     ] = None,
     batch_size: options.BatchSize = 16,
     limit: options.Limit = None,
@@ -77,12 +84,13 @@ def eval_ae(
     from pipelines.evaluate import evaluate_checkpoints
     from pipelines.measuring.evaluation import format_evaluations
 
-    sizes = options.parse_numbers("resolution", ",".join(resolution), int) if resolution else None
+    words = [word for each in resolution or () for word in each.split(",")]
+    sizes = [options.parse_size("resolution", word) or 0 for word in words]
     # a pipe gets the table alone, progress goes to stderr
     with nullcontext() if layout == "table" else redirect_stdout(sys.stderr):
         evaluations = evaluate_checkpoints(
-            models or (), data, split, sizes, batch_size, limit=limit, device=device, fid=fid,
-            weights=weights, features=features, mode=mode, out=out, force=force,
+            models or (), data, split, sizes or None, batch_size, limit=limit, device=device,
+            fid=fid, weights=weights, features=features, mode=mode, out=out, force=force,
         )  # fmt: skip
     options.say(format_evaluations(evaluations, layout))
     if layout == "table":
@@ -111,9 +119,8 @@ def fid(
         float | None, Option(help="With --model: guidance scale, as in `ldm sample`.")
     ] = None,
     guide: options.Guide = None,
-    precision: Annotated[
-        options.Precision | None, Option(help="With --model: precision, as in `ldm sample`.")
-    ] = None,
+    size: Size = None,
+    precision: Precision = None,
     mode: options.Resize = "clean",
     features: options.Features = None,
     weights: options.InceptionWeights = None,
@@ -140,7 +147,7 @@ def fid(
 
     sampling = {
         "n": n, "seed": seed, "steps": steps, "guidance": guidance, "guide": guide,
-        "precision": precision,
+        "size": options.parse_size("size", size), "precision": precision,
     }  # fmt: skip
     result = measure_fid(
         samples, data, split, model=model, reference=reference, weights=weights, device=device,

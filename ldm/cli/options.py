@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 from collections.abc import Collection, Sequence
 from itertools import chain
@@ -22,7 +23,12 @@ Data = Annotated[
 ]
 Split = Annotated[Literal["train", "val", "all"], Option(help="Part of the data to use.")]
 Resolution = Annotated[
-    int | None, Option(help="Image size in pixels. Default: the last resolution of the training.")
+    str | None,
+    Option(
+        metavar="R|HxW",
+        help="Image size in pixels, R for R×R, or HEIGHTxWIDTH. Default: the last resolution of "
+        "the training.",
+    ),
 ]
 BatchSize = Annotated[int, Option(help="Images per batch, on each process.")]
 Limit = Annotated[int | None, Option(help="Use at most this many images.")]
@@ -90,6 +96,16 @@ def parse_numbers(
         what = "whole number(s)" if kind is int else "number(s)"
         raise UsageError(f"--{option} {text}: expected {many}{what} separated by commas")
     return numbers
+
+
+def parse_size(option: str, text: str | None) -> "int | tuple[int, int] | None":
+    """Parse a size in pixels, R or HxW, to a `ldm.config.Resolution`; None passes."""
+    if text is None:
+        return None
+    if re.fullmatch(r"-?[0-9]{1,9}([x×]-?[0-9]{1,9})?", text.strip()):
+        height, *width = map(int, re.split("[x×]", text))
+        return height if width in ([], [height]) else (height, width[0])
+    raise UsageError(f"--{option} {text}: give a number of pixels, or HEIGHTxWIDTH, such as 96x64")
 
 
 def add_setting(settings: list[str], option: str, key: str, value: Path | str | None) -> None:

@@ -34,7 +34,8 @@ def report(
     """
     from pipelines.report.report import write_report
 
-    page = write_report(runs, out, images, seed, steps, data, resolution, device)
+    size = options.parse_size("resolution", resolution)
+    page = write_report(runs, out, images, seed, steps, data, size, device)
     options.echo(f"done: open {page} in a browser")
 
 

@@ -25,6 +25,13 @@ SamplesFolder = Annotated[
         "runs/owner--name/.",
     ),
 ]
+Size = Annotated[
+    str | None,
+    Option(
+        metavar="R|HxW",
+        help="Image size in pixels, R for R×R, or HEIGHTxWIDTH. Default: that of the training.",
+    ),
+]
 Format = Annotated[
     Literal["png", "zip", "shards"],
     Option("--format", help="PNG files, one zip, or tar shards for training."),
@@ -159,6 +166,7 @@ def sample(
     model: Model = None,
     n: Annotated[int, Option(help="Number of images.")] = 64,
     seed: options.Seed = 0,
+    size: Size = None,
     steps: options.Steps = 18,
     sampler: Annotated[
         Literal["heun", "euler", "dpmpp-2m"],
@@ -203,8 +211,9 @@ def sample(
         model = str(newest_run("diffusion"))
         options.say(f"model: {model}")
     folder = sample_images(
-        model, n, out, seed, labels=labels.split(",") if labels is not None else None,
-        guide=guide, files=files, batch_size=batch_size, device=device, precision=precision,
+        model, n, out, seed, size=options.parse_size("size", size),
+        labels=labels.split(",") if labels is not None else None, guide=guide, files=files,
+        batch_size=batch_size, device=device, precision=precision,
         steps=steps, sampler=sampler, schedule=schedule, guidance=guidance, interval=guided,
         churn=dict(churned),
     )  # fmt: skip

@@ -7,7 +7,7 @@ images are sorted by class, so that these would be whole classes: of them, every
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
-from functools import cache, partial
+from functools import partial
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,16 @@ import numpy as np
 from accelerate import Accelerator, PartialState
 from pydantic import Field
 
-from ldm.config import Config, Width, to_tree
+from ldm.config import (
+    Config,
+    Resolution,
+    Width,
+    format_size,
+    height_width,
+    read_resolution,
+    size_word,
+    to_tree,
+)
 from ldm.data.hf import find_tables, is_hub, is_saved, open_hub, open_tables
 from ldm.data.photos import PhotoSource
 from ldm.data.remote import RemoteSource, is_remote, open_remote, read_remote_manifest
@@ -34,7 +43,7 @@ from ldm.data.sources import (
     tell,
     walk,
 )
-from ldm.data.transforms import CorruptImage, is_image
+from ldm.data.transforms import CorruptImage, covers, is_image
 from ldm.data.workers import load_in_workers
 from ldm.distributed import from_main
 from ldm.errors import LdmError, UsageError, check_at_least, listed
@@ -56,8 +65,9 @@ class DataConfig(Config):
     set of the Hugging Face Hub, hf:OWNER/NAME[@REVISION][:[CONFIG/]SPLIT] (see `ldm.data.hf`); or
     shards elsewhere: s3://…, gs://…, https://…, hf://…, pipe:… (see `ldm.data.remote`)."""
     crop: Literal["center", "random"] = "center"
-    """center: the central square, downsized to the resolution; random: a window at native size.
-    The built-in photographs are always cropped at random for training."""
+    """center: the central square, or the largest part of an H×W resolution's proportions, downsized
+    to it; random: a window of the resolution at native size. The built-in photographs are always
+    cropped at random for training."""
     flip: bool = False
     """Mirror each training image with probability 1/2."""
     small: Small = "error"
@@ -110,10 +120,10 @@ class DataConfig(Config):
         return self.model_copy(update={"channels": channels, "range": range})
 
 
-def open_source(config: DataConfig, split: Split, resolution: int) -> Source:
+def open_source(config: DataConfig, split: Split, resolution: Resolution) -> Source:
     """Open one split of a data set: "train", "val", or "all".
 
-    `resolution` is the side of the images that will be cut, in pixels; 1 if it is not known yet.
+    `resolution` is the size of the images that will be cut, in pixels; 1 if it is not known yet.
     The tiles of the built-in photographs depend on it.
     """
     check_at_least(1, resolution=resolution)
@@ -131,10 +141,10 @@ def open_source(config: DataConfig, split: Split, resolution: int) -> Source:
     path, elsewhere = Path(config.source).expanduser(), is_remote(config.source)
     is_path = not elsewhere and not is_hub(config.source)
     if is_path and not path.exists() and "{" not in config.source:
-        size = resolution if resolution > 1 else 256
+        wanted = 256 if resolution == 1 else resolution
         raise LdmError(
             f"data.source: {config.source} does not exist: create it with "
-            f"`ldm data prepare SRC {path} --size {size}`, "
+            f"`ldm data prepare SRC {path} --size {size_word(wanted)}`, "
             f"or use the built-in photographs, data.source={PHOTOS}"
         )
     columns = config.image_column, config.label_column
@@ -145,12 +155,12 @@ def open_source(config: DataConfig, split: Split, resolution: int) -> Source:
         manifest = images.manifest
     else:
         manifest = read_manifest(path) if path.is_dir() else None
-    if manifest and manifest.get("size", resolution) < resolution and config.small == "error":
-        size = manifest["size"]
+    size = read_resolution((manifest or {}).get("size", resolution))
+    if not covers(*height_width(size), resolution) and config.small == "error":
         raise LdmError(
-            f"{config.source} was prepared at {size}×{size}, smaller than the "
-            f"{resolution}×{resolution} requested: prepare it with --size {resolution}, or lower "
-            "the resolution"
+            f"{config.source} was prepared at {format_size(size)}, smaller than the "
+            f"{format_size(resolution)} requested: prepare it with --size {size_word(resolution)}, "
+            "or lower the resolution"
         )
     held_out = images.held_out if config.held_out is None else config.held_out
     if split != "all" and held_out and images.held_out and held_out < images.held_out:
@@ -425,33 +435,6 @@ def content_identity(source: Source, count: int) -> str:
             chosen.update(digest)
             advance(1)
     return chosen.hexdigest()
-
-
-def listing_identity(data: str) -> str | None:
-    """SHA-256 over the relative names of all images of a data set and the sizes of their files.
-
-    It is quick, and blind to a file that changed and kept its name and size. None if the data set,
-    a `DataConfig.source`, cannot be read; the built-in photographs are always themselves.
-    """
-    if data == PHOTOS:
-        return PHOTOS
-    path, listing = Path(data).expanduser(), sha256()
-    try:
-        images = open_images(data)
-    except LdmError:
-        return None
-    size_of = cache(_size)  # of an archive once for all of its images
-    for index in range(len(images)):
-        name = images.name(index).removeprefix(f"{path}/")
-        listing.update(f"{name}\0{size_of(images.file(index))}\0".encode(*UTF8))
-    return listing.hexdigest()
-
-
-def _size(file: Path) -> int:
-    try:
-        return file.stat().st_size
-    except OSError:
-        return -1
 
 
 def _digest(file: Path) -> bytes:

@@ -16,6 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ldm.config import Resolution, height_width
 from ldm.data.dataset import DataConfig
 from ldm.data.photos import PhotoSource
 from ldm.data.remote import RemoteSource
@@ -41,7 +42,7 @@ class Batch(NamedTuple):
     """Images with their numbers and classes."""
 
     images: Tensor
-    """(b, C, R, R), channels last in memory: uint8, or of pixels of another depth or range float32
+    """(b, C, H, W), channels last in memory: uint8, or of pixels of another depth or range float32
     in [−1, 1]."""
     k: Tensor
     """int64 (b,): the number of each image in the run, or its index in the source."""
@@ -95,19 +96,20 @@ def image_name(source: Source, seed: int, k: int) -> str:
     return source.name(source.shuffled(seed, k))
 
 
-Image = tuple[np.ndarray, int]  # pixels (R, R, C), and its class
+Image = tuple[np.ndarray, int]  # pixels (H, W, C), and its class
 Faults = dict[str, str]  # names of corrupt images → the reasons
 Draw = Callable[[Sequence[int]], Any]  # the ks of a batch → its random numbers; can be pickled
 
 
 def _training_image(
-    source: Source, side: int, seed: int, at_random: bool, flip: bool, k: int, faults: Faults
-) -> Image:
+    source: Source, resolution: Resolution, seed: int, at_random: bool, flip: bool, k: int,
+    faults: Faults,
+) -> Image:  # fmt: skip
     """Load image k of a training run; the next good one replaces a corrupt image."""
     if isinstance(source, RemoteSource):
         source.fetch_ahead(seed, k)
     index, skipped = source.shuffled(seed, k), 0
-    while (image := _whole_image(source, side, index, faults)) is None:
+    while (image := _whole_image(source, resolution, index, faults)) is None:
         stop_if_too_many(faults, len(source))
         index, skipped = (index + 1) % len(source), skipped + 1
         if skipped == min(len(source), MOST_SKIPPED):
@@ -118,22 +120,26 @@ def _training_image(
                 f"{skipped:,} images in a row were skipped, the last {name} ({reason}): {advice}"
             )
     if at_random:
-        image = random_crop(image, side, generator(seed, "crop", k))
+        image = random_crop(image, resolution, generator(seed, "crop", k))
     else:
-        image = center_crop(image, side)
+        image = center_crop(image, resolution)
     mirrored = flip and generator(seed, "flip", k).integers(2)
     return image[:, ::-1] if mirrored else image, source.label(index)
 
 
-def _evaluation_image(source: Source, side: int, index: int, faults: Faults) -> Image | None:
+def _evaluation_image(
+    source: Source, resolution: Resolution, index: int, faults: Faults
+) -> Image | None:
     """Load the centre of an image; None if it is corrupt."""
-    image = _whole_image(source, side, index, faults)
-    return None if image is None else (center_crop(image, side), source.label(index))
+    image = _whole_image(source, resolution, index, faults)
+    return None if image is None else (center_crop(image, resolution), source.label(index))
 
 
-def _whole_image(source: Source, side: int, index: int, faults: Faults) -> np.ndarray | None:
+def _whole_image(
+    source: Source, resolution: Resolution, index: int, faults: Faults
+) -> np.ndarray | None:
     try:
-        return source.load_at_least(index, side)
+        return source.load_at_least(index, resolution)
     except CorruptImage as error:
         faults[source.name(index)] = str(error)
         return None
@@ -143,7 +149,7 @@ def _whole_image(source: Source, side: int, index: int, faults: Faults) -> np.nd
 def batches(
     source: Source,
     config: DataConfig,
-    resolution: int,
+    resolution: Resolution,
     seed: int,
     start: int,
     stop: int,
@@ -152,7 +158,7 @@ def batches(
     world: int = 1,
     draw: Draw | None = None,
 ) -> Iterator[Batch]:
-    """Load images k = start … stop−1 of a training run, in batches of R×R crops.
+    """Load images k = start … stop−1 of a training run, in batches of crops of a resolution.
 
     A corrupt image is named in a warning, and replaced by the next good one of the source with its
     label. Each process counts its own corrupt images, from 0 in each call. An incomplete last batch
@@ -172,7 +178,7 @@ def batches(
 
 def evaluation_batches(
     source: Source,
-    resolution: int,
+    resolution: Resolution,
     batch_size: int,
     limit: int | None = None,
     rank: int = 0,
@@ -180,7 +186,7 @@ def evaluation_batches(
     workers: int = 0,
     faults: FaultCount | None = None,
 ) -> Iterator[Batch]:
-    """Load the centre, R×R, of every image of a source once over all processes, never mirrored.
+    """Load the centre crop of every image of a source once over all processes, never mirrored.
 
     A corrupt image is named in a warning and left out, so `k` may have gaps. The last batch may be
     short, and a process may have one batch fewer than another.
@@ -197,8 +203,8 @@ def evaluation_batches(
     return _load(source, resolution, load, numbers, workers, faults)
 
 
-def sheet_images(source: Source, resolution: int, count: int) -> Tensor:
-    """Load the centres of the first good images of a source: (n, C, R, R), n ≤ `count`, as in a
+def sheet_images(source: Source, resolution: Resolution, count: int) -> Tensor:
+    """Load the centres of the first good images of a source: (n, C, H, W), n ≤ `count`, as in a
     `Batch`."""
     faults: Faults = {}
     loaded = (_evaluation_image(source, resolution, k, faults) for k in range(len(source)))
@@ -234,7 +240,7 @@ def _check_divides(batch_size: int, world: int) -> None:
 
 def _load(
     source: Source,
-    side: int,
+    resolution: Resolution,
     load: Callable[[int, Faults], Image | None],
     numbers: Iterable[range],
     workers: int,
@@ -244,7 +250,7 @@ def _load(
     if isinstance(source, PhotoSource):
         workers = 0  # they are in memory: moving them would cost more than cropping them
     counted = counted or FaultCount(len(source))
-    work, pin = partial(_batch, source, side, load, draw), torch.cuda.is_available()
+    work, pin = partial(_batch, source, resolution, load, draw), torch.cuda.is_available()
     for batch, faults in load_in_workers(work, numbers, workers, FEWER_WORKERS, pin):
         counted.add(faults)
         if len(batch.k):
@@ -253,22 +259,23 @@ def _load(
 
 def _batch(
     source: Source,
-    side: int,
+    resolution: Resolution,
     load: Callable[[int, Faults], Image | None],
     draw: Draw | None,
     ks: range,
 ) -> tuple[Batch, Faults]:
     faults: Faults = {}
     loaded = {k: image for k in ks if (image := load(k, faults)) is not None}
-    images = stack([image for image, _ in loaded.values()], side, source)
+    images = stack([image for image, _ in loaded.values()], resolution, source)
     labels = torch.tensor([label for _, label in loaded.values()], dtype=torch.int64)
     drawn = None if draw is None else draw(list(loaded))
     return Batch(images, torch.tensor(list(loaded), dtype=torch.int64), labels, drawn), faults
 
 
-def stack(images: Sequence[np.ndarray], side: int, source: Source) -> Tensor:
-    """Stack pixels (R, R, C) of a source as the images of a `Batch`."""
+def stack(images: Sequence[np.ndarray], resolution: Resolution, source: Source) -> Tensor:
+    """Stack pixels (H, W, C) of a source as the images of a `Batch`."""
     if source.range or any(image.dtype != np.uint8 for image in images):
         images = [from_pixels(image, source.range) for image in images]
-    stacked = np.stack(images) if images else np.empty((0, side, side, source.channels), np.uint8)
+    none = np.empty((0, *height_width(resolution), source.channels), np.uint8)
+    stacked = np.stack(images) if images else none
     return rearrange(torch.from_numpy(stacked), "b h w c -> b c h w")

@@ -1,4 +1,4 @@
-"""Preparation of a data set: images of any kind → square PNGs in tar shards, with a manifest.
+"""Preparation of a data set: images of any kind → PNGs of one size in tar shards, with a manifest.
 
 Pixels that no PNG can hold (`file_suffix`) are written as .npy.
 
@@ -18,10 +18,12 @@ from typing import Annotated, Any, NamedTuple, get_args
 
 from pydantic import Field
 
+from ldm.config import Resolution, format_size, height_width, plain_size, read_resolution
 from ldm.data.dataset import held_out_count, open_images, split_indices
 from ldm.data.hf import is_hub
 from ldm.data.labels import printable
 from ldm.data.loader import FaultCount
+from ldm.data.remote import is_remote
 from ldm.data.shard_index import keep_index
 from ldm.data.shards import (
     MANIFEST,
@@ -32,13 +34,20 @@ from ldm.data.shards import (
     sidecar,
     write_shard,
 )
-from ldm.data.sources import UTF8, Indices, Small, Source
-from ldm.data.transforms import NOT_RESIZED, SMALL, CorruptImage, Filter, center_crop
+from ldm.data.sources import UTF8, Indices, Small, Source, name_size
+from ldm.data.transforms import (
+    NOT_RESIZED,
+    SMALL,
+    CorruptImage,
+    Filter,
+    center_crop,
+    covers,
+    largest_crop,
+)
 from ldm.data.workers import load_in_workers
 from ldm.errors import LdmError, UsageError, check_at_least, listed
-from ldm.files import check_writable, write_json
+from ldm.files import check_writable, lock, write_json
 from ldm.images import PixelType, write_pixels
-from ldm.locks import lock
 from ldm.logbook import show_progress
 from ldm.records import Count, read_tree, schema
 
@@ -62,7 +71,7 @@ FEWER_WORKERS = "run the same command with fewer --workers; finished shards are 
 def prepare(
     source_path: str | Path,
     destination: str | Path,
-    size: int = 256,
+    size: Resolution = 256,
     filter: Filter = "lanczos",
     held_out: int | None = None,
     shard_size: int = 1000,
@@ -74,11 +83,12 @@ def prepare(
     label_column: str = "",
     channels: int = 3,
 ) -> dict[str, Any]:
-    """Write the images of a folder, zip, tar shards or table as `size`×`size` PNGs in shards.
+    """Write the images of a folder, zip, tar shards or table as PNGs of one size in shards.
 
-    The central square of each image is cropped, then resized. The images keep the order of their
-    names. The last `held_out` of them, with labels every n-th, go into
-    `val-00000.tar` …, the others into `train-00000.tar` …. Existing shards are kept.
+    The central square of each image, or for a size (H, W) the largest central part of those
+    proportions, is cropped, then resized. The images keep the order of their names. The last
+    `held_out` of them, with labels every n-th, go into `val-00000.tar` …, the others into
+    `train-00000.tar` …. Existing shards are kept.
 
     Args:
         held_out: images for validation; None: those of a table's or prepared data's own split,
@@ -87,25 +97,23 @@ def prepare(
         labels: keep the class of each image, see `DataConfig.labels`.
         label_file: CSV file of them.
         image_column, label_column: of a table; by default the only ones.
-        small: treatment of images with a side below `size`: an error that counts them all, or
-            left out, or enlarged (with `filter`).
+        small: treatment of images smaller than `size`: an error, or left out, or enlarged.
         channels: of the images: 1 for grey, 3 for colour, others for arrays. Their depth is kept.
 
     Returns:
-        The manifest, as written to `manifest.json` in the destination; its filter is
-        `NOT_RESIZED` if every image had its size already.
+        The manifest, as in the destination; its filter is `NOT_RESIZED` if no image was resized.
     """
-    path, destination = Path(source_path).expanduser(), Path(destination).expanduser()
+    path, destination = _path_of(source_path), Path(destination).expanduser()
     _check(path, destination, filter, size, shard_size, workers, channels)
-    labels = labels or bool(label_file)
-    source = open_images(path, labels, str(label_file), image_column, label_column)
+    labels, columns = labels or bool(label_file), (image_column, label_column)
+    source = open_images(path, labels, str(label_file), *columns)
     source.small, source.channels, source.keep = small, channels, "float32"
     held_out = held_out_count(len(source), source.held_out if held_out is None else held_out)
     evenly = labels and held_out != source.held_out
     settings: dict[str, Any] = {
-        "source": str(path) if is_hub(str(path)) else printable(path.resolve().name),
+        "source": path if isinstance(path, str) else printable(path.resolve().name),
         **_describe_images(source, path, labels),
-        "size": size,
+        "size": plain_size(size),
         "filter": filter,
         "crop": "center",
         "held_out": held_out,
@@ -122,6 +130,12 @@ def prepare(
     return manifest
 
 
+def _path_of(source: str | Path) -> Path | str:
+    """The path of a source; of what is not on this machine, its name."""
+    is_elsewhere = is_hub(str(source)) or is_remote(str(source))
+    return str(source) if is_elsewhere else Path(source).expanduser()
+
+
 def _unless(defaults: Mapping[str, Any], **settings: Any) -> dict[str, Any]:
     """The settings without those at their defaults, which earlier versions did not have."""
     return {key: value for key, value in settings.items() if value != defaults[key]}
@@ -136,7 +150,7 @@ def _divide(splits: tuple[Indices, Indices], shard_size: int) -> dict[str, Indic
     }
 
 
-def _describe_images(source: Source, path: Path, labels: bool) -> dict[str, Any]:
+def _describe_images(source: Source, path: Path | str, labels: bool) -> dict[str, Any]:
     """Number, names and classes of the images, for the settings."""
     names = [source.name(i).removeprefix(f"{path}/") for i in range(len(source))]
     found: dict[str, Any] = {
@@ -150,23 +164,19 @@ def _describe_images(source: Source, path: Path, labels: bool) -> dict[str, Any]
 
 
 def _check(
-    source: Path,
-    destination: Path,
-    filter: Filter,
-    size: int,
-    shard_size: int,
-    workers: int | None,
-    channels: int,
-) -> None:
+    source: Path | str, destination: Path, filter: Filter, size: Resolution, shard_size: int,
+    workers: int | None, channels: int,
+) -> None:  # fmt: skip
     if filter not in get_args(Filter):
         raise UsageError(f"no filter '{filter}': choose one of {', '.join(get_args(Filter))}")
     check_at_least(1, size=size, shard_size=shard_size, channels=channels)
     check_at_least(0, workers=workers)
-    if not source.exists() and not is_hub(str(source)):
+    if isinstance(source, Path) and not source.exists():
         raise LdmError(f"{source} does not exist: give a folder of images, a .zip or a .tar")
     if destination.exists() and not destination.is_dir():
         raise UsageError(f"{destination} is a file: the destination must be a folder")
-    if destination.exists() and source.exists() and destination.samefile(source):
+    is_path = isinstance(source, Path) and destination.exists()
+    if is_path and destination.samefile(source):
         raise UsageError(f"{destination} is the source: {ANOTHER}")
     check_writable(destination / MANIFEST, advice=ANOTHER)
     foreign = [tar for tar in sorted(destination.glob("*.tar")) if not sidecar(tar).is_file()]
@@ -200,7 +210,8 @@ def _write_all(
     for report in reports.values():
         faults.add(dict(report["skipped"]))
     total = sum(map(len, missing.values()))
-    work = partial(_prepare_image, source, settings["size"], settings["filter"])
+    size = read_resolution(settings["size"])
+    work = partial(_prepare_image, source, size, settings["filter"])
     workers = total if workers is None else min(workers, total)
     images = load_in_workers(work, chain(*missing.values()), workers, FEWER_WORKERS)
     with show_progress("preparing", total) as advance, closing(images):
@@ -209,13 +220,15 @@ def _write_all(
             try:
                 report = _write_images(destination / name, part, settings, own[name], advance)
             except _TooSmall:
-                raise _count_small(source, settings["size"], workers) from None
+                raise _count_small(source, size, workers) from None
             reports[name] = report
             faults.add(dict(report["skipped"]))
     return [reports[name] for name in shards]
 
 
-def _manifest(reports: Sequence[Report], settings: dict[str, Any], source: Path) -> dict[str, Any]:
+def _manifest(
+    reports: Sequence[Report], settings: dict[str, Any], source: Path | str
+) -> dict[str, Any]:
     splits = {}
     for split in ("train", "val"):
         its_own = [report for report in reports if report["name"].startswith(split)]
@@ -253,26 +266,27 @@ class Prepared(NamedTuple):
     fault: tuple[str, str] | None = None
 
 
-def _prepare_image(source: Source, size: int, filter: Filter, index: int) -> Prepared:
+def _prepare_image(source: Source, size: Resolution, filter: Filter, index: int) -> Prepared:
     name = printable(source.name(index))
     try:
         image = source.load_named(index)
     except CorruptImage as error:
         return Prepared(fault=(name, str(error)))
     height, width = image.shape[:2]
-    if min(height, width) < size and source.small != "enlarge":
+    if not covers(height, width, size) and source.small != "enlarge":
         return Prepared(fault=(name, f"{SMALL}{width}×{height}"))
     file = io.BytesIO()
     write_pixels(center_crop(image, size, filter), file)
     prepared = int(index), file.getvalue(), source.label(index)
-    return Prepared(prepared, min(image.shape[:2]) != size, str(image.dtype))
+    is_resized = largest_crop(height, width, size) != height_width(size)
+    return Prepared(prepared, is_resized, str(image.dtype))
 
 
 class _TooSmall(Exception):
     """An image is too small, and that is an error."""
 
 
-def _count_small(source: Source, size: int, workers: int) -> LdmError:
+def _count_small(source: Source, size: Resolution, workers: int) -> LdmError:
     """Look at the size of every image; return an error that counts and names the small ones."""
     with show_progress("looking at sizes", len(source)) as advance:
         small = []
@@ -281,16 +295,17 @@ def _count_small(source: Source, size: int, workers: int) -> LdmError:
             small += [found] if found else []
             advance(1)
     return LdmError(
-        f"{len(small):,} of {len(source):,} images are smaller than {size}×{size}: "
+        f"{len(small):,} of {len(source):,} images are smaller than {format_size(size)}: "
         f"{listed(small, 10)}: give --small skip or --small enlarge, or a smaller --size"
     )
 
 
-def _small_image(source: Source, size: int, index: int) -> str | None:
+def _small_image(source: Source, size: Resolution, index: int) -> str | None:
     """Name and size of an image that is too small."""
     with suppress(CorruptImage):
         width, height = source.size(index)
-        return f"{source.name(index)} ({width}×{height})" if min(width, height) < size else None
+        shown = f"{source.name(index)} ({name_size(height, width, size)})"
+        return None if covers(height, width, size) else shown
     return None
 
 

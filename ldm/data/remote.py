@@ -37,10 +37,10 @@ from ldm.data.shards import MANIFEST, check_manifest, class_names, listed_shards
 from ldm.data.sources import UTF8, Indices, Source, tell
 from ldm.data.transforms import decode, image_size
 from ldm.errors import LdmError, UsageError, brief
+from ldm.hub import cache_folder
 from ldm.logbook import show_progress
 from ldm.records import Count, checked, parse_json, schema
 from ldm.seeds import generator, permuted
-from ldm.weights import cache_folder
 
 AT_ONCE, AHEAD = 8, 2
 """Shards that a process fetches at a time: before a run begins, and during it."""

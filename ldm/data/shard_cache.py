@@ -20,9 +20,8 @@ from ldm.data.shard_index import INDEX, ShardIndex, Stamp, read_shards, write_in
 from ldm.data.sources import UTF8
 from ldm.data.workers import stopping
 from ldm.errors import Interrupted, LdmError, brief
-from ldm.files import sha256_of
-from ldm.locks import lock
-from ldm.weights import cache_folder
+from ldm.files import lock, sha256_of
+from ldm.hub import cache_folder
 
 PIPE, MEMBER = "pipe:", "shard.tar"
 TRIES, PAUSE = 5, 1.0

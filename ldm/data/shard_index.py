@@ -31,10 +31,16 @@ from ldm.data.sources import UTF8, LeftOut, tell
 from ldm.data.transforms import is_image
 from ldm.data.workers import load_in_workers
 from ldm.errors import LdmError
-from ldm.files import HeaderReader, find_compression, lfs_pointer, open_regular, write_atomically
-from ldm.locks import lock
+from ldm.files import (
+    HeaderReader,
+    find_compression,
+    lfs_pointer,
+    lock,
+    open_regular,
+    write_atomically,
+)
+from ldm.hub import cache_folder
 from ldm.logbook import show_progress
-from ldm.weights import cache_folder
 
 INDEX = "shards.index"
 """File of an index: beside prepared shards, else in the cache."""

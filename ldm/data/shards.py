@@ -15,6 +15,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from ldm.config import Resolution
 from ldm.data.labels import match_labels, read_label_file
 from ldm.data.shard_index import Member, ShardIndex, index_shard, open_index
 from ldm.data.sources import UTF8, LeftOut, Source
@@ -47,7 +48,7 @@ SHARD = {"name": FileName, "count": Count}
 SIDECAR_SCHEMA = schema(**SHARD, sha256=str, bytes=Count)
 _SPLIT = schema(count=Count, shards=list[schema(**SHARD)])  # type: ignore[misc]
 _MANIFEST = schema(
-    size=(Count, 1), channels=(Count, 3), classes=(list[str] | None, None),
+    size=(Resolution, 1), channels=(Count, 3), classes=(list[str] | None, None),
     splits=schema(train=_SPLIT, val=_SPLIT),
 )  # fmt: skip
 

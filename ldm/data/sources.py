@@ -4,7 +4,6 @@ Images in files are in the order of their paths, and their folders can name clas
 """
 
 import logging
-import math
 import os
 import zipfile
 from abc import ABC, abstractmethod
@@ -17,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ldm.config import Resolution, format_size
 from ldm.data.labels import (
     DATASET_JSON,
     LIMIT,
@@ -34,7 +34,9 @@ from ldm.data.transforms import (
     SUFFIXES,
     CorruptImage,
     OtherChannels,
+    covers,
     decode,
+    enlarged,
     image_size,
     is_hidden,
     is_image,
@@ -175,8 +177,8 @@ class Source(ABC):
         height, width = self.load(index).shape[:2]
         return width, height
 
-    def load_at_least(self, index: int, side: int) -> np.ndarray:
-        """Load an image (H, W, C) with no side shorter than `side` pixels.
+    def load_at_least(self, index: int, resolution: Resolution) -> np.ndarray:
+        """Load an image (H, W, C) with no side shorter than a resolution's.
 
         Raises:
             CorruptImage, LdmError: it is smaller, and `small` is "skip" or "error".
@@ -184,19 +186,19 @@ class Source(ABC):
         """
         image = self.load_named(index)
         height, width = image.shape[:2]
-        if (shorter := min(height, width)) >= side:
+        if covers(height, width, resolution):
             return image
         if self.small == "enlarge":
-            taller, wider = (math.ceil(each * side / shorter) for each in (height, width))
+            taller, wider = enlarged(height, width, resolution)
             if taller * wider > MAX_ENLARGED:
                 raise CorruptImage(f"{width}×{height}, too narrow to be enlarged")
             return resize(image, taller, wider)
         if self.small == "skip":
             raise CorruptImage(f"{SMALL}{width}×{height}")
         raise LdmError(
-            f"{self.name(index)} is {width}×{height}, smaller than the {side}×{side} requested"
-            f"{self._share_smaller(side)}: set data.small=skip or data.small=enlarge, or lower the "
-            "resolution"
+            f"{self.name(index)} is {name_size(height, width, resolution)}, smaller than the "
+            f"{format_size(resolution)} requested{self._share_smaller(resolution)}: set "
+            "data.small=skip or data.small=enlarge, or lower the resolution"
         )
 
     def load_named(self, index: int) -> np.ndarray:
@@ -206,13 +208,20 @@ class Source(ABC):
         except OtherChannels as error:
             raise LdmError(f"{self.name(index)} is {error}") from error
 
-    def _share_smaller(self, side: int) -> str:
+    def _share_smaller(self, resolution: Resolution) -> str:
         """Say how many of some images, evenly spread, are smaller."""
         probed, smaller = np.linspace(0, len(self) - 1, min(PROBED, len(self))).round(), 0
         for index in probed.astype(int).tolist():
             with suppress(CorruptImage):
-                smaller += min(self.size(index)) < side
+                width, height = self.size(index)
+                smaller += not covers(height, width, resolution)
         return f", as are {smaller} of {len(probed)} images that were looked at" if smaller else ""
+
+
+def name_size(height: int, width: int, resolution: Resolution) -> str:
+    """An image's size beside a resolution: as usual width first, but height first if it is H×W."""
+    is_square = isinstance(resolution, int)
+    return f"{width}×{height}" if is_square else f"{height}×{width} (height×width)"
 
 
 # ---------------------------------------------------------------------------- folder and zip

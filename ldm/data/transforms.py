@@ -7,9 +7,11 @@ but those named here: for others, Pillow starts programs such as Ghostscript.
 """
 
 import io
+import math
 import re
 import sys
 import zlib
+from contextlib import suppress
 from errno import EFBIG
 from importlib.util import find_spec
 from pathlib import PurePosixPath
@@ -18,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ldm.config import Resolution, height_width
 from ldm.errors import brief
 from ldm.files import LFS_POINTER
 from ldm.images import PixelType
@@ -50,23 +53,48 @@ SCAN = re.compile(rb"\xff\xda\0[\x08\x0a\x0c\x0e][\1-\4]")
 what phones append to a JPEG, such as a film."""
 
 
-def center_crop(image: np.ndarray, resolution: int, filter: Filter = "lanczos") -> np.ndarray:
-    """Crop the central square, then downsize it: (H, W, C) with H, W ≥ R → (R, R, C).
+def covers(height: int, width: int, resolution: Resolution) -> bool:
+    """True for an image with no side shorter than a resolution's."""
+    least_height, least_width = height_width(resolution)
+    return height >= least_height and width >= least_width
+
+
+def enlarged(height: int, width: int, resolution: Resolution) -> tuple[int, int]:
+    """Height and width of an image that is enlarged just enough to cover a resolution."""
+    tall, wide = height_width(resolution)
+    wanted, side = (tall, height) if tall * width >= wide * height else (wide, width)
+    return math.ceil(height * wanted / side), math.ceil(width * wanted / side)
+
+
+def largest_crop(height: int, width: int, resolution: Resolution) -> tuple[int, int]:
+    """Height and width of the largest part of an image that has a resolution's proportions."""
+    tall, wide = height_width(resolution)
+    if height * wide <= width * tall:
+        return height, (height * wide + tall // 2) // tall  # to the nearest pixel
+    return (width * tall + wide // 2) // wide, width
+
+
+def center_crop(
+    image: np.ndarray, resolution: Resolution, filter: Filter = "lanczos"
+) -> np.ndarray:
+    """Crop the largest central part of a resolution's proportions, a square for R, then resize it:
+    (H, W, C) → (R, R, C), or the (height, width) of the resolution.
 
     The order matters: resized before the crop, the pixels differ, and so does the FID.
     """
-    height, width = image.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = image[top : top + side, left : left + side]
-    return square if side == resolution else resize(square, resolution, resolution, filter)
+    tall, wide = image.shape[:2]
+    height, width = largest_crop(tall, wide, resolution)
+    top, left = (tall - height) // 2, (wide - width) // 2
+    part = image[top : top + height, left : left + width]
+    wanted = height_width(resolution)
+    return part if (height, width) == wanted else resize(part, *wanted, filter)
 
 
-def random_crop(image: np.ndarray, resolution: int, rng: np.random.Generator) -> np.ndarray:
-    """Crop a window uniformly at random: (H, W, C) with H, W ≥ R → (R, R, C)."""
-    height, width = image.shape[:2]
-    top, left = rng.integers(height - resolution + 1), rng.integers(width - resolution + 1)
-    return image[top : top + resolution, left : left + resolution]
+def random_crop(image: np.ndarray, resolution: Resolution, rng: np.random.Generator) -> np.ndarray:
+    """Crop a window of a resolution, at native size, uniformly at random from (H, W, C)."""
+    (height, width), (tall, wide) = image.shape[:2], height_width(resolution)
+    top, left = rng.integers(height - tall + 1), rng.integers(width - wide + 1)
+    return image[top : top + tall, left : left + wide]
 
 
 def resize(image: np.ndarray, height: int, width: int, filter: Filter = "lanczos") -> np.ndarray:
@@ -246,6 +274,11 @@ def _load(data: bytes, page: int = 0, low: bool = False) -> Image.Image:
                 is_text = isinstance(tile.args, str)
                 tiles[i] = tile._replace(args=other if is_text else (other, *tile.args[1:]))
         file.load()
+        with suppress(ValueError):  # Pillow reads what it can of broken tags
+            try:
+                _check_tiff(file.info.get("exif", b"").removeprefix(b"Exif\0\0"), 1)
+            except CorruptImage:  # before version 13, it takes memory for all of them
+                del file.info["exif"]
         ImageOps.exif_transpose(file, in_place=True)
         file.info[SIXTEEN] = is_deep
         return file

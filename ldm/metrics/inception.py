@@ -30,9 +30,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ldm.config import Resolution, height_width
 from ldm.errors import LdmError, UsageError
 from ldm.files import sha256_of
-from ldm.weights import cache_folder, fetch
+from ldm.hub import cache_folder, fetch
 
 WEIGHTS = "inception-2015-12-05.pt"
 SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
@@ -80,7 +81,7 @@ def load_extractor(
     mode: Mode,
     weights: Path | None,
     device: torch.device | str,
-    resolution: int = 256,
+    resolution: Resolution = 256,
 ) -> Extractor:
     """Load Inception, or a user's `spec`: a `module:function`, installed or in the current folder.
 
@@ -197,7 +198,7 @@ def _load_network(content: bytes, path: Path, device: torch.device) -> Any:
 class FunctionExtractor(Extractor):
     """The extractor of `module:function`; its output is checked."""
 
-    def __init__(self, spec: str, device: torch.device | str, resolution: int = 256) -> None:
+    def __init__(self, spec: str, device: torch.device | str, resolution: Resolution = 256) -> None:
         self.name = spec
         self._device = torch.device(device)
         function = _find_function(spec)
@@ -213,7 +214,7 @@ class FunctionExtractor(Extractor):
         if isinstance(self._extract, nn.Module):
             self._extract = self._extract.to(self._device).eval()
         self.dim = 0  # unknown before the first images
-        grey = torch.full((2, 3, resolution, resolution), 128, dtype=torch.uint8)
+        grey = torch.full((2, 3, *height_width(resolution)), 128, dtype=torch.uint8)
         self.dim = self(grey).shape[1]
 
     def _features(self, images: Tensor) -> Tensor:

@@ -15,16 +15,26 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ldm.config import (
+    Resolution,
+    format_size,
+    height_width,
+    resolution_of,
+    shorter_side,
+    size_word,
+)
 from ldm.errors import LdmError
 from ldm.images import to_float
 from ldm.seeds import generator
 
 
-def pyramid_resolutions(resolution: int, smallest: int = 16) -> list[int]:
-    """List the sizes of the levels: halve `resolution` while it is even and ≥ 2 · `smallest`."""
+def pyramid_resolutions(resolution: Resolution, smallest: int = 16) -> list[Resolution]:
+    """List the sizes of the levels: halve both sides while they are even and ≥ 2 · `smallest`."""
+    height, width = height_width(resolution)
     resolutions = [resolution]
-    while resolutions[-1] % 2 == 0 and resolutions[-1] // 2 >= smallest:
-        resolutions.append(resolutions[-1] // 2)
+    while height % 2 == width % 2 == 0 and min(height, width) // 2 >= smallest:
+        height, width = height // 2, width // 2
+        resolutions.append(resolution_of(height, width))
     return resolutions
 
 
@@ -90,11 +100,11 @@ class PatchDescriptors:
         patches: number per image and level, 128 in the paper.
     """
 
-    def __init__(self, resolution: int, patches: int = 128, seed: int = 0) -> None:
-        if resolution < PATCH:
+    def __init__(self, resolution: Resolution, patches: int = 128, seed: int = 0) -> None:
+        if shorter_side(resolution) < PATCH:
             raise LdmError(
                 f"the sliced Wasserstein distance needs images of {PATCH}×{PATCH} pixels or more, "
-                f"not {resolution}×{resolution}"
+                f"not {format_size(resolution)}"
             )
         self.resolutions = pyramid_resolutions(resolution)
         self.patches = patches
@@ -107,16 +117,15 @@ class PatchDescriptors:
         return len(self._images)
 
     def update(self, images: Tensor, ks: Tensor | Sequence[int] | None = None) -> None:
-        """Add images (B, C, R, R), uint8 or floats in [−1, 1].
+        """Add images (B, C, H, W), uint8 or floats in [−1, 1].
 
         Args:
             ks: numbers of the images, each once; by default they continue from `count`.
         """
-        resolution = self.resolutions[0]
-        if images.ndim != 4 or images.shape[2:] != (resolution, resolution):
-            raise ValueError(
-                f"images must be (B, C, {resolution}, {resolution}), not {tuple(images.shape)}"
-            )
+        sides = height_width(self.resolutions[0])
+        if images.ndim != 4 or images.shape[2:] != sides:
+            wanted = ", ".join(map(str, sides))
+            raise ValueError(f"images must be (B, C, {wanted}), not {tuple(images.shape)}")
         given = range(self.count, self.count + len(images)) if ks is None else ks
         numbers = [int(k) for k in given]
         if len(numbers) != len(images):
@@ -127,8 +136,11 @@ class PatchDescriptors:
         images = to_float(images) if images.dtype == torch.uint8 else images.float()
         levels = []
         for band in laplacian_pyramid(images, len(self.resolutions)):
-            places, size = band.shape[-1] - PATCH + 1, (self.patches, 2)
-            corners = np.stack([draw.integers(places, size=size) for draw in draws])
+            places = [side - PATCH + 1 for side in band.shape[-2:]]
+            # of one number, for squares, as earlier versions drew them
+            most = places[0] if places[0] == places[1] else places
+            size = (self.patches, 2)
+            corners = np.stack([draw.integers(most, size=size) for draw in draws])
             # half precision: 6 GB instead of 12 for the paper's 16,384 images at 256²; its
             # rounding, 5e-4 of a value, is the same for both sets
             cut = cut_patches(band, torch.from_numpy(corners)).half().cpu()
@@ -169,13 +181,14 @@ def sliced_wasserstein(
     are used of both.
 
     Args:
-        images_a, images_b: (N, C, R, R), or iterables of such batches; uint8, or floats in
+        images_a, images_b: (N, C, H, W), or iterables of such batches; uint8, or floats in
             [−1, 1].
         patches: number per image and level.
         projections, repeats: `repeats` draws of `projections` random directions.
 
     Returns:
-        The distance at each level by its resolution, as in {"32": …, "16": …}, and their "mean".
+        The distance at each level by its resolution, as in {"32": …, "16": …} or {"48x32": …}, and
+        their "mean".
 
     Raises:
         LdmError: a set is empty, or its images are smaller than 7×7 pixels.
@@ -186,7 +199,7 @@ def sliced_wasserstein(
     for own_seed, images in enumerate((images_a, images_b), start=seed):
         side = None
         for batch in [images] if isinstance(images, Tensor) else images:
-            side = side or PatchDescriptors(batch.shape[-1], patches, own_seed)
+            side = side or PatchDescriptors(resolution_of(*batch.shape[-2:]), patches, own_seed)
             side.update(batch)
         if side is None:
             raise LdmError("the sliced Wasserstein distance of no images: give both sets some")
@@ -218,7 +231,7 @@ def compare_descriptors(
             )
             for repeat in range(repeats)
         ]
-        levels[str(resolution)] = SCALE * sum(distances) / repeats
+        levels[size_word(resolution)] = SCALE * sum(distances) / repeats
     return levels | {"mean": sum(levels.values()) / len(levels)}
 
 

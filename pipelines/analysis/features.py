@@ -24,8 +24,8 @@ from ldm.charts import WIDTH, drawing, picture_rows, show_image
 from ldm.data import sheet_images
 from ldm.device import full_float32, memory_format
 from ldm.errors import LdmError, check_at_least
+from ldm.files import lock
 from ldm.images import as_float
-from ldm.locks import lock
 from pipelines.analysis.subjects import Analysis, SharedImages, Subject, analysis_folder, write_csv
 
 NORMS = {"group": "GroupNorm", "smc": "SMC"}

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ldm.charts import DIM, colour, drawing
 from ldm.errors import LdmError
-from ldm.locks import lock
+from ldm.files import lock
 from ldm.logbook import read_rows
 from ldm.records import Count, checked, schema
 from ldm.run_folder import newest_run, read_config

@@ -23,11 +23,12 @@ from torch.nn import functional as F
 
 from autoencoders import DiagonalGaussian
 from ldm.charts import DIM, INK, WIDTH, colour, drawing, picture_rows, show_image
+from ldm.config import shorter_side, size_word
 from ldm.data import sheet_images
 from ldm.device import full_float32
 from ldm.errors import UsageError, check_at_least
+from ldm.files import lock
 from ldm.images import as_float, as_rgb, latents_as_rgb
-from ldm.locks import lock
 from pipelines.analysis.subjects import Analysis, SharedImages, Subject, analysis_folder, write_csv
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: weights of red, green and blue
@@ -49,6 +50,11 @@ def analyze_latents(
     check_at_least(1, n=n, images=count)
     for s in subjects:
         f = s.autoencoder.downsampling
+        if not isinstance(images.resolution, int):
+            raise UsageError(
+                f"--resolution {size_word(images.resolution)}: the spectrum of latents is that of "
+                f"square images: give --resolution {shorter_side(images.resolution)}"
+            )
         if images.resolution < LEAST * f:
             raise UsageError(
                 f"--resolution {images.resolution}: too small for a spectrum of the latents of "
@@ -125,7 +131,9 @@ def measure(subject: Subject, images: SharedImages) -> LatentStatistics:
     batches = images.gather(subject, _sums)
     count, *sums = (reduce(torch.add, each) for each in zip(*batches, strict=True))
     mean, products, variance, kl, spectrum, image_spectrum = (total / count for total in sums)
-    side = math.ceil(images.resolution / subject.autoencoder.downsampling)  # of the latents
+    side = math.ceil(
+        shorter_side(images.resolution) / subject.autoencoder.downsampling
+    )  # of the latents
     return LatentStatistics(
         int(count.item()),
         mean,

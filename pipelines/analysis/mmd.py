@@ -35,10 +35,11 @@ from torch import Tensor
 
 from autoencoders import DiagonalGaussian
 from ldm.charts import drawing, line_style
+from ldm.config import height_width
 from ldm.device import full_float32
 from ldm.distributed import from_main
 from ldm.errors import LdmError, UsageError, check_at_least
-from ldm.locks import lock
+from ldm.files import lock
 from ldm.metrics.mmd import rbf_mmd
 from ldm.seeds import normal
 from pipelines.analysis.subjects import (
@@ -113,11 +114,11 @@ def analyze_mmd(
     found = {s.name: measure_draws(s, images, settings) for s in subjects}
     if not images.ranks.is_main_process:
         return None
-    used = min(settings.n, len(images.source))
+    used, sides = min(settings.n, len(images.source)), height_width(images.resolution)
     what = f"{used:,} images of {images.what}"
     dims = {
         s.name: s.autoencoder.config.latent_channels
-        * math.ceil(images.resolution / s.autoencoder.downsampling) ** 2
+        * math.prod(math.ceil(side / s.autoencoder.downsampling) for side in sides)
         for s in subjects
     }
     rows = [

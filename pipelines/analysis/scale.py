@@ -16,12 +16,13 @@ from typing import Any
 
 from autoencoders.pretrained import read_autoencoder
 from ldm.charts import drawing, line_style
+from ldm.config import read_resolution, short_size, shorter_side
 from ldm.data import DataConfig, open_source
 from ldm.data.dataset import PHOTOS
 from ldm.data.sources import Split
 from ldm.distributed import from_main, join_processes
 from ldm.errors import LdmError
-from ldm.locks import lock
+from ldm.files import lock
 from pipelines.analysis.subjects import (
     Analysis,
     agree_on_data,
@@ -31,7 +32,7 @@ from pipelines.analysis.subjects import (
 )
 from pipelines.evaluate import evaluate_checkpoints
 from pipelines.measuring.evaluation import Evaluation
-from pipelines.measuring.reference import read_preparation, shorter_sides
+from pipelines.measuring.reference import crop_heights, read_preparation
 from pipelines.measuring.statistics import MeasureOptions
 
 RESOLUTIONS = (32, 64, 128, 256, 512)  # Sadat et al. 2024, Figures 5 and 8: 2⁵ … 2⁹
@@ -104,7 +105,7 @@ def _summarise(
     for name, each in named:
         values = [each.numbers[number] for number in measured]
         shown = ("–" if value is None else f"{value:.4g}" for value in values)
-        cells.append((name, f"{each.resolution}²", *shown))
+        cells.append((name, short_size(each.resolution), *shown))
     return Analysis(
         f"reconstructions over resolutions, {what}",
         ("model", "side", *(PANELS[number][0] for number in measured)),
@@ -123,12 +124,12 @@ def _fitting(config: DataConfig, split: Split, limit: int | None) -> list[int]:
         source = open_source(config, split, 1)
         count = min(len(source), limit or len(source))
         smallest = RESOLUTIONS[-1]
-        for _, side in shorter_sides(source, range(count), count):
+        for _, side in crop_heights(source, range(count), 1, count):  # the shorter sides
             smallest = min(smallest, side)
             if smallest < RESOLUTIONS[0]:
                 break
     else:
-        smallest = prepared["size"]
+        smallest = shorter_side(read_resolution(prepared["size"]))
     fitting = [side for side in RESOLUTIONS if side <= smallest]
     if not fitting:
         raise LdmError(

@@ -17,7 +17,15 @@ from torch import Tensor
 from autoencoders import Autoencoder, DiagonalGaussian
 from autoencoders.autoencoder import assemble
 from autoencoders.pretrained import read_autoencoder
-from ldm.config import Tree, validate
+from ldm.config import (
+    Resolution,
+    Tree,
+    format_size,
+    read_resolution,
+    shorter_side,
+    size_word,
+    validate,
+)
 from ldm.data import DataConfig, Source, evaluation_batches, open_source
 from ldm.data.sources import Part, Split
 from ldm.device import memory_format
@@ -63,7 +71,7 @@ class SharedImages:
     """The images that all subjects see, divided among the launched processes."""
 
     source: Source
-    resolution: int
+    resolution: Resolution
     """Size R that they are resized to, in pixels."""
     what: str
     """Such as "the val split of photos, 64×64"."""
@@ -114,7 +122,7 @@ def open_analysis(
     models: Sequence[str | Path],
     data: str | DataConfig | None = None,
     split: Split = "val",
-    resolution: int | None = None,
+    resolution: Resolution | None = None,
     device: str = "auto",
     batch_size: int = 16,
 ) -> tuple[list[Subject], SharedImages]:
@@ -138,19 +146,19 @@ def open_analysis(
         config = agree_on_data(recipes, data).of(subjects[0].autoencoder.config)
         if resolution is None:
             phases = {name: each["phases"] for name, each in recipes.items() if each.get("phases")}
-            ended = {name: each[-1]["resolution"] for name, each in phases.items()}
+            ended = {name: read_resolution(p[-1]["resolution"]) for name, p in phases.items()}
             resolution = ended[_agreed(recipes, ended, "resolution")]
         coarsest = max(subjects, key=lambda s: s.autoencoder.downsampling)
         f = coarsest.autoencoder.downsampling
-        if resolution < f:
+        if shorter_side(resolution) < f:
             raise UsageError(
-                f"--resolution {resolution}: {coarsest.name} encodes {f}×{f} pixels into one "
-                f"latent: use at least {f}"
+                f"--resolution {size_word(resolution)}: {coarsest.name} encodes {f}×{f} pixels "
+                f"into one latent: use at least {f}"
             )
         source = open_source(config, split, resolution)
         if not len(source):
             raise LdmError(f"{config.source} has no images in its {split} split: use other --data")
-    what = f"the {split} split of {config.source}, {resolution}×{resolution}"
+    what = f"the {split} split of {config.source}, {format_size(resolution)}"
     images = SharedImages(source, resolution, what, config.workers, batch_size, ranks, where)
     return subjects, images
 

@@ -15,14 +15,14 @@ import torch
 
 from autoencoders import Autoencoder, load_autoencoder
 from autoencoders.losses.perceptual import BACKBONES, backbone_path, backbone_url, has_backbone
-from ldm.config import list_presets, load_preset, resolve
+from ldm.config import Resolution, list_presets, load_preset, resolve
 from ldm.data import DataConfig, Source, holds_out, open_source
 from ldm.data.transforms import CorruptImage
 from ldm.device import missing_compiler, resolve_precision
 from ldm.errors import LdmError
+from ldm.hub import from_home
 from ldm.metrics.inception import WEIGHTS, published_weights, weight_folders
 from ldm.run import RunConfig
-from ldm.weights import from_home
 from pipelines.recipes import PRESETS, AutoencoderRecipe, DiffusionRecipe, find_stage_one
 
 TIMEOUT = 5
@@ -54,12 +54,12 @@ def attempt(call: Callable[..., Any], *args: Any) -> tuple[Any, list[Problem]]:
 
 # ------------------------------------------------------------------------------------- data
 def check_data(
-    config: DataConfig, resolutions: Sequence[int], validates: bool
+    config: DataConfig, resolutions: Sequence[Resolution], validates: bool
 ) -> tuple[Source | None, list[Problem]]:
     """Open the training images of the last resolution, and the held-out ones if it `validates`.
 
     Args:
-        resolutions: sides of the training images, in pixels.
+        resolutions: sizes of the training images, in pixels.
     """
     source: Source | None = None
     try:

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldm.config import Resolution
 from ldm.distributed import make_accelerator
 from ldm.run import Run, RunConfig
 from pipelines.doctor.training import AutoencoderTraining, Training
@@ -168,10 +169,10 @@ class Costs:
         # averages are deep copies, and without its own mode a copied buffer would be garbage
         with self.run.fake, FakeCopyMode(self.run.fake), device:
             self.training = build(self.run)
-        self._steps: dict[tuple[int, bool, int], StepCost] = {}
+        self._steps: dict[tuple[Resolution, bool, int], StepCost] = {}
 
     def step(
-        self, resolution: int, adversarial_active: bool = True, batch: int | None = None
+        self, resolution: Resolution, adversarial_active: bool = True, batch: int | None = None
     ) -> StepCost:
         """Costs of a step on `batch` images, or `self.batch`; worked out once.
 
@@ -187,14 +188,14 @@ class Costs:
             self._steps[key] = StepCost(self.run.kept, counter.get_total_flops() / 2e9 / key[-1])
         return self._steps[key]
 
-    def gmac(self, resolution: int) -> dict[str, float]:
+    def gmac(self, resolution: Resolution) -> dict[str, float]:
         """10⁹ multiply-accumulates of each reported network for one image, forward."""
         # as in a step, whose operations need not be worked out again
         with self.run.fake, self.run.autocast():
             calls = self.training.calls(resolution, self.batch)
             return {name: count_gmac(call) / self.batch for name, call in calls.items()}
 
-    def encoding(self, resolution: int, batch: int | None = None) -> int:
+    def encoding(self, resolution: Resolution, batch: int | None = None) -> int:
         """Most bytes that stage one holds while it encodes for stage two."""
         if isinstance(self.training, AutoencoderTraining):
             return 0
@@ -266,7 +267,7 @@ class Disk:
 
 def training_memory(
     costs: Costs,
-    resolutions: Sequence[int],
+    resolutions: Sequence[Resolution],
     processes: int = 1,
     accumulate: int = 1,
     batch: int | None = None,

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from ldm.checkpoint import fingerprint
+from ldm.config import Resolution, format_size, pixel_count
 from ldm.data import Source, holds_out
 from ldm.device import resolve_device, resolve_precision
 from ldm.distributed import check_batch, make_accelerator
@@ -48,8 +49,8 @@ class NetworkCost:
     name: str
     parameters: int
     """Learned values."""
-    gmac: dict[int, float]
-    """By the side of the images, in pixels: 10⁹ multiply-accumulates for one, forward."""
+    gmac: dict[int | str, float]
+    """By the size of the images, R or "H×W": 10⁹ multiply-accumulates for one, forward."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,9 @@ class Diagnosis:
     length: Length
     problems: list[Problem]
     parts: list[NetworkCost] = field(default_factory=list)
-    step_gmac: dict[int, float] = field(default_factory=dict)
-    """By the side of the images: 10⁹ multiply-accumulates of a training step, per image, forward
-    and backward, all networks."""
+    step_gmac: dict[int | str, float] = field(default_factory=dict)
+    """By the size of the images, R or "H×W": 10⁹ multiply-accumulates of a training step, per
+    image, forward and backward, all networks."""
     memory: Memory | None = None
     disk: Disk | None = None
     trial: Timing | None = None
@@ -168,8 +169,8 @@ def _stage_one(
     recipe: AutoencoderRecipe, problems: list[Problem]
 ) -> tuple[Source | None, Build, DiskOf]:
     # the largest first: its message about missing data then suits every phase
-    sides = sorted({phase.resolution for phase in recipe.phases}, reverse=True)
-    source, faults = checks.check_data(recipe.data.of(recipe), sides, validates=True)
+    sizes = sorted({phase.resolution for phase in recipe.phases}, key=pixel_count, reverse=True)
+    source, faults = checks.check_data(recipe.data.of(recipe), sizes, validates=True)
     problems += faults + checks.check_perceptual(recipe) + checks.check_inception()
     found, faults = checks.attempt(read_given, recipe)
     problems += faults
@@ -234,21 +235,28 @@ def _complete(
 ) -> None:
     """Add the costs and the timing, and the problems that they show."""
     length, parts = d.length, stretches(recipe)
-    sides = sorted({part.resolution for part in parts}, reverse=True)
-    memory_of = partial(training_memory, costs, sides, length.processes)
+    sizes = sorted({part.resolution for part in parts}, key=pixel_count, reverse=True)
+    memory_of = partial(training_memory, costs, sizes, length.processes)
     memory = memory_of(length.accumulate, length.each)
     d.memory, d.disk = memory, disk
     d.problems += _check_memory(memory, memory_of, d) + _check_disk(disk, d.machine)
-    d.step_gmac = {side: costs.step(side).gmac for side in sides}
-    gmac = {side: costs.gmac(side) for side in sides}
+    d.step_gmac = {_key(size): costs.step(size).gmac for size in sizes}
+    gmac = {size: costs.gmac(size) for size in sizes}
     for name, network in costs.training.networks.items():
-        each = {side: gmac[side][name] for side in sides}
+        each = {_key(size): gmac[size][name] for size in sizes}
         d.parts.append(NetworkCost(name, count_parameters(network), each))
-    work = sum(part.steps * d.step_gmac[part.resolution] for part in parts) * length.batch_size
+    work = (
+        sum(part.steps * d.step_gmac[_key(part.resolution)] for part in parts) * length.batch_size
+    )
     d.problems += checks.check_machine(recipe.run, costs.run.device, work)
     # a CPU whose memory does not suffice would kill the process
     if seconds > 0 and (_on_gpu(d) or memory.lasting <= d.machine.memory):
         _time(d, costs, memory_of, parts, build, seconds)
+
+
+def _key(resolution: Resolution) -> int | str:
+    """A resolution as a key of JSON."""
+    return resolution if isinstance(resolution, int) else format_size(resolution)
 
 
 def _on_gpu(d: Diagnosis) -> bool:
@@ -306,10 +314,10 @@ def _time(
     on_gpu = _on_gpu(d)  # which reports by itself that it is full
     fits_whole = on_gpu or memory_of(length.accumulate, length.each).total <= free
 
-    def fits(side: int, images: int) -> bool:
+    def fits(size: Resolution, images: int) -> bool:
         if fits_whole:
             return True
-        return training_memory(costs, [side], length.processes, 1, images).total <= free
+        return training_memory(costs, [size], length.processes, 1, images).total <= free
 
     try:
         with torch.random.fork_rng(devices=[]):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ldm.config import Resolution, height_width, pixel_count, read_resolution, short_size
 from ldm.device import synchronise
 from ldm.errors import LdmError
 from pipelines.doctor.costs import Costs
@@ -34,8 +35,8 @@ smallest images are mostly overhead, and would promise less."""
 class Stretch:
     """A part of a run in which all steps are alike."""
 
-    resolution: int
-    """Side of the images, in pixels."""
+    resolution: Resolution
+    """Size of the images, in pixels."""
     steps: int
     """Steps of the recipe in it."""
     adversarial_active: bool = False
@@ -47,8 +48,8 @@ class Speed:
     """Speed of a stretch of the run."""
 
     load: Stretch
-    measured_side: int
-    """Side of the images measured, in pixels."""
+    measured_side: Resolution
+    """Size of the images measured, in pixels."""
     measured_batch: int
     """Images of the micro-batch measured."""
     images_per_second: float
@@ -85,16 +86,25 @@ def stretches(recipe: AutoencoderRecipe | DiffusionRecipe) -> list[Stretch]:
     return [stretch for stretch in found if stretch.steps]
 
 
+Fits = Callable[[Resolution, int], bool]
+
+
+def _half(size: Resolution) -> Resolution | None:
+    """Half of both sides; None if one is odd."""
+    height, width = height_width(size)
+    return None if height % 2 or width % 2 else read_resolution((height // 2, width // 2))
+
+
 class StepTimer:
     """Times the steps of a training, and separately the updates in them, whose cost is fixed.
 
     Args:
         training: set up on a real run.
         costs: of the training's steps, per image.
-        fits: (side, images) → True if a step on such a micro-batch fits into memory.
+        fits: (size, images) → True if a step on such a micro-batch fits into memory.
     """
 
-    def __init__(self, training: Training, costs: Costs, fits: Callable[[int, int], bool]) -> None:
+    def __init__(self, training: Training, costs: Costs, fits: Fits) -> None:
         self.training, self.costs, self.fits = training, costs, fits
         self.device = training.run.device
         self._updating = 0.0
@@ -104,50 +114,52 @@ class StepTimer:
                 part.register_step_post_hook(self._end_update)
 
     def grow(
-        self, stretch: Stretch, side: int, images: int, deadline: float
-    ) -> tuple[int, int, list[tuple[float, float]], bool]:
+        self, stretch: Stretch, size: Resolution, images: int, deadline: float
+    ) -> tuple[Resolution, int, list[tuple[float, float]], bool]:
         """Time steps on ever larger micro-batches, then on the last again, until the deadline.
 
         Args:
-            side, images: size of the first.
+            size, images: of the first.
 
         Returns:
             The size of the last; the times of its steps, as from `step`; and True if memory
             ended the growth.
         """
         times: list[tuple[float, float]] = []
-        size, out_of_memory = (side, images), False
+        probe, out_of_memory = (size, images), False
         active, batch = stretch.adversarial_active, self.costs.batch
-        per_pixel = self.costs.step(stretch.resolution, active).gmac / stretch.resolution**2
+        gmac = self.costs.step(stretch.resolution, active).gmac
+        per_pixel = gmac / pixel_count(stretch.resolution)
         while True:
             try:
-                if not self.fits(*size):
+                if not self.fits(*probe):
                     raise torch.OutOfMemoryError
-                times = [self.step(*size, active)]
+                times = [self.step(*probe, active)]
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
                 out_of_memory = True
                 break
-            (side, images), (work, update) = size, times[0]
-            if size == (stretch.resolution, batch):
+            (size, images), (work, update) = probe, times[0]
+            if probe == (stretch.resolution, batch):
                 break
-            rate = max(per_pixel * side**2 * images / max(work, 1e-6), SLOWEST[self.device.type])
-            size = (side, min(2 * images, batch))
-            if side < stretch.resolution:
-                size = (2 * side, 1)
-            expected = update + per_pixel * size[0] ** 2 * size[1] / rate
+            gmac = per_pixel * pixel_count(size) * images
+            rate = max(gmac / max(work, 1e-6), SLOWEST[self.device.type])
+            probe = (size, min(2 * images, batch))
+            if size != stretch.resolution:
+                probe = (read_resolution([2 * side for side in height_width(size)]), 1)
+            expected = update + per_pixel * pixel_count(probe[0]) * probe[1] / rate
             if time.monotonic() + expected > deadline:
                 break
         if not times:
-            raise LdmError(f"not enough memory for one image of {side}²")
+            raise LdmError(f"not enough memory for one image of {short_size(size)}")
         while len(times) <= MOST_REPEATS and time.monotonic() + sum(times[-1]) < deadline:
-            times.append(self.step(side, images, active))
-        return side, images, times, out_of_memory
+            times.append(self.step(size, images, active))
+        return size, images, times, out_of_memory
 
-    def step(self, side: int, images: int, adversarial_active: bool) -> tuple[float, float]:
+    def step(self, size: Resolution, images: int, adversarial_active: bool) -> tuple[float, float]:
         """Take a step; return its seconds without the updates, and those of the updates."""
         self._updating, began = 0.0, self._now()
-        self.training.step(side, images, adversarial_active)
+        self.training.step(size, images, adversarial_active)
         self._begin_update()
         self.training.state.advance()
         self._end_update()
@@ -176,24 +188,28 @@ def time_training(
     """
     costs, on_gpu = timer.costs, timer.device.type == "cuda"
     speeds: list[Speed] = []
-    resolution, side, images, out_of_memory = 0, SMALLEST, 1, False
+    resolution: Resolution = 0
+    size: Resolution = SMALLEST
+    images, out_of_memory = 1, False
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(timer.device)
     for number, stretch in enumerate(stretches):
         now, active = time.monotonic(), stretch.adversarial_active
         deadline = now + (end - now) / (len(stretches) - number)
         if stretch.resolution != resolution:
-            resolution, images, most, side = stretch.resolution, 1, side, stretch.resolution
-            while side > most and side % 2 == 0 and timer.training.accepts(side // 2):
-                side //= 2
-        if not speeds and timer.fits(side, images):
-            timer.step(side, images, active)  # a warm-up
-        side, images, times, full = timer.grow(stretch, side, images, deadline)
+            resolution, images, most, size = stretch.resolution, 1, size, stretch.resolution
+            while pixel_count(size) > pixel_count(most) and (half := _half(size)):
+                if not timer.training.accepts(half):
+                    break
+                size = half
+        if not speeds and timer.fits(size, images):
+            timer.step(size, images, active)  # a warm-up
+        size, images, times, full = timer.grow(stretch, size, images, deadline)
         out_of_memory = out_of_memory or full
         work, update = map(median, zip(*times[1:] or times, strict=True))
-        scale = costs.step(resolution, active).gmac / costs.step(side, active).gmac
+        scale = costs.step(resolution, active).gmac / costs.step(size, active).gmac
         step = accumulate * costs.batch * work / images * scale + update
         rate = accumulate * costs.batch * processes / step
-        speeds.append(Speed(stretch, side, images, rate, stretch.steps * step))
+        speeds.append(Speed(stretch, size, images, rate, stretch.steps * step))
     peak = torch.cuda.max_memory_allocated(timer.device) if on_gpu else None
     return Timing(tuple(speeds), sum(speed.seconds for speed in speeds), peak, out_of_memory)

@@ -18,12 +18,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from autoencoders import Autoencoder, AutoencoderConfig
 from autoencoders.losses import LPIPS, random_lpips
 from autoencoders.losses.perceptual import CONV5_4, ESRGANPerceptual
+from ldm.config import Resolution, height_width
 from ldm.data import Source
 from ldm.run import Run
 from pipelines import train_autoencoder, train_diffusion
 from pipelines.finetune import Given
 from pipelines.latents import Codec, LatentBatch, LatentCache, latent_batches
-from pipelines.recipes import AutoencoderRecipe, DiffusionRecipe
+from pipelines.recipes import AutoencoderRecipe, DiffusionRecipe, latent_shape
 from pipelines.train_autoencoder import AutoencoderState
 from pipelines.train_diffusion import DiffusionState
 
@@ -53,25 +54,24 @@ class AutoencoderTraining:
         if self.state.teacher is not None:
             self.frozen.append(self.state.teacher)
 
-    def accepts(self, resolution: int) -> bool:
-        """True if the recipe could train on images of this side, in pixels."""
+    def accepts(self, resolution: Resolution) -> bool:
+        """True if the recipe could train on images of this size, in pixels."""
         try:
             self.recipe.check_resolution(resolution)
         except ValueError:
             return False
         return True
 
-    def step(self, resolution: int, batch: int, adversarial_active: bool = True) -> None:
+    def step(self, resolution: Resolution, batch: int, adversarial_active: bool = True) -> None:
         """Train on a micro-batch, with an update of each network."""
         images = _images(self.run, self.recipe.image_channels, resolution, batch)
         ramp = float(adversarial_active)
         train_autoencoder.train_step(self.run, self.state, images, range(batch), ramp)
 
-    def calls(self, resolution: int, batch: int) -> Mapping[str, Callable[[], Any]]:
+    def calls(self, resolution: Resolution, batch: int) -> Mapping[str, Callable[[], Any]]:
         """Forward passes of the reported networks."""
-        side = resolution // self.recipe.encoder.downsampling
         images = _images(self.run, self.recipe.image_channels, resolution, batch)
-        latents = torch.randn(batch, self.recipe.latent_channels, side, side, device=images.device)
+        latents = torch.randn(batch, *self.recipe.latent_shape(resolution), device=images.device)
         calls = {
             "encoder": lambda: self.state.autoencoder.encode(images),
             "decoder": lambda: self.state.autoencoder.decode(latents),
@@ -99,11 +99,12 @@ class DiffusionTraining:
         self.frozen, self.exported = [self.autoencoder], [network, self.autoencoder]
         self._stream_of = cache(self._stream)  # one stream for each size, over all its steps
 
-    def accepts(self, resolution: int) -> bool:
-        """True if the recipe could train on images of this side, in pixels."""
-        return resolution % (self.autoencoder.downsampling * self.state.network.factor) == 0
+    def accepts(self, resolution: Resolution) -> bool:
+        """True if the recipe could train on images of this size, in pixels."""
+        factor = self.autoencoder.downsampling * self.state.network.factor
+        return all(side % factor == 0 for side in height_width(resolution))
 
-    def step(self, resolution: int, batch: int, adversarial_active: bool = True) -> None:
+    def step(self, resolution: Resolution, batch: int, adversarial_active: bool = True) -> None:
         """Train on a micro-batch, with an update of the network."""
         if isinstance(next(self.autoencoder.parameters()), FakeTensor):
             with sdpa_kernel(SDPBackend.MATH):  # as in `pipelines.doctor.costs.count_gmac`
@@ -113,7 +114,7 @@ class DiffusionTraining:
             _, latents = next(self._stream_of(resolution, batch))
         train_diffusion.train_step(self.run, self.state, latents)
 
-    def calls(self, resolution: int, batch: int) -> Mapping[str, Callable[[], Any]]:
+    def calls(self, resolution: Resolution, batch: int) -> Mapping[str, Callable[[], Any]]:
         """Forward passes of the reported networks."""
         images = _images(self.run, self.autoencoder.config.image_channels, resolution, batch)
         latents = self._random_latents(resolution, batch)
@@ -122,44 +123,42 @@ class DiffusionTraining:
             "encoder": lambda: self.autoencoder.encode(images),
         }
 
-    def encode(self, resolution: int, batch: int) -> None:
+    def encode(self, resolution: Resolution, batch: int) -> None:
         """Encode a micro-batch, unless latents come from a cache."""
         if not self.recipe.cache:
             with torch.no_grad(), self.run.autocast():
                 channels = self.autoencoder.config.image_channels
                 self.autoencoder.encode(_images(self.run, channels, resolution, batch))
 
-    def _stream(self, resolution: int, batch: int) -> Iterator[tuple[int, LatentBatch]]:
+    def _stream(self, resolution: Resolution, batch: int) -> Iterator[tuple[int, LatentBatch]]:
         """The training's own batches, of one image of noise or a blank cache."""
         n_z, classes = self.recipe.network.latent_channels, self.recipe.network.classes
         data = self.recipe.data.model_copy(update={"workers": 0})
         sizes = {"resolution": resolution, "batch_size": batch, "accumulate": 1, "data": data}
         recipe = self.recipe.model_copy(update={**sizes, "steps": 10**6})  # without end
         codec = Codec(self.autoencoder, torch.zeros(n_z), torch.ones(n_z), recipe.edm.sigma_data)
-        channels = self.autoencoder.config.image_channels
-        source, side = (
-            _Noise(resolution, classes, channels),
-            resolution // self.autoencoder.downsampling,
-        )
-        blank = _BlankCache(source, (n_z, side, side)) if recipe.cache else None
+        source = _Noise(resolution, classes, self.autoencoder.config.image_channels)
+        shape = latent_shape(recipe, self.autoencoder)
+        blank = _BlankCache(source, shape) if recipe.cache else None
         return latent_batches(self.run, recipe, self.run.place(codec), source, blank, 0)
 
-    def _random_latents(self, resolution: int, batch: int) -> LatentBatch:
-        side, device = resolution // self.autoencoder.downsampling, self.run.device
-        z = torch.randn(batch, self.recipe.network.latent_channels, side, side, device=device)
+    def _random_latents(self, resolution: Resolution, batch: int) -> LatentBatch:
+        shape, device = self.autoencoder.config.latent_shape(resolution), self.run.device
+        z = torch.randn(batch, *shape, device=device)
         sigma = torch.ones(batch, device=device)
         return LatentBatch(z, sigma, noise=torch.randn_like(z), labels=None, augment=None)
 
 
 class _Noise(Source):
-    """A source whose images are one, of noise, uint8 (side, side, C)."""
+    """A source whose images are one, of noise, uint8 (H, W, C)."""
 
-    def __init__(self, side: int, classes: int, channels: int) -> None:
+    def __init__(self, resolution: Resolution, classes: int, channels: int) -> None:
         self.channels = channels
         if classes:
             self.classes = tuple(map(str, range(classes)))
             self._labels = np.arange(len(self)) % classes
-        self._image = np.random.default_rng(0).integers(0, 256, (side, side, channels), np.uint8)
+        shape = *height_width(resolution), channels
+        self._image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
     def __len__(self) -> int:
         return 1000
@@ -197,6 +196,6 @@ def random_perceptual(recipe: AutoencoderRecipe) -> dict[str, LPIPS | ESRGANPerc
     return losses
 
 
-def _images(run: Run, channels: int, resolution: int, batch: int) -> Tensor:
+def _images(run: Run, channels: int, resolution: Resolution, batch: int) -> Tensor:
     """Random images (b, C, H, W), in the memory layout of training images."""
-    return run.place(torch.randn(batch, channels, resolution, resolution, device=run.device))
+    return run.place(torch.randn(batch, channels, *height_width(resolution), device=run.device))

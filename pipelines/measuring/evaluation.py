@@ -20,7 +20,16 @@ from autoencoders import AutoencoderConfig
 from autoencoders.autoencoder import assemble
 from autoencoders.pretrained import read_autoencoder
 from ldm.checkpoint import fingerprint
-from ldm.config import validate
+from ldm.config import (
+    Resolution,
+    height_width,
+    plain_size,
+    read_resolution,
+    short_size,
+    shorter_side,
+    size_word,
+    validate,
+)
 from ldm.data import DataConfig, Source, open_source
 from ldm.data.dataset import PHOTOS
 from ldm.data.sources import Part, Split
@@ -52,7 +61,7 @@ class EvaluationJob:
     trained_on: DataConfig | None
     data: DataConfig
     split: Split
-    resolution: int
+    resolution: Resolution
     source: Source
     seen: dict[str, Any]
 
@@ -61,7 +70,7 @@ def plan_jobs(
     models: Sequence[Path],
     data: str | DataConfig | None,
     split: Split,
-    resolutions: Sequence[int] | None,
+    resolutions: Sequence[Resolution] | None,
     how: MeasureOptions,
     ranks: PartialState,
 ) -> list[EvaluationJob]:
@@ -81,15 +90,15 @@ def plan_jobs(
             own = own and own.of(config)
             chosen = choose_data(data, own)
             phases = recipe.get("phases")
-            sides = resolutions or ([phases[-1]["resolution"]] if phases else [])
-            if chosen is None or not sides:
+            sizes = resolutions or ([read_resolution(phases[-1]["resolution"])] if phases else [])
+            if chosen is None or not sizes:
                 option = "--data" if chosen is None else "--resolution"
                 raise UsageError(f"{path} does not name its training data: give {option}")
             chosen = chosen.of(config)
-            for side in dict.fromkeys(sides):
-                _check_resolution(path, config, side)
-                source = open_once(chosen, split, side)
-                jobs.append(EvaluationJob(path, about, own, chosen, split, side, source, {}))
+            for size in dict.fromkeys(sizes):
+                _check_resolution(path, config, size)
+                source = open_once(chosen, split, size)
+                jobs.append(EvaluationJob(path, about, own, chosen, split, size, source, {}))
     overlap = cache(partial(try_call, find_overlap, ranks=ranks, limit=how.limit))
     return [replace(job, seen=_compare(job, overlap, how)) for job in jobs]
 
@@ -106,15 +115,16 @@ def _read(path: Path) -> tuple[AutoencoderConfig, dict[str, Any]]:
     }
 
 
-def _check_resolution(path: Path, config: AutoencoderConfig, resolution: int) -> None:
-    encoder = config.encoder
-    least = max(SMALLEST, encoder.downsampling)
-    if resolution < least:
-        raise LdmError(f"--resolution {resolution}: {path} needs {least} or more")
+def _check_resolution(path: Path, config: AutoencoderConfig, resolution: Resolution) -> None:
+    f, given = config.encoder.downsampling, f"--resolution {size_word(resolution)}"
+    least = max(SMALLEST, f)
+    if shorter_side(resolution) < least:
+        raise LdmError(f"{given}: {path} needs {least} or more")
+    height, width = height_width(resolution)
     try:
-        config.check_size(resolution + -resolution % encoder.downsampling)
+        config.check_size((height + -height % f, width + -width % f))
     except LdmError as error:
-        raise LdmError(f"--resolution {resolution}: {path} cannot take it: {error}") from error
+        raise LdmError(f"{given}: {path} cannot take it: {error}") from error
 
 
 def _compare(
@@ -162,7 +172,7 @@ BATCH = 64
 def find_overlap(
     held_out: Source,
     trained_on: DataConfig,
-    resolution: int,
+    resolution: Resolution,
     ranks: PartialState,
     limit: int | None = None,
     workers: int = 0,
@@ -245,7 +255,7 @@ class Evaluation:
     """
 
     model: Path
-    resolution: int
+    resolution: Resolution
     count: int
     numbers: dict[str, float | None]
     about: dict[str, Any]
@@ -256,7 +266,7 @@ class Evaluation:
         """Return the JSON form."""
         return {
             "format": FORMAT,
-            "resolution": self.resolution,
+            "resolution": plain_size(self.resolution),
             "count": self.count,
             "numbers": self.numbers,
             **self.about,
@@ -280,7 +290,7 @@ def default_paths(jobs: Sequence[EvaluationJob], *settings: str) -> list[Path]:
 def default_path(job: EvaluationJob, *settings: str) -> Path:
     """Return the default file of an evaluation, beside its model: `eval/photos-val-64.json`."""
     model = job.model
-    words = [name_data(job.data.source), job.split, str(job.resolution), *settings]
+    words = [name_data(job.data.source), job.split, size_word(job.resolution), *settings]
     # best.pt lies beside ckpt.pt, and one of another format may beside either
     which = model.stem if model.suffix == ".pt" else model.name
     if model.is_file() and which != "ckpt":
@@ -330,7 +340,7 @@ def _cells(rows: Sequence[Evaluation]) -> tuple[list[str], list[list[str]]]:
     for name, of, row in zip(name_models([row.model for row in rows]), data, rows, strict=True):
         first = [name, of] if several else [name]
         numbers = [_cell(row, number) for number in shown]
-        body.append([*first, f"{row.resolution}²", str(row.count), *numbers])
+        body.append([*first, short_size(row.resolution), str(row.count), *numbers])
     return header, body
 
 

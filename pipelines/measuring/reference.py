@@ -21,23 +21,31 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 
-from ldm.config import to_tree
+from ldm.config import (
+    Resolution,
+    format_size,
+    height_width,
+    plain_size,
+    read_resolution,
+    size_word,
+    to_tree,
+)
 from ldm.data import Batch, DataConfig, Source, batches, open_source
 from ldm.data.dataset import PHOTOS, content_identity
 from ldm.data.hf import is_hub
 from ldm.data.remote import is_remote, read_remote_manifest
 from ldm.data.shards import MANIFEST, read_manifest
 from ldm.data.sources import Part, Split
-from ldm.data.transforms import NOT_RESIZED, CorruptImage
+from ldm.data.transforms import NOT_RESIZED, CorruptImage, covers, largest_crop
 from ldm.distributed import from_main
 from ldm.errors import LdmError, UsageError
+from ldm.hub import cache_folder, find_or_fetch
 from ldm.logbook import console
 from ldm.metrics import FeatureStatistics
 from ldm.metrics.features import FeatureSet
 from ldm.metrics.inception import Extractor, FeatureExtractor, digest
 from ldm.records import Count, checked, read_arrays, schema
 from ldm.run_folder import provenance
-from ldm.weights import cache_folder, find_or_fetch
 from pipelines.measuring.statistics import (
     SEED,
     CentreCrops,
@@ -79,7 +87,7 @@ def choose_data(data: str | DataConfig | None, own: DataConfig | None) -> DataCo
     return own if is_same(own, data) else DataConfig(source=data)
 
 
-_PREPARATION = schema(size=Count, filter=str, crop=str, source=str)
+_PREPARATION = schema(size=Resolution, filter=str, crop=str, source=str)
 
 
 def read_preparation(config: DataConfig) -> dict[str, Any] | None:
@@ -100,34 +108,37 @@ def read_preparation(config: DataConfig) -> dict[str, Any] | None:
     return {key: manifest[key] for key in _PREPARATION.model_fields}
 
 
-def find_filter(config: DataConfig, source: Source, resolution: int) -> str | None:
+def find_filter(config: DataConfig, source: Source, resolution: Resolution) -> str | None:
     """Return the filter that images, centre-cropped, are or were downsampled with, if known."""
     if config.source == PHOTOS:
         return None  # crops at native size
     prepared = read_preparation(config)
     steps = [prepared["filter"]] if prepared and prepared["filter"] != NOT_RESIZED else []
-    if native_size(config, source) > resolution:
+    if is_larger(config, source, resolution):
         steps.append("lanczos")  # as `center_crop` does
     return ", then ".join(steps) or None
 
 
-def native_size(config: DataConfig, source: Source) -> int:
-    """Return the shorter side of a data set's images, pixels, by its manifest or by most images."""
-    prepared = read_preparation(config)
-    if prepared:
-        return prepared["size"]
-    sides = [side for _, side in shorter_sides(source, range(len(source)))]
-    return int(np.median(sides)) if sides else 0
+def is_larger(config: DataConfig, source: Source, resolution: Resolution) -> bool:
+    """Tell whether a data set's images, by its manifest or by most, are cut larger than needed."""
+    if prepared := read_preparation(config):
+        shape = height_width(read_resolution(prepared["size"]))
+        heights = [largest_crop(*shape, resolution)[0]]
+    else:
+        heights = [height for _, height in crop_heights(source, range(len(source)), resolution)]
+    return bool(heights) and int(np.median(heights)) > height_width(resolution)[0]
 
 
-def shorter_sides(
-    source: Source, indices: Sequence[int], probes: int = 16
+def crop_heights(
+    source: Source, indices: Sequence[int], resolution: Resolution, probes: int = 16
 ) -> Iterator[tuple[int, int]]:
-    """Yield index and shorter side, pixels, of at most `probes` images, evenly spread."""
+    """Yield index and height of the largest centre crop, for squares the shorter side, in pixels,
+    of at most `probes` images, evenly spread."""
     for place in np.linspace(0, len(indices) - 1, min(probes, len(indices))).round():
         index = indices[int(place)]
         with suppress(CorruptImage):
-            yield index, min(source.load(index).shape[:2])
+            height, width = source.load(index).shape[:2]
+            yield index, largest_crop(height, width, resolution)[0]
 
 
 # ------------------------------------------------------------------------ images of a data set
@@ -145,7 +156,7 @@ class Reference:
     source: Source | None = None
 
     def __init__(
-        self, resolution: int, about: dict[str, Any], known: SetStatistics | None = None
+        self, resolution: Resolution, about: dict[str, Any], known: SetStatistics | None = None
     ) -> None:
         self.resolution, self.about, self.known = resolution, about, known
         self.what = about["what"]
@@ -176,18 +187,19 @@ class ImageReference(Reference):
         self,
         config: DataConfig,
         split: Split,
-        resolution: int,
+        resolution: Resolution,
         samples: int,
         limit: int | None = None,
     ) -> None:
         prepared = read_preparation(config)
-        if prepared and (size := prepared["size"]) != resolution:
+        if prepared and (size := read_resolution(prepared["size"])) != resolution:
             why = "images are never enlarged for a comparison"
-            if size > resolution:
+            if covers(*height_width(size), resolution):
                 why = "resizing twice changes every number"
             raise LdmError(
-                f"{config.source} was prepared at {size}×{size} and the samples are "
-                f"{resolution}×{resolution}: {why}; prepare the data with --size {resolution}"
+                f"{config.source} was prepared at {format_size(size)} and the samples are "
+                f"{format_size(resolution)}: {why}; prepare the data with --size "
+                f"{size_word(resolution)}"
             )
         self.config = config
         self.source = open_source(config, split, resolution)
@@ -276,7 +288,7 @@ def identify(reference: ImageReference, extractor: Extractor | None) -> dict[str
         "content": content_identity(reference.source, len(reference)),
         "split": reference.about["split"],
         "images": len(reference),
-        "resolution": reference.resolution,
+        "resolution": plain_size(reference.resolution),
         "crop": "center",
         "extractor": _identify_extractor(extractor),
         "pillow": version("pillow"),
@@ -329,7 +341,7 @@ def _load_kept(path: Path, identity: dict[str, Any]) -> tuple[FeatureSet, Hashes
 
 
 _EXTRACTOR = schema(sha256=str | None, mode=str | None, dim=Count)
-_IDENTITY = schema(extractor=_EXTRACTOR, content=str, resolution=Count)
+_IDENTITY = schema(extractor=_EXTRACTOR, content=str, resolution=Resolution)
 _REFERENCE = schema(what=str, split=(str | None, None), filter=str | None)
 _KEPT = schema(identity=_IDENTITY, reference=_REFERENCE, fingerprints=str)
 
@@ -385,7 +397,7 @@ def open_statistics(
     origin = {"statistics": str(path), "content": identity["content"], "kept": True}
     entry |= origin | {"count": features.count}
     known = SetStatistics.of_features(features, hashes)
-    return Reference(identity["resolution"], entry, known)
+    return Reference(read_resolution(identity["resolution"]), entry, known)
 
 
 def check_statistics(name: str) -> None:

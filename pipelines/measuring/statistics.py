@@ -21,6 +21,7 @@ from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ldm.config import Resolution
 from ldm.data import Batch, Source, evaluation_batches
 from ldm.data.loader import FaultCount
 from ldm.distributed import fail_together, from_main
@@ -100,7 +101,7 @@ class MeasureOptions:
 
 
 def find_extractor(
-    how: MeasureOptions, resolution: int, device: torch.device, ranks: PartialState
+    how: MeasureOptions, resolution: Resolution, device: torch.device, ranks: PartialState
 ) -> tuple[Extractor | None, str | None]:
     """Load the feature extractor on all processes, or return the reason for its absence.
 
@@ -167,7 +168,7 @@ HASH_BYTES = 8  # of 50,000 and 70,000 images, two different ones collide once i
 
 
 def hash_images(images: Tensor, ks: Tensor) -> Hashes:
-    """Hash images (B, C, R, R), at 8 bits, with the numbers `ks` (B,)."""
+    """Hash images (B, C, H, W), at 8 bits, with the numbers `ks` (B,)."""
     images = as_uint8(images)
     # the same pixels may lie in memory in either layout: bring them to one
     pixels = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
@@ -191,7 +192,7 @@ class ImageSet(Protocol):
     """A set of images of one size, numbered from 0; `what` describes it to the user."""
 
     what: str
-    resolution: int
+    resolution: Resolution
 
     def __len__(self) -> int: ...
 
@@ -205,7 +206,7 @@ class CentreCrops:
     """Centre crops of a source's images, part of a set of `total`, of which 1 % may be corrupt."""
 
     source: Source
-    resolution: int
+    resolution: Resolution
     what: str
     total: int
 
@@ -236,7 +237,7 @@ class SetStatistics:
     def __init__(
         self,
         total: int,
-        resolution: int,
+        resolution: Resolution,
         extractor: Extractor | None = None,
         swd_images: int = SWD_IMAGES,
         every_feature: bool = False,
@@ -253,12 +254,12 @@ class SetStatistics:
     @classmethod
     def of_features(cls, features: FeatureSet, hashes: Hashes) -> "SetStatistics":
         """Wrap the features, and any known hashes, of images that are not here."""
-        found = cls(0, 0, swd_images=0)
+        found = cls(0, 1, swd_images=0)
         found.features, found.hashes = features, hashes
         return found
 
     def update(self, images: Tensor, ks: Tensor, extractor: Extractor | None = None) -> None:
-        """Take in images (B, C, R, R), uint8 or floats in [−1, 1], with their numbers (B,).
+        """Take in images (B, C, H, W), uint8 or floats in [−1, 1], with their numbers (B,).
 
         The extractor sees them at 8 bits, and one channel repeated to three.
         """

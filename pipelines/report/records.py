@@ -6,31 +6,38 @@ Missing files become notes, not errors.
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ldm.charts import colour
-from ldm.config import Tree, flatten
+from ldm.config import Resolution, Tree, flatten, read_resolution, short_size
 from ldm.errors import LdmError, UsageError, try_call
 from ldm.logbook import read_rows
-from ldm.records import Count, read_each, read_tree, schema
-from ldm.run_folder import is_finished, read_config, read_run
-from pipelines.analysis.subjects import distinct_names, split_name
-from pipelines.measuring.results import (
+from ldm.records import (
     NUMBERS,
     SAMPLES,
+    Count,
     known_numbers,
+    read_each,
     read_numbers,
+    read_tree,
+    schema,
     section,
     show_number,
 )
+from ldm.run_folder import is_finished, read_config, read_run
+from pipelines.analysis.subjects import distinct_names, split_name
 from pipelines.report import page
 
 STAGES = {"autoencoder": "stage one", "diffusion": "stage two"}
 # measurements see each image's centre, once
-IRRELEVANT = ("crop", "flip", "labels", "label_file", "label_column", "workers", "changed")
-LATER = {"small": "error", "image_column": ""}
+IRRELEVANT = (
+    "crop", "flip", "labels", "label_file", "label_column", "streams", "window", "cache_gb",
+    "workers", "changed",
+)  # fmt: skip
+LATER = {"small": "error", "image_column": "", "channels": None, "range": "type"}
 """Defaults of keys that earlier results do not have."""
 
 
@@ -76,14 +83,14 @@ class Record:
         return int(max([*last, (self.result or {}).get("images_seen") or 0]))
 
     @property
-    def resolution(self) -> int:
+    def resolution(self) -> Resolution:
         """Image size at the end of the training, in pixels; 0 if unknown."""
         phases = self.config.get("phases")  # stage two has none
         last = phases[-1] if isinstance(phases, list) and phases else self.config
         side = last.get("resolution") if isinstance(last, dict) else None
         if side is None and self.result is not None:  # an unfinished run may still grow
             side = next((r["resolution"] for r in self.rows[::-1] if "resolution" in r), None)
-        return int(side) if isinstance(side, int | float) else 0
+        return _read_size(side) or 0
 
 
 @dataclass
@@ -288,8 +295,16 @@ def _relevant(data: Tree) -> Tree:
 def _images(count: Any, what: str, side: Any = None) -> str:
     """Return such as "38 images at 64²", if known."""
     many = f"{count:,} {what}" if isinstance(count, int) else ""
-    at = f"at {side}²" if isinstance(side, int) and side > 0 else ""
+    size = _read_size(side)
+    at = f"at {short_size(size)}" if size else ""
     return " ".join(filter(None, (many, at)))
+
+
+def _read_size(given: Any) -> Resolution | None:
+    """A resolution in a file that may be damaged, if it is one."""
+    with suppress(ValueError):
+        return read_resolution(given)
+    return None
 
 
 def _join(*words: str) -> str:

@@ -13,7 +13,16 @@ from autoencoders import AutoencoderConfig
 from autoencoders.autoencoder import assemble
 from autoencoders.pretrained import read_autoencoder
 from ldm.checkpoint import fingerprint
-from ldm.config import Tree, flatten, to_flow, validate
+from ldm.config import (
+    Resolution,
+    Tree,
+    flatten,
+    pixel_count,
+    read_resolution,
+    short_size,
+    to_flow,
+    validate,
+)
 from ldm.data import DataConfig, open_source, sheet_images
 from ldm.device import resolve_device
 from ldm.errors import LdmError, UsageError, check_at_least, try_call
@@ -51,7 +60,7 @@ GRADIENT_RATIO = (
     "the decoder's last layer: Equation 2 of the paper without its ½. `ldm analyze gradients` "
     "draws the inverse."
 )
-PROGRESS = ("lr", "images_per_second", "resolution", "skipped")
+PROGRESS = ("lr", "images_per_second", "resolution", "height", "width", "skipped")
 """Metrics of the run itself, not of the model."""
 LINEAR = ("val_psnr", "val_ssim", *PROGRESS)
 
@@ -63,7 +72,7 @@ def write_report(
     seed: int = 0,
     steps: int = 18,
     data: str | None = None,
-    resolution: int | None = None,
+    resolution: Resolution | None = None,
     device: str = "auto",
 ) -> Path:
     """Write one self-contained HTML page about training runs, which are only read.
@@ -127,7 +136,7 @@ def _reconstructions_section(
     records: Sequence[Record],
     count: int,
     data: str | None,
-    resolution: int | None,
+    resolution: Resolution | None,
     device: torch.device,
     suffix: str,
 ) -> str:
@@ -162,23 +171,24 @@ def _training_data(record: Record) -> DataConfig | None:
 def _reconstructions(
     config: DataConfig | None,
     records: Sequence[Record],
-    resolution: int | None,
+    resolution: Resolution | None,
     count: int,
     device: torch.device,
 ) -> str:
     """Return the first held-out images of a data set, their reconstructions, and their latents."""
-    side = resolution or max(record.resolution for record in records)
+    size = resolution or max((r.resolution for r in records), key=pixel_count)
     latents: list[tuple[str, Tensor]] = []
 
     def load() -> tuple[str, Tensor]:
-        if config is None or not side:
+        if config is None or not size:
             lacking = "data" if config is None else "resolution"
             raise LdmError(f"config.yaml does not record the {lacking}: use --{lacking}")
         files = (try_call(read_autoencoder, record.folder) for record in records)
         first = next((file for file in files if not isinstance(file, LdmError)), None)
         data = config.of(validate(AutoencoderConfig, first.tree)) if first else config
-        images = as_float(sheet_images(open_source(data, "val", side), side, count))
-        return f"Originals: {config.source}, {len(images)} held-out images at {side}²", images
+        images = as_float(sheet_images(open_source(data, "val", size), size, count))
+        what = f"{len(images)} held-out images at {short_size(size)}"
+        return f"Originals: {config.source}, {what}", images
 
     row = try_call(load)  # once for all runs, a failure too
 
@@ -200,8 +210,8 @@ def _reconstructions(
         each = psnr(originals, recon)
         caption = f"PSNR {each.mean().item():.2f} dB"
         caption += f" ({' · '.join(f'{value:.1f}' for value in each.tolist())})"
-        if record.resolution != originals.shape[-1]:
-            caption += f"; trained at up to {record.resolution}²"
+        if record.resolution != read_resolution(originals.shape[-2:]):
+            caption += f"; trained at up to {short_size(record.resolution)}"
         return caption, recon
 
     rows, missing = _pictures(records, "recon", reconstruct)
@@ -338,14 +348,18 @@ def _chart(name: str, records: Sequence[Record]) -> str:
 
 def _resolutions(records: Sequence[Record]) -> str:
     """Return a note on the resolutions at which runs were validated, if they differ."""
-    sides: dict[int, list[str]] = {}
+    sizes: dict[Resolution, list[str]] = {}
     for record in records:
-        sides.setdefault(record.resolution, []).append(record.label)
-    if len(sides) < 2:
+        sizes.setdefault(record.resolution, []).append(record.label)
+    if len(sizes) < 2:
         return ""
+
+    def largest(of: tuple[Resolution, list[str]]) -> tuple[int, list[str]]:
+        return pixel_count(of[0]), of[1]
+
     each = [
-        f"{f'at {side}²' if side else 'at an unknown resolution'}: {', '.join(labels)}"
-        for side, labels in sorted(sides.items(), reverse=True)
+        f"{f'at {short_size(s)}' if s else 'at an unknown resolution'}: {', '.join(labels)}"
+        for s, labels in sorted(sizes.items(), key=largest, reverse=True)
     ]
     return f"Not comparable between resolutions. Validated {'; '.join(each)}."
 

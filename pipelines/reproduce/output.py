@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from autoencoders.discriminators import StyleGANConfig
-from ldm.config import flatten, to_tree
+from ldm.config import flatten, read_resolution, short_size, to_tree
 from ldm.data.dataset import PHOTOS
 from ldm.files import to_json, write_together
 from ldm.run_folder import provenance
@@ -436,7 +436,9 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
 
 def _words(key: str, value: Any) -> str:
     if key == "phases":
-        return ", then ".join(f"{p['steps']:,} steps at {p['resolution']}²" for p in value)
+        sizes = [short_size(read_resolution(p["resolution"])) for p in value]
+        steps = [f"{p['steps']:,} steps" for p in value]
+        return ", then ".join(map(" at ".join, zip(steps, sizes, strict=True)))
     if key == "data.source" and value == PHOTOS:
         return "the photographs of scikit-image"
     if isinstance(value, bool) or value is None:

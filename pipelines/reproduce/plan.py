@@ -17,11 +17,13 @@ from typing import Any, Generic, TypeVar
 
 from ldm.config import (
     Config,
+    Resolution,
     Tree,
     key_paths,
     list_presets,
     load_preset,
     parse_override,
+    plain_size,
     resolve,
     to_tree,
     validate,
@@ -125,8 +127,10 @@ def _width(value: int, scale: Scale) -> int:
     return max(1, value // scale.widths)
 
 
-def _side(value: int, scale: Scale) -> int:
-    return value >> scale.halvings
+def _side(value: Any, scale: Scale) -> Any:
+    """A side, or a height and a width."""
+    is_pair = isinstance(value, list)
+    return [_side(side, scale) for side in value] if is_pair else value >> scale.halvings
 
 
 # By the last part of a key, wherever it occurs
@@ -187,7 +191,7 @@ class Target:
 
     row: Row
     folder: Path
-    resolution: int
+    resolution: Resolution
     """Image size of the measurement in pixels."""
     stage_one: Training[AutoencoderRecipe]
     stage_two: Training[DiffusionRecipe] | None = None
@@ -212,7 +216,7 @@ class Target:
     def request(self, protocol: Protocol) -> dict[str, Any]:
         """Return the settings that the row's numbers depend on, as plain values."""
         trained = {"recipe": decisive(self.training.recipe)}
-        measured = {"resolution": self.resolution, "data": trained["recipe"]["data"]}
+        measured = {"resolution": plain_size(self.resolution), "data": trained["recipe"]["data"]}
         if self.stage_two is not None:
             trained["stage_one"] = decisive(self.stage_one.recipe)
         return {"trained": trained, "measured": measured | to_tree(protocol)}
@@ -294,10 +298,10 @@ class BuildPlan:
         recipe, folder = self.recipe_of(row.preset), self.folder(row.table) / row.name
         run = self._training(row.preset, recipe, folder)
         if isinstance(recipe, AutoencoderRecipe):
-            side = recipe.phases[-1].resolution
+            size = recipe.phases[-1].resolution
             if row.resolution is not None:
-                side = _side(row.resolution, self.scale)
-            return Target(row, folder, side, run, None, taken)
+                size = _side(row.resolution, self.scale)
+            return Target(row, folder, size, run, None, taken)
         name = recipe.autoencoder
         stage_one = self._training(name, self.recipe_of(name), self.folder("ae") / name)
         return Target(row, folder, recipe.resolution, stage_one, run, taken)

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
+from hashlib import sha256
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,9 @@ from autoencoders.losses import LPIPS, find_lpips, load_esrgan, random_lpips
 from autoencoders.losses.perceptual import CONV5_4, ESRGANPerceptual, backbone_file, has_backbone
 from autoencoders.pretrained import read_autoencoder
 from ldm.checkpoint import Kind, fingerprint, load_model
-from ldm.data.dataset import PHOTOS, listing_identity
+from ldm.config import short_size
+from ldm.data.dataset import PHOTOS, open_images
+from ldm.data.sources import UTF8
 from ldm.device import name_device, resolve_device
 from ldm.distributed import join_processes
 from ldm.errors import LdmError
@@ -189,6 +193,33 @@ def check_images(target: Target, taken: Checkpoint | None = None) -> None:
             )
 
 
+def listing_identity(data: str) -> str | None:
+    """SHA-256 over the relative names of all images of a data set and the sizes of their files.
+
+    It is quick, and blind to a file that changed and kept its name and size. None if the data set,
+    a `DataConfig.source`, cannot be read; the built-in photographs are always themselves.
+    """
+    if data == PHOTOS:
+        return PHOTOS
+    path, listing = Path(data).expanduser(), sha256()
+    try:
+        images = open_images(data)
+    except LdmError:
+        return None
+    size_of = cache(_size)  # of an archive once for all of its images
+    for index in range(len(images)):
+        name = images.name(index).removeprefix(f"{path}/")
+        listing.update(f"{name}\0{size_of(images.file(index))}\0".encode(*UTF8))
+    return listing.hexdigest()
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return -1
+
+
 listing_of = cache(listing_identity)
 """Identity of a data set's list of images, read once; None if the data set is missing."""
 
@@ -291,7 +322,7 @@ def _reconstruction(target: Target, model: Checkpoint, plan: BuildPlan) -> RowNu
     missing = about["missing"] | about["doubtful"]
     notes = [
         f"Measured over {found.count:,} held-out images of {target.data.source} at "
-        f"{target.resolution}².",
+        f"{short_size(target.resolution)}.",
     ]
     if published:
         notes += about["notes"]
@@ -308,19 +339,18 @@ def _reconstruction(target: Target, model: Checkpoint, plan: BuildPlan) -> RowNu
 def _latents(target: Target, model: Checkpoint, plan: BuildPlan) -> RowNumbers:
     from pipelines.analysis.mmd import SIGMAS, MmdSettings, latents_mmd
 
-    protocol, data, side = plan.scale.protocol, target.data, target.resolution
+    protocol, data, size = plan.scale.protocol, target.data, target.resolution
     ranks, _ = join_processes(target.device)
     how = MeasureOptions(force=plan.force)  # to refuse images that were trained on
-    [planned] = plan_jobs([model.path], data, "val", [side], how, ranks)
-    [subject], images = open_analysis([model.path], data, "val", side, target.device)
+    [planned] = plan_jobs([model.path], data, "val", [size], how, ranks)
+    [subject], images = open_analysis([model.path], data, "val", size, target.device)
     found = latents_mmd(subject, images, MmdSettings(protocol.latents, SIGMAS, protocol.draws))
-    autoencoder = subject.autoencoder
-    values = autoencoder.config.latent_channels * (side // autoencoder.downsampling) ** 2
+    values = prod(subject.autoencoder.config.latent_shape(size))
     few = f" (all; {protocol.latents:,} requested)" if found.count < protocol.latents else ""
     notes = [
-        f"Latents of {found.count:,} held-out images of {data.source} at {side}²{few}, divided by "
-        f"their standard deviation; MMD² × 100, over {protocol.draws} draws of noise for the same "
-        "images. The ± is the standard error over images, by the jackknife.",
+        f"Latents of {found.count:,} held-out images of {data.source} at {short_size(size)}{few}, "
+        f"divided by their standard deviation; MMD² × 100, over {protocol.draws} draws of noise "
+        "for the same images. The ± is the standard error over images, by the jackknife.",
         *([planned.seen["note"]] if planned.seen["note"] else []),
     ]
     if values != PAPER_LATENT:

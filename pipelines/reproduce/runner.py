@@ -17,8 +17,7 @@ from ldm.data import open_source
 from ldm.device import name_device, resolve_device
 from ldm.distributed import from_main, join_processes
 from ldm.errors import LdmError, UsageError, try_call
-from ldm.files import Content, check_writable, to_json, write_together
-from ldm.locks import lock
+from ldm.files import Content, check_writable, lock, to_json, write_together
 from ldm.logbook import console
 from ldm.metrics.inception import SHA256, digest, published_weights
 from ldm.records import Count, checked, read_arrays, read_each, read_tree, schema

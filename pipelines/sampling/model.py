@@ -1,7 +1,7 @@
 """A trained model that samples one batch, and the images 0 … n−1 of one seed and its settings."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256 as new_sha256
@@ -18,7 +18,7 @@ from diffusion.samplers import SAMPLERS, Denoise, make_churn
 from diffusion.unet import check_labels
 from ldm import hub
 from ldm.checkpoint import Damaged, ModelFile, build_with, load_model
-from ldm.config import to_tree, validate
+from ldm.config import Resolution, drop_defaults, plain_size, size_word, to_tree, validate
 from ldm.data import Batch
 from ldm.device import (
     cast_for_autocast,
@@ -32,14 +32,17 @@ from ldm.device import (
 from ldm.distributed import join_processes
 from ldm.errors import LdmError, UsageError
 from ldm.foreign import read_described
+from ldm.images import Pixels
 from ldm.run_folder import RUNS
 from ldm.seeds import normal
 from pipelines.latents import Codec
-from pipelines.recipes import read_recipe
+from pipelines.recipes import latent_shape, read_recipe
 from pipelines.sampling.settings import (
     Classes,
     Label,
     Sampling,
+    find_shape,
+    find_size,
     guided_levels,
     integer,
     noise_levels,
@@ -47,25 +50,14 @@ from pipelines.sampling.settings import (
 )
 
 PRECISIONS: dict[Any, Any] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-MODEL_TYPE = "latent-diffusion"
-"""Of a `config.json`."""
-
-
-def _drop_defaults(tree: dict[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Remove keys that have their default, in a tree of settings and its branches."""
-    for key, default in defaults.items():
-        if tree.get(key) == default:
-            del tree[key]
-    for branch in tree.values():
-        if isinstance(branch, dict):
-            _drop_defaults(branch, defaults)
+MODEL_TYPE = "latent-diffusion"  # of a `config.json`
 
 
 class LatentModel:
     """A denoiser of latents and the codec that maps images to latents and back.
 
     Attributes:
-        latent_shape: (n_z, h, w) of one image's latents.
+        latent_shape: (n_z, h, w) of the latents of one image of the training's size.
         identifiers: names the model in a `samples.json`, beside its path: the `sha256` of the
             network's weights, and the `identity`, over everything that decides a picture.
         provenance: how the model was trained, or where it was `imported` from.
@@ -91,8 +83,7 @@ class LatentModel:
         measured = scalar_statistics(file.statistics["mean"], file.statistics["std"])
         autoencoder.settings = pick_settings(inner.provenance.get("imported")) or measured
         self._in_bf16: dict[str, Any] = {}  # copies of the two that run under autocast
-        side = recipe.resolution // autoencoder.downsampling
-        self.latent_shape = (recipe.network.latent_channels, side, side)
+        self.latent_shape = latent_shape(recipe, autoencoder)
         self.classes = Classes(recipe.network.classes, tuple(file.statistics.get("classes", ())))
         self.autoencoder_config = config
         self.recipe, self.sha256, self.autoencoder_sha256 = recipe, file.sha256, inner.sha256
@@ -101,15 +92,14 @@ class LatentModel:
         network_tree.pop("embedding_multiplier", None)
         ae_tree.pop("codes")
         ae_tree["encoder"].pop("variance", None)
-        _drop_defaults(ae_tree, {"group_channels": 1, "shortcut": "none", "image_channels": 3})
-        if config.pixels.is_plain:
-            ae_tree.pop("pixels")
+        late = {"group_channels": 1, "shortcut": "none", "image_channels": 3}
+        drop_defaults(ae_tree, late | {"pixels": to_tree(Pixels())})
         parts = {
             "network": [self.sha256, network_tree],
             "denoiser": to_tree(recipe.denoiser),
             "autoencoder": [self.autoencoder_sha256, ae_tree],
             "statistics": self.codec.statistics(),
-            "resolution": recipe.resolution,
+            "resolution": plain_size(recipe.resolution),
         }
         identity = new_sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         self.identifiers = {"sha256": self.sha256, "identity": identity}
@@ -161,8 +151,7 @@ class LatentModel:
                 "model of this toolkit: fetch models of others, and convert them by `ldm import "
                 "--diffusion`"
             )
-        if is_here:
-            model.folder = found if found.is_dir() else found.parent
+        model.folder = (found if found.is_dir() else found.parent) if is_here else None
         return model.to(device, precision)
 
     @classmethod
@@ -213,6 +202,10 @@ class LatentModel:
                 self._in_bf16[name] = cast_for_autocast(module)
         return self
 
+    def shape_of(self, size: Resolution | None = None) -> tuple[int, int, int]:
+        """Shape (n_z, h, w) of the latents of images of a size; None: that of the training."""
+        return self.latent_shape if size is None else find_shape(size, self.codec, self.denoiser)
+
     @torch.no_grad()
     def sample(
         self,
@@ -222,6 +215,7 @@ class LatentModel:
         labels: Sequence[int] | None = None,
         guide: "LatentModel | None" = None,
         *,
+        size: Resolution | None = None,
         noise: Tensor | None = None,
         skip: int = 0,
         from_z: Tensor | None = None,
@@ -232,14 +226,16 @@ class LatentModel:
         Args:
             labels: the class of each image, −1 for none.
             guide: the guiding model, from `load_guide`.
+            size: of the images, in pixels; None: that of the training. See `shape_of`.
             noise: initial noise, in place of the seed's.
             skip: steps to leave out at the beginning.
             from_z: latents to start from, noised to the level of the first step that is run.
             wrap: applied to the guided denoiser.
         """
+        shape = self.shape_of(size)
 
         def draw(purpose: str) -> Tensor:
-            return to_device(normal(seed, purpose, indices, self.latent_shape), self.device)
+            return to_device(normal(seed, purpose, indices, shape), self.device)
 
         sigmas = noise_levels(sampling, self.denoiser)
         noise = draw("sample") if noise is None else noise.to(self.device)
@@ -368,6 +364,7 @@ class ModelSamples:
         n: int,
         seed: int = 0,
         *,
+        size: Resolution | None = None,
         labels: Label | Sequence[Label] | None = None,
         guide: Path | str | None = None,
         device: str = "auto",
@@ -385,7 +382,8 @@ class ModelSamples:
         noise_levels(self.sampling, self.model.denoiser)  # refuses levels outside its range
         self._labels = None if labels is None else self.model.classes.read(labels)
         self._guide = self.model.load_guide(self.sampling, guide, self._labels)
-        self.resolution, ae_config = self.model.recipe.resolution, self.model.autoencoder_config
+        self.resolution = find_size(self.model, self._guide, size)
+        ae_config = self.model.autoencoder_config
         self.channels, self.pixels = ae_config.image_channels, ae_config.pixels
         self.what = f"{self._n} images of {self.path}, seed {self.seed}"
         self.made_with: dict[str, Any] = {
@@ -396,7 +394,7 @@ class ModelSamples:
             "weaker": self._guide and {"path": str(guide), **self._guide.identifiers},
             "labels": self._labels and list(self._labels),
             "precision": self.model.precision,
-            "resolution": self.resolution,
+            "resolution": plain_size(self.resolution),
             "data": to_tree(self.model.recipe.data.of(ae_config)),
             **{"image_channels": self.channels, "pixels": to_tree(self.pixels)},
         }
@@ -410,7 +408,8 @@ class ModelSamples:
     def sample(self, indices: Sequence[int]) -> Tensor:
         """Sample images (len, C, H, W) in [−1, 1], on the CPU."""
         labels = [self.label(i) for i in indices] if self.model.classes.count else None
-        return self.model.sample(indices, self.seed, self.sampling, labels, self._guide)
+        how = (self.seed, self.sampling, labels, self._guide)
+        return self.model.sample(indices, *how, size=self.resolution)
 
     def label(self, i: int) -> int:
         """Return the class of image i, −1 for none."""
@@ -436,6 +435,8 @@ class ModelSamples:
     def slug(self, files: str = "png") -> str:
         """Name these samples beside others of the same model: `seed0-steps18-guidance2`."""
         words = [f"seed{self.seed}", settings_slug(self.sampling)]
+        if self.resolution != self.model.recipe.resolution:
+            words.append(size_word(self.resolution))
         if self._guide:
             words.append(f"weaker{self._guide.sha256[:8]}")
         if self._labels is not None:

@@ -28,7 +28,7 @@ from typing import IO, Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ldm.config import to_tree, validate
+from ldm.config import Resolution, height_width, plain_size, read_resolution, to_tree, validate
 from ldm.data import Batch, DataConfig, Source, evaluation_batches
 from ldm.data.dataset import find_kind, open_images
 from ldm.data.shards import (
@@ -40,12 +40,11 @@ from ldm.data.shards import (
     sidecar,
     write_shard,
 )
-from ldm.data.sources import FolderSource, ZipSource
+from ldm.data.sources import FolderSource, ZipSource, name_size
 from ldm.data.transforms import NOT_RESIZED, CorruptImage, is_hidden
 from ldm.errors import LdmError, UsageError, try_call
-from ldm.files import clear_partials, write_atomically, write_json
+from ldm.files import ANOTHER, clear_partials, lock, write_atomically, write_json
 from ldm.images import Pixels, file_suffix, write_pixels
-from ldm.locks import ANOTHER, lock
 from ldm.records import Count, read_tree, schema
 from ldm.run_folder import RUNS, provenance
 from pipelines.sampling.model import ModelSamples
@@ -181,7 +180,7 @@ class SampleStore:
             if len(self._loose(folder).keys() | self._packed(tar).keys()) >= THOUSAND:
                 self._pack(tar, [folder])
 
-    def finish(self, size: int, source: str, classes: Sequence[str]) -> None:
+    def finish(self, size: Resolution, source: str, classes: Sequence[str]) -> None:
         """Pack and describe the whole set of images of a size, once all are written."""
         if self.files == "png":
             return
@@ -195,8 +194,9 @@ class SampleStore:
         count = sum(shard["count"] for shard in shards)
         splits = {"train": {"count": count, "shards": shards}, "val": {"count": 0, "shards": []}}
         manifest = {
-            "format": MANIFEST_FORMAT, "count": count, "size": size, "filter": NOT_RESIZED,
-            "crop": "none", "source": source, "splits": splits, "skipped": [],
+            "format": MANIFEST_FORMAT, "count": count, "size": plain_size(size),
+            "filter": NOT_RESIZED, "crop": "none", "source": source, "splits": splits,
+            "skipped": [],
         }  # fmt: skip
         write_json(self.out / MANIFEST, manifest | ({"classes": list(classes)} if classes else {}))
 
@@ -294,7 +294,7 @@ def _is_described(tar: Path) -> bool:
 
 # ------------------------------------------------------------------------------ reading
 class SampleFolder(Source):
-    """Samples on disk as a source: square, lossless, of one size.
+    """Samples on disk as a source: lossless, of one size.
 
     With a `samples.json`, only its own images count: numbered PNGs, shards or a zip. Without one,
     every image in the shards, or every PNG at any depth except our own sheets.
@@ -336,10 +336,7 @@ class SampleFolder(Source):
                 f"{path} holds {self._count} PNG image(s), at least {least} are needed: sample "
                 "more with `ldm sample --n`"
             )
-        height, width = self._load(0).shape[:2]
-        if height != width:
-            raise LdmError(f"{self.name(0)} is {width}×{height}: samples must be square")
-        self.resolution = height
+        self.resolution = read_resolution(self._load(0).shape[:2])
         self.what = f"{self._count} images of {path}"
 
     @property
@@ -364,13 +361,14 @@ class SampleFolder(Source):
         return self._images.name(index)
 
     def load(self, index: int) -> np.ndarray:
-        """Load an image as pixels (R, R, C), of the size of the first."""
+        """Load an image as pixels (H, W, C), of the size of the first."""
         image = self._load(index)
-        height, width = image.shape[:2]
-        if (height, width) != (self.resolution, self.resolution):
+        wanted = height_width(self.resolution)
+        if image.shape[:2] != wanted:
+            here, there = (name_size(h, w, self.resolution) for h, w in (image.shape[:2], wanted))
             raise LdmError(
-                f"{self.name(index)} is {width}×{height} but {self.name(0)} is "
-                f"{self.resolution}×{self.resolution}: samples must all have one size"
+                f"{self.name(index)} is {here} but {self.name(0)} is {there}: samples must all "
+                "have one size"
             )
         return image
 

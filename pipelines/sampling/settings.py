@@ -1,5 +1,6 @@
 """Sampling settings: their validation, their short name, the noise levels and the classes."""
 
+import os
 import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -13,8 +14,17 @@ from pydantic import Field, PlainSerializer, field_validator, model_validator
 from torch import Tensor
 
 from diffusion.schedules import SCHEDULES
-from ldm.config import Config, to_tree
-from ldm.errors import MOST, UsageError
+from ldm.config import (
+    Config,
+    Resolution,
+    format_size,
+    height_width,
+    size_word,
+    to_tree,
+    validate,
+)
+from ldm.errors import MOST, UsageError, check_at_least
+from ldm.logbook import console
 from ldm.seeds import generator
 
 UpToInfinity = Annotated[  # JSON has no infinity: it is written as "inf"
@@ -88,6 +98,7 @@ class Options(Sampling):
 
     labels: Any = None
     guide: Any = None
+    size: Resolution | None = None
     batch_size: Any = 64
     callback: Callable[[int], None] | None = None
     progress: bool = False
@@ -110,6 +121,37 @@ def integer(name: str, value: Any, least: int | None = None) -> int:
     if least is not None and number > (most := MOST["batch_size" if "batch" in name else "n"]):
         raise UsageError(f"{name}{value}: it must be at most {most:,}")
     return number
+
+
+def find_shape(size: Resolution, codec: Any, denoiser: Any) -> tuple[int, int, int]:
+    """Shape (n_z, h, w) of the latents of an image of a size, if the networks can sample it.
+
+    They are convolutional, and attention reads no positions, so they take every size that can be
+    halved as often as they halve it; of others a UsageError.
+    """
+    check_at_least(1, size=size)
+    f, factor = codec.autoencoder.downsampling, denoiser.network.factor
+    if any(side % (f * factor) for side in height_width(size)):
+        raise UsageError(
+            f"--size {size_word(size)}: both sides must be multiples of {f * factor}: the "
+            f"autoencoder divides by {f}, the network by {factor}"
+        )
+    return codec.autoencoder.config.latent_shape(size)
+
+
+def find_size(model: Any, guide: Any, size: Resolution | None) -> Resolution:
+    """Return the requested size, or that of a model's training; a note tells if they differ."""
+    trained_at: Resolution = model.recipe.resolution
+    size = validate(Options, {"size": size}).size
+    if size is None or size == trained_at:
+        return trained_at
+    for each in filter(None, (model, guide)):
+        each.shape_of(size)  # refuses a size that its network cannot take
+    sizes = f"{format_size(size)} (height×width), not at {format_size(trained_at)}"
+    note = f"note: sampling at {sizes} as in training: images may repeat or lack parts"
+    if os.environ.get("RANK", "0") == "0":
+        console.print(note, markup=False)
+    return size
 
 
 def noise_levels(sampling: Sampling, denoiser: Any) -> Tensor:

@@ -1,3 +1,4 @@
+import json
 from typing import Annotated, Literal
 
 import pytest
@@ -6,17 +7,24 @@ from pydantic import Field
 
 from ldm.config import (
     Config,
+    Resolution,
     describe,
     did_you_mean,
     flatten,
+    format_size,
+    height_width,
     key_paths,
     list_presets,
     load_preset,
     merge,
     parse_override,
+    pixels,
     preset_summary,
     resolve,
+    short_size,
+    size_word,
     to_tree,
+    validate,
 )
 from ldm.errors import UsageError
 
@@ -216,3 +224,38 @@ def test_a_long_list_of_names_is_cut():
 def test_flatten_names_every_value_by_its_dotted_key():
     tree = {"a": {"b": {"c": 1}, "d": [{"e": 2}]}, "f": {}, "g": None}
     assert flatten(tree) == {"a.b.c": 1, "a.d": [{"e": 2}], "f": {}, "g": None}
+
+
+# --------------------------------------------------------------------------------- resolutions
+class Sized(Config):
+    """Images."""
+
+    resolution: Resolution = 64
+    """Their size."""
+
+
+@pytest.mark.parametrize(
+    ("given", "found", "dumped"),
+    [("96", 96, 96), ("[96, 64]", (96, 64), [96, 64]), ("[64, 64]", 64, 64)],
+)
+def test_a_resolution_is_one_number_or_height_and_width(given, found, dumped):
+    config = resolve(Sized, {}, [f"resolution={given}"])
+    assert config.resolution == found
+    assert to_tree(config) == {"resolution": dumped}
+    assert validate(Sized, to_tree(config)) == config
+    assert validate(Sized, json.loads(config.model_dump_json())) == config
+
+
+@pytest.mark.parametrize("given", ["[0, 64]", "[96]", "[96, 64, 3]", "x96", "0", "null", "96x64"])
+def test_other_resolutions_are_refused_in_one_line(given):
+    with pytest.raises(UsageError, match="'resolution': must be a number of pixels") as error:
+        resolve(Sized, {}, [f"resolution={given}"])
+    assert "\n" not in str(error.value)
+
+
+def test_a_size_names_its_height_first():
+    assert (format_size((96, 64)), short_size((96, 64)), size_word((96, 64))) == (
+        "96×64", "96×64", "96x64",
+    )  # fmt: skip
+    assert (format_size(64), short_size(64), size_word(64)) == ("64×64", "64²", "64")
+    assert (height_width(64), pixels((96, 64))) == ((64, 64), 6144)

@@ -14,7 +14,7 @@ import yaml
 from ldm.checkpoint import ModelFile, save_model
 from ldm.config import Config
 from ldm.errors import LdmError
-from ldm.locks import lock
+from ldm.files import lock
 from ldm.run import RunConfig
 from ldm.run_folder import (
     clear_leftovers,

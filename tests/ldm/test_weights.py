@@ -9,7 +9,7 @@ from threading import Thread
 import pytest
 
 from ldm.errors import LdmError
-from ldm.weights import cache_folder, find_or_fetch, from_home
+from ldm.hub import cache_folder, find_or_fetch, from_home
 
 CONTENT = bytes(range(256)) * 4
 HASH = hashlib.sha256(CONTENT).hexdigest()

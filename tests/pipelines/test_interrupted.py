@@ -9,7 +9,7 @@ from ldm.checkpoint import ModelFile, save_model
 from ldm.config import to_tree
 from ldm.data.prepare import prepare
 from ldm.errors import LdmError
-from ldm.locks import lock
+from ldm.files import lock
 from ldm.run import RunConfig, start_run
 from pipelines.analysis.scale import analyze_scale
 from pipelines.demo import run_demo

@@ -77,9 +77,9 @@ def test_other_formats_print_nothing_else(run, tmp_path, layout):
         (
             ["--resolution", "12a"],
             2,
-            "--resolution 12a: expected whole number(s) separated by commas",
+            "--resolution 12a: give a number of pixels, or HEIGHTxWIDTH, such as 96x64",
         ),
-        (["--resolution", "16,,32"], 2, "--resolution 16,,32: expected whole"),
+        (["--resolution", "16,,32"], 2, "--resolution : give a number of pixels"),
         (["--resolution", "0"], 2, "--resolution 0: must be at least 1"),
         (["--resolution", "8"], 1, "--resolution 8: a needs 16 or more"),
         (["--resolution", "16", "--limit", "0"], 2, "--limit 0: must be at least 1"),

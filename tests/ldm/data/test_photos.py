@@ -110,3 +110,16 @@ def test_with_labels_each_photograph_is_a_class():
 
 
 # ------------------------------------------------------------------------------------- split
+
+
+@pytest.mark.usefixtures("coded")
+def test_tiles_of_another_height_than_width_do_not_overlap():
+    source, seen = PhotoSource("val", (96, 64)), set()
+    for index in range(len(source)):
+        rows, columns = decoded(source.load(index))
+        assert rows.shape == (96, 64)
+        place = (source.name(index).split("'")[1], rows[0, 0], columns[0, 0])
+        assert rows[-1, 0] - rows[0, 0] == 95 and columns[0, -1] - columns[0, 0] == 63
+        seen.add(place)
+    assert len(seen) == len(source)
+    assert PhotoSource("train", (96, 64)).load(0).shape == PhotoSource("train", 64).load(0).shape

@@ -89,6 +89,25 @@ def test_the_centre_is_cut_out_then_resized(images, tmp_path, filter, resampling
         np.testing.assert_array_equal(source.load(index), expected)
 
 
+def test_images_of_another_height_than_width(tmp_path):
+    folder = png_folder(tmp_path / "images", [noise(n, 60, 40) for n in range(3)])
+    manifest = here(folder, tmp_path / "out", size=(45, 20), held_out=1)
+    assert manifest["size"] == [45, 20]  # height first
+    data = DataConfig(source=str(tmp_path / "out"))
+    with Image.open(folder / "0001.png") as whole:
+        # of 60×40, 4:9 leaves 60×27 (26⅔)
+        crop = whole.crop((6, 0, 33, 60)).resize((20, 45), Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(open_source(data, "train", (45, 20)).load(1), np.asarray(crop))
+    said = "prepared at 45×20, smaller than the 20×45 requested: .*--size 20x45"
+    with pytest.raises(LdmError, match=said):
+        open_source(data, "train", (20, 45))
+    said = r"3 of 3 images are smaller than 40×60: .* \(60×40 \(height×width\)"
+    with pytest.raises(LdmError, match=said):
+        here(folder, tmp_path / "other", size=(40, 60))
+    # at its own size nothing is resized
+    assert here(folder, tmp_path / "own", size=(60, 40))["filter"] == "none"
+
+
 def test_the_manifests_split_can_be_overruled(images, tmp_path):
     here(images, tmp_path / "out", size=32, held_out=4, shard_size=10)
     out = str(tmp_path / "out")

@@ -26,7 +26,7 @@ from ldm.data.remote import Order
 from ldm.data.shard_cache import MEMBER, Shard, ShardCache
 from ldm.data.shard_index import INDEX
 from ldm.errors import LdmError, UsageError
-from ldm.weights import cache_folder
+from ldm.hub import cache_folder
 from tests.ldm.data.pictures import class_folder, encode, labels_of, noise
 
 

@@ -12,7 +12,7 @@ from ldm.data.prepare import prepare
 from ldm.data.shard_index import FEW, INDEX
 from ldm.data.shards import open_shards
 from ldm.errors import LdmError
-from ldm.weights import cache_folder
+from ldm.hub import cache_folder
 from tests.ldm.data.pictures import encode, labels_of, noise, png_folder
 
 

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.data.transforms import CorruptImage, center_crop, decode, is_image, random_crop
+from ldm.data.transforms import (
+    CorruptImage,
+    center_crop,
+    covers,
+    decode,
+    enlarged,
+    is_image,
+    random_crop,
+)
 from tests.ldm.data.pictures import coordinates, encode, noise
 
 
@@ -17,6 +25,49 @@ def test_center_crop_is_the_central_square_then_lanczos(height, width):
     square = Image.fromarray(image).crop((left, top, left + side, top + side))
     expected = np.asarray(square.resize((32, 32), Image.Resampling.LANCZOS))
     np.testing.assert_array_equal(center_crop(image, 32), expected)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "cut"),
+    [
+        (200, 100, (150, 100)),  # 3:2 is less tall: the whole width
+        (150, 190, (150, 100)),  # the whole height
+        (101, 200, (101, 67)),  # 67⅓, to the nearest pixel
+        (96, 64, (96, 64)),
+    ],
+)
+def test_center_crop_is_the_largest_part_of_the_proportions_then_lanczos(height, width, cut):
+    image = noise(0, height, width)
+    top, left = (height - cut[0]) // 2, (width - cut[1]) // 2
+    part = Image.fromarray(image).crop((left, top, left + cut[1], top + cut[0]))
+    expected = np.asarray(part.resize((64, 96), Image.Resampling.LANCZOS))
+    found = center_crop(image, (96, 64))
+    assert found.shape == (96, 64, 3)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_center_crop_of_the_transposed_is_transposed():
+    image = noise(4, 97, 80)  # only cut, for Pillow rounds after each of its two passes
+    found = center_crop(image.swapaxes(0, 1), (60, 97))
+    np.testing.assert_array_equal(found, center_crop(image, (97, 60)).swapaxes(0, 1))
+
+
+def test_random_crop_of_a_rectangle_reaches_every_place():
+    rng, image = np.random.default_rng(0), coordinates(3, 10, 9)
+    seen = set()
+    for _ in range(200):
+        crop = random_crop(image, (9, 7), rng)
+        top, left = crop[0, 0, 1:]
+        np.testing.assert_array_equal(crop, image[top : top + 9, left : left + 7])
+        seen.add((int(top), int(left)))
+    assert seen == {(top, left) for top in range(2) for left in range(3)}
+
+
+def test_an_enlarged_image_just_covers_the_resolution():
+    assert enlarged(40, 50, (96, 64)) == (96, 120)
+    assert enlarged(90, 20, (96, 64)) == (288, 64)
+    assert not covers(96, 63, (96, 64)) and not covers(64, 96, (96, 64))
+    assert covers(96, 64, (96, 64))
 
 
 def test_center_crop_at_native_size_only_cuts():

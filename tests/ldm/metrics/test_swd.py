@@ -314,3 +314,17 @@ def test_a_flat_image_has_no_detail():
 def test_an_odd_edge_cannot_be_halved():
     with pytest.raises(ValueError, match="16×15: an edge is odd"):
         shrink(torch.zeros(1, 3, 16, 15))
+
+
+def test_images_of_another_height_than_width():
+    assert pyramid_resolutions((96, 64)) == [(96, 64), (48, 32), (24, 16)]
+    a, b = (torch.rand(3, 3, 48, 32, generator=torch.manual_seed(n)) * 2 - 1 for n in (0, 1))
+    assert list(sliced_wasserstein(a, b)) == ["48x32", "24x16", "mean"]
+    descriptors = PatchDescriptors((48, 32), patches=500)
+    row, column = torch.arange(48.0)[:, None] / 48, torch.arange(32.0) / 48
+    descriptors.update(torch.stack([row + 0 * column, column + 0 * row, 0 * row * column])[None])
+    # of the coarsest level, where no detail is subtracted: patches from its far corners
+    rows, columns = descriptors.level(1, 1)[:, :2, 24].max(0).values.tolist()
+    assert rows > columns + 0.2
+    with pytest.raises(ValueError, match=r"must be \(B, 3, 48, 32\)"):
+        descriptors.update(torch.zeros(1, 3, 32, 48))

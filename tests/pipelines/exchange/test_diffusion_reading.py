@@ -144,7 +144,7 @@ SCHEDULER = "scheduler/scheduler_config.json"
 def test_all_settings_of_a_folder_are_read(folder):
     found = read_folder(folder)
     assert (found.format, found.denoiser) == ("diffusers", LEVELS)
-    assert (found.settings["scaling_factor"], found.side, found.notes) == (SCALE, 8, ())
+    assert (found.settings["scaling_factor"], found.size, found.notes) == (SCALE, 8, ())
     assert (found.network.channels, found.network.head_width) == (64, 16)
     name = "diffusion_pytorch_model.safetensors"
     assert found.files == (folder / "unet" / name, folder / "vae" / name)
@@ -173,9 +173,12 @@ def test_scheduler_config_sets_the_denoiser(folder, said, expected):
     assert read_folder(folder).denoiser == expected
 
 
-def test_unknown_size_of_a_folder_is_none(folder):
-    edit(folder / "unet/config.json", sample_size=[8, 8])
-    assert read_folder(folder).side is None
+@pytest.mark.parametrize(
+    ("given", "size"), [([8, 8], 8), ([12, 8], (12, 8)), (None, None), ([8, 8, 8], None)]
+)
+def test_size_of_a_folder_is_one_number_or_height_and_width(folder, given, size):
+    edit(folder / "unet/config.json", sample_size=given)
+    assert read_folder(folder).size == size
 
 
 @pytest.mark.parametrize(

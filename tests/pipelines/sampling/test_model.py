@@ -9,6 +9,7 @@ import pipelines.sampling.model as module
 from diffusion.samplers import sample_heun
 from diffusion.schedules import karras_sigmas
 from ldm.checkpoint import load_model
+from ldm.config import drop_defaults
 from ldm.seeds import normal
 from tests.pipelines.untrained import CLASSES, load, make_model, pipeline, said
 
@@ -54,7 +55,7 @@ def test_settings_that_earlier_versions_lacked_leave_no_trace_in_the_identity(
     for key in (b"group_channels", b"shortcut", b"codes", b"variance", b"embedding_multiplier"):
         assert key not in text, key
     tree = {"key": 1, "a": {"key": 2}, "b": [{"c": 0}], "d": {"e": {"key": 1, "f": 3}}}
-    module._drop_defaults(tree, {"key": 1})
+    drop_defaults(tree, {"key": 1})
     assert tree == {"a": {"key": 2}, "b": [{"c": 0}], "d": {"e": {"f": 3}}}
 
 

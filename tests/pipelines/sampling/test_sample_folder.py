@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ldm.errors import LdmError
-from ldm.locks import lock
+from ldm.files import lock
 from pipelines.sample import sample_images
 from pipelines.sampling.sample_folder import SampleStore
 from tests.pipelines.untrained import make_model

@@ -121,10 +121,15 @@ def test_nested_sample_folders_are_refused(sampled):
     assert text.endswith(f"holds folders of samples, give one of them: {sampled}")
 
 
-def test_images_that_are_not_square_are_refused(tmp_path):
+def test_images_that_are_not_square_have_a_height_and_a_width(tmp_path):
     for name in ("a.png", "b.png"):
         write(tmp_path / name, size=(20, 10))
-    assert refused(tmp_path) == f"{tmp_path}/a.png is 20×10: samples must be square"
+    folder = SampleFolder(tmp_path)
+    assert folder.resolution == (10, 20)
+    assert next(folder.batches(2)).images.shape == (2, 3, 10, 20)
+    write(tmp_path / "b.png", size=(10, 20))
+    with pytest.raises(LdmError, match=r"b.png is 20×10 \(height×width\) but .*a.png is 10×20 "):
+        folder.load(1)
 
 
 def test_images_of_several_sizes_are_refused(tmp_path):

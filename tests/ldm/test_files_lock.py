@@ -18,8 +18,7 @@ import pytest
 from ldm import files
 from ldm.config import Config
 from ldm.errors import LdmError
-from ldm.files import clear_partials, write_atomically, write_together
-from ldm.locks import lock
+from ldm.files import clear_partials, lock, write_atomically, write_together
 from ldm.run_folder import new_or_unfinished
 from tests.kills import contents, killed_at
 from tests.small import ROOT
@@ -27,7 +26,7 @@ from tests.small import ROOT
 HOLD = """
 import sys
 from pathlib import Path
-from ldm.locks import lock
+from ldm.files import lock
 with lock(Path(sys.argv[1])):
     print("locked", flush=True)
     sys.stdin.read()
