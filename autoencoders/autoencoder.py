@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from autoencoders.cpu import PIXELS_AT_ONCE, in_small_batches
 from autoencoders.diffusers_parts import (
     LEAST_LOGVAR,
     DiffusersConfig,
@@ -22,7 +21,7 @@ from autoencoders.diffusers_parts import (
     DiffusersEncoder,
 )
 from autoencoders.dwt import DWTEncoder, DWTEncoderConfig
-from autoencoders.layers import Quantizer, fuse
+from autoencoders.layers import PIXELS_AT_ONCE, Quantizer, fuse, in_small_batches
 from autoencoders.litevae.encoder import LiteVAEEncoder, LiteVAEEncoderConfig
 from autoencoders.pretrained import AutoencoderFile, HubMixin, find_pretrained, read_autoencoder
 from autoencoders.sdvae import SDVAEDecoder, SDVAEDecoderConfig, SDVAEEncoder, SDVAEEncoderConfig

@@ -1,7 +1,14 @@
-"""Parts of all the autoencoders, on features (B, C, H, W)."""
+"""Parts of all the autoencoders, on features (B, C, H, W), and their speed on a CPU.
+
+The models compute the same without the last section, to rounding, and slower on a CPU where no
+gradient is wanted. On other devices, and while training, its functions do what their first lines
+say and nothing more.
+"""
 
 import math
 from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable
 from copy import deepcopy
 from itertools import product
 from typing import Literal
@@ -12,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from autoencoders.cpu import chain
 from ldm.errors import LdmError
 
 Norm = Literal["group", "smc"]
@@ -279,3 +285,48 @@ class FusedUpsample(nn.Module):
             window = padded[..., row : row + height + 1, column : column + columns + 1]
             out[..., row::2, column::2] = F.conv2d(window, filter, self.bias)
         return out
+
+
+# ------------------------------------------------------------------------------- speed on a CPU
+PIXELS_AT_ONCE = defaultdict(lambda: 2 * 256**2, sdvae=256**2, decoder=256**2)
+"""Pixels of the images that go through a network at once, by an encoder's `type`, or `decoder`."""
+
+
+def in_small_batches(
+    network: Callable[[Tensor], Tensor], x: Tensor, pixels: int, at_once: int
+) -> Tensor:
+    """Apply `network` to x: images of `pixels` pixels each, or their latents.
+
+    On a CPU, to at most `at_once` ÷ `pixels` images at a time, and at least one: the features of
+    more leave its caches.
+    """
+    few = max(at_once // max(pixels, 1), 1)
+    if x.device.type != "cpu" or torch.is_grad_enabled() or len(x) <= few:
+        return network(x)
+    return torch.cat([network(part) for part in x.split(few)])
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """(B, C, H, W), on a CPU with the channels last in memory.
+
+    Convolutions then need not reorder their input and output each time. With gradients it does not
+    pay: in that layout GroupNorm's backward pass is slow.
+    """
+    if x.device.type == "cpu" and not torch.is_grad_enabled():
+        return x.contiguous(memory_format=torch.channels_last)
+    return x
+
+
+def chain(x: Tensor, *parts: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply the parts one after another: `nn.Sequential` without a place in the state dict.
+
+    Each value is freed once it is read, and `F.silu` overwrites what it reads, except `x`: on a
+    CPU the memory of a new tensor costs several times what the function does.
+    """
+    h = x
+    for part in parts:
+        if part is F.silu:
+            h = F.silu(h, inplace=h is not x and not torch.is_grad_enabled())
+        else:
+            h = part(h)
+    return h

@@ -210,6 +210,8 @@ def validate(config_class: type[ConfigT], tree: Mapping[str, Any]) -> ConfigT:
         return config_class.model_validate(merge(_defaults(config_class), tree))
     except ValidationError as error:
         raise UsageError(_explain(config_class, error)) from error
+    except UnicodeEncodeError as error:  # pydantic's own
+        raise UsageError(f"{error.object!r:.60} is no text") from error
 
 
 def _defaults(config_class: type[Config]) -> Tree:

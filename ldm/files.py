@@ -210,7 +210,8 @@ _kept: dict[Path, Callable[[], bool]] = {}
 
 def _check_kept(path: Path) -> None:
     for folder in path.absolute().parents if _kept else ():
-        if folder in _kept and not _kept[folder]():
+        is_ours = _kept.get(folder)  # threads may let go of it meanwhile
+        if is_ours is not None and not is_ours():
             raise LdmError(
                 f"{folder} was removed or replaced while this process worked in it: run the same "
                 "command to begin again"

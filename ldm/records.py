@@ -33,7 +33,7 @@ BITS = 512
 RESTORE = "restore it or delete it"
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
-FileName = Annotated[str, Field(pattern=r"^[^/\\\x00]+$")]
+FileName = Annotated[str, Field(pattern=r"^(\.{3,}|\.{0,2}[^./\\\x00][^/\\\x00]*)$")]
 """Name of a file in the same folder."""
 
 

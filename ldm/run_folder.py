@@ -53,6 +53,7 @@ IGNORED = {
     "trackers",
     "workers",
     "data.changed",
+    "data.cache_gb",
     "init.source",
     "teacher.source",
 }

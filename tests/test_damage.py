@@ -30,6 +30,7 @@ from ldm.checkpoint import (
     save_model,
 )
 from ldm.config import to_tree
+from ldm.data import Source
 from ldm.data.shards import index_shard
 from ldm.data.sources import ZipSource
 from ldm.data.transforms import CorruptImage, decode
@@ -145,7 +146,7 @@ def test_snapshots_of_averages(tmp_path):
     assert check_damage(snapshot.path, read) > MUTATIONS // 2
 
 
-class Numbers:
+class Numbers(Source):
     """A source of images of which only names and labels are asked."""
 
     def __len__(self) -> int:
@@ -156,6 +157,9 @@ class Numbers:
 
     def name(self, index: int) -> str:
         return f"{index}.png"
+
+    def load(self, index: int) -> np.ndarray:
+        raise NotImplementedError
 
 
 @pytest.fixture

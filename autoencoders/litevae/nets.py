@@ -13,8 +13,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoencoders.cpu import channels_last
-from autoencoders.layers import Block, ResidualBlock
+from autoencoders.layers import Block, ResidualBlock, channels_last
 from ldm.config import Config, Depth, Levels, Width
 
 

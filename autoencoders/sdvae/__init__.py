@@ -10,8 +10,16 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoencoders.cpu import chain, channels_last
-from autoencoders.layers import Downsample, Norm, ResidualBlock, Upsample, group_norm, middle
+from autoencoders.layers import (
+    Downsample,
+    Norm,
+    ResidualBlock,
+    Upsample,
+    chain,
+    channels_last,
+    group_norm,
+    middle,
+)
 from autoencoders.wavelet import haar_idwt
 from ldm.config import Config, Depth, Levels, Width
 

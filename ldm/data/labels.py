@@ -1,4 +1,4 @@
-"""Classes of images: from folders, EDM's `dataset.json`, CSV files, and members of tars."""
+"""Classes of images: from folders, from EDM's `dataset.json`, and from CSV files."""
 
 import csv
 import io
@@ -166,35 +166,3 @@ def match_labels(names: Sequence[str], table: Mapping[str, str], path: Path) -> 
     if all(re.fullmatch(r"\d{1,6}", value) for value in values):
         return numbered_labels(list(map(int, values)), names.__getitem__)
     return named_labels(values)
-
-
-# ------------------------------------------------------------------------------ members of tars
-def member_class(
-    path: Path, key: str, texts: Mapping[str, Mapping[str, bytes]]
-) -> int | str | None:
-    """The class in an image's member `.cls`, else in its `.json`; None if it has none."""
-    if key in texts[".cls"]:
-        return _class_number(texts[".cls"][key], f"{path}/{key}.cls")
-    if key in texts[".json"]:
-        return _described_class(texts[".json"][key], f"{path}/{key}.json")
-    return None
-
-
-def _class_number(text: bytes, where: str) -> int:
-    # at most six digits: a damaged number must not become millions of classes
-    if not re.fullmatch(rb"\s*\d{1,6}\s*", text):
-        raise LdmError(
-            f"{where} holds {text!r}, not a class number from 0 to 999999: repair it, or omit "
-            "labels"
-        )
-    return int(text)
-
-
-def _described_class(text: bytes, where: str) -> int | str | None:
-    """The class in a member of JSON, a number or a name; None if it has none."""
-    try:
-        tree = parse_json(text)
-    except ValueError as error:
-        raise LdmError(f"{where} is damaged ({error}): repair it, or omit labels") from error
-    found = (tree.get(key) for key in LABEL_COLUMNS) if isinstance(tree, dict) else ()
-    return next((label for label in found if type(label) in (int, str)), None)

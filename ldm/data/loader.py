@@ -34,6 +34,8 @@ MOST_SKIPPED = 10_000
 """Images in a row that may be too small."""
 
 FEWER_WORKERS = "lower data.workers"
+SLOWEST = 6 * 3600
+"""Seconds that a shard from elsewhere may take, whose transfer is watched by itself."""
 
 log = logging.getLogger("ldm")
 
@@ -250,8 +252,9 @@ def _load(
     if isinstance(source, PhotoSource):
         workers = 0  # they are in memory: moving them would cost more than cropping them
     counted = counted or FaultCount(len(source))
+    limit = SLOWEST if isinstance(source, RemoteSource) else None
     work, pin = partial(_batch, source, resolution, load, draw), torch.cuda.is_available()
-    for batch, faults in load_in_workers(work, numbers, workers, FEWER_WORKERS, pin):
+    for batch, faults in load_in_workers(work, numbers, workers, FEWER_WORKERS, pin, limit):
         counted.add(faults)
         if len(batch.k):
             yield batch

@@ -8,6 +8,7 @@ not at all. The same call resumes an interrupted preparation, and gives the same
 
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from functools import partial
@@ -173,6 +174,8 @@ def _check(
     check_at_least(0, workers=workers)
     if isinstance(source, Path) and not source.exists():
         raise LdmError(f"{source} does not exist: give a folder of images, a .zip or a .tar")
+    if re.match(r"\w+:/", str(destination)):
+        raise UsageError(f"{destination} is not on this machine: {ANOTHER}, and copy it then")
     if destination.exists() and not destination.is_dir():
         raise UsageError(f"{destination} is a file: the destination must be a folder")
     is_path = isinstance(source, Path) and destination.exists()

@@ -10,8 +10,11 @@ A training run needs the number of images in each shard, from a manifest or a li
 every shard is read once before.
 """
 
+import math
 import os
 import threading
+import time
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +29,7 @@ from zlib import crc32
 
 import numpy as np
 
+from ldm.config import Resolution
 from ldm.data.shard_cache import PIPE, Shard, ShardCache, file_system, read_small
 from ldm.data.shard_index import (
     ShardBlock,
@@ -33,105 +37,31 @@ from ldm.data.shard_index import (
     Stamp,
     kept_index,
 )
-from ldm.data.shards import MANIFEST, check_manifest, class_names, listed_shards, read_member
+from ldm.data.shards import MANIFEST, check_manifest, class_names, listed_shards
 from ldm.data.sources import UTF8, Indices, Source, tell
-from ldm.data.transforms import decode, image_size
+from ldm.data.tars import read_member
+from ldm.data.transforms import decode, image_size, is_hidden
 from ldm.errors import LdmError, UsageError, brief
 from ldm.hub import cache_folder
 from ldm.logbook import show_progress
 from ldm.records import Count, checked, parse_json, schema
-from ldm.seeds import generator, permuted
+from ldm.seeds import Order
 
 AT_ONCE, AHEAD = 8, 2
 """Shards that a process fetches at a time: before a run begins, and during it."""
 OPEN = 256
-"""Shards that a process keeps open."""
+"""Shards that a process keeps open, at least."""
+USED = 60
+"""Seconds after which a shard counts as used again."""
+MOST_IMAGES, LONGEST = 2**48, 4096
+"""Images of a data set; characters of a shard's URL."""
+MARKS = ("ETag", "etag", "LastModified", "updated", "last_modified", "mtime", "blob_id", "xet_hash")
+"""Entries of a file system's listing that change with the content of a file."""
 
 
 def is_remote(source: str) -> bool:
     """True for a URL or a pipe as a `DataConfig.source`; hf:OWNER/NAME is a table of the Hub."""
     return "://" in source or source.startswith(PIPE)
-
-
-# -------------------------------------------------------------------------------------- order
-class Window(NamedTuple):
-    """A part of the random order: images of a few shards, which are shuffled together."""
-
-    first: int
-    """Number of its first image in the epoch's line of all images; and of all epochs before."""
-    shards: list[int]
-    next: int
-    """Image k of the run with which the next window of the same stream begins."""
-
-
-class _Place(NamedTuple):
-    epoch: int
-    shards: np.ndarray  # in this epoch's order
-    starts: np.ndarray  # of each in the line of all images, and the end
-    line: int  # the place of an image there, if windows were not shuffled
-    low: int
-    high: int  # its window, [low, high)
-
-
-class Order:
-    """The order of a training run over shards: image k of it, a function of (seed, k) alone.
-
-    In each epoch the shards are shuffled and their images lined up; the line is cut into `streams`
-    of equal length, which are read side by side: image p of the epoch is element p div V of stream
-    p mod V. In a stream, the images of each `window` shards that follow each other are shuffled.
-
-    So with R processes that take every R-th image, each reads its own streams, one window after the
-    other, and any number of processes can resume at any image.
-
-    Args:
-        counts: images of each shard.
-    """
-
-    def __init__(self, counts: np.ndarray, streams: int, window: int) -> None:
-        self._counts, self._window, self._count = counts, window, int(counts.sum())
-        self._streams = min(streams, self._count)
-        self._epochs: OrderedDict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = OrderedDict()
-
-    def find(self, seed: int, k: int) -> tuple[int, int]:
-        """Return the shard of image k, and its number there."""
-        epoch, shards, starts, line, low, high = self._locate(seed, k)
-        place = epoch * self._count + low  # of the window, in all epochs
-        line = low + permuted(seed, "window", place, line - low, high - low)
-        shard = int(np.searchsorted(starts, line, "right")) - 1
-        return int(shards[shard]), line - int(starts[shard])
-
-    def window(self, seed: int, k: int) -> Window:
-        """Return the window with image k."""
-        epoch, shards, starts, line, low, high = self._locate(seed, k)
-        first, last = np.searchsorted(starts, (low, high - 1), "right") - 1
-        following = k + self._streams * (high - line)
-        if following >= (epoch + 1) * self._count:  # it was the last of its stream
-            following = (epoch + 1) * self._count + (k - epoch * self._count) % self._streams
-        own = shards[first : last + 1]
-        return Window(epoch * self._count + low, own[self._counts[own] > 0].tolist(), following)
-
-    def _locate(self, seed: int, k: int) -> _Place:
-        epoch, position = divmod(k, self._count)
-        element, stream = divmod(position, self._streams)
-        length, longer = divmod(self._count, self._streams)
-        start = stream * length + min(stream, longer)  # the first streams have one image more
-        stop = start + length + (stream < longer)
-        shards, starts = self._shuffled(seed, epoch)
-        line = start + element
-        first, own = np.searchsorted(starts, (start, line), "right") - 1
-        low = int(first + (own - first) // self._window * self._window)
-        high = min(low + self._window, len(shards))
-        within = max(start, int(starts[low])), min(stop, int(starts[high]))
-        return _Place(epoch, shards, starts, line, *within)
-
-    def _shuffled(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        if (seed, epoch) not in self._epochs:
-            shards = generator(seed, "shards", epoch).permutation(len(self._counts))
-            starts = np.concatenate([[0], np.cumsum(self._counts[shards], dtype=np.int64)])
-            self._epochs[seed, epoch] = shards, starts
-            if len(self._epochs) > 2:
-                self._epochs.popitem(last=False)
-        return self._epochs[seed, epoch]
 
 
 # ------------------------------------------------------------------------------------- source
@@ -169,13 +99,13 @@ class RemoteSource(Source):
 
     def _begin(self) -> None:
         """Set what belongs to one process."""
-        self._open: OrderedDict[int, tuple[Path, ShardIndex]] = OrderedDict()
-        self._wanted: SimpleQueue[int] = SimpleQueue()
-        self._threads: list[threading.Thread] = []
+        self._open: OrderedDict[int, _Opened] = OrderedDict()
+        self._wanted: SimpleQueue[Shard | None] = SimpleQueue()
+        self._threads = 0
         self._seen: OrderedDict[int, None] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_open", "_wanted", "_threads", "_seen")
+        own = ("_open", "_wanted", "_threads", "_seen", "manifest")
         return {key: value for key, value in self.__dict__.items() if key not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -197,7 +127,9 @@ class RemoteSource(Source):
         if not self.classes:
             return -1
         shard, number = self._find(index)
-        index_of, shard = (self._index, shard) if self._index else (self._opened(shard)[1], 0)
+        index_of, shard = (
+            (self._index, shard) if self._index else (self._opened(shard).of_images, 0)
+        )
         if (label := index_of.label(shard, number)) >= len(self.classes) or label < 0:
             raise UsageError(
                 f"{self.name(index)} has class {label}, but {MANIFEST} names only classes below "
@@ -232,13 +164,19 @@ class RemoteSource(Source):
         """The file of an image, and the suffix of its name."""
         shard, number = self._find(index)
         while True:
-            path, found = self._opened(shard)
-            try:
-                return read_member(path, found.member(0, number))
-            except FileNotFoundError:  # others needed the room
-                del self._open[shard]
+            opened = self._opened(shard)
+            with suppress(FileNotFoundError):
+                stat = opened.path.stat()
+                if stat.st_ino == opened.inode:
+                    if time.time() - stat.st_mtime > USED:
+                        os.utime(opened.path)  # or it may be the first to make room
+                    return read_member(opened.path, opened.of_images.member(0, number))
+            del self._open[shard]  # others needed the room, or have fetched it again
 
-    def _opened(self, shard: int) -> tuple[Path, ShardIndex]:
+    def _share_smaller(self, resolution: Resolution) -> str:
+        return ""  # it would fetch many shards
+
+    def _opened(self, shard: int) -> "_Opened":
         if shard not in self._open:
             path, index = self._cache.open(self._shard(shard))
             expected = int(self._starts[shard + 1] - self._starts[shard])
@@ -247,10 +185,10 @@ class RemoteSource(Source):
                     f"{self._shard(shard).url} holds {index.starts[-1]} images, not {expected} as "
                     f"listed: repair the list, or delete {cache_folder() / 'indexes'}"
                 )
-            self._open[shard] = path, index
-            if len(self._open) > OPEN:
+            self._open[shard] = _Opened(path, index, path.stat().st_ino)
+            if len(self._open) > self._most:
                 self._open.popitem(last=False)
-            if not self._seen and shard + 1 < len(self._urls):  # in sequence, not at random
+            if not self._seen and shard < self._find(len(self) - 1)[0]:  # in sequence
                 self._want([shard + 1])
         return self._open[shard]
 
@@ -268,6 +206,7 @@ class RemoteSource(Source):
     def arrange(self, streams: int, window: int) -> None:
         """Set the order of training runs, see `Order`."""
         self._streams, self._window = streams, window
+        self._most = max(OPEN, 2 * streams * (window + 1))
         starts = self._starts.clip(self.span.start, self.span.stop)
         self._order = Order(np.diff(starts), streams, window)
 
@@ -279,39 +218,52 @@ class RemoteSource(Source):
         window = self._order.window(seed, k)
         if window.first not in self._seen:
             self._seen[window.first] = None
-            if len(self._seen) > OPEN:
+            if len(self._seen) > self._most:
                 self._seen.popitem(last=False)
             self._want(window.shards + self._order.window(seed, window.next).shards)
 
     def fetch_first(self, seed: int, start: int, rank: int, world: int) -> None:
         """Fetch the shards with which a process begins a run at image `start`, and show it."""
-        ks = range(start + rank, start + max(self._streams, rank + 1), world)
+        ks = range(start + rank, start + math.lcm(self._streams, world), world)
         shards = list(dict.fromkeys(s for k in ks for s in self._order.window(seed, k).shards))
-        needed = sum(self._shard(shard).bytes for shard in shards)
-        if 2 * needed > self._cache.limit:
-            tell(
-                f"this run reads {len(shards)} shards, {needed / 1e9:.1f} GB, at a time, and "
-                "fetches as many ahead, or again and again if data.cache_gb is too small: set it "
-                f"to {2.5 * needed / 1e9:.1f} or more, or lower data.streams"
-            )
+        needed = 0
         with ThreadPoolExecutor(AT_ONCE) as pool:
             progress = show_progress("fetching shards", len(shards), rank == 0, "shards")
             with progress as advance:
-                for _ in pool.map(lambda shard: self._cache.open(self._shard(shard)), shards):
+                for _, index in pool.map(lambda s: self._cache.open(self._shard(s)), shards):
+                    needed += int(index.table["bytes"][0])
                     advance(1)
+        # of all processes that share the cache
+        needed *= min(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), self._streams)
+        if 2 * needed > self._cache.limit:
+            tell(
+                f"this run reads {needed / 1e9:.1f} GB of shards at a time, and fetches as much "
+                "ahead; again and again if data.cache_gb is too small: set it to "
+                f"{2.5 * needed / 1e9:.1f} or more, or lower data.streams"
+            )
 
     def _want(self, shards: Sequence[int]) -> None:
         """Fetch shards in the background; an error is raised where they are used."""
         for shard in shards:
-            self._wanted.put(shard)
-        while len(self._threads) < AHEAD:
-            self._threads.append(threading.Thread(target=self._fetch_wanted, daemon=True))
-            self._threads[-1].start()
+            self._wanted.put(self._shard(shard))
+        while self._threads < AHEAD:
+            self._threads += 1
+            work = (self._wanted, self._cache)  # and not this source, which they would keep alive
+            threading.Thread(target=_fetch_wanted, args=work, daemon=True).start()
+            weakref.finalize(self, self._wanted.put, None)
 
-    def _fetch_wanted(self) -> None:
-        while True:
-            with suppress(Exception):
-                self._cache.open(self._shard(self._wanted.get()))
+
+class _Opened(NamedTuple):
+    path: Path
+    of_images: ShardIndex
+    inode: int
+
+
+def _fetch_wanted(wanted: "SimpleQueue[Shard | None]", cache: ShardCache) -> None:
+    """Fetch shards until None comes."""
+    while shard := wanted.get():
+        with suppress(Exception):
+            cache.open(shard)
 
 
 # ---------------------------------------------------------------------------------- open one
@@ -328,7 +280,10 @@ def open_remote(source: str, labels: bool, cache_gb: float) -> RemoteSource:
     if source.startswith(PIPE) or source.endswith(".tar"):
         from braceexpand import braceexpand
 
-        shards, counts = [Shard(url) for url in braceexpand(source)], None
+        try:
+            shards, counts = [Shard(url) for url in braceexpand(source)], None
+        except ValueError as error:
+            raise UsageError(f"data.source: {source} has a brace without its other") from error
     elif source.endswith(".json"):
         shards, counts = _read_list(source)
     elif manifest := read_remote_manifest(source):
@@ -344,8 +299,8 @@ def open_remote(source: str, labels: bool, cache_gb: float) -> RemoteSource:
     if counts is None or (labels and not classes):
         index = _read_all(source, shards, cache)
         counts = index.table["count"]
-    if not counts.sum():
-        raise LdmError(f"no images in {source}: check its shards")
+    if not 0 < counts.astype(float).sum() < MOST_IMAGES:
+        raise LdmError(f"no images in {source}, or more than there can be: check its shards")
     opened = RemoteSource(cache, shards, counts, index)
     if labels:
         opened.classes = classes if index is None else class_names(index, opened.name, source, None)
@@ -373,6 +328,12 @@ def _read_list(url: str) -> tuple[list[Shard], np.ndarray]:
     tree = _parse(content, url)
     checked(_LIST, tree, url, "make it again")
     folder, entries = url.rpartition("/")[0], tree["shardlist"]
+    for name in (entry["url"] for entry in entries):
+        # a list may come from anywhere: its shards are where it is itself, and no commands
+        scheme, _, inside = name.rpartition("://")
+        is_safe = ".." not in inside and "::" not in name and not name.startswith((PIPE, "/"))
+        if not is_safe or scheme not in ("", url.partition("://")[0]) or len(name) > LONGEST:
+            raise LdmError(f"{url} lists {name:.200}, which is no shard beside it: make it again")
     urls = [e["url"] if is_remote(e["url"]) else f"{folder}/{e['url']}" for e in entries]
     return list(map(Shard, urls)), np.array([entry["nsamples"] for entry in entries])
 
@@ -391,13 +352,17 @@ def _list_shards(folder: str) -> list[Shard]:
     except Exception as error:  # of any library
         text = f"{folder} cannot be listed ({brief(error)}): check it, and your access"
         raise LdmError(text) from error
-    tars = sorted((file["name"], file) for file in found if file["name"].lower().endswith(".tar"))
+    by_name = {file["name"]: file for file in found if file["name"].lower().endswith(".tar")}
+    tars = sorted(name for name in by_name if not is_hidden(name.rpartition("/")[2]))
     if not tars:
         raise LdmError(f"no .tar in {folder}: give a folder of shards, or shards by a pattern")
-    marks = [file.get("ETag") or file.get("LastModified") or "" for _, file in tars]
     return [
-        Shard(system.unstrip_protocol(name), file.get("size") or 0, crc32(str(mark).encode()))
-        for (name, file), mark in zip(tars, marks, strict=True)
+        Shard(
+            system.unstrip_protocol(name),
+            by_name[name].get("size") or 0,
+            crc32(str([by_name[name].get(key) for key in MARKS]).encode()),
+        )
+        for name in tars
     ]
 
 

@@ -8,15 +8,17 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from errno import ENOSPC
+from errno import EDQUOT, ENOSPC
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from secrets import token_hex
+from shutil import rmtree
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from ldm.data.shard_index import INDEX, ShardIndex, Stamp, read_shards, write_index
+from ldm.data.shard_index import INDEX, ShardIndex, Stamp, read_index, read_shards, write_index
 from ldm.data.sources import UTF8
 from ldm.data.workers import stopping
 from ldm.errors import Interrupted, LdmError, brief
@@ -28,14 +30,18 @@ TRIES, PAUSE = 5, 1.0
 """Attempts to fetch a file, and seconds between the first two, twice as many between the next."""
 PATIENCE = 60
 """Seconds without a byte after which an attempt is given up."""
+SMALL_FILE = 2**26
+"""Bytes of a manifest or list of shards, at most."""
+ANOTHER_CACHE = "set LDM_CACHE to another folder"
 
 
 # ---------------------------------------------------------------------------------- transfers
-def fetch(url: str, target: Path, check: Callable[[Path], object] = Path.stat) -> None:
+def fetch(url: str, target: Path, limit: int, check: Callable[[Path], object] = Path.stat) -> None:
     """Fetch a file to `target`; what does not arrive, or not whole, is tried again.
 
     Args:
-        check: raises an OSError or LdmError for a file that is not whole, before it has its name.
+        limit: bytes that are taken at most.
+        check: raises an OSError for a file that is not whole, before it has its name.
 
     Raises:
         LdmError: the file does not exist or may not be read, or all attempts failed.
@@ -44,17 +50,13 @@ def fetch(url: str, target: Path, check: Callable[[Path], object] = Path.stat) -
         # the name of a half-written file, which `clear_partials` removes
         beside = target.with_name(f".{target.name}.{token_hex(8)}.partial")
         try:
-            _transfer_watched(url, beside)
-            check(beside)
-            beside.replace(target)
-            return
-        except (Interrupted, KeyboardInterrupt):
-            raise
-        except Exception as error:  # of any library
+            reason, last = _attempt(url, beside, limit)
+            if last is None:
+                check(beside)
+                beside.replace(target)
+                return
+        except OSError as error:
             reason, last = brief(error), error
-            if _is_final(error):
-                text = f"{url} cannot be read ({reason}): check it, and your access"
-                raise LdmError(text) from error
         finally:
             beside.unlink(missing_ok=True)
         if attempt < TRIES - 1 and stopping.wait(PAUSE * 2**attempt):
@@ -65,24 +67,55 @@ def fetch(url: str, target: Path, check: Callable[[Path], object] = Path.stat) -
     ) from last
 
 
+def _attempt(url: str, path: Path, limit: int) -> tuple[str, Exception | None]:
+    """Transfer a file once; return the reason and error of a failure that may pass."""
+    try:
+        _transfer_watched(url, path, limit)
+    except (Interrupted, LdmError):
+        raise
+    except Exception as error:  # of any library
+        reason = brief(error)
+        if url.startswith(PIPE):
+            reason = "its command failed"
+        if getattr(error, "errno", None) in (ENOSPC, EDQUOT):
+            raise LdmError(
+                f"{url} does not fit on the disk of {path.parent} ({reason}): free space, or lower "
+                "data.cache_gb"
+            ) from error
+        if _is_final(error):
+            text = f"{url} cannot be read ({reason}): check it, and your access"
+            raise LdmError(text) from error
+        return reason, error
+    return "", None
+
+
 def _is_final(error: Exception) -> bool:
     """True if another attempt would fail in the same way."""
-    status = getattr(error, "status", None) or 0  # of HTTP; 408 and 429 ask for another attempt
+    answer = getattr(error, "response", None)
+    status = getattr(error, "status", None) or getattr(answer, "status_code", None) or 0
     return (
         isinstance(error, FileNotFoundError | PermissionError | ImportError | ValueError)
-        or (400 <= status < 500 and status not in (408, 429))
-        or getattr(error, "errno", None) == ENOSPC
+        or (400 <= status < 500 and status not in (408, 429))  # these two ask to try again
         or "Credential" in type(error).__name__
     )
 
 
-def _transfer_watched(url: str, path: Path) -> None:
-    """Transfer a file in a thread, which is left alone when no byte comes for `PATIENCE`."""
+class _Abandoned(Exception):
+    """Ends the thread of a transfer for which nobody waits any more."""
+
+
+def _transfer_watched(url: str, path: Path, limit: int) -> None:
+    """Transfer a file in a thread, which is given up when no byte comes for `PATIENCE`."""
     ended: SimpleQueue[BaseException | None] = SimpleQueue()
+    given_up = threading.Event()
+
+    def advance() -> None:
+        if given_up.is_set():
+            raise _Abandoned
 
     def run() -> None:
         try:
-            _transfer(url, path)
+            _transfer(url, path, advance)
         except BaseException as error:
             ended.put(error)
         else:
@@ -90,33 +123,42 @@ def _transfer_watched(url: str, path: Path) -> None:
 
     threading.Thread(target=run, daemon=True).start()
     size, since = -1, time.monotonic()
-    while True:
-        try:
-            error = ended.get(timeout=min(1, PATIENCE / 4))
-        except Empty:
+    try:
+        while True:
+            with suppress(Empty):
+                if error := ended.get(timeout=min(1, PATIENCE / 4)):
+                    raise error
+                return
             now = path.stat().st_size if path.exists() else -1
             if now > size:
                 size, since = now, time.monotonic()
+            if size > limit:
+                raise LdmError(f"{url} has more than {limit:,} bytes: raise data.cache_gb")
             if time.monotonic() - since > PATIENCE:
-                raise TimeoutError(f"no byte for {PATIENCE} s") from None
+                raise TimeoutError(f"no byte for {PATIENCE} s")
             if stopping.is_set():
-                raise Interrupted(f"stopped while fetching {url}") from None
-            continue
-        if error is not None:
-            raise error
-        return
+                raise Interrupted(f"stopped while fetching {url}")
+    finally:
+        given_up.set()
 
 
-def _transfer(url: str, path: Path) -> None:
+def _transfer(url: str, path: Path, advance: Callable[[], None]) -> None:
     if url.startswith(PIPE):
         from webdataset.gopen import gopen
 
         with gopen(url, "rb") as pipe, path.open("wb") as file:
             while data := pipe.read(2**20):
                 file.write(data)
+                advance()
         return
+    from fsspec.callbacks import Callback
+
+    class Watched(Callback):
+        def relative_update(self, inc: int = 1) -> None:  # after each part
+            advance()
+
     system, inside = file_system(url)
-    system.get_file(inside, str(path))
+    system.get_file(inside, str(path), callback=Watched())
 
 
 def file_system(url: str) -> tuple[Any, str]:
@@ -132,19 +174,17 @@ def file_system(url: str) -> tuple[Any, str]:
     return fsspec.core.url_to_fs(url, **options)
 
 
-def read_small(url: str, missing: bytes | None = None) -> bytes | None:
-    """Read a small file, such as a manifest; `missing` if there is none."""
-    path = cache_folder() / "shards" / f"{token_hex(8)}.small"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        fetch(url, path)
+def read_small(url: str) -> bytes | None:
+    """Read a small file, such as a manifest; None if there is none."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "file"
+        try:
+            fetch(url, path, SMALL_FILE)
+        except LdmError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return None
+            raise
         return path.read_bytes()
-    except LdmError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            return missing
-        raise
-    finally:
-        path.unlink(missing_ok=True)
 
 
 # -------------------------------------------------------------------------------------- cache
@@ -161,7 +201,7 @@ class ShardCache:
     """Whole shards in `$LDM_CACHE/shards`, shared by all processes; the longest unused make room.
 
     Args:
-        limit: bytes of all together.
+        limit: bytes of all together, beside those that are being fetched.
         labels: read classes.
     """
 
@@ -174,52 +214,64 @@ class ShardCache:
         home = self.folder / name
         if found := self._find(home):
             return found
-        with lock(home, wait=True):  # of several processes, one fetches it
+        if shard.bytes > self.limit:
+            raise LdmError(
+                f"{shard.url} has {shard.bytes / 1e9:.1f} GB, more than data.cache_gb="
+                f"{self.limit / 1e9:g} allows: raise it"
+            )
+        with lock(home, ANOTHER_CACHE, wait=True):  # of several processes, one fetches it
             if not self._find(home):
-                self._make_room(shard, shard.bytes)
-                fetch(shard.url, home / MEMBER, lambda path: self._check(shard, path, home))
-                self._make_room(shard, 0, home)
+                self._make_room(shard.bytes)
+                index = home / f".{INDEX}.{token_hex(8)}.partial"
+                check = partial(self._check, shard, index)
+                fetch(shard.url, home / MEMBER, shard.bytes or self.limit, check)
+                index.replace(home / INDEX)
+                self._make_room(0, home)
         return self._find(home) or self.open(shard)
 
     def _find(self, home: Path) -> tuple[Path, ShardIndex] | None:
-        try:
-            index = ShardIndex(home / INDEX)
-            os.utime(home / MEMBER)  # it was used now
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        return (home / MEMBER, index) if index.has_labels >= self.labels else None
+        tar = home / MEMBER
+        index = read_index(home / INDEX)
+        with suppress(OSError):
+            sizes = [] if index is None else index.table["bytes"].tolist()
+            if index and sizes == [tar.stat().st_size] and index.has_labels >= self.labels:
+                os.utime(tar)  # it was used now
+                return tar, index
+        return None
 
-    def _check(self, shard: Shard, path: Path, home: Path) -> None:
+    def _check(self, shard: Shard, index: Path, path: Path) -> None:
+        """Raise an OSError if a shard is not whole; else write its index."""
         size = path.stat().st_size
         if shard.bytes and size != shard.bytes:
             raise OSError(f"{size:,} of {shard.bytes:,} bytes arrived")
         if shard.sha256 and sha256_of(path) != shard.sha256:
             raise OSError("other bytes arrived than were written (SHA-256)")
-        read = partial(read_shards, home, {}, self.labels)
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+        read = partial(read_shards, path.parent, {}, self.labels)
         try:
-            write_index(home / INDEX, [Stamp(path.name, size, 0)], self.labels, read)
+            write_index(index, [Stamp(path.name, size, 0)], self.labels, read)
         except LdmError as error:
-            raise OSError(str(error).replace(str(path), shard.url)) from error
+            text = str(error).replace(str(path), shard.url)
+            if shard.bytes:  # it is whole: another attempt would bring the same
+                raise type(error)(text) from error
+            raise OSError(text) from error
 
-    def _make_room(self, shard: Shard, size: int, keep: Path | None = None) -> None:
+    def _make_room(self, size: int, keep: Path | None = None) -> None:
         """Remove the longest unused shards until `size` bytes more do not pass the limit."""
-        if size > self.limit:
-            raise LdmError(
-                f"{shard.url} has {size / 1e9:.1f} GB, more than data.cache_gb="
-                f"{self.limit / 1e9:g} allows: raise it"
-            )
-        with lock(self.folder, wait=True):
-            stats = {}
-            for file in self.folder.glob("*/*"):
+        with lock(self.folder, ANOTHER_CACHE, wait=True):
+            found = []
+            for tar in self.folder.glob(f"*/{MEMBER}"):
                 with suppress(OSError):
-                    stats[file] = file.stat()
-            total = size + sum(stat.st_size for stat in stats.values())
-            tars = sorted((s.st_mtime_ns, f) for f, s in stats.items() if f.name == MEMBER)
-            for _, tar in tars:
+                    stat = tar.stat()
+                    found.append((stat.st_mtime_ns, stat.st_size, tar.parent))
+            total = size + sum(bytes for _, bytes, _ in found)
+            for _, bytes, home in sorted(found):
                 if total <= self.limit:
                     break
-                if tar.parent != keep:
-                    with suppress(LdmError), lock(tar.parent):  # but not one that is being fetched
-                        for file in (tar, tar.with_name(INDEX)):
-                            file.unlink(missing_ok=True)
-                            total -= stats[file].st_size if file in stats else 0
+                if home == keep:
+                    continue
+                with suppress(LdmError, OSError), lock(home):  # not one that is being fetched
+                    (home / MEMBER).unlink()
+                    rmtree(home, ignore_errors=True)
+                    total -= bytes

@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import struct
-import tarfile
 import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,34 +19,31 @@ from contextlib import closing
 from functools import partial
 from hashlib import sha256
 from itertools import chain
-from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple, cast
+from pathlib import Path
+from typing import IO, Annotated, Any, NamedTuple
 from zlib import crc32
 
 import numpy as np
+from pydantic import Field
 
-from ldm.data.labels import member_class, named_labels, numbered_labels
+from ldm.data.labels import MOST_CLASSES, named_labels, numbered_labels
 from ldm.data.sources import UTF8, LeftOut, tell
-from ldm.data.transforms import is_image
+from ldm.data.tars import Member, index_shard
 from ldm.data.workers import load_in_workers
 from ldm.errors import LdmError
 from ldm.files import (
-    HeaderReader,
-    find_compression,
-    lfs_pointer,
     lock,
     open_regular,
     write_atomically,
 )
 from ldm.hub import cache_folder
 from ldm.logbook import show_progress
+from ldm.records import checked, parse_json, schema
 
 INDEX = "shards.index"
 """File of an index: beside prepared shards, else in the cache."""
-MAX_HEADER = 2**20
-"""Bytes of an extended header in a tar, such as a long name."""
-MAX_GLOBAL = 100
-"""Global headers in a tar; reading a member goes through all of them."""
+KEPT = 8
+"""Indexes of a data set, of its shards at other times, that are kept beside the latest."""
 FEW = 32
 """Shards that are indexed by this process alone: worker processes take seconds to start."""
 
@@ -64,16 +60,12 @@ SHARD = [
     ("at", "<u8"), ("length", "<u8"), ("crc", "<u4"),  # its block
     ("unlabelled", "<u8"), ("highest", "<i4"),  # images without a class; the highest number of one
 ]  # fmt: skip
+Kind = Annotated[list[int | str], Field(min_length=2, max_length=2)]
+FACTS = schema(
+    width=Annotated[int, Field(ge=1, le=4096)], labels=bool, classes=list[str],
+    left_out=dict[str, dict[str, Kind]],
+)  # fmt: skip
 TAIL = struct.Struct("<QQ32s8s")  # lengths of table and facts, SHA-256 of both, magic
-
-
-class Member(NamedTuple):
-    """An image in a tar: its name, the position of its bytes, and its class, if that was read."""
-
-    name: str
-    offset: int
-    size: int
-    label: int | str | None = None
 
 
 class Stamp(NamedTuple):
@@ -105,9 +97,13 @@ class ShardIndex:
         tail = self._bytes[end - facts - table : end]
         if sha256(tail.data).digest() != self.digest or digest not in (None, self.digest):
             raise ValueError("damaged, or written anew meanwhile")
-        content = json.loads(tail[table:].tobytes())
+        content = parse_json(tail[table:].tobytes())
+        checked(FACTS, content, path)
         dtype = np.dtype([("name", f"S{content['width']}"), *SHARD])
         self.table: np.ndarray = tail[:table].view(dtype)
+        fits = self.table["count"].astype(float) * RECORD.itemsize <= self.table["length"]
+        if not np.all(fits & (self.table["highest"] < MOST_CLASSES)):
+            raise ValueError("more images or classes than it can hold")
         """A row for each shard, in their order; of `SHARD`, and its name."""
         self.has_labels: bool = content["labels"]
         """True if classes were read."""
@@ -159,12 +155,17 @@ class ShardIndex:
         """Return the records of a shard's images, and the bytes of their names."""
         row = self.table[shard]
         block = self._bytes[row["at"] : row["at"] + row["length"]]
+        length = int(row["count"]) * RECORD.itemsize
+        records, names = block[:length].view(RECORD), block[length:]
         if not self._verified[shard]:  # once in each process
-            if crc32(block.data) != row["crc"]:
+            ends = records["offset"].astype(float) + records["size"]
+            if (
+                crc32(block.data) != row["crc"] or np.any(ends > row["bytes"])
+                or np.any(records["label"] < -1 - len(self._names))
+            ):  # fmt: skip
                 raise LdmError(f"{self.path} is damaged: delete it, and it is made again")
             self._verified[shard] = 1
-        length = int(row["count"]) * RECORD.itemsize
-        return block[:length].view(RECORD), block[length:]
+        return records, names
 
     def whole_block(self, shard: int) -> "ShardBlock":
         """Return all that is known of a shard, for another index."""
@@ -198,7 +199,7 @@ def open_index(
         labels: read classes; an index with classes serves without them, too.
     """
     stamps = _stat(folder, shards, listed)
-    beside = _read(folder / INDEX)
+    beside = read_index(folder / INDEX)
     if beside is not None and _is_valid(beside, stamps, listed, labels):
         return beside
     return kept_index(key, stamps, listed, labels, partial(read_shards, folder, listed, labels))
@@ -207,22 +208,43 @@ def open_index(
 def kept_index(
     key: str, stamps: Sequence[Stamp], listed: Listed, labels: bool, read: ReadShards
 ) -> ShardIndex:
-    """Open the index that is kept in the cache by `key`, or make it by reading shards."""
-    kept = cache_folder() / "indexes" / sha256(key.encode(*UTF8)).hexdigest()[:24] / INDEX
-    if (index := _read(kept)) and _is_valid(index, stamps, listed, labels):
+    """Open the index that is kept in the cache by `key`, or make it by reading shards.
+
+    Other processes may be using that of the same shards at another time, or without labels.
+    """
+    home = cache_folder() / "indexes" / _hash(key)
+    labelled, without = (home / f"{_hash(json.dumps([stamps, of]))}.index" for of in (True, False))
+    kept = labelled if labels else without
+
+    def find() -> ShardIndex | None:
+        found = (read_index(path) for path in (labelled, kept))
+        return next((i for i in found if i and _is_valid(i, stamps, listed, labels)), None)
+
+    if index := find():
         return index
     try:
-        with lock(kept.parent, wait=True):  # of several processes, one makes it
-            if (index := _read(kept)) and _is_valid(index, stamps, listed, labels):
+        with lock(home, "set LDM_CACHE to another folder", wait=True):  # one process makes it
+            if index := find():
                 return index
-            return write_index(kept, stamps, labels, read, index)
+            latest, *older = [*sorted(home.glob("*.index"), key=_changed, reverse=True), kept]
+            for path in older[KEPT:-1]:
+                path.unlink()
+            return write_index(kept, stamps, labels, read, read_index(latest))
     except LdmError as error:
-        if not isinstance(error.__cause__, OSError) or os.access(kept.parent, os.W_OK):
+        if not isinstance(error.__cause__, OSError) or os.access(home, os.W_OK):
             raise
-        tell(f"{kept.parent} cannot be written: the index of {key} is made at each start")
+        tell(f"{home} cannot be written: the index of {key} is made at each start")
     own = Path(tempfile.mkdtemp(prefix="ldm-index-"))
     atexit.register(shutil.rmtree, own, ignore_errors=True)
     return write_index(own / INDEX, stamps, labels, read)
+
+
+def _hash(text: str) -> str:
+    return sha256(text.encode(*UTF8)).hexdigest()[:24]
+
+
+def _changed(path: Path) -> int:
+    return path.stat().st_mtime_ns
 
 
 def keep_index(folder: Path, listed: Listed, labels: bool) -> None:
@@ -292,17 +314,19 @@ def _stat(folder: Path, shards: Sequence[str], listed: Listed) -> list[Stamp]:
         except OSError as error:
             raise LdmError(f"could not read shard {path} ({error.strerror})") from error
         digest = listed.get(name, {}).get("sha256")
-        return Stamp(name, found.st_size, crc32(digest.encode()) if digest else found.st_mtime_ns)
+        version = crc32(digest.encode(*UTF8)) if digest else found.st_mtime_ns
+        return Stamp(name, found.st_size, version)
 
     parts = [shards[first : first + 1000] for first in range(0, len(shards), 1000)]
     with ThreadPoolExecutor() as pool:  # a remote disk answers many at once
         return list(chain(*pool.map(lambda part: list(map(stamp, part)), parts)))
 
 
-def _read(path: Path) -> ShardIndex | None:
+def read_index(path: Path) -> ShardIndex | None:
+    """Open an index; None if there is none, or it is damaged: it is made again."""
     try:
         return ShardIndex(path)
-    except (OSError, ValueError, KeyError, TypeError):  # none, or damaged: it is made again
+    except (OSError, ValueError, LdmError):
         return None
 
 
@@ -383,62 +407,3 @@ class IndexWriter:
         ).encode()
         digest = sha256(table + facts).digest()
         self._file.write(table + facts + TAIL.pack(len(table), len(facts), digest, MAGIC))
-
-
-# -------------------------------------------------------------------------------------- tars
-def index_shard(
-    path: Path,
-    expected: int | None = None,
-    labels: bool = False,
-    left_out: LeftOut | None = None,
-) -> list[Member]:
-    """List the images in a tar, in its order: members with one dot, and the suffix of an image.
-
-    A manifest can tell the number `expected`. With labels, `.cls` and `.json` members are read too,
-    each with the class of the images with the same key; of both, `.cls` counts. Other members are
-    counted in `left_out`.
-    """
-    left_out = LeftOut() if left_out is None else left_out
-    members: list[tuple[str, Member]] = []  # and their keys
-    texts: dict[str, dict[str, bytes]] = {".cls": {}, ".json": {}}  # by their keys
-    try:
-        with HeaderReader(path, MAX_HEADER) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                cast(Any, tar).members.clear()  # it would keep all, with their headers
-                if member.size < 0 or member.issparse():  # the first would go around in circles
-                    raise tarfile.ReadError("a member is sparse or of a negative size")
-                if len(tar.pax_headers) > MAX_GLOBAL:
-                    raise tarfile.ReadError(f"more than {MAX_GLOBAL} global headers")
-                inside = PurePosixPath(member.name)
-                if not member.isfile():
-                    if member.issym() or member.islnk():
-                        left_out.add("links", member.name)
-                    continue
-                suffix, key = inside.suffix.lower(), member.name.rpartition(".")[0]
-                two_dots = inside.name.count(".") > 1  # to webdataset, a.seg.png is no image of a
-                if labels and suffix in (".cls", ".json") and not two_dots:
-                    content = tar.extractfile(member)
-                    assert content is not None  # as of every regular file
-                    # .cls: six digits, and white space
-                    texts[suffix][key] = content.read(32 if suffix == ".cls" else MAX_HEADER)
-                elif is_image(member.name) and two_dots:
-                    left_out.add("images with two dots in their names", member.name)
-                elif left_out.keeps(member.name):
-                    image = Member(member.name, member.offset_data, member.size)
-                    members.append((key, image))
-            file.seek(tar.offset)
-            # cut between two members, or with a broken header, a tar reads as a shorter one
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError("no end-of-archive marker")
-        if expected is not None and len(members) != expected:
-            raise tarfile.ReadError(f"{len(members)} images, {expected} in the manifest")
-    except FileNotFoundError as error:
-        raise LdmError(f"shard {path} does not exist") from error
-    except LdmError:
-        raise
-    except Exception as error:  # damage makes tarfile raise nearly anything
-        if kind := find_compression(path):
-            raise LdmError(f"shard {path} is compressed: unpack it by {kind} first") from error
-        message = f"shard {path} is truncated or corrupt ({error}): copy or prepare it again"
-        raise LdmError(lfs_pointer(path, "the shard") or message) from error
-    return [image._replace(label=member_class(path, key, texts)) for key, image in members]

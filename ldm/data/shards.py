@@ -11,17 +11,17 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
 from ldm.config import Resolution
 from ldm.data.labels import match_labels, read_label_file
-from ldm.data.shard_index import Member, ShardIndex, index_shard, open_index
+from ldm.data.shard_index import ShardIndex, open_index
 from ldm.data.sources import UTF8, LeftOut, Source
+from ldm.data.tars import Member, index_shard, read_member
 from ldm.data.transforms import (
-    LARGE,
-    MAX_BYTES,
     SUFFIXES,
     CorruptImage,
     decode,
@@ -30,7 +30,6 @@ from ldm.data.transforms import (
 )
 from ldm.errors import LdmError, UsageError, brief, refuse_newer
 from ldm.files import (
-    open_regular,
     sha256_of,
     write_atomically,
     write_json,
@@ -44,9 +43,11 @@ AGAIN = "run `ldm data prepare` again"
 SIDECAR = ".tar.json"
 """Suffix of the description that preparation writes beside each finished shard."""
 
+Digest = Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]
 SHARD = {"name": FileName, "count": Count}
 SIDECAR_SCHEMA = schema(**SHARD, sha256=str, bytes=Count)
-_SPLIT = schema(count=Count, shards=list[schema(**SHARD)])  # type: ignore[misc]
+_LISTED = schema(**SHARD, sha256=(Digest, ""), bytes=(Count, 0))
+_SPLIT = schema(count=Count, shards=list[_LISTED])  # type: ignore[valid-type]
 _MANIFEST = schema(
     size=(Resolution, 1), channels=(Count, 3), classes=(list[str] | None, None),
     splits=schema(train=_SPLIT, val=_SPLIT),
@@ -138,18 +139,6 @@ class ShardSource(Source):
             raise CorruptImage(brief(error)) from error
 
 
-def read_member(path: Path, member: Member) -> tuple[bytes, str]:
-    """Read an image's file in a tar, and the suffix of its name; or raise `CorruptImage`."""
-    if member.size > MAX_BYTES:
-        raise CorruptImage(f"{LARGE}{member.size:,} bytes, more than {MAX_BYTES:,}")
-    with open_regular(path) as file:
-        try:
-            file.seek(member.offset)
-            return file.read(member.size), Path(member.name).suffix
-        except OSError as error:
-            raise CorruptImage(brief(error)) from error
-
-
 def class_names(
     index: ShardIndex, name: Callable[[int], str], where: object, named: Sequence[str] | None
 ) -> tuple[str, ...]:
@@ -232,6 +221,8 @@ def check_manifest(manifest: Any, path: object) -> dict[str, Any] | None:
     checked(schema(format=Count), manifest, path, AGAIN)
     refuse_newer(path, manifest["format"], MANIFEST_FORMAT)
     checked(_MANIFEST, manifest, path, AGAIN)
+    if len(listed_shards(manifest)) < sum(len(s["shards"]) for s in manifest["splits"].values()):
+        raise LdmError(f"{path} is damaged: it lists a shard twice: {AGAIN}")
     for name, split in manifest["splits"].items():
         if split["count"] != sum(shard["count"] for shard in split["shards"]):
             raise LdmError(

@@ -54,7 +54,12 @@ stopping = Event()
 
 
 def load_in_workers(
-    work: Callable[[Any], Any], keys: Iterable[Any], workers: int, advice: str, pin: bool = False
+    work: Callable[[Any], Any],
+    keys: Iterable[Any],
+    workers: int,
+    advice: str,
+    pin: bool = False,
+    limit: int | None = None,
 ) -> Generator[Any]:
     """Yield `work(key)` for each key, in order, from worker processes; 0 works in this one.
 
@@ -62,6 +67,7 @@ def load_in_workers(
         work: travels by pickle, as do its results, tensors in their layout.
         advice: against a lack of memory, for the error of a worker that was killed.
         pin: move tensors into pinned memory.
+        limit: seconds that a result may take; None: `LIMIT`.
 
     Raises:
         LdmError: raised by `work`; or a worker was killed, could not start, or was silent for ten
@@ -90,13 +96,15 @@ def load_in_workers(
     try:
         for worker in pool:
             worker.start()
-        yield from _in_order(pool, keys, advice)
+        yield from _in_order(pool, keys, advice, limit)
     finally:
         end()
         atexit.unregister(end)
 
 
-def _in_order(pool: "list[_Worker]", keys: Iterable[Any], advice: str) -> Iterator[Any]:
+def _in_order(
+    pool: "list[_Worker]", keys: Iterable[Any], advice: str, limit: int | None
+) -> Iterator[Any]:
     waiting: deque[_Worker] = deque()
     turns = zip(keys, cycle(pool))
 
@@ -107,7 +115,7 @@ def _in_order(pool: "list[_Worker]", keys: Iterable[Any], advice: str) -> Iterat
 
     request(AHEAD * len(pool))
     while waiting:
-        result = waiting.popleft().result(advice)
+        result = waiting.popleft().result(advice, limit)
         request(1)
         yield result
 
@@ -137,10 +145,11 @@ class _Worker:
         with suppress(OSError):  # it was killed, as `result` will say
             _write(self._file, _pickled(key))
 
-    def result(self, advice: str) -> Any:
+    def result(self, advice: str, limit: int | None) -> Any:
         """Wait for the next result."""
+        limit = LIMIT if limit is None else limit
         # seconds are counted here, since a clock goes on while this process itself is stopped
-        for waited in range(LIMIT):
+        for waited in range(limit):
             try:
                 result = self._results.get(timeout=1)
             except Empty:
@@ -160,7 +169,7 @@ class _Worker:
         if stopping.is_set():
             raise Interrupted("stopped while waiting for a loader worker")
         raise LdmError(
-            f"a loader worker gave no result for {LIMIT} s: its process is stopped, or the disk "
+            f"a loader worker gave no result for {limit} s: its process is stopped, or the disk "
             "does not answer; see to it, or load without workers, and run the same command again"
         )
 

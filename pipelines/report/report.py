@@ -147,7 +147,11 @@ def _reconstructions_section(
         trained_on = _training_data(record)
         config = choose_data(data, trained_on)
         own = own and config == trained_on
-        key = config.model_dump_json(exclude={"crop", "flip", "workers"}) if config else ""
+        key = (
+            config.model_dump_json(exclude={"crop", "flip", "workers", "cache_gb"})
+            if config
+            else ""
+        )
         groups.setdefault(key, (config, []))[1].append(record)
     text = (
         f"The first held-out images{', which training never saw,' if own else ''} and their "

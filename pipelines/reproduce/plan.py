@@ -237,7 +237,7 @@ def decisive(recipe: Recipe) -> Tree:
     """Return the settings that numbers depend on, not those of display and safety."""
     tree = to_tree(recipe)
     tree["run"] = {key: tree["run"][key] for key in ("seed", "precision")}
-    for key in ("workers", "changed"):
+    for key in ("workers", "changed", "cache_gb"):
         tree["data"].pop(key)
     tree.pop("validate_images", None)
     return tree

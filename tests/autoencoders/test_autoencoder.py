@@ -13,8 +13,7 @@ from autoencoders import (
     build_autoencoder,
     load_autoencoder,
 )
-from autoencoders.cpu import PIXELS_AT_ONCE
-from autoencoders.layers import SelfModulatedConv2d
+from autoencoders.layers import PIXELS_AT_ONCE, SelfModulatedConv2d
 from ldm.checkpoint import ModelFile, save_model
 from ldm.config import list_presets, preset_summary, resolve, to_tree
 from ldm.errors import LdmError, UsageError

@@ -2,7 +2,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from autoencoders.cpu import chain, channels_last, in_small_batches
+from autoencoders.layers import chain, channels_last, in_small_batches
 
 
 def test_chain_is_sequential_and_keeps_its_input():

@@ -1,8 +1,10 @@
+from itertools import chain
+
 import numpy as np
 import pytest
 import torch
 
-from ldm.seeds import generator, normal, permuted, torch_seed
+from ldm.seeds import Order, generator, normal, permuted, torch_seed
 
 
 def test_a_row_depends_on_its_own_number_alone():
@@ -91,3 +93,52 @@ def test_permutations_stay_the_same():
         366799961458,
         857359199899,
     ]
+
+
+# ------------------------------------------------------------------------------ order of shards
+@pytest.mark.parametrize("streams", [1, 3, 16, 500])
+@pytest.mark.parametrize("window", [1, 2, 50])
+def test_each_epoch_has_every_image_once(streams, window):
+    counts = np.array([7, 0, 12, 5, 1, 0, 30, 9])
+    order = Order(counts, streams, window)
+    truth = sorted((shard, n) for shard, count in enumerate(counts) for n in range(count))
+    epochs = [[order.find(3, k) for k in range(e * 64, e * 64 + 64)] for e in range(3)]
+    assert all(sorted(epoch) == truth for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    again = Order(counts, streams, window)
+    assert [again.find(3, k) for k in reversed(range(192))] == list(chain(*epochs))[::-1]
+    assert [again.find(4, k) for k in range(64)] != epochs[0]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_a_process_needs_few_shards_at_a_time(world):
+    counts = np.full(64, 10)
+    order = Order(counts, streams=8, window=2)
+    for rank in range(world):
+        for start in range(0, 1280, 80):  # ten images of each stream
+            ks = range(start + rank, start + 80, world)
+            used = {order.find(0, k)[0] for k in ks}
+            # a window of two shards in each of its streams, or the end of one and a new one
+            assert len(used) <= 2 * 2 * 8 // world
+
+
+def test_images_of_a_window_are_shuffled_together():
+    order = Order(np.full(8, 100), streams=2, window=2)
+    first = [order.find(0, k) for k in range(0, 400, 2)]  # the first window of stream 0
+    shard = [s for s, _ in first]
+    assert len(set(shard)) == 2 and shard[:100].count(shard[0]) + shard[100:].count(shard[0]) > 60
+    assert 30 < shard[:100].count(shard[0]) < 70, "both from the beginning"
+    assert [n for _, n in first] != sorted(n for _, n in first)
+
+
+@pytest.mark.parametrize("streams", [1, 3, 8])
+def test_windows_name_the_shards_of_their_images_and_their_successors(streams):
+    counts = np.array([7, 0, 12, 5, 1, 0, 30, 9])
+    order = Order(counts, streams, window=2)
+    for k in range(200):
+        window = order.window(1, k)
+        assert order.find(1, k)[0] in window.shards and window.next > k
+        later = order.window(1, window.next)
+        assert later.first != window.first
+        between = range(k + streams, window.next, streams)
+        assert all(order.window(1, j).first == window.first for j in between if j // 64 == k // 64)

@@ -12,7 +12,7 @@ from ldm.config import to_tree
 from ldm.data.loader import image_name
 from ldm.data.photos import PhotoSource
 from ldm.errors import LdmError
-from ldm.images import to_float
+from ldm.images import as_float
 from ldm.logbook import read_rows
 from pipelines import latents, train_autoencoder, train_diffusion
 from tests.small import autoencoder_recipe, diffusion_recipe
@@ -44,12 +44,12 @@ def spoil(monkeypatch, module, spoiled, value=float("nan")) -> None:
     numbers = count()
 
     def spoiling(pixels):
-        images = to_float(pixels)
+        images = as_float(pixels)
         if spoiled(next(numbers)):
             images[1, 0, 5, 5] = value
         return images
 
-    monkeypatch.setattr(module, "to_float", spoiling)
+    monkeypatch.setattr(module, "as_float", spoiling)
 
 
 def named(k: int) -> str:

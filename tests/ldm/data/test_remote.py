@@ -4,7 +4,6 @@ import shutil
 import threading
 from collections import Counter
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,6 @@ from ldm.data import (
 )
 from ldm.data.dataset import content_identity, open_images
 from ldm.data.prepare import prepare
-from ldm.data.remote import Order
 from ldm.data.shard_cache import MEMBER, Shard, ShardCache
 from ldm.data.shard_index import INDEX
 from ldm.errors import LdmError, UsageError
@@ -240,55 +238,6 @@ def test_options_that_are_not_for_shards_elsewhere_are_refused(prepared):
         open_source(DataConfig(source=url(prepared), held_out=2), "train", 16)
 
 
-# -------------------------------------------------------------------------------------- order
-@pytest.mark.parametrize("streams", [1, 3, 16, 500])
-@pytest.mark.parametrize("window", [1, 2, 50])
-def test_each_epoch_has_every_image_once(streams, window):
-    counts = np.array([7, 0, 12, 5, 1, 0, 30, 9])
-    order = Order(counts, streams, window)
-    truth = sorted((shard, n) for shard, count in enumerate(counts) for n in range(count))
-    epochs = [[order.find(3, k) for k in range(e * 64, e * 64 + 64)] for e in range(3)]
-    assert all(sorted(epoch) == truth for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-    again = Order(counts, streams, window)
-    assert [again.find(3, k) for k in reversed(range(192))] == list(chain(*epochs))[::-1]
-    assert [again.find(4, k) for k in range(64)] != epochs[0]
-
-
-@pytest.mark.parametrize("world", [1, 2, 4, 8])
-def test_a_process_needs_few_shards_at_a_time(world):
-    counts = np.full(64, 10)
-    order = Order(counts, streams=8, window=2)
-    for rank in range(world):
-        for start in range(0, 1280, 80):  # ten images of each stream
-            ks = range(start + rank, start + 80, world)
-            used = {order.find(0, k)[0] for k in ks}
-            # a window of two shards in each of its streams, or the end of one and a new one
-            assert len(used) <= 2 * 2 * 8 // world
-
-
-def test_images_of_a_window_are_shuffled_together():
-    order = Order(np.full(8, 100), streams=2, window=2)
-    first = [order.find(0, k) for k in range(0, 400, 2)]  # the first window of stream 0
-    shard = [s for s, _ in first]
-    assert len(set(shard)) == 2 and shard[:100].count(shard[0]) + shard[100:].count(shard[0]) > 60
-    assert 30 < shard[:100].count(shard[0]) < 70, "both from the beginning"
-    assert [n for _, n in first] != sorted(n for _, n in first)
-
-
-@pytest.mark.parametrize("streams", [1, 3, 8])
-def test_windows_name_the_shards_of_their_images_and_their_successors(streams):
-    counts = np.array([7, 0, 12, 5, 1, 0, 30, 9])
-    order = Order(counts, streams, window=2)
-    for k in range(200):
-        window = order.window(1, k)
-        assert order.find(1, k)[0] in window.shards and window.next > k
-        later = order.window(1, window.next)
-        assert later.first != window.first
-        between = range(k + streams, window.next, streams)
-        assert all(order.window(1, j).first == window.first for j in between if j // 64 == k // 64)
-
-
 def test_a_range_of_the_images_is_ordered_by_itself(tmp_path):
     folder = shards(tmp_path / "data", {"a": 5, "b": 5, "c": 5})
     source = open_images(url(folder)).part(range(3, 12))
@@ -343,7 +292,7 @@ def test_a_transfer_that_fails_is_tried_again(prepared, web, monkeypatch, fault)
     there = open_source(DataConfig(source=address, labels=True), "train", 16)
     same(there, open_source(DataConfig(source=str(prepared), labels=True), "train", 16))
     assert handler.seen["train-00002.tar"] == 3
-    home = there._opened(2)[0].parent
+    home = there._opened(2).path.parent
     assert sorted(path.name for path in home.iterdir()) == [".lock", MEMBER, INDEX]
 
 

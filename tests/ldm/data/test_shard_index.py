@@ -53,7 +53,7 @@ def scanned(monkeypatch):
 
 
 def kept():
-    (found,) = cache_folder().glob(f"indexes/*/{INDEX}")
+    (found,) = cache_folder().glob("indexes/*/*.index")
     return found
 
 
@@ -124,10 +124,19 @@ def test_a_source_travels_to_workers_as_a_path(tmp_path):
     np.testing.assert_array_equal(pickle.loads(travelling).load(150), noise(150))
 
 
+def test_a_run_goes_on_when_others_open_more_shards(folder):
+    source = open_shards(folder)
+    shard(folder / "aa.tar", [1])
+    open_shards(folder)
+    open_shards(folder, labels=False)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(source)).load(8), noise(ord("c") + 2))
+
+
 def test_an_index_written_anew_while_in_use_is_refused(folder):
     travelling = pickle.dumps(open_shards(folder))
+    path = kept()
     shard(folder / "a.tar", [1])
-    open_shards(folder)
+    open_shards(folder)._index.path.replace(path)
     with pytest.raises(LdmError, match=r"changed while it was in use .*: run the same command"):
         pickle.loads(travelling)
 

@@ -246,7 +246,7 @@ def test_images_smaller_than_a_patch():
 
 def test_sizes_that_do_not_fit():
     side = PatchDescriptors(32)
-    with pytest.raises(ValueError, match=r"must be \(B, 3, 32, 32\), not \(2, 3, 16, 16\)"):
+    with pytest.raises(ValueError, match=r"must be \(B, C, 32, 32\), not \(2, 3, 16, 16\)"):
         side.update(textures(2, 0, size=16))
     with pytest.raises(ValueError, match="other resolutions"):
         compare_descriptors(side, PatchDescriptors(16))
@@ -326,5 +326,5 @@ def test_images_of_another_height_than_width():
     # of the coarsest level, where no detail is subtracted: patches from its far corners
     rows, columns = descriptors.level(1, 1)[:, :2, 24].max(0).values.tolist()
     assert rows > columns + 0.2
-    with pytest.raises(ValueError, match=r"must be \(B, 3, 48, 32\)"):
+    with pytest.raises(ValueError, match=r"must be \(B, C, 48, 32\)"):
         descriptors.update(torch.zeros(1, 3, 32, 48))

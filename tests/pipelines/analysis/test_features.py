@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from autoencoders import load_autoencoder
-from autoencoders.cpu import PIXELS_AT_ONCE
+from autoencoders.layers import PIXELS_AT_ONCE
 from ldm.charts import drawing
 from ldm.errors import LdmError, UsageError
 from pipelines.analysis import features as job

@@ -13,6 +13,7 @@ from torch import nn
 from autoencoders import Autoencoder, build_autoencoder
 from ldm.checkpoint import ModelFile, save_model
 from ldm.config import to_tree
+from ldm.images import Pixels
 
 SIZE = 32
 DIM = 12
@@ -61,6 +62,7 @@ class Adding(nn.Module):
     def __init__(self, amount: float) -> None:
         super().__init__()
         self.amount, self.modes = amount, []
+        self.config = SimpleNamespace(pixels=Pixels())
 
     def encode(self, images):
         self.modes.append(self.training)
