@@ -317,7 +317,7 @@ def _to_array(image: Image.Image, channels: int, keep: PixelType) -> np.ndarray:
         white = Image.new("RGBA", rgba.size, "white")
         image = Image.alpha_composite(white, rgba)
     if channels != 3 and image.mode in ("1", "L"):
-        return np.asarray(image.convert("L"))[..., None]
+        return fit_channels(np.asarray(image.convert("L"))[..., None], channels)
     return fit_channels(
         np.asarray(image if image.mode == "RGB" else image.convert("RGB")), channels
     )

@@ -71,6 +71,14 @@ def test_grey_stays_grey_and_colour_becomes_its_luminance():
     assert abs(wide / 257 - luminance).max() <= 0.51
 
 
+@pytest.mark.parametrize("mode", ["L", "1"])
+@pytest.mark.parametrize("channels", [2, 4])
+def test_8_bit_grey_does_not_pass_for_several_channels(mode, channels):
+    image = Image.fromarray(noise(0)[..., 0]).convert(mode)
+    with pytest.raises(OtherChannels, match=rf"an image of 1 channel.s., not {channels}"):
+        decode(encode(np.asarray(image)), ".png", channels)
+
+
 @pytest.mark.parametrize("compression", [None, "tiff_adobe_deflate"])
 def test_floating_point_tiff_keeps_its_values(compression):
     values = np.random.default_rng(3).normal(size=(9, 7)).astype(np.float32)
