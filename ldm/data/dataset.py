@@ -6,7 +6,6 @@ images are sorted by class, so that these would be whole classes: of them, every
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from copy import copy
 from functools import partial
 from hashlib import sha256
 from itertools import islice
@@ -380,8 +379,7 @@ def find_pixels(source: Source, config: DataConfig) -> Pixels:
         LdmError: they are floating-point, and `config` gives no range; or an image has another
             number of channels.
     """
-    whole = copy(source)
-    whole.keep = "float32"
+    whole = source.with_keep("float32")
     spread = np.linspace(0, len(source) - 1, min(MEASURED, len(source))).round().astype(int)
     extents = (each for i in spread.tolist() if (each := _extent(whole, i)) is not None)
     if (first := next(extents, None)) is None:

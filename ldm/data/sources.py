@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -171,6 +172,12 @@ class Source(ABC):
     def part(self, indices: "Indices") -> "Source":
         """Return some of the images as a source."""
         return Part(self, indices)
+
+    def with_keep(self, keep: PixelType) -> "Source":
+        """Return the same images, of which `keep` is the deepest type."""
+        other = copy(self)
+        other.keep = keep
+        return other
 
     def size(self, index: int) -> tuple[int, int]:
         """Return width and height of an image, from its file's header where it has one."""
@@ -425,6 +432,9 @@ class Part(Source):
 
     def identity(self) -> str:
         return self._whole.identity()  # which images of it these are follows from the settings
+
+    def with_keep(self, keep: PixelType) -> Source:
+        return Part(self._whole.with_keep(keep), self._indices)
 
     def load(self, index: int) -> np.ndarray:
         return self._whole.load(self._indices[index])

@@ -158,11 +158,13 @@ def test_a_range_is_two_numbers_in_order():
         Pixels(range=(3, 3))
 
 
-def test_floats_without_a_range_are_refused_with_the_way_out(tmp_path):
-    folder = files(tmp_path / "f", {"a.npy": npy(np.zeros((8, 8), np.float32))})
+@pytest.mark.parametrize("split", ["all", "train", "val"])
+def test_floats_without_a_range_are_refused_with_the_way_out(split, tmp_path):
+    data = npy(np.zeros((8, 8), np.float32))
+    folder = files(tmp_path / "f", {"a.npy": data, "b.npy": data})
     config = DataConfig(source=str(folder), channels=1)
     with pytest.raises(LdmError, match=r"set data.range .* data.range=\[0,1\], or to measured"):
-        find_pixels(open_source(config, "all", 8), config)
+        find_pixels(open_source(config, split, 8), config)
 
 
 def test_the_range_is_measured_once_and_kept(tmp_path):
