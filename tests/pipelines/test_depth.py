@@ -99,6 +99,17 @@ def test_samples_are_16_bit_pngs_in_the_range_of_the_data(grey, samples):
     assert abs(folder.load(2).astype(int) - expected).max() <= 1
 
 
+def test_pil_images_are_refused_where_they_would_lose_the_range(grey):
+    pipe = LatentDiffusionPipeline.from_pretrained(grey / "diffusion", "cpu", "fp32")
+    picture = Image.open(grey / "data" / "0.png")
+    with pytest.raises(UsageError, match=r"model's pixels are uint16 from .*: give a tensor of"):
+        pipe.edit([picture], steps=2)
+    with pytest.raises(UsageError, match="PIL images have 8 bits.*: give output='tensor'"):
+        pipe(1, steps=2, output="pil")
+    pipe.save_pretrained(grey / "saved", samples=0)
+    assert 'output="pil"' not in (grey / "saved" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("files", ["shards", "zip"])
 def test_archives_of_samples_hold_the_same_files(grey, samples, files, tmp_path):
     out = sample_images(grey / "diffusion", 4, tmp_path / "out", steps=2, files=files, device="cpu")
