@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from accelerate import Accelerator, PartialState
-from pydantic import Field
+from pydantic import Field, BeforeValidator
 
 from ldm.config import (
     Config,
@@ -47,7 +47,7 @@ from ldm.data.workers import load_in_workers
 from ldm.distributed import from_main
 from ldm.errors import LdmError, UsageError, check_at_least, listed
 from ldm.files import find_compression, sha256_of, write_json
-from ldm.images import Bound, Pixels, PixelType
+from ldm.images import LARGEST, Pixels, PixelType, RangeSetting
 from ldm.logbook import show_progress
 from ldm.records import read_tree, schema
 
@@ -74,7 +74,7 @@ class DataConfig(Config):
     image instead; enlarge resizes them (Lanczos), as ADM does with ImageNet's."""
     channels: Width | None = None
     """Channels of the images; null: those of the autoencoder, image_channels, else three."""
-    range: Literal["type", "measured"] | tuple[Bound, Bound] = "type"
+    range: RangeSetting = "type"
     """Pixel values that become −1 and 1: the least and the largest of the files' type, 8 or 16
     bits (with a trained autoencoder: its own); two numbers, beyond which values are clipped; or
     measured, the least and the largest in the training images, of 10,000 at most. Floating-point
@@ -385,8 +385,7 @@ def find_pixels(source: Source, config: DataConfig) -> Pixels:
     if (first := next(extents, None)) is None:
         return Pixels()
     if config.range != "measured":
-        range = config.range if isinstance(config.range, tuple) else None
-        pixels = Pixels(type=first[0], range=range)
+        pixels = Pixels(type=first[0], range=None if config.range == "type" else config.range)
         _ = pixels.bounds  # floats need a range
         return pixels
     found = []
@@ -396,6 +395,11 @@ def find_pixels(source: Source, config: DataConfig) -> Pixels:
             found += [each] if each else []
             advance(1)
     low, high = min(low for _, low, _ in found), max(high for *_, high in found)
+    if max(-low, high) > LARGEST:
+        raise LdmError(
+            f"{config.source}: pixels from {low:g} to {high:g} look like a mark for missing data: "
+            "set data.range=[low,high]"
+        )
     if low == high:
         raise LdmError(f"all pixels of {config.source} are {low:g}: set data.range=[low,high]")
     tell(f"{config.source}: pixels from {low:g} to {high:g}, measured on {len(found):,} images")

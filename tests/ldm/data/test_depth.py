@@ -9,6 +9,7 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
+from ldm.config import validate
 from ldm.data import DataConfig, evaluation_batches, open_source, sheet_images, transforms
 from ldm.data.dataset import check_data, find_pixels
 from ldm.data.loader import FaultCount
@@ -156,6 +157,23 @@ def test_every_16_bit_level_survives_the_round_trip(range):
 def test_a_range_is_two_numbers_in_order():
     with pytest.raises(ValueError, match="the lower first"):
         Pixels(range=(3, 3))
+
+
+@pytest.mark.parametrize("range", [[5, 1], [5, 5], "foo", [1], [0, 1e31], [0, float("nan")], None])
+def test_a_wrong_range_is_refused_in_one_line(range):
+    with pytest.raises(UsageError, match=r"^'range': must be type, measured, or two numbers") as e:
+        validate(DataConfig, {"range": range})
+    assert str(e.value).count("'") <= 4 and "\n" not in str(e.value)
+    assert validate(DataConfig, {"range": [1, 5]}).range == (1, 5)
+
+
+def test_values_for_missing_data_are_named(tmp_path):
+    array = np.zeros((8, 8), np.float32)
+    array[1] = -3e38
+    folder = files(tmp_path / "f", {"a.npy": npy(array)})
+    config = DataConfig(source=str(folder), channels=1, range="measured", workers=0)
+    with pytest.raises(LdmError, match=r"from -3e\+38 to 0 look like a mark for missing data: set"):
+        find_pixels(open_source(config, "all", 8), config)
 
 
 @pytest.mark.parametrize("split", ["all", "train", "val"])
