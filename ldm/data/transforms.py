@@ -296,12 +296,12 @@ def _check_pixels(width: int, height: int, size: int) -> None:
 
 def _to_array(image: Image.Image, channels: int, keep: PixelType) -> np.ndarray:
     """Pillow's image → (H, W, C)."""
+    if image.mode == "I" and keep == "float32":  # whatever the values of this image
+        return fit_channels(_finite(np.asarray(image)[..., None]), channels)
     if image.mode.startswith("I"):
         levels = np.asarray(image)[..., None]
         if levels.min() < 0 or levels.max() > 65535:
-            if keep != "float32":
-                raise CorruptImage(f"the range of 32-bit pixels is unknown{UNKNOWN}")
-            return fit_channels(_finite(levels), channels)
+            raise CorruptImage(f"the range of 32-bit pixels is unknown{UNKNOWN}")
         if keep == "uint8":
             # 65535 = 255 · 257: Pillow's own conversion would clip at 255 instead
             levels = ((levels.astype(np.int32) + 128) // 257).astype(np.uint8)  # rounded

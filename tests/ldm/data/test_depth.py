@@ -87,6 +87,23 @@ def test_floating_point_tiff_keeps_its_values(compression):
     np.testing.assert_array_equal(decode(data, "", 1, "float32")[..., 0], values)
 
 
+@pytest.mark.parametrize("top", [200, 65535, 65536])
+def test_32_bit_pixels_have_one_type_whatever_their_values(top):
+    values = np.linspace(0, top, 63).astype(np.int32).reshape(9, 7)
+    decoded = decode(encode(values, "TIFF"), "", 1, "float32")
+    assert decoded.dtype == np.float32
+    np.testing.assert_array_equal(decoded[..., 0], values)
+
+
+def test_32_bit_pixels_that_fit_16_bits_need_no_range(tmp_path):
+    values = np.linspace(0, 65535, 64).astype(np.int32).reshape(8, 8)
+    folder = files(tmp_path / "f", {"a.tif": encode(values, "TIFF")})
+    config = DataConfig(source=str(folder), channels=1)
+    source = open_source(config, "all", 8)
+    assert find_pixels(source, config) == Pixels(type="uint16")
+    np.testing.assert_array_equal(source.load(0)[..., 0], values)
+
+
 def test_pages_of_a_tiff_are_channels_where_they_are_as_many():
     layers = [DEEP, DEEP[::-1], DEEP // 2, DEEP // 3]
     np.testing.assert_array_equal(
