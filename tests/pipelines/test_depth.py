@@ -23,7 +23,7 @@ from pipelines.recipes import load_recipe
 from pipelines.sample import sample_images
 from pipelines.sampling.sample_folder import SampleFolder
 from pipelines.train_autoencoder import train_autoencoder
-from pipelines.train_diffusion import train_diffusion
+from pipelines.train_diffusion import check_range, train_diffusion
 from tests.small import autoencoder_recipe, diffusion_recipe
 
 ONE_PHASE = "phases=[{resolution: 32, steps: 4}]"
@@ -104,7 +104,7 @@ def test_pil_images_are_refused_where_they_would_lose_the_range(grey):
     picture = Image.open(grey / "data" / "0.png")
     with pytest.raises(UsageError, match=r"model's pixels are uint16 from .*: give a tensor of"):
         pipe.edit([picture], steps=2)
-    with pytest.raises(UsageError, match="PIL images have 8 bits.*: give output='tensor'"):
+    with pytest.raises(UsageError, match=r"PIL images have 8 bits.*: give output='tensor'"):
         pipe(1, steps=2, output="pil")
     pipe.save_pretrained(grey / "saved", samples=0)
     assert 'output="pil"' not in (grey / "saved" / "README.md").read_text()
@@ -197,6 +197,15 @@ def test_stage_two_takes_the_range_of_stage_one(grey):
     config = load_autoencoder(grey / "ae").config
     assert recipe.data.of(config).range == (0, 9)
     assert DataConfig().of(config).range == config.pixels.range
+
+
+def test_stage_two_does_not_measure_a_range(grey, tmp_path):
+    own = [f"data.source={str(grey / 'data')!r}", "data.workers=0", "data.range=measured"]
+    recipe = diffusion_recipe(grey / "ae" / "ckpt.pt", *own)
+    with pytest.raises(UsageError, match=r"data.range=measured is for stage one"):
+        train_diffusion(recipe, folder=tmp_path / "run")
+    with pytest.raises(UsageError, match=r"data.range=measured is for stage one"):
+        check_range(recipe)  # as the doctor does
 
 
 # ------------------------------------------------------------------------ weights of colour
