@@ -189,7 +189,7 @@ class Source(ABC):
 
         Raises:
             CorruptImage, LdmError: it is smaller, and `small` is "skip" or "error".
-            LdmError: it has another number of channels.
+            LdmError: it has another number of channels; see `load_named`.
         """
         image = self.load_named(index)
         height, width = image.shape[:2]
@@ -209,10 +209,15 @@ class Source(ABC):
         )
 
     def load_named(self, index: int) -> np.ndarray:
-        """Load an image; an LdmError names one of another number of channels."""
+        """Load an image; an LdmError names one that has not the number of channels requested.
+
+        In data of three channels, as most are, it is corrupt instead.
+        """
         try:
             return self.load(index)
         except OtherChannels as error:
+            if self.channels == 3:
+                raise
             raise LdmError(f"{self.name(index)} is {error}") from error
 
     def _share_smaller(self, resolution: Resolution) -> str:

@@ -163,7 +163,7 @@ def decode(data: bytes, suffix: str, channels: int = 3, keep: PixelType = "uint8
     Grey is repeated for three channels, and colour becomes its luminance (ITU-R 601) for one.
     Transparency is composited on white, unless the channels are those of the file, CMYK converted,
     and the EXIF orientation applied. Of an animation the first frame is taken, and the pages of a
-    TIFF are channels where they are as many. Arrays must have the channels, first or last. Files
+    TIFF are channels where they are as many and not three. Arrays must have the channels, first or last. Files
     are recognised by their content, except NumPy's arrays by the suffix ".npy".
 
     Args:
@@ -234,7 +234,8 @@ def _decode_picture(data: bytes, channels: int, keep: PixelType) -> np.ndarray:
         raise CorruptImage(f"more than {MAX_SCANS} scans")
     pages = _check_tiff(data, channels + 1) if data[:2] in (b"II", b"MM") else 1
     image = _load(data)
-    if pages == channels > 1 and len(image.getbands()) == 1:
+    # three grey pages are seldom colour: their first is read, as of any other TIFF of pages
+    if pages == channels > 1 and channels != 3 and len(image.getbands()) == 1:
         found = [image, *(_load(data, page) for page in range(1, pages))]
         if all(len(page.getbands()) == 1 and page.size == image.size for page in found):
             return np.concatenate([_to_array(page, 1, keep) for page in found], axis=2)

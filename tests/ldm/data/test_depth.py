@@ -114,6 +114,13 @@ def test_pages_of_a_tiff_are_channels_where_they_are_as_many():
         decode(pages(*layers), "", 5, "uint16")
 
 
+def test_of_three_grey_pages_the_first_is_read_in_colour():
+    layers = [noise(i)[..., 0] for i in range(3)]
+    np.testing.assert_array_equal(
+        decode(pages(*layers), "", 3), np.repeat(layers[0][..., None], 3, axis=2)
+    )
+
+
 @pytest.mark.parametrize("shape", [(5, 9, 7), (9, 7, 5), (1, 5, 9, 7)])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float16, np.float64, np.int16])
 def test_arrays_of_any_number_of_channels_and_any_type(shape, dtype):
@@ -239,6 +246,13 @@ def test_an_image_of_other_channels_is_named_and_not_corrupt(tmp_path):
     source = open_source(DataConfig(source=str(folder), channels=4), "all", 8)
     with pytest.raises(LdmError, match=r"a.npy is a uint8 array .* not an image of 4 channel"):
         sheet_images(source, 8, 1)
+
+
+def test_an_array_of_another_shape_among_colour_images_is_corrupt(tmp_path):
+    folder = png_folder(tmp_path / "f", [noise(0), noise(1)])
+    (folder / "a.npy").write_bytes(npy(np.zeros((48, 40), np.uint8)))
+    source = open_source(DataConfig(source=str(folder)), "all", 8)
+    assert len(sheet_images(source, 8, 3)) == 2
 
 
 def test_channels_that_contradict_the_model_are_refused():
