@@ -30,12 +30,12 @@ class LatentDiffusionPipeline(LatentModel):
     """Samples images from a stage-two checkpoint, which includes its autoencoder.
 
     >>> pipe = LatentDiffusionPipeline.from_pretrained("runs/x").to("cuda")  # or "owner/name"
-    >>> images = pipe(n=4, seed=0, steps=18)             # (4, 3, H, W) in [−1, 1], on the CPU
+    >>> images = pipe(n=4, seed=0, steps=18)             # (4, C, H, W) in [−1, 1], on the CPU
 
-    Input images are (B, C, H, W) in [−1, 1], of the model's C channels and its size or that of the
-    option `size`; or, for models of 8-bit images, a list of PIL images. Output image i depends on (seed, i), on input i and on the options alone;
-    the number of images and the batch size change it by rounding only: in fp32 by less than 1/255,
-    in bf16 on a GPU not yet measured.
+    Input images are (B, C, H, W) in [−1, 1], of the model's C channels, and of its size or that of
+    the option `size`; or, for models of 8-bit images, a list of PIL images. Output image i depends
+    on (seed, i), on input i and on the options alone; the number of images and the batch size
+    change it by rounding only: in fp32 by less than 1/255, in bf16 on a GPU not yet measured.
     """
 
     def __call__(self, n: int = 1, seed: int = 0, **options: Any) -> Images:
