@@ -194,10 +194,12 @@ def _decode_array(data: bytes, channels: int, keep: PixelType) -> np.ndarray:
     """(1, C, H, W), (C, H, W) as CelebA-HQ comes, (H, W, C), or for one channel (H, W)."""
     array = parse_array(data)
     pixels = _channels_last(array, channels)
+    pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
     is_kept = pixels.dtype == np.uint8 or (pixels.dtype == np.uint16 and keep != "uint8")
     what = f"a {array.dtype} array of shape {array.shape}"
     if not is_kept and (keep != "float32" or pixels.dtype.kind not in "iuf"):
-        raise CorruptImage(f"{what} is not uint8{UNKNOWN}")
+        types = "not uint8" if keep == "uint8" else "neither uint8 nor uint16"
+        raise CorruptImage(f"{what} is {types}: set data.range for its values")
     if pixels.ndim != 3 or pixels.shape[2] != channels or not pixels.size:
         raise OtherChannels(f"{what} is not an image of {channels} channel(s){OTHERWISE}")
     return np.ascontiguousarray(pixels if is_kept else _finite(pixels))

@@ -133,6 +133,15 @@ def test_arrays_of_any_number_of_channels_and_any_type(shape, dtype):
     np.testing.assert_array_equal(decoded, expected.astype(decoded.dtype))
 
 
+@pytest.mark.parametrize("keep", ["uint16", "float32"])
+def test_arrays_of_the_other_byte_order_are_of_the_same_type(keep):
+    decoded = decode(npy(DEEP.astype(">u2")), ".npy", 1, keep)
+    assert decoded.dtype == np.dtype("=u2")
+    np.testing.assert_array_equal(decoded[..., 0], DEEP)
+    with pytest.raises(CorruptImage, match="is neither uint8 nor uint16: set data.range for its"):
+        decode(npy(DEEP.astype(np.int32)), ".npy", 1, "uint16")
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_values_that_are_not_finite_are_corrupt(value):
     array = np.full((8, 8), 0.5, np.float32)
