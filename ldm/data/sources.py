@@ -198,10 +198,12 @@ class Source(ABC):
         if self.small == "enlarge":
             taller, wider = enlarged(height, width, resolution)
             if taller * wider > MAX_ENLARGED:
-                raise CorruptImage(f"{width}×{height}, too narrow to be enlarged")
+                raise CorruptImage(
+                    f"{name_size(height, width, resolution)}, too narrow to be enlarged"
+                )
             return resize(image, taller, wider)
         if self.small == "skip":
-            raise CorruptImage(f"{SMALL}{width}×{height}")
+            raise CorruptImage(f"{SMALL}{name_size(height, width, resolution)}")
         raise LdmError(
             f"{self.name(index)} is {name_size(height, width, resolution)}, smaller than the "
             f"{format_size(resolution)} requested{self._share_smaller(resolution)}: set "
