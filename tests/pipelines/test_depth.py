@@ -13,6 +13,7 @@ from autoencoders import build_autoencoder, load_autoencoder
 from ldm.checkpoint import ModelFile, load_model, save_model
 from ldm.config import to_tree
 from ldm.data import DataConfig
+from ldm.data.shards import read_manifest
 from ldm.errors import LdmError, UsageError
 from ldm.images import Pixels
 from pipelines.evaluate import evaluate_checkpoints
@@ -115,6 +116,10 @@ def test_archives_of_samples_hold_the_same_files(grey, samples, files, tmp_path)
     out = sample_images(grey / "diffusion", 4, tmp_path / "out", steps=2, files=files, device="cpu")
     for i in range(4):
         np.testing.assert_array_equal(SampleFolder(out).load(i), SampleFolder(samples).load(i))
+    if files == "shards":
+        manifest = read_manifest(out)
+        assert manifest is not None
+        assert (manifest["channels"], manifest["dtype"]) == (1, "uint16")
 
 
 def test_the_same_command_resumes_with_the_range_that_was_measured(grey, tmp_path):
