@@ -107,7 +107,7 @@ class DataConfig(Config):
     """Loader processes per GPU; 0 loads in the training process, as the photographs always do."""
 
     def of(self, model: Any) -> Self:
-        """Return these settings for an autoencoder's config: its channels, and its range if trained."""
+        """Return these settings for an autoencoder's config: its channels, its range of pixels."""
         if self.channels not in (None, model.image_channels):
             raise UsageError(
                 f"data.channels is {self.channels}, and image_channels {model.image_channels}: "

@@ -162,9 +162,10 @@ def decode(data: bytes, suffix: str, channels: int = 3, keep: PixelType = "uint8
 
     Grey is repeated for three channels, and colour becomes its luminance (ITU-R 601) for one.
     Transparency is composited on white, unless the channels are those of the file, CMYK converted,
-    and the EXIF orientation applied. Of an animation the first frame is taken, and the pages of a
-    TIFF are channels where they are as many and not three. Arrays must have the channels, first or last. Files
-    are recognised by their content, except NumPy's arrays by the suffix ".npy".
+    and the EXIF orientation applied. Of an animation the first frame is taken, and of a TIFF the
+    first page, or all as channels where they are as many, and not three. Arrays must have the
+    channels, first or last. Files are recognised by their content, except NumPy's arrays by the
+    suffix ".npy".
 
     Args:
         channels: C.

@@ -64,9 +64,9 @@ def analyze_scale(
     paths = parse_models(models)
     recipes, configs = {}, {}
     for name, path in paths.items():
-        file = read_autoencoder(path)
-        recipes[name] = file.provenance.get("recipe") or {}
-        configs[name] = assemble(file, path).config
+        found = read_autoencoder(path)
+        recipes[name] = found.provenance.get("recipe") or {}
+        configs[name] = assemble(found, path).config
     check_alike(configs)
     config = agree_on_data(recipes, data).of(next(iter(configs.values())))
     if resolutions is None:
@@ -76,10 +76,10 @@ def analyze_scale(
     with ExitStack() as held:
         from_main(ranks, lambda: held.enter_context(lock(folder)))
         file = folder / "scale.json"
-        found = evaluate_checkpoints([*paths.values()], config, split, sides, out=file, **options)
+        each = evaluate_checkpoints([*paths.values()], config, split, sides, out=file, **options)
         if not ranks.is_main_process:
             return None
-        return _summarise(paths, found, config, split, sides, file)
+        return _summarise(paths, each, config, split, sides, file)
 
 
 def _summarise(

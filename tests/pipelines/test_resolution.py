@@ -97,7 +97,10 @@ def test_a_square_recipe_is_dumped_as_ever():
     ("settings", "text"),
     [
         ([PHASES.replace("96", "100")], "resolution 100x64 must be a multiple of 8"),
-        ([PHASES.replace("96", "104")], "halves images 4 times, so their sides must be multiples of 16: "),
+        (
+            [PHASES.replace("96", "104")],
+            "halves images 4 times, so their sides must be multiples of 16: ",
+        ),
         (
             ["discriminator={type: stylegan, resolution: 64, channels: 4}", PHASES],
             "takes square images, not 96×64: .*use discriminator.type=unet or patchgan",

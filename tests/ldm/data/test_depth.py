@@ -138,7 +138,7 @@ def test_arrays_of_the_other_byte_order_are_of_the_same_type(keep):
     decoded = decode(npy(DEEP.astype(">u2")), ".npy", 1, keep)
     assert decoded.dtype == np.dtype("=u2")
     np.testing.assert_array_equal(decoded[..., 0], DEEP)
-    with pytest.raises(CorruptImage, match="is neither uint8 nor uint16: set data.range for its"):
+    with pytest.raises(CorruptImage, match=r"is neither uint8 nor uint16: set data.range for its"):
         decode(npy(DEEP.astype(np.int32)), ".npy", 1, "uint16")
 
 
