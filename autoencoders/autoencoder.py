@@ -409,8 +409,10 @@ def assemble(file: AutoencoderFile, path: str | Path) -> Autoencoder:
     return ae
 
 
-def grey_weights(ae: Autoencoder) -> dict[str, Tensor]:
-    """The weights of an autoencoder as one of a single channel takes them.
+def grey_weights(
+    ae: Autoencoder, parts: Sequence[str] = ("encoder", "decoder")
+) -> dict[str, Tensor]:
+    """The weights of an autoencoder as one of a single channel takes them, in some of its parts.
 
     The first convolutions' are summed over the channels, the last one's averaged: on a grey image
     it gives the mean over the channels of what `ae` gives for the image repeated.
@@ -420,13 +422,16 @@ def grey_weights(ae: Autoencoder) -> dict[str, Tensor]:
     """
     weights, channels = ae.state_dict(), ae.config.image_channels
     first = [n for n in weights if re.fullmatch(r"encoder\.(extractors\.\d+\.)?conv_in\.weight", n)]
-    if not first or getattr(ae.config.encoder, "shortcut", "none") != "none":
+    if "encoder" not in parts:
+        first = []
+    elif not first or getattr(ae.config.encoder, "shortcut", "none") != "none":
         raise LdmError(
             "only encoders of type sdvae, and litevae without a shortcut, can be adapted"
         )
     for name in first:  # sub-bands come channel by channel: LL of all, H of all, …
         weights[name] = weights[name].unflatten(1, (-1, channels)).sum(2)
-    for name in ("decoder.conv_out.weight", "decoder.conv_out.bias"):
+    last = ("decoder.conv_out.weight", "decoder.conv_out.bias") if "decoder" in parts else ()
+    for name in last:
         weights[name] = weights[name].unflatten(0, (-1, channels)).mean(1)
     return weights
 

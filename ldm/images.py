@@ -4,14 +4,15 @@ Inside the toolkit images are NCHW float32 in [−1, 1]; in files uint8, uint16 
 `Pixels` say which values are −1 and 1; in metrics on pixels, uint8.
 """
 
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Annotated, Literal, Self
+from typing import IO, Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
 from torch import Tensor
 
 from ldm.config import Config
@@ -21,7 +22,30 @@ from ldm.files import write_atomically
 PixelType = Literal["uint8", "uint16", "float32"]
 LEVELS = {"uint8": 255, "uint16": 65535}
 """The largest value of each type of whole numbers."""
-Bound = Annotated[float, Field(ge=-1e30, le=1e30)]
+LARGEST = 1e30
+"""Magnitude of pixels at most: beyond, float32 has no room to compute."""
+Bound = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
+_BOUNDS = TypeAdapter(tuple[Bound, Bound])
+
+
+def read_range(given: Any) -> Any:
+    """A setting of the range of pixels: "type", "measured", or two ascending numbers.
+
+    A ValueError of one line says what it must be.
+    """
+    if given in ("type", "measured"):
+        return given
+    with suppress(ValueError):  # pydantic's
+        low, high = _BOUNDS.validate_python(given)
+        if low < high:
+            return low, high
+    raise ValueError("must be type, measured, or two numbers within ±1e30, the lower first")
+
+
+RangeSetting = Annotated[
+    Literal["type", "measured"] | tuple[Bound, Bound], BeforeValidator(read_range)
+]
+"""Pixel values that become −1 and 1, as requested."""
 
 
 class Pixels(Config):

@@ -129,7 +129,7 @@ def _fitting_weights(
     way = f"set image_channels={theirs}"
     if recipe.init.source and ours == 1:
         if recipe.init.adapt == "sum":
-            return grey_weights(given)
+            return grey_weights(given, recipe.init.parts)
         way = "set init.adapt=sum (the first convolution's weights summed, the last's averaged)"
     raise LdmError(f"{source} is of images of {theirs} channels, this model of {ours}: {way}")
 

@@ -30,12 +30,12 @@ class LatentDiffusionPipeline(LatentModel):
     """Samples images from a stage-two checkpoint, which includes its autoencoder.
 
     >>> pipe = LatentDiffusionPipeline.from_pretrained("runs/x").to("cuda")  # or "owner/name"
-    >>> images = pipe(n=4, seed=0, steps=18)             # (4, 3, H, W) in [−1, 1], on the CPU
+    >>> images = pipe(n=4, seed=0, steps=18)             # (4, C, H, W) in [−1, 1], on the CPU
 
-    Input images are (B, 3, H, W) in [−1, 1] or a list of PIL images, of the model's size or that
-    of the option `size`. Output image i depends on (seed, i), on input i and on the options alone;
-    the number of images and the batch size change it by rounding only: in fp32 by less than 1/255,
-    in bf16 on a GPU not yet measured.
+    Input images are (B, C, H, W) in [−1, 1], of the model's C channels, and of its size or that of
+    the option `size`; or, for models of 8-bit images, a list of PIL images. Output image i depends
+    on (seed, i), on input i and on the options alone; the number of images and the batch size
+    change it by rounding only: in fp32 by less than 1/255, in bf16 on a GPU not yet measured.
     """
 
     def __call__(self, n: int = 1, seed: int = 0, **options: Any) -> Images:
@@ -59,7 +59,7 @@ class LatentDiffusionPipeline(LatentModel):
             batch_size: images at a time, 64 by default.
             callback: called with the number of finished images after every batch.
             progress: show a progress bar.
-            output: "tensor", or "pil" for a list of PIL images.
+            output: "tensor", or "pil" for a list of PIL images, of models of 8-bit images alone.
 
         Raises:
             UsageError: an option is unknown, invalid, has no effect, or does not fit the model.
@@ -223,6 +223,8 @@ class LatentDiffusionPipeline(LatentModel):
         for name in options.keys() - known:
             raise UsageError(f"unknown option '{name}'{did_you_mean(name, known)}")
         requested = validate(Options, options)
+        if requested.output == "pil":
+            self._check_plain("give output='tensor'")
         labels = self.classes.choose(requested.labels, n, seed)
         guide = self.load_guide(requested, requested.guide, labels)
 
@@ -232,10 +234,21 @@ class LatentDiffusionPipeline(LatentModel):
 
         return requested, sample
 
+    def _check_plain(self, instead: str) -> None:
+        """Refuse PIL images for a model whose pixels they would cut to 8 bits."""
+        pixels = self.autoencoder_config.pixels
+        if not pixels.is_plain:
+            low, high = pixels.bounds
+            raise UsageError(
+                f"PIL images have 8 bits, and the model's pixels are {pixels.type} from {low:g} to "
+                f"{high:g}: {instead}"
+            )
+
     def _read_images(self, images: Images, options: dict[str, Any]) -> Tensor:
         """(B, C, H, W) in [−1, 1] on the CPU, of the size in the options, else the model's."""
         channels = self.autoencoder_config.image_channels
         if not isinstance(images, Tensor):
+            self._check_plain("give a tensor of images in [−1, 1]")
             mode = "L" if channels == 1 else "RGB"
             pictures = [
                 np.array(image.convert(mode)).reshape(*image.size[::-1], -1) for image in images

@@ -43,14 +43,15 @@ CARD = """{front}
 from pipelines import LatentDiffusionPipeline
 
 pipe = LatentDiffusionPipeline.from_pretrained({where})
-images = pipe(n=4, seed=0, output="pil")
-images[0].save("sample.png")
+{draw}
 ```
 
 ## The model
 
 {facts}
 {numbers}"""
+DRAW = 'images = pipe(n=4, seed=0, output="pil")\nimages[0].save("sample.png")'
+DRAW_DEEP = "images = pipe(n=4, seed=0)  # a tensor in [−1, 1]: PIL images have 8 bits"
 DRAWN = """
 ![Samples]({picture})
 
@@ -144,6 +145,7 @@ def write_card(
         size=format_size(model.recipe.resolution),
         picture=DRAWN.format(**drawn) if samples else "",
         where=where,
+        draw=DRAW if model.autoencoder_config.pixels.is_plain else DRAW_DEEP,
         facts="\n".join(f"- {fact}." for fact in _facts(model, file, origin, came_with)),
         numbers=_numbers(model),
     )

@@ -32,7 +32,8 @@ from pipelines.sampling.sample_folder import SampleFolder
 
 Space = Literal["latents", "pixels"]
 Embed = Callable[[Tensor], Tensor]
-"""Images of a batch (B, C, H, W) → points (B, D), whose distance is the root mean square."""
+"""Images of a batch (B, C, H, W) → points (B, D), whose distance is the root mean square
+difference."""
 Crop = tuple[int, int, int, int]
 """Index of a training image, row and column of its window (−1: its centre crop), 1 if mirrored."""
 
@@ -168,7 +169,7 @@ def _embedding(space: Space, folder: SampleFolder, path: Path | None, where: tor
             points = model.encode(as_float(images)).flatten(1) / model.codec.sigma_data
         else:
             longer = max(images.shape[2:])
-            size = [side * min(SIDE, longer) // longer for side in images.shape[2:]]
+            size = [max(1, side * min(SIDE, longer) // longer) for side in images.shape[2:]]
             levels = images if images.dtype == torch.uint8 else (images + 1) * 127.5
             small = F.interpolate(levels.to(where).float(), size=size, mode="area")
             points = small.flatten(1)

@@ -142,7 +142,8 @@ def _finish(job: ModelSamples, store: SampleStore) -> None:
             "copy the other machines' images into it and run the same command again"
         )
     origin = f"samples of model {job.model.sha256[:12]}, seed {job.seed}"
-    store.finish(job.resolution, origin, job.model.classes.names)
+    classes, kind = job.model.classes.names, job.pixels.type
+    store.finish(job.resolution, origin, classes, job.channels, kind)
     _draw_grid(store)
 
 

@@ -158,9 +158,8 @@ def train_diffusion(
     """
     autoencoder, origin = _load_autoencoder(recipe.autoencoder)
     ae_sha256 = fingerprint(autoencoder.state_dict())
+    check_range(recipe)
     data = recipe.data.of(autoencoder.config)
-    if data.range == "measured":
-        raise UsageError("data.range=measured is for stage one: stage two takes its range; omit it")
     source = open_source(data, "train", recipe.resolution)
     requested, recipe = recipe, fit(recipe, autoencoder, len(source.classes))
     if recipe.cache:
@@ -200,6 +199,12 @@ def train_diffusion(
             _train(run, state, stream, logbook, validate, save)
             logbook.close()
             return run.finish({"images_seen": state.images_seen, **state.row})
+
+
+def check_range(recipe: DiffusionRecipe) -> None:
+    """Raise a UsageError for a range of pixels that is to be measured."""
+    if recipe.data.range == "measured":
+        raise UsageError("data.range=measured is for stage one: stage two takes its range; omit it")
 
 
 def _load_autoencoder(path: str) -> tuple[Autoencoder, dict[str, Any]]:

@@ -6,7 +6,6 @@ images are sorted by class, so that these would be whole classes: of them, every
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from copy import copy
 from functools import partial
 from hashlib import sha256
 from itertools import islice
@@ -48,7 +47,7 @@ from ldm.data.workers import load_in_workers
 from ldm.distributed import from_main
 from ldm.errors import LdmError, UsageError, check_at_least, listed
 from ldm.files import find_compression, sha256_of, write_json
-from ldm.images import Bound, Pixels, PixelType
+from ldm.images import LARGEST, Pixels, PixelType, RangeSetting
 from ldm.logbook import show_progress
 from ldm.records import read_tree, schema
 
@@ -75,7 +74,7 @@ class DataConfig(Config):
     image instead; enlarge resizes them (Lanczos), as ADM does with ImageNet's."""
     channels: Width | None = None
     """Channels of the images; null: those of the autoencoder, image_channels, else three."""
-    range: Literal["type", "measured"] | tuple[Bound, Bound] = "type"
+    range: RangeSetting = "type"
     """Pixel values that become −1 and 1: the least and the largest of the files' type, 8 or 16
     bits (with a trained autoencoder: its own); two numbers, beyond which values are clipped; or
     measured, the least and the largest in the training images, of 10,000 at most. Floating-point
@@ -108,16 +107,15 @@ class DataConfig(Config):
     """Loader processes per GPU; 0 loads in the training process, as the photographs always do."""
 
     def of(self, model: Any) -> Self:
-        """Return these settings for an autoencoder's config: its channels and range of pixels."""
+        """Return these settings for an autoencoder's config: its channels, its range of pixels."""
         if self.channels not in (None, model.image_channels):
             raise UsageError(
                 f"data.channels is {self.channels}, and image_channels {model.image_channels}: "
                 "omit data.channels"
             )
-        chosen = isinstance(self.range, tuple) or model.pixels.range is None
-        range = self.range if chosen else model.pixels.range
+        given = self.range if isinstance(self.range, tuple) else model.pixels.range or self.range
         channels = None if model.image_channels == 3 else model.image_channels
-        return self.model_copy(update={"channels": channels, "range": range})
+        return self.model_copy(update={"channels": channels, "range": given})
 
 
 def open_source(config: DataConfig, split: Split, resolution: Resolution) -> Source:
@@ -136,8 +134,7 @@ def open_source(config: DataConfig, split: Split, resolution: Resolution) -> Sou
         for key in ("label_file", "image_column", "label_column"):
             if getattr(config, key):
                 raise UsageError(f"data.{key} does not apply to the built-in photographs: omit it")
-        photos = PhotoSource(split, resolution, config.labels)
-        return _as_configured(photos, config)
+        return _as_configured(PhotoSource(split, resolution, config.labels), config)
     path, elsewhere = Path(config.source).expanduser(), is_remote(config.source)
     is_path = not elsewhere and not is_hub(config.source)
     if is_path and not path.exists() and "{" not in config.source:
@@ -150,11 +147,10 @@ def open_source(config: DataConfig, split: Split, resolution: Resolution) -> Sou
     columns = config.image_column, config.label_column
     images = open_images(config.source, config.labels, config.label_file, *columns, config.cache_gb)
     images = _as_configured(images, config)
+    manifest = read_manifest(path) if path.is_dir() else None
     if isinstance(images, RemoteSource):
         images.arrange(config.streams, config.window)
         manifest = images.manifest
-    else:
-        manifest = read_manifest(path) if path.is_dir() else None
     size = read_resolution((manifest or {}).get("size", resolution))
     if not covers(*height_width(size), resolution) and config.small == "error":
         raise LdmError(
@@ -187,10 +183,8 @@ def holds_out(config: DataConfig) -> bool:
         return config.held_out != 0
     if is_hub(config.source):
         return True
-    if is_remote(config.source):
-        manifest = read_remote_manifest(config.source)
-        return manifest is None or manifest["splits"]["val"]["count"] > 0
-    manifest = read_manifest(Path(config.source).expanduser())
+    path, elsewhere = Path(config.source).expanduser(), is_remote(config.source)
+    manifest = read_remote_manifest(config.source) if elsewhere else read_manifest(path)
     return manifest is None or manifest["splits"]["val"]["count"] > 0
 
 
@@ -245,9 +239,8 @@ def find_kind(path: Path) -> Kind:
 
     A folder with shards, tables and images is what it has more files of.
     """
-    suffix = path.suffix.lower()
     if not path.is_dir():
-        if suffix in (".zip", ".tar"):
+        if (suffix := path.suffix.lower()) in (".zip", ".tar"):
             return "zip" if suffix == ".zip" else "shards"
         if program := find_compression(path):
             raise LdmError(f"{path} is compressed: unpack it by {program} first")
@@ -380,28 +373,39 @@ def find_pixels(source: Source, config: DataConfig) -> Pixels:
         LdmError: they are floating-point, and `config` gives no range; or an image has another
             number of channels.
     """
-    whole = copy(source)
-    whole.keep = "float32"
-    spread = np.linspace(0, len(source) - 1, min(MEASURED, len(source))).round().astype(int)
-    extents = (each for i in spread.tolist() if (each := _extent(whole, i)) is not None)
-    if (first := next(extents, None)) is None:
+    if (kind := find_type(source)) is None:
         return Pixels()
     if config.range != "measured":
-        range = config.range if isinstance(config.range, tuple) else None
-        pixels = Pixels(type=first[0], range=range)
+        pixels = Pixels(type=kind, range=None if config.range == "type" else config.range)
         _ = pixels.bounds  # floats need a range
         return pixels
-    found = []
+    found, spread = [], _spread(source)
     with show_progress("measuring pixels", len(spread)) as advance:
-        work = partial(_extent, whole)
-        for each in load_in_workers(work, spread.tolist(), config.workers, "lower data.workers"):
+        work = partial(_extent, source)
+        for each in load_in_workers(work, spread, config.workers, "lower data.workers"):
             found += [each] if each else []
             advance(1)
     low, high = min(low for _, low, _ in found), max(high for *_, high in found)
-    if low == high:
-        raise LdmError(f"all pixels of {config.source} are {low:g}: set data.range=[low,high]")
-    tell(f"{config.source}: pixels from {low:g} to {high:g}, measured on {len(found):,} images")
-    return Pixels(type=first[0], range=(low, high))
+    what = f"{config.source}: pixels from {low:g} to {high:g}"
+    if low == high or max(-low, high) > LARGEST:
+        why = "are all the same" if low == high else "look like a mark for missing data"
+        raise LdmError(f"{what} {why}: set data.range=[low,high]")
+    tell(f"{what}, measured on {len(found):,} images")
+    return Pixels(type=kind, range=(low, high))
+
+
+def find_type(source: Source) -> PixelType | None:
+    """Return the type of the first good image's pixels, of some evenly spread; None without any."""
+    whole = source.with_keep("float32")
+    for i in _spread(source)[:100]:  # training stops where so many are corrupt
+        if found := _extent(whole, i):
+            return (_extent(source, i) or found)[0]  # 32-bit pixels that fit 16 bits pass for these
+    return None
+
+
+def _spread(source: Source) -> list[int]:
+    last = len(source) - 1
+    return np.linspace(0, last, min(MEASURED, last + 1)).round().astype(int).tolist()
 
 
 def _extent(source: Source, index: int) -> tuple[PixelType, float, float] | None:

@@ -277,7 +277,7 @@ def _prepare_image(source: Source, size: Resolution, filter: Filter, index: int)
         return Prepared(fault=(name, str(error)))
     height, width = image.shape[:2]
     if not covers(height, width, size) and source.small != "enlarge":
-        return Prepared(fault=(name, f"{SMALL}{width}×{height}"))
+        return Prepared(fault=(name, f"{SMALL}{name_size(height, width, size)}"))
     file = io.BytesIO()
     write_pixels(center_crop(image, size, filter), file)
     prepared = int(index), file.getvalue(), source.label(index)

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -172,6 +173,12 @@ class Source(ABC):
         """Return some of the images as a source."""
         return Part(self, indices)
 
+    def with_keep(self, keep: PixelType) -> "Source":
+        """Return the same images, of which `keep` is the deepest type."""
+        other = copy(self)
+        other.keep = keep
+        return other
+
     def size(self, index: int) -> tuple[int, int]:
         """Return width and height of an image, from its file's header where it has one."""
         height, width = self.load(index).shape[:2]
@@ -182,7 +189,7 @@ class Source(ABC):
 
         Raises:
             CorruptImage, LdmError: it is smaller, and `small` is "skip" or "error".
-            LdmError: it has another number of channels.
+            LdmError: it has another number of channels; see `load_named`.
         """
         image = self.load_named(index)
         height, width = image.shape[:2]
@@ -191,10 +198,12 @@ class Source(ABC):
         if self.small == "enlarge":
             taller, wider = enlarged(height, width, resolution)
             if taller * wider > MAX_ENLARGED:
-                raise CorruptImage(f"{width}×{height}, too narrow to be enlarged")
+                raise CorruptImage(
+                    f"{name_size(height, width, resolution)}, too narrow to be enlarged"
+                )
             return resize(image, taller, wider)
         if self.small == "skip":
-            raise CorruptImage(f"{SMALL}{width}×{height}")
+            raise CorruptImage(f"{SMALL}{name_size(height, width, resolution)}")
         raise LdmError(
             f"{self.name(index)} is {name_size(height, width, resolution)}, smaller than the "
             f"{format_size(resolution)} requested{self._share_smaller(resolution)}: set "
@@ -202,10 +211,15 @@ class Source(ABC):
         )
 
     def load_named(self, index: int) -> np.ndarray:
-        """Load an image; an LdmError names one of another number of channels."""
+        """Load an image; an LdmError names one that has not the number of channels requested.
+
+        In data of three channels, as most are, it is corrupt instead.
+        """
         try:
             return self.load(index)
         except OtherChannels as error:
+            if self.channels == 3:
+                raise
             raise LdmError(f"{self.name(index)} is {error}") from error
 
     def _share_smaller(self, resolution: Resolution) -> str:
@@ -425,6 +439,9 @@ class Part(Source):
 
     def identity(self) -> str:
         return self._whole.identity()  # which images of it these are follows from the settings
+
+    def with_keep(self, keep: PixelType) -> Source:
+        return Part(self._whole.with_keep(keep), self._indices)
 
     def load(self, index: int) -> np.ndarray:
         return self._whole.load(self._indices[index])

@@ -162,9 +162,10 @@ def decode(data: bytes, suffix: str, channels: int = 3, keep: PixelType = "uint8
 
     Grey is repeated for three channels, and colour becomes its luminance (ITU-R 601) for one.
     Transparency is composited on white, unless the channels are those of the file, CMYK converted,
-    and the EXIF orientation applied. Of an animation the first frame is taken, and the pages of a
-    TIFF are channels where they are as many. Arrays must have the channels, first or last. Files
-    are recognised by their content, except NumPy's arrays by the suffix ".npy".
+    and the EXIF orientation applied. Of an animation the first frame is taken, and of a TIFF the
+    first page, or all as channels where they are as many, and not three. Arrays must have the
+    channels, first or last. Files are recognised by their content, except NumPy's arrays by the
+    suffix ".npy".
 
     Args:
         channels: C.
@@ -194,10 +195,12 @@ def _decode_array(data: bytes, channels: int, keep: PixelType) -> np.ndarray:
     """(1, C, H, W), (C, H, W) as CelebA-HQ comes, (H, W, C), or for one channel (H, W)."""
     array = parse_array(data)
     pixels = _channels_last(array, channels)
+    pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
     is_kept = pixels.dtype == np.uint8 or (pixels.dtype == np.uint16 and keep != "uint8")
     what = f"a {array.dtype} array of shape {array.shape}"
     if not is_kept and (keep != "float32" or pixels.dtype.kind not in "iuf"):
-        raise CorruptImage(f"{what} is not uint8{UNKNOWN}")
+        types = "not uint8" if keep == "uint8" else "neither uint8 nor uint16"
+        raise CorruptImage(f"{what} is {types}: set data.range for its values")
     if pixels.ndim != 3 or pixels.shape[2] != channels or not pixels.size:
         raise OtherChannels(f"{what} is not an image of {channels} channel(s){OTHERWISE}")
     return np.ascontiguousarray(pixels if is_kept else _finite(pixels))
@@ -234,7 +237,8 @@ def _decode_picture(data: bytes, channels: int, keep: PixelType) -> np.ndarray:
         raise CorruptImage(f"more than {MAX_SCANS} scans")
     pages = _check_tiff(data, channels + 1) if data[:2] in (b"II", b"MM") else 1
     image = _load(data)
-    if pages == channels > 1 and len(image.getbands()) == 1:
+    # three grey pages are seldom colour: their first is read, as of any other TIFF of pages
+    if pages == channels > 1 and channels != 3 and len(image.getbands()) == 1:
         found = [image, *(_load(data, page) for page in range(1, pages))]
         if all(len(page.getbands()) == 1 and page.size == image.size for page in found):
             return np.concatenate([_to_array(page, 1, keep) for page in found], axis=2)
@@ -296,12 +300,12 @@ def _check_pixels(width: int, height: int, size: int) -> None:
 
 def _to_array(image: Image.Image, channels: int, keep: PixelType) -> np.ndarray:
     """Pillow's image → (H, W, C)."""
+    if image.mode == "I" and keep == "float32":  # whatever the values of this image
+        return fit_channels(_finite(np.asarray(image)[..., None]), channels)
     if image.mode.startswith("I"):
         levels = np.asarray(image)[..., None]
         if levels.min() < 0 or levels.max() > 65535:
-            if keep != "float32":
-                raise CorruptImage(f"the range of 32-bit pixels is unknown{UNKNOWN}")
-            return fit_channels(_finite(levels), channels)
+            raise CorruptImage(f"the range of 32-bit pixels is unknown{UNKNOWN}")
         if keep == "uint8":
             # 65535 = 255 · 257: Pillow's own conversion would clip at 255 instead
             levels = ((levels.astype(np.int32) + 128) // 257).astype(np.uint8)  # rounded
@@ -317,7 +321,7 @@ def _to_array(image: Image.Image, channels: int, keep: PixelType) -> np.ndarray:
         white = Image.new("RGBA", rgba.size, "white")
         image = Image.alpha_composite(white, rgba)
     if channels != 3 and image.mode in ("1", "L"):
-        return np.asarray(image.convert("L"))[..., None]
+        return fit_channels(np.asarray(image.convert("L"))[..., None], channels)
     return fit_channels(
         np.asarray(image if image.mode == "RGB" else image.convert("RGB")), channels
     )

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from autoencoders.autoencoder import assemble
 from autoencoders.pretrained import read_autoencoder
 from ldm.charts import drawing, line_style
 from ldm.config import read_resolution, short_size, shorter_side
@@ -27,6 +28,7 @@ from pipelines.analysis.subjects import (
     Analysis,
     agree_on_data,
     analysis_folder,
+    check_alike,
     parse_models,
     write_csv,
 )
@@ -60,11 +62,13 @@ def analyze_scale(
     how = MeasureOptions(**options)
     ranks, _ = join_processes(str(how.device))
     paths = parse_models(models)
-    origins = {name: read_autoencoder(path).provenance for name, path in paths.items()}
-    recipes = {name: origin.get("recipe") or {} for name, origin in origins.items()}
-    config = agree_on_data(recipes, data)
-    channels = next(iter(recipes.values())).get("image_channels", 3)
-    config = config.model_copy(update={"channels": None if channels == 3 else channels})
+    recipes, configs = {}, {}
+    for name, path in paths.items():
+        found = read_autoencoder(path)
+        recipes[name] = found.provenance.get("recipe") or {}
+        configs[name] = assemble(found, path).config
+    check_alike(configs)
+    config = agree_on_data(recipes, data).of(next(iter(configs.values())))
     if resolutions is None:
         resolutions = from_main(ranks, lambda: _fitting(config, split, how.limit))
     sides = sorted(set(resolutions))
@@ -72,10 +76,10 @@ def analyze_scale(
     with ExitStack() as held:
         from_main(ranks, lambda: held.enter_context(lock(folder)))
         file = folder / "scale.json"
-        found = evaluate_checkpoints([*paths.values()], config, split, sides, out=file, **options)
+        each = evaluate_checkpoints([*paths.values()], config, split, sides, out=file, **options)
         if not ranks.is_main_process:
             return None
-        return _summarise(paths, found, config, split, sides, file)
+        return _summarise(paths, each, config, split, sides, file)
 
 
 def _summarise(

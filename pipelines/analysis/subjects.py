@@ -5,6 +5,7 @@ import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,7 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from autoencoders import Autoencoder, DiagonalGaussian
-from autoencoders.autoencoder import assemble
+from autoencoders.autoencoder import AutoencoderConfig, assemble
 from autoencoders.pretrained import read_autoencoder
 from ldm.config import (
     Resolution,
@@ -139,10 +140,7 @@ def open_analysis(
             autoencoder = assemble(file, path).to(where).eval().requires_grad_(False)
             subjects.append(Subject(name, path, autoencoder))
             recipes[name] = file.provenance.get("recipe") or {}
-        models_channels = {s.name: s.autoencoder.config.image_channels for s in subjects}
-        if len(set(models_channels.values())) > 1:
-            each = ", ".join(f"{name} {count}" for name, count in models_channels.items())
-            raise UsageError(f"the models have different image_channels ({each}): analyse each")
+        check_alike({each.name: each.autoencoder.config for each in subjects})
         config = agree_on_data(recipes, data).of(subjects[0].autoencoder.config)
         if resolution is None:
             phases = {name: each["phases"] for name, each in recipes.items() if each.get("phases")}
@@ -164,6 +162,15 @@ def open_analysis(
 
 
 # -------------------------------------------------------------------------------- the models
+def check_alike(configs: Mapping[str, AutoencoderConfig]) -> None:
+    """Refuse models, by name, that do not see one image alike."""
+    for key in ("image_channels", "pixels.range"):
+        found = {name: attrgetter(key)(config) for name, config in configs.items()}
+        if len(set(found.values())) > 1:
+            each = ", ".join(f"{name} {value}" for name, value in found.items())
+            raise UsageError(f"the models have different {key} ({each}): analyse each by itself")
+
+
 def parse_models(words: Sequence[str | Path]) -> dict[str, Path]:
     """Map names to paths from PATH or NAME=PATH arguments; none stands for the newest run."""
     given = [split_name(word) for word in words or [newest_run("autoencoder")]]

@@ -40,6 +40,7 @@ from pipelines.doctor.training import AutoencoderTraining, DiffusionTraining, Tr
 from pipelines.finetune import read_given
 from pipelines.latents import check_cache
 from pipelines.recipes import AutoencoderRecipe, DiffusionRecipe, fit, latent_shape
+from pipelines.train_diffusion import check_range
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,7 @@ def _stage_two(
     data = recipe.data.of(autoencoder.config)
     source, faults = checks.check_data(data, [recipe.resolution], validates=False)
     problems += missing + faults + checks.check_inception()
+    problems += checks.attempt(check_range, recipe)[1]
     uncached = 0  # images
     if recipe.cache and source is not None:
         sha256 = None if missing else fingerprint(autoencoder.state_dict())

@@ -31,7 +31,7 @@ from ldm.config import (
     to_tree,
 )
 from ldm.data import Batch, DataConfig, Source, batches, open_source
-from ldm.data.dataset import PHOTOS, content_identity
+from ldm.data.dataset import PHOTOS, content_identity, find_type
 from ldm.data.hf import is_hub
 from ldm.data.remote import is_remote, read_remote_manifest
 from ldm.data.shards import MANIFEST, read_manifest
@@ -293,7 +293,8 @@ def identify(reference: ImageReference, extractor: Extractor | None) -> dict[str
         "extractor": _identify_extractor(extractor),
         "pillow": version("pillow"),
         **({} if reference.source.channels == 3 else {"channels": reference.source.channels}),
-        **({"range": reference.source.range} if reference.source.range else {}),
+        **({"range": list(reference.source.range)} if reference.source.range else {}),
+        **({} if (kind := find_type(reference.source)) in ("uint8", None) else {"dtype": kind}),
         **({} if reference.config.small == "error" else {"small": reference.config.small}),
     }
 

@@ -182,6 +182,7 @@ def _reconstructions(
     """Return the first held-out images of a data set, their reconstructions, and their latents."""
     size = resolution or max((r.resolution for r in records), key=pixel_count)
     latents: list[tuple[str, Tensor]] = []
+    opened: list[DataConfig] = []
 
     def load() -> tuple[str, Tensor]:
         if config is None or not size:
@@ -190,6 +191,7 @@ def _reconstructions(
         files = (try_call(read_autoencoder, record.folder) for record in records)
         first = next((file for file in files if not isinstance(file, LdmError)), None)
         data = config.of(validate(AutoencoderConfig, first.tree)) if first else config
+        opened.append(data)
         images = as_float(sheet_images(open_source(data, "val", size), size, count))
         what = f"{len(images)} held-out images at {short_size(size)}"
         return f"Originals: {config.source}, {what}", images
@@ -206,6 +208,11 @@ def _reconstructions(
             raise LdmError(f"the held-out images could not be read: {row}")
         _, originals = row
         autoencoder = assemble(file, record.folder).to(device).eval()
+        if config is not None and config.of(autoencoder.config) not in opened:
+            raise LdmError(
+                "its images have other channels, or another range of pixels, than the originals of "
+                "the runs beside it: report it by itself"
+            )
         z = autoencoder.encode(originals.to(device)).mode()
         recon = autoencoder.decode(z, originals.shape[-2:])
         recon = as_float(autoencoder.config.pixels.round(recon)).cpu()

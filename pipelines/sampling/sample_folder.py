@@ -44,7 +44,7 @@ from ldm.data.sources import FolderSource, ZipSource, name_size
 from ldm.data.transforms import NOT_RESIZED, CorruptImage, is_hidden
 from ldm.errors import LdmError, UsageError, try_call
 from ldm.files import ANOTHER, clear_partials, lock, write_atomically, write_json
-from ldm.images import Pixels, file_suffix, write_pixels
+from ldm.images import Pixels, PixelType, file_suffix, write_pixels
 from ldm.records import Count, read_tree, schema
 from ldm.run_folder import RUNS, provenance
 from pipelines.sampling.model import ModelSamples
@@ -180,8 +180,15 @@ class SampleStore:
             if len(self._loose(folder).keys() | self._packed(tar).keys()) >= THOUSAND:
                 self._pack(tar, [folder])
 
-    def finish(self, size: Resolution, source: str, classes: Sequence[str]) -> None:
-        """Pack and describe the whole set of images of a size, once all are written."""
+    def finish(
+        self, size: Resolution, source: str, classes: Sequence[str],
+        channels: int = 3, kind: PixelType = "uint8",
+    ) -> None:  # fmt: skip
+        """Pack and describe the whole set of images of a size, once all are written.
+
+        Args:
+            channels, kind: of the images, and the type of their pixels.
+        """
         if self.files == "png":
             return
         parts: dict[Path, list[Path]] = {archive: [] for archive in self._archives()}
@@ -197,6 +204,8 @@ class SampleStore:
             "format": MANIFEST_FORMAT, "count": count, "size": plain_size(size),
             "filter": NOT_RESIZED, "crop": "none", "source": source, "splits": splits,
             "skipped": [],
+            **({} if channels == 3 else {"channels": channels}),
+            **({} if kind == "uint8" else {"dtype": kind}),
         }  # fmt: skip
         write_json(self.out / MANIFEST, manifest | ({"classes": list(classes)} if classes else {}))
 

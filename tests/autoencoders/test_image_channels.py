@@ -95,6 +95,9 @@ def test_latents_that_show_the_channels_are_not_adapted(encoder):
     more = {"latent_channels": 12} if encoder["type"] == "dwt" else {}
     with pytest.raises(LdmError, match="only encoders of type sdvae, and litevae without"):
         grey_weights(build(encoder, 3, **more))
+    colour = build(encoder, 3, **more)
+    only = grey_weights(colour, ["decoder"])
+    assert only["decoder.conv_out.weight"].shape[0] * 3 == colour.decoder.conv_out.weight.shape[0]
 
 
 @pytest.mark.parametrize("channels", [1, 4])

@@ -18,7 +18,7 @@ from ldm.config import (
     load_preset,
     merge,
     parse_override,
-    pixels,
+    pixel_count,
     preset_summary,
     resolve,
     short_size,
@@ -258,4 +258,4 @@ def test_a_size_names_its_height_first():
         "96×64", "96×64", "96x64",
     )  # fmt: skip
     assert (format_size(64), short_size(64), size_word(64)) == ("64×64", "64²", "64")
-    assert (height_width(64), pixels((96, 64))) == ((64, 64), 6144)
+    assert (height_width(64), pixel_count((96, 64))) == ((64, 64), 6144)

@@ -13,6 +13,7 @@ from autoencoders import build_autoencoder, load_autoencoder
 from ldm.checkpoint import ModelFile, load_model, save_model
 from ldm.config import to_tree
 from ldm.data import DataConfig
+from ldm.data.shards import read_manifest
 from ldm.errors import LdmError, UsageError
 from ldm.images import Pixels
 from pipelines.evaluate import evaluate_checkpoints
@@ -23,7 +24,7 @@ from pipelines.recipes import load_recipe
 from pipelines.sample import sample_images
 from pipelines.sampling.sample_folder import SampleFolder
 from pipelines.train_autoencoder import train_autoencoder
-from pipelines.train_diffusion import train_diffusion
+from pipelines.train_diffusion import check_range, train_diffusion
 from tests.small import autoencoder_recipe, diffusion_recipe
 
 ONE_PHASE = "phases=[{resolution: 32, steps: 4}]"
@@ -99,11 +100,26 @@ def test_samples_are_16_bit_pngs_in_the_range_of_the_data(grey, samples):
     assert abs(folder.load(2).astype(int) - expected).max() <= 1
 
 
+def test_pil_images_are_refused_where_they_would_lose_the_range(grey):
+    pipe = LatentDiffusionPipeline.from_pretrained(grey / "diffusion", "cpu", "fp32")
+    picture = Image.open(grey / "data" / "0.png")
+    with pytest.raises(UsageError, match=r"model's pixels are uint16 from .*: give a tensor of"):
+        pipe.edit([picture], steps=2)
+    with pytest.raises(UsageError, match=r"PIL images have 8 bits.*: give output='tensor'"):
+        pipe(1, steps=2, output="pil")
+    pipe.save_pretrained(grey / "saved", samples=0)
+    assert 'output="pil"' not in (grey / "saved" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("files", ["shards", "zip"])
 def test_archives_of_samples_hold_the_same_files(grey, samples, files, tmp_path):
     out = sample_images(grey / "diffusion", 4, tmp_path / "out", steps=2, files=files, device="cpu")
     for i in range(4):
         np.testing.assert_array_equal(SampleFolder(out).load(i), SampleFolder(samples).load(i))
+    if files == "shards":
+        manifest = read_manifest(out)
+        assert manifest is not None
+        assert (manifest["channels"], manifest["dtype"]) == (1, "uint16")
 
 
 def test_the_same_command_resumes_with_the_range_that_was_measured(grey, tmp_path):
@@ -176,7 +192,7 @@ def test_floats_of_four_channels_go_through_both_stages(tmp_path):
 
 def test_floats_without_a_range_stop_before_the_first_step(tmp_path):
     data = layers(tmp_path / "data")
-    with pytest.raises(LdmError, match=r"set data.range"):
+    with pytest.raises(LdmError, match="range of floating-point pixels is unknown"):
         stage_one(data, tmp_path / "ae", "image_channels=4")
 
 
@@ -186,6 +202,15 @@ def test_stage_two_takes_the_range_of_stage_one(grey):
     config = load_autoencoder(grey / "ae").config
     assert recipe.data.of(config).range == (0, 9)
     assert DataConfig().of(config).range == config.pixels.range
+
+
+def test_stage_two_does_not_measure_a_range(grey, tmp_path):
+    own = [f"data.source={str(grey / 'data')!r}", "data.workers=0", "data.range=measured"]
+    recipe = diffusion_recipe(grey / "ae" / "ckpt.pt", *own)
+    with pytest.raises(UsageError, match=r"data.range=measured is for stage one"):
+        train_diffusion(recipe, folder=tmp_path / "run")
+    with pytest.raises(UsageError, match=r"data.range=measured is for stage one"):
+        check_range(recipe)  # as the doctor does
 
 
 # ------------------------------------------------------------------------ weights of colour

@@ -12,9 +12,9 @@ from scipy import ndimage
 from ldm.data import DataConfig, open_source
 from ldm.errors import LdmError, UsageError
 from ldm.images import to_float
-from pipelines.neighbours import find_neighbours
+from pipelines.neighbours import _embedding, find_neighbours
 from pipelines.sampling.model import LatentModel
-from pipelines.sampling.sample_folder import image_name
+from pipelines.sampling.sample_folder import SampleFolder, image_name
 from tests.pipelines.untrained import SIZE, make_model
 
 TRAIN, HELD_OUT = 12, 3
@@ -114,6 +114,11 @@ def test_the_sheet_shows_samples_and_neighbours(samples, tmp_path):
     two = np.asarray(Image.open(tmp_path / "data" / "002.png"))[:, ::-1]
     assert np.array_equal(sheet[step:, step : step + SIZE], two)
     assert np.array_equal(sheet[:SIZE, :SIZE], load(samples, "*/*.png")[0])
+
+
+def test_images_much_longer_than_high_have_pixels_to_compare(samples):
+    embed = _embedding("pixels", SampleFolder(samples), None, torch.device("cpu"))
+    assert embed(torch.zeros(2, 3, 4, 512)).shape == (2, 3 * 64)
 
 
 def test_the_batch_size_changes_nothing(samples):

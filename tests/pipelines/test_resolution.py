@@ -70,7 +70,7 @@ def test_batches_are_height_by_width(images, crop):
 
 
 @pytest.mark.parametrize("small", ["error", "skip", "enlarge"])
-def test_an_image_with_one_side_too_short_is_small(tmp_path, small):
+def test_an_image_with_one_side_too_short_is_small(tmp_path, small, caplog):
     for i, (height, width) in enumerate([(96, 64), (64, 96), (96, 63), (95, 64)]):
         Image.fromarray(np.full((height, width, 3), i, np.uint8)).save(tmp_path / f"{i}.png")
     config = DataConfig(source=str(tmp_path), held_out=0, workers=0, small=small)
@@ -80,6 +80,7 @@ def test_an_image_with_one_side_too_short_is_small(tmp_path, small):
             next(evaluation_batches(source, SIZE, 4))
         return
     found = [k for batch in evaluation_batches(source, SIZE, 4) for k in batch.k.tolist()]
+    assert ("(too small: 64×96 (height×width))" in caplog.text) == (small == "skip")
     assert found == ([0] if small == "skip" else [0, 1, 2, 3])
 
 
@@ -96,7 +97,10 @@ def test_a_square_recipe_is_dumped_as_ever():
     ("settings", "text"),
     [
         ([PHASES.replace("96", "100")], "resolution 100x64 must be a multiple of 8"),
-        ([PHASES.replace("96", "104")], "halves images 3 times.*multiples of 8|multiple"),
+        (
+            [PHASES.replace("96", "104")],
+            "halves images 4 times, so their sides must be multiples of 16: ",
+        ),
         (
             ["discriminator={type: stylegan, resolution: 64, channels: 4}", PHASES],
             "takes square images, not 96×64: .*use discriminator.type=unet or patchgan",

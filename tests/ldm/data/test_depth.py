@@ -9,6 +9,7 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
+from ldm.config import validate
 from ldm.data import DataConfig, evaluation_batches, open_source, sheet_images, transforms
 from ldm.data.dataset import check_data, find_pixels
 from ldm.data.loader import FaultCount
@@ -71,11 +72,36 @@ def test_grey_stays_grey_and_colour_becomes_its_luminance():
     assert abs(wide / 257 - luminance).max() <= 0.51
 
 
+@pytest.mark.parametrize("mode", ["L", "1"])
+@pytest.mark.parametrize("channels", [2, 4])
+def test_8_bit_grey_does_not_pass_for_several_channels(mode, channels):
+    image = Image.fromarray(noise(0)[..., 0]).convert(mode)
+    with pytest.raises(OtherChannels, match=rf"an image of 1 channel.s., not {channels}"):
+        decode(encode(np.asarray(image)), ".png", channels)
+
+
 @pytest.mark.parametrize("compression", [None, "tiff_adobe_deflate"])
 def test_floating_point_tiff_keeps_its_values(compression):
     values = np.random.default_rng(3).normal(size=(9, 7)).astype(np.float32)
     data = encode(values, "TIFF", compression=compression)
     np.testing.assert_array_equal(decode(data, "", 1, "float32")[..., 0], values)
+
+
+@pytest.mark.parametrize("top", [200, 65535, 65536])
+def test_32_bit_pixels_have_one_type_whatever_their_values(top):
+    values = np.linspace(0, top, 63).astype(np.int32).reshape(9, 7)
+    decoded = decode(encode(values, "TIFF"), "", 1, "float32")
+    assert decoded.dtype == np.float32
+    np.testing.assert_array_equal(decoded[..., 0], values)
+
+
+def test_32_bit_pixels_that_fit_16_bits_need_no_range(tmp_path):
+    values = np.linspace(0, 65535, 64).astype(np.int32).reshape(8, 8)
+    folder = files(tmp_path / "f", {"a.tif": encode(values, "TIFF")})
+    config = DataConfig(source=str(folder), channels=1)
+    source = open_source(config, "all", 8)
+    assert find_pixels(source, config) == Pixels(type="uint16")
+    np.testing.assert_array_equal(source.load(0)[..., 0], values)
 
 
 def test_pages_of_a_tiff_are_channels_where_they_are_as_many():
@@ -88,6 +114,13 @@ def test_pages_of_a_tiff_are_channels_where_they_are_as_many():
         decode(pages(*layers), "", 5, "uint16")
 
 
+def test_of_three_grey_pages_the_first_is_read_in_colour():
+    layers = [noise(i)[..., 0] for i in range(3)]
+    np.testing.assert_array_equal(
+        decode(pages(*layers), "", 3), np.repeat(layers[0][..., None], 3, axis=2)
+    )
+
+
 @pytest.mark.parametrize("shape", [(5, 9, 7), (9, 7, 5), (1, 5, 9, 7)])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float16, np.float64, np.int16])
 def test_arrays_of_any_number_of_channels_and_any_type(shape, dtype):
@@ -98,6 +131,15 @@ def test_arrays_of_any_number_of_channels_and_any_type(shape, dtype):
     kept = dtype in (np.uint8, np.uint16)
     assert decoded.dtype == (dtype if kept else np.float32)
     np.testing.assert_array_equal(decoded, expected.astype(decoded.dtype))
+
+
+@pytest.mark.parametrize("keep", ["uint16", "float32"])
+def test_arrays_of_the_other_byte_order_are_of_the_same_type(keep):
+    decoded = decode(npy(DEEP.astype(">u2")), ".npy", 1, keep)
+    assert decoded.dtype == np.dtype("=u2")
+    np.testing.assert_array_equal(decoded[..., 0], DEEP)
+    with pytest.raises(CorruptImage, match=r"is neither uint8 nor uint16: set data.range for its"):
+        decode(npy(DEEP.astype(np.int32)), ".npy", 1, "uint16")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -150,11 +192,30 @@ def test_a_range_is_two_numbers_in_order():
         Pixels(range=(3, 3))
 
 
-def test_floats_without_a_range_are_refused_with_the_way_out(tmp_path):
-    folder = files(tmp_path / "f", {"a.npy": npy(np.zeros((8, 8), np.float32))})
+@pytest.mark.parametrize("range", [[5, 1], [5, 5], "foo", [1], [0, 1e31], [0, float("nan")], None])
+def test_a_wrong_range_is_refused_in_one_line(range):
+    with pytest.raises(UsageError, match=r"^'range': must be type, measured, or two numbers") as e:
+        validate(DataConfig, {"range": range})
+    assert str(e.value).count("'") <= 4 and "\n" not in str(e.value)
+    assert validate(DataConfig, {"range": [1, 5]}).range == (1, 5)
+
+
+def test_values_for_missing_data_are_named(tmp_path):
+    array = np.zeros((8, 8), np.float32)
+    array[1] = -3e38
+    folder = files(tmp_path / "f", {"a.npy": npy(array)})
+    config = DataConfig(source=str(folder), channels=1, range="measured", workers=0)
+    with pytest.raises(LdmError, match=r"from -3e\+38 to 0 look like a mark for missing data: set"):
+        find_pixels(open_source(config, "all", 8), config)
+
+
+@pytest.mark.parametrize("split", ["all", "train", "val"])
+def test_floats_without_a_range_are_refused_with_the_way_out(split, tmp_path):
+    data = npy(np.zeros((8, 8), np.float32))
+    folder = files(tmp_path / "f", {"a.npy": data, "b.npy": data})
     config = DataConfig(source=str(folder), channels=1)
     with pytest.raises(LdmError, match=r"set data.range .* data.range=\[0,1\], or to measured"):
-        find_pixels(open_source(config, "all", 8), config)
+        find_pixels(open_source(config, split, 8), config)
 
 
 def test_the_range_is_measured_once_and_kept(tmp_path):
@@ -194,6 +255,13 @@ def test_an_image_of_other_channels_is_named_and_not_corrupt(tmp_path):
     source = open_source(DataConfig(source=str(folder), channels=4), "all", 8)
     with pytest.raises(LdmError, match=r"a.npy is a uint8 array .* not an image of 4 channel"):
         sheet_images(source, 8, 1)
+
+
+def test_an_array_of_another_shape_among_colour_images_is_corrupt(tmp_path):
+    folder = png_folder(tmp_path / "f", [noise(0), noise(1)])
+    (folder / "a.npy").write_bytes(npy(np.zeros((48, 40), np.uint8)))
+    source = open_source(DataConfig(source=str(folder)), "all", 8)
+    assert len(sheet_images(source, 8, 3)) == 2
 
 
 def test_channels_that_contradict_the_model_are_refused():

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,15 +31,16 @@ def save(
     resolution: int = 32,
     data: str | DataConfig = "photos",
     told: bool = True,
+    **config: Any,
 ) -> Path:
     """Write a small autoencoder of random weights as a run's `ckpt.pt`; its folder."""
     decoder = SMALL["decoder"] | {"norm": norm}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        ae = build_autoencoder("tiny", encoder=SMALL["encoder"], decoder=decoder)
-    config = data if isinstance(data, DataConfig) else DataConfig(source=data, workers=0)
+        ae = build_autoencoder("tiny", encoder=SMALL["encoder"], decoder=decoder, **config)
+    own = data if isinstance(data, DataConfig) else DataConfig(source=data, workers=0)
     recipe = {
-        "data": to_tree(config),
+        "data": to_tree(own),
         "phases": [{"resolution": resolution, "steps": 1}],
     }
     origin = {"recipe": recipe} if told else {}

@@ -48,6 +48,17 @@ def test_images_below_all_resolutions_are_refused(tmp_path):
         _fitting(DataConfig(source=str(tmp_path)), "all", None)
 
 
+def test_default_resolutions_are_those_of_images_as_the_model_takes_them(tmp_path):
+    deep = tmp_path / "deep"
+    deep.mkdir()
+    np.save(deep / "a.npy", np.random.default_rng(0).random((40, 40), np.float32))
+    own = DataConfig(source=str(deep), held_out=0, workers=0)
+    model = save(tmp_path / "a", data=own, image_channels=1,
+                 pixels={"type": "float32", "range": [0, 1]})  # fmt: skip
+    found = analyze_scale([model], split="all", fid=False, device="cpu", limit=2)
+    assert [row[1] for row in found.rows] == ["32²"]
+
+
 # ---------------------------------------------------------------------------------- numbers
 def test_numbers_match_evaluate_autoencoder(folder, tmp_path):
     a, b = save(tmp_path / "a", norm="group"), save(tmp_path / "b", seed=1)

@@ -9,6 +9,7 @@ from PIL import Image
 
 from ldm.data import DataConfig, open_source
 from ldm.errors import LdmError, UsageError
+from pipelines.analysis.scale import analyze_scale
 from pipelines.analysis.subjects import analysis_folder, parse_models, write_csv
 from tests.pipelines.analysis.subjects import Pixels, known, opened, pixels, save
 
@@ -66,6 +67,20 @@ def test_data_and_resolution_default_to_the_training(tmp_path):
     assert images.resolution == 64 and images.what == "the val split of photos, 64×64"
     assert len(images.source) == len(open_source(DataConfig(), "val", 64))
     assert opened(tmp_path, resolution=32)[1].resolution == 32
+
+
+@pytest.mark.parametrize("open_models", [opened, analyze_scale])
+@pytest.mark.parametrize(
+    ("other", "text"),
+    [
+        ({"image_channels": 1}, r"different image_channels \(a 3, b 1\)"),
+        ({"pixels": {"range": [0, 9]}}, r"different pixels.range \(a None, b \(0.0, 9.0\)\)"),
+    ],
+)
+def test_models_that_see_one_image_differently_are_refused(open_models, other, text, tmp_path):
+    models = [save(tmp_path / "a"), save(tmp_path / "b", **other)]
+    with pytest.raises(UsageError, match=text):
+        open_models(models) if open_models is analyze_scale else open_models(*models)
 
 
 def test_models_with_different_training_need_options(tmp_path):

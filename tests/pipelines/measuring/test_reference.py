@@ -245,6 +245,19 @@ def test_whatever_changes_the_features_changes_the_key(tmp_path, reference, extr
     assert len(paths) == 6
 
 
+def test_statistics_of_deep_images_are_computed_once(tmp_path, extractor, cache):
+    (tmp_path / "deep").mkdir()
+    for i, picture in enumerate(THEIRS):
+        Image.fromarray(picture[..., 0].astype(np.uint16) * 16).save(tmp_path / f"deep/{i:02}.png")
+    config = DataConfig(source=str(tmp_path / "deep"), workers=0, channels=1, range=(0, 4080))
+    reference = ImageReference(config, "all", SIZE, 10)
+    for kept in (False, True):
+        statistics(reference, extractor)
+        assert reference.about["kept"] is kept
+    found = identify(reference, extractor)
+    assert found is not None and (found["dtype"], found["range"]) == ("uint16", [0, 4080])
+
+
 def test_statistics_that_are_not_kept(tmp_path, reference, extractor, cache):
     photos = ImageReference(DataConfig(), "all", SIZE, 20)
     assert identify(photos, extractor) is None

@@ -110,6 +110,13 @@ def test_reconstructions_and_their_psnr(tmp_path, report):
         assert [float(value) for value in numbers[1:]] == pytest.approx(each, abs=0.051)
 
 
+def test_runs_of_another_range_of_pixels_are_not_shown_beside_originals(tmp_path, report):
+    runs = stage_one(tmp_path / "a"), stage_one(tmp_path / "b", "pixels.range=[0, 100]")
+    text = part(report(*runs), "Reconstructions")
+    assert "another range of pixels, than the originals" in text
+    assert len(re.findall(r"PSNR (\S+) dB", text)) == 1
+
+
 def test_requested_data_keeps_the_split_of_each_training(tmp_path, report):
     """Another split would show training images as held-out ones."""
     folder, other = (save_images(tmp_path / name, crops(24)[::step]) for name, step in
