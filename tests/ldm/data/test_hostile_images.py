@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.data import DataConfig, evaluation_batches, open_source, sources, tars, transforms
+from ldm.data import DataConfig, evaluation_batches, open_source, sources, transforms
 from ldm.data.dataset import content_identity, open_images
 from ldm.data.shards import index_shard
 from ldm.data.transforms import FORMATS, MAX_PIXELS, SUFFIXES, CorruptImage, decode
@@ -434,7 +434,7 @@ def test_links_and_devices_in_a_tar_are_no_images(tmp_path):
 def test_a_large_member_of_a_tar_is_a_corrupt_image(tmp_path, monkeypatch):
     (tmp_path / "x.tar").write_bytes(MEMBER + END)
     source = open_images(tmp_path / "x.tar")
-    monkeypatch.setattr(tars, "MAX_BYTES", 100)
+    monkeypatch.setattr("ldm.data.tars.MAX_BYTES", 100)
     with pytest.raises(CorruptImage, match="bytes, more than 100"):
         source.load(0)
 
