@@ -231,6 +231,37 @@ def test_a_list_that_is_wrong_is_named(tmp_path):
         open_images(f"{url(folder)}/index.json")
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["pipe:touch {}; cat a.tar", "../a.tar", "/etc/passwd", "memory://a.tar", "simplecache::a.tar"],
+)
+def test_a_list_names_shards_beside_it_and_no_commands(tmp_path, name):
+    folder = shards(tmp_path / "data", {"a": 4})
+    made = tmp_path / "made"
+    entries = [{"url": name.replace("{}", str(made)), "nsamples": 4}]
+    (folder / "index.json").write_text(json.dumps({"shardlist": entries}))
+    with pytest.raises(LdmError, match=r"index\.json lists .*, which is no shard beside it"):
+        open_images(f"{url(folder)}/index.json").load(0)
+    assert not made.exists()
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"sha256": 5}, {"sha256": "xyz"}, {"bytes": -5}, {"bytes": "x"}, {"name": ".."},
+        {"name": "../train-00000.tar"}, {"name": "train-00001.tar"}, {"count": 2**70},
+    ],
+)  # fmt: skip
+def test_a_manifest_that_is_wrong_is_one_line(prepared, entry):
+    path = prepared / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["splits"]["train"]["shards"][0] |= entry
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(LdmError, match=r"manifest\.json is damaged: ") as caught:
+        open_images(url(prepared)).load(0)
+    assert "\n" not in str(caught.value)
+
+
 def test_options_that_are_not_for_shards_elsewhere_are_refused(prepared):
     with pytest.raises(UsageError, match=r"data\.label_file is for local data"):
         open_images(url(prepared), labels=True, label_file="x.csv")
@@ -273,6 +304,38 @@ def test_a_shard_that_others_removed_is_fetched_again(tmp_path):
     (path,) = kept()
     path.unlink()
     np.testing.assert_array_equal(source.load(0), first)
+
+
+def test_a_damaged_shard_in_the_cache_is_fetched_again(tmp_path):
+    folder = shards(tmp_path / "data", {"a": 8})
+    first = open_images(url(folder)).load(0)
+    (path,) = kept()
+    path.write_bytes(b"")
+    np.testing.assert_array_equal(open_images(url(folder)).load(0), first)
+
+
+def test_a_shard_that_was_replaced_is_another_one(tmp_path):
+    folder = shards(tmp_path / "data", {"a": 8})
+    before = open_images(url(folder))
+    before.load(0)
+    with TarWriter(str(folder / "a.tar"), encoder=False, mtime=0) as writer:
+        for n in range(8):
+            sample = {"__key__": f"a{n}", "png": encode(noise(n))}
+            writer.write(sample | {"json": b'{"label": "yes"}'})
+    after = open_images(url(folder))
+    assert after.identity() != before.identity()
+    np.testing.assert_array_equal(after.load(3), noise(3))
+
+
+def test_labels_that_cannot_be_read_spoil_no_cached_shard(tmp_path):
+    (tmp_path / "data").mkdir()
+    with TarWriter(str(tmp_path / "data" / "a.tar"), encoder=False) as writer:
+        writer.write({"__key__": "a", "png": encode(noise(0)), "cls": b"x"})
+    source = url(tmp_path / "data")
+    open_images(source).load(0)
+    with pytest.raises(LdmError, match=r"a\.tar/a\.cls holds b'x', not a class number"):
+        open_images(source, labels=True)
+    np.testing.assert_array_equal(open_images(source).load(0), noise(0))
 
 
 def test_a_run_with_a_cache_that_is_too_small_goes_on(prepared, caplog):
