@@ -18,7 +18,7 @@ def here(tmp_path, monkeypatch):
 
 def test_a_checkpoint_is_imported_sampled_and_its_network_exported(capsys):
     write_compvis(Path("model.ckpt"))
-    import_model("model.ckpt", Path("out.pt"), diffusion=True, resolution=SIZE)
+    import_model("model.ckpt", Path("out.pt"), diffusion=True, resolution=str(SIZE))
     printed = capsys.readouterr().out
     assert re.search(r"^wrote out\.pt \(\d+\.\d MiB\)$", printed, re.MULTILINE)
     assert re.search(r"^UNet of [\d,]+ parameters, no classes; latents 4 × 8 × 8", printed, re.M)
@@ -71,7 +71,7 @@ def test_options_that_do_not_go_together(options, message):
 def test_an_export_is_of_its_own_stage():
     write_compvis(Path("model.ckpt"))
     import_model("model.ckpt", Path("vae.pt"))
-    import_model("model.ckpt", Path("whole.pt"), diffusion=True, resolution=SIZE)
+    import_model("model.ckpt", Path("whole.pt"), diffusion=True, resolution=str(SIZE))
     with pytest.raises(LdmError, match="a stage-two diffusion model is needed here"):
         export_model([Path("vae.pt"), Path("out")], "unet")
     with pytest.raises(LdmError, match="a stage-one autoencoder is needed here"):
