@@ -71,8 +71,8 @@ def weights_of(run, name: str) -> torch.Tensor:
 def compare(one, two, folder, name: str, skip: int = 0) -> None:
     (_, alone), ((weights_a, seen_a), (weights_b, seen_b)) = one[0], two
     assert weights_a == weights_b
-    # every batch of four is shared two and two, in order
-    merged = [k for i in range(0, len(seen_a), 2) for k in (*seen_a[i : i + 2], *seen_b[i : i + 2])]
+    # of every batch of four, each takes every second
+    merged = [k for pair in zip(seen_a, seen_b, strict=True) for k in pair]
     assert merged == alone
     # and the update is the same up to the order of a sum
     a, b = (weights_of(folder / run, name) for run in ("one", "two"))
