@@ -1,6 +1,6 @@
 """Time and memory to open large data sets of tar shards, from their kept index.
 
-    python -m benchmarks.data_start [--shards 100000] [--images 1000] [--folder /tmp/listing]
+    python -m benchmarks.data_start [--shards 100000] [--images 1000] [--folder FOLDER]
 
 The shards are empty files, and their index is written for images that do not exist: opening reads
 no shard. A new process opens the training split, then takes images of the random order. Memory is

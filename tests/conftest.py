@@ -47,7 +47,7 @@ def weights(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def asked(tmp_path, monkeypatch) -> dict[str, Any]:
-    """What the Hub's client is asked; its repositories lie in a folder."""
+    """Requests to the Hub's client, whose repositories lie in a folder."""
     from tests.fake_hub import fake_hub
 
     return fake_hub(tmp_path / "hub", monkeypatch)

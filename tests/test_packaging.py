@@ -1,4 +1,4 @@
-"""What `pyproject.toml` says of the package agrees with the documentation and the sources."""
+"""`pyproject.toml` agrees with the documentation and the sources."""
 
 import re
 import tomllib

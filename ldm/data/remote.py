@@ -215,6 +215,7 @@ class RemoteSource(Source):
         return max(int(self._starts[shard]) - self.span.start, 0) + number
 
     def fetch_ahead(self, seed: int, k: int) -> None:
+        """Begin to fetch the shards of image k's window and of the next, once for each window."""
         window = self._order.window(seed, k)
         if window.first not in self._seen:
             self._seen[window.first] = None

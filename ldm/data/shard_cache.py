@@ -50,25 +50,24 @@ def fetch(url: str, target: Path, limit: int, check: Callable[[Path], object] = 
         # the name of a half-written file, which `clear_partials` removes
         beside = target.with_name(f".{target.name}.{token_hex(8)}.partial")
         try:
-            reason, last = _attempt(url, beside, limit)
-            if last is None:
-                check(beside)
-                beside.replace(target)
-                return
+            _attempt(url, beside, limit)
+            check(beside)
+            beside.replace(target)
+            return
         except OSError as error:
-            reason, last = brief(error), error
+            last = error
         finally:
             beside.unlink(missing_ok=True)
         if attempt < TRIES - 1 and stopping.wait(PAUSE * 2**attempt):
             raise Interrupted(f"stopped while fetching {url}")
     raise LdmError(
-        f"{url} could not be fetched in {TRIES} attempts, the last of which ended so: {reason}: "
-        "see to the connection, and run the same command again"
+        f"{url} could not be fetched in {TRIES} attempts, the last of which ended so: "
+        f"{brief(last)}: see to the connection, and run the same command again"
     ) from last
 
 
-def _attempt(url: str, path: Path, limit: int) -> tuple[str, Exception | None]:
-    """Transfer a file once; return the reason and error of a failure that may pass."""
+def _attempt(url: str, path: Path, limit: int) -> None:
+    """Transfer a file once; an OSError for a failure that may pass, an LdmError for another."""
     try:
         _transfer_watched(url, path, limit)
     except (Interrupted, LdmError):
@@ -82,11 +81,13 @@ def _attempt(url: str, path: Path, limit: int) -> tuple[str, Exception | None]:
                 f"{url} does not fit on the disk of {path.parent} ({reason}): free space, or lower "
                 "data.cache_gb"
             ) from error
+        if isinstance(error, ImportError):
+            text = f"{url} needs another package ({reason}): pip install 'ldm[remote]'"
+            raise LdmError(text) from error
         if _is_final(error):
             text = f"{url} cannot be read ({reason}): check it, and your access"
             raise LdmError(text) from error
-        return reason, error
-    return "", None
+        raise OSError(reason) from error
 
 
 def _is_final(error: Exception) -> bool:
@@ -94,7 +95,7 @@ def _is_final(error: Exception) -> bool:
     answer = getattr(error, "response", None)
     status = getattr(error, "status", None) or getattr(answer, "status_code", None) or 0
     return (
-        isinstance(error, FileNotFoundError | PermissionError | ImportError | ValueError)
+        isinstance(error, FileNotFoundError | PermissionError | ValueError)
         or (400 <= status < 500 and status not in (408, 429))  # these two ask to try again
         or "Credential" in type(error).__name__
     )
@@ -133,7 +134,9 @@ def _transfer_watched(url: str, path: Path, limit: int) -> None:
             if now > size:
                 size, since = now, time.monotonic()
             if size > limit:
-                raise LdmError(f"{url} has more than {limit:,} bytes: raise data.cache_gb")
+                raise LdmError(
+                    f"{url} has more than {limit:,} bytes: check it, or raise data.cache_gb"
+                )
             if time.monotonic() - since > PATIENCE:
                 raise TimeoutError(f"no byte for {PATIENCE} s")
             if stopping.is_set():

@@ -15,7 +15,7 @@ import struct
 import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from hashlib import sha256
 from itertools import chain
@@ -42,8 +42,8 @@ from ldm.records import checked, parse_json, schema
 
 INDEX = "shards.index"
 """File of an index: beside prepared shards, else in the cache."""
-KEPT = 8
-"""Indexes of a data set, of its shards at other times, that are kept beside the latest."""
+KEPT = 4
+"""Indexes that are kept of a data set's shards at other times."""
 FEW = 32
 """Shards that are indexed by this process alone: worker processes take seconds to start."""
 
@@ -55,15 +55,15 @@ MAGIC = b"ldmindex"
 RECORD = np.dtype([("offset", "<u8"), ("size", "<u8"), ("label", "<i4"), ("name_end", "<u4")])
 """An image: the position of its bytes; its class, −1 for none, −2 − i for the i-th name of a class;
 and the end of its name among those of its shard."""
-SHARD = [
+ROW = [
     ("bytes", "<u8"), ("version", "<i8"), ("count", "<u8"),  # its file, and its images
     ("at", "<u8"), ("length", "<u8"), ("crc", "<u4"),  # its block
     ("unlabelled", "<u8"), ("highest", "<i4"),  # images without a class; the highest number of one
 ]  # fmt: skip
-Kind = Annotated[list[int | str], Field(min_length=2, max_length=2)]
+LeftOutKind = Annotated[list[int | str], Field(min_length=2, max_length=2)]
 FACTS = schema(
     width=Annotated[int, Field(ge=1, le=4096)], labels=bool, classes=list[str],
-    left_out=dict[str, dict[str, Kind]],
+    left_out=dict[str, dict[str, LeftOutKind]],
 )  # fmt: skip
 TAIL = struct.Struct("<QQ32s8s")  # lengths of table and facts, SHA-256 of both, magic
 
@@ -99,12 +99,14 @@ class ShardIndex:
             raise ValueError("damaged, or written anew meanwhile")
         content = parse_json(tail[table:].tobytes())
         checked(FACTS, content, path)
-        dtype = np.dtype([("name", f"S{content['width']}"), *SHARD])
+        dtype = np.dtype([("name", f"S{content['width']}"), *ROW])
         self.table: np.ndarray = tail[:table].view(dtype)
-        fits = self.table["count"].astype(float) * RECORD.itemsize <= self.table["length"]
-        if not np.all(fits & (self.table["highest"] < MOST_CLASSES)):
+        """A row for each shard, in their order; of `ROW`, and its name."""
+        rows = self.table
+        fits = rows["count"].astype(float) * RECORD.itemsize <= rows["length"]
+        fits &= rows["at"].astype(float) + rows["length"] <= end
+        if not np.all(fits & (rows["highest"] < MOST_CLASSES)):
             raise ValueError("more images or classes than it can hold")
-        """A row for each shard, in their order; of `SHARD`, and its name."""
         self.has_labels: bool = content["labels"]
         """True if classes were read."""
         self._names: list[str] = content["classes"]
@@ -226,10 +228,12 @@ def kept_index(
         with lock(home, "set LDM_CACHE to another folder", wait=True):  # one process makes it
             if index := find():
                 return index
-            latest, *older = [*sorted(home.glob("*.index"), key=_changed, reverse=True), kept]
-            for path in older[KEPT:-1]:
-                path.unlink()
-            return write_index(kept, stamps, labels, read, read_index(latest))
+            others = sorted(home.glob("*.index"), key=_changed, reverse=True)
+            for path in others[KEPT:]:
+                with suppress(OSError):  # some systems keep what is mapped
+                    path.unlink()
+            old = read_index(others[0]) if others else None
+            return write_index(kept, stamps, labels, read, old)
     except LdmError as error:
         if not isinstance(error.__cause__, OSError) or os.access(home, os.W_OK):
             raise
@@ -299,6 +303,7 @@ def _is_valid(index: ShardIndex, stamps: Sequence[Stamp], listed: Listed, labels
 def read_shards(
     folder: Path, listed: Listed, labels: bool, names: Sequence[str]
 ) -> Generator["ShardBlock"]:
+    """Index shards of a folder one after the other, many by worker processes."""
     workers = 0 if len(names) < FEW else os.cpu_count() or 1
     keys = [(folder / name, listed.get(name, {}).get("count"), labels) for name in names]
     return load_in_workers(read_shard, keys, workers, "run the same command again")
@@ -396,7 +401,7 @@ class IndexWriter:
     def finish(self) -> None:
         """Write the table and the facts."""
         width = max((len(name) for name, *_ in self._rows), default=1)
-        table = np.array(self._rows, np.dtype([("name", f"S{width}"), *SHARD])).tobytes()
+        table = np.array(self._rows, np.dtype([("name", f"S{width}"), *ROW])).tobytes()
         facts = json.dumps(
             {
                 "width": width,
