@@ -11,15 +11,17 @@ README.md           the model card
 import json
 import os
 import re
-import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from hashlib import sha256
 from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import IO, Any
+from urllib.request import Request, urlopen
 
 from ldm.errors import LdmError, UsageError, brief, escape, refuse_newer
-from ldm.logbook import console
+from ldm.files import write_atomically
+from ldm.logbook import console, show_progress
 from ldm.run_folder import RUNS, installed_version
 
 LIBRARY, FORMAT = "ldm", 1
@@ -35,6 +37,8 @@ LICENSES = {
 """Names that the Hub knows; it takes any other one as the `license_name` of the licence `other`."""
 LONGEST = 400
 """Characters of a text from a file, in a card."""
+PATIENCE = 30
+"""Seconds without a byte after which a download is given up."""
 
 
 # ---------------------------------------------------------------------------- repositories
@@ -230,22 +234,43 @@ def fetch(name: str, url: str, hash_prefix: str, folder: Path, instead: str) -> 
     Args:
         instead: the end of the error message: an alternative to downloading the file.
     """
-    from torch.hub import download_url_to_file
+    target = folder / name
 
-    target, timeout = folder / name, socket.getdefaulttimeout()
+    def write(file: IO[bytes]) -> None:
+        digest = sha256()
+        for data in _download(url, name):
+            file.write(data)
+            digest.update(data)
+        if not (found := digest.hexdigest()).startswith(hash_prefix):
+            raise ValueError(f"its SHA-256 is {found}, not {hash_prefix}…")
+
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        socket.setdefaulttimeout(30)  # seconds; torch's download has none
-        download_url_to_file(url, str(target), hash_prefix=hash_prefix, progress=True)
-    except (OSError, HTTPException, ValueError, RuntimeError) as error:
-        reason = getattr(error, "reason", None) or error
+        write_atomically(target, write)
+    except ValueError as error:
         raise LdmError(
-            f"{name} is not on this machine and could not be fetched from {url} ({reason}): "
+            f"{name} is not on this machine and could not be fetched from {url} ({error}): "
             f"put the file at {from_home(target)}, or {instead}"
         ) from error
-    finally:
-        socket.setdefaulttimeout(timeout)
     return target
+
+
+def _download(url: str, name: str) -> Iterator[bytes]:
+    """Yield the parts of a file; raise a ValueError, since an OSError would be the disk's."""
+    # torch.hub's download waits for ever, unless all sockets of the process are given a limit
+    request = Request(url, headers={"User-Agent": LIBRARY})
+    arrived = 0
+    try:
+        with urlopen(request, timeout=PATIENCE) as answer:
+            size = int(answer.headers.get("Content-Length", 0))
+            with show_progress(f"fetching {name}", size, unit="bytes") as advance:
+                while data := answer.read(2**20):
+                    arrived += len(data)
+                    advance(len(data))
+                    yield data
+    except (OSError, HTTPException) as error:
+        raise ValueError(getattr(error, "reason", None) or brief(error)) from error
+    if arrived < size:
+        raise ValueError(f"it ended after {arrived} of {size} bytes")
 
 
 def from_home(path: Path) -> str:

@@ -131,6 +131,8 @@ class _Worker:
         self._results: SimpleQueue[Any] = SimpleQueue()
         self._killed = False
         self._socket, theirs = socket.socketpair()
+        for end in (self._socket, theirs):  # or they take `socket.setdefaulttimeout`, if it is set
+            end.settimeout(None)
         self._file = self._socket.makefile("rwb")
         self._process = _process_type()(target=_serve, args=(theirs, work), daemon=True)
         device = torch.cuda.current_device() if pin else None

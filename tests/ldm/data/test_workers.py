@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from functools import partial
@@ -86,6 +87,14 @@ def test_tensors_keep_their_type_shape_and_layout():
         assert got.dtype == sent.dtype and torch.equal(got, sent)
         order = sorted(range(sent.ndim), key=sent.stride)
         assert order == sorted(range(got.ndim), key=got.stride)
+
+
+def test_the_time_limit_of_a_process_for_its_sockets_is_not_that_of_workers():
+    socket.setdefaulttimeout(0.01)
+    try:
+        assert [key for key, _ in load_in_workers(echo, range(3), 2, "")] == [0, 1, 2]
+    finally:
+        socket.setdefaulttimeout(None)
 
 
 def test_half_a_message_is_no_message():
