@@ -51,6 +51,7 @@ LITEVAE_GROUPS = ["encoder.extractor.group_channels=4", "encoder.aggregator.grou
 SD_VAE_GROUPS = ["encoder.group_channels=4"]
 LOGVAR = ["init.logvar=-5"]
 SHORTCUT = ["encoder.shortcut=wavelet"]
+WHOLE = ["encoder.reduction=space_to_depth"]
 VARIANTS = {
     "sdvae": ("sdvae-quarter", []),
     "sdvae, 4 a group": ("sdvae-quarter", SD_VAE_GROUPS),
@@ -61,7 +62,9 @@ VARIANTS = {
     "litevae, 4 a group, log-variance −5": ("litevae-b-quarter", [*LITEVAE_GROUPS, *LOGVAR]),
     "litevae, shortcut": ("litevae-b-quarter", SHORTCUT),
     "litevae, shortcut, log-variance −5": ("litevae-b-quarter", [*SHORTCUT, *LOGVAR]),
+    "litevae, space-to-depth": ("litevae-b-quarter", WHOLE),
     "plus": ("litevae-b-quarter", [*LITEVAE_GROUPS, *SHORTCUT, *LOGVAR]),
+    "plus, space-to-depth": ("litevae-b-quarter", [*LITEVAE_GROUPS, *SHORTCUT, *LOGVAR, *WHOLE]),
 }
 """Preset and settings of each; `plus` is that of the presets litevae-*-plus."""
 

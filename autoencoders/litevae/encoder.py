@@ -35,6 +35,9 @@ class LiteVAEEncoderConfig(Config):
     """Feature extraction: the network that reads the sub-bands of a level (Table 18)."""
     aggregator: AggregatorConfig = FeatureUNetConfig()
     """Feature aggregation: the network that joins the levels into the posterior (Table 20)."""
+    reduction: Literal["average", "space_to_depth"] = "average"
+    """Finer levels on their way to the aggregator: average takes the mean of a patch of features;
+    space_to_depth all of them, as channels, with more parameters than the paper's counts."""
     shortcut: Literal["none", "wavelet"] = "none"
     """wavelet: the deepest sub-bands are added to the mean (before a 1×1 convolution, if there is
     one), and need not be learned. Not in the paper."""
@@ -55,6 +58,12 @@ class LiteVAEEncoderConfig(Config):
     def levels_read(self) -> tuple[int, ...]:
         """The levels whose sub-bands are read, ascending."""
         return self.levels or tuple(range(1, self.depth + 1))
+
+    def reduced_channels(self, width: int) -> int:
+        """Channels that the aggregator reads, of levels of `width` features each."""
+        if self.reduction == "average":
+            return width * len(self.levels_read)
+        return sum(width * 4 ** (self.depth - level) for level in self.levels_read)
 
     @property
     def downsampling(self) -> int:
@@ -80,7 +89,8 @@ class LiteVAEEncoder(nn.Module):
         self.extractors = nn.ModuleList(
             extract(config.extractor, bands, width) for _ in range(1 if config.shared else levels)
         )
-        self.aggregator = aggregate(config.aggregator, levels * width, 2 * latent_channels)
+        read = config.reduced_channels(width)
+        self.aggregator = aggregate(config.aggregator, read, 2 * latent_channels)
 
     @property
     def last_layer(self) -> nn.Conv2d | nn.Linear:
@@ -90,13 +100,15 @@ class LiteVAEEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         depth, features = self.config.depth, []
         transform = dwt_cascade(images, depth, self.config.wavelet)
+        reduce = F.avg_pool2d if self.config.reduction == "average" else F.pixel_unshuffle
         for i, level in enumerate(self.config.levels_read):
             # LL grows twofold a level: dividing keeps it in the image's range
             sub_bands = torch.cat(transform[level - 1], dim=1) / 2**level  # (B, 4·C, H/2^l, W/2^l)
             extractor = self.extractors[0 if self.config.shared else i]
             sub_bands = sub_bands.to(next(extractor.parameters()).dtype)  # from float32
-            features.append(F.avg_pool2d(extractor(sub_bands), 2 ** (depth - level)))
-        moments = self.aggregator(torch.cat(features, dim=1))  # of C ≤ 3, (B, 12·levels, H/f, W/f)
+            features.append(reduce(extractor(sub_bands), 2 ** (depth - level)))
+        # averaged, of C ≤ 3: (B, 12·levels, H/f, W/f)
+        moments = self.aggregator(torch.cat(features, dim=1))
         if self.config.shortcut == "none":
             return moments
         mean, logvar = moments.chunk(2, dim=1)

@@ -92,8 +92,8 @@ class LatentModel:
         network_tree.pop("embedding_multiplier", None)
         ae_tree.pop("codes")
         ae_tree["encoder"].pop("variance", None)
-        late = {"group_channels": 1, "shortcut": "none", "image_channels": 3}
-        drop_defaults(ae_tree, late | {"pixels": to_tree(Pixels())})
+        late = {"group_channels": 1, "shortcut": "none", "reduction": "average"}
+        drop_defaults(ae_tree, late | {"image_channels": 3, "pixels": to_tree(Pixels())})
         parts = {
             "network": [self.sha256, network_tree],
             "denoiser": to_tree(recipe.denoiser),

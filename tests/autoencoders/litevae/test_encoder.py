@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import pywt
 import torch
+from einops import rearrange
 from torch.nn import functional as F
 
 from autoencoders import AutoencoderConfig, build_autoencoder
@@ -30,6 +31,8 @@ VARIANTS = {
     "sym4": {"wavelet": "sym4"},
     "bior2.2": {"wavelet": "bior2.2"},
     "shortcut": {"shortcut": "wavelet"},
+    "space to depth": {"reduction": "space_to_depth"},
+    "space to depth, without the last": {"reduction": "space_to_depth", "levels": [1, 2]},
     "groups": {"extractor": UNET | {"group_channels": 4}},
     "all": {"shared": True, "levels": [2, 4], "depth": 4, "wavelet": "db2", **NAFNET, **VIT},
 }
@@ -72,7 +75,11 @@ def test_forward_is_the_papers_with_every_level_from_the_image(options):
         low, edges, *_ = pywt.wavedec2(images.numpy(), wavelet, "periodization", level)
         sub_bands = torch.from_numpy(np.concatenate([low, *edges], axis=1)) / 2**level
         extractor = encoder.extractors[0 if options.get("shared") else i]
-        features.append(F.adaptive_avg_pool2d(extractor(sub_bands), grid))
+        maps = extractor(sub_bands)
+        if options.get("reduction"):
+            patch = {"a": maps.shape[2] // grid[0], "b": maps.shape[3] // grid[1]}
+            maps = rearrange(maps, "n c (h a) (w b) -> n (c a b) h w", **patch)
+        features.append(F.adaptive_avg_pool2d(maps, grid))
     expected = encoder.aggregator(torch.cat(features, dim=1))
     if options.get("shortcut"):
         expected[:, :4] += wavelet_latents(sub_bands, 4)

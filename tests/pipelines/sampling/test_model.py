@@ -52,7 +52,8 @@ def test_settings_that_earlier_versions_lacked_leave_no_trace_in_the_identity(
     monkeypatch.setattr(module, "new_sha256", lambda data: (hashed.append(data), sha256(data))[1])
     load(make_model(tmp_path, 0))
     (text,) = hashed
-    for key in (b"group_channels", b"shortcut", b"codes", b"variance", b"embedding_multiplier"):
+    late = "group_channels", "shortcut", "reduction", "codes", "variance", "embedding_multiplier"
+    for key in map(str.encode, late):
         assert key not in text, key
     tree = {"key": 1, "a": {"key": 2}, "b": [{"c": 0}], "d": {"e": {"key": 1, "f": 3}}}
     drop_defaults(tree, {"key": 1})
