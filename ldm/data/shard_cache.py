@@ -1,9 +1,11 @@
 """Files from object storage, web servers and pipes: fetched whole, tried again, and kept.
 
-Transfers are those of fsspec, and of webdataset for pipes.
+Transfers are those of fsspec, or of a pipe's command.
 """
 
 import os
+import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -74,8 +76,6 @@ def _attempt(url: str, path: Path, limit: int) -> None:
         raise
     except Exception as error:  # of any library
         reason = brief(error)
-        if url.startswith(PIPE):
-            reason = "its command failed"
         if getattr(error, "errno", None) in (ENOSPC, EDQUOT):
             raise LdmError(
                 f"{url} does not fit on the disk of {path.parent} ({reason}): free space, or lower "
@@ -108,6 +108,7 @@ class _Abandoned(Exception):
 def _transfer_watched(url: str, path: Path, limit: int) -> None:
     """Transfer a file in a thread, which is given up when no byte comes for `PATIENCE`."""
     ended: SimpleQueue[BaseException | None] = SimpleQueue()
+    commands: list[subprocess.Popen[bytes]] = []
     given_up = threading.Event()
 
     def advance() -> None:
@@ -116,7 +117,7 @@ def _transfer_watched(url: str, path: Path, limit: int) -> None:
 
     def run() -> None:
         try:
-            _transfer(url, path, advance)
+            _transfer(url, path, advance, commands)
         except BaseException as error:
             ended.put(error)
         else:
@@ -143,16 +144,32 @@ def _transfer_watched(url: str, path: Path, limit: int) -> None:
                 raise Interrupted(f"stopped while fetching {url}")
     finally:
         given_up.set()
+        for command in commands:
+            with suppress(ProcessLookupError):
+                if command.poll() is None:
+                    os.killpg(command.pid, signal.SIGKILL)
 
 
-def _transfer(url: str, path: Path, advance: Callable[[], None]) -> None:
+def _transfer(
+    url: str,
+    path: Path,
+    advance: Callable[[], None],
+    commands: list[subprocess.Popen[bytes]],
+) -> None:
+    """Transfer a file; a command that it starts is added to `commands`."""
     if url.startswith(PIPE):
-        from webdataset.gopen import gopen
-
-        with gopen(url, "rb") as pipe, path.open("wb") as file:
-            while data := pipe.read(2**20):
+        # in a session of its own, so that all of its processes can be ended
+        command = subprocess.Popen(
+            url.removeprefix(PIPE), shell=True, stdout=subprocess.PIPE, start_new_session=True
+        )
+        commands.append(command)
+        with command, path.open("wb") as file:
+            assert command.stdout is not None
+            while data := command.stdout.read(2**20):
                 file.write(data)
                 advance()
+        if command.returncode:
+            raise OSError(f"its command ended with status {command.returncode}")
         return
     from fsspec.callbacks import Callback
 

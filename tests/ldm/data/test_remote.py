@@ -4,10 +4,12 @@ import shutil
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from webdataset import TarWriter
 
@@ -355,6 +357,19 @@ def test_a_transfer_that_fails_is_tried_again(prepared, web, monkeypatch, fault)
     assert handler.seen["train-00002.tar"] == 3
     home = there._opened(2).path.parent
     assert sorted(path.name for path in home.iterdir()) == [".lock", MEMBER, INDEX]
+
+
+def test_a_command_that_stalls_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_cache, "PATIENCE", 0.5)
+    monkeypatch.setattr(shard_cache, "TRIES", 1)
+    numbers = tmp_path / "numbers"
+    command = f"pipe:sh -c 'echo $$; exec sleep 1000' | tee {numbers}; echo never"
+    with pytest.raises(LdmError, match=r"in 1 attempts, .*no byte for 0\.5 s"):
+        shard_cache.fetch(command, tmp_path / "a.tar", 1000)
+    with suppress(psutil.NoSuchProcess):
+        sleeping = psutil.Process(int(numbers.read_text()))
+        if sleeping.status() != psutil.STATUS_ZOMBIE:
+            sleeping.wait(timeout=10)  # until the kernel has ended it
 
 
 def test_other_bytes_than_the_manifests_are_not_taken(prepared, web):
