@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer import Option
 
-from ldm.cli import analyze, data, doctor, exchange, measure, options, results, train
+from ldm.cli import data, doctor, exchange, measure, options, results, train
 from ldm.console import LastingOutput, exit_status, outlast_console
 from ldm.errors import Interrupted, LdmError, brief, escape
 
@@ -56,7 +56,7 @@ app.command("sample")(train.sample)
 app.command("neighbours")(measure.neighbours)
 app.command("fid")(measure.fid)
 app.command("eval-ae")(measure.eval_ae)
-app.add_typer(analyze.app, name="analyze")
+app.add_typer(results.analyze, name="analyze")
 app.command("bench")(measure.bench)
 app.command("report")(results.report)
 app.command("reproduce")(results.reproduce)
