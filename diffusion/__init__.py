@@ -6,6 +6,7 @@ from pydantic import Field
 from torch import nn
 
 from diffusion.discrete import DiscreteConfig, DiscreteDenoiser
+from diffusion.dit import DiT, DiTConfig
 from diffusion.edm import EDM, Denoiser, EDMConfig, EDMLoss, edm_loss, sample_sigma
 from diffusion.edm2 import EDM2Config, EDM2UNet
 from diffusion.samplers import (
@@ -19,13 +20,15 @@ from diffusion.samplers import (
     sample_heun,
 )
 from diffusion.schedules import SCHEDULES, cosine_sigmas, karras_sigmas, linear_sigmas
-from diffusion.unet import UNet, UNetConfig
+from diffusion.unet import Network, UNet, UNetConfig
 
 __all__ = [
     "EDM",
     "SAMPLERS",
     "SCHEDULES",
     "DenoiserConfig",
+    "DiT",
+    "DiTConfig",
     "DiscreteConfig",
     "DiscreteDenoiser",
     "EDM2Config",
@@ -51,12 +54,14 @@ __all__ = [
     "sample_sigma",
 ]
 
-NetworkConfig = Annotated[UNetConfig | EDM2Config, Field(discriminator="type")]
+NetworkConfig = Annotated[UNetConfig | EDM2Config | DiTConfig, Field(discriminator="type")]
 DenoiserConfig = Annotated[EDMConfig | DiscreteConfig, Field(discriminator="type")]
 
 
-def build_network(config: UNetConfig | EDM2Config) -> nn.Module:
+def build_network(config: UNetConfig | EDM2Config | DiTConfig) -> Network:
     """Build the untrained network of a config."""
+    if config.type == "dit":
+        return DiT(config)
     return UNet(config) if config.type == "ldm" else EDM2UNet(config)
 
 

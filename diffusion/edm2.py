@@ -322,6 +322,6 @@ class EDM2UNet(UNetBase, MPModule):
     def concat(self, x: Tensor, skip: Tensor) -> Tensor:
         return mp_cat(x, skip, self.config.concat_balance)
 
-    def run_levels(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def transform(self, x: Tensor, embedding: Tensor) -> Tensor:
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-        return self.out(super().run_levels(x, embedding), self.gain)
+        return self.out(super().transform(x, embedding), self.gain)

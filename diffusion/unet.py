@@ -23,8 +23,8 @@ Factors = Annotated[tuple[Width, ...], Field(max_length=16)]
 
 
 # ------------------------------------------------------------------------ levels and skips
-class UNetSizes(Config):
-    """The fields that the configs of both networks share."""
+class NetworkSizes(Config):
+    """The fields that the configs of all networks share."""
 
     type: str
     """Type of the network."""
@@ -34,10 +34,20 @@ class UNetSizes(Config):
     """Number of classes, 0: unconditional; taken from the data."""
     augment_parameters: Annotated[int, Field(ge=0, le=1000)] = 0
     """Number of values that describe an augmentation, 0: none; taken from the recipe."""
+
+
+class UNetSizes(NetworkSizes):
+    """The fields that the configs of both UNets share."""
+
     channels: Width
     """Width at full resolution, in channels."""
     multipliers: Levels = (1, 2, 3, 4)
     """Width of each level, in multiples of `channels`; every level halves the resolution."""
+
+    @property
+    def factor(self) -> int:
+        """Both sides of a latent must be multiples of it: they are halved between levels."""
+        return int(2 ** (len(self.multipliers) - 1))
 
     @field_validator("heads", "head_width", check_fields=False)
     @classmethod
@@ -58,8 +68,80 @@ def attending(sizes: Mapping[str, Any]) -> dict[int, int]:
     return {factor: width for factor, width in widths.items() if factor in factors}
 
 
-class UNetBase(nn.Module, ABC):
-    """F(x; c_noise), the network inside a denoiser: levels of blocks, and skips between them.
+class Network(nn.Module, ABC):
+    """F(x; c_noise), the network inside a denoiser, and the checks of its inputs.
+
+    Args:
+        config: sizes of the network.
+        embed: (c_noise, labels, augment) → (B, width), which every block reads.
+
+    Attributes:
+        factor: both sides of a latent must be multiples of it.
+    """
+
+    def __init__(self, config: Any, embed: nn.Module) -> None:
+        super().__init__()
+        self.config, self.factor, self.embed = config, config.factor, embed
+
+    @abstractmethod
+    def transform(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """The answer (B, n_z, H, W) to x (B, n_z, H, W) and an embedding (B, width)."""
+
+    def forward(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        labels: Tensor | None = None,
+        augment: Tensor | None = None,
+    ) -> Tensor:
+        """F(x; c_noise), of which a denoiser makes its answer: (B, n_z, H, W).
+
+        Args:
+            x: scaled noisy latents (B, n_z, H, W).
+            c_noise: noise levels (B,) as the network counts them: ¼ ln σ, or a time step.
+            labels: classes (B,), whole numbers below `config.classes`, −1 for no class; None: −1
+                throughout. Only eager mode checks their values, and only on the CPU, where that
+                makes nothing wait; see `check_labels`.
+            augment: parameters of the augmentation (B, config.augment_parameters); None: zeros,
+                which is none.
+
+        Raises:
+            LdmError: H or W is no multiple of `factor`, or this network does not know a label, or
+                takes another number of augmentation parameters.
+        """
+        height, width = x.shape[2:]
+        if height % self.factor or width % self.factor:
+            raise LdmError(
+                f"latents of {height}×{width} do not fit this {type(self).__name__}: "
+                f"both sides must be multiples of {self.factor}"
+            )
+        self._check_condition(len(x), labels, augment)
+        # weights of classes and augmentations have a gradient in every step, as DDP expects
+        if labels is None:
+            labels = torch.full((len(x),), -1, device=x.device)
+        labels = to_device(labels, x.device)
+        if augment is None:
+            augment = x.new_zeros(len(x), self.config.augment_parameters)
+        return self.transform(x, self.embed(c_noise, labels, augment))
+
+    def _check_condition(self, batch: int, labels: Tensor | None, augment: Tensor | None) -> None:
+        classes, parameters = self.config.classes, self.config.augment_parameters
+        integers = torch.int32, torch.int64
+        if labels is not None and (labels.shape != (batch,) or labels.dtype not in integers):
+            raise LdmError(
+                f"labels are {labels.dtype} {tuple(labels.shape)}: they must be int64 ({batch},)"
+            )
+        if labels is not None and labels.device.type == "cpu" and not is_compiling():
+            check_labels(labels, classes)
+        if augment is not None and augment.shape != (batch, parameters):
+            raise LdmError(
+                f"augmentation parameters are {tuple(augment.shape)}: for {batch} image(s) this "
+                f"network takes ({batch}, {parameters})"
+            )
+
+
+class UNetBase(Network):
+    """A network of levels of blocks, and skips between them.
 
     A level of the encoder is entered by a layer, from the second level on by one that halves both
     sides; that layer and every block leave a skip. A level of the decoder has as many blocks as
@@ -67,21 +149,14 @@ class UNetBase(nn.Module, ABC):
     Subclasses make the layers.
 
     Args:
-        config: sizes of the network.
-        embed: (c_noise, labels, augment) → (B, width), which every block reads.
+        config, embed: see `Network`.
         first: the layer that enters the first level.
-
-    Attributes:
-        factor: both sides of a latent must be multiples of it.
     """
 
     def __init__(self, config: Any, embed: nn.Module, first: nn.Module) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config, embed)
         widths = [config.channels * multiplier for multiplier in config.multipliers]
         attends = [2**level in config.attention_factors for level in range(len(widths))]
-        self.factor = 2 ** (len(widths) - 1)
-        self.embed = embed
 
         width, skip_widths = config.channels, []
         self.enter, self.encoder = nn.ModuleList([first]), nn.ModuleList()
@@ -123,60 +198,7 @@ class UNetBase(nn.Module, ABC):
         """The input of a block of the decoder."""
         return torch.cat([x, skip], dim=1)
 
-    def forward(
-        self,
-        x: Tensor,
-        c_noise: Tensor,
-        labels: Tensor | None = None,
-        augment: Tensor | None = None,
-    ) -> Tensor:
-        """F(x; c_noise), of which a denoiser makes its answer: (B, n_z, H, W).
-
-        Args:
-            x: scaled noisy latents (B, n_z, H, W).
-            c_noise: noise levels (B,) as the network counts them: ¼ ln σ, or a time step.
-            labels: classes (B,), whole numbers below `config.classes`, −1 for no class; None: −1
-                throughout. Only eager mode checks their values, and only on the CPU, where that
-                makes nothing wait; see `check_labels`.
-            augment: parameters of the augmentation (B, config.augment_parameters); None: zeros,
-                which is none.
-
-        Raises:
-            LdmError: H or W cannot be halved once for each level but the last, or this network
-                does not know a label, or takes another number of augmentation parameters.
-        """
-        height, width = x.shape[2:]
-        if height % self.factor or width % self.factor:
-            raise LdmError(
-                f"latents of {height}×{width} do not fit this UNet: "
-                f"both sides must be multiples of {self.factor}"
-            )
-        self._check_condition(len(x), labels, augment)
-        # weights of classes and augmentations have a gradient in every step, as DDP expects
-        if labels is None:
-            labels = torch.full((len(x),), -1, device=x.device)
-        labels = to_device(labels, x.device)
-        if augment is None:
-            augment = x.new_zeros(len(x), self.config.augment_parameters)
-        return self.run_levels(x, self.embed(c_noise, labels, augment))
-
-    def _check_condition(self, batch: int, labels: Tensor | None, augment: Tensor | None) -> None:
-        classes, parameters = self.config.classes, self.config.augment_parameters
-        integers = torch.int32, torch.int64
-        if labels is not None and (labels.shape != (batch,) or labels.dtype not in integers):
-            raise LdmError(
-                f"labels are {labels.dtype} {tuple(labels.shape)}: they must be int64 ({batch},)"
-            )
-        if labels is not None and labels.device.type == "cpu" and not is_compiling():
-            check_labels(labels, classes)
-        if augment is not None and augment.shape != (batch, parameters):
-            raise LdmError(
-                f"augmentation parameters are {tuple(augment.shape)}: for {batch} image(s) this "
-                f"network takes ({batch}, {parameters})"
-            )
-
-    def run_levels(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Pass x (B, …, H, W) and embedding (B, width) through all levels."""
+    def transform(self, x: Tensor, embedding: Tensor) -> Tensor:
         skips = []
         for level, blocks in enumerate(self.encoder):
             x = self.enter[level](x, embedding) if level > 0 else self.enter[0](x)
@@ -261,14 +283,14 @@ def zeroed(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def sinusoids(positions: Tensor, width: int) -> Tensor:
+def sinusoids(positions: Tensor, width: int, shift: int = 0) -> Tensor:
     """Cosines, then sines, of positions (B,) at falling frequencies → (B, width), width even.
 
     In float32, or in the positions' dtype where that is finer: a time step of 999 needs it.
     """
-    # Vaswani et al. 2017, Section 3.5: frequencies 10000^(−i / (width/2))
+    # Vaswani et al. 2017, Section 3.5: frequencies 10000^(−i / (width/2)), or spaced wider
     ramp = torch.arange(width // 2, dtype=torch.float32, device=positions.device)
-    frequencies = torch.exp(-math.log(10_000) * ramp / (width // 2))
+    frequencies = torch.exp(-math.log(10_000) * ramp / (width // 2 - shift))
     angles = positions[:, None] * frequencies  # (B, width/2)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
@@ -421,5 +443,5 @@ class UNet(UNetBase):
             return UNetResidual(width, width, self.config, way)
         return UNetDownsample(width) if way == "down" else UNetUpsample(width)
 
-    def run_levels(self, x: Tensor, embedding: Tensor) -> Tensor:
-        return self.leave[-1](super().run_levels(x, embedding))
+    def transform(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return self.leave[-1](super().transform(x, embedding))

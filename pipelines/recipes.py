@@ -21,10 +21,9 @@ from autoencoders.discriminators import DiscriminatorConfig, UNetDiscriminatorCo
 from autoencoders.losses import AdversarialConfig, LossConfig
 from autoencoders.losses.perceptual import SMALLEST
 from autoencoders.pretrained import find_pretrained, read_autoencoder
-from diffusion import DenoiserConfig, NetworkConfig
+from diffusion import DenoiserConfig, DiTConfig, NetworkConfig, UNetConfig
 from diffusion.augment import AUGMENT_PARAMETERS, AugmentConfig, draw_augmentation
 from diffusion.edm import EDMConfig, sample_sigma
-from diffusion.unet import UNetConfig
 from ldm.config import (
     Config,
     Resolution,
@@ -334,17 +333,19 @@ def fit(recipe: DiffusionRecipe, autoencoder: Autoencoder, classes: int) -> Diff
     denoiser, n_z = recipe.edm, autoencoder.config.latent_channels
     classes = classes if recipe.data.labels else 0
     augmented = AUGMENT_PARAMETERS if recipe.augment.probability > 0 else 0
-    sizes = {"latent_channels": n_z, "classes": classes, "augment_parameters": augmented}
+    sizes: Tree = {"latent_channels": n_z, "classes": classes, "augment_parameters": augmented}
+    if isinstance(recipe.network, DiTConfig):
+        sizes["grid"] = recipe.network.grid_of(recipe.resolution, autoencoder.downsampling)
     defaults = type(recipe.network)()
     for key, value in sizes.items():
         requested = getattr(recipe.network, key)
         if requested not in (value, getattr(defaults, key)):
             raise UsageError(f"network.{key}={requested} must be {value} here: omit it")
-    factor = autoencoder.downsampling * 2 ** (len(recipe.network.multipliers) - 1)
+    factor = autoencoder.downsampling * recipe.network.factor
     if any(side % factor for side in height_width(recipe.resolution)):
         raise UsageError(
             f"resolution={size_word(recipe.resolution)} must be a multiple of {factor}: stage one "
-            f"divides by {autoencoder.downsampling}, the network's multipliers by the rest"
+            f"divides by {autoencoder.downsampling}, the network by {recipe.network.factor}"
         )
     network = recipe.network.model_copy(update=sizes)
     return recipe.model_copy(update={"network": network, "denoiser": denoiser})

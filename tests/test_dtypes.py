@@ -12,7 +12,15 @@ from autoencoders.discriminators import (
     UNetDiscriminatorConfig,
     build_discriminator,
 )
-from diffusion import EDM, DiscreteConfig, DiscreteDenoiser, EDM2Config, UNetConfig, build_network
+from diffusion import (
+    EDM,
+    DiscreteConfig,
+    DiscreteDenoiser,
+    DiTConfig,
+    EDM2Config,
+    UNetConfig,
+    build_network,
+)
 from diffusion.edm import Uncertainty
 from ldm.device import cast_for_autocast
 
@@ -40,7 +48,12 @@ DISCRIMINATORS = [
 NETWORKS = [
     UNetConfig(channels=16, multipliers=(1, 2), blocks=1, head_width=8, classes=3),
     EDM2Config(channels=16, multipliers=(1, 2), blocks=1, head_width=8, classes=3),
-]
+    DiTConfig(width=32, depth=2, heads=2, classes=3),
+    DiTConfig(
+        width=32, depth=2, heads=2, classes=3, mlp="swiglu", norm="rms", positions="both",
+        qk_norm=True,
+    ),
+]  # fmt: skip
 
 
 def check(outputs, exact, dtype):
@@ -146,8 +159,9 @@ def test_an_autoencoder_cast_once_computes_the_same_bits(name):
     same_under_autocast(model, call)
 
 
-def test_a_denoiser_cast_once_computes_the_same_bits():
-    denoiser = EDM(build_network(NETWORKS[0])).eval()
+@pytest.mark.parametrize("config", [NETWORKS[0], *NETWORKS[2:]], ids=["ldm", "dit", "lightning"])
+def test_a_denoiser_cast_once_computes_the_same_bits(config):
+    denoiser = EDM(build_network(config)).eval()
     for parameter in denoiser.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     x = torch.randn(2, 4, 8, 8, dtype=torch.float64)  # as samplers have it

@@ -215,8 +215,9 @@ def test_stage_one_never_waits_in_a_step(watch, settings):
         ["augment.probability=0.9", "data.flip=false"],
         ["network={type: edm2, channels: 16, multipliers: [1, 2], blocks: 1, head_width: 8}",
          "denoiser.uncertainty=true", "ema_stds=[0.05, 0.1]", "snapshots=2"],
+        ["network={type: dit, width: 32, depth: 1, heads: 2, positions: both}"],
     ],
-    ids=["unet", "augmented", "edm2"],
+    ids=["unet", "augmented", "edm2", "dit"],
 )  # fmt: skip
 def test_stage_two_never_waits_in_a_step(watch, settings, classes):
     own = ["steps=100", QUIET, f"data.labels={bool(classes)}", *settings]
@@ -238,7 +239,10 @@ def test_stage_two_never_waits_in_a_step(watch, settings, classes):
 # ------------------------------------------------------------------------------- sampling
 def conditional(kind: str) -> nn.Module:
     """A small network of three classes."""
-    sizes = {"channels": 16, "multipliers": (1, 2), "blocks": 1, "head_width": 8, "classes": 3}
+    sizes = {"channels": 16, "multipliers": (1, 2), "blocks": 1, "head_width": 8}
+    if kind == "dit":
+        sizes = {"width": 32, "depth": 1, "heads": 2, "positions": "both"}
+    sizes["classes"] = 3
     config = TypeAdapter(NetworkConfig).validate_python({"type": kind, **sizes})
     return build_network(config)
 
@@ -292,7 +296,7 @@ def test_a_schedule_on_the_device_is_read_once(waits, monkeypatch):
 
 
 # --------------------------------------------------------------------------------- graphs
-@pytest.mark.parametrize("kind", ["ldm", "edm2"])
+@pytest.mark.parametrize("kind", ["ldm", "edm2", "dit"])
 def test_labels_do_not_break_the_graph(kind):
     network, x, sigma = conditional(kind), torch.randn(2, 4, 8, 8), torch.tensor([0.5, 2.0])
     labels = torch.tensor([0, -1])

@@ -126,8 +126,8 @@ def integer(name: str, value: Any, least: int | None = None) -> int:
 def find_shape(size: Resolution, codec: Any, denoiser: Any) -> tuple[int, int, int]:
     """Shape (n_z, h, w) of the latents of an image of a size, if the networks can sample it.
 
-    They are convolutional, and attention reads no positions, so they take every size that can be
-    halved as often as they halve it; of others a UsageError.
+    They take every size that they can halve or cut into patches, the UNets without positions, a
+    DiT with those of its training scaled to it; of others a UsageError.
     """
     check_at_least(1, size=size)
     f, factor = codec.autoencoder.downsampling, denoiser.network.factor

@@ -279,7 +279,7 @@ def test_augmentation_matters_and_its_zeros_add_nothing():
 
 
 def test_sides_that_cannot_be_halved_are_refused():
-    with pytest.raises(LdmError, match=r"7×8 do not fit this UNet.*multiples of 2"):
+    with pytest.raises(LdmError, match=r"7×8 do not fit this EDM2UNet.*multiples of 2"):
         build()(normal(1, 4, 7, 8), torch.zeros(1))
     assert build()(normal(1, 4, 6, 8), torch.zeros(1)).shape == (1, 4, 6, 8)
 

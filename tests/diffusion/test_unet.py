@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion import EDM, EDM2Config, EDM2UNet, UNet, UNetConfig, edm_loss
+from diffusion import EDM, DiT, DiTConfig, EDM2Config, EDM2UNet, UNet, UNetConfig, edm_loss
 from diffusion.unet import (
     NoiseEmbedding,
     UNetAttention,
@@ -372,7 +372,8 @@ SIZES = {"channels": 16, "multipliers": (1, 2), "blocks": 1, "head_width": 16}
 
 
 @pytest.mark.parametrize("build", [lambda **s: UNet(UNetConfig(**SIZES, **s)),
-                                   lambda **s: EDM2UNet(EDM2Config(**SIZES, **s))])  # fmt: skip
+                                   lambda **s: EDM2UNet(EDM2Config(**SIZES, **s)),
+                                   lambda **s: DiT(DiTConfig(width=8, heads=2, **s))])  # fmt: skip
 @pytest.mark.parametrize(
     ("knows", "labels", "augment", "message"),
     [
@@ -391,7 +392,7 @@ SIZES = {"channels": 16, "multipliers": (1, 2), "blocks": 1, "head_width": 16}
         ({"classes": 3}, [0.5, 1.0], None, "^labels are torch.float32"),
     ],
 )
-def test_both_networks_refuse_unknown_conditions(build, knows, labels, augment, message):
+def test_all_networks_refuse_unknown_conditions(build, knows, labels, augment, message):
     labels = None if labels is None else torch.tensor(labels)
     augment = None if augment is None else torch.zeros(2, augment)
     with pytest.raises(LdmError, match=message):

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from autoencoders import build_autoencoder
-from diffusion import build_network
+from diffusion import DiTConfig, build_network
 from diffusion.edm2 import EDM2Config
 from ldm.checkpoint import load_model
 from ldm.config import to_tree
@@ -21,6 +21,7 @@ from ldm.run import Run
 from pipelines.fid import measure_fid
 from pipelines.latent_diffusion import LatentDiffusionPipeline
 from pipelines.measuring.reference import ImageReference
+from pipelines.recipes import fit
 from pipelines.sample import sample_images
 from pipelines.sampling.sample_folder import SampleFolder
 from pipelines.train_autoencoder import train_autoencoder
@@ -127,17 +128,43 @@ def test_autoencoders_encode_and_decode_height_by_width(kind, f):
         assert ae.decode(latents).shape == images.shape
 
 
-@pytest.mark.parametrize("kind", ["unet", "edm2"])
-def test_attention_is_by_level_not_by_side(kind):
-    recipe = diffusion_recipe("x")
-    config = EDM2Config(channels=8, multipliers=(1, 2), attention_factors=(2,), head_width=8)
-    network = build_network(recipe.network if kind == "unet" else config).eval()
+NETWORKS = {
+    "unet": diffusion_recipe("x").network,
+    "edm2": EDM2Config(channels=8, multipliers=(1, 2), attention_factors=(2,), head_width=8),
+    "dit": DiTConfig(width=32, depth=1, heads=2, grid=4),
+}
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_networks_take_height_by_width(kind):
+    network = build_network(NETWORKS[kind]).eval()
     for height, width in ((12, 8), (8, 12)):
         z = torch.randn(2, 4, height, width)
         with torch.no_grad():
             assert network(z, torch.ones(2)).shape == z.shape
     with pytest.raises(LdmError, match="latents of 12×7 do not fit"):
         network(torch.randn(2, 4, 12, 7), torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (
+            ["resolution=[96, 80]", "network.patch=4"],
+            "^resolution=96x80 must be a multiple of 32: ",
+        ),
+        (["resolution=[96, 64]", "network.grid=6"], r"^network.grid=6 must be \(6, 4\) here: omit"),
+    ],
+)
+def test_a_dit_is_fitted_to_the_grid_of_its_latents(settings, told):
+    recipe = diffusion_recipe("x", "network={type: dit}", "resolution=[96, 64]")
+    ae = build_autoencoder(autoencoder_recipe().model)
+    fitted = fit(recipe, ae, 0)
+    assert fitted.network.grid == (6, 4) and fit(fitted, ae, 0) == fitted
+    assert fit(recipe.model_copy(update={"resolution": 64}), ae, 0).network.grid == 4
+    with pytest.raises(UsageError, match=told) as caught:
+        fit(diffusion_recipe("x", "network={type: dit}", *settings), ae, 0)
+    assert "\n" not in str(caught.value)
 
 
 # ------------------------------------------------------------------------------------ sampling

@@ -31,6 +31,10 @@ MODELS = {
             "network={type: edm2, channels: 16, multipliers: [1, 2], blocks: 1, head_width: 16}",
         )
     },
+    "dit": {
+        "classes": CLASSES,
+        "settings": ("network={type: dit, width: 32, depth: 2, heads: 2, grid: 2, norm: rms}",),
+    },
     "discrete": {"settings": ("denoiser={type: discrete, beta_start: 0.00085, beta_end: 0.012}",)},
     "statistics": {"std": 1 / 0.18215, "mean": 0.1, "sigma_data": 1.0},
 }

@@ -25,10 +25,14 @@ def stage_two(stage_one):
     return train_diffusion(recipe, "tiny", stage_one.parent / "ldm")
 
 
-def test_networks_compile_to_a_fixed_number_of_graphs(stage_one, tmp_path, monkeypatch):
+DIT = "network={type: dit, width: 32, depth: 2, heads: 2"
+
+
+@pytest.mark.parametrize("network", [[], [f"{DIT}, positions: both}}"]], ids=["ldm", "dit"])
+def test_networks_compile_to_a_fixed_number_of_graphs(stage_one, tmp_path, monkeypatch, network):
     """One of the denoiser's network, and one of the encoder."""
     graphs = count_graphs(monkeypatch)
-    recipe = diffusion_recipe(stage_one / "ckpt.pt", "run.compile=true")
+    recipe = diffusion_recipe(stage_one / "ckpt.pt", "run.compile=true", *network)
     train_diffusion(recipe, "tiny", tmp_path / "run")
     assert len(graphs) == 2
 
@@ -136,6 +140,12 @@ OPTIONS = {
         "denoiser={uncertainty: true, noise_mean: -0.4, noise_std: 1}", "clip_norm=null",
         "lr=1e-2", "lr_schedule=inverse_sqrt", "lr_decay_images=16", "betas=[0.9, 0.99]",
     ],
+    "dit": [f"{DIT}}}", "data.labels=true", "betas=[0.9, 0.95]"],
+    "dit's options": [
+        f"{DIT}, patch: 4, mlp: swiglu, norm: rms, positions: both, qk_norm: true}}",
+        "augment.probability=0.3", "data.flip=false", "accumulate=2",
+    ],
+    "dit of rotations": [f"{DIT}, patch: 1, positions: rotary, mlp_ratio: 2}}"],
     "unet's options": ["network.scale_shift=true", "network.resample_blocks=true"],
     "schedule": ["lr_schedule=cosine", "accumulate=2", "statistics_images=null"],
     "averages": ["ema_stds=[0.05, 0.1]", "snapshots=4"],
@@ -151,7 +161,8 @@ def test_every_option_trains_and_samples(option, stage_one, tmp_path):
     pipe = LatentDiffusionPipeline.from_pretrained(folder, "cpu", "fp32")
     assert pipe(n=2, seed=0, steps=2).isfinite().all()
     model = load_model(folder, "diffusion")
-    assert len(model.statistics["classes"]) == (8 if option == "classes" else 0)
+    labelled = "data.labels=true" in OPTIONS[option]
+    assert len(model.statistics["classes"]) == (8 if labelled else 0)
     if option == "averages":
         names = sorted(path.name for path in (folder / "ema").iterdir())
         assert len(names) == 8

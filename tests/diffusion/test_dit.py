@@ -1,0 +1,365 @@
+"""DiT: its size, its formula in plain operations, positions at other sizes, and that it learns."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from diffusion import EDM, DiT, DiTConfig, edm_loss
+from diffusion.dit import angles, coordinates, sincos
+from ldm.config import validate
+from ldm.errors import LdmError, UsageError
+
+TINY = DiTConfig(width=32, depth=2, heads=2)
+TOLD = TINY.model_copy(update={"classes": 3, "augment_parameters": 9})
+LIGHTNING = TOLD.model_copy(
+    update={
+        "mlp": "swiglu", "norm": "rms", "positions": "both", "qk_norm": True, "patch": 1,
+        "mlp_ratio": 3.3,
+    }
+)  # fmt: skip
+ROTARY = TINY.model_copy(update={"positions": "rotary", "qk_norm": True, "frequency_shift": 1})
+CONFIGS = {"tiny": TINY, "told": TOLD, "lightning": LIGHTNING, "rotary": ROTARY}
+EVERY = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+def build(config=TINY, scramble=False, seed=0):
+    """A DiT from a seed; scrambled, so that the layers that start at 0 count too."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = DiT(config)
+        if scramble:
+            for parameter in network.parameters():
+                nn.init.normal_(parameter, std=0.15)
+    return network
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ------------------------------------------------------------------------------------ size
+SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+# parameters of the published networks: latents of 4 × 32 × 32, 1000 classes
+PUBLISHED = {
+    ("S", 2): 32_963_360, ("S", 4): 32_945_024, ("S", 8): 33_148_160,
+    ("B", 2): 130_512_416, ("L", 2): 458_102_816, ("XL", 2): 675_129_632,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("size", "patch"), PUBLISHED)
+def test_parameters_are_those_of_the_published_networks(size, patch):
+    width, depth, heads = SIZES[size]
+    config = DiTConfig(width=width, depth=depth, heads=heads, patch=patch, classes=1000)
+    with torch.device("meta"):
+        network = DiT(config)
+        out = network(torch.empty(2, 4, 32, 32), torch.empty(2))
+    assert out.shape == (2, 4, 32, 32)
+    # they count the table of positions, a parameter that is not trained
+    positions = (32 // patch) ** 2 * width
+    # their last layer has 8 channels of each value of a patch: 4 more, for the variance
+    variance = 4 * patch**2 * (width + 1)
+    ours = sum(parameter.numel() for parameter in network.parameters())
+    assert ours == PUBLISHED[size, patch] - positions - variance
+
+
+def test_without_classes_there_is_no_table():
+    names = build().state_dict().keys()
+    assert not any("classes" in name or "augment" in name for name in names)
+    assert build(TOLD).embed.classes.weight.shape == (4, 32)  # and a row for none
+
+
+def test_begins_as_the_authors_draw_it():
+    network = build(DiTConfig(width=256, depth=1, heads=4, classes=1000, augment_parameters=9))
+    block, embed = network.blocks[0], network.embed
+    for layer in (embed.linear_in, embed.linear_out, embed.classes):
+        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    # Glorot and Bengio 2010, Equation 16
+    layers = [block.attention.qkv, block.attention.proj, block.mlp.linear_in, network.patches]
+    for layer in layers:
+        weight = layer.weight.flatten(1)
+        bound = math.sqrt(6 / sum(weight.shape))
+        assert 0.98 * bound < weight.abs().max() <= bound
+        assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)
+    for layer in (block.modulation, network.last.modulation, network.last.linear):
+        assert not any(parameter.any() for parameter in layer.parameters())
+    biases = [p for name, p in network.named_parameters() if name.endswith("bias")]
+    assert not any(bias.any() for bias in biases)
+
+
+# --------------------------------------------------------------------------------- formula
+def naive(network, x, c_noise, labels, augment):
+    """The paper's network in plain operations on single tokens' values, in float64."""
+    config, t = network.config, {n: w.double() for n, w in network.state_dict().items()}
+    size, width, heads = x.shape[2] // config.patch, config.width, config.heads
+    side = x.shape[3] // config.patch
+
+    def linear(name, x):
+        return x @ t[f"{name}.weight"].T + t.get(f"{name}.bias", 0)
+
+    def silu(x):
+        return x / (1 + torch.exp(-x))
+
+    def norm(name, x, eps):
+        centred = x if config.norm == "rms" else x - x.mean(-1, keepdim=True)
+        plain = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+        return plain * t.get(f"{name}.weight", 1) + t.get(f"{name}.bias", 0)
+
+    def changed(name, x, shift, scale):
+        return norm(name, x, 1e-6) * (1 + scale[:, None]) + shift[:, None]
+
+    turns = [c_noise[:, None].double() * 10_000 ** (-i / (128 - config.frequency_shift))
+             for i in range(128)]  # fmt: skip
+    waves = torch.cat([f(turn) for f in (torch.cos, torch.sin) for turn in turns], 1)
+    c = linear("embed.linear_out", silu(linear("embed.linear_in", waves)))
+    if config.classes:
+        c = c + t["embed.classes.weight"][[label if label >= 0 else -1 for label in labels]]
+    if config.augment_parameters:
+        c = c + linear("embed.augment", augment.double())
+    c = silu(c)
+
+    tokens, places = [], [(row, column) for row in range(size) for column in range(side)]
+    for row, column in places:
+        p = config.patch
+        part = x[:, :, row * p : row * p + p, column * p : column * p + p].double().flatten(1)
+        token = part @ t["patches.weight"].flatten(1).T + t["patches.bias"]
+        if config.positions != "rotary":
+            count = width // 4
+            token = token + torch.tensor(
+                [f(at * 10_000 ** (-i / count))
+                 for at in (column, row) for f in (math.sin, math.cos) for i in range(count)]
+            ).double()  # fmt: skip
+        tokens.append(token)
+    x = torch.stack(tokens, 1)
+
+    def turned(q):  # (B, N, d)
+        count, out = q.shape[-1] // 4, q.clone()
+        for n, place in enumerate(places):
+            for pair in range(2 * count):
+                angle = place[pair // count] * 10_000 ** (-(pair % count) / count)
+                one, other = q[:, n, 2 * pair], q[:, n, 2 * pair + 1]
+                out[:, n, 2 * pair] = one * math.cos(angle) - other * math.sin(angle)
+                out[:, n, 2 * pair + 1] = one * math.sin(angle) + other * math.cos(angle)
+        return out
+
+    for block in (f"blocks.{index}" for index in range(config.depth)):
+        b1, g1, a1, b2, g2, a2 = linear(f"{block}.modulation", c).split(width, 1)
+        q, k, v = linear(f"{block}.attention.qkv", changed(f"{block}.norm1", x, b1, g1)).split(
+            width, 2
+        )
+        mixed = []
+        for part in (slice(h * width // heads, (h + 1) * width // heads) for h in range(heads)):
+            one, other = q[..., part], k[..., part]
+            if config.qk_norm:
+                eps = 1e-6 if config.norm == "rms" else 1e-5
+                one = norm(f"{block}.attention.query_norm", one, eps)
+                other = norm(f"{block}.attention.key_norm", other, eps)
+            if config.positions != "sincos":
+                one, other = turned(one), turned(other)
+            scores = one @ other.transpose(1, 2) / math.sqrt(width / heads)
+            mixed.append(scores.softmax(-1) @ v[..., part])
+        x = x + a1[:, None] * linear(f"{block}.attention.proj", torch.cat(mixed, 2))
+        h = linear(f"{block}.mlp.linear_in", changed(f"{block}.norm2", x, b2, g2))
+        if config.mlp == "swiglu":
+            gate, value = h.chunk(2, -1)
+            h = silu(gate) * value
+        else:
+            h = h / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+        x = x + a2[:, None] * linear(f"{block}.mlp.linear_out", h)
+
+    b, g = linear("last.modulation", c).split(width, 1)
+    values = linear("last.linear", changed("last.norm", x, b, g))
+    out = values.new_zeros(len(values), config.latent_channels, size * p, side * p)
+    for n, (row, column) in enumerate(places):
+        patch = values[:, n].view(len(values), p, p, -1).permute(0, 3, 1, 2)
+        out[:, :, row * p : row * p + p, column * p : column * p + p] = patch
+    return out
+
+
+@EVERY
+@torch.no_grad()
+def test_is_the_papers_formula(config):
+    network = build(config, scramble=True).double().eval()
+    height, width = 3 * config.patch, 2 * config.patch
+    x, c_noise = normal(3, 4, height, width).double(), torch.tensor([-1.2, 0.5, 999.0]).double()
+    labels, augment = torch.tensor([2, -1, 0]), normal(3, 9)
+    given = (labels, augment) if config.classes else (None, None)
+    expected = naive(network, x, c_noise, labels.tolist(), augment)
+    assert expected.std() > 0.1
+    # the sinusoids of the noise level are float32
+    torch.testing.assert_close(network(x, c_noise, *given), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_hidden_width_is_that_of_the_authors_code():
+    for size, hidden in {"S": 1024, "B": 2048, "L": 2730, "XL": 3072}.items():
+        width, depth, heads = SIZES[size]
+        config = DiTConfig(width=width, depth=depth, heads=heads, mlp="swiglu")
+        assert config.hidden_width == hidden
+
+
+# ------------------------------------------------------------------------------- positions
+def test_positions_are_scaled_to_the_training_grid():
+    """At twice the size, every second patch lies where one of the training lay."""
+    at, device = {}, torch.device("cpu")
+    for side in (4, 8):
+        rows = coordinates(side, 4, device)
+        at[side] = sincos(rows, rows, 16).unflatten(0, (side, side))
+    torch.testing.assert_close(at[8][::2, ::2], at[4])
+    assert coordinates(8, 4, device).tolist() == [0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5]
+
+
+@pytest.mark.parametrize("positions", ["sincos", "rotary", "both"])
+@torch.no_grad()
+def test_another_size_than_that_of_training_is_another_grid_of_the_same_span(positions):
+    config = TINY.model_copy(update={"positions": positions, "grid": (4, 2)})
+    network, x = build(config, scramble=True).eval(), normal(1, 4, 4, 8)
+    c_noise = torch.zeros(1)
+    answers = [network(x, c_noise)]
+    for grid in ((2, 4), None):  # the latents' own
+        network.config = config.model_copy(update={"grid": grid})
+        answers.append(network(x, c_noise))
+    assert torch.equal(answers[1], answers[2])
+    assert (answers[0] - answers[1]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_rotations_read_differences_of_positions_alone():
+    network = build(ROTARY, scramble=True).double().eval()
+    x = normal(1, 4, 4, 4).double()
+    repeated = torch.cat([x, x], dim=3)  # rows of four patches, the last two as the first two
+    answer = network(repeated, torch.zeros(1))
+    rolled = network(repeated.roll(4, 3), torch.zeros(1))
+    torch.testing.assert_close(answer, rolled)
+    moved = network(x.flip(3), torch.zeros(1)).flip(3)
+    assert (moved - network(x, torch.zeros(1))).abs().max() > 1e-3
+
+
+def test_angles_fall_from_the_coordinate_to_nearly_none():
+    turns = angles(torch.tensor([0.0, 2.0]).double(), 4)
+    assert turns.tolist() == [[0] * 4, pytest.approx([2, 0.2, 0.02, 0.002])]
+
+
+# ------------------------------------------------------------------------------- behaviour
+@EVERY
+def test_starts_as_zero_made_of_identities(config):
+    network, tokens = build(config), normal(2, 16, 32)
+    assert network.config is config
+    assert network(normal(2, 4, 8, 8), torch.zeros(2)).abs().max() == 0
+    assert torch.equal(network.blocks[1](tokens, normal(2, 32)), tokens)
+
+
+@EVERY
+def test_gradient_reaches_every_parameter(config):
+    network = build(config, scramble=True).double()
+    x = normal(4, 4, 8, 8).double().requires_grad_()
+    c_noise, labels, augment = torch.tensor([-1.0, 0.5, 2.0, 1.0]), None, None
+    if config.classes:
+        labels, augment = torch.tensor([0, 1, 2, -1]), normal(4, 9)
+    network(x, c_noise.double(), labels, augment).square().mean().backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad.abs().max() > 1e-9, name  # rounding alone gives 1e-17
+    assert x.grad.abs().min() > 0
+
+
+def test_every_parameter_has_a_gradient_without_conditions():
+    """DDP waits for one of each."""
+    network = build(TOLD, scramble=True)
+    network(normal(1, 4, 8, 8), torch.zeros(1)).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+    assert network.embed.classes.weight.grad[:3].abs().max() == 0
+    assert network.embed.classes.weight.grad[3].abs().max() > 0  # of none
+
+
+def test_no_label_and_no_augmentation_are_minus_one_and_zeros():
+    network, x, c_noise = build(LIGHTNING, scramble=True).eval(), normal(3, 4, 8, 8), torch.zeros(3)
+    nothing = network(x, c_noise)
+    labels, augment = torch.tensor([-1, 2, -1]), torch.zeros(3, 9)
+    assert torch.equal(network(x, c_noise, torch.full((3,), -1), augment), nothing)
+    labelled = network(x, c_noise, labels)
+    torch.testing.assert_close(labelled[[0, 2]], nothing[[0, 2]], rtol=1e-4, atol=1e-5)
+    assert (labelled[1] - nothing[1]).abs().max() > 1e-3
+    augment[0, 3] = 1
+    augmented = network(x, c_noise, None, augment)
+    assert (augmented[0] - nothing[0]).abs().max() > 1e-3
+    torch.testing.assert_close(augmented[1:], nothing[1:], rtol=1e-4, atol=1e-5)
+
+
+@EVERY
+@pytest.mark.parametrize("way", ["weights", "autocast"])
+def test_in_bfloat16_it_is_nearly_the_same(config, way):
+    network = build(config, scramble=True).eval()
+    x, c_noise = normal(2, 4, 8, 8), torch.tensor([-1.0, 0.5])
+    labels = torch.tensor([0, -1]) if config.classes else None
+    plain = network(x, c_noise, labels)
+    if way == "weights":
+        answer = network.to(torch.bfloat16)(x.bfloat16(), c_noise, labels)
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            answer = network(x, c_noise, labels)
+    assert answer.dtype == torch.bfloat16
+    torch.testing.assert_close(answer.float(), plain, rtol=0, atol=0.05 * plain.abs().max().item())
+
+
+def test_noise_level_matters_and_images_do_not_mix():
+    network = build(scramble=True).eval()
+    x, c_noise = normal(3, 4, 8, 8), torch.tensor([-1.0, 0.0, 1.0])
+    out = network(x, c_noise)
+    assert (out - network(x, c_noise + 0.5)).abs().max() > 1e-3
+    torch.testing.assert_close(network(x[1:2], c_noise[1:2]), out[1:2], rtol=1e-4, atol=1e-5)
+
+
+@EVERY
+def test_channels_last_gives_the_same(config):
+    network = build(config, scramble=True).eval()
+    x, c_noise = normal(2, 4, 8, 4), torch.tensor([-1.0, 0.5])
+    plain = network(x, c_noise)
+    network, x = (t.to(memory_format=torch.channels_last) for t in (network, x))
+    torch.testing.assert_close(network(x, c_noise), plain, rtol=1e-4, atol=1e-5)
+
+
+def test_sides_that_patches_do_not_divide_are_refused():
+    network = build(TINY.model_copy(update={"patch": 4}))
+    with pytest.raises(LdmError, match=r"10×8 do not fit this DiT: both sides .*multiples of 4$"):
+        network(normal(1, 4, 10, 8), torch.zeros(1))
+    assert network(normal(1, 4, 12, 8), torch.zeros(1)).shape == (1, 4, 12, 8)
+
+
+@pytest.mark.parametrize(
+    "tree, message",
+    [
+        ({"heads": 12}, "'heads'.*four times as many must divide the 32 channels of `width`"),
+        ({"width": 0}, "'width'"),
+        ({"depth": 65}, "'depth'"),
+        ({"patch": 0}, "'patch'"),
+        ({"mlp_ratio": 0}, "'mlp_ratio'"),
+        ({"mlp": "relu"}, "'mlp'"),
+        ({"positions": "learned"}, "'positions'"),
+        ({"frequency_shift": 2}, "'frequency_shift'"),
+        ({"grid": 0}, "'grid"),
+        ({"classes": -1}, "'classes'"),
+    ],
+)
+def test_a_network_that_cannot_be_built_is_refused(tree, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        validate(DiTConfig, {"width": 32, "heads": 2, **tree})
+    assert "\n" not in str(caught.value)
+
+
+def test_learns_four_images():
+    """Trained on four latents, it denoises them far better than Gaussian data can be denoised."""
+    z = 0.5 * normal(4, 4, 4, 4).repeat_interleave(4, dim=0)  # every image at every noise level
+    sigma = torch.tensor([0.2, 0.5, 1.0, 2.0]).repeat(4)
+    denoiser = EDM(build())
+    optimizer = torch.optim.Adam(denoiser.parameters(), lr=3e-3)
+
+    def loss(seed):
+        return edm_loss(denoiser, z, sigma, normal(16, 4, 4, 4, seed=seed)).mean()
+
+    before = loss(seed=1).item()  # the network is 0: as good as the best for Gaussian data
+    for step in range(150):
+        optimizer.zero_grad()
+        loss(seed=2 + step).backward()
+        optimizer.step()
+    assert before == pytest.approx(1, abs=0.15)
+    assert loss(seed=1).item() < 0.6
