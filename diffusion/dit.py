@@ -89,7 +89,7 @@ def angles(coordinates: Tensor, count: int) -> Tensor:
 
 
 def coordinates(side: int, trained: int, device: torch.device) -> Tensor:
-    """Where the patches of a side lie, scaled to the span of the trained one: float64 (side,)."""
+    """Coordinates of the patches along a side, scaled to a trained side's span: float64 (side,)."""
     return torch.arange(side, dtype=torch.float64, device=device) * (trained / side)
 
 

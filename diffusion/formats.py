@@ -13,19 +13,22 @@ there, (q, k, v) × heads here.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from diffusion.discrete import DiscreteConfig, find_schedule
 from diffusion.unet import UNet, UNetConfig, attending
 from ldm import foreign
 from ldm.checkpoint import Damaged, refuse_damaged
 from ldm.config import validate
 from ldm.errors import LdmError
+
+ConfigT = TypeVar("ConfigT")
 
 # -------------------------------------------------------------------------- diffusers: config
 SIZES = (
@@ -191,14 +194,14 @@ def to_diffusers(weights: Mapping[str, Tensor], config: UNetConfig) -> dict[str,
         classes = ours["embed.classes.weight"]
         none = classes.new_zeros(1, classes.shape[1])
         ours["embed.classes.weight"] = torch.cat([classes, none])
-    return foreign.renamed(_split_qkv(ours), list(_diffusers_names(config)))
+    return foreign.renamed(split_qkv(ours), list(_diffusers_names(config)))
 
 
 def from_diffusers(weights: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
     """Turn the weights of a `UNet2DModel`, with old or new attention names, into ours."""
-    expected = _split_qkv(_sketch(config).state_dict())
+    expected = split_qkv(_sketch(config).state_dict())
     names = list(_diffusers_names(config))
-    return _join_qkv(foreign.fit(foreign.renamed(weights, foreign.OLD_ATTENTION), expected, names))
+    return join_qkv(foreign.fit(foreign.renamed(weights, foreign.OLD_ATTENTION), expected, names))
 
 
 def _diffusers_names(config: UNetConfig) -> Iterator[tuple[str, str]]:
@@ -216,7 +219,7 @@ def _diffusers_names(config: UNetConfig) -> Iterator[tuple[str, str]]:
     yield from DIFFUSERS_PARTS
 
 
-def _split_qkv(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def split_qkv(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Every `….qkv.…` as three of a third of its rows: to_q, to_k and to_v."""
     split = {}
     for name, tensor in weights.items():
@@ -226,7 +229,8 @@ def _split_qkv(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return split
 
 
-def _join_qkv(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def join_qkv(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The reverse of `split_qkv`."""
     joined: dict[str, list[Tensor]] = {}
     for name, tensor in weights.items():
         joined.setdefault(re.sub(r"\.to_[qkv]\.", ".qkv.", name), []).append(tensor)
@@ -236,16 +240,26 @@ def _join_qkv(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # -------------------------------------------------------------------------- diffusers: folder
 def read_diffusers(folder: Path) -> tuple[UNetConfig, dict[str, Tensor]]:
     """Read a diffusers `UNet2DModel` folder: (our config, weights by our names)."""
+    return read_folder(folder, config_from_diffusers, from_diffusers)
+
+
+def read_folder(
+    folder: Path,
+    config_from: Callable[[Mapping[str, Any]], ConfigT],
+    weights_from: Callable[[Mapping[str, Tensor], ConfigT], dict[str, Tensor]],
+) -> tuple[ConfigT, dict[str, Tensor]]:
+    """Read a network's diffusers folder: (our config, weights by our names)."""
     described = foreign.read_described(folder / "config.json")
     try:
-        config = config_from_diffusers(described)
+        config = config_from(described)
     except (ValueError, TypeError, KeyError, LdmError) as error:
-        raise LdmError(f"{folder}/config.json describes no UNet to load here: {error}") from error
+        what = "describes no network to load here"
+        raise LdmError(f"{folder}/config.json {what}: {error}") from error
     paths = foreign.weights_files(folder)
     weights = foreign.read_weights(*paths)
     refuse_damaged(weights, paths[0] if len(paths) == 1 else folder)
     try:
-        return config, from_diffusers(weights, config)
+        return config, weights_from(weights, config)
     except LdmError as error:
         raise LdmError(f"{paths[0]} does not fit its own config: {error}") from error
 
@@ -258,6 +272,31 @@ def write_diffusers(
     described = diffusers_config(network.config, sample_size)
     weights = to_diffusers(network.state_dict(), network.config)
     return foreign.write_folder(folder, described, weights, **notes)
+
+
+def read_scheduler(path: Path) -> DiscreteConfig:
+    """Read the noise levels and the prediction of a diffusers scheduler, from its JSON file."""
+    described = foreign.read_described(path)
+    try:
+        predictions = ("epsilon", "v_prediction")
+        fixed = {"prediction_type": predictions, "rescale_betas_zero_snr": (False, None)}
+        foreign.check_described(described, fixed)
+        if described.get("trained_betas"):
+            config = find_schedule(torch.tensor(described["trained_betas"], dtype=torch.float64))
+        else:
+            spaced = {"beta_schedule": ("linear", "scaled_linear")}
+            foreign.check_described(described, spaced, needed=spaced)
+            tree = {  # with the defaults of diffusers' schedulers
+                "timesteps": described.get("num_train_timesteps", 1000),
+                "beta_start": described.get("beta_start", 0.0001),
+                "beta_end": described.get("beta_end", 0.02),
+                "schedule": described["beta_schedule"],
+            }
+            config = validate(DiscreteConfig, tree)
+    except (LdmError, TypeError, ValueError) as error:
+        raise LdmError(f"{path} cannot be used: {error}") from error
+    prediction = described.get("prediction_type", "epsilon").removesuffix("_prediction")
+    return config.model_copy(update={"prediction": prediction})
 
 
 # ------------------------------------------------------------------------------------ CompVis

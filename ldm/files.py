@@ -375,3 +375,13 @@ def to_json(value: Any) -> bytes:
     """Format a value as readable JSON; a byte of a path that is no UTF-8 is an escape in it."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     return text.encode(errors="backslashreplace")
+
+
+def refuse_to_overwrite(paths: Iterable[Path], folder: Path, force: bool) -> None:
+    """Raise an LdmError if one of a command's paths in a folder exists, unless forced; what a kill
+    left of the same command does not count."""
+    interrupted = finish_set(folder)  # by a kill: the same command writes them again
+    clear_partials([folder])
+    there = min((path for path in paths if path.exists() and path not in interrupted), default=None)
+    if there and not force:
+        raise LdmError(f"{there} exists: give another name, or --force to overwrite it")

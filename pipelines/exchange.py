@@ -1,8 +1,8 @@
-"""Models in and out: those of diffusers and CompVis as a `ckpt.pt` of ours, and ours as theirs.
+"""Models in and out: those of diffusers, CompVis and DiT as a `ckpt.pt` of ours, ours as theirs.
 
-A latent diffusion model of theirs is a UNet of discrete time, the noise levels it was trained with,
-a KL or VQ autoencoder, and the scaling of latents between the two: z = (latents − mean) · scale ÷
-std, in most by the scale alone.
+A latent diffusion model of theirs is a network of discrete time, the noise levels it was trained
+with, a KL or VQ autoencoder, and the scaling of latents between the two: z = (latents − mean) ·
+scale ÷ std, in most by the scale alone.
 """
 
 import math
@@ -11,7 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-import torch
 from torch import Tensor
 
 from autoencoders.autoencoder import Autoencoder, assemble
@@ -24,8 +23,8 @@ from autoencoders.pretrained import (
     read_autoencoder,
 )
 from autoencoders.sdvae import formats as sdvae
-from diffusion import formats
-from diffusion.discrete import DiscreteConfig, DiscreteDenoiser, find_schedule
+from diffusion import DiT, DiTConfig, dit_formats, formats
+from diffusion.discrete import TERMS, DiscreteConfig, DiscreteDenoiser, find_schedule
 from diffusion.unet import UNet, UNetConfig
 from ldm.checkpoint import ModelFile, load_model, refuse_damaged, save_model
 from ldm.config import (
@@ -40,8 +39,8 @@ from ldm.config import (
 )
 from ldm.data import DataConfig
 from ldm.errors import LdmError, UsageError, check_at_least, try_call
-from ldm.files import check_writable, clear_partials, finish_set, sha256_of
-from ldm.foreign import check_described, find_prefix, read_described, read_weights, weights_files
+from ldm.files import check_writable, refuse_to_overwrite, sha256_of
+from ldm.foreign import find_prefix, read_described, read_weights, weights_files
 from ldm.run_folder import newest_run, provenance
 from pipelines.recipes import DiffusionRecipe, latent_shape
 from pipelines.sampling.model import LatentModel
@@ -52,6 +51,9 @@ UNSCALED = (
     "is given"
 )
 ExportFormat = Literal["diffusers", "compvis", "hub"]
+SCHEDULER = "scheduler/scheduler_config.json"
+KINDS = {"ldm": "UNet", "dit": "DiT"}
+"""Networks of others, by our `network.type`."""
 
 
 # --------------------------------------------------------------------------------- autoencoders
@@ -123,8 +125,8 @@ def export_autoencoder(
 class ForeignModel(NamedTuple):
     """A latent diffusion model of another toolkit, its weights by our names."""
 
-    format: Literal["compvis", "diffusers"]
-    network: UNetConfig
+    format: Literal["compvis", "diffusers", "dit"]
+    network: UNetConfig | DiTConfig
     weights: dict[str, Tensor]
     files: tuple[Path, ...]
     """The files that hold weights."""
@@ -146,14 +148,19 @@ def import_diffusion(
     heads: int | None = None,
     scale_factor: float | None = None,
     force: bool = False,
+    autoencoder: str | None = None,
+    denoiser: str | None = None,
 ) -> tuple[list[Path], list[str]]:
     """Convert a latent diffusion model to a model file of ours and its `.safetensors` twin.
 
     Args:
-        source: a CompVis checkpoint with its first stage, or the folder of a diffusers pipeline.
-        resolution: size of its images, in pixels. Default: the folder's, else 256.
-        head_width, heads: of a checkpoint's attention, one of them. Default: heads 32 wide.
+        source: a CompVis or DiT checkpoint, or the folder of a diffusers pipeline.
+        resolution: size of its images, in pixels. Default: the source's, else 256.
+        head_width, heads: of a checkpoint's attention, one of them. Default: heads 32 wide; of a
+            DiT, those of the published one of its width.
         scale_factor: factor that multiplies its latents. Default: the source's.
+        autoencoder: of a DiT's checkpoint, which holds none: a path or a repository of the Hub.
+        denoiser: type of a DiT's checkpoint; see `dit_formats.find_denoiser`.
 
     Returns:
         The files written, and lines to print: a summary of the model, and the assumptions made.
@@ -162,7 +169,7 @@ def import_diffusion(
     check_at_least(1, resolution=resolution, head_width=head_width, heads=heads)
     if scale_factor is not None and not 0 < scale_factor < math.inf:
         raise UsageError(f"--scale-factor {scale_factor}: must be above 0 and finite")
-    found = _read_model(path, head_width, heads)
+    found = _read_model(path, head_width, heads, autoencoder, denoiser)
     ae, network, levels = assemble(found.autoencoder, path), found.network, found.denoiser
     recipe = _make_recipe(found, resolution, ae, path)
     shape, size = latent_shape(recipe, ae), format_size(recipe.resolution)
@@ -179,24 +186,30 @@ def import_diffusion(
     root = path if path.is_dir() else path.parent
     sums = {file.relative_to(root).as_posix(): sha256_of(file) for file in found.files}
     imported = {"source": source, "format": found.format, "scale_factor": scale, "sha256": sums}
-    if license := find_license(path):
-        imported["license"] = license
+    known = {"autoencoder": autoencoder, "license": find_license(path)}
+    imported |= {key: value for key, value in known.items() if value}
     origin = provenance() | {"imported": imported, "autoencoder_sha256": inner.sha256}
     model = ModelFile("diffusion", to_tree(recipe), found.weights, statistics, origin, inner)
     save_model(out, model)
     parameters = sum(tensor.numel() for tensor in found.weights.values())
     return paths, [
-        f"UNet of {parameters:,} parameters, {network.classes or 'no'} classes; latents "
-        f"{' × '.join(map(str, shape))}, times {scale:.5g}; images {size}",
+        f"{KINDS[network.type]} of {parameters:,} parameters, {network.classes or 'no'} classes; "
+        f"latents {' × '.join(map(str, shape))}, times {scale:.5g}; images {size}",
         f"it predicts {levels.prediction}; {levels.timesteps} noise levels, β {levels.beta_start:g}"
         f" to {levels.beta_end:g} ({levels.schedule})",
         *found.notes,
     ]
 
 
-def _read_model(path: Path, head_width: int | None, heads: int | None) -> ForeignModel:
+def _read_model(
+    path: Path, head_width: int | None, heads: int | None, ae: str | None, denoiser: str | None
+) -> ForeignModel:
     if head_width and heads:
         raise UsageError("--head-width and --heads exclude each other: give one of them")
+    if path.is_file() and dit_formats.holds_dit(read_weights(path)):
+        return read_dit(path, heads, ae, denoiser)
+    if ae or denoiser:
+        raise UsageError(f"{path} is no checkpoint of a DiT: leave out --ae and --denoiser")
     if path.is_file():
         return read_checkpoint(path, head_width, heads)
     if not path.is_dir():
@@ -212,18 +225,18 @@ def _make_recipe(
     network, n_z, f = found.network, ae.config.latent_channels, ae.downsampling
     if network.latent_channels != n_z:
         raise LdmError(
-            f"{path} does not fit together: its UNet is for latents of {network.latent_channels} "
-            f"channels, its autoencoder's have {n_z}"
+            f"{path} does not fit together: its {KINDS[network.type]} is for latents of "
+            f"{network.latent_channels} channels, its autoencoder's have {n_z}"
         )
     size = resolution or 256  # that of CompVis's models
     if found.size and not resolution:
         height, width = height_width(found.size)
         size = height * f, width * f
-    multiple = f * 2 ** (len(network.multipliers) - 1)
+    multiple = f * network.factor
     if any(side % multiple for side in height_width(size)):
         raise UsageError(
             f"resolution {size_word(read_resolution(size))}: must be a multiple of {multiple}, by "
-            "which its autoencoder and UNet divide"
+            f"which its autoencoder and {KINDS[network.type]} divide"
         )
     data = DataConfig(source="unknown")  # not the default, the photographs
     parts = {"network": network, "denoiser": found.denoiser, "data": data}
@@ -269,20 +282,47 @@ def read_checkpoint(
     )
 
 
+# ---------------------------------------------------------------------------------------- DiT
+def read_dit(
+    path: Path, heads: int | None = None, ae: str | None = None, denoiser: str | None = None
+) -> ForeignModel:
+    """Read a checkpoint of DiT's code, or of its successors, beside its autoencoder."""
+    network, weights, notes = dit_formats.read_checkpoint(path, heads)
+    levels, assumed = dit_formats.find_denoiser(denoiser, network)
+    if ae is None:
+        raise UsageError(
+            f"{path} holds a DiT without its autoencoder: give that, such as --ae "
+            "stabilityai/sd-vae-ft-ema"
+        )
+    autoencoder = read_autoencoder(find_pretrained(ae))
+    given = sdvae.pick_settings(autoencoder.provenance.get("imported"))
+    settings = {"scaling_factor": sdvae.SCALING_FACTOR, **given}
+    size = _read_size([side * network.patch for side in height_width(network.grid or 1)])
+    return ForeignModel(
+        "dit", network, weights, (path,), autoencoder, levels, settings, size,
+        notes=(*notes, *assumed),
+    )  # fmt: skip
+
+
 # ---------------------------------------------------------------------------------- diffusers
 def read_folder(folder: Path) -> ForeignModel:
-    """Read the folder of a diffusers pipeline: `unet/`, `scheduler/`, and an autoencoder in `vae/`
-    or, as their `LDMPipeline` calls it, `vqvae/`."""
-    unet, scheduler = folder / "unet", folder / "scheduler/scheduler_config.json"
+    """Read the folder of a diffusers pipeline: `unet/` or `transformer/`, `scheduler/`, and an
+    autoencoder in `vae/` or, as their `LDMPipeline` calls it, `vqvae/`."""
+    is_dit = (folder / "transformer").is_dir()
+    unet, scheduler = (folder / n for n in ("transformer" if is_dit else "unet", SCHEDULER))
     vae = next((at for at in (folder / "vae", folder / "vqvae") if at.is_dir()), folder / "vae")
     for path in (unet / "config.json", vae / "config.json", scheduler):
         if not path.is_file():
             raise LdmError(
                 f"{path} is missing: --diffusion takes the folder of a diffusers pipeline, with "
-                "unet/, vae/ and scheduler/, or a CompVis checkpoint"
+                "unet/ or transformer/, vae/ and scheduler/, or a CompVis or DiT checkpoint"
             )
-    network, weights = formats.read_diffusers(unet)
-    denoiser, autoencoder = _read_scheduler(scheduler), read_autoencoder(vae)
+    network: UNetConfig | DiTConfig
+    if is_dit:
+        network, weights, notes = dit_formats.read_diffusers(unet)
+    else:
+        (network, weights), notes = formats.read_diffusers(unet), []
+    denoiser, autoencoder = formats.read_scheduler(scheduler), read_autoencoder(vae)
     given = sdvae.pick_settings(autoencoder.provenance.get("imported"))
     is_vq = read_described(vae / "config.json").get("_class_name") == "VQModel"
     settings = {"scaling_factor": 1.0 if is_vq else sdvae.SCALING_FACTOR, **given}
@@ -293,7 +333,7 @@ def read_folder(folder: Path) -> ForeignModel:
     return ForeignModel(
         "diffusers", network, weights, files, autoencoder, denoiser, settings,
         _read_size(size),
-        notes=(UNSCALED,) if is_vq and "scaling_factor" not in given else (),
+        notes=(*notes, *([UNSCALED] if is_vq and "scaling_factor" not in given else [])),
     )  # fmt: skip
 
 
@@ -303,76 +343,37 @@ def _read_size(given: Any) -> Resolution | None:
     return None  # not known
 
 
-def _read_scheduler(path: Path) -> DiscreteConfig:
-    """The noise levels and the prediction of a diffusers scheduler."""
-    described = read_described(path)
-    try:
-        predictions = ("epsilon", "v_prediction")
-        fixed = {"prediction_type": predictions, "rescale_betas_zero_snr": (False, None)}
-        check_described(described, fixed)
-        if described.get("trained_betas"):
-            config = find_schedule(torch.tensor(described["trained_betas"], dtype=torch.float64))
-        else:
-            spaced = {"beta_schedule": ("linear", "scaled_linear")}
-            check_described(described, spaced, needed=spaced)
-            tree = {  # with the defaults of diffusers' schedulers
-                "timesteps": described.get("num_train_timesteps", 1000),
-                "beta_start": described.get("beta_start", 0.0001),
-                "beta_end": described.get("beta_end", 0.02),
-                "schedule": described["beta_schedule"],
-            }
-            config = validate(DiscreteConfig, tree)
-    except (LdmError, TypeError, ValueError) as error:
-        raise LdmError(f"{path} cannot be used: {error}") from error
-    prediction = described.get("prediction_type", "epsilon").removesuffix("_prediction")
-    return config.model_copy(update={"prediction": prediction})
-
-
 # ------------------------------------------------------------------------ diffusion models out
-DISCRETE_INPUT = {
-    "c_in": "1 / sqrt(sigma^2 + 1)",
-    "timestep": "t between 0 and timesteps - 1 of which sqrt((1 - alpha_bar_t) / alpha_bar_t) = "
-    "sigma, interpolated in ln(sigma)",
-}
-# D(x; σ) of a network F, as ldm.json writes it
-TERMS = {
-    "edm": {  # Karras et al. 2022, Table 1, column "Ours"
-        "c_skip": "sigma_data^2 / (sigma^2 + sigma_data^2)",
-        "c_out": "sigma sigma_data / sqrt(sigma^2 + sigma_data^2)",
-        "c_in": "1 / sqrt(sigma^2 + sigma_data^2)",
-        "timestep": "ln(sigma) / 4",
-    },
-    # Karras et al. 2022, Table 1, column "VP"
-    "epsilon": {"c_skip": "1", "c_out": "-sigma", **DISCRETE_INPUT},
-    "v": {  # Salimans and Ho 2022, Section 4
-        "c_skip": "1 / (sigma^2 + 1)",
-        "c_out": "-sigma / sqrt(sigma^2 + 1)",
-        **DISCRETE_INPUT,
-    },
-}
-
-
-def export_network(out: Path, model: Path | None = None, force: bool = False) -> list[Path]:
+def export_network(
+    out: Path,
+    model: Path | None = None,
+    force: bool = False,
+    form: Literal["unet", "transformer"] = "unet",
+) -> list[Path]:
     """Write a stage-two network (default: of the newest run) as a folder for diffusers'
-    `UNet2DModel.from_pretrained`, with an `ldm.json` that describes its inputs and its answer, and
-    return the files."""
-    _check_out(out, "unet", model, force)
+    `UNet2DModel.from_pretrained`, or `DiTTransformer2DModel`'s, with an `ldm.json` that describes
+    its inputs and its answer, and return the files."""
+    _check_out(out, form, model, force)
     path = model or newest_run("diffusion")
     _refuse_own_folder(out, [path])
     found = LatentModel.from_pretrained(path, "cpu")
-    network = found.denoiser.network
-    if not isinstance(network, UNet):
-        raise LdmError(
-            f"{path} has a network of type {found.recipe.network.type}, which no diffusers "
-            "UNet2DModel can express: only type ldm can be exported"
-        )
+    network, described = found.denoiser.network, _describe(found)
     sample_size = plain_size(read_resolution(found.latent_shape[1:]))
-    return formats.write_diffusers(out, network, sample_size, ldm=_describe(found))
+    if form == "unet" and isinstance(network, UNet):
+        return formats.write_diffusers(out, network, sample_size, ldm=described)
+    if form == "transformer" and isinstance(network, DiT):
+        return dit_formats.write_diffusers(out, network, sample_size, ldm=described)
+    theirs, ours = {"unet": ("UNet2DModel", "ldm")}.get(form, ("DiTTransformer2DModel", "dit"))
+    raise LdmError(
+        f"{path} has a network of type {found.recipe.network.type}, which no diffusers {theirs} "
+        f"can express: --format {form} writes type {ours}"
+    )
 
 
 def _describe(model: LatentModel) -> dict[str, Any]:
     """All that sampling with the network alone needs."""
-    config, classes = model.recipe.denoiser, model.classes
+    config, classes, network = model.recipe.denoiser, model.classes, model.recipe.network
+    is_dit = isinstance(network, DiTConfig)
     return {
         "denoiser": {
             "equation": "D(x; sigma) = c_skip x + c_out F(c_in x, timestep)",
@@ -380,6 +381,7 @@ def _describe(model: LatentModel) -> dict[str, Any]:
             "sigma_min": model.denoiser.sigma_min,
             "sigma_max": model.denoiser.sigma_max,
             "config": to_tree(config),
+            **dit_formats.frequencies(network),
         },
         "latents": {
             "equation": "x = (latents - mean) sigma_data / std + sigma noise",
@@ -388,8 +390,8 @@ def _describe(model: LatentModel) -> dict[str, Any]:
         },
         "classes": {
             "names": list(classes.names),
-            # diffusers' UNet2DModel wants a class each time
-            "class_of_none": classes.count or None,
+            # diffusers' UNet2DModel wants a class where it has some, its DiT each time
+            "class_of_none": classes.count if is_dit else classes.count or None,
         },
         "images": {
             "resolution": plain_size(model.recipe.resolution),
@@ -409,7 +411,7 @@ def _import_paths(source: str, out: Path, force: bool) -> list[Path]:
     same = next((path for path in paths if path.resolve() == Path(source).resolve()), None)
     if same:
         raise UsageError(f"{same} is the model to import: give OUT.pt another name")
-    _refuse_to_overwrite(paths, out.parent, force)
+    refuse_to_overwrite(paths, out.parent, force)
     check_writable(*paths, advice=ANOTHER)
     return paths
 
@@ -426,7 +428,7 @@ def _check_out(out: Path, form: str, model: Path | None, force: bool) -> None:
     if is_file != (form == "compvis") or out.suffix == ".pt":
         kind = "a .safetensors or .ckpt file" if form == "compvis" else "a folder"
         raise UsageError(f"{out}: --format {form} writes {kind}")
-    _refuse_to_overwrite([out] if is_file else out.glob("*"), out.parent if is_file else out, force)
+    refuse_to_overwrite([out] if is_file else out.glob("*"), out.parent if is_file else out, force)
     check_writable(out if is_file else out / "config.json", advice=ANOTHER)
 
 
@@ -434,11 +436,3 @@ def _refuse_own_folder(out: Path, files: Iterable[Path]) -> None:
     """Refuse to export a model of these files over it."""
     if any(out.resolve() in (file.resolve(), file.resolve().parent) for file in files):
         raise UsageError(f"{out} is the folder of the model to export: give OUT another name")
-
-
-def _refuse_to_overwrite(paths: Iterable[Path], folder: Path, force: bool) -> None:
-    interrupted = finish_set(folder)  # by a kill: the same command writes them again
-    clear_partials([folder])
-    there = min((path for path in paths if path.exists() and path not in interrupted), default=None)
-    if there and not force:
-        raise LdmError(f"{there} exists: give another name, or --force to overwrite it")

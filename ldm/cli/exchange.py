@@ -9,12 +9,28 @@ from ldm.cli import options
 from ldm.errors import UsageError
 
 Force = Annotated[bool, Option("--force", help="Overwrite existing files.")]
+Diffusion = Annotated[
+    bool,
+    Option(
+        "--diffusion",
+        help="Import the whole latent diffusion model of a CompVis checkpoint, a DiT checkpoint "
+        "with its --ae, or a diffusers pipeline folder (unet/ or transformer/, vae/ or vqvae/, "
+        "scheduler/), not only an autoencoder.",
+    ),
+]
+OfDiT = Annotated[
+    str | None,
+    Option(help="With --diffusion, DiT: its autoencoder, given as SRC is without --diffusion."),
+]
+DenoiserType = Annotated[
+    str | None, Option(help="With --diffusion, DiT: discrete, for networks trained as DiT was.")
+]
 HeadWidth = Annotated[
     int | None,
     Option(help="With --diffusion, CompVis: channels per head (num_head_channels). Default: 32."),
 ]
 Heads = Annotated[
-    int | None, Option(help="With --diffusion, CompVis: attention heads (num_heads in the yaml).")
+    int | None, Option(help="With --diffusion, a file: attention heads (num_heads in the yaml).")
 ]
 
 
@@ -32,14 +48,7 @@ def import_model(
         str | None, Option(help="Subfolder of SRC with the autoencoder, such as vae.")
     ] = None,
     revision: Annotated[str | None, Option(help="Branch, tag or commit on the Hub.")] = None,
-    diffusion: Annotated[
-        bool,
-        Option(
-            "--diffusion",
-            help="Import the whole latent diffusion model of a CompVis checkpoint or a diffusers "
-            "pipeline folder (unet/, vae/ or vqvae/, scheduler/), not only its autoencoder.",
-        ),
-    ] = False,
+    diffusion: Diffusion = False,
     resolution: Annotated[
         str | None,
         Option(
@@ -52,6 +61,8 @@ def import_model(
         float | None,
         Option(help="With --diffusion: factor of the latents. Default: the one in SRC."),
     ] = None,
+    ae: OfDiT = None,
+    denoiser: DenoiserType = None,
     force: Force = False,
 ) -> None:
     """Convert a pretrained SD-VAE or latent diffusion model to this toolkit's format.
@@ -59,20 +70,22 @@ def import_model(
     ldm import stabilityai/sd-vae-ft-mse sd-vae.pt
 
     ldm import lsun-churches.ckpt churches.pt --diffusion --heads 8
+
+    ldm import DiT-XL-2-256x256.pt dit.pt --diffusion --ae stabilityai/sd-vae-ft-ema
     """
     if diffusion:
         from pipelines.exchange import import_diffusion
 
         _refuse("applies to autoencoders only", subfolder=subfolder, revision=revision)
         size = options.parse_size("resolution", resolution)
-        how = (size, head_width, heads, scale_factor, force)
+        how = (size, head_width, heads, scale_factor, force, ae, denoiser)
         written, notes = import_diffusion(source, out, *how)
         return _print(written, *notes, options.next_step("ldm sample {}", out))
     from pipelines.exchange import import_autoencoder
 
     _refuse(
         "needs --diffusion", resolution=resolution, head_width=head_width, heads=heads,
-        scale_factor=scale_factor,
+        scale_factor=scale_factor, ae=ae, denoiser=denoiser,
     )  # fmt: skip
     written = import_autoencoder(source, out, subfolder, revision, force)
     _print(written, options.next_step("ldm train-diffusion --ae {}", out))
@@ -84,15 +97,17 @@ def export_model(
         Argument(
             metavar="[MODEL] OUT",
             help="MODEL: a ckpt.pt or run folder of stage one, or of stage two with --format unet "
-            "(default: the newest run). OUT: a folder; for compvis a .safetensors or .ckpt file.",
+            "or transformer (default: the newest run). OUT: a folder; for compvis a .safetensors "
+            "or .ckpt file.",
         ),
     ],
     form: Annotated[
-        Literal["diffusers", "compvis", "hub", "unet"],
+        Literal["diffusers", "compvis", "hub", "unet", "transformer"],
         Option(
             "--format",
             help="diffusers: an SD-VAE. compvis: an SD-VAE or VQ model. hub: any autoencoder. "
-            "unet: the network of a stage-two model, as a diffusers UNet2DModel.",
+            "unet, transformer: the network of a stage-two model, as a diffusers UNet2DModel or "
+            "DiTTransformer2DModel.",
         ),
     ] = "diffusers",
     scaling_factor: Annotated[
@@ -114,15 +129,16 @@ def export_model(
         raise UsageError(f"expected [MODEL] OUT, got {len(paths)} paths")
     *model, out = paths
     named = model[0] if model else None
-    if form == "unet":
+    if form == "unet" or form == "transformer":
         from pipelines.exchange import export_network
 
         _refuse("needs --format diffusers", scaling_factor=scaling_factor)
+        theirs = "UNet2DModel" if form == "unet" else "DiTTransformer2DModel"
         return _print(
-            export_network(out, named, force),
+            export_network(out, named, force, form),
             f"{out}/ldm.json documents the timestep input, the prediction type, and the mean and "
             "standard deviation of the latents",
-            f"next: diffusers.UNet2DModel.from_pretrained({str(out)!r})",
+            f"next: diffusers.{theirs}.from_pretrained({str(out)!r})",
         )
     from pipelines.exchange import export_autoencoder
 

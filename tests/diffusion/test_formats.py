@@ -327,7 +327,7 @@ def test_unreadable_config_is_refused(folder):
         path.write_text(text)
         assert f"{path} is damaged" in refusal(folder)
     path.write_text(json.dumps({"_class_name": "VQModel"}))
-    assert f"{path} describes no UNet to load here: _class_name is 'VQModel'" in refusal(folder)
+    assert f"{path} describes no network to load here: _class_name is 'VQModel'" in refusal(folder)
     path.unlink()
     assert f"{path} does not exist" in refusal(folder)
 
