@@ -215,8 +215,8 @@ DIFFUSERS_PARTS: foreign.Pairs = (
     ("last.linear", "proj_out_2"),
     # parts of a block
     ("blocks", "transformer_blocks"),
+    ("attention.proj", "attn1.to_out.0"),
     ("attention", "attn1"),
-    ("proj", "to_out.0"),
     ("mlp.linear_in", "ff.net.0.proj"),
     ("mlp.linear_out", "ff.net.2"),
     ("modulation", "norm1.linear"),
@@ -289,11 +289,11 @@ def to_diffusers(weights: Mapping[str, Tensor], config: DiTConfig) -> dict[str, 
     ours = split_qkv({name: t for name, t in weights.items() if name != "embed.augment.weight"})
     if not config.classes:
         ours["embed.classes.weight"] = weights["patches.weight"].new_zeros(1, config.width)
-    theirs = {}
-    for name, tensor in foreign.renamed(ours, DIFFUSERS_PARTS).items():
-        is_shared = name.startswith(EMBEDDING)
-        for index in range(config.depth if is_shared else 1):
-            theirs[f"transformer_blocks.{index}.{name}" if is_shared else name] = tensor
+    theirs = foreign.renamed(ours, DIFFUSERS_PARTS)
+    for name in [name for name in theirs if name.startswith(EMBEDDING)]:
+        shared = theirs.pop(name)
+        for index in range(config.depth):  # copies: no file may hold a tensor by two names
+            theirs[f"transformer_blocks.{index}.{name}"] = shared.clone()
     return theirs
 
 
