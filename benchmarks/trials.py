@@ -38,7 +38,10 @@ FAKE_DIM = 8
 MEMORY = 3 << 30
 """Bytes that a command may take beyond what its parent has."""
 # "kept": damaged statistics of a reference are named, and computed again to the same numbers
-VOLATILE = {"created", "versions", "command", "images_per_second", "seconds", "platform", "kept"}
+VOLATILE = {
+    "created", "versions", "command", "images_per_second", "data_wait", "seconds", "platform",
+    "kept",
+}  # fmt: skip
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

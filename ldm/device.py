@@ -1,8 +1,11 @@
-"""The device: its choice, memory layout, precision and name; copies; and interleaved timing."""
+"""The device: its choice, memory layout, precision, compiler, name and peak; copies; interleaved
+timing, and traces."""
 
 import ctypes
+import gzip
 import os
 import platform
+import re
 import shutil
 import sysconfig
 import time
@@ -12,7 +15,9 @@ from copy import deepcopy
 from itertools import chain, pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
+from tempfile import TemporaryDirectory
+from types import MethodType
+from typing import IO, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +26,22 @@ from torch.utils._pytree import tree_leaves
 from torch.utils._triton import has_triton
 
 from ldm.errors import LdmError
+from ldm.files import write_atomically
+
+T = TypeVar("T")
+
+PEAKS: dict[str, tuple[float | None, float | None, float]] = {
+    "A100": (312, 156, 19.5), "A30": (165, 82, 10.3), "A40": (149.7, 74.8, 37.4),
+    "A10": (125, 62.5, 31.2), "RTX A6000": (154.8, 77.4, 38.7),
+    "H100": (989.4, 494.7, 66.9), "H100 PCIe": (756, 378, 51), "H100 NVL": (835, 417.5, 60),
+    "H200": (989.4, 494.7, 66.9), "H200 NVL": (835, 417.5, 60), "GH200": (989.4, 494.7, 66.9),
+    "B200": (2250, 1125, 75), "L4": (121, 60, 30.3), "L40": (181, 90.5, 90.5),
+    "L40S": (362, 183, 91.6), "T4": (None, None, 8.1), "V100": (None, None, 15.7),
+    "V100-PCIE": (None, None, 14), "RTX 3090": (71, 35.6, 35.6), "RTX 4090": (165.2, 82.6, 82.6),
+    "RTX 5090": (209.5, 104.8, 104.8),
+}  # fmt: skip
+"""By model of GPU, 10¹² operations a second in bf16, TF32 and float32, by the vendor's data sheets:
+of dense matrices, and of GeForce cards with sums in float32."""
 
 
 def resolve_device(device: str = "auto") -> torch.device:
@@ -88,6 +109,27 @@ def missing_compiler(device: torch.device) -> str | None:
     if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
         return "Python's headers (Python.h)"
     return None if has_triton() else "Triton, on a GPU that it supports"
+
+
+def compile_in_place(parts: Iterable[nn.Module | Callable[..., Any]]) -> None:
+    """Compile modules and methods, each with a graph for every shape and set of gradients."""
+    import torch._dynamo.config
+    from torch._functorch import config
+
+    # the ratio of two gradients runs backward twice: the graph's buffers must not be reused
+    config.donated_buffer = False
+    # inside of DDP, releases of PyTorch split graphs, and some refuse those with checkpoints
+    torch._dynamo.config.optimize_ddp = False
+    # A discriminator has two graphs for each resolution: frozen, for the generator's update,
+    # and trained. Beyond the limit, 8 by default, PyTorch silently stops compiling.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    for part in parts:
+        # static: shapes change with the resolution alone, and symbolic ones make slower code
+        if isinstance(part, nn.Module):
+            part.compile(dynamic=False)
+        else:
+            owner = cast(MethodType, part).__self__
+            setattr(owner, part.__name__, torch.compile(part, dynamic=False))
 
 
 @contextmanager
@@ -266,3 +308,73 @@ def name_device(device: torch.device) -> str:
     name = names[0] if names else platform.processor() or platform.machine()
     threads = torch.get_num_threads()
     return f"{name}, {threads} thread{'s' * (threads != 1)}"
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Operations a second that a GPU does at best in bf16 or fp32; None where they are not known.
+
+    For fp32, those of TF32 where the GPU may compute in it.
+    """
+    if device.type != "cuda":
+        return None
+    name = name_device(device)
+    # other chips, or a part of one: RTX 4090 Laptop GPU, RTX 3090 Ti, A100-SXM4-40GB MIG 1g.5gb
+    if re.search(r"\b(Laptop|Mobile|Max-Q|Ti|SUPER|D|MIG)\b", name):
+        return None
+    found = [model for model in PEAKS if re.search(rf"\b{model}\b", name)]
+    bf16, tf32, fp32 = PEAKS[max(found, key=len)] if found else (None, None, None)
+    peak = bf16 if precision == "bf16" else tf32 if tf32 and allows_tf32() else fp32
+    return peak and peak * 1e12
+
+
+def trace_steps(
+    stream: Iterable[T], step: Callable[[], int], window: str, path: Path,
+    say: Callable[[str], None],
+) -> Iterator[T]:  # fmt: skip
+    """Yield from a stream of batches; write a trace of some of the steps on them.
+
+    Args:
+        step: returns the number of steps taken.
+        window: "START:STOP", the steps after step START, up to step STOP.
+        path: the .json.gz, a trace in Chrome's format, as torch.profiler writes it.
+    """
+    start, stop = map(int, window.split(":"))
+    items = iter(stream)
+    profiler: torch.profiler.profile | None = None
+    if step() > start:
+        say(f"run.profile={window}: not traced, for the run resumes after step {step()}")
+    try:
+        while True:
+            if profiler is None and step() == start:
+                profiler = torch.profiler.profile()  # of the CPU, and of a CUDA GPU
+                profiler.start()
+            elif profiler is not None and step() == stop:
+                profiler.stop()
+                finished, profiler, start = profiler, None, -1
+                say(_write_trace(finished, path))
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            yield item
+    finally:
+        if profiler is not None:  # the run has stopped
+            profiler.stop()
+
+
+def _write_trace(profiler: torch.profiler.profile, path: Path) -> str:
+    """Write a trace; return the line to print: an error is no reason to end a run."""
+    try:
+        with TemporaryDirectory() as folder:
+            plain = Path(folder, "trace.json")
+            profiler.export_chrome_trace(str(plain))
+            with plain.open("rb") as trace:
+                write_atomically(path, lambda file: _compress(trace, file))
+    except (LdmError, OSError) as error:
+        return f"warning: no trace written: {error}"
+    return f"trace: {path}: open it at https://ui.perfetto.dev"
+
+
+def _compress(plain: IO[bytes], file: IO[bytes]) -> None:
+    with gzip.GzipFile("", "wb", 6, file, mtime=0) as packed:
+        shutil.copyfileobj(plain, packed)

@@ -90,6 +90,7 @@ class Logbook:
         saved: the `state_dict` of that state.
         trackers: names as in `RunConfig.trackers`; metrics.jsonl is always written.
         config: the resolved configuration, for the trackers.
+        usage: (seconds, images) since the last row → more values of a row, by name.
 
     Attributes:
         opening: a line for each tracker, with the link of its record.
@@ -105,7 +106,9 @@ class Logbook:
         saved: Mapping[str, Any] | None = None,
         trackers: Sequence[str] = ("tensorboard",),
         config: Mapping[str, Any] | None = None,
+        usage: Callable[[float, int], Mapping[str, float]] = lambda seconds, images: {},
     ) -> None:
+        self._usage = usage
         saved = saved or {}  # of an earlier version
         self._pending: dict[str, list[Tensor | float]] = defaultdict(list)
         self._pending |= {name: [*values] for name, values in saved.get("pending", {}).items()}
@@ -149,11 +152,11 @@ class Logbook:
         Means are over finite values; without any they are NaN here and null in the file.
         """
         now = time.monotonic()
-        speed = (images_seen - self._clock_images) / max(now - self._clock, 1e-9)
+        seconds, images = max(now - self._clock, 1e-9), images_seen - self._clock_images
         row: dict[str, Any] = {"images_seen": images_seen}
         row |= {name: _mean(seen) for name, seen in self._pending.items()}
         if self._pending:
-            row["images_per_second"] = speed
+            row |= {"images_per_second": images / seconds, **self._usage(seconds, images)}
             self._clock, self._clock_images = now, images_seen
         row |= values
         self._pending.clear()

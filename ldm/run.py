@@ -4,19 +4,20 @@ Both training loops share this module; it does not know what they compute.
 """
 
 import logging
+import re
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any, Literal, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
-from pydantic import PositiveInt
+from pydantic import PositiveInt, field_validator
 from torch import Tensor, nn
 
 from ldm.checkpoint import repair_pair
@@ -26,29 +27,33 @@ from ldm.data.workers import stopping
 from ldm.device import (
     HostCopy,
     cast_for_autocast,
+    compile_in_place,
     deterministic_algorithms,
     memory_format,
     missing_compiler,
+    peak_flops,
     resolve_precision,
     to_device,
+    trace_steps,
 )
 from ldm.distributed import fail_together, from_main, make_accelerator
-from ldm.ema import Average
 from ldm.errors import Interrupted, LdmError, listed
 from ldm.files import write_json
 from ldm.logbook import Logbook, console, progress_bar
 from ldm.run_folder import (
+    TrainingState,
     check_state,
     latest_state,
     load_state,
     new_or_unfinished,
-    restore,
     save_state,
 )
 from ldm.seeds import torch_seed
 from ldm.trackers import TrackerName, check_trackers
 
 T = TypeVar("T")
+CountFlops = Callable[[Any, Any], Mapping[Any, float]]
+"""Counts `Run.flops` of a recipe and the config of its autoencoder, if that is given."""
 
 MAX_BAD_STEPS = 10
 
@@ -81,6 +86,23 @@ class RunConfig(Config):
     deterministic: bool = False
     """Compute by deterministic algorithms only, on a GPU too: slower; on a CPU all of them are."""
 
+    profile: str = ""
+    """START:STOP: trace the steps after step START, up to step STOP, with torch.profiler, into
+    profile.json.gz."""
+
+    @field_validator("profile")
+    @classmethod
+    def _is_a_window(cls, window: str) -> str:
+        found = re.fullmatch(r"(\d{1,12}):(\d{1,12})", window)
+        if window and not (found and int(found[1]) < int(found[2])):
+            raise ValueError("must be START:STOP, two counts of steps, the lower first")
+        return window
+
+    def check_profile(self, steps: int) -> None:
+        """Raise a ValueError for a window that ends after the last step."""
+        if self.profile and int(self.profile.partition(":")[2]) > steps:
+            raise ValueError(f"run.profile: {self.profile} ends after the last step, {steps}")
+
     def compiles(self, device: torch.device) -> bool:
         """Resolve `compile` on a device."""
         if self.compile == "auto":
@@ -89,69 +111,13 @@ class RunConfig(Config):
         return self.compile
 
 
-class TrainingState:
-    """Everything that training changes, for an exact resume.
-
-    Args:
-        batch_size: images per step, over all processes and micro-batches.
-        total_steps: steps of the whole run.
+class Run:
+    """One process of a run: device, ranks, steps, saving, stopping. Made by `start_run`.
 
     Attributes:
-        images_seen: images trained on, up to the last step.
-        validated_at: images seen at the last validation.
-        parts: networks, averages and optimisers, by their names in the saved state.
-        averages: moving averages of the weights, updated after every step.
-        log: the `Logbook`'s saved state.
+        name_image: the name of the run's k-th image.
+        flops: operations of training on one image, by kinds of steps that `begin` is given.
     """
-
-    def __init__(self, batch_size: int, total_steps: int) -> None:
-        self.batch_size, self.total_steps = batch_size, total_steps
-        self.images_seen = self.validated_at = 0
-        self.parts: dict[str, Any] = {}
-        self.averages: list[Average] = []
-        self.log: dict[str, Any] = {}
-
-    @property
-    def step(self) -> int:
-        """Steps taken."""
-        return self.images_seen // self.batch_size
-
-    @property
-    def is_last(self) -> bool:
-        """True after the last step."""
-        return self.step == self.total_steps
-
-    def advance(self) -> None:
-        """Count a step and update the averages."""
-        self.images_seen += self.batch_size
-        for average in self.averages:
-            average.update(self.images_seen, self.batch_size)
-
-    def due(self, every_steps: int) -> bool:
-        """Return True every `every_steps` steps and after the last one."""
-        return self.is_last or self.step % every_steps == 0
-
-    def owes_validation(self, every_steps: int) -> bool:
-        """Return True if the run stopped before a validation that was due."""
-        return self.due(every_steps) and self.validated_at != self.images_seen
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the counts, and the state of every part by its name."""
-        states = {name: part.state_dict() for name, part in self.parts.items()}
-        return {"images_seen": self.images_seen, "validated_at": self.validated_at, **states}
-
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Continue from a saved state."""
-        self.images_seen = saved["images_seen"]
-        # earlier versions validated after saving, and did not save this count
-        unknown = 0 if self.is_last else self.images_seen
-        self.validated_at = saved.get("validated_at", unknown)
-        self.log = saved.get("log", {})
-        restore(self.parts, saved)
-
-
-class Run:
-    """One process of a run: device, ranks, steps, saving, stopping. Made by `start_run`."""
 
     def __init__(self, folder: Path, config: RunConfig, accelerator: Accelerator) -> None:
         self.folder, self.config, self.accelerator = folder, config, accelerator
@@ -161,12 +127,15 @@ class Run:
         self.precision = resolve_precision(config.precision, self.device)
         self._skipped: Counter[str] = Counter()
         self._bad_in_a_row: Counter[str] = Counter()
-        self.name_image: Callable[[int], str] = "image {}".format  # the run's k-th
+        self.name_image: Callable[[int], str] = "image {}".format
         self._first = 0  # image of the micro-batch
         self._losses: dict[str, list[Tensor]] = {}
         self._each: dict[str, list[tuple[int, Tensor]]] = {}
         self._flags: dict[str, tuple[HostCopy, Callable[[int], str], list[int]]] = {}
         self._stop = self._all_stop = False
+        self.flops: Mapping[Any, float] = {}
+        self._flops, self._waited = 0.0, 0.0
+        self._peak = peak_flops(self.device, self.precision)
 
     # ------------------------------------------------------------------------------ stepping
     def prepare(self, module: nn.Module) -> nn.Module:
@@ -178,25 +147,8 @@ class Run:
 
         Each has a graph for every shape, and for every set of tensors that need gradients.
         """
-        if not self.config.compiles(self.device):
-            return
-        import torch._dynamo.config
-        from torch._functorch import config
-
-        # the ratio of two gradients runs backward twice: the graph's buffers must not be reused
-        config.donated_buffer = False
-        # inside of DDP, releases of PyTorch split graphs, and some refuse those with checkpoints
-        torch._dynamo.config.optimize_ddp = False
-        # A discriminator has two graphs for each resolution: frozen, for the generator's update,
-        # and trained. Beyond the limit, 8 by default, PyTorch silently stops compiling.
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        for part in parts:
-            # static: shapes change with the resolution alone, and symbolic ones make slower code
-            if isinstance(part, nn.Module):
-                part.compile(dynamic=False)
-            else:
-                owner = cast(MethodType, part).__self__
-                setattr(owner, part.__name__, torch.compile(part, dynamic=False))
+        if self.config.compiles(self.device):
+            compile_in_place(parts)
 
     def place(self, tensor_or_module: Any) -> Any:
         """Move images or a module to the device, in its fastest memory layout."""
@@ -215,10 +167,10 @@ class Run:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
-    def begin(self, image: int) -> None:
-        """Begin a micro-batch by its first image: seed torch's own generators by (seed, image), so
-        that no state has to be saved."""
-        self._first = image
+    def begin(self, image: int, kind: object = None) -> None:
+        """Begin a micro-batch of a kind by its first image: seed torch's own generators by (seed,
+        image), so that no state has to be saved."""
+        self._first, self._flops = image, self.flops.get(kind, 0.0)
         torch.manual_seed(torch_seed(self.seed, f"dropout {self.rank}", image))
 
     def step(
@@ -345,11 +297,33 @@ class Run:
         """Open the logs of a run that resumes at a state, on the main process; fail together."""
         with fail_together(self.accelerator):
             start = self.folder if self.is_main else None, state.images_seen, state.log
-            book = Logbook(*start, self.config.trackers, to_tree(recipe))
+            book = Logbook(*start, self.config.trackers, to_tree(recipe), self._usage)
         for line in book.opening:
             self.say(line)
         with book:
             yield book
+
+    def waits(self, stream: Iterable[T]) -> Iterator[T]:
+        """Yield from a stream of loaded data, and count the time that this process waits for it."""
+        items = iter(stream)
+        while True:
+            began = time.monotonic()
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            finally:
+                self._waited += time.monotonic() - began
+            yield item
+
+    def _usage(self, seconds: float, images: int) -> dict[str, float]:
+        """Return shares of the time since the last row: this process waited for data; the devices
+        would have needed for the model's operations at their peak (model FLOPs utilisation,
+        Chowdhery et al. 2022, arXiv 2204.02311, Appendix B)."""
+        shares, self._waited = {"data_wait": min(self._waited / seconds, 1.0)}, 0.0
+        if self._peak and self._flops:
+            shares["mfu"] = self._flops * images / (seconds * self._peak * self.world)
+        return shares
 
     # ------------------------------------------------------------------------------ stopping
     def stop_requested(self) -> bool:
@@ -377,11 +351,17 @@ class Run:
             received.insert(0, int(self.accelerator.gather(number).max()))
         return Interrupted(text)
 
-    def until_stopped(self, stream: Iterable[T], save: Callable[[], None]) -> Iterator[T]:
+    def until_stopped(
+        self, state: TrainingState, stream: Iterable[T], save: Callable[[], None]
+    ) -> Iterator[T]:
         """Yield from a stream of batches; save if a signal ends its wait for a loader worker.
 
-        Several processes cannot agree on the step then: they resume from the last saved state.
+        Several processes cannot agree on the step then: they resume from the last saved state. The
+        main process traces the steps of `run.profile`.
         """
+        if self.is_main and self.config.profile:
+            trace = self.folder / "profile.json.gz"
+            stream = trace_steps(stream, lambda: state.step, self.config.profile, trace, self.say)
         try:
             yield from stream
         except Interrupted as error:
@@ -397,15 +377,19 @@ class Run:
             console.print(text, markup=False)  # a path may hold [brackets]
 
     @contextmanager
-    def progress(self, state: TrainingState) -> Iterator[Callable[[float, str], None]]:
-        """Show a progress bar on the main process; yield show(images per second, note)."""
+    def progress(
+        self, state: TrainingState
+    ) -> Iterator[Callable[[Mapping[str, float], str], None]]:
+        """Show a progress bar on the main process; yield show(row of metrics, note)."""
         with progress_bar("steps", self.is_main) as bar:
             task = bar.add_task(
                 "training", total=state.total_steps, completed=state.step, speed="", note=""
             )
 
-            def show(speed: float, note: str) -> None:
-                bar.update(task, completed=state.step, speed=f"{speed:.1f} images/s", note=note)
+            def show(row: Mapping[str, float], note: str) -> None:
+                speed = f"{row['images_per_second']:.1f} images/s, data {row['data_wait']:.0%}"
+                speed += f", MFU {row['mfu']:.0%}" if "mfu" in row else ""
+                bar.update(task, completed=state.step, speed=speed, note=note)
 
             yield show
 

@@ -4,6 +4,7 @@ runs/<time>-<preset>/
   run.json         kind of run, preset, command, versions
   config.yaml      the resolved configuration
   metrics.jsonl    tensorboard/   pictures/
+  profile.json.gz  a trace of some steps (`run.profile`)
   data.json        the identity of the images
   trackers.json    identifiers of the records that other trackers keep
   state/           saved states, one folder each, from which the same command resumes
@@ -34,6 +35,7 @@ from torch.optim import Optimizer
 from ldm.checkpoint import Damaged, first_difference, read_tensors
 from ldm.config import Config, Tree, flatten, parse_yaml, to_tree, validate
 from ldm.device import allows_tf32
+from ldm.ema import Average
 from ldm.errors import LdmError, UsageError, listed
 from ldm.files import ANOTHER, clear_partials, lock, write_atomically, write_json
 from ldm.logbook import console
@@ -51,6 +53,7 @@ IGNORED = {
     "validate_images",
     "keep_states",
     "trackers",
+    "profile",
     "workers",
     "data.changed",
     "data.cache_gb",
@@ -63,7 +66,7 @@ by rounding and by dropout's masks. Weights may move: their SHA-256 must stay.""
 _RUN = schema(kind=(str, ""), preset=(str, ""))
 BEGINNING = re.compile(
     r"config\.yaml|data\.json|metrics\.jsonl|tensorboard/events\..*|trackers\.json|wandb/.*"
-    r"|pictures/\w+-\d+\.png|state/\d+/state\.pt"
+    r"|pictures/\w+-\d+\.png|state/\d+/state\.pt|profile\.json\.gz"
 )
 """Files of a run that hold no result."""
 
@@ -246,6 +249,67 @@ def read_run(folder: Path) -> Tree:
 
 
 # -------------------------------------------------------------------------------- saved states
+class TrainingState:
+    """Everything that training changes, for an exact resume.
+
+    Args:
+        batch_size: images per step, over all processes and micro-batches.
+        total_steps: steps of the whole run.
+
+    Attributes:
+        images_seen: images trained on, up to the last step.
+        validated_at: images seen at the last validation.
+        parts: networks, averages and optimisers, by their names in the saved state.
+        averages: moving averages of the weights, updated after every step.
+        log: the `Logbook`'s saved state.
+    """
+
+    def __init__(self, batch_size: int, total_steps: int) -> None:
+        self.batch_size, self.total_steps = batch_size, total_steps
+        self.images_seen = self.validated_at = 0
+        self.parts: dict[str, Any] = {}
+        self.averages: list[Average] = []
+        self.log: dict[str, Any] = {}
+
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        return self.images_seen // self.batch_size
+
+    @property
+    def is_last(self) -> bool:
+        """True after the last step."""
+        return self.step == self.total_steps
+
+    def advance(self) -> None:
+        """Count a step and update the averages."""
+        self.images_seen += self.batch_size
+        for average in self.averages:
+            average.update(self.images_seen, self.batch_size)
+
+    def due(self, every_steps: int) -> bool:
+        """Return True every `every_steps` steps and after the last one."""
+        return self.is_last or self.step % every_steps == 0
+
+    def owes_validation(self, every_steps: int) -> bool:
+        """Return True if the run stopped before a validation that was due."""
+        return self.due(every_steps) and self.validated_at != self.images_seen
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counts, and the state of every part by its name."""
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        return {"images_seen": self.images_seen, "validated_at": self.validated_at, **states}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Continue from a saved state."""
+        self.images_seen = saved["images_seen"]
+        # earlier versions validated after saving, and did not save this count
+        unknown = 0 if self.is_last else self.images_seen
+        self.validated_at = saved.get("validated_at", unknown)
+        self.log = saved.get("log", {})
+        restore(self.parts, saved)
+
+
 def clear_leftovers(folder: Path) -> None:
     """Remove the half-written files of a killed process; only while the `lock` is held."""
     for beside in (folder / "state").glob(".writing-*"):

@@ -234,9 +234,10 @@ def latent_batches(
         return ks[0], LatentBatch(z, of["sigma"], of["noise"], of.get("labels"), of["augment"])
 
     if cache is not None:
-        return one_ahead(cache.batches(**shares, workers=recipe.data.workers), read, run.device)
+        stored = cache.batches(**shares, workers=recipe.data.workers)
+        return one_ahead(run.waits(stored), read, run.device)
     pixels = batches(source, recipe.data, recipe.resolution, **shares)
-    return one_ahead(pixels, encoded, run.device)
+    return one_ahead(run.waits(pixels), encoded, run.device)
 
 
 # ------------------------------------------------------------------------------- the cache

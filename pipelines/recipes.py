@@ -75,8 +75,7 @@ class TeacherConfig(WeightsConfig):
     """An autoencoder whose posterior a new encoder learns, for its decoder, which stays."""
 
     statistics_images: PositiveInt = 1000
-    """Training images for the standard deviation of its latents, the unit of `loss.latent`; rounded
-    up to whole batches."""
+    """Images for its latents' standard deviation, the unit of `loss.latent`; in whole batches."""
 
 
 class GivenWeights(Config):
@@ -155,6 +154,7 @@ class AutoencoderRecipe(GivenWeights, AutoencoderConfig):
             raise ValueError("adversarial: CutMix needs per-pixel logits, discriminator.type=unet")
         for phase in self.phases:
             self.check_resolution(phase.resolution)
+        self.run.check_profile(self.total_steps)
         return self
 
     def _check_what_learns(self) -> None:
@@ -297,6 +297,7 @@ class DiffusionRecipe(Config):
                 raise ValueError("augment mirrors images itself: set data.flip=false")
         if self.cache and (self.data.crop == "random" or self.data.source == PHOTOS):
             raise ValueError("random crops cannot be cached: omit cache")
+        self.run.check_profile(self.steps)
         return self
 
     @property
@@ -432,7 +433,6 @@ def find_stage_one(recipe: DiffusionRecipe, preset: str, out: Path | None = None
         return given  # loading it raises the error
 
     def begun_with(folder: Path) -> Path | None:
-        """The autoencoder of a run of the same command."""
         theirs = (read_config(folder) or {}).get("autoencoder")
         if not isinstance(theirs, str):  # not ours
             return None
@@ -441,9 +441,8 @@ def find_stage_one(recipe: DiffusionRecipe, preset: str, out: Path | None = None
             return None
         return Path(theirs)
 
-    found = read_each([out] if out else unfinished_runs("diffusion", preset), begun_with)
-    begun = next(filter(None, found.values()), None)
-    return begun or _file(newest_run("autoencoder", preset=wanted))
+    found = read_each([out] if out else unfinished_runs("diffusion", preset), begun_with).values()
+    return next(filter(None, found), None) or _file(newest_run("autoencoder", preset=wanted))
 
 
 def _file(path: Path) -> Path:

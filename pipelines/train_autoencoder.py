@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from autoencoders import Autoencoder
 from autoencoders.discriminators import build_discriminator, split
 from autoencoders.layers import checkpoint_blocks
-from autoencoders.losses import LPIPS, Objective, find_lpips, load_esrgan, load_lpips
+from autoencoders.losses import LPIPS, Objective, load_esrgan, load_lpips
 from autoencoders.losses.adversarial import (
     adaptive_weight,
     cutmix_augmentation,
@@ -26,9 +26,9 @@ from autoencoders.losses.adversarial import (
     in_range,
 )
 from autoencoders.losses.objective import TeacherPosterior
-from autoencoders.losses.perceptual import SMALLEST, ESRGANPerceptual
+from autoencoders.losses.perceptual import ESRGANPerceptual
 from ldm.checkpoint import ModelFile, load_model, save_model
-from ldm.config import Resolution, pixel_count, short_size, shorter_side, to_tree
+from ldm.config import Resolution, pixel_count, resolution_of, short_size, to_tree
 from ldm.data import Batch, Source, batches, check_data, holds_out, open_source
 from ldm.data.loader import image_name
 from ldm.device import to_device
@@ -37,12 +37,17 @@ from ldm.ema import Ema
 from ldm.images import as_float, grid, save_grid
 from ldm.learning_rate import learning_rate, set_learning_rate
 from ldm.logbook import Logbook, size_numbers
-from ldm.run import Run, TrainingState, frozen, start_run
-from ldm.run_folder import is_finished, provenance
+from ldm.run import CountFlops, Run, frozen, start_run
+from ldm.run_folder import TrainingState, is_finished, provenance
 from ldm.seeds import normal, uniform
 from pipelines import finetune
 from pipelines.recipes import AutoencoderRecipe
-from pipelines.validation import compare_with_teacher, evaluate_autoencoder, reconstruction_sheet
+from pipelines.validation import (
+    compare_with_teacher,
+    evaluate_autoencoder,
+    reconstruction_sheet,
+    validation_lpips,
+)
 
 PerceptualLosses = Mapping[str, LPIPS | ESRGANPerceptual]
 """Perceptual losses by the name of their term, `lpips` and `esrgan`."""
@@ -75,8 +80,7 @@ class AutoencoderState(TrainingState):
         self.recipe, self.folder = recipe, run.folder
         self.origin = finetune.origin_of(recipe, given)
         self.autoencoder, still, self.teacher = finetune.begin(recipe, run, given)
-        ones = torch.ones(recipe.latent_channels, device=run.device)
-        self.latent_std = nn.Parameter(ones, requires_grad=False)
+        self.latent_std = nn.Parameter(torch.ones(recipe.latent_channels, device=run.device), False)
         discriminator = build_discriminator(recipe.discriminator, recipe.image_channels)
         self.discriminator: nn.Module = run.place(discriminator)
         loss = finetune.loss_weights(recipe, self.autoencoder)
@@ -259,6 +263,7 @@ def train_autoencoder(
     preset: str = "autoencoder",
     folder: Path | None = None,
     perceptual: PerceptualLosses | None = None,
+    count_flops: CountFlops | None = None,
 ) -> Path:
     """Train, or resume training; return the run's folder, with `ckpt.pt` and `best.pt` in it.
 
@@ -266,6 +271,7 @@ def train_autoencoder(
         preset: name of the preset, for the name of a new folder.
         folder: the run's folder; None: the newest unfinished run of this recipe, or a new one.
         perceptual: losses to use in place of the published ones.
+        count_flops: for the model FLOPs utilisation in the log; None: it has none.
 
     Raises:
         LdmError: data, weights, device or tracker missing, ten bad steps in a row, or a full disk.
@@ -277,13 +283,15 @@ def train_autoencoder(
     sources = {size: open_source(data, "train", size) for size in sizes}
     held_out = open_source(data, "val", last) if holds_out(data) else None
     perceptual = load_perceptual(recipe, perceptual)
-    lpips = _validation_lpips(recipe, perceptual)
+    lpips = validation_lpips(recipe, perceptual)
     recipe, given = finetune.read_given(recipe)
+    flops = count_flops(recipe, given.ae.config if given else None) if count_flops else {}
 
     with start_run("autoencoder", preset, recipe, recipe.run, recipe.accumulate, folder) as run:
         if is_finished(run.folder):
             run.say(f"{run.folder} is already finished")
             return run.folder
+        run.flops = flops
         check_batch(recipe.batch_size, recipe.accumulate, run.world)
         others = [*sources.values(), held_out]
         pixels = check_data(run.accelerator, run.folder, sources[last], data, *others)
@@ -302,7 +310,7 @@ def train_autoencoder(
             validate = partial(_validate, run, state, held_out, lpips, logbook)
             if state.owes_validation(recipe.run.validate_every_steps):
                 validate()
-            _train(run, state, _stream(run, state, sources), logbook, validate)
+            _train(run, state, run.waits(_stream(run, state, sources)), logbook, validate)
             logbook.close()
             best = {**state.held_out, "best": state.best}
             return run.finish({"images_seen": state.images_seen} | best)
@@ -324,11 +332,12 @@ def _train(
         run.save(state.state_dict() | {"log": logbook.state_dict()})
 
     with run.progress(state) as show:
-        for batch in run.until_stopped(stream, save):
+        for batch in run.until_stopped(state, stream, save):
             lr = state.set_learning_rate()
-            run.begin(int(batch.k[0]))
-            images = as_float(run.place(batch.images))
             ramp = state.objective.ramp(state.step / state.total_steps)
+            active = ramp * state.recipe.adversarial.weight > 0
+            run.begin(int(batch.k[0]), (resolution_of(*batch.images.shape[-2:]), active))
+            images = as_float(run.place(batch.images))
             log_gradients = (state.step + 1) % every.log_every_steps == 0
             ks = batch.k.tolist()
             logbook.add(**train_step(run, state, images, ks, ramp, log_gradients, batch.drawn))
@@ -339,7 +348,7 @@ def _train(
             if state.due(every.log_every_steps):
                 extra = size_numbers(batch.images) | {"skipped": run.skipped.total()}
                 row = logbook.row(state.images_seen, lr=lr, **extra)
-                show(row["images_per_second"], f"l1 {row.get('l1', float('nan')):.3f}")
+                show(row, f"l1 {row.get('l1', float('nan')):.3f}")
             if state.due(every.validate_every_steps) and not stop:
                 validate()
             if state.due(every.save_every_steps) or stop:
@@ -375,15 +384,6 @@ def load_perceptual(
     if recipe.loss.esrgan and "esrgan" not in losses:
         losses["esrgan"] = load_esrgan()
     return losses
-
-
-def _validation_lpips(recipe: AutoencoderRecipe, perceptual: PerceptualLosses) -> LPIPS | None:
-    """LPIPS as papers report it (VGG-16): required if best.pt depends on it, else optional."""
-    if "lpips" in perceptual and recipe.loss.lpips_network == "vgg":
-        return cast(LPIPS, perceptual["lpips"])
-    if recipe.best_by == "lpips":
-        return load_lpips(instead="choose best_by=psnr")
-    return find_lpips() if shorter_side(recipe.phases[-1].resolution) >= SMALLEST["vgg"] else None
 
 
 def _validate(

@@ -26,8 +26,8 @@ from ldm.errors import LdmError, UsageError, listed
 from ldm.images import as_float, grid, save_grid
 from ldm.learning_rate import learning_rate, set_learning_rate
 from ldm.logbook import Logbook, read_rows
-from ldm.run import Run, TrainingState, log, start_run
-from ldm.run_folder import is_finished, provenance
+from ldm.run import CountFlops, Run, log, start_run
+from ldm.run_folder import TrainingState, is_finished, provenance
 from ldm.seeds import normal
 from pipelines.latents import (
     Codec,
@@ -142,13 +142,15 @@ def train_step(run: Run, state: DiffusionState, batch: LatentBatch) -> tuple[Ten
 
 
 def train_diffusion(
-    recipe: DiffusionRecipe, preset: str = "diffusion", folder: Path | None = None
-) -> Path:
+    recipe: DiffusionRecipe, preset: str = "diffusion", folder: Path | None = None,
+    count_flops: CountFlops | None = None,
+) -> Path:  # fmt: skip
     """Train, or resume training; return the run's folder, with `ckpt.pt` in it.
 
     Args:
         preset: name of the preset, for the name of a new folder.
         folder: the run's folder; None: the newest unfinished run of this recipe, or a new one.
+        count_flops: for the model FLOPs utilisation in the log; None: it has none.
 
     Raises:
         UsageError: settings that do not fit the autoencoder, the data or each other.
@@ -165,16 +167,16 @@ def train_diffusion(
     if recipe.cache:
         precision = resolve_precision(recipe.run.precision, resolve_device(recipe.run.device))
         check_cache(recipe, source, precision, ae_sha256)
-
+    flops = count_flops(recipe, autoencoder.config) if count_flops else {}
     # the run is known by the recipe as requested, so that the same command finds it again
     with start_run("diffusion", preset, requested, recipe.run, recipe.accumulate, folder) as run:
         if is_finished(run.folder):
             run.say(f"{run.folder} is already finished")
             return run.folder
+        run.flops = flops
         check_batch(recipe.batch_size, recipe.accumulate, run.world)
         check_data(run.accelerator, run.folder, source, data)
         recipe = fit(as_begun(requested, run.folder), autoencoder, len(source.classes))
-
         state = DiffusionState(recipe, run, autoencoder)
         frozen = run.place_frozen(autoencoder)
         codec = _resume(run, state, frozen, ae_sha256)
@@ -242,9 +244,9 @@ def _train(
     """Train from the state to the end of the recipe."""
     every = state.recipe.run
     with run.progress(state) as show:
-        for k, batch in run.until_stopped(stream, save):
+        for k, batch in run.until_stopped(state, stream, save):
             lr = state.set_learning_rate()
-            run.begin(k)
+            run.begin(k, (state.recipe.resolution, False))
             loss, norm = train_step(run, state, batch)
             loss, sigma = run.accelerator.gather((loss, batch.sigma))
             logbook.add(loss=loss.mean(), **band_losses(loss, sigma))
@@ -258,7 +260,7 @@ def _train(
             if validates or state.due(every.log_every_steps):
                 extra = {"lr": lr, "skipped": run.skipped.total()}
                 state.row = logbook.row(state.images_seen, **extra)
-                show(state.row["images_per_second"], f"loss {state.row['loss']:.3f}")
+                show(state.row, f"loss {state.row['loss']:.3f}")
             if run.is_main and snapshot_due(state.step, state.recipe):
                 state.save_snapshots()
             if validates and not stop:

@@ -3,25 +3,28 @@
 Training shows these numbers and pictures while it runs; evaluation measures with the same loop.
 """
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from itertools import pairwise
 from math import inf
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from autoencoders import Autoencoder
-from ldm.config import Resolution
+from autoencoders.losses import LPIPS, find_lpips, load_lpips
+from autoencoders.losses.perceptual import SMALLEST
+from ldm.config import Resolution, shorter_side
 from ldm.data import Batch, Source, evaluation_batches, sheet_images
 from ldm.device import full_float32, memory_format
 from ldm.errors import LdmError
 from ldm.images import as_float, as_rgb, latents_as_rgb
 from ldm.metrics import psnr, ssim
 from ldm.run import frozen
+from pipelines.recipes import AutoencoderRecipe
 
 # An exact reconstruction has an infinite PSNR, and would make the mean infinite. At 256² a single
 # value off by one level is below 102 dB.
@@ -247,3 +250,12 @@ def reconstruction_sheet(
     recon = autoencoder.decode(latents).clamp(-1, 1)
     shown = nn.functional.interpolate(latents_as_rgb(latents), images.shape[-2:])
     return torch.cat([as_rgb(images), as_rgb(recon), shown]).cpu(), len(images)
+
+
+def validation_lpips(recipe: AutoencoderRecipe, perceptual: Mapping[str, Any]) -> LPIPS | None:
+    """LPIPS as papers report it (VGG-16): required if best.pt depends on it, else optional."""
+    if "lpips" in perceptual and recipe.loss.lpips_network == "vgg":
+        return perceptual["lpips"]
+    if recipe.best_by == "lpips":
+        return load_lpips(instead="choose best_by=psnr")
+    return find_lpips() if shorter_side(recipe.phases[-1].resolution) >= SMALLEST["vgg"] else None

@@ -86,7 +86,12 @@ def rows_of(path: str | Path) -> list[dict[str, float]]:
 def last_rows(path: str | Path) -> list[dict[str, float]]:
     rows = [row for row in rows_of(path) if row["images_seen"] == STEPS * BATCH]
     return [
-        {k: v for k, v in row.items() if k != "images_per_second" and v is not None} for row in rows
+        {
+            k: v
+            for k, v in row.items()
+            if k not in ("images_per_second", "data_wait") and v is not None
+        }
+        for row in rows
     ]
 
 

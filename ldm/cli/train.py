@@ -70,6 +70,7 @@ def train_ae(
 
     ldm train-ae distil-b --teacher my-vae/ data.source=my-images/
     """
+    from pipelines.doctor.timing import flops_per_image
     from pipelines.recipes import load_recipe
     from pipelines.train_autoencoder import train_autoencoder
 
@@ -86,7 +87,8 @@ def train_ae(
     options.add_setting(words, "--from", "init.source", source)
     options.add_setting(words, "--teacher", "teacher.source", teacher)
     kind, preset = options.find_presets(preset, options.STAGE_ONE)[0]
-    folder = train_autoencoder(load_recipe(kind, preset, words), preset, run)
+    recipe = load_recipe(kind, preset, words)
+    folder = train_autoencoder(recipe, preset, run, count_flops=flops_per_image)
     options.say(
         f"done: {folder}/ckpt.pt",
         options.next_step("ldm train-diffusion --ae {}", folder / "ckpt.pt"),
@@ -112,6 +114,7 @@ def train_diffusion(
 
     ldm train-diffusion --ae runs/x/ckpt.pt
     """
+    from pipelines.doctor.timing import flops_per_image
     from pipelines.recipes import find_stage_one, load_recipe
     from pipelines.train_diffusion import train_diffusion
 
@@ -124,7 +127,7 @@ def train_diffusion(
     file = find_stage_one(recipe, preset, run)
     options.say(f"autoencoder: {file}")
     recipe = recipe.model_copy(update={"autoencoder": str(file)})
-    folder = train_diffusion(recipe, preset, run)
+    folder = train_diffusion(recipe, preset, run, flops_per_image)
     options.say(f"done: {folder}/ckpt.pt", options.next_step("ldm sample {} --n 50000", folder))
 
 

@@ -7,17 +7,20 @@ allow. From the last of them the recipe's step is scaled by its multiply-accumul
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from statistics import median
 from typing import Any
 
 import torch
 
+from autoencoders import AutoencoderConfig
 from ldm.config import Resolution, height_width, pixel_count, read_resolution, short_size
-from ldm.device import synchronise
-from ldm.errors import LdmError
+from ldm.device import peak_flops, resolve_device, resolve_precision, synchronise
+from ldm.errors import LdmError, brief
+from ldm.run import Run, log
 from pipelines.doctor.costs import Costs
-from pipelines.doctor.training import Training
+from pipelines.doctor.training import AutoencoderTraining, DiffusionTraining, Training
 from pipelines.recipes import AutoencoderRecipe, DiffusionRecipe
 
 SECONDS = 30.0
@@ -84,6 +87,43 @@ def stretches(recipe: AutoencoderRecipe | DiffusionRecipe) -> list[Stretch]:
         active = Stretch(phase.resolution, phase.steps - before, adversarial_active=True)
         found += [active, Stretch(phase.resolution, before)]
     return [stretch for stretch in found if stretch.steps]
+
+
+def flops_per_image(
+    recipe: AutoencoderRecipe | DiffusionRecipe, config: AutoencoderConfig | None = None
+) -> dict[tuple[Resolution, bool], float]:
+    """Count the operations of training on one image, for `Run.flops`, without a computation.
+
+    Those of the model: what checkpointing computes again does not count. Nothing is counted where
+    the peak of the device is not known, with which they are compared.
+
+    Args:
+        recipe: of stage two, with the network's sizes filled in.
+        config: of the autoencoder that training starts with, or encodes with.
+
+    Returns:
+        By the size of the images, and whether the discriminator takes part.
+    """
+    device = resolve_device(recipe.run.device)
+    if recipe.run.deterministic:  # its setting comes before CUDA is used, as for the device's name
+        return {}
+    if peak_flops(device, resolve_precision(recipe.run.precision, device)) is None:
+        return {}
+    build: Callable[[Run], Training]
+    if isinstance(recipe, DiffusionRecipe):
+        assert config is not None
+        build = partial(DiffusionTraining, recipe, config)
+    else:
+        recipe = recipe.model_copy(update={"checkpointing": False})
+        build = partial(AutoencoderTraining, recipe, given=config)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            costs = Costs(build, recipe.run, device, recipe.batch_size // recipe.accumulate)
+            kinds = [(part.resolution, part.adversarial_active) for part in stretches(recipe)]
+            return {kind: 2e9 * costs.step(*kind).gmac for kind in kinds}
+    except Exception as error:  # a figure less in the log is no reason to end a run
+        log.warning("no model FLOPs utilisation in the log: %s", brief(error))
+        return {}
 
 
 Fits = Callable[[Resolution, int], bool]

@@ -51,6 +51,8 @@ CURVE_NAMES = {
     "gradient_ratio": "gradient ratio, ‖∇rec‖ ÷ ‖∇adv‖",
     "lr": "learning rate",
     "skipped": "skipped steps (not finite)",
+    "data_wait": "share of the time spent waiting for data",
+    "mfu": "model FLOPs utilisation",
 } | {
     name: f"loss where σ ≥ {low:g}" if math.isinf(high) else f"loss where {low:g} ≤ σ < {high:g}"
     for (low, high), name in band_names().items()
@@ -60,7 +62,9 @@ GRADIENT_RATIO = (
     "the decoder's last layer: Equation 2 of the paper without its ½. `ldm analyze gradients` "
     "draws the inverse."
 )
-PROGRESS = ("lr", "images_per_second", "resolution", "height", "width", "skipped")
+PROGRESS = (
+    "lr", "images_per_second", "data_wait", "mfu", "resolution", "height", "width", "skipped",
+)  # fmt: skip
 """Metrics of the run itself, not of the model."""
 LINEAR = ("val_psnr", "val_ssim", *PROGRESS)
 

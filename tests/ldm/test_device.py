@@ -1,3 +1,5 @@
+import gzip
+import json
 import os
 import platform
 import subprocess
@@ -11,10 +13,12 @@ from ldm.device import (
     deterministic_algorithms,
     keep_freed_memory,
     name_device,
+    peak_flops,
     resolve_device,
     resolve_precision,
     time_interleaved,
     to_device,
+    trace_steps,
 )
 from ldm.errors import LdmError
 
@@ -114,3 +118,80 @@ def test_deterministic_algorithms_come_before_cuda(monkeypatch):
     with pytest.raises(LdmError, match="set CUBLAS_WORKSPACE_CONFIG"), deterministic_algorithms():
         pass
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(
+    ("name", "bf16", "fp32"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12, 156e12),
+        ("NVIDIA A10", 125e12, 62.5e12),
+        ("NVIDIA H100 80GB HBM3", 989.4e12, 494.7e12),
+        ("NVIDIA H100 PCIe", 756e12, 378e12),
+        ("NVIDIA H200", 989.4e12, 494.7e12),
+        ("NVIDIA L4", 121e12, 60e12),
+        ("NVIDIA L40S", 362e12, 183e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12, 82.6e12),
+        ("Tesla T4", None, 8.1e12),
+        ("Tesla V100-SXM2-16GB", None, 15.7e12),
+        # other chips, or a part of one
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None, None),
+        ("NVIDIA GeForce RTX 3090 Ti", None, None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None, None),
+        ("Some GPU of 2031", None, None),
+    ],
+)
+def test_peak_of_a_gpu_by_its_name(name, bf16, fp32, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr("ldm.device.allows_tf32", lambda: True)
+    device = torch.device("cuda")
+    assert (peak_flops(device, "bf16"), peak_flops(device, "fp32")) == (bf16, fp32)
+
+
+def test_without_tf32_the_peak_is_that_of_float32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    monkeypatch.setattr("ldm.device.allows_tf32", lambda: False)
+    assert peak_flops(torch.device("cuda"), "fp32") == 19.5e12
+    assert peak_flops(torch.device("cpu"), "fp32") is None
+
+
+def train(steps, window, path, begin=0, stop=None):
+    """Steps of a loop of two micro-batches each; return what it says."""
+    said, taken = [], [begin]
+    stream = trace_steps(range(2 * (steps - begin)), lambda: taken[0], window, path, said.append)
+    for number, _ in enumerate(stream, 1):
+        with torch.profiler.record_function(f"step {taken[0]}"):
+            torch.ones(3) + 1
+        taken[0] += number % 2 == 0
+        if taken[0] == stop:
+            stream.close()
+            break
+    return said
+
+
+@pytest.mark.parametrize("window", ["0:2", "2:3", "1:4"])
+def test_the_steps_of_the_window_are_traced(window, tmp_path):
+    path = tmp_path / "profile.json.gz"
+    [line] = train(4, window, path)
+    assert line == f"trace: {path}: open it at https://ui.perfetto.dev"
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    named = [event["name"] for event in events if event.get("cat") == "user_annotation"]
+    start, stop = map(int, window.split(":"))
+    assert sorted(named) == sorted([f"step {step}" for step in range(start, stop)] * 2)
+
+
+def test_a_run_that_resumes_after_the_beginning_is_not_traced(tmp_path):
+    [line] = train(4, "1:3", tmp_path / "profile.json.gz", begin=2)
+    assert line == "run.profile=1:3: not traced, for the run resumes after step 2"
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_run_that_stops_in_the_window_ends_its_trace(tmp_path):
+    assert train(4, "1:3", tmp_path / "profile.json.gz", stop=2) == []
+    assert not any(tmp_path.iterdir())
+    assert len(train(4, "1:3", tmp_path / "profile.json.gz")) == 1  # another can begin
+
+
+def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path):
+    (tmp_path / "profile.json.gz").mkdir()
+    [line] = train(4, "1:3", tmp_path / "profile.json.gz")
+    assert line.startswith("warning: no trace written: could not write")

@@ -5,12 +5,13 @@ import pytest
 import torch
 from torch import nn
 
+from ldm.config import resolve
 from ldm.console import received
 from ldm.data import workers
 from ldm.distributed import check_batch, make_accelerator
 from ldm.errors import Interrupted, LdmError, UsageError
 from ldm.run import MAX_BAD_STEPS, Run, RunConfig, frozen, start_run
-from ldm.run_folder import load_state
+from ldm.run_folder import TrainingState, load_state
 
 
 class Recipe(RunConfig):
@@ -221,17 +222,18 @@ def stop_at_three(key):
 def test_a_signal_ends_the_wait_for_a_stopped_worker_and_saves(tmp_path, monkeypatch, number):
     monkeypatch.setattr(workers, "PATIENCE", 0)
     config, saved, seen = RunConfig(device="cpu"), [], []
+    state = TrainingState(batch_size=1, total_steps=9)
     with start_run("autoencoder", "x", Recipe(), config, folder=tmp_path / "run") as run:
         stream = workers.load_in_workers(stop_at_three, range(9), 1, "")
         with pytest.raises(Interrupted, match=f"waiting for a loader worker, saved in {tmp_path}"):
-            for batch in run.until_stopped(stream, lambda: saved.append(seen[-1])):
+            for batch in run.until_stopped(state, stream, lambda: saved.append(seen[-1])):
                 seen.append(batch)
                 if batch == 2:
                     os.kill(os.getpid(), number)
         monkeypatch.setattr(type(run.accelerator), "sync_gradients", False)
         stream = workers.load_in_workers(stop_at_three, range(3, 9), 1, "")
         with pytest.raises(Interrupted, match=r"waiting for a loader worker$"):
-            list(run.until_stopped(stream, lambda: saved.append("the middle of a step")))
+            list(run.until_stopped(state, stream, lambda: saved.append("the middle of a step")))
     assert (seen, saved) == ([0, 1, 2], [2])
     assert not workers.stopping.is_set()
 
@@ -276,3 +278,28 @@ def test_deterministic_runs_restore_the_settings_and_name_what_is_not(tmp_path):
         assert torch.are_deterministic_algorithms_enabled()
         raise RuntimeError(message)
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+# --------------------------------------------------------------------------- speed and traces
+def test_usage_is_the_time_waited_and_the_share_of_the_peak(run, monkeypatch):
+    now = iter([0.0, 1.0, 1.0, 1.5])
+    monkeypatch.setattr("ldm.run.time.monotonic", lambda: next(now))
+    waited = run.waits(["a", "b"])
+    assert [next(waited), next(waited)] == ["a", "b"]
+    run.flops, run._peak, run.world = {"a kind": 3e9}, 1e12, 2
+    run.begin(0, "a kind")
+    # 1.5 s of 6 s; 3e9 operations for each of 100 images in 6 s on two devices of 1e12 a second
+    assert run._usage(6.0, 100) == {"data_wait": 0.25, "mfu": pytest.approx(0.025)}
+    run.begin(100, "another kind")
+    assert run._usage(6.0, 100) == {"data_wait": 0.0}
+
+
+@pytest.mark.parametrize("window", ["5", "7:7", "9:8", "-1:3", "a:b", "1:2:3"])
+def test_a_window_that_is_none_is_one_line(window):
+    with pytest.raises(UsageError, match=r"^'profile': must be START:STOP, two counts of steps, t"):
+        resolve(RunConfig, {}, [f"profile={window}"])
+
+
+def test_a_window_of_steps_is_read_from_the_command_line():
+    """YAML 1.1 takes 10:20 for a number of base 60."""
+    assert resolve(RunConfig, {}, ["profile=10:20"]).profile == "10:20"

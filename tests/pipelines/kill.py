@@ -9,7 +9,10 @@ import torch
 
 from ldm.checkpoint import load_model
 from ldm.logbook import read_rows
-from ldm.run import TrainingState
+from ldm.run_folder import TrainingState
+
+VOLATILE = ("images_per_second", "data_wait")
+"""Metrics of the machine, in result.json and the log."""
 
 
 class Killed(BaseException):
@@ -43,9 +46,9 @@ def outcome(folder: Path, kind: str) -> dict[str, Any]:
         models[path.name] = (model.sha256, origin)
     result = json.loads((folder / "result.json").read_text())
     # a NaN, of a band of noise levels without an image, does not equal itself
-    numbers = {key: repr(result[key]) for key in result if key != "images_per_second"}
+    numbers = {key: repr(result[key]) for key in result if key not in VOLATILE}
     rows = [
-        {key: value for key, value in row.items() if key != "images_per_second"}
+        {key: value for key, value in row.items() if key not in VOLATILE}
         for row in read_rows(folder / "metrics.jsonl")
     ]
     pictures = {path.name: path.read_bytes() for path in (folder / "pictures").iterdir()}

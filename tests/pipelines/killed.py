@@ -13,7 +13,7 @@ import sys
 from itertools import count
 from pathlib import Path
 
-from ldm.run import TrainingState
+from ldm.run_folder import TrainingState
 from pipelines.train_autoencoder import train_autoencoder
 from pipelines.train_diffusion import train_diffusion
 from tests.small import autoencoder_recipe, diffusion_recipe

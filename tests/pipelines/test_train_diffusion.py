@@ -1,3 +1,5 @@
+import gzip
+import json
 from copy import deepcopy
 
 import pytest
@@ -6,6 +8,7 @@ import torch
 from ldm.checkpoint import ModelFile, load_model, save_model
 from ldm.errors import LdmError, UsageError
 from ldm.logbook import read_rows
+from pipelines.doctor.timing import flops_per_image
 from pipelines.latent_diffusion import LatentDiffusionPipeline
 from pipelines.latents import Codec
 from pipelines.train_autoencoder import train_autoencoder
@@ -273,3 +276,42 @@ def test_stage_two_file_is_refused_as_stage_one(stage_two, tmp_path):
 def test_stage_one_file_does_not_sample(stage_one):
     with pytest.raises(LdmError, match="is a stage-one autoencoder"):
         LatentDiffusionPipeline.from_pretrained(stage_one)
+
+
+# ------------------------------------------------------------------------------ traces and speed
+def test_steps_are_traced_into_the_runs_folder(stage_one, tmp_path, capsys):
+    recipe = diffusion_recipe(stage_one / "ckpt.pt", "run.profile=1:3", "steps=3")
+    folder = train_diffusion(recipe, "tiny", tmp_path / "run")
+    assert (
+        f"{folder}/profile.json.gz: open it at https://ui.perfetto.dev" in capsys.readouterr().out
+    )
+    events = json.loads(gzip.decompress((folder / "profile.json.gz").read_bytes()))["traceEvents"]
+    assert sum(event["name"] == "Optimizer.step#Adam.step" for event in events) == 2
+
+
+@pytest.mark.parametrize("recipe", [diffusion_recipe, autoencoder_recipe])
+def test_a_trace_past_the_last_step_is_refused(recipe):
+    arguments = ["none"] if recipe is diffusion_recipe else []
+    recipe(*arguments, "run.profile=0:8")
+    with pytest.raises(UsageError, match=r"^run.profile: 0:9 ends after the last step, 8$"):
+        recipe(*arguments, "run.profile=0:9")
+
+
+def test_rows_have_the_share_of_the_peak_where_it_is_known(stage_one, tmp_path, monkeypatch):
+    recipe = diffusion_recipe(stage_one / "ckpt.pt", "accumulate=2")
+    assert flops_per_image(recipe, None) == {}  # of a CPU
+    for place in ("ldm.run", "pipelines.doctor.timing"):
+        monkeypatch.setattr(f"{place}.peak_flops", lambda *_: 1e12)
+    counted = []
+
+    def count(*arguments):
+        counted.append(flops_per_image(*arguments))
+        return counted[-1]
+
+    folder = train_diffusion(recipe, "tiny", tmp_path / "run", count)
+    [[(kind, flops)]] = [count.items() for count in counted]
+    assert kind == (32, False) and flops > 1e6
+    rows = read_rows(folder / "metrics.jsonl")
+    for row in rows:
+        assert row["mfu"] == pytest.approx(flops * row["images_per_second"] / 1e12, rel=1e-4)
+        assert 0 <= row["data_wait"] <= 1
