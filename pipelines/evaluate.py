@@ -18,7 +18,7 @@ from autoencoders import Autoencoder, AutoencoderConfig, load_autoencoder
 from autoencoders.losses import LPIPS, load_lpips
 from ldm.config import Resolution, format_size, to_tree
 from ldm.data import DataConfig, evaluation_batches
-from ldm.data.loader import FaultCount, stop_if_too_many
+from ldm.data.loader import FaultCount, read_preparation, stop_if_too_many
 from ldm.data.sources import Split
 from ldm.device import full_float32, keep_freed_memory, memory_format
 from ldm.distributed import fail_together, from_main, join_processes
@@ -29,7 +29,6 @@ from ldm.metrics.inception import Extractor
 from ldm.run_folder import newest_run, provenance
 from pipelines.measuring import evaluation, statistics
 from pipelines.measuring.evaluation import NUMBERS, Evaluation, EvaluationJob
-from pipelines.measuring.reference import read_preparation
 from pipelines.measuring.statistics import MeasureOptions, SetStatistics
 from pipelines.validation import Scores, reconstruct
 

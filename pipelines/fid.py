@@ -17,7 +17,7 @@ from typing import Any
 from accelerate import PartialState
 
 from ldm.config import Resolution, format_size, height_width, plain_size
-from ldm.data import DataConfig, Source, holds_out, open_source
+from ldm.data import DataConfig, Source, holds_out, loader, open_source
 from ldm.data.dataset import PHOTOS
 from ldm.data.sources import Split
 from ldm.data.transforms import NOT_RESIZED
@@ -281,16 +281,16 @@ def samples_preparation(samples: Samples, own: DataConfig | None) -> tuple[str |
     The built-in photographs do not count as crops: a reference of them is made of crops as well.
     """
     if samples.made_with is None and samples.path.is_dir():
-        prepared = references.read_preparation(DataConfig(source=str(samples.path.resolve())))
+        prepared = loader.read_preparation(DataConfig(source=str(samples.path.resolve())))
         if prepared and prepared["filter"] != NOT_RESIZED:
             return prepared["filter"], False
     with suppress(LdmError):  # the data is gone
         if own is not None:
             source = open_source(own, "all", samples.resolution)
             if own.crop == "center":
-                return references.find_filter(own, source, samples.resolution), False
+                return loader.find_filter(own, source, samples.resolution), False
             if own.source != PHOTOS:
-                return None, references.is_larger(own, source, samples.resolution)
+                return None, loader.is_larger(own, source, samples.resolution)
     return None, False
 
 
@@ -298,7 +298,7 @@ def find_compressed(source: Source, resolution: Resolution) -> str | None:
     """Return the name of an image that is lossy at the very size at which it is compared."""
     # downsampling removes the traces of compression with the details
     lossy = [i for i in range(len(source)) if is_lossy(source.name(i))]
-    heights = references.crop_heights(source, lossy, resolution)
+    heights = loader.crop_heights(source, lossy, resolution)
     exact, _ = height_width(resolution)
     return next((source.name(i) for i, height in heights if height == exact), None)
 

@@ -17,6 +17,7 @@ from PIL import Image
 from autoencoders import build_autoencoder, load_autoencoder
 from ldm.config import to_tree
 from ldm.data import DataConfig, open_source
+from ldm.data.loader import read_preparation
 from ldm.data.prepare import prepare
 from ldm.errors import LdmError
 from ldm.logbook import cut_rows, read_rows
@@ -25,7 +26,7 @@ from ldm.run_folder import differences, new_or_unfinished, newest_run
 from pipelines.analysis.gradients import read_curve
 from pipelines.fid import path_without_fid
 from pipelines.latents import check_cache
-from pipelines.measuring.reference import _load_kept, open_statistics, read_preparation
+from pipelines.measuring.reference import _load_kept, open_statistics
 from pipelines.report.records import numbers_section, read_records
 from pipelines.report.report import curves_section, settings_section
 from pipelines.reproduce import runner

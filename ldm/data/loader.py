@@ -7,8 +7,10 @@ another k.
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,15 +18,26 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ldm.config import Resolution, height_width
-from ldm.data.dataset import DataConfig
+from ldm.config import Resolution, height_width, read_resolution
+from ldm.data.dataset import PHOTOS, DataConfig
+from ldm.data.hf import is_hub
 from ldm.data.photos import PhotoSource
-from ldm.data.remote import RemoteSource
+from ldm.data.remote import RemoteSource, is_remote, read_remote_manifest
+from ldm.data.shards import MANIFEST, read_manifest
 from ldm.data.sources import Source
-from ldm.data.transforms import LARGE, SMALL, CorruptImage, center_crop, random_crop
+from ldm.data.transforms import (
+    LARGE,
+    NOT_RESIZED,
+    SMALL,
+    CorruptImage,
+    center_crop,
+    largest_crop,
+    random_crop,
+)
 from ldm.data.workers import load_in_workers
 from ldm.errors import LdmError, UsageError, listed
 from ldm.images import from_pixels
+from ldm.records import checked, schema
 from ldm.seeds import generator
 
 TOLERATED = 0.01
@@ -282,3 +295,58 @@ def stack(images: Sequence[np.ndarray], resolution: Resolution, source: Source) 
     none = np.empty((0, *height_width(resolution), source.channels), np.uint8)
     stacked = np.stack(images) if images else none
     return rearrange(torch.from_numpy(stacked), "b h w c -> b c h w")
+
+
+# ------------------------------------------------------------------- filters of centre crops
+_PREPARATION = schema(size=Resolution, filter=str, crop=str, source=str)
+
+
+def read_preparation(config: DataConfig) -> dict[str, Any] | None:
+    """Return size, filter, crop and source of data made by `ldm data prepare`; None of other."""
+    path = Path(config.source).expanduser()
+    if config.source == PHOTOS or is_hub(config.source) or path.suffix == ".zip":
+        return None
+    folder = path if path.is_dir() else path.parent
+    if is_remote(config.source):
+        manifest = read_remote_manifest(config.source)
+    elif not path.exists() and "{" not in config.source:
+        return None  # the folder that it is not in may be prepared
+    else:
+        manifest = read_manifest(folder)
+    if manifest is None:
+        return None
+    checked(_PREPARATION, manifest, folder / MANIFEST)
+    return {key: manifest[key] for key in _PREPARATION.model_fields}
+
+
+def find_filter(config: DataConfig, source: Source, resolution: Resolution) -> str | None:
+    """Return the filter that images, centre-cropped, are or were downsampled with, if known."""
+    if config.source == PHOTOS:
+        return None  # crops at native size
+    prepared = read_preparation(config)
+    steps = [prepared["filter"]] if prepared and prepared["filter"] != NOT_RESIZED else []
+    if is_larger(config, source, resolution):
+        steps.append("lanczos")  # as `center_crop` does
+    return ", then ".join(steps) or None
+
+
+def is_larger(config: DataConfig, source: Source, resolution: Resolution) -> bool:
+    """Tell whether a data set's images, by its manifest or by most, are cut larger than needed."""
+    if prepared := read_preparation(config):
+        shape = height_width(read_resolution(prepared["size"]))
+        heights = [largest_crop(*shape, resolution)[0]]
+    else:
+        heights = [height for _, height in crop_heights(source, range(len(source)), resolution)]
+    return bool(heights) and int(np.median(heights)) > height_width(resolution)[0]
+
+
+def crop_heights(
+    source: Source, indices: Sequence[int], resolution: Resolution, probes: int = 16
+) -> Iterator[tuple[int, int]]:
+    """Yield index and height of the largest centre crop, for squares the shorter side, in pixels,
+    of at most `probes` images, evenly spread."""
+    for place in np.linspace(0, len(indices) - 1, min(probes, len(indices))).round():
+        index = indices[int(place)]
+        with suppress(CorruptImage):
+            height, width = source.load(index).shape[:2]
+            yield index, largest_crop(height, width, resolution)[0]

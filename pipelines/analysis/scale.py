@@ -20,6 +20,7 @@ from ldm.charts import drawing, line_style
 from ldm.config import read_resolution, short_size, shorter_side
 from ldm.data import DataConfig, open_source
 from ldm.data.dataset import PHOTOS
+from ldm.data.loader import crop_heights, read_preparation
 from ldm.data.sources import Split
 from ldm.distributed import from_main, join_processes
 from ldm.errors import LdmError
@@ -34,7 +35,6 @@ from pipelines.analysis.subjects import (
 )
 from pipelines.evaluate import evaluate_checkpoints
 from pipelines.measuring.evaluation import Evaluation
-from pipelines.measuring.reference import crop_heights, read_preparation
 from pipelines.measuring.statistics import MeasureOptions
 
 RESOLUTIONS = (32, 64, 128, 256, 512)  # Sadat et al. 2024, Figures 5 and 8: 2⁵ … 2⁹

@@ -11,7 +11,7 @@ and 1024². At 256² they are of the data set's own tfrecords, downsampled from 
 
 import base64
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from hashlib import sha256
 from importlib.metadata import version
@@ -33,10 +33,10 @@ from ldm.config import (
 from ldm.data import Batch, DataConfig, Source, batches, open_source
 from ldm.data.dataset import PHOTOS, content_identity, find_type
 from ldm.data.hf import is_hub
-from ldm.data.remote import is_remote, read_remote_manifest
-from ldm.data.shards import MANIFEST, read_manifest
+from ldm.data.loader import find_filter, read_preparation
+from ldm.data.remote import is_remote
 from ldm.data.sources import Part, Split
-from ldm.data.transforms import NOT_RESIZED, CorruptImage, covers, largest_crop
+from ldm.data.transforms import covers
 from ldm.distributed import from_main
 from ldm.errors import LdmError, UsageError
 from ldm.hub import cache_folder, find_or_fetch
@@ -85,60 +85,6 @@ def choose_data(data: str | DataConfig | None, own: DataConfig | None) -> DataCo
         return data or own
     # split as for training: another split would hold out images that were trained on
     return own if is_same(own, data) else DataConfig(source=data)
-
-
-_PREPARATION = schema(size=Resolution, filter=str, crop=str, source=str)
-
-
-def read_preparation(config: DataConfig) -> dict[str, Any] | None:
-    """Return size, filter, crop and source of data made by `ldm data prepare`; None of other."""
-    path = Path(config.source).expanduser()
-    if config.source == PHOTOS or is_hub(config.source) or path.suffix == ".zip":
-        return None
-    folder = path if path.is_dir() else path.parent
-    if is_remote(config.source):
-        manifest = read_remote_manifest(config.source)
-    elif not path.exists() and "{" not in config.source:
-        return None  # the folder that it is not in may be prepared
-    else:
-        manifest = read_manifest(folder)
-    if manifest is None:
-        return None
-    checked(_PREPARATION, manifest, folder / MANIFEST)
-    return {key: manifest[key] for key in _PREPARATION.model_fields}
-
-
-def find_filter(config: DataConfig, source: Source, resolution: Resolution) -> str | None:
-    """Return the filter that images, centre-cropped, are or were downsampled with, if known."""
-    if config.source == PHOTOS:
-        return None  # crops at native size
-    prepared = read_preparation(config)
-    steps = [prepared["filter"]] if prepared and prepared["filter"] != NOT_RESIZED else []
-    if is_larger(config, source, resolution):
-        steps.append("lanczos")  # as `center_crop` does
-    return ", then ".join(steps) or None
-
-
-def is_larger(config: DataConfig, source: Source, resolution: Resolution) -> bool:
-    """Tell whether a data set's images, by its manifest or by most, are cut larger than needed."""
-    if prepared := read_preparation(config):
-        shape = height_width(read_resolution(prepared["size"]))
-        heights = [largest_crop(*shape, resolution)[0]]
-    else:
-        heights = [height for _, height in crop_heights(source, range(len(source)), resolution)]
-    return bool(heights) and int(np.median(heights)) > height_width(resolution)[0]
-
-
-def crop_heights(
-    source: Source, indices: Sequence[int], resolution: Resolution, probes: int = 16
-) -> Iterator[tuple[int, int]]:
-    """Yield index and height of the largest centre crop, for squares the shorter side, in pixels,
-    of at most `probes` images, evenly spread."""
-    for place in np.linspace(0, len(indices) - 1, min(probes, len(indices))).round():
-        index = indices[int(place)]
-        with suppress(CorruptImage):
-            height, width = source.load(index).shape[:2]
-            yield index, largest_crop(height, width, resolution)[0]
 
 
 # ------------------------------------------------------------------------ images of a data set

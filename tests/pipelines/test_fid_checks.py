@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from ldm.data import DataConfig, open_source
+from ldm.data.loader import find_filter, read_preparation
 from ldm.data.prepare import prepare
 from ldm.errors import LdmError
 from pipelines.fid import find_compressed, find_limits, measure_fid, samples_preparation
-from pipelines.measuring.reference import find_filter, read_preparation
 from pipelines.measuring.statistics import MeasureOptions
 from tests.pipelines.measuring.fid_sides import (
     SIZE,
