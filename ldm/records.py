@@ -9,11 +9,12 @@ import io
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast
-from zipfile import ZipFile
+from typing import Annotated, Any, BinaryIO, TypeVar, cast
+from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
 
 import numpy as np
 from numpy.lib import format as npy
@@ -21,10 +22,12 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from ldm.errors import LdmError, brief, try_call
-from ldm.files import open_regular, read_bytes
+from ldm.files import HeaderReader, open_regular, read_bytes
 
 LIMIT = 2**26
 """Bytes of a JSON file, and bytes by which arrays may be larger than their compressed file."""
+HEADER = 2**16
+"""Bytes of an array's header."""
 LEVELS = 64
 """Sections within sections, in JSON and YAML."""
 _CONTAINERS = (dict, list, tuple)
@@ -163,15 +166,69 @@ def read_arrays(path: Path, advice: str = RESTORE) -> dict[str, NDArray[Any]]:
         raise LdmError(f"{path} is damaged ({brief(error)}): {advice}") from error
 
 
-def parse_array(data: bytes) -> NDArray[Any]:
-    """Read the array in the bytes of a `.npy`; a ValueError unless its header fits them."""
-    file = io.BytesIO(data)
+class ArrayFile:
+    """The arrays of a `.npz` of any size, described by their headers and read when asked for.
+
+    Nothing is unpickled, and no memory is taken for an array whose header does not fit its bytes.
+
+    Attributes:
+        headers: shape and type of each array, by its name.
+    """
+
+    def __init__(self, path: Path, advice: str = RESTORE) -> None:
+        self.path, self._advice = path, advice
+        self.headers: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
+        self._starts: dict[str, int] = {}
+        with self._opened() as pack:
+            for member in pack.infolist():
+                name = member.filename.removesuffix(".npy")
+                with pack.open(member) as file:
+                    start = io.BytesIO(file.read(HEADER))
+                shape, is_fortran, kind = _read_header(start, member.file_size)
+                if is_fortran and len(shape) > 1:
+                    raise ValueError(f"{name} is in Fortran's order: write it in C's")
+                self.headers[name], self._starts[name] = (shape, kind), start.tell()
+
+    def read(self, name: str) -> NDArray[Any]:
+        """Read an array as a whole: look at its header first."""
+        return np.stack([*self.rows(name)])
+
+    def rows(self, name: str) -> Iterator[NDArray[Any]]:
+        """Read an array one element of its first axis after the other."""
+        shape, kind = self.headers[name]
+        with self._opened() as pack, pack.open(f"{name}.npy") as file:
+            file.read(self._starts[name])
+            for _ in range(shape[0]):
+                data = file.read(math.prod(shape[1:]) * kind.itemsize)
+                yield np.frombuffer(data, kind).reshape(shape[1:])
+
+    @contextmanager
+    def _opened(self) -> Iterator[ZipFile]:
+        try:
+            with HeaderReader(self.path, LIMIT) as file, ZipFile(file) as pack:
+                if any(m.compress_type not in (ZIP_STORED, ZIP_DEFLATED) for m in pack.infolist()):
+                    raise ValueError("compressed by another method than deflate")
+                yield pack
+        except Exception as error:  # zipfile and NumPy raise nearly anything
+            raise LdmError(
+                f"{self.path} is damaged or no .npz of arrays ({brief(error)}): {self._advice}"
+            ) from error
+
+
+def _read_header(file: BinaryIO, size: int) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Read the header of a `.npy` of `size` bytes; a ValueError unless it fits them."""
     is_first = npy.read_magic(file) == (1, 0)
     read_header = npy.read_array_header_1_0 if is_first else npy.read_array_header_2_0
-    shape, _, kind = read_header(file)
-    held = len(data) - file.tell()
+    shape, is_fortran, kind = read_header(file)
+    held = size - file.tell()
     if min(shape, default=0) < 0 or kind.hasobject or math.prod(shape) * kind.itemsize != held:
         raise ValueError(f"its data do not fit a {kind} array of shape {shape}")
+    return shape, is_fortran, kind
+
+
+def parse_array(data: bytes) -> NDArray[Any]:
+    """Read the array in the bytes of a `.npy`; a ValueError unless its header fits them."""
+    _read_header(io.BytesIO(data), len(data))
     return np.load(io.BytesIO(data), allow_pickle=False)
 
 
@@ -198,6 +255,9 @@ def read_each(paths: Iterable[Path], read: Callable[[Path], T]) -> dict[Path, T]
 NUMBERS = {
     "rfid": ("rFID", 3, 1.0),
     "fid": ("FID", 3, 1.0),
+    "sfid": ("sFID", 3, 1.0),
+    "is": ("IS", 2, 1.0),
+    "fd_dinov2": ("FD-DINOv2", 2, 1.0),
     "kid": ("KID ×10³", 3, 1e3),
     "lpips": ("LPIPS", 4, 1.0),
     "psnr": ("PSNR, dB", 2, 1.0),

@@ -1,10 +1,13 @@
-"""Fréchet distance, its bootstrap interval, and precision and recall, of two sets of features."""
+"""Fréchet distance, its bootstrap interval, and precision and recall, of two sets of features; and
+the Inception Score of one set."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from ldm.logbook import show_progress
 from ldm.metrics.features import Array, FeatureStatistics, paired_features
@@ -172,3 +175,48 @@ def _squared_distances(a: Array, b: Array) -> Iterator[tuple[slice, Array]]:
     for start in range(0, len(a), DISTANCES_AT_ONCE):
         rows = slice(start, min(start + DISTANCES_AT_ONCE, len(a)))
         yield rows, lengths_a[rows, None] + lengths_b - 2 * (a[rows] @ b.T)
+
+
+# ----------------------------------------------------------------------------- Inception Score
+class InceptionScore:
+    """Inception Score (Salimans et al. 2016) of images 0 … total − 1, in any order.
+
+    As in ADM's evaluator (Dhariwal & Nichol 2021), it is the mean of the scores of splits of 5,000
+    images that follow each other; the last may have fewer.
+
+    Args:
+        classes: number of classes, 1,008 of Inception.
+    """
+
+    SPLIT = 5000
+
+    def __init__(self, classes: int, total: int) -> None:
+        splits = -(-total // self.SPLIT)
+        self._count = torch.zeros(splits, dtype=torch.float64)
+        self._negentropy = torch.zeros(splits, dtype=torch.float64)  # Σ_x Σ_y p(y|x) log p(y|x)
+        self._sum = torch.zeros(splits, classes, dtype=torch.float64)  # Σ_x p(y|x)
+
+    def update(self, probabilities: Tensor, ks: Tensor | Sequence[int]) -> None:
+        """Add p(y|x), (B, classes), of the images numbered `ks` (B,)."""
+        p = probabilities.detach().cpu().double()
+        split = torch.as_tensor(ks, device="cpu") // self.SPLIT
+        self._count.index_add_(0, split, torch.ones(len(p), dtype=torch.float64))
+        self._negentropy.index_add_(0, split, torch.xlogy(p, p).sum(1))
+        self._sum.index_add_(0, split, p)
+
+    def merge(self, other: "InceptionScore") -> None:
+        """Add the images that another process has seen of the same set."""
+        for mine, theirs in zip(self._sums(), other._sums(), strict=True):
+            mine += theirs
+
+    def value(self) -> float:
+        """Return the score, 1 … classes."""
+        seen = self._count > 0
+        marginal = self._sum[seen] / self._count[seen, None]
+        # Salimans et al. 2016, Section 4: exp of the mean KL(p(y|x) ‖ p(y)), which is Σ p log p of
+        # either, one less the other
+        kl = self._negentropy[seen] / self._count[seen] - torch.xlogy(marginal, marginal).sum(1)
+        return float(kl.exp().mean())
+
+    def _sums(self) -> tuple[Tensor, ...]:
+        return self._count, self._negentropy, self._sum

@@ -9,6 +9,9 @@ A user's function is given as `module:function`, such as `my_features:dino`. It 
 the device if it has such a parameter, and returns a `torch.nn.Module` or any callable that maps
 images, (B, 3, H, W) uint8, to features (B, dim); it resizes and normalises them itself. Its
 distances compare with others of the same function only, not with published FIDs.
+
+The same pass through Inception gives two more outputs, as ADM's evaluator (Dhariwal & Nichol 2021)
+defines them: spatial features for sFID, and class probabilities for the Inception Score.
 """
 
 import inspect
@@ -41,6 +44,15 @@ EXPECTED = "function(device) → callable(uint8 images (B, 3, H, W)) → (B, dim
 
 Mode = Literal["clean", "legacy-tensorflow"]
 RESIZING: dict[Mode, str] = {"clean": "clean-fid", "legacy-tensorflow": "TensorFlow's legacy"}
+SIDE = 299
+"""Side of Inception's images, pixels."""
+Output = Literal["sfid", "is"]
+OUTPUTS: dict[Output, tuple[str, int]] = {
+    "sfid": ("spatial features", 2023),
+    "is": ("class probabilities", 1008),
+}
+"""Further outputs of Inception, by the metrics that need them: description, and numbers."""
+SPATIAL_LAYER, SPATIAL_CHANNELS = "mixed_6", 7
 
 
 class Extractor(ABC):
@@ -138,22 +150,104 @@ class FeatureExtractor(Extractor):
         self._network = _load_network(content, path, self._device)
         self._resize = build_resizer("clean")  # (H, W, 3) uint8 → (299, 299, 3) float32, 0..255
         self._threads = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+        self._is_spatial = False
+        self._last: tuple[Tensor, dict[str, Tensor]] | None = None
+
+    def output(self, name: Output) -> "InceptionOutput":
+        """Return another output of the network, from the same pass, as an extractor."""
+        layers, head = self._network.layers, getattr(self._network, "output", None)
+        if not (hasattr(layers, SPATIAL_LAYER) if name == "sfid" else hasattr(head, "weight")):
+            raise LdmError(
+                f"{self._path} has no {OUTPUTS[name][0]}: give the published {WEIGHTS} with "
+                f"--weights PATH, or omit the metric {name}"
+            )
+        self._is_spatial |= name == "sfid"
+        return InceptionOutput(self, name)
+
+    def outputs(self, images: Tensor) -> dict[str, Tensor]:
+        """Compute the pooled features `fid`, and `sfid` if it is wanted, once for each batch.
+
+        The network is called layer by layer where the spatial features are wanted.
+        """
+        if self._last is None or self._last[0] is not images:
+            self._last = images, self._run(images)
+        return self._last[1]
+
+    def probabilities(self, images: Tensor) -> Tensor:
+        """Compute the probabilities of the network's classes, (B, 1008)."""
+        # without the bias, as the first Inception Scores were computed
+        logits: Tensor = self._features(images) @ self._network.output.weight.T
+        return logits.softmax(1)
 
     def _features(self, images: Tensor) -> Tensor:
-        if self.mode == "clean":
-            pixels = images.permute(0, 2, 3, 1).cpu().numpy()
-            resized = np.stack(list(self._threads.map(self._resize, pixels)))  # (B, 299, 299, 3)
-            inputs = torch.from_numpy(resized).permute(0, 3, 1, 2).to(self._device)
-            features = self._network.layers((inputs - 128) / 128).flatten(1)
-        else:
-            inputs = images.to(self._device).float()
-            features = self._network(inputs, return_features=True).flatten(1)
+        features = self.outputs(images)["fid"]
         if features.shape != (len(images), self.dim):
             raise LdmError(
                 f"{self._path} gives {features.shape[1]} features, not {self.dim}: no Inception "
                 f"network; give the right {WEIGHTS} with --weights PATH"
             )
         return features
+
+    def _run(self, images: Tensor) -> dict[str, Tensor]:
+        if self.mode == "clean":
+            pixels = images.permute(0, 2, 3, 1).cpu().numpy()
+            resized = np.stack(list(self._threads.map(self._resize, pixels)))  # (B, 299, 299, 3)
+            inputs = torch.from_numpy(resized).permute(0, 3, 1, 2).to(self._device)
+        else:
+            inputs = images.to(self._device).float()
+            if not self._is_spatial:
+                return {"fid": self._network(inputs, return_features=True).flatten(1)}
+            inputs = resize_as_tensorflow(inputs, SIDE)
+        x = (inputs - 128) / 128
+        if not self._is_spatial:
+            return {"fid": self._network.layers(x).flatten(1)}
+        found = {}
+        for name, layer in self._network.layers.named_children():
+            if name == SPATIAL_LAYER:
+                # Nash et al. 2021 (arXiv 2103.03841): the first 7 maps of this layer, of 17×17;
+                # the statistics that ADM publishes have the channels last
+                maps = layer.conv(x)[:, :SPATIAL_CHANNELS]
+                found["sfid"] = maps.permute(0, 2, 3, 1).flatten(1)
+            x = layer(x)
+        return found | {"fid": x.flatten(1)}
+
+
+class InceptionOutput(Extractor):
+    """Another output of Inception: spatial features (B, 2023), or class probabilities (B, 1008).
+
+    It comes from the same pass as the pooled features, if called with the same tensor of images.
+    """
+
+    def __init__(self, whole: FeatureExtractor, output: Output) -> None:
+        self._whole, self._output = whole, output
+        what, self.dim = OUTPUTS[output]
+        self.name, self.sha256, self.mode = f"{whole.name}, {what}", whole.sha256, whole.mode
+
+    def _features(self, images: Tensor) -> Tensor:
+        if self._output == "is":
+            found = self._whole.probabilities(images)
+        else:
+            found = self._whole.outputs(images)["sfid"]
+        if found.shape != (len(images), self.dim):
+            raise LdmError(f"{self.name}: {found.shape[1]} numbers, not {self.dim}: no Inception")
+        return found
+
+
+def resize_as_tensorflow(images: Tensor, side: int) -> Tensor:
+    """Resize images (B, C, H, W) to side × side as TensorFlow 1's `resize_bilinear` did.
+
+    Row i of the result lies at i·H/side of the image: its first rows fall on each other, and
+    nothing is antialiased.
+    """
+    for dim in (2, 3):
+        size = images.shape[dim]
+        place = torch.arange(side, device=images.device) * torch.tensor(size / side)
+        low = place.long().clamp(max=size - 1)
+        high = (low + 1).clamp(max=size - 1)
+        weight = (place - low).view(-1, 1) if dim == 2 else place - low
+        before, after = (images.index_select(dim, rows) for rows in (low, high))
+        images = before + (after - before) * weight
+    return images
 
 
 def weight_folders() -> list[Path]:
