@@ -25,6 +25,7 @@ from ldm.device import full_float32
 from ldm.distributed import fail_together, from_main, join_processes
 from ldm.errors import LdmError, UsageError, try_call
 from ldm.files import check_writable, write_json
+from ldm.images import find_shared, pack_hashes
 from ldm.logbook import console
 from ldm.metrics.inception import Extractor
 from ldm.records import read_tree
@@ -201,7 +202,7 @@ def _describe(samples: Samples, fake: SetStatistics, own: DataConfig | None) -> 
         "image_channels": samples.channels,
         "filter": samples_preparation(samples, own)[0],
         # equal for the same images in the same order
-        "fingerprint": sha256(statistics.pack_hashes(fake.hashes)).hexdigest(),
+        "fingerprint": sha256(pack_hashes(fake.hashes)).hexdigest(),
     }
 
 
@@ -305,7 +306,7 @@ def find_compressed(source: Source, resolution: Resolution) -> str | None:
 
 def find_copies(samples: Samples, fake: SetStatistics, real: SetStatistics) -> Iterator[str]:
     """Check that no sample is an image of the reference, if its images are known."""
-    copies = statistics.find_shared(fake.hashes, real.hashes)
+    copies = find_shared(fake.hashes, real.hashes)
     if copies:
         yield (
             f"{len(copies):,} of {len(samples):,} samples (such as {samples.name(copies[0])}) are "

@@ -27,10 +27,10 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background jo
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
     """The folder of kept statistics, empty, into which none can be fetched."""
-    from pipelines.measuring import reference
+    from ldm.metrics import features
 
     monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(reference, "ADDRESS", "file:///nowhere")
+    monkeypatch.setattr(features, "ADDRESS", "file:///nowhere")
     return tmp_path / "cache" / "statistics"
 
 

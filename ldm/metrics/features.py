@@ -15,12 +15,15 @@ from torch import Tensor
 
 from ldm.errors import LdmError
 from ldm.files import write_atomically
+from ldm.hub import cache_folder, find_or_fetch
 from ldm.records import parse_json, read_arrays
 from ldm.seeds import generator
 
 FORMAT = 1
 MOST, MOST_KEPT = 10**9, 10**6
 """Images, and those of them in the sample, in a file that is read back."""
+KEPT = 10_000
+"""Features in the sample."""
 
 Array = NDArray[np.float64]
 Rows = NDArray[np.float32]
@@ -117,7 +120,7 @@ class FeatureSet:
         kept: size of the sample; at most `total`.
     """
 
-    def __init__(self, dim: int, total: int, kept: int = 10_000, seed: int = 0) -> None:
+    def __init__(self, dim: int, total: int, kept: int = KEPT, seed: int = 0) -> None:
         self.dim, self.total, self.kept, self.seed = dim, total, kept, seed
         self.statistics = FeatureStatistics(dim)
         self._rows: dict[int, Rows] = {}  # number of an image in the sample → (dim,)
@@ -243,3 +246,40 @@ def paired_features(a: ArrayLike, b: ArrayLike, least: int, metric: str) -> tupl
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise LdmError(f"{metric}: the features hold a NaN or an infinity")
     return x, y
+
+
+# ------------------------------------------------------------------- clean-fid's statistics
+ADDRESS = "https://www.cs.cmu.edu/~clean-fid/stats"
+
+PUBLISHED = {
+    "ffhq256": ("trainval70k", 256, 70_000, "box"),
+    "ffhq1024": ("trainval70k", 1024, 70_000, None),
+    "ffhq256-50k": ("trainval", 256, 50_000, "box"),
+    "ffhq1024-50k": ("trainval", 1024, 50_000, None),
+}
+"""Statistics that clean-fid publishes: split, resolution, images, and filter of downsampling.
+
+They are mean and covariance of Inception's features of FFHQ (Parmar et al. 2022). At 256² they are
+of the data set's own tfrecords, downsampled from 1024² by averaging.
+"""
+
+
+def read_published(name: str, mode: str) -> tuple[Path, FeatureStatistics]:
+    """Find or fetch one of the `PUBLISHED` statistics for a mode of resizing; read them."""
+    split, side, images, _ = PUBLISHED[name]
+    # the name that clean-fid gives and looks for
+    file = f"ffhq_{mode.replace('-', '_')}_{split}_{side}.npz"
+    instead = "compare with your own images by --data"
+    path = find_or_fetch(file, f"{ADDRESS}/{file}", "", statistics_folders(), instead)
+    try:
+        parts = read_arrays(path)
+        return path, FeatureStatistics.from_moments(images, parts["mu"], parts["sigma"])
+    except (LdmError, KeyError, ValueError, TypeError) as error:
+        raise LdmError(f"{path} is damaged: delete it to have it fetched again") from error
+
+
+def statistics_folders() -> list[Path]:
+    """Return the folders that may hold clean-fid's statistics: our cache, and its own."""
+    import cleanfid
+
+    return [cache_folder() / "statistics", Path(cleanfid.__file__).parent / "stats"]

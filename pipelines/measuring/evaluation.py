@@ -36,11 +36,12 @@ from ldm.data.sources import Part, Split
 from ldm.distributed import fail_together, from_main
 from ldm.errors import LdmError, UsageError, try_call
 from ldm.files import to_json
+from ldm.images import Hashes, find_shared
 from ldm.seeds import generator
 from ldm.tables import latex_table, markdown_table, text_table
 from pipelines.measuring import statistics
 from pipelines.measuring.reference import choose_data, is_same, name_data
-from pipelines.measuring.statistics import CentreCrops, Hashes, MeasureOptions, accumulate
+from pipelines.measuring.statistics import CentreCrops, MeasureOptions, accumulate
 
 # ---------------------------------------------------------------------------------------- jobs
 SMALLEST = 16  # pixels: LPIPS halves images four times, and SSIM's window has 11
@@ -197,7 +198,7 @@ def find_overlap(
     ours, theirs = hashes(chosen, "held out"), hashes(_draw(train, len(train)), "trained on")
 
     def compare() -> dict[str, Any]:
-        found = statistics.find_shared(ours, theirs)
+        found = find_shared(ours, theirs)
         return {
             "shared": len(found),
             "example": chosen.name(found[0]) if found else None,

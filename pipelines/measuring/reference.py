@@ -4,15 +4,13 @@ A pass over a data set is made once: its statistics are kept in the cache, as
 $LDM_CACHE/statistics/<key>.npz. The key is a SHA-256 over all that decides the features: the
 images' content, the split, the resolution, the crop, the extractor's weights and resizing, and the
 version of Pillow, which decodes and resizes. Patches are not kept but cut anew.
-
-clean-fid publishes mean and covariance of Inception's features of FFHQ (Parmar et al. 2022) at 256²
-and 1024². At 256² they are of the data set's own tfrecords, downsampled from 1024² by averaging.
 """
 
 import base64
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from functools import cached_property
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -39,21 +37,20 @@ from ldm.data.sources import Part, Split
 from ldm.data.transforms import covers
 from ldm.distributed import from_main
 from ldm.errors import LdmError, UsageError
-from ldm.hub import cache_folder, find_or_fetch
+from ldm.hub import cache_folder
+from ldm.images import Hashes, pack_hashes
 from ldm.logbook import console
-from ldm.metrics import FeatureStatistics
-from ldm.metrics.features import FeatureSet
-from ldm.metrics.inception import Extractor, FeatureExtractor, digest
-from ldm.records import Count, checked, read_arrays, schema
+from ldm.metrics.features import KEPT, PUBLISHED, FeatureSet, read_published
+from ldm.metrics.inception import Extractor, FunctionExtractor, digest
+from ldm.records import Count, checked, schema
 from ldm.run_folder import provenance
 from pipelines.measuring.statistics import (
     SEED,
     CentreCrops,
-    Hashes,
+    ImageSet,
     SetStatistics,
     accumulate,
     draw_images,
-    pack_hashes,
 )
 
 
@@ -95,11 +92,17 @@ class Reference:
         about: the reference's entry in a result. `filter` is the filter that the images were
             downsampled with, where it is known.
         known: statistics of images that need not be here.
-        config, source: the data; None where only statistics are there.
+        config, source: the data; None where only statistics, or images in an array, are there.
+        kept: features that precision and recall are over, at most.
+        given: metrics whose statistics are of more images than `about` counts.
+        has_patches: images are there, for SWD.
     """
 
     config: DataConfig | None = None
     source: Source | None = None
+    kept: int = KEPT
+    given: tuple[str, ...] = ()
+    has_patches = False
 
     def __init__(
         self, resolution: Resolution, about: dict[str, Any], known: SetStatistics | None = None
@@ -111,12 +114,61 @@ class Reference:
     def __len__(self) -> int:
         return self.about["count"]
 
+    @property
+    def identity(self) -> dict[str, Any] | None:
+        """All that decides the images as they are compared; None where nothing is to be kept."""
+        return None
+
+    def part(self, indices: np.ndarray) -> ImageSet:
+        """Return some of the images, numbered anew."""
+        raise NotImplementedError
+
     def statistics(
-        self, ranks: PartialState, extractor: Extractor | None, swd_images: int, **how: Any
+        self,
+        ranks: PartialState,
+        extractor: Extractor | None,
+        swd_images: int,
+        others: Mapping[str, Extractor] | None = None,
+        **how: Any,
     ) -> SetStatistics:
-        """Load or `accumulate` the statistics; complete on the main process only."""
-        assert self.known is not None
-        return self.known
+        """Accumulate over all images, or load the features kept of an earlier pass.
+
+        The numbers are the same either way, up to the last digits of float64. They are complete on
+        the main process only.
+        """
+        if self.known is not None:
+            return self.known
+        how |= {"patch_seed": SEED + 1, "kept": self.kept}
+        wanted = ({} if extractor is None else {"fid": extractor}) | dict(others or {})
+        identities = from_main(ranks, lambda: {k: identify(self, e) for k, e in wanted.items()})
+        paths = {name: statistics_path(each) for name, each in identities.items() if each}
+        kept: dict[str, tuple[FeatureSet, Hashes]] = {}
+        if ranks.is_main_process:
+            loaded = {name: _load_kept(path, identities[name]) for name, path in paths.items()}
+            kept = {name: found for name, found in loaded.items() if found is not None}
+        there = from_main(ranks, lambda: [*kept])
+        left = {name: each for name, each in wanted.items() if name not in there}
+        if there and not left:
+            drawn = draw_images(len(self), swd_images).numpy()
+            result = accumulate(self.part(drawn), ranks, swd_images=len(drawn), **how)
+        else:
+            rest = {name: each for name, each in left.items() if name != "fid"}
+            images: Any = self
+            result = accumulate(
+                images, ranks, left.get("fid"), swd_images=swd_images, others=rest, **how
+            )
+        are_kept = True
+        for name, path in paths.items() if ranks.is_main_process else ():
+            if name in kept:
+                features, result.hashes = kept[name]
+                result.put(name, features)
+            else:
+                features = result.get(name)
+                are_kept &= _keep(path, identities[name], features, result.hashes, self)
+        for name, path in [*paths.items()][:1]:  # of FID, if it is measured
+            origin = {"content": identities[name]["content"], "kept": not left}
+            self.about |= origin | {"statistics": str(path) if are_kept else None}
+        return result
 
 
 class ImageReference(Reference):
@@ -128,6 +180,7 @@ class ImageReference(Reference):
 
     config: DataConfig
     source: Source
+    has_patches = True
 
     def __init__(
         self,
@@ -186,62 +239,44 @@ class ImageReference(Reference):
             if wanted.any():  # of the last batch a process may have none
                 yield Batch(batch.images[wanted], batch.k[wanted], batch.labels[wanted])
 
-    def part(self, indices: range | np.ndarray) -> CentreCrops:
+    def part(self, indices: range | np.ndarray) -> ImageSet:
         """Return some of the images, numbered anew; not of random crops."""
         return CentreCrops(Part(self.source, indices), self.resolution, self.what, len(self))
 
-    def statistics(
-        self, ranks: PartialState, extractor: Extractor | None, swd_images: int, **how: Any
-    ) -> SetStatistics:
-        """Accumulate over all images, or load the features kept of an earlier pass.
-
-        The numbers are the same either way, up to the last digits of float64.
-        """
-        how["patch_seed"] = SEED + 1
-        identity = from_main(ranks, lambda: identify(self, extractor))
-        if identity is None:
-            return accumulate(self, ranks, extractor, swd_images=swd_images, **how)
-        path = statistics_path(identity)
-        origin: dict[str, Any] = {"content": identity["content"], "statistics": str(path)}
-        kept = _load_kept(path, identity) if ranks.is_main_process else None
-        is_kept = from_main(ranks, lambda: kept is not None)
-        if is_kept:
-            drawn = draw_images(len(self), swd_images).numpy()
-            found = accumulate(self.part(drawn), ranks, swd_images=len(drawn), **how)
-            if kept is not None:
-                found.features, found.hashes = kept
-        else:
-            found = accumulate(self, ranks, extractor, swd_images=swd_images, **how)
-            if ranks.is_main_process and not _keep(path, identity, found, self):
-                origin["statistics"] = None
-        self.about |= origin | {"kept": is_kept}
-        return found
+    @cached_property
+    def identity(self) -> dict[str, Any] | None:
+        if self.config.source == PHOTOS:
+            return None
+        source, kind = self.source, find_type(self.source)
+        return {
+            "content": content_identity(source, len(self)),
+            "split": self.about["split"],
+            "crop": "center",
+            **({} if source.channels == 3 else {"channels": source.channels}),
+            **({"range": list(source.range)} if source.range else {}),
+            **({} if kind in ("uint8", None) else {"dtype": kind}),
+            **({} if self.config.small == "error" else {"small": self.config.small}),
+        }
 
 
 # ---------------------------------------------------------------------------- kept statistics
 FORMAT = 1
 
 
-def identify(reference: ImageReference, extractor: Extractor | None) -> dict[str, Any] | None:
+def identify(reference: Reference, extractor: Extractor | None) -> dict[str, Any] | None:
     """Return all that decides a reference's features; None where they are not to be kept."""
     # a user's own extractor does not tell when its weights change
-    if not isinstance(extractor, FeatureExtractor) or reference.config.source == PHOTOS:
+    if not isinstance(extractor, Extractor) or isinstance(extractor, FunctionExtractor):
         return None
-    if len(reference) < extractor.dim:  # their covariance takes more room than they take time
+    # the covariance of a few takes more room than they take time
+    if len(reference) < extractor.dim or (images := reference.identity) is None:
         return None
-    return {
+    return images | {
         "format": FORMAT,
-        "content": content_identity(reference.source, len(reference)),
-        "split": reference.about["split"],
         "images": len(reference),
         "resolution": plain_size(reference.resolution),
-        "crop": "center",
         "extractor": _identify_extractor(extractor),
         "pillow": version("pillow"),
-        **({} if reference.source.channels == 3 else {"channels": reference.source.channels}),
-        **({"range": list(reference.source.range)} if reference.source.range else {}),
-        **({} if (kind := find_type(reference.source)) in ("uint8", None) else {"dtype": kind}),
-        **({} if reference.config.small == "error" else {"small": reference.config.small}),
     }
 
 
@@ -255,25 +290,24 @@ def statistics_path(identity: dict[str, Any]) -> Path:
 
 
 def _keep(
-    path: Path, identity: dict[str, Any], found: SetStatistics, reference: ImageReference
+    path: Path, identity: Any, features: FeatureSet, hashes: Hashes, reference: Reference
 ) -> bool:
     """Write the features and hashes to the cache, and return True, if that is possible."""
-    assert found.features is not None
     about = {
         "identity": identity,
         "reference": reference.about,
-        "fingerprints": base64.b64encode(pack_hashes(found.hashes)).decode(),
+        "fingerprints": base64.b64encode(pack_hashes(hashes)).decode(),
         **provenance(),
     }
     try:
-        found.features.save(path, about)
+        features.save(path, about)
     except LdmError as error:
         console.print(f"note: the reference's statistics are not kept: {error}", markup=False)
         return False
     return True
 
 
-def _load_kept(path: Path, identity: dict[str, Any]) -> tuple[FeatureSet, Hashes] | None:
+def _load_kept(path: Path, identity: Any) -> tuple[FeatureSet, Hashes] | None:
     """The kept features and hashes; None where there are none, or they are damaged."""
     if not path.is_file():
         return None
@@ -306,17 +340,6 @@ def _read_kept(path: Path, advice: str) -> tuple[FeatureSet, Hashes, dict[str, A
 
 
 # -------------------------------------------------------------------------- statistics in a file
-ADDRESS = "https://www.cs.cmu.edu/~clean-fid/stats"
-
-PUBLISHED = {
-    "ffhq256": ("trainval70k", 256, 70_000, "box"),
-    "ffhq1024": ("trainval70k", 1024, 70_000, None),
-    "ffhq256-50k": ("trainval", 256, 50_000, "box"),
-    "ffhq1024-50k": ("trainval", 1024, 50_000, None),
-}
-"""Statistics that clean-fid publishes: split, resolution, images, and filter of downsampling."""
-
-
 def open_statistics(
     name: str, extractor: Extractor | None, missing: str | None = None
 ) -> Reference:
@@ -364,16 +387,8 @@ def _open_published(name: str, extractor: Extractor) -> Reference:
             f"of another extractor ({extractor.name}), and distances between features of two "
             "networks mean nothing: omit --features and --weights, or give --data"
         )
+    path, moments = read_published(name, extractor.mode)
     split, side, images, filtered = PUBLISHED[name]
-    # the name that clean-fid gives and looks for
-    file = f"ffhq_{extractor.mode.replace('-', '_')}_{split}_{side}.npz"
-    instead = "compare with your own images by --data"
-    path = find_or_fetch(file, f"{ADDRESS}/{file}", "", statistics_folders(), instead)
-    try:
-        parts = read_arrays(path)
-        moments = FeatureStatistics.from_moments(images, parts["mu"], parts["sigma"])
-    except (LdmError, KeyError, ValueError, TypeError) as error:
-        raise LdmError(f"{path} is damaged: delete it to have it fetched again") from error
     if moments.dim != extractor.dim:
         raise LdmError(f"{path} holds {moments.dim} features, not {extractor.dim}: delete it")
     features = FeatureSet(extractor.dim, images, kept=0)
@@ -387,10 +402,3 @@ def _open_published(name: str, extractor: Extractor) -> Reference:
         "statistics_sha256": digest(path),
     }
     return Reference(side, entry, SetStatistics.of_features(features, {}))
-
-
-def statistics_folders() -> list[Path]:
-    """Return the folders that may hold clean-fid's statistics: our cache, and its own."""
-    import cleanfid
-
-    return [cache_folder() / "statistics", Path(cleanfid.__file__).parent / "stats"]

@@ -6,12 +6,11 @@ distance, which needs no network), and a hash of every image (to find images tha
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -26,17 +25,19 @@ from ldm.data import Batch, Source, evaluation_batches
 from ldm.data.loader import FaultCount
 from ldm.distributed import fail_together, from_main
 from ldm.errors import LdmError, UsageError, check_at_least
-from ldm.images import as_rgb, as_uint8
+from ldm.images import Hashes, as_rgb, as_uint8, hash_images
 from ldm.logbook import show_progress
 from ldm.metrics import (
     FeatureSet,
+    FeatureStatistics,
     PatchDescriptors,
     frechet_distance,
     kernel_distance,
     precision_recall,
 )
-from ldm.metrics.fid import bootstrap_fid
-from ldm.metrics.inception import Extractor, Mode, load_extractor
+from ldm.metrics.features import KEPT
+from ldm.metrics.fid import InceptionScore, bootstrap_fid
+from ldm.metrics.inception import OUTPUTS, Extractor, FeatureExtractor, Mode, load_extractor
 from ldm.metrics.swd import compare_descriptors
 from ldm.seeds import generator
 
@@ -46,6 +47,11 @@ SEED = 0  # of patches, directions and subsets: the same in every measurement, s
 SWD_IMAGES = 16_384  # Karras et al. 2018, Section 5
 NEAREST = 3  # Kynkäänniemi et al. 2019: neighbours that span a manifold; it takes one more feature
 
+Metric = Literal["fid", "sfid", "is", "kid", "precision", "recall", "swd", "fd-dinov2"]
+DEFAULT: tuple[Metric, ...] = ("fid", "kid", "precision", "recall", "swd")
+NO_NETWORK: tuple[Metric, ...] = ("swd", "fd-dinov2")
+"""Metrics that do without Inception, or a user's own extractor in its place."""
+
 
 # -------------------------------------------------------------------------------------- options
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class MeasureOptions:
 
     Attributes:
         fid: False leaves out all numbers that need features.
+        metrics: names of the metrics; None: `DEFAULT`.
         mode: Inception's resizing: clean-fid's, or that of the first FIDs.
         features: `module:function` of a user's own extractor; None: Inception.
         weights: `inception-2015-12-05.pt`; None: searched for, else fetched.
@@ -64,6 +71,7 @@ class MeasureOptions:
     """
 
     fid: bool = True
+    metrics: tuple[Metric, ...] | None = None
     mode: Mode = "clean"
     features: str | None = None
     weights: Path | None = None
@@ -80,12 +88,23 @@ class MeasureOptions:
             raise UsageError(f"--bootstrap {self.bootstrap}: it must be 0, or 2 draws or more")
         if not self.fid and (self.weights or self.features or self.mode != "clean"):
             raise UsageError("--no-fid excludes --weights, --features and --mode: omit them")
+        for metric in self.metrics or ():
+            if metric not in get_args(Metric):
+                known = ", ".join(get_args(Metric))
+                raise UsageError(f"--metrics: no metric '{metric}': choose from {known}")
+            if metric in OUTPUTS and self.features:
+                raise UsageError(f"--features replaces Inception, of which {metric} is: omit one")
+
+    def wants(self, *metrics: Metric) -> bool:
+        """Tell whether one of some metrics is to be measured."""
+        return any(metric in (self.metrics or DEFAULT) for metric in metrics)
 
     def words(self) -> list[str]:
         """Return a word for the result's file name for each non-default setting."""
         return [
             *([f"first{self.limit}"] if self.limit else []),
             *([] if self.fid else ["no-fid"]),
+            *(self.metrics or ()),
             *([self.features] if self.features else []),
             *([self.mode] if self.mode != "clean" else []),
         ]
@@ -112,6 +131,33 @@ def find_extractor(
     if why is not None and (how.weights is not None or how.features is not None):
         raise LdmError(why)
     return extractor, why
+
+
+def find_extractors(
+    how: MeasureOptions, resolution: Resolution, device: torch.device, ranks: PartialState
+) -> tuple[Extractor | None, dict[str, Extractor], str | None]:
+    """Load the networks of all metrics: that of FID, KID, precision and recall; those of others, by
+    the metrics' names in a result; and the reason for the absence of the first.
+
+    Raises:
+        LdmError: a network is missing without which nothing that was requested is measured.
+    """
+    main, others, missing = None, dict[str, Extractor](), None
+    if any(metric not in NO_NETWORK for metric in how.metrics or DEFAULT):
+        main, missing = find_extractor(how, resolution, device, ranks)
+        if missing is not None and not how.wants("swd"):
+            raise LdmError(missing)
+    if isinstance(main, FeatureExtractor):
+        with fail_together(ranks):
+            others |= {name: main.output(name) for name in OUTPUTS if how.wants(name)}
+    if how.wants("fd-dinov2"):
+        from ldm.metrics.dinov2 import Dinov2
+
+        dinov2, why = load_on_all(lambda: Dinov2(device), ranks)
+        if dinov2 is None:
+            raise LdmError(why)
+        others["fd_dinov2"] = dinov2
+    return main, others, missing
 
 
 def refuse_channels(channels: int) -> str | None:
@@ -160,33 +206,6 @@ def join_words(*words: str) -> str:
     return re.sub(r"[^\w.=-]+", "_", "-".join(words)).strip("_-")
 
 
-# --------------------------------------------------------------------------------- image hashes
-Hashes = dict[int, int]
-"""The number of an image in its set → 64 bits of the SHA-256 of its pixels, as compared."""
-
-HASH_BYTES = 8  # of 50,000 and 70,000 images, two different ones collide once in 5·10⁹ comparisons
-
-
-def hash_images(images: Tensor, ks: Tensor) -> Hashes:
-    """Hash images (B, C, H, W), at 8 bits, with the numbers `ks` (B,)."""
-    images = as_uint8(images)
-    # the same pixels may lie in memory in either layout: bring them to one
-    pixels = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-    digests = (sha256(image.data).digest()[:HASH_BYTES] for image in pixels)
-    return {k: int.from_bytes(d, "little") for k, d in zip(ks.tolist(), digests, strict=True)}
-
-
-def pack_hashes(hashes: Hashes) -> bytes:
-    """Join hashes in the order of the images' numbers."""
-    return np.array([hashes[k] for k in sorted(hashes)], "<u8").tobytes()
-
-
-def find_shared(hashes: Hashes, others: Hashes) -> list[int]:
-    """Return the sorted numbers of the images of a set that another set contains, too."""
-    known = set(others.values())
-    return sorted(k for k, value in hashes.items() if value in known)
-
-
 # ------------------------------------------------------------------------------------- one pass
 class ImageSet(Protocol):
     """A set of images of one size, numbered from 0; `what` describes it to the user."""
@@ -228,8 +247,10 @@ class SetStatistics:
     Args:
         total: images that all processes together will bring, numbered 0 … total − 1.
         extractor: None leaves the features out.
+        others: extractors of further metrics, by the metrics' names.
         swd_images: images to take patches of; 0: none.
         every_feature: keep the features of all images, batch by batch, beside their moments.
+        kept: features to keep for KID, precision and recall.
         patch_seed: of the patches' places: SEED in samples and reconstructions, SEED + 1 in what
             they are compared with, for in the same places a reconstruction shows the same content.
     """
@@ -242,8 +263,15 @@ class SetStatistics:
         swd_images: int = SWD_IMAGES,
         every_feature: bool = False,
         patch_seed: int = SEED,
+        others: Mapping[str, Extractor] | None = None,
+        kept: int = KEPT,
     ) -> None:
-        self.features = FeatureSet(extractor.dim, total, seed=SEED) if extractor else None
+        self.features = FeatureSet(extractor.dim, total, kept, SEED) if extractor else None
+        self.others: dict[str, Any] = {  # FeatureSets, of which no features are kept, and a score
+            name: InceptionScore(other.dim, total) if name == "is"
+            else FeatureSet(other.dim, total, kept=0, seed=SEED)
+            for name, other in (others or {}).items()
+        }  # fmt: skip
         self.patches = PatchDescriptors(resolution, seed=patch_seed) if swd_images else None
         self.hashes: Hashes = {}  # `accumulate` fills them in
         self.every_feature: list[NDArray[np.float32]] | None = [] if every_feature else None
@@ -258,24 +286,47 @@ class SetStatistics:
         found.features, found.hashes = features, hashes
         return found
 
-    def update(self, images: Tensor, ks: Tensor, extractor: Extractor | None = None) -> None:
+    def update(
+        self,
+        images: Tensor,
+        ks: Tensor,
+        extractor: Extractor | None = None,
+        others: Mapping[str, Extractor] | None = None,
+    ) -> None:
         """Take in images (B, C, H, W), uint8 or floats in [−1, 1], with their numbers (B,).
 
-        The extractor sees them at 8 bits, and one channel repeated to three.
+        The extractors see them at 8 bits, and one channel repeated to three.
         """
         if self.patches is not None:
             places = self._places[ks.cpu()]
             if (chosen := places >= 0).any():
                 self.patches.update(images[chosen], places[chosen])
+        if extractor is None and not others:
+            return
+        pixels = as_uint8(as_rgb(images))  # one tensor: the outputs of one network share a pass
+        for name, other in (others or {}).items():
+            self.others[name].update(other(pixels), ks)
         if self.features is not None and extractor is not None:
-            features = extractor(as_uint8(as_rgb(images)))
+            features = extractor(pixels)
             self.features.update(features, ks)
             if self.every_feature is not None:
                 self.every_feature.append(features.float().numpy())
 
+    def get(self, name: str) -> Any:
+        """Return the features, or the score, of a metric."""
+        return self.features if name == "fid" else self.others[name]
+
+    def put(self, name: str, features: FeatureSet) -> None:
+        """Set the features of a metric."""
+        if name == "fid":
+            self.features = features
+        else:
+            self.others[name] = features
+
     def merge(self, other: "SetStatistics") -> None:
         """Take in another process's share of the same set."""
         kept: list[Any] = [(self.features, other.features), (self.patches, other.patches)]
+        kept += [(mine, other.others.get(name)) for name, mine in self.others.items()]
         if any((mine is None) != (theirs is None) for mine, theirs in kept):
             raise ValueError("cannot merge statistics that keep different things")
         for mine, theirs in kept:
@@ -301,6 +352,8 @@ def accumulate(
     swd_images: int = SWD_IMAGES,
     every_feature: bool = False,
     patch_seed: int = SEED,
+    others: Mapping[str, Extractor] | None = None,
+    kept: int = KEPT,
 ) -> SetStatistics:
     """Take in every image of a set once, shared by all processes; for options see `SetStatistics`.
 
@@ -308,8 +361,9 @@ def accumulate(
     others those of their share.
     """
     mine = SetStatistics(
-        len(images), images.resolution, extractor, swd_images, every_feature, patch_seed
-    )
+        len(images), images.resolution, extractor, swd_images, every_feature, patch_seed, others,
+        kept,
+    )  # fmt: skip
     # starting processes for a single batch takes longer than loading it
     workers = min(workers, len(images) // batch_size)
     with (
@@ -318,7 +372,7 @@ def accumulate(
     ):
         rank, world = ranks.process_index, ranks.num_processes
         for batch in images.batches(batch_size, rank, world, workers):
-            mine.update(batch.images.to(device), batch.k, extractor)
+            mine.update(batch.images.to(device), batch.k, extractor, others)
             mine.hashes |= hash_images(batch.images, batch.k)
             advance(len(batch.k) * world)
     return gather_statistics(mine, ranks)
@@ -337,7 +391,11 @@ def gather_statistics(mine: SetStatistics, ranks: PartialState) -> SetStatistics
 
 # ------------------------------------------------------------------------------------ distances
 def compare_sets(
-    fake: SetStatistics, real: SetStatistics, device: torch.device, draws: int = 0
+    fake: SetStatistics,
+    real: SetStatistics,
+    device: torch.device,
+    draws: int = 0,
+    metrics: Iterable[Metric] = DEFAULT,
 ) -> dict[str, Any]:
     """Compute the distances between a set of generated images and one of real images.
 
@@ -346,25 +404,44 @@ def compare_sets(
     Returns:
         `fid` (Heusel et al. 2017), `kid` and `kid_std` (Bińkowski et al. 2018), `precision` and
         `recall` (Kynkäänniemi et al. 2019), `swd` by level and `mean` (Karras et al. 2018, ×10³),
-        and `swd_images`, the images of each side that it is over; None without enough features or
-        patches.
+        `sfid` (Nash et al. 2021), `is` (Salimans et al. 2016), `fd_dinov2` (Stein et al. 2023);
+        `swd_images`, the images of each side that SWD is over, and `neighbours`, the features of
+        the samples and of the reference that precision and recall are over. None for what was not
+        requested, and without enough features or patches.
     """
-    names = ("fid", "fid_interval", "kid", "kid_std", "precision", "recall", "swd")
+    wanted = set(metrics)
+    names = ("fid", "fid_interval", "kid", "kid_std", "precision", "recall", "swd", "sfid", "is",
+             "fd_dinov2", "neighbours")  # fmt: skip
     result: dict[str, Any] = dict.fromkeys(names) | {"swd_images": 0}
+    for name in fake.others.keys() & real.others.keys():
+        result[name] = _frechet(fake.others[name].statistics, real.others[name].statistics)
+    if "is" in fake.others:
+        result["is"] = fake.others["is"].value()
     if fake.features is not None and real.features is not None:
-        a, b = fake.features.statistics, real.features.statistics
-        if min(a.count, b.count) > 1:
-            result["fid"] = frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
-            if draws:
+        b = real.features.statistics
+        if "fid" in wanted:
+            result["fid"] = _frechet(fake.features.statistics, b)
+            if draws and result["fid"] is not None:
                 features = np.concatenate(fake.every_feature or [])
                 interval = bootstrap_fid(features, b, result["fid"], draws)
                 result["fid_interval"] = interval._asdict()
         ours, theirs = fake.features.sample(), real.features.sample()
-        if min(len(ours), len(theirs)) > NEAREST:
+        has_enough = min(len(ours), len(theirs)) > NEAREST
+        if has_enough and "kid" in wanted:
             kernel = kernel_distance(ours, theirs, seed=SEED)
-            closeness = precision_recall(theirs, ours, NEAREST)
-            result |= {"kid": kernel.mean, "kid_std": kernel.std} | closeness._asdict()
+            result |= {"kid": kernel.mean, "kid_std": kernel.std}
+        if has_enough and wanted & {"precision", "recall"}:
+            closeness = precision_recall(theirs, ours, NEAREST)._asdict()
+            result |= {name: value for name, value in closeness.items() if name in wanted}
+            result["neighbours"] = {"samples": len(ours), "reference": len(theirs)}
     if fake.patches is not None and real.patches is not None:
         result["swd"] = compare_descriptors(fake.patches, real.patches, SEED, device=device)
         result["swd_images"] = min(fake.patches.count, real.patches.count)
     return result
+
+
+def _frechet(a: FeatureStatistics, b: FeatureStatistics) -> float | None:
+    """The Fréchet distance of two sets of features; None if one has no covariance."""
+    if min(a.count, b.count) < 2:
+        return None
+    return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)

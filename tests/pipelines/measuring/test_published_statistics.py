@@ -8,10 +8,10 @@ from PIL import Image
 
 from ldm.data import DataConfig
 from ldm.errors import LdmError, UsageError
-from ldm.metrics import frechet_distance, inception
+from ldm.metrics import features, frechet_distance, inception
+from ldm.metrics.features import PUBLISHED, statistics_folders
 from pipelines.fid import measure_fid
-from pipelines.measuring import reference as references
-from pipelines.measuring.reference import PUBLISHED, open_statistics, statistics_folders
+from pipelines.measuring.reference import open_statistics
 from tests.ldm.metrics.fake_inception import FakeInception, save_script
 from tests.pipelines.measuring.fid_sides import DIM, direct_features, pictures, write_folder
 
@@ -71,7 +71,7 @@ def test_published_statistics_are_found_by_name(cache, weights, published, name,
 def test_clean_fids_own_folder_is_searched(tmp_path, published, monkeypatch):
     assert statistics_folders()[1].parts[-2:] == ("cleanfid", "stats")
     folders = [tmp_path / "none", tmp_path / "theirs"]
-    monkeypatch.setattr(references, "statistics_folders", lambda: folders)
+    monkeypatch.setattr(features, "statistics_folders", lambda: folders)
     write_published(folders[1], "ffhq_clean_trainval70k_256.npz")
     assert open_statistics("ffhq256", published).known.features.dim == DIM
 

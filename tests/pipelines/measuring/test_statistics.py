@@ -10,6 +10,7 @@ from accelerate import PartialState
 
 from ldm import distributed, logbook
 from ldm.errors import LdmError, UsageError
+from ldm.images import Hashes, find_shared, hash_images, pack_hashes
 from ldm.metrics import frechet_distance, sliced_wasserstein
 from pipelines.measuring import statistics
 from pipelines.measuring.statistics import (
@@ -20,11 +21,8 @@ from pipelines.measuring.statistics import (
     compare_sets,
     draw_images,
     find_extractor,
-    find_shared,
     gather_statistics,
-    hash_images,
     load_on_all,
-    pack_hashes,
 )
 from tests.pipelines.measuring.fid_sides import SIZE, pictures, to_nchw
 
@@ -159,7 +157,7 @@ def test_a_failing_pass_ends_its_progress_bar(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------ hashes
-def hashes(images: torch.Tensor, ks: list[int] | None = None) -> statistics.Hashes:
+def hashes(images: torch.Tensor, ks: list[int] | None = None) -> Hashes:
     return hash_images(images, torch.tensor(ks or range(len(images))))
 
 
