@@ -25,7 +25,7 @@ from ldm.distributed import fail_together, from_main, join_processes
 from ldm.errors import check_at_least
 from ldm.files import check_writable, write_json
 from ldm.logbook import console, show_progress
-from ldm.metrics.inception import Extractor
+from ldm.metrics.inception import Extractor, describe_channels, refuse_channels
 from ldm.run_folder import newest_run, provenance
 from pipelines.measuring import evaluation, statistics
 from pipelines.measuring.evaluation import NUMBERS, Evaluation, EvaluationJob
@@ -130,7 +130,7 @@ def load_metrics(
 
 def _that_fit(metrics: Metrics, ae: Autoencoder, ranks: PartialState) -> Metrics:
     """The networks, without an extractor that does not take images of as many channels."""
-    why = statistics.refuse_channels(ae.config.image_channels)
+    why = refuse_channels(ae.config.image_channels)
     if why is None or metrics.extractor is None:
         return metrics
     missing = metrics.missing | dict.fromkeys(OF_FEATURES, why)
@@ -234,7 +234,7 @@ def _conclude(
     channels, pixels = config.image_channels, config.pixels
     depth = {"uint8": "8 bits", "uint16": "16 bits"}.get(pixels.type)
     if channels != 3:
-        notes.append(statistics.describe_channels(channels))
+        notes.append(describe_channels(channels))
     return numbers, {
         "model": job.about_model,
         **({} if channels == 3 else {"image_channels": channels}),

@@ -1,4 +1,5 @@
-"""Measure samples against a reference: FID, KID, precision, recall, sliced Wasserstein distance.
+"""Measure samples against a reference: FID, KID, precision, recall, sliced Wasserstein distance;
+and sFID, Inception Score and FD-DINOv2.
 
 <samples>/fid.json                   the numbers, and all they depend on: the two sets, the
                                      reference's preparation, the network, the versions
@@ -10,6 +11,7 @@
 
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -27,13 +29,26 @@ from ldm.errors import LdmError, UsageError, try_call
 from ldm.files import check_writable, write_json
 from ldm.images import find_shared, pack_hashes
 from ldm.logbook import console
-from ldm.metrics.inception import Extractor
+from ldm.metrics.features import ReferenceBatch
+from ldm.metrics.inception import Extractor, describe_channels
 from ldm.records import read_tree
 from ldm.run_folder import provenance
 from pipelines.measuring import reference as references
 from pipelines.measuring import statistics
-from pipelines.measuring.reference import PUBLISHED, ImageReference, Reference, name_data
-from pipelines.measuring.statistics import SWD_IMAGES, MeasureOptions, SetStatistics, accumulate
+from pipelines.measuring.reference import (
+    OTHER,
+    PUBLISHED,
+    BatchReference,
+    ImageReference,
+    Reference,
+)
+from pipelines.measuring.statistics import (
+    DEFAULT,
+    SWD_IMAGES,
+    MeasureOptions,
+    SetStatistics,
+    accumulate,
+)
 from pipelines.sampling.model import ModelSamples
 from pipelines.sampling.sample_folder import (
     SampleFolder,
@@ -60,7 +75,7 @@ def measure_fid(
     sampling: dict[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Measure samples against one split of a data set, or statistics; write and return the result.
+    """Measure samples against a data set, statistics or both; write and return the result.
 
     The reference's images are centre-cropped to the samples' size, never mirrored; of the built-in
     photographs there are as many random crops as samples (split val: its tiles). Statistics of
@@ -72,24 +87,23 @@ def measure_fid(
 
     Args:
         samples: a folder of `ldm sample` or of PNGs, a zip, or shards; None: the newest.
-        data: `photos`, a folder, a zip, or shards; or a config; None: the training data of the
-            samples' model.
-        split: None: all images, training and held out, as published FIDs on FFHQ are measured
-            against all 70,000; refused for a model that was trained on all of them.
+        data: `photos`, a folder, a zip, or shards; or a config; None: the samples' model's own.
+        split: None: all images, as published FIDs on FFHQ are against all 70,000; refused for a
+            model that was trained on all of them.
         model: a stage-two file, run folder or Hub repository, to sample from without writing.
-        reference: statistics in place of data: `ffhq256`, `ffhq1024`, or a file.
+        reference: in place of data: `ffhq256`, `ffhq1024`, kept statistics, or an ADM batch.
         sampling: with `model`: `n`, 50,000 by default, and the keywords of `sample_images`.
-        options: the fields of `MeasureOptions`. `out` defaults to a file named after the
-            non-default settings, for a config to `fid.json`.
+        options: of `MeasureOptions`, with other defaults for an ADM batch, see `_complete`; `out`
+            defaults to a file named after other settings, for a config to `fid.json`.
 
     Raises:
         UsageError: arguments exclude each other or are out of range; or `data` is omitted, and the
             samples do not name their model's training data.
         LdmError: samples or reference cannot be read; a check refuses the comparison, without
-            `force`; or the Inception weights are missing: then `fid.json` holds SWD and null for
-            the other numbers. An FID that is there already stays, and SWD is in `fid-swd.json`.
+            `force`; or Inception's weights are missing: then `fid.json`, or `fid-swd.json` where
+            there is an FID already, holds SWD and null for other numbers.
     """
-    how = MeasureOptions(**options)
+    how = MeasureOptions(**{name: each for name, each in options.items() if each is not None})
     if how.limit == 1:
         raise UsageError("--limit 1: a covariance needs two images or more")
     for one, other, names in (
@@ -99,17 +113,41 @@ def measure_fid(
     ):
         if one is not None and other is not None:
             raise UsageError(f"{names} exclude each other: give one of them")
+    plain, how = how, _complete(how, reference, options.get("mode"))
     fake = _open_samples(samples, model, sampling or {}, how)
     own, needed = None, data is None and reference is None
     with nullcontext() if needed else suppress(UsageError):  # settings of another version
         own = trained_on(fake)
-    against = reference or references.choose_data(data, own)
+    against = reference or loader.choose_data(data, own)
     if against is None:
         raise UsageError(f"{fake.path} does not name its model's training data: give --data")
     out = how.out or fake.result_path
     if how.out is None and not isinstance(data, DataConfig):
-        out = fid_path(out, reference or (None if against is own else data), split, how)
+        out = fid_path(out, reference or (None if against is own else data), split, plain)
     return _measure(fake, against, split, out, how)
+
+
+def _is_batch(reference: DataConfig | str | None) -> bool:
+    is_path = isinstance(reference, str) and reference not in PUBLISHED
+    return is_path and ReferenceBatch.is_one(Path(str(reference)).expanduser(), OTHER)
+
+
+def _complete(how: MeasureOptions, reference: str | None, mode: str | None) -> MeasureOptions:
+    """Complete the options for a reference batch of ADM: its resizing, and all metrics but
+    FD-DINOv2 that it allows."""
+    if reference is not None:
+        references.check_statistics(reference)
+    if not _is_batch(reference):
+        return how
+    metrics = how.metrics
+    if metrics is None:
+        batch = ReferenceBatch(Path(str(reference)).expanduser(), OTHER)
+        ours = ("is",) if how.features is None else ()
+        theirs = ("sfid", *DEFAULT) if len(batch) else batch.given
+        metrics = tuple(each for each in (*theirs, *ours) if how.features is None or each != "sfid")
+    if mode is None and how.features is None:
+        how = replace(how, mode="legacy-tensorflow")
+    return replace(how, metrics=metrics)
 
 
 def _open_samples(
@@ -139,49 +177,67 @@ def _measure(
             against = _as_samples(against, samples)
             size, chosen = samples.resolution, split or DEFAULT_SPLIT
             reference: Reference = ImageReference(against, chosen, size, len(samples), how.limit)
-        else:
-            references.check_statistics(against)
-    extractor, missing = statistics.find_extractor(how, samples.resolution, device, ranks)
-    if why := statistics.refuse_channels(samples.channels):
-        extractor, missing = None, why
+    extractor, others, missing = statistics.find_extractors(how, samples, device, ranks)
     with fail_together(ranks):
         if not isinstance(against, DataConfig):
-            reference = references.open_statistics(against, extractor, missing)
-        warnings = how.refuse(find_issues(samples, reference, own, extractor, split))
+            reference = _open_file(against, samples, how, extractor, missing)
+        measured = extractor or others.get("fd_dinov2")
+        warnings = how.refuse(find_issues(samples, reference, own, measured, split))
     if ranks.is_main_process:
         console.print(f"measuring {samples.what} against {reference.what}", markup=False)
-
+    has_patches = reference.source and how.wants("swd")
     one_pass: dict[str, Any] = {
         "device": device,
         "batch_size": how.batch_size * ranks.num_processes,
         "workers": (reference.config or DataConfig()).workers,
-        "swd_images": min(len(samples), len(reference), SWD_IMAGES) if reference.source else 0,
+        "swd_images": min(len(samples), len(reference), SWD_IMAGES) if has_patches else 0,
     }
     # the reference first: its problems show before hours of sampling from a model
-    real = reference.statistics(ranks, extractor, **one_pass)
-    fake = accumulate(samples, ranks, extractor, every_feature=how.bootstrap > 0, **one_pass)
+    real = reference.statistics(ranks, extractor, others=others, **one_pass)
+    one_pass |= {"others": others, "kept": reference.kept, "every_feature": how.bootstrap > 0}
+    fake = accumulate(samples, ranks, extractor, **one_pass)
 
     def conclude() -> dict[str, Any]:
-        copies = how.refuse(find_copies(samples, fake, real))
+        warnings.extend(how.refuse(find_copies(samples, fake, real)))
+        warnings.extend(find_limits(reference, extractor, samples.channels))
         count = len(real.hashes) or len(reference)  # published statistics have no hashes
+        ours = _describe(samples, fake, own)
+        if isinstance(reference, BatchReference):
+            warnings.extend(find_differences(reference, ours))
         result = {
             "format": FORMAT,
-            **statistics.compare_sets(fake, real, device, how.bootstrap),
+            **statistics.compare_sets(fake, real, device, how.bootstrap, how.metrics or DEFAULT),
             "fid_missing": missing,
             "mode": how.mode if how.features is None else None,
             "resolution": plain_size(samples.resolution),
-            "samples": _describe(samples, fake, own),
+            "samples": ours,
             "reference": reference.about | {"split_asked": split, "count": count},
-            "extractor": statistics.describe_extractor(extractor),
+            **statistics.describe_extractors(extractor, others),
             "forced": how.force,
-            "warnings": [*warnings, *copies, *find_limits(reference, extractor, samples.channels)],
+            "warnings": warnings,
             **provenance("clean-fid", "pillow"),
         }
-        path = out if result["fid"] is not None else path_without_fid(out)
-        write_json(path, result)
+        write_json(path := out if missing is None else path_without_fid(out), result)
         return result | {"written": str(path)}
 
     return _report(from_main(ranks, conclude), ranks)
+
+
+def _open_file(
+    name: str, samples: Samples, how: MeasureOptions, extractor: Extractor | None, why: str | None
+) -> Reference:
+    """Open a reference that is a file; `why` is the reason for the absence of an extractor."""
+    metrics = set(how.metrics or DEFAULT)
+    if not _is_batch(name):
+        reference = references.open_statistics(name, extractor, why)
+        able = {"fid"} if name in PUBLISHED else {"fid", "kid", "precision", "recall"}
+        if how.metrics and (lacking := sorted(metrics - able - {"is"})):
+            raise LdmError(f"{name} has no statistics for {', '.join(lacking)}: omit these metrics")
+        return reference
+    batch = BatchReference(Path(name).expanduser(), metrics, extractor, samples.resolution)
+    if why is not None and batch.source is None:
+        raise LdmError(f"{name}: {why}")
+    return batch
 
 
 def _as_samples(config: DataConfig, samples: Samples) -> DataConfig:
@@ -201,6 +257,7 @@ def _describe(samples: Samples, fake: SetStatistics, own: DataConfig | None) -> 
         "made_with": samples.made_with,
         "image_channels": samples.channels,
         "filter": samples_preparation(samples, own)[0],
+        "labels": loader.count_labels(samples),
         # equal for the same images in the same order
         "fingerprint": sha256(pack_hashes(fake.hashes)).hexdigest(),
     }
@@ -236,7 +293,8 @@ def find_issues(
             f"{reference.what} are {other} and the samples {size}: "
             "FID between sizes measures the resizing; give a reference of the samples' size"
         )
-    if extractor is not None and min(len(samples), len(reference)) < extractor.dim:
+    few = min(len(samples), len(samples if "fid" in reference.given else reference))
+    if extractor is not None and few < extractor.dim:
         yield (
             f"FID over {len(samples):,} samples and {len(reference):,} images is biased upwards, "
             f"and with fewer than {extractor.dim:,}, one per feature, the covariance is singular: "
@@ -246,7 +304,7 @@ def find_issues(
         own is not None
         and split is None
         and reference.about["split"] == "all"
-        and references.is_same(reference.config, own.source)
+        and loader.is_same(reference.config, own.source)
         and not holds_out(own)
     ):
         yield (
@@ -320,7 +378,7 @@ def find_limits(
 ) -> Iterator[str]:
     """Yield what limits the use of the numbers, without making them wrong."""
     if extractor is not None and channels != 3:
-        yield statistics.describe_channels(channels)
+        yield describe_channels(channels)
     if extractor is not None and not extractor.is_published:
         yield (
             "the network is not the published Inception (another SHA-256): compare this FID only "
@@ -336,6 +394,29 @@ def find_limits(
         )
 
 
+def find_differences(reference: BatchReference, samples: dict[str, Any]) -> Iterator[str]:
+    """Yield what differs between a measurement and those of papers with ADM's reference batches.
+
+    `samples` is the samples' entry in the result.
+    """
+    count, ours, theirs = samples["count"], samples["labels"], reference.about["labels"]
+    if count != FID_50K:
+        yield (
+            f"{count:,} samples: papers with ADM's reference batches have {FID_50K:,}, and FID, "
+            "sFID, IS, precision and recall depend on the number"
+        )
+    if ours and theirs and _describe_labels(ours) != _describe_labels(theirs):
+        yield (
+            f"the samples are of {_describe_labels(ours)}, and the reference's images of "
+            f"{_describe_labels(theirs)}"
+        )
+
+
+def _describe_labels(labels: dict[str, Any]) -> str:
+    least, most = labels["images"]
+    return f"{labels['classes']:,} classes{', balanced' if most - least <= 1 else ', not balanced'}"
+
+
 # ------------------------------------------------------------------------------- result files
 def fid_path(plain: Path, other: str | None, split: Split | None, how: MeasureOptions) -> Path:
     """Return the file of a measurement: `plain`, with a word for each non-default setting.
@@ -343,7 +424,7 @@ def fid_path(plain: Path, other: str | None, split: Split | None, how: MeasureOp
     `other` names the data or statistics to compare with; None: the samples' own data.
     """
     words = [
-        *([] if other is None else [other if other in PUBLISHED else name_data(other)]),
+        *([] if other is None else [other if other in PUBLISHED else loader.name_data(other)]),
         *([] if split in (None, DEFAULT_SPLIT) else [str(split)]),
         *how.words(),
     ]

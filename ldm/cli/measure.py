@@ -19,17 +19,41 @@ Samples = Annotated[
 Reference = Annotated[
     str | None,
     Option(
-        help="Statistics to compare with instead of data: clean-fid's ffhq256 or ffhq1024 "
-        "(70,000 images), or a .npz from $LDM_CACHE/statistics (~/.cache/ldm/statistics). No "
-        "SWD."
+        help="Compare with this instead of data: clean-fid's statistics ffhq256 or ffhq1024 "
+        "(70,000 images), a .npz from $LDM_CACHE/statistics (~/.cache/ldm/statistics), or ADM's "
+        "reference batch (.npz), which adds sFID and IS."
     ),
 ]
+Metrics = Annotated[
+    str | None,
+    Option(
+        metavar="fid,kid,…",
+        help="Metrics: fid, sfid, is, kid, precision, recall, swd, fd-dinov2. Default: fid, kid, "
+        "precision, recall, swd; with ADM's reference batch sfid and is, too.",
+    ),
+]
+InceptionResize = Annotated[
+    Literal["clean", "legacy-tensorflow"] | None,
+    Option(
+        help="Resizing before Inception: clean-fid's, or the original FID code's. Default: clean; "
+        "with ADM's reference batch legacy-tensorflow."
+    ),
+]
+Guidance = Annotated[float | None, Option(help="With --model: guidance scale, as in `ldm sample`.")]
 Size = Annotated[
     str | None, Option(metavar="R|HxW", help="With --model: image size, as in `ldm sample`.")
 ]
 Precision = Annotated[
     options.Precision | None, Option(help="With --model: precision, as in `ldm sample`.")
 ]
+Model = Annotated[
+    str | None,
+    Option(
+        help="Sample from this stage-two ckpt.pt, run folder or repository of the Hugging Face "
+        "Hub, without writing images."
+    ),
+]
+Labels = Annotated[str | None, Option(help="With --model: classes, as in `ldm sample`.")]
 ResultFile = Annotated[
     Path | None,
     Option(
@@ -105,23 +129,17 @@ def fid(
         Option(help="Part of the data to compare with. Default: all, as in papers."),
     ] = None,
     reference: Reference = None,
-    model: Annotated[
-        str | None,
-        Option(
-            help="Sample from this stage-two ckpt.pt, run folder or repository of the Hugging Face "
-            "Hub, without writing images."
-        ),
-    ] = None,
+    model: Model = None,
     n: Annotated[int | None, Option(help="With --model: images. Default: 50,000.")] = None,
     seed: Annotated[int | None, Option(help="With --model: seed. Default: 0.")] = None,
     steps: Annotated[int | None, Option(help="With --model: sampling steps. Default: 18.")] = None,
-    guidance: Annotated[
-        float | None, Option(help="With --model: guidance scale, as in `ldm sample`.")
-    ] = None,
+    guidance: Guidance = None,
     guide: options.Guide = None,
     size: Size = None,
     precision: Precision = None,
-    mode: options.Resize = "clean",
+    labels: Labels = None,
+    metrics: Metrics = None,
+    mode: InceptionResize = None,
     features: options.Features = None,
     weights: options.InceptionWeights = None,
     bootstrap: Annotated[
@@ -139,45 +157,69 @@ def fid(
 ) -> None:
     """Compare samples with data: FID, KID, precision, recall, and SWD (which needs no weights).
 
+    On request sFID, the Inception Score and FD-DINOv2.
+
     ldm fid runs/x/samples/seed0-steps18 --data data/ffhq256
 
     ldm fid --model runs/x --n 50000 --reference ffhq256 --bootstrap 100
+
+    ldm fid --model runs/x --n 50000 --reference VIRTUAL_imagenet256_labeled.npz
     """
     from pipelines.fid import measure_fid
 
     sampling = {
         "n": n, "seed": seed, "steps": steps, "guidance": guidance, "guide": guide,
         "size": options.parse_size("size", size), "precision": precision,
+        "labels": labels.split(",") if labels is not None else None,
     }  # fmt: skip
     result = measure_fid(
         samples, data, split, model=model, reference=reference, weights=weights, device=device,
         batch_size=batch_size, limit=limit,
         sampling={name: value for name, value in sampling.items() if value is not None},
         mode=mode, features=features, bootstrap=bootstrap, force=force, out=out,
+        metrics=None if metrics is None else tuple(map(str.strip, metrics.split(","))),
     )  # fmt: skip
     options.say(*_fid_lines(result))
 
 
 def _fid_lines(result: dict[str, Any]) -> list[str]:
-    ours, theirs = result["samples"]["count"], result["reference"]["count"]
-    fid, interval = f"{result['fid']:.3f}", result["fid_interval"]
+    def shown(name: str, digits: int = 3, scale: float = 1) -> str | None:
+        return None if result[name] is None else f"{scale * result[name]:.{digits}f}"
+
+    ours, theirs = result["samples"], result["reference"]
+    given = theirs.get("given", ())
+    images = {
+        name: f"  all {ours['count']:,} samples, "
+        + ("the file's statistics" if name in given else f"all {theirs['count']:,} images")
+        for name in ("fid", "sfid", "fd_dinov2")
+    }
+    interval, labels, swd = result["fid_interval"], ours["labels"], result["swd"]
     if interval is not None:
         ends = f"{interval['low']:.3f} to {interval['high']:.3f}"
-        fid += f"  (95 %: {ends}, {interval['draws']} bootstrap draws)"
-    kid, swd = result["kid"], result["swd"]
+        images["fid"] = f"  (95 %: {ends}, {interval['draws']} bootstrap draws){images['fid']}"
+    networks = [result["extractor"], result["extractors"].get("fd_dinov2")]
     rows = {
-        "FID": f"{fid}  all {ours:,} samples, all {theirs:,} images",
-        "KID ×10³": kid is not None and f"{1e3 * kid:.3f} ± {1e3 * result['kid_std']:.3f}",
-        "precision": kid is not None and f"{result['precision']:.3f}",
-        "recall": kid is not None and f"{result['recall']:.3f}",
+        "FID": (fid := shown("fid")) and fid + images["fid"],
+        "sFID": (sfid := shown("sfid")) and sfid + images["sfid"],
+        "IS": shown("is", 2),
+        "FD-DINOv2": (fd := shown("fd_dinov2")) and fd + images["fd_dinov2"],
+        "KID ×10³": (kid := shown("kid", 3, 1e3)) and f"{kid} ± {1e3 * result['kid_std']:.3f}",
+        "precision": shown("precision"),
+        "recall": shown("recall"),
         "SWD ×10³": swd is not None and f"{swd['mean']:.3f}  {result['swd_images']:,} of each",
-        "samples": result["samples"]["what"],
-        "reference": result["reference"]["what"],
-        "features": result["extractor"]["name"],
-        "statistics": result["reference"].get("statistics"),
+        "samples": ours["what"],
+        "labels": labels
+        and f"{labels['classes']:,} classes, {_many(labels['images'])} images each",
+        "reference": theirs["what"],
+        "features": "; ".join(each["name"] for each in networks if each),
+        "statistics": theirs.get("statistics"),
         "written": result["written"],
     }
     return [f"{name:<10} {value}" for name, value in rows.items() if value]
+
+
+def _many(counts: list[int]) -> str:
+    return " to ".join(f"{count:,}" for count in dict.fromkeys(counts))
 
 
 def neighbours(

@@ -25,6 +25,17 @@ SamplesFolder = Annotated[
         "runs/owner--name/.",
     ),
 ]
+Labels = Annotated[
+    str | None,
+    Option(
+        help="Classes to cycle through: 3, or cat,dog; balanced: all of them. Default: drawn at "
+        "random."
+    ),
+]
+Npz = Annotated[
+    Path | None,
+    Option(help="Also write the images to this .npz, for ADM's evaluator (arr_0, classes arr_1)."),
+]
 Size = Annotated[
     str | None,
     Option(
@@ -184,14 +195,12 @@ def sample(
     ] = None,
     interval: Annotated[str, Option(help="Noise levels σ to guide in, such as 0.2,3.")] = "0,inf",
     guide: options.Guide = None,
-    labels: Annotated[
-        str | None,
-        Option(help="Classes to cycle through: 3, or cat,dog. Default: drawn at random."),
-    ] = None,
+    labels: Labels = None,
     churn: Annotated[
         str, Option(help="EDM's stochastic sampling: S_churn, or S_churn,S_min,S_max,S_noise.")
     ] = "0",
     files: Format = "png",
+    npz: Npz = None,
     batch_size: options.BatchSize = 64,
     out: SamplesFolder = None,
     device: options.Device = "auto",
@@ -216,7 +225,7 @@ def sample(
     folder = sample_images(
         model, n, out, seed, size=options.parse_size("size", size),
         labels=labels.split(",") if labels is not None else None, guide=guide, files=files,
-        batch_size=batch_size, device=device, precision=precision,
+        npz=npz, batch_size=batch_size, device=device, precision=precision,
         steps=steps, sampler=sampler, schedule=schedule, guidance=guidance, interval=guided,
         churn=dict(churned),
     )  # fmt: skip

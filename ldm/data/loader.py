@@ -6,9 +6,11 @@ another k.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -297,7 +299,36 @@ def stack(images: Sequence[np.ndarray], resolution: Resolution, source: Source) 
     return rearrange(torch.from_numpy(stacked), "b h w c -> b c h w")
 
 
-# ------------------------------------------------------------------- filters of centre crops
+# -------------------------------------------------------------------- facts about a data set
+def resolve_source(source: str) -> str | Path:
+    """Return the place of a data set, whatever path names it."""
+    named = source == PHOTOS or is_hub(source) or is_remote(source)
+    return source if named else Path(source).expanduser().resolve()
+
+
+def name_data(source: str) -> str:
+    """Name a data set in a file name, as in `imagenet-val-1f0c52`."""
+    if source == PHOTOS:
+        return source
+    where = Path(resolve_source(source))
+    # two folders of the path, for many data sets end in /val; and a hash, for many end in x/val
+    digits = sha256(str(where).encode()).hexdigest()[:6]
+    return "-".join([*where.parts[-2:], digits]).replace(":", "-")
+
+
+def is_same(config: DataConfig | None, source: str) -> bool:
+    """Test whether a config, if there is one, is of the data set at `source`."""
+    return config is not None and resolve_source(config.source) == resolve_source(source)
+
+
+def choose_data(data: str | DataConfig | None, own: DataConfig | None) -> DataConfig | None:
+    """Return the named data, or by default a model's own."""
+    if data is None or isinstance(data, DataConfig):
+        return data or own
+    # split as for training: another split would hold out images that were trained on
+    return own if is_same(own, data) else DataConfig(source=data)
+
+
 _PREPARATION = schema(size=Resolution, filter=str, crop=str, source=str)
 
 
@@ -350,3 +381,12 @@ def crop_heights(
         with suppress(CorruptImage):
             height, width = source.load(index).shape[:2]
             yield index, largest_crop(height, width, resolution)[0]
+
+
+def count_labels(source: Any) -> dict[str, Any] | None:
+    """Return the number of classes of a set of images, and the images of the class with fewest and
+    of that with most; None where not every image has a class."""
+    counts = Counter(source.label(i) for i in range(len(source)))
+    if not counts or -1 in counts:
+        return None
+    return {"classes": len(counts), "images": [min(counts.values()), max(counts.values())]}

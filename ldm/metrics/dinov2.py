@@ -33,7 +33,7 @@ OFFSET = 0.1  # of the published code: it interpolates positions to 16.1 patches
 EPS = 1e-6
 
 
-class Block(nn.Module):
+class LayerScaleBlock(nn.Module):
     """Pre-norm transformer block with layer scale (Touvron et al. 2021): (B, T, D) → (B, T, D)."""
 
     def __init__(self, width: int) -> None:
@@ -71,7 +71,7 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid**2, width))
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, PATCH, PATCH)})
-        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+        self.blocks = nn.ModuleList(LayerScaleBlock(width) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=EPS)
 
     def forward(self, images: Tensor) -> Tensor:

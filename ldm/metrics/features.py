@@ -5,18 +5,20 @@ the sample. Memory does not grow with the number of images.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from ldm.data.sources import Source
 from ldm.errors import LdmError
 from ldm.files import write_atomically
 from ldm.hub import cache_folder, find_or_fetch
-from ldm.records import parse_json, read_arrays
+from ldm.records import ArrayFile, parse_json, read_arrays
 from ldm.seeds import generator
 
 FORMAT = 1
@@ -283,3 +285,79 @@ def statistics_folders() -> list[Path]:
     import cleanfid
 
     return [cache_folder() / "statistics", Path(cleanfid.__file__).parent / "stats"]
+
+
+# ---------------------------------------------------------------------- ADM's reference batches
+MOST_IMAGES = 10**6
+MOMENTS = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s")}
+
+
+class ReferenceBatch(Source):
+    """A .npz as ADM's evaluator reads it (Dhariwal & Nichol 2021): images, statistics, or both.
+
+    `arr_0` holds images (N, H, W, 3) uint8 and, optionally, `arr_1` their classes (N,); `mu`,
+    `sigma`, `mu_s` and `sigma_s` mean and covariance of Inception's pooled and spatial features of
+    a whole data set, whose size the file does not say. Images are quick to read in their order.
+
+    Attributes:
+        shape: H, W; (0, 0) without images.
+        given: the metrics whose statistics are in the file.
+
+    Raises:
+        LdmError: an array is of another type or shape; also when it is read.
+    """
+
+    def __init__(self, path: Path, advice: str) -> None:
+        self._file, self._advice = ArrayFile(path, advice), advice
+        self._rows: Iterator[NDArray[Any]] = iter(())
+        self._next, self._count, self.shape = -1, 0, (0, 0)
+        headers = self._file.headers
+        self.given = tuple(name for name, pair in MOMENTS.items() if {*pair} & headers.keys())
+        if (images := headers.get("arr_0")) is not None:
+            shape, kind = images
+            if kind != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
+                self._refuse(f"arr_0 is {kind} {shape}, not images: uint8 (N, H, W, 3)")
+            if not 2 <= shape[0] <= MOST_IMAGES:
+                self._refuse(f"arr_0 holds {shape[0]:,} images, not 2 to {MOST_IMAGES:,}")
+            self._count, self.shape = shape[0], (shape[1], shape[2])
+        labels, kind = headers.get("arr_1", ((), np.dtype("O")))
+        if labels == (self._count,) and kind.kind in "iu":
+            self._labels = np.stack([*self._file.rows("arr_1")])
+
+    @staticmethod
+    def is_one(path: Path, advice: str) -> bool:
+        """Tell such a file from one of `FeatureSet.save`, and from any other."""
+        names = ArrayFile(path, advice).headers.keys()
+        return "about" not in names and bool(names & {"arr_0", "mu", "mu_s"})
+
+    def moments(self, metric: str, dim: int) -> FeatureStatistics:
+        """Read mean and covariance of the features of a metric, of length `dim`."""
+        names = MOMENTS[metric]
+        found = [self._file.headers.get(name, (None, np.dtype("O"))) for name in names]
+        if [shape for shape, _ in found] != [(dim,), (dim, dim)] or any(
+            kind.kind != "f" for _, kind in found
+        ):
+            self._refuse(f"{' and '.join(names)} are not floats ({dim},) and ({dim}, {dim})")
+        try:  # of two or more: the covariance is the same whatever their number
+            return FeatureStatistics.from_moments(2, *map(self._file.read, names))
+        except ValueError as error:
+            self._refuse(f"{' and '.join(names)}: {error}")
+
+    def __len__(self) -> int:
+        return self._count
+
+    def name(self, index: int) -> str:
+        return f"image {index} of {self._file.path}"
+
+    def file(self, index: int) -> Path:
+        return self._file.path
+
+    def load(self, index: int) -> NDArray[np.uint8]:
+        if index < self._next or self._next < 0:
+            self._rows, self._next = self._file.rows("arr_0"), 0
+        image = next(islice(self._rows, index - self._next, None))
+        self._next = index + 1
+        return image
+
+    def _refuse(self, problem: str) -> NoReturn:
+        raise LdmError(f"{self._file.path}: {problem}: {self._advice}")

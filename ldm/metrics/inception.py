@@ -111,6 +111,20 @@ def load_extractor(
     return FunctionExtractor(spec, device, resolution)
 
 
+def refuse_channels(channels: int) -> str | None:
+    """The reason for which no extractor takes images of that many channels, if so."""
+    if channels in (1, 3):
+        return None
+    return f"feature extractors take images of 1 or 3 channels, and these have {channels}"
+
+
+def describe_channels(channels: int) -> str:
+    """Say what networks of colour images see of images of that many channels."""
+    if channels == 1:
+        return "grey images: features and LPIPS are of the channel repeated to three"
+    return f"images of {channels} channels: LPIPS is of each channel, repeated to three"
+
+
 # -------------------------------------------------------------------------------- Inception
 class FeatureExtractor(Extractor):
     """The pooled features of a TorchScript Inception.

@@ -28,6 +28,7 @@ from ldm.config import (
     validate,
 )
 from ldm.data import DataConfig, Source, evaluation_batches, open_source
+from ldm.data.loader import is_same, resolve_source
 from ldm.data.sources import Part, Split
 from ldm.device import memory_format
 from ldm.distributed import fail_together, join_processes
@@ -36,7 +37,6 @@ from ldm.files import check_writable, write_atomically
 from ldm.images import as_float
 from ldm.run_folder import newest_run
 from ldm.seeds import generator
-from pipelines.measuring.reference import is_same, resolve_source
 
 T = TypeVar("T")
 SEED = 0  # of the drawn images and of all noise, the same in every analysis

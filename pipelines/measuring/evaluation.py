@@ -32,6 +32,7 @@ from ldm.config import (
 )
 from ldm.data import DataConfig, Source, open_source
 from ldm.data.dataset import PHOTOS
+from ldm.data.loader import choose_data, is_same, name_data
 from ldm.data.sources import Part, Split
 from ldm.distributed import fail_together, from_main
 from ldm.errors import LdmError, UsageError, try_call
@@ -40,7 +41,6 @@ from ldm.images import Hashes, find_shared
 from ldm.seeds import generator
 from ldm.tables import latex_table, markdown_table, text_table
 from pipelines.measuring import statistics
-from pipelines.measuring.reference import choose_data, is_same, name_data
 from pipelines.measuring.statistics import CentreCrops, MeasureOptions, accumulate
 
 # ---------------------------------------------------------------------------------------- jobs

@@ -8,7 +8,7 @@ version of Pillow, which decodes and resizes. Patches are not kept but cut anew.
 
 import base64
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property
 from hashlib import sha256
@@ -30,58 +30,26 @@ from ldm.config import (
 )
 from ldm.data import Batch, DataConfig, Source, batches, open_source
 from ldm.data.dataset import PHOTOS, content_identity, find_type
-from ldm.data.hf import is_hub
-from ldm.data.loader import find_filter, read_preparation
-from ldm.data.remote import is_remote
+from ldm.data.loader import count_labels, find_filter, read_preparation
 from ldm.data.sources import Part, Split
 from ldm.data.transforms import covers
 from ldm.distributed import from_main
 from ldm.errors import LdmError, UsageError
+from ldm.files import sha256_of
 from ldm.hub import cache_folder
 from ldm.images import Hashes, pack_hashes
 from ldm.logbook import console
-from ldm.metrics.features import KEPT, PUBLISHED, FeatureSet, read_published
+from ldm.metrics.features import KEPT, PUBLISHED, FeatureSet, ReferenceBatch, read_published
 from ldm.metrics.inception import Extractor, FunctionExtractor, digest
 from ldm.records import Count, checked, schema
 from ldm.run_folder import provenance
 from pipelines.measuring.statistics import (
     SEED,
     CentreCrops,
-    ImageSet,
     SetStatistics,
     accumulate,
     draw_images,
 )
-
-
-# ------------------------------------------------------------------------ facts about a data set
-def resolve_source(source: str) -> str | Path:
-    """Return the place of a data set, whatever path names it."""
-    named = source == PHOTOS or is_hub(source) or is_remote(source)
-    return source if named else Path(source).expanduser().resolve()
-
-
-def name_data(source: str) -> str:
-    """Name a data set in a file name, as in `imagenet-val-1f0c52`."""
-    if source == PHOTOS:
-        return source
-    where = Path(resolve_source(source))
-    # two folders of the path, for many data sets end in /val; and a hash, for many end in x/val
-    digits = sha256(str(where).encode()).hexdigest()[:6]
-    return "-".join([*where.parts[-2:], digits]).replace(":", "-")
-
-
-def is_same(config: DataConfig | None, source: str) -> bool:
-    """Test whether a config, if there is one, is of the data set at `source`."""
-    return config is not None and resolve_source(config.source) == resolve_source(source)
-
-
-def choose_data(data: str | DataConfig | None, own: DataConfig | None) -> DataConfig | None:
-    """Return the named data, or by default a model's own."""
-    if data is None or isinstance(data, DataConfig):
-        return data or own
-    # split as for training: another split would hold out images that were trained on
-    return own if is_same(own, data) else DataConfig(source=data)
 
 
 # ------------------------------------------------------------------------ images of a data set
@@ -95,14 +63,12 @@ class Reference:
         config, source: the data; None where only statistics, or images in an array, are there.
         kept: features that precision and recall are over, at most.
         given: metrics whose statistics are of more images than `about` counts.
-        has_patches: images are there, for SWD.
     """
 
     config: DataConfig | None = None
     source: Source | None = None
     kept: int = KEPT
     given: tuple[str, ...] = ()
-    has_patches = False
 
     def __init__(
         self, resolution: Resolution, about: dict[str, Any], known: SetStatistics | None = None
@@ -119,9 +85,16 @@ class Reference:
         """All that decides the images as they are compared; None where nothing is to be kept."""
         return None
 
-    def part(self, indices: np.ndarray) -> ImageSet:
-        """Return some of the images, numbered anew."""
-        raise NotImplementedError
+    def batches(
+        self, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
+    ) -> Iterator[Batch]:
+        """Yield this process's share of the images; more than 1 % corrupt ones are an error."""
+        yield from self.part(range(len(self))).batches(batch_size, rank, world, workers)
+
+    def part(self, indices: range | np.ndarray) -> CentreCrops:
+        """Return some of the images, numbered anew; not of random crops."""
+        assert self.source is not None
+        return CentreCrops(Part(self.source, indices), self.resolution, self.what, len(self))
 
     def statistics(
         self,
@@ -140,6 +113,7 @@ class Reference:
             return self.known
         how |= {"patch_seed": SEED + 1, "kept": self.kept}
         wanted = ({} if extractor is None else {"fid": extractor}) | dict(others or {})
+        wanted.pop("is", None)  # of the samples alone
         identities = from_main(ranks, lambda: {k: identify(self, e) for k, e in wanted.items()})
         paths = {name: statistics_path(each) for name, each in identities.items() if each}
         kept: dict[str, tuple[FeatureSet, Hashes]] = {}
@@ -153,10 +127,8 @@ class Reference:
             result = accumulate(self.part(drawn), ranks, swd_images=len(drawn), **how)
         else:
             rest = {name: each for name, each in left.items() if name != "fid"}
-            images: Any = self
-            result = accumulate(
-                images, ranks, left.get("fid"), swd_images=swd_images, others=rest, **how
-            )
+            main = left.get("fid")
+            result = accumulate(self, ranks, main, swd_images=swd_images, others=rest, **how)
         are_kept = True
         for name, path in paths.items() if ranks.is_main_process else ():
             if name in kept:
@@ -180,7 +152,6 @@ class ImageReference(Reference):
 
     config: DataConfig
     source: Source
-    has_patches = True
 
     def __init__(
         self,
@@ -226,9 +197,8 @@ class ImageReference(Reference):
     def batches(
         self, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
     ) -> Iterator[Batch]:
-        """Yield this process's share of the images; more than 1 % corrupt ones are an error."""
         if not self.is_crops:
-            yield from self.part(range(len(self))).batches(batch_size, rank, world, workers)
+            yield from super().batches(batch_size, rank, world, workers)
             return
         unmirrored = self.config.model_copy(update={"flip": False})
         stop = -(-len(self) // batch_size) * batch_size  # whole batches; the last is cut
@@ -238,10 +208,6 @@ class ImageReference(Reference):
             wanted = batch.k < len(self)
             if wanted.any():  # of the last batch a process may have none
                 yield Batch(batch.images[wanted], batch.k[wanted], batch.labels[wanted])
-
-    def part(self, indices: range | np.ndarray) -> ImageSet:
-        """Return some of the images, numbered anew; not of random crops."""
-        return CentreCrops(Part(self.source, indices), self.resolution, self.what, len(self))
 
     @cached_property
     def identity(self) -> dict[str, Any] | None:
@@ -339,6 +305,85 @@ def _read_kept(path: Path, advice: str) -> tuple[FeatureSet, Hashes, dict[str, A
     raise LdmError(f"{path} is damaged: about.fingerprints: not one for each image: {advice}")
 
 
+# ------------------------------------------------------------------------ ADM's reference batches
+OTHER = "give another --reference, or --data"
+
+
+class BatchReference(Reference):
+    """A file in ADM's layout, see `ReferenceBatch`, with mean and covariance of its own, or not.
+
+    As in ADM's evaluator, precision and recall are over all images of both sides, up to 50,000.
+
+    Args:
+        metrics: those to be measured.
+        resolution: of the samples; a file without images does not tell its own.
+    """
+
+    kept = 50_000
+
+    def __init__(
+        self,
+        path: Path,
+        metrics: Iterable[str],
+        extractor: Extractor | None,
+        resolution: Resolution,
+    ) -> None:
+        self._batch = ReferenceBatch(path, OTHER)
+        self.given, count = self._batch.given, len(self._batch)
+        needed = sorted(set(metrics) - {*self.given, "is"})
+        if needed and not count:
+            which = ", ".join(needed)
+            raise LdmError(f"{path} holds no images (arr_0), so omit these metrics: {which}")
+        if (
+            extractor
+            and self.given
+            and (not extractor.is_published or extractor.mode != "legacy-tensorflow")
+        ):
+            raise LdmError(
+                f"the statistics in {path} are of the published Inception with TensorFlow's "
+                f"resizing, and the samples' features of another extractor ({extractor.name}): "
+                "omit --mode, --features and --weights"
+            )
+        self.source = self._batch if count else None
+        images = f"{count:,} images" if count else "no images"
+        whole = ", mean and covariance of its whole data set" if self.given else ""
+        super().__init__(
+            read_resolution(self._batch.shape) if count else resolution,
+            {
+                "what": f"{path}: {images}{whole}",
+                "split": None,
+                "count": count,
+                "filter": None,
+                "batch": str(path),
+                "batch_sha256": sha256_of(path),
+                "given": list(self.given),
+                "labels": count_labels(self._batch),
+            },
+        )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"content": self.about["batch_sha256"], "split": None, "crop": "none"}
+
+    def statistics(
+        self,
+        ranks: PartialState,
+        extractor: Extractor | None,
+        swd_images: int,
+        others: Mapping[str, Extractor] | None = None,
+        **how: Any,
+    ) -> SetStatistics:
+        if self.source is None:
+            result = SetStatistics(2, 1, extractor, 0, others=others, kept=0)
+        else:  # read from its beginning to its end, in one process
+            how["workers"] = 0
+            result = super().statistics(ranks, extractor, swd_images, others, **how)
+        for name, each in ({"fid": extractor} | dict(others or {})).items():
+            if each is not None and name in self.given:
+                result.get(name).statistics = self._batch.moments(name, each.dim)
+        return result
+
+
 # -------------------------------------------------------------------------- statistics in a file
 def open_statistics(
     name: str, extractor: Extractor | None, missing: str | None = None
@@ -350,7 +395,7 @@ def open_statistics(
     check_statistics(name)
     path = Path(name).expanduser()
     if name not in PUBLISHED:
-        features, hashes, about = _read_kept(path, "give another --reference, or --data")
+        features, hashes, about = _read_kept(path, OTHER)
     if extractor is None:
         raise LdmError(f"{name}: {missing}")
     if name in PUBLISHED:

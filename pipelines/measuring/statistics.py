@@ -37,7 +37,14 @@ from ldm.metrics import (
 )
 from ldm.metrics.features import KEPT
 from ldm.metrics.fid import InceptionScore, bootstrap_fid
-from ldm.metrics.inception import OUTPUTS, Extractor, FeatureExtractor, Mode, load_extractor
+from ldm.metrics.inception import (
+    OUTPUTS,
+    Extractor,
+    FeatureExtractor,
+    Mode,
+    load_extractor,
+    refuse_channels,
+)
 from ldm.metrics.swd import compare_descriptors
 from ldm.seeds import generator
 
@@ -134,23 +141,26 @@ def find_extractor(
 
 
 def find_extractors(
-    how: MeasureOptions, resolution: Resolution, device: torch.device, ranks: PartialState
+    how: MeasureOptions, images: Any, device: torch.device, ranks: PartialState
 ) -> tuple[Extractor | None, dict[str, Extractor], str | None]:
     """Load the networks of all metrics: that of FID, KID, precision and recall; those of others, by
     the metrics' names in a result; and the reason for the absence of the first.
 
+    Args:
+        images: the samples, with their `resolution` and `channels`.
+
     Raises:
         LdmError: a network is missing without which nothing that was requested is measured.
     """
-    main, others, missing = None, dict[str, Extractor](), None
-    if any(metric not in NO_NETWORK for metric in how.metrics or DEFAULT):
-        main, missing = find_extractor(how, resolution, device, ranks)
-        if missing is not None and not how.wants("swd"):
-            raise LdmError(missing)
+    main, others, missing = None, dict[str, Extractor](), refuse_channels(images.channels)
+    if missing is None and not set(how.metrics or DEFAULT) <= set(NO_NETWORK):
+        main, missing = find_extractor(how, images.resolution, device, ranks)
+    if missing is not None and not how.wants("swd"):
+        raise LdmError(missing)
     if isinstance(main, FeatureExtractor):
         with fail_together(ranks):
             others |= {name: main.output(name) for name in OUTPUTS if how.wants(name)}
-    if how.wants("fd-dinov2"):
+    if how.wants("fd-dinov2") and images.channels in (1, 3):
         from ldm.metrics.dinov2 import Dinov2
 
         dinov2, why = load_on_all(lambda: Dinov2(device), ranks)
@@ -158,20 +168,6 @@ def find_extractors(
             raise LdmError(why)
         others["fd_dinov2"] = dinov2
     return main, others, missing
-
-
-def refuse_channels(channels: int) -> str | None:
-    """The reason for which no extractor takes images of that many channels, if so."""
-    if channels in (1, 3):
-        return None
-    return f"feature extractors take images of 1 or 3 channels, and these have {channels}"
-
-
-def describe_channels(channels: int) -> str:
-    """Say what networks of colour images see of images of that many channels."""
-    if channels == 1:
-        return "grey images: features and LPIPS are of the channel repeated to three"
-    return f"images of {channels} channels: LPIPS is of each channel, repeated to three"
 
 
 def load_on_all(load: Callable[[], T], ranks: PartialState) -> tuple[T | None, str | None]:
@@ -199,6 +195,12 @@ def describe_extractor(extractor: Extractor | None) -> dict[str, Any] | None:
     """Return an extractor's entry in a result."""
     names = ("name", "sha256", "dim", "is_published")
     return {name: getattr(extractor, name) for name in names} if extractor else None
+
+
+def describe_extractors(main: Extractor | None, others: Mapping[str, Extractor]) -> dict[str, Any]:
+    """Return the entries of all extractors in a result."""
+    entries = {name: describe_extractor(each) for name, each in others.items()}
+    return {"extractor": describe_extractor(main), "extractors": entries}
 
 
 def join_words(*words: str) -> str:
@@ -413,7 +415,7 @@ def compare_sets(
     names = ("fid", "fid_interval", "kid", "kid_std", "precision", "recall", "swd", "sfid", "is",
              "fd_dinov2", "neighbours")  # fmt: skip
     result: dict[str, Any] = dict.fromkeys(names) | {"swd_images": 0}
-    for name in fake.others.keys() & real.others.keys():
+    for name in (fake.others.keys() & real.others.keys()) - {"is"}:
         result[name] = _frechet(fake.others[name].statistics, real.others[name].statistics)
     if "is" in fake.others:
         result["is"] = fake.others["is"].value()

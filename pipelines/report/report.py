@@ -24,6 +24,7 @@ from ldm.config import (
     validate,
 )
 from ldm.data import DataConfig, open_source, sheet_images
+from ldm.data.loader import choose_data
 from ldm.device import resolve_device
 from ldm.errors import LdmError, UsageError, check_at_least, try_call
 from ldm.files import check_writable
@@ -32,7 +33,6 @@ from ldm.logbook import console
 from ldm.metrics import psnr
 from ldm.run_folder import IGNORED, provenance
 from pipelines.latent_diffusion import LatentDiffusionPipeline
-from pipelines.measuring.reference import choose_data
 from pipelines.report import page
 from pipelines.report.records import STAGES, Record, numbers_section, read_records
 from pipelines.validation import band_names

@@ -45,6 +45,7 @@ from pipelines.sampling.settings import (
     find_size,
     guided_levels,
     integer,
+    labels_slug,
     noise_levels,
     settings_slug,
 )
@@ -381,6 +382,7 @@ class ModelSamples:
         self.model = LatentModel.from_pretrained(path, where, precision)
         noise_levels(self.sampling, self.model.denoiser)  # refuses levels outside its range
         self._labels = None if labels is None else self.model.classes.read(labels)
+        self._named_labels = self.model.classes.describe(labels)
         self._guide = self.model.load_guide(self.sampling, guide, self._labels)
         self.resolution = find_size(self.model, self._guide, size)
         ae_config = self.model.autoencoder_config
@@ -392,7 +394,7 @@ class ModelSamples:
             "seed": self.seed,
             **to_tree(self.sampling),
             "weaker": self._guide and {"path": str(guide), **self._guide.identifiers},
-            "labels": self._labels and list(self._labels),
+            "labels": self._named_labels,
             "precision": self.model.precision,
             "resolution": plain_size(self.resolution),
             "data": to_tree(self.model.recipe.data.of(ae_config)),
@@ -439,9 +441,7 @@ class ModelSamples:
             words.append(size_word(self.resolution))
         if self._guide:
             words.append(f"weaker{self._guide.sha256[:8]}")
-        if self._labels is not None:
-            shown = [str(label) for label in self._labels[:8]]
-            words.append("class" + "_".join(shown + ["and_more"] * (len(self._labels) > 8)))
+        words += labels_slug(self._named_labels)
         if files != "png":
             words.append(files)
         # ckpt-ema0.05.pt lies beside ckpt.pt

@@ -73,6 +73,10 @@ _MANIFEST = schema(  # older ones lack some keys
 )  # fmt: skip
 
 
+_LABELS = schema(labels=list[int])
+AGAIN = "delete it, or sample again"
+
+
 def read_manifest(folder: Path, advice: str) -> dict[str, Any] | None:
     """Read a folder's `samples.json`, if there is one; `advice` ends the error of a damaged one."""
     return read_tree(folder / SAMPLES, _MANIFEST, advice)
@@ -347,6 +351,9 @@ class SampleFolder(Source):
             )
         self.resolution = read_resolution(self._load(0).shape[:2])
         self.what = f"{self._count} images of {path}"
+        table = read_tree(path / LABELS, _LABELS, AGAIN) if self.made_with else None
+        if table is not None and len(table["labels"]) >= self._count:
+            self._labels = np.array(table["labels"][: self._count])
 
     @property
     def result_path(self) -> Path:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import inf, sqrt
@@ -192,6 +192,8 @@ def settings_slug(sampling: Sampling) -> str:
     return "-".join(words)
 
 
+BALANCED = "balanced"
+"""In place of classes: each equally often, in turn; unless a class has this name."""
 Label = int | str
 """A class: its number from 0 (of any integer type, or in digits: "3"), −1 for none, or its name."""
 
@@ -223,24 +225,42 @@ class Classes:
             "or -1 for none"
         )
 
+    def is_balanced(self, labels: Label | Iterable[Label] | None) -> bool:
+        """Tell whether the labels are the word `BALANCED`, for all classes in turn."""
+        words: Any = _plain(labels)
+        is_word = (
+            words == BALANCED if isinstance(words, str) else words in ([BALANCED], (BALANCED,))
+        )
+        return is_word and self.count > 0 and BALANCED not in self.names
+
     def read(self, labels: Label | Iterable[Label]) -> tuple[int, ...]:
         """Return the numbers of one class or several."""
+        if self.is_balanced(labels):
+            return tuple(range(self.count))
         several: Any = [labels] if _is_one(labels) else labels
         numbers = tuple(map(self.number, several))
         if not numbers:
             raise UsageError("labels are empty: give at least one, or omit them")
         return numbers
 
+    def describe(self, labels: Label | Iterable[Label] | None) -> str | list[int] | None:
+        """Return labels as a manifest has them: `BALANCED`, numbers, or None if they are drawn."""
+        if labels is None or self.is_balanced(labels):
+            return None if labels is None else BALANCED
+        return list(self.read(labels))
+
     def choose(
         self, labels: Label | Iterable[Label] | None, n: int, seed: int
     ) -> tuple[int, ...] | None:
         """Return the class of each image 0 … n−1 of a seed, if the model has classes.
 
-        `labels` is one for all images, one for each, or None to draw them uniformly.
+        `labels` is one for all images, one for each, `BALANCED`, or None to draw them uniformly.
         """
         if labels is None:
             return tuple(self.draw(seed, i) for i in range(n)) if self.count else None
         chosen = self.read(labels)
+        if self.is_balanced(labels):
+            return tuple(chosen[i % self.count] for i in range(n))
         if _is_one(labels):
             return chosen * n
         if len(chosen) != n:
@@ -250,6 +270,14 @@ class Classes:
     def draw(self, seed: int, i: int) -> int:
         """Draw the class of image i, as a function of (seed, i) alone; −1 without classes."""
         return int(generator(seed, "class", i).integers(self.count)) if self.count else -1
+
+
+def labels_slug(named: str | Sequence[int] | None) -> list[str]:
+    """Name labels, as `Classes.describe` returns them, as words of a file name."""
+    if named is None or isinstance(named, str):
+        return [] if named is None else [named]
+    shown = [str(label) for label in named[:8]]
+    return ["class" + "_".join(shown + ["and_more"] * (len(named) > 8))]
 
 
 def _is_one(labels: Any) -> bool:
