@@ -56,7 +56,7 @@ def sample_images(
     precision: str = "auto",
     **sampling: Any,
 ) -> Path:
-    """Write images 0 … n−1 of a seed; images already there are kept.
+    """Write images 0 … n−1 of a seed and return their folder; images already there are kept.
 
     Image i depends on (model, seed, settings, i) alone; another batch size or number of processes
     changes it by rounding only: in fp32 at most one level of 255. Under a distributed launch each
@@ -74,9 +74,6 @@ def sample_images(
         npz: a file to write the n images to as well, as ADM's evaluator reads them.
         batch_size: images at a time, per process.
         sampling: the fields of `Sampling`.
-
-    Returns:
-        The folder of the images.
 
     Raises:
         UsageError: a setting is invalid, has no effect, or does not fit the model.

@@ -228,9 +228,8 @@ class Classes:
     def is_balanced(self, labels: Label | Iterable[Label] | None) -> bool:
         """Tell whether the labels are the word `BALANCED`, for all classes in turn."""
         words: Any = _plain(labels)
-        is_word = (
-            words == BALANCED if isinstance(words, str) else words in ([BALANCED], (BALANCED,))
-        )
+        words = [words] if isinstance(words, str) else words
+        is_word = words in ([BALANCED], (BALANCED,))
         return is_word and self.count > 0 and BALANCED not in self.names
 
     def read(self, labels: Label | Iterable[Label]) -> tuple[int, ...]:

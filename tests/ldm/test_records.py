@@ -11,7 +11,16 @@ from pydantic import Field
 
 from ldm import records
 from ldm.errors import LdmError, escape
-from ldm.records import Count, Schema, checked, read_arrays, read_each, read_json, read_tree
+from ldm.records import (
+    ArrayFile,
+    Count,
+    Schema,
+    checked,
+    read_arrays,
+    read_each,
+    read_json,
+    read_tree,
+)
 
 
 class Sizes(Schema):
@@ -103,6 +112,42 @@ def test_damaged_arrays_are_refused_before_memory_is_requested(tmp_path):
         read_arrays(tmp_path / "text.npz")
     with pytest.raises(LdmError, match="could not read"):
         read_arrays(tmp_path / "none.npz")
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_arrays_are_read_row_by_row(tmp_path, save):
+    images = np.random.default_rng(0).integers(0, 256, (5, 3, 4), np.uint8)
+    save(tmp_path / "x.npz", images, mean=np.arange(3.0))
+    file = ArrayFile(tmp_path / "x.npz")
+    assert file.headers == {"arr_0": ((5, 3, 4), np.uint8), "mean": ((3,), np.float64)}
+    assert all((a == b).all() for a, b in zip(file.rows("arr_0"), images, strict=True))
+    assert (file.read("mean") == np.arange(3)).all()
+
+
+def test_headers_that_lie_and_pickles_are_refused(tmp_path):
+    good = npy(np.arange(4.0))
+    for number, data in enumerate((
+        b"", b"x" * 200, good[:-1], npy(np.array([{}])), npy(np.asfortranarray(np.eye(3))),
+        good.replace(b"(4,), }     ", b"(99999999,)}"), good.replace(b"(4,)", b"(-4)"),
+        b"\x93NUMPY\x02\x00\xff\xff\xff\x7f" + bytes(99),
+    )):  # fmt: skip
+        with pytest.raises(LdmError, match=r"is damaged or no \.npz of arrays") as error:
+            ArrayFile(npz(tmp_path / f"{number}.npz", a=data))
+        assert "\n" not in str(error.value)
+    with zipfile.ZipFile(tmp_path / "lzma.npz", "w", zipfile.ZIP_LZMA) as pack:
+        pack.writestr("a.npy", good)
+    with pytest.raises(LdmError, match="compressed by another method"):
+        ArrayFile(tmp_path / "lzma.npz")
+
+
+def test_bytes_that_change_below_a_good_header_are_an_error(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, a=np.arange(4.0))
+    content = bytearray(path.read_bytes())
+    content[content.index(np.float64(3).tobytes())] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(LdmError, match="is damaged"):
+        list(ArrayFile(path).rows("a"))
 
 
 def test_a_scan_names_three_damaged_files_once_and_counts_the_rest(tmp_path, capsys):

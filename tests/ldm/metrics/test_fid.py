@@ -1,12 +1,14 @@
-"""Fréchet distance against scipy, the bootstrap interval, precision and recall by definition."""
+"""Fréchet distance against scipy, the bootstrap interval; precision, recall and Inception Score by
+definition."""
 
 import numpy as np
 import pytest
+import torch
 from scipy import linalg
 
 from ldm.errors import LdmError
 from ldm.metrics import FeatureStatistics, fid, frechet_distance, precision_recall
-from ldm.metrics.fid import bootstrap_fid
+from ldm.metrics.fid import InceptionScore, bootstrap_fid
 from tests.ldm.metrics.photo_features import normal_features, photo_features, statistics_of
 
 
@@ -217,3 +219,29 @@ def test_bad_features():
         precision_recall(rows, np.where(rows == 4, np.inf, rows))
     with pytest.raises(ValueError, match=r"\(5, 3\) and \(5, 2\)"):
         precision_recall(rows, rows[:, :2])
+
+
+# ----------------------------------------------------------------------------- Inception Score
+def test_inception_score_is_its_definition_over_splits_in_order():
+    """exp(E KL(p(y|x) ‖ p(y))) of each 5,000 images, by a loop in float64; then their mean."""
+    rng = np.random.default_rng(0)
+    p = rng.dirichlet(np.full(6, 0.3), 12_000)
+    p[0] = [1, 0, 0, 0, 0, 0]  # 0 log 0 is 0
+    scores = []
+    for part in (p[:5000], p[5000:10_000], p[10_000:]):
+        marginal, kl = part.mean(0), 0.0
+        for row in part:
+            kl += sum(a * np.log(a / b) for a, b in zip(row, marginal, strict=True) if a > 0)
+        scores.append(np.exp(kl / len(part)))
+    halves = [InceptionScore(6, 12_000) for _ in range(2)]
+    order = rng.permutation(12_000)
+    for i, ks in enumerate(np.array_split(order, 30)):
+        halves[i % 2].update(torch.from_numpy(p[ks]), torch.from_numpy(ks))
+    halves[0].merge(halves[1])
+    assert halves[0].value() == pytest.approx(np.mean(scores), rel=1e-10)
+
+
+def test_inception_score_of_certain_and_even_classes_is_their_number():
+    score = InceptionScore(4, 40)
+    score.update(torch.eye(4).repeat(10, 1), list(range(40)))
+    assert score.value() == pytest.approx(4)

@@ -15,7 +15,13 @@ from torch import nn
 from ldm.errors import LdmError, UsageError
 from ldm.metrics import inception
 from ldm.metrics.inception import FeatureExtractor, load_extractor, weight_folders
-from tests.ldm.metrics.fake_inception import Layers, save_fake_inception, save_script
+from tests.ldm.metrics.fake_inception import (
+    Layers,
+    WholeInception,
+    save_fake_inception,
+    save_script,
+    save_whole_inception,
+)
 
 
 @pytest.fixture
@@ -249,6 +255,68 @@ def test_modes_say_which_they_are(tmp_path):
 def test_an_unknown_mode():
     with pytest.raises(UsageError, match="'dirty' does not exist: use clean or legacy-tensorflow"):
         load_extractor(None, "dirty", None, "cpu")
+
+
+# ------------------------------------------------------------- other outputs of the same pass
+def test_tensorflows_resizing_puts_row_i_at_i_times_the_ratio():
+    images = photographs(20, 33)[:, :1].double()
+    resized = inception.resize_as_tensorflow(images.float(), 29)
+    image, expected = images[0, 0].numpy(), np.zeros((29, 29))
+    for i in range(29):
+        for j in range(29):
+            y, x = i * 20 / 29, j * 33 / 29
+            top, left = int(y), int(x)
+            below, right = min(top + 1, 19), min(left + 1, 32)
+            rows = image[[top, below]] * np.array([[1 - y + top], [y - top]])
+            expected[i, j] = rows.sum(0)[[left, right]] @ [1 - x + left, x - left]
+    np.testing.assert_allclose(resized[0, 0].numpy(), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (240, 300)])
+def test_all_outputs_are_those_of_the_network(tmp_path, monkeypatch, size):
+    """The first 7 maps of mixed_6's branch conv, channels last; a softmax without the bias."""
+    monkeypatch.setattr(FeatureExtractor, "dim", 24)
+    path = save_whole_inception(tmp_path, 24)
+    whole = FeatureExtractor(path, "cpu", "legacy-tensorflow")
+    images = photographs(*size)
+    plain = whole(images.clone())
+    spatial, score = whole.output("sfid"), whole.output("is")
+    network = WholeInception(24, 17, 1008)
+    with torch.no_grad():
+        features = network(images.float(), return_features=True)
+        torch.testing.assert_close(plain, features, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(whole(images), features, atol=1e-3, rtol=1e-3)
+        logits = features @ network.output.weight.T
+        x = (inception.resize_as_tensorflow(images.float(), 299) - 128) / 128
+        maps = network.layers.mixed_6.conv(network.layers[:3](x))[:, :7]
+    torch.testing.assert_close(score(images), logits.softmax(1), atol=1e-3, rtol=1e-3)
+    found = spatial(images)
+    assert (found.shape, spatial.dim, score.dim) == ((2, 2023), 2023, 1008)
+    for channel, row, column in ((0, 0, 0), (6, 16, 16), (3, 5, 11)):
+        expected = maps[:, channel, row, column]
+        torch.testing.assert_close(found[:, (row * 17 + column) * 7 + channel], expected)
+    assert spatial.sha256 == whole.sha256 and spatial.mode == whole.mode
+
+
+def test_outputs_of_one_batch_share_a_pass(tmp_path, monkeypatch):
+    monkeypatch.setattr(FeatureExtractor, "dim", 24)
+    whole = FeatureExtractor(save_whole_inception(tmp_path, 24), "cpu")
+    outputs = [whole, whole.output("sfid"), whole.output("is")]
+    passes, run = [], whole._run
+    monkeypatch.setattr(whole, "_run", lambda images: passes.append(1) or run(images))
+    one, other = photographs(64), photographs(80)
+    for images in (one, other):
+        for output in outputs:
+            output(images)
+    assert len(passes) == 2
+
+
+def test_a_network_without_these_outputs_is_refused(tmp_path):
+    whole = FeatureExtractor(save_fake_inception(tmp_path), "cpu")
+    for name, what in (("sfid", "spatial features"), ("is", "class probabilities")):
+        with pytest.raises(LdmError) as error:
+            whole.output(name)
+        assert f"has no {what}: give the published inception-" in one_line(error)
 
 
 # ------------------------------------------------------------------------------ one's own

@@ -18,6 +18,7 @@ from pipelines.sampling.settings import (
     Classes,
     Sampling,
     guided_levels,
+    labels_slug,
     noise_levels,
     settings_slug,
 )
@@ -146,6 +147,19 @@ def test_unknown_class_is_refused(label, message):
         with pytest.raises(UsageError) as error:
             ask()
         assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_balanced_labels_are_all_classes_in_turn():
+    classes = Classes(3, ("cat", "dog", "emu"))
+    for given in ("balanced", ["balanced"], ("balanced",)):
+        assert classes.read(given) == (0, 1, 2) and classes.describe(given) == "balanced"
+        assert classes.choose(given, 7, seed=0) == (0, 1, 2, 0, 1, 2, 0)
+    assert classes.describe(["dog", 0]) == [1, 0] and classes.describe(None) is None
+    assert labels_slug("balanced") == ["balanced"] and labels_slug([1, 0]) == ["class1_0"]
+    named = Classes(2, ("balanced", "other"))
+    assert named.read("balanced") == (0,) and named.describe("balanced") == [0]
+    with pytest.raises(UsageError, match="has no classes"):
+        Classes().read("balanced")
 
 
 def test_number_of_labels_must_fit():
