@@ -7,8 +7,18 @@ from torch import nn
 
 from diffusion.discrete import DiscreteConfig, DiscreteDenoiser
 from diffusion.dit import DiT, DiTConfig
-from diffusion.edm import EDM, Denoiser, EDMConfig, EDMLoss, edm_loss, sample_sigma
+from diffusion.edm import (
+    EDM,
+    Denoiser,
+    DenoisingLoss,
+    EDMConfig,
+    EDMLoss,
+    denoising_loss,
+    edm_loss,
+    sample_sigma,
+)
 from diffusion.edm2 import EDM2Config, EDM2UNet
+from diffusion.flow import FlowConfig, FlowDenoiser
 from diffusion.samplers import (
     SAMPLERS,
     guide,
@@ -19,7 +29,13 @@ from diffusion.samplers import (
     sample_euler,
     sample_heun,
 )
-from diffusion.schedules import SCHEDULES, cosine_sigmas, karras_sigmas, linear_sigmas
+from diffusion.schedules import (
+    SCHEDULES,
+    cosine_sigmas,
+    flow_sigmas,
+    karras_sigmas,
+    linear_sigmas,
+)
 from diffusion.unet import Network, UNet, UNetConfig
 
 __all__ = [
@@ -27,6 +43,7 @@ __all__ = [
     "SAMPLERS",
     "SCHEDULES",
     "DenoiserConfig",
+    "DenoisingLoss",
     "DiT",
     "DiTConfig",
     "DiscreteConfig",
@@ -35,13 +52,17 @@ __all__ = [
     "EDM2UNet",
     "EDMConfig",
     "EDMLoss",
+    "FlowConfig",
+    "FlowDenoiser",
     "NetworkConfig",
     "UNet",
     "UNetConfig",
     "build_denoiser",
     "build_network",
     "cosine_sigmas",
+    "denoising_loss",
     "edm_loss",
+    "flow_sigmas",
     "guide",
     "inpaint",
     "karras_sigmas",
@@ -55,7 +76,7 @@ __all__ = [
 ]
 
 NetworkConfig = Annotated[UNetConfig | EDM2Config | DiTConfig, Field(discriminator="type")]
-DenoiserConfig = Annotated[EDMConfig | DiscreteConfig, Field(discriminator="type")]
+DenoiserConfig = Annotated[EDMConfig | DiscreteConfig | FlowConfig, Field(discriminator="type")]
 
 
 def build_network(config: UNetConfig | EDM2Config | DiTConfig) -> Network:
@@ -65,8 +86,12 @@ def build_network(config: UNetConfig | EDM2Config | DiTConfig) -> Network:
     return UNet(config) if config.type == "ldm" else EDM2UNet(config)
 
 
-def build_denoiser(network: nn.Module, config: EDMConfig | DiscreteConfig) -> Denoiser:
+def build_denoiser(network: nn.Module, config: EDMConfig | DiscreteConfig | FlowConfig) -> Denoiser:
     """Build D(x; σ) around a network."""
-    if config.type == "edm":
-        return EDM(network, config.sigma_data)
-    return DiscreteDenoiser(network, config)
+    match config.type:
+        case "edm":
+            return EDM(network, config.sigma_data)
+        case "flow":
+            return FlowDenoiser(network, config)
+        case "discrete":
+            return DiscreteDenoiser(network, config)

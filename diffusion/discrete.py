@@ -77,6 +77,14 @@ class DiscreteDenoiser(Denoiser):
         self.config = config or DiscreteConfig()
         self.log_sigmas = log_sigmas(self.config)  # no buffer: `to` would change its dtype
         self.sigma_min, self.sigma_max = self.log_sigmas[[0, -1]].exp().tolist()
+        is_epsilon = self.config.prediction == "epsilon"
+        self.words = {
+            "c_skip": "1" if is_epsilon else "1 / (sigma^2 + 1)",
+            "c_out": "-sigma" if is_epsilon else "-sigma / sqrt(sigma^2 + 1)",
+            "c_in": "1 / sqrt(sigma^2 + 1)",
+            "timestep": "t between 0 and timesteps - 1 of which sqrt((1 - alpha_bar_t) / "
+            "alpha_bar_t) = sigma, interpolated in ln(sigma)",
+        }
 
     def precondition(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         # √ᾱ, the scale of the network's input in training
@@ -129,28 +137,3 @@ def _close(table: Tensor | None, expected: Tensor, largest: float) -> bool:
     rounding = 4 * torch.finfo(table.dtype).eps
     near = max(1e-4, rounding)
     return torch.allclose(table.double(), expected, rtol=near, atol=largest * rounding)
-
-
-# ---------------------------------------------------------------------------------- in words
-DISCRETE_INPUT = {
-    "c_in": "1 / sqrt(sigma^2 + 1)",
-    "timestep": "t between 0 and timesteps - 1 of which sqrt((1 - alpha_bar_t) / alpha_bar_t) = "
-    "sigma, interpolated in ln(sigma)",
-}
-TERMS = {
-    "edm": {  # Karras et al. 2022, Table 1, column "Ours"
-        "c_skip": "sigma_data^2 / (sigma^2 + sigma_data^2)",
-        "c_out": "sigma sigma_data / sqrt(sigma^2 + sigma_data^2)",
-        "c_in": "1 / sqrt(sigma^2 + sigma_data^2)",
-        "timestep": "ln(sigma) / 4",
-    },
-    # Karras et al. 2022, Table 1, column "VP"
-    "epsilon": {"c_skip": "1", "c_out": "-sigma", **DISCRETE_INPUT},
-    "v": {  # Salimans and Ho 2022, Section 4
-        "c_skip": "1 / (sigma^2 + 1)",
-        "c_out": "-sigma / sqrt(sigma^2 + 1)",
-        **DISCRETE_INPUT,
-    },
-}
-"""D(x; σ) = c_skip x + c_out F(c_in x, timestep) in words, by prediction, for files that go with a
-network F."""

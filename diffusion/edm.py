@@ -7,7 +7,7 @@ gradient, throughout training.
 """
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import PositiveFloat
@@ -55,6 +55,11 @@ class EDMConfig(Config):
     uncertainty: bool = False
     """Weight noise levels also by a learned uncertainty of their loss (EDM2)."""
 
+    def log_sigma(self, normal_draws: Tensor) -> Tensor:
+        """Turn standard normal draws (B,) into ln σ (B,)."""
+        # Table 1, "Noise distribution": ln σ ~ N(P_mean, P_std²)
+        return self.noise_mean + self.noise_std * normal_draws
+
 
 class Denoiser(nn.Module, ABC):
     """D(x; σ) built around a network F.
@@ -72,6 +77,10 @@ class Denoiser(nn.Module, ABC):
     sigma_min: float
     sigma_max: float
     """The range of noise levels for sampling."""
+    words: dict[str, str]
+    """c_skip, c_out, c_in and the network's time step in words, for files beside its weights."""
+    schedule: str = "karras"
+    """The schedule that sampling takes by default."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -80,6 +89,14 @@ class Denoiser(nn.Module, ABC):
     @abstractmethod
     def precondition(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """c_skip, c_out, c_in and c_noise of noise levels σ > 0, each of sigma's shape."""
+
+    def schedule_options(self, schedule: str) -> dict[str, Any]:
+        """The arguments of a schedule by default, besides its number of steps."""
+        return {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max}
+
+    def sampler_options(self, sampler: str) -> dict[str, Any]:
+        """Further arguments of a sampler for this denoiser."""
+        return {}
 
     def forward(
         self,
@@ -122,6 +139,12 @@ class EDM(Denoiser):
     def __init__(self, network: nn.Module, sigma_data: float = 0.5):
         super().__init__(network)
         self.sigma_data = sigma_data
+        self.words = {
+            "c_skip": "sigma_data^2 / (sigma^2 + sigma_data^2)",
+            "c_out": "sigma sigma_data / sqrt(sigma^2 + sigma_data^2)",
+            "c_in": "1 / sqrt(sigma^2 + sigma_data^2)",
+            "timestep": "ln(sigma) / 4",
+        }
 
     def precondition(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         total = sigma**2 + self.sigma_data**2
@@ -133,14 +156,20 @@ class EDM(Denoiser):
         return c_skip, c_out, c_in, c_noise
 
 
-def sample_sigma(normal_draws: Tensor, config: EDMConfig) -> Tensor:
+class NoiseDistribution(Protocol):
+    """The noise levels of training, such as an `EDMConfig`."""
+
+    def log_sigma(self, normal_draws: Tensor) -> Tensor:
+        """Turn standard normal draws (B,) into ln σ (B,)."""
+
+
+def sample_sigma(normal_draws: Tensor, config: NoiseDistribution) -> Tensor:
     """Turn standard normal draws (B,) into the noise levels σ (B,) of a training batch."""
-    # Table 1, "Noise distribution": ln σ ~ N(P_mean, P_std²)
-    return (config.noise_mean + config.noise_std * normal_draws).exp()
+    return config.log_sigma(normal_draws).exp()
 
 
-def edm_loss(
-    denoiser: EDM,
+def denoising_loss(
+    denoiser: Denoiser,
     z: Tensor,
     sigma: Tensor,
     noise: Tensor,
@@ -149,24 +178,26 @@ def edm_loss(
 ) -> Tensor:
     """λ(σ) ‖D(z + σn; σ) − z‖² per image, the mean over its latent's values: (B,).
 
+    With λ = 1 / c_out² it is the squared error of the network's own output: of EDM's target of unit
+    variance, or of a flow's velocity.
+
     Args:
         z: standardised latents (B, C, H, W).
         sigma: noise levels (B,), as from `sample_sigma`.
         noise: standard normal n, of z's shape.
         labels, augment: conditions of the denoiser.
     """
-    sigma_data = denoiser.sigma_data
     denoised = denoiser(z + sigma.view(-1, 1, 1, 1) * noise, sigma, labels, augment)
-    # Table 1, "Loss weighting": λ(σ) c_out(σ)² = 1
-    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+    # Karras et al. 2022, Table 1, "Loss weighting": λ(σ) c_out(σ)² = 1
+    c_out = denoiser.precondition(sigma)[1]
     # Eq. 2, weighted as in Section 5
-    return weight * (denoised - z).square().mean(dim=(1, 2, 3))
+    return (denoised - z).square().mean(dim=(1, 2, 3)) / c_out.square()
 
 
-class EDMLoss(nn.Module):
+class DenoisingLoss(nn.Module):
     """A denoiser and its uncertainty, if any, as one module for DDP to wrap."""
 
-    def __init__(self, denoiser: EDM, uncertainty: Uncertainty | None = None) -> None:
+    def __init__(self, denoiser: Denoiser, uncertainty: Uncertainty | None = None) -> None:
         super().__init__()
         self.denoiser, self.uncertainty = denoiser, uncertainty
 
@@ -178,8 +209,11 @@ class EDMLoss(nn.Module):
         labels: Tensor | None = None,
         augment: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The loss to minimise, and `edm_loss` to log; per image, (B,) each."""
-        loss = edm_loss(self.denoiser, z, sigma, noise, labels, augment)
+        """The loss to minimise, and `denoising_loss` to log; per image, (B,) each."""
+        loss = denoising_loss(self.denoiser, z, sigma, noise, labels, augment)
         if self.uncertainty is None:
             return loss, loss.detach()
         return weigh(loss, self.uncertainty(sigma.log() / 4)), loss.detach()
+
+
+edm_loss, EDMLoss = denoising_loss, DenoisingLoss  # their earlier names

@@ -8,7 +8,9 @@ denoisers into a denoiser for any sampler.
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import inf, isfinite, sqrt
+from typing import Literal
 
+import torch
 from torch import Tensor
 
 from ldm.errors import UsageError
@@ -83,6 +85,7 @@ def sample_heun(
     churn: Churn = no_churn,
     start: Tensor | None = None,
     callback: Callback | None = None,
+    over: Literal["sigma", "t"] = "sigma",
 ) -> Tensor:
     """Stochastic Heun sampler, Karras et al. 2022, Algorithm 2: of second order.
 
@@ -94,6 +97,9 @@ def sample_heun(
         start: x at sigmas[0] instead of noise · sigmas[0], of noise's shape: an image plus noise
             edits the image (SDEdit, Meng et al. 2021, arXiv 2108.01073).
         callback: called after every step.
+        over: the variable whose slopes at both ends of a step are averaged: "sigma" as in the
+            paper, or "t", rectified flow's σ / (1 + σ), for x_t = x / (1 + σ). The latter needs no
+            small steps at high σ, as t is at most 1.
 
     Returns:
         Samples (B, C, H, W) in float64.
@@ -109,8 +115,13 @@ def sample_heun(
         slope = (x - denoised) / sigma_hat  # line 7
         x_next = x + (sigma_next - sigma_hat) * slope  # line 8
         if sigma_next > 0:  # lines 9-11: second order
-            slope_next = (x_next - denoise(x_next, sigma_next)) / sigma_next
-            x_next = x + (sigma_next - sigma_hat) * (slope + slope_next) / 2
+            denoised_next = denoise(x_next, sigma_next)
+            slope_next = (x_next - denoised_next) / sigma_next
+            if over == "sigma":
+                x_next = x + (sigma_next - sigma_hat) * (slope + slope_next) / 2
+            else:  # the same in x_t, whose slope dx_t/dt is (x − D)/σ − D
+                change = (slope_next - denoised_next) - (slope - denoised)
+                x_next = x_next + (sigma_next - sigma_hat) / (1 + sigma_hat) * change / 2
         else:
             x_next = denoised  # line 8 without its rounding
         x = x_next
@@ -182,7 +193,7 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "euler": sample_euler,
     "dpmpp-2m": sample_dpmpp_2m,
 }
-"""All take (denoise, noise, sigmas, start, callback); all but dpmpp-2m also churn."""
+"""All take (denoise, noise, sigmas, start, callback); all but dpmpp-2m also churn, heun over."""
 
 
 def _first(noise: Tensor, sigmas: Tensor, start: Tensor | None) -> Tensor:
@@ -198,7 +209,11 @@ def _first(noise: Tensor, sigmas: Tensor, start: Tensor | None) -> Tensor:
 
 # ------------------------------------------------------------------ guidance and inpainting
 def guide(
-    strong: Denoise, weak: Denoise, scale: float, interval: tuple[float, float] = (0.0, inf)
+    strong: Denoise,
+    weak: Denoise,
+    scale: float,
+    interval: tuple[float, float] = (0.0, inf),
+    channels: int | None = None,
 ) -> Denoise:
     """Extrapolate from the answer of a weaker denoiser through that of a stronger one.
 
@@ -213,12 +228,15 @@ def guide(
             0: their w is scale − 1.)
         interval: guidance acts where low < σ ≤ high (Kynkäänniemi et al. 2024, arXiv 2404.07724);
             elsewhere, and at scale 1, only `strong` is evaluated.
+        channels: guidance acts on the first so many channels, the others are `strong` alone; None:
+            on all. (The code of DiT, SiT and LightningDiT guides three.)
 
     Returns:
         A denoiser: (x (B, C, H, W), σ ()) → (B, C, H, W).
 
     Raises:
-        UsageError: the interval is empty or begins below 0, or the scale is not finite.
+        UsageError: the interval is empty or begins below 0, the scale is not finite, or there is
+            no guided channel.
     """
     low, high = interval
     if not isfinite(scale):
@@ -228,12 +246,19 @@ def guide(
             f"guidance acts where low < σ ≤ high: 0 ≤ low < high must hold, not {low} and {high}"
         )
 
+    if channels is not None and channels < 1:
+        raise UsageError(f"guidance acts on 1 channel or more, not on {channels}")
+
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         if scale == 1 or not low < sigma <= high:
             return strong(x, sigma)
         away = weak(x, sigma)
+        towards = strong(x, sigma)
         # Ho & Salimans 2022, Eq. 6, which is linear and so holds for D as for ε
-        return away + scale * (strong(x, sigma) - away)
+        guided = away + scale * (towards - away)
+        if channels is None:
+            return guided
+        return torch.cat([guided[:, :channels], towards[:, channels:]], dim=1)
 
     return denoise
 

@@ -15,6 +15,9 @@ from ldm.errors import UsageError
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 """Karras et al. 2022 (arXiv 2206.00364), Table 1: the range of σ, for σ_data = 0.5."""
 
+FLOW_SIGMA_MAX = 1e7
+"""σ of a rectified flow's pure noise: t = 1 − 1e-7, which is below 1 in float32, too."""
+
 BETA_D, BETA_MIN = 19.9, 0.1
 """Karras et al. 2022, Table 1, column "VP": rise and start of DDPM's linear β."""
 
@@ -74,12 +77,44 @@ def linear_sigmas(steps: int, sigma_min: float = SIGMA_MIN, sigma_max: float = S
     return _evenly(steps, sigma_min, sigma_max, time, level)
 
 
+def flow_sigmas(
+    steps: int,
+    sigma_min: float | None = None,
+    sigma_max: float = FLOW_SIGMA_MAX,
+    shift: float = 1.0,
+) -> Tensor:
+    """Noise levels of rectified flow: σ = s t / (1 − t), evenly spaced in t.
+
+    Esser et al. 2024 (arXiv 2403.03206), Eq. 23: it shifts t to s t / (1 + (s − 1) t).
+
+    Args:
+        steps, sigma_max: see `karras_sigmas`.
+        sigma_min: the last noise level above 0; None: all steps in t are alike, the last one too.
+        shift: s, above 0; above 1 more of the steps are at high noise levels.
+
+    Returns:
+        As `karras_sigmas`.
+
+    Raises:
+        UsageError: as `karras_sigmas`, or a shift that is not above 0 and finite.
+    """
+    if not 0 < shift < inf:
+        raise UsageError(f"the schedule's shift must be above 0 and finite, not {shift}")
+    if sigma_min is None:
+        last = sigma_max / (shift + sigma_max) / max(steps, 2)  # a single step has no other level
+        sigma_min = shift * last / (1 - last)
+    return _evenly(
+        steps, sigma_min, sigma_max, lambda s: s / (shift + s), lambda t: shift * t / (1 - t)
+    )
+
+
 SCHEDULES: dict[str, Callable[..., Tensor]] = {
     "karras": karras_sigmas,
     "cosine": cosine_sigmas,
     "linear": linear_sigmas,
+    "flow": flow_sigmas,
 }
-"""All take (steps, sigma_min, sigma_max); karras_sigmas also rho."""
+"""All take (steps, sigma_min, sigma_max); karras_sigmas also rho, flow_sigmas shift."""
 
 
 def _evenly(

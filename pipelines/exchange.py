@@ -24,7 +24,7 @@ from autoencoders.pretrained import (
 )
 from autoencoders.sdvae import formats as sdvae
 from diffusion import DiT, DiTConfig, dit_formats, formats
-from diffusion.discrete import TERMS, DiscreteConfig, DiscreteDenoiser, find_schedule
+from diffusion.discrete import DiscreteConfig, DiscreteDenoiser, find_schedule
 from diffusion.unet import UNet, UNetConfig
 from ldm.checkpoint import ModelFile, load_model, refuse_damaged, save_model
 from ldm.config import (
@@ -377,7 +377,7 @@ def _describe(model: LatentModel) -> dict[str, Any]:
     return {
         "denoiser": {
             "equation": "D(x; sigma) = c_skip x + c_out F(c_in x, timestep)",
-            **TERMS[config.prediction if isinstance(config, DiscreteConfig) else "edm"],
+            **model.denoiser.words,
             "sigma_min": model.denoiser.sigma_min,
             "sigma_max": model.denoiser.sigma_max,
             "config": to_tree(config),

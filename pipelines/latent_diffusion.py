@@ -44,8 +44,10 @@ class LatentDiffusionPipeline(LatentModel):
         Args:
             steps: sampler steps, 18 by default.
             sampler: "heun", "euler" or "dpmpp-2m".
-            schedule: spacing of the noise levels, "karras", "cosine" or "linear".
+            schedule: spacing of the noise levels, "karras", "cosine", "linear" or "flow"; by
+                default flow for models of type flow, karras for others.
             sigma_min, sigma_max: its ends; by default the model's own.
+            shift: of the schedule flow; by default the model's own.
             churn: fresh noise during sampling, a number (S_churn) or a `Churn`.
             labels: a class by number or name, one or one per image, −1 for none; None: drawn
                 uniformly for each image, if the model has classes.
@@ -54,6 +56,7 @@ class LatentDiffusionPipeline(LatentModel):
             guide: autoguidance (Karras et al. 2024): a pipeline, or the path of a model, with the
                 same autoencoder, to guide away from. A pipeline is moved to this one's device.
             interval: noise levels (low, high) between which guidance acts.
+            guided_channels: guide the first so many channels of the latents alone.
             size: of the images in pixels, R or (height, width); by default that of the training.
                 Another is allowed where the networks can halve it, and may look worse.
             batch_size: images at a time, 64 by default.

@@ -216,9 +216,10 @@ def _numbers(model: LatentModel) -> str:
     if not found:
         return ""
     names = [name for name in NUMBERS if any(name in numbers for _, numbers, _ in found)]
+    schedule = model.denoiser.schedule
     header = ["samples", "compared with", "features", *(NUMBERS[name][0] for name in names)]
     rows = [
-        [*_measured(tree), *(show_number(name, numbers, spread) for name in names)]
+        [*_measured(tree, schedule), *(show_number(name, numbers, spread) for name in names)]
         for tree, numbers, spread in found
     ]
     warnings = dict.fromkeys(text for tree, *_ in found for text in _warnings(tree))
@@ -239,11 +240,15 @@ def _measurements(model: LatentModel) -> Iterator[Tree]:
             yield tree
 
 
-def _measured(tree: Tree) -> tuple[str, str, str]:
-    """Return cells of the samples, of what they were compared with, and of the network."""
+def _measured(tree: Tree, schedule: str) -> tuple[str, str, str]:
+    """Return cells of the samples, of what they were compared with, and of the network.
+
+    Args:
+        schedule: the model's own.
+    """
     samples, reference = section(tree, "samples"), section(tree, "reference")
     made = section(samples, "made_with")
-    words = [_count(samples), f"seed {made.get('seed', '?')}", _settings(made)]
+    words = [_count(samples), f"seed {made.get('seed', '?')}", _settings(made, schedule)]
     if sha256 := section(made, "weaker").get("sha256"):
         words.append(f"guide {str(sha256)[:12]}")
     words += [f"precision {made['precision']}"] if made.get("precision") else []
@@ -262,10 +267,10 @@ def _count(tree: Tree) -> str:
     return f"{count:,} images" if isinstance(count, int) else ""
 
 
-def _settings(made: Tree) -> str:
+def _settings(made: Tree, schedule: str) -> str:
     known = {key: made[key] for key in Sampling.model_fields if key in made}
     try:
-        return settings_slug(validate(Sampling, known))
+        return settings_slug(validate(Sampling, known), schedule)
     except UsageError:  # of another version
         return "settings unknown"
 

@@ -21,9 +21,16 @@ from autoencoders.discriminators import DiscriminatorConfig, UNetDiscriminatorCo
 from autoencoders.losses import AdversarialConfig, LossConfig
 from autoencoders.losses.perceptual import SMALLEST
 from autoencoders.pretrained import find_pretrained, read_autoencoder
-from diffusion import DenoiserConfig, DiTConfig, NetworkConfig, UNetConfig
+from diffusion import (
+    DenoiserConfig,
+    DiTConfig,
+    EDMConfig,
+    FlowConfig,
+    NetworkConfig,
+    UNetConfig,
+    sample_sigma,
+)
 from diffusion.augment import AUGMENT_PARAMETERS, AugmentConfig, draw_augmentation
-from diffusion.edm import EDMConfig, sample_sigma
 from ldm.config import (
     Config,
     Resolution,
@@ -298,16 +305,16 @@ class DiffusionRecipe(Config):
         if self.cache and (self.data.crop == "random" or self.data.source == PHOTOS):
             raise ValueError("random crops cannot be cached: omit cache")
         self.run.check_profile(self.steps)
+        if self.network.type == "edm2" and getattr(self.denoiser, "time_scale", 1) > 10:
+            raise ValueError("denoiser.time_scale: edm2's network takes times of about 1: set 1")
         return self
 
     @property
-    def edm(self) -> EDMConfig:
+    def trained(self) -> EDMConfig | FlowConfig:
         """The denoiser; a UsageError for a type that cannot be trained."""
-        if isinstance(self.denoiser, EDMConfig):
+        if self.denoiser.type != "discrete":
             return self.denoiser
-        raise UsageError(
-            f"denoiser.type={self.denoiser.type} is for imported models: use denoiser.type=edm"
-        )
+        raise UsageError("denoiser.type=discrete is for imported models: use type=edm or flow")
 
 
 def read_recipe(tree: Tree) -> DiffusionRecipe:
@@ -331,7 +338,7 @@ def fit(recipe: DiffusionRecipe, autoencoder: Autoencoder, classes: int) -> Diff
     Args:
         classes: number of the data's classes; ignored without `data.labels`.
     """
-    denoiser, n_z = recipe.edm, autoencoder.config.latent_channels
+    denoiser, n_z = recipe.trained, autoencoder.config.latent_channels
     classes = classes if recipe.data.labels else 0
     augmented = AUGMENT_PARAMETERS if recipe.augment.probability > 0 else 0
     sizes: Tree = {"latent_channels": n_z, "classes": classes, "augment_parameters": augmented}
@@ -373,7 +380,7 @@ def draw_numbers(
     hidden = uniform(seed, "label", ks, ()) < recipe.label_dropout if classes else None
     return {
         "posterior": normal(seed, "posterior", ks, shape) if recipe.posterior == "sample" else None,
-        "sigma": sample_sigma(normal(seed, "sigma", ks, ()), recipe.edm),
+        "sigma": sample_sigma(normal(seed, "sigma", ks, ()), recipe.trained),
         "noise": normal(seed, "noise", ks, shape),
         "hidden": hidden,
         "augment": draw_augmentation(seed, ks, recipe.augment) if augmented else None,

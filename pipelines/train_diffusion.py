@@ -1,4 +1,4 @@
-"""Stage two: train an EDM latent diffusion model; latents are encoded on the fly from pixels."""
+"""Stage two: train a latent diffusion model; latents are encoded on the fly from pixels."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from autoencoders import Autoencoder, DiagonalGaussian
 from autoencoders.autoencoder import assemble
 from autoencoders.pretrained import find_origin, read_autoencoder
-from diffusion import build_network, karras_sigmas, sample_heun
-from diffusion.edm import EDM, EDMLoss, Uncertainty
+from diffusion import build_denoiser, build_network, sample_heun
+from diffusion.edm import Denoiser, DenoisingLoss, Uncertainty
 from diffusion.edm2 import MPModule
 from ldm.checkpoint import ModelFile, fingerprint, save_model
 from ldm.config import to_tree
@@ -38,6 +38,7 @@ from pipelines.latents import (
     open_cache,
 )
 from pipelines.recipes import DiffusionRecipe, as_begun, fit, latent_shape
+from pipelines.sampling.settings import Sampling, noise_levels
 from pipelines.validation import band_losses, draw_bands
 
 SAMPLES, COLUMNS, SAMPLING_STEPS = 16, 4, 18  # of the pictures drawn in training
@@ -52,7 +53,7 @@ class DiffusionState(TrainingState):
 
     Attributes:
         network: F, the network inside the denoiser.
-        objective: an `EDMLoss`, of the denoiser and, if configured, its uncertainty; after
+        objective: a `DenoisingLoss`, of the denoiser and, if configured, its uncertainty; after
             `prepare`, wrapped so that processes average its gradients.
         ema: the denoiser with averaged weights, which ckpt.pt is made from.
         powers: power-function averages by their relative width.
@@ -64,9 +65,9 @@ class DiffusionState(TrainingState):
         super().__init__(recipe.batch_size, recipe.steps)
         self.recipe, self.folder = recipe, run.folder
         self.network = run.place(build_network(recipe.network))
-        denoiser = EDM(self.network, recipe.edm.sigma_data)
-        uncertainty = run.place(Uncertainty()) if recipe.edm.uncertainty else None
-        self.objective: nn.Module = EDMLoss(denoiser, uncertainty)
+        denoiser = build_denoiser(self.network, recipe.trained)
+        uncertainty = run.place(Uncertainty()) if recipe.trained.uncertainty else None
+        self.objective: nn.Module = DenoisingLoss(denoiser, uncertainty)
         self.ema = Ema(denoiser, recipe.ema_half_life_images)
         self.powers = {std: PowerEma(self.network, std) for std in recipe.ema_stds}
         self.averages = [self.ema, *self.powers.values()]
@@ -305,7 +306,7 @@ def measure_codec(
         mean, std = measure_latents(posteriors(), recipe.posterior == "sample", run.sum)
     if bad:
         log.warning("left out of the statistics: the latents of %s are not finite", listed(bad))
-    return Codec(autoencoder, mean, std, recipe.edm.sigma_data).to(run.device)
+    return Codec(autoencoder, mean, std, recipe.trained.sigma_data).to(run.device)
 
 
 @full_float32()
@@ -319,9 +320,12 @@ def _validate(run: Run, state: DiffusionState, codec: Codec, logbook: Logbook) -
     shape, classes = latent_shape(state.recipe, codec.autoencoder), state.recipe.network.classes
     noise = normal(run.seed, "sample", range(SAMPLES), shape).to(run.device)
     labels = torch.arange(SAMPLES, device=run.device) % classes if classes else None
+    denoiser = cast(Denoiser, state.ema.ema_model)
     with run.autocast():
-        denoise = partial(state.ema.ema_model, labels=labels)
-        images = codec.decode(sample_heun(denoise, noise, karras_sigmas(SAMPLING_STEPS))).cpu()
+        sigmas = noise_levels(Sampling(steps=SAMPLING_STEPS), denoiser)
+        denoise = partial(denoiser, labels=labels)
+        z = sample_heun(denoise, noise, sigmas, **denoiser.sampler_options("heun"))
+        images = codec.decode(z).cpu()
     pictures = run.folder / "pictures"
     save_grid(images, pictures / f"samples-{state.images_seen:08d}.png", COLUMNS)
     logbook.picture("samples", grid(images, COLUMNS), state.images_seen)
@@ -348,7 +352,7 @@ def _export(
     statistics = codec.statistics() | {
         "classes": list(source.classes) if recipe.data.labels else []
     }
-    weights, config = cast(EDM, state.ema.ema_model).network.state_dict(), to_tree(recipe)
+    weights, config = cast(Denoiser, state.ema.ema_model).network.state_dict(), to_tree(recipe)
     model = ModelFile("diffusion", config, weights, statistics, origin, inner)
     save_model(run.folder / "ckpt.pt", model)
 

@@ -18,6 +18,7 @@ from diffusion import (
     DiscreteDenoiser,
     DiTConfig,
     EDM2Config,
+    FlowDenoiser,
     UNetConfig,
     build_network,
 )
@@ -112,7 +113,11 @@ def test_denoisers(config):
         if not parameter.any():
             parameter.normal_(std=0.1)
     x = torch.randn(2, 4, 16, 16)
-    for denoiser in (EDM(network), DiscreteDenoiser(network, DiscreteConfig())):
+    for denoiser in (
+        EDM(network),
+        DiscreteDenoiser(network, DiscreteConfig()),
+        FlowDenoiser(network),
+    ):
         exact = None
         for dtype in DTYPES:
             sigma, labels = torch.tensor([0.5, 2.0]), torch.tensor([0, 2])

@@ -27,7 +27,8 @@ from diffusion import (
     karras_sigmas,
     sample_heun,
 )
-from diffusion.edm import EDMLoss, Uncertainty
+from diffusion.edm import DenoisingLoss, Uncertainty
+from diffusion.flow import FlowDenoiser
 from ldm import device as devices
 from ldm.config import validate
 from ldm.data import Batch
@@ -256,7 +257,7 @@ def conditional(kind: str) -> nn.Module:
     ],
     ids=["heun", "euler", "dpmpp-2m"],
 )
-@pytest.mark.parametrize("denoiser", ["edm", "discrete"])
+@pytest.mark.parametrize("denoiser", ["edm", "discrete", "flow"])
 def test_sampling_waits_for_the_images_alone(waits, monkeypatch, denoiser, sampling):
     waiting = []
 
@@ -305,8 +306,9 @@ def test_labels_do_not_break_the_graph(kind):
 
 
 @pytest.mark.parametrize("uncertainty", [None, Uncertainty()])
-def test_the_loss_of_stage_two_is_one_graph(uncertainty):
-    loss = EDMLoss(EDM(conditional("ldm")), uncertainty)
+@pytest.mark.parametrize("denoiser", [EDM, FlowDenoiser])
+def test_the_loss_of_stage_two_is_one_graph(denoiser, uncertainty):
+    loss = DenoisingLoss(denoiser(conditional("ldm")), uncertainty)
     z, sigma, labels = torch.randn(2, 4, 8, 8), torch.tensor([0.5, 2.0]), torch.tensor([0, -1])
     compiled = torch.compile(loss, fullgraph=True, backend="eager")
     for a, b in zip(

@@ -187,13 +187,20 @@ def sample(
         Option(help="Sampler; heun evaluates the network twice per step."),
     ] = "heun",
     schedule: Annotated[
-        Literal["karras", "cosine", "linear"], Option(help="Spacing of the noise levels.")
-    ] = "karras",
+        Literal["karras", "cosine", "linear", "flow"] | None,
+        Option(help="Spacing of the noise levels. Default: flow for flow models, else karras."),
+    ] = None,
+    shift: Annotated[
+        float | None, Option(help="Shift of the schedule flow. Default: the model's own.")
+    ] = None,
     guidance: Annotated[
         float | None,
         Option(help="Guidance scale, classifier-free or with --guide; 1: no guidance."),
     ] = None,
     interval: Annotated[str, Option(help="Noise levels σ to guide in, such as 0.2,3.")] = "0,inf",
+    guided_channels: Annotated[
+        int | None, Option(help="Guide the first so many channels only, such as 3. Default: all.")
+    ] = None,
     guide: options.Guide = None,
     labels: Labels = None,
     churn: Annotated[
@@ -226,8 +233,8 @@ def sample(
         model, n, out, seed, size=options.parse_size("size", size),
         labels=labels.split(",") if labels is not None else None, guide=guide, files=files,
         npz=npz, batch_size=batch_size, device=device, precision=precision,
-        steps=steps, sampler=sampler, schedule=schedule, guidance=guidance, interval=guided,
-        churn=dict(churned),
+        steps=steps, sampler=sampler, schedule=schedule, shift=shift, guidance=guidance,
+        interval=guided, guided_channels=guided_channels, churn=dict(churned),
     )  # fmt: skip
     options.say(
         f"done: {n:,} images in {folder}, an overview in {folder}/grid.png",

@@ -136,7 +136,8 @@ class DiffusionTraining:
         data = self.recipe.data.model_copy(update={"workers": 0})
         sizes = {"resolution": resolution, "batch_size": batch, "accumulate": 1, "data": data}
         recipe = self.recipe.model_copy(update={**sizes, "steps": 10**6})  # without end
-        codec = Codec(self.autoencoder, torch.zeros(n_z), torch.ones(n_z), recipe.edm.sigma_data)
+        sigma_data = recipe.trained.sigma_data
+        codec = Codec(self.autoencoder, torch.zeros(n_z), torch.ones(n_z), sigma_data)
         source = _Noise(resolution, classes, self.autoencoder.config.image_channels)
         shape = latent_shape(recipe, self.autoencoder)
         blank = _BlankCache(source, shape) if recipe.cache else None

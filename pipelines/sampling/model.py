@@ -41,6 +41,8 @@ from pipelines.sampling.settings import (
     Classes,
     Label,
     Sampling,
+    check_channels,
+    fill_in,
     find_shape,
     find_size,
     guided_levels,
@@ -242,7 +244,7 @@ class LatentModel:
         noise = draw("sample") if noise is None else noise.to(self.device)
         start = None if from_z is None else from_z + sigmas[skip] * noise.double()
         denoise = wrap(self._guided(sampling, labels, guide))
-        extra: dict[str, Any] = {"start": start}
+        extra = {"start": start, **self.denoiser.sampler_options(sampling.sampler)}
         if sampling.churn.S_churn > 0:
             churn = sampling.churn.model_dump() | {"sigma_max": self.denoiser.sigma_max}
             extra["churn"] = make_churn(sigmas, lambda step: draw(f"churn {step}"), **churn)
@@ -263,13 +265,13 @@ class LatentModel:
         labels: Sequence[int] | None = None,
     ) -> "LatentModel | None":
         """Load the guiding model, if there is one, and check that guidance is possible."""
-        if sampling.guidance is None:
-            if guide is not None:
-                raise UsageError("a guide has no effect without guidance: set guidance, its scale")
-            return None
+        check_channels(sampling, self.latent_shape[0])
         if guide is None:
-            self._check_classifier_free(labels)
+            if sampling.guidance is not None:
+                self._check_classifier_free(labels)
             return None
+        if sampling.guidance is None:
+            raise UsageError("a guide has no effect without guidance: set guidance, its scale")
         if not isinstance(guide, LatentModel):
             guide = LatentModel.from_pretrained(guide, self.device, self.precision)
         if other := self._difference(guide):
@@ -319,7 +321,7 @@ class LatentModel:
             check_labels(chosen, self.classes.count)  # here, where no GPU has to wait
             chosen = to_device(chosen, self.device)
         strong = partial(self._running("denoiser"), labels=chosen)
-        if sampling.guidance is None:
+        if (scale := sampling.guidance) is None:
             return strong
         if guide is None:
             weak: Denoise = self._running("denoiser")
@@ -328,7 +330,7 @@ class LatentModel:
             # its copy in bf16 needs the autocast of a model in bf16
             as_ours = guide.precision == self.precision
             weak = partial(guide._running("denoiser") if as_ours else guide.denoiser, labels=its)
-        return samplers.guide(strong, weak, sampling.guidance, sampling.interval)
+        return samplers.guide(strong, weak, scale, sampling.interval, sampling.guided_channels)
 
     def _running(self, name: str) -> Any:
         """The denoiser or the codec, or the copy that runs in its place."""
@@ -380,7 +382,7 @@ class ModelSamples:
         self.ranks, where = join_processes(device)
         keep_freed_memory(where)
         self.model = LatentModel.from_pretrained(path, where, precision)
-        noise_levels(self.sampling, self.model.denoiser)  # refuses levels outside its range
+        self.sampling = fill_in(self.sampling, self.model.denoiser)
         self._labels = None if labels is None else self.model.classes.read(labels)
         self._named_labels = self.model.classes.describe(labels)
         self._guide = self.model.load_guide(self.sampling, guide, self._labels)
@@ -436,14 +438,12 @@ class ModelSamples:
 
     def slug(self, files: str = "png") -> str:
         """Name these samples beside others of the same model: `seed0-steps18-guidance2`."""
-        words = [f"seed{self.seed}", settings_slug(self.sampling)]
+        words = [f"seed{self.seed}", settings_slug(self.sampling, self.model.denoiser.schedule)]
         if self.resolution != self.model.recipe.resolution:
             words.append(size_word(self.resolution))
-        if self._guide:
-            words.append(f"weaker{self._guide.sha256[:8]}")
+        words += [f"weaker{self._guide.sha256[:8]}"] if self._guide else []
         words += labels_slug(self._named_labels)
-        if files != "png":
-            words.append(files)
+        words += [files] if files != "png" else []
         # ckpt-ema0.05.pt lies beside ckpt.pt
         if self.path.is_file() and (name := self.path.stem.removeprefix("ckpt").strip("-")):
             words.append(name)

@@ -113,6 +113,7 @@ def _changed(manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> list[s
     """The settings that decide an image and differ; paths and data do not."""
     # an older manifest lacks the settings that were at their defaults, and the models' identity
     defaults = {**to_tree(Sampling()), "weaker": None, "labels": None, "files": "png"}
+    defaults["schedule"] = "karras"
     before = {**defaults, **manifest}
     shared = (*Sampling.model_fields, "seed", "labels", "files", "precision", "resolution")
     changed = [key for key in shared if before.get(key) != settings.get(key)]

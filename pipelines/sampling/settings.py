@@ -54,18 +54,22 @@ class Sampling(Config):
     """Sampler steps; each Heun step but the last calls the network twice."""
     sampler: Literal["heun", "euler", "dpmpp-2m"] = "heun"
     """Sampler; dpmpp-2m does not support churn."""
-    schedule: Literal["karras", "cosine", "linear"] = "karras"
-    """Spacing of the noise levels σ."""
+    schedule: Literal["karras", "cosine", "linear", "flow"] | None = None
+    """Spacing of the noise levels σ; null: flow for models of type flow, karras for others."""
     sigma_min: Positive | None = None
     """Lowest noise level above 0; null: the model's own."""
     sigma_max: Positive | None = None
     """Highest noise level; null: the model's own."""
+    shift: Positive | None = None
+    """Shift of the schedule flow, above 1 towards high noise levels; null: the model's own."""
     churn: Churn = Churn()
     """Fresh noise during sampling; a plain number is its S_churn."""
     guidance: NotNegative | None = None
     """Guidance scale, 1 changes nothing; null: no guidance."""
     interval: tuple[UpToInfinity, UpToInfinity] = (0.0, inf)
     """Noise levels low < σ ≤ high at which guidance acts."""
+    guided_channels: Annotated[int, Field(gt=0)] | None = None
+    """Number of channels that guidance acts on, the first ones; null: all. DiT's code guides 3."""
 
     @field_validator("churn", mode="before")
     @classmethod
@@ -84,8 +88,10 @@ class Sampling(Config):
         if not low < high:
             raise ValueError(f"interval ({low:g}, {high:g}): the second number must be larger")
         # a setting without effect is a mistake
-        if (low, high) != (0, inf) and self.guidance is None:
-            raise ValueError("interval has no effect without guidance: set guidance as well")
+        acts_on = {"interval": (low, high) != (0, inf), "guided_channels": self.guided_channels}
+        for name, is_set in acts_on.items():
+            if is_set and self.guidance is None:
+                raise ValueError(f"{name} has no effect without guidance: set guidance as well")
         if churn.S_min > churn.S_max:
             raise ValueError(f"churn: S_min={churn.S_min:g} must not exceed S_max={churn.S_max:g}")
         if churn.S_churn == 0 and churn != Churn():
@@ -156,12 +162,31 @@ def find_size(model: Any, guide: Any, size: Resolution | None) -> Resolution:
 
 def noise_levels(sampling: Sampling, denoiser: Any) -> Tensor:
     """Return the schedule (steps + 1,) in float64, within the denoiser's range of σ."""
+    schedule = sampling.schedule or denoiser.schedule
+    if sampling.shift is not None and schedule != "flow":
+        raise UsageError(f"shift has no effect with schedule {schedule}: use flow, or omit shift")
+    given = {name: getattr(sampling, name) for name in ("sigma_min", "sigma_max", "shift")}
+    given = {name: value for name, value in given.items() if value is not None}
     low, high = denoiser.sigma_min, denoiser.sigma_max
-    ends = {"sigma_min": sampling.sigma_min or low, "sigma_max": sampling.sigma_max or high}
-    for name, sigma in ends.items():
-        if not low <= sigma <= high:
+    for name, sigma in given.items():
+        if name != "shift" and not low <= sigma <= high:
             raise UsageError(f"{name}={sigma:g}: this model denoises σ from {low:g} to {high:g}")
-    return SCHEDULES[sampling.schedule](sampling.steps, **ends)
+    options = denoiser.schedule_options(schedule) | given
+    return SCHEDULES[schedule](sampling.steps, **options)
+
+
+def fill_in(sampling: Sampling, denoiser: Any) -> Sampling:
+    """Return settings with the schedule that a model takes, once they are seen to fit it."""
+    noise_levels(sampling, denoiser)
+    return sampling.model_copy(update={"schedule": sampling.schedule or denoiser.schedule})
+
+
+def check_channels(sampling: Sampling, channels: int) -> None:
+    """Refuse to guide more channels than the latents have."""
+    if sampling.guided_channels is not None and sampling.guided_channels > channels:
+        raise UsageError(
+            f"guided_channels={sampling.guided_channels}: the latents have {channels} channels"
+        )
 
 
 def guided_levels(sampling: Sampling, denoiser: Any) -> tuple[float, float] | None:
@@ -176,11 +201,15 @@ def guided_levels(sampling: Sampling, denoiser: Any) -> tuple[float, float] | No
     return (levels.min().item(), levels.max().item()) if len(levels) else None
 
 
-def settings_slug(sampling: Sampling) -> str:
-    """Name the non-default settings as part of a file name: `steps18-euler-guidance2`."""
+def settings_slug(sampling: Sampling, schedule: str = "karras") -> str:
+    """Name the non-default settings as part of a file name: `steps18-euler-guidance2`.
+
+    Args:
+        schedule: the model's own.
+    """
     defaults, words = to_tree(Sampling()), [f"steps{sampling.steps}"]
     for key, value in to_tree(sampling).items():
-        if key == "steps" or value == defaults[key]:
+        if key == "steps" or value == defaults[key] or (key, value) == ("schedule", schedule):
             continue
         if isinstance(value, dict):  # churn
             numbers = {name: float(x) for name, x in value.items()}

@@ -96,6 +96,23 @@ def test_a_scale_that_is_no_number_is_refused(scale):
         guide(known_answers.gaussian(0, 1), known_answers.gaussian(0, 1), scale)
 
 
+@pytest.mark.parametrize("interval", [(0.0, math.inf), (0.5, 3.0)])
+def test_guidance_of_some_channels_leaves_the_others_to_the_strong_one(interval):
+    strong, weak = known_answers.gaussian(0.4, 0.7), known_answers.gaussian(0.1, 0.7)
+    x = noise(shape=(4, 3, 3)).double()
+    some = guide(strong, weak, 4.0, interval, channels=3)
+    for sigma in (torch.tensor(0.2), torch.tensor(1.0)):
+        every = guide(strong, weak, 4.0, interval)(x, sigma)
+        assert torch.equal(some(x, sigma)[:, :3], every[:, :3])
+        assert torch.equal(some(x, sigma)[:, 3:], strong(x, sigma)[:, 3:])
+    assert not torch.equal(every[:, 3:], strong(x, sigma)[:, 3:])
+
+
+def test_guidance_of_no_channel_is_refused():
+    with pytest.raises(UsageError, match="acts on 1 channel or more, not on 0"):
+        guide(known_answers.gaussian(0, 1), known_answers.gaussian(0, 1), 2.0, channels=0)
+
+
 # ------------------------------------------------------------------------------ inpainting
 KNOWN = normal(0, "known", range(3), (2, 4, 4))
 LEFT = torch.zeros(3, 1, 4, 4)

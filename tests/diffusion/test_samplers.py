@@ -176,8 +176,11 @@ def test_the_error_falls_with_the_order_of_the_sampler(name, order):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_gaussian_is_reached_along_its_closed_path(sample, schedule):
     sigmas = SCHEDULES[schedule](1000)
-    out = sample(denoise_gaussian, noise(), sigmas)
-    exact = known_answers.gaussian_path(80 * noise().double(), 80, 0, MEAN, STD)
+    # from pure noise, the first step of `flow` is too large for averages over σ
+    options = {"over": "t"} if (sample, schedule) == (sample_heun, "flow") else {}
+    out = sample(denoise_gaussian, noise(), sigmas, **options)
+    first = sigmas[0].item()
+    exact = known_answers.gaussian_path(first * noise().double(), first, 0, MEAN, STD)
     tolerance = 0.02 if sample is sample_euler else 1e-3
     torch.testing.assert_close(out, exact, rtol=0, atol=tolerance)
 

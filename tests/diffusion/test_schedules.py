@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from diffusion.schedules import SCHEDULES, cosine_sigmas, karras_sigmas, linear_sigmas
+from diffusion.schedules import (
+    SCHEDULES,
+    cosine_sigmas,
+    flow_sigmas,
+    karras_sigmas,
+    linear_sigmas,
+)
 from ldm.errors import UsageError
 
 names = pytest.mark.parametrize("name", SCHEDULES)
@@ -110,3 +116,31 @@ def test_more_steps_than_float64_can_tell_apart_are_refused(name):
 def test_a_rho_that_is_not_positive_is_refused(rho):
     with pytest.raises(UsageError, match="rho must be above 0"):
         karras_sigmas(4, rho=rho)
+
+
+# ------------------------------------------------------------------------------ rectified flow
+def test_flow_is_evenly_spaced_in_t_down_to_0():
+    sigmas = flow_sigmas(4)
+    times = (sigmas / (1 + sigmas)).tolist()
+    assert times == pytest.approx([1, 0.75, 0.5, 0.25, 0], abs=1e-6) and times[0] < 1
+    assert flow_sigmas(1).tolist() == [1e7, 0]
+    # with a σ_min, as the other schedules: evenly to it, and then 0
+    assert flow_sigmas(3, 1 / 3, 3.0).tolist() == pytest.approx([3, 1, 1 / 3, 0])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 28])
+@pytest.mark.parametrize("shift", [1.0, 3.0, 0.3])
+def test_flow_is_diffusers(steps, shift):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])  # their σ is t
+    ours = flow_sigmas(steps, shift=shift)
+    times = ours / (1 + ours)
+    assert times.tolist() == pytest.approx(scheduler.sigmas.tolist(), abs=2e-6)
+
+
+@pytest.mark.parametrize("shift", [0, -1.0, math.inf, math.nan])
+def test_a_shift_that_is_not_positive_is_refused(shift):
+    with pytest.raises(UsageError, match="shift must be above 0 and finite"):
+        flow_sigmas(4, shift=shift)

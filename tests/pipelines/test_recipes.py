@@ -124,7 +124,7 @@ def test_fit_sizes_the_network(autoencoder):
         (["network.classes=3"], "network.classes=3 must be 0 here"),
         (["network.augment_parameters=2"], "augment_parameters=2 must be 0 here"),
         (["resolution=40"], "resolution=40 must be a multiple of 16"),
-        (["denoiser.type=discrete"], "discrete is for imported models: use denoiser.type=edm"),
+        (["denoiser.type=discrete"], "discrete is for imported models: use type=edm or flow"),
     ],
 )
 def test_network_that_does_not_fit_is_refused(autoencoder, settings, message):

@@ -36,6 +36,10 @@ MODELS = {
         "settings": ("network={type: dit, width: 32, depth: 2, heads: 2, grid: 2, norm: rms}",),
     },
     "discrete": {"settings": ("denoiser={type: discrete, beta_start: 0.00085, beta_end: 0.012}",)},
+    "flow": {
+        "settings": ("denoiser={type: flow, distribution: uniform, shift: 2, reversed: true}",),
+        "sigma_data": 1.0,
+    },
     "statistics": {"std": 1 / 0.18215, "mean": 0.1, "sigma_data": 1.0},
 }
 

@@ -5,6 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 
+from diffusion import FlowDenoiser
 from ldm.checkpoint import ModelFile, load_model, save_model
 from ldm.errors import LdmError, UsageError
 from ldm.logbook import read_rows
@@ -120,6 +121,16 @@ def test_resume_with_another_autoencoder_is_refused(stage_one, tmp_path):
         train_diffusion(diffusion_recipe(file), "tiny", tmp_path / "run")
 
 
+def test_a_flow_is_not_resumed_as_an_edm(stage_one, tmp_path):
+    flow = diffusion_recipe(stage_one / "ckpt.pt", "denoiser.type=flow", "steps=2")
+    train_diffusion(flow, "tiny", tmp_path / "run")
+    with pytest.raises(LdmError, match=r"denoiser\.type") as refused:
+        train_diffusion(
+            diffusion_recipe(stage_one / "ckpt.pt", "steps=2"), "tiny", tmp_path / "run"
+        )
+    assert "\n" not in str(refused.value)
+
+
 def test_settings_that_do_not_fit_leave_no_folder(stage_one, tmp_path):
     for setting in ("resolution=40", "network.latent_channels=8", "network.classes=3"):
         with pytest.raises(UsageError, match=setting):
@@ -149,6 +160,11 @@ OPTIONS = {
         "augment.probability=0.3", "data.flip=false", "accumulate=2",
     ],
     "dit of rotations": [f"{DIT}, patch: 1, positions: rotary, mlp_ratio: 2}}"],
+    "flow": [
+        "denoiser={type: flow, shift: 1.5, uncertainty: true}", "data.labels=true",
+        "augment.probability=0.3", "data.flip=false", "run.validate_every_steps=2",
+    ],
+    "uniform flow": ["denoiser={type: flow, distribution: uniform}", "posterior=mean"],
     "unet's options": ["network.scale_shift=true", "network.resample_blocks=true"],
     "schedule": ["lr_schedule=cosine", "accumulate=2", "statistics_images=null"],
     "averages": ["ema_stds=[0.05, 0.1]", "snapshots=4"],
@@ -166,6 +182,9 @@ def test_every_option_trains_and_samples(option, stage_one, tmp_path):
     model = load_model(folder, "diffusion")
     labelled = "data.labels=true" in OPTIONS[option]
     assert len(model.statistics["classes"]) == (8 if labelled else 0)
+    is_flow = option.endswith("flow")
+    assert model.statistics["sigma_data"] == (1.0 if is_flow else 0.5)
+    assert isinstance(pipe.denoiser, FlowDenoiser) == is_flow
     if option == "averages":
         names = sorted(path.name for path in (folder / "ema").iterdir())
         assert len(names) == 8

@@ -10,7 +10,7 @@ from PIL import Image, ImageColor
 from skimage import data
 
 from autoencoders import build_autoencoder
-from diffusion import EDMConfig, sample_sigma
+from diffusion import EDMConfig, FlowConfig, sample_sigma
 from ldm.charts import colour
 from ldm.data import Batch, DataConfig, Source, evaluation_batches, open_source
 from ldm.errors import LdmError
@@ -195,13 +195,19 @@ def test_each_loss_counts_in_the_band_of_its_noise_level():
     assert list(means) == list(band_names().values())
 
 
-def test_bands_hold_the_documented_shares_of_noise_levels():
-    draws = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
-    counts = torch.histogram(
-        sample_sigma(draws, EDMConfig()), torch.tensor([*EDGES[:-1], 1e9])
-    ).hist
-    shares = (100 * counts / len(draws)).round().tolist()
-    assert shares == [18, 32, 34, 13, 3]
+@pytest.mark.parametrize(
+    ("config", "documented"),
+    [
+        (EDMConfig(), [18, 32, 34, 13, 3]),
+        (FlowConfig(), [1, 10, 39, 36, 14]),
+        (FlowConfig(distribution="uniform"), [9, 14, 27, 25, 25]),
+    ],
+    ids=["edm", "flow", "uniform"],
+)
+def test_bands_hold_the_documented_shares_of_noise_levels(config, documented):
+    draws = torch.randn(400_000, generator=torch.Generator().manual_seed(0))
+    counts = torch.histogram(sample_sigma(draws, config), torch.tensor([*EDGES[:-1], 1e9])).hist
+    assert (100 * counts / len(draws)).round().tolist() == documented
 
 
 def test_band_losses_are_drawn_in_their_colours(tmp_path):

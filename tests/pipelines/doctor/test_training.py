@@ -26,6 +26,9 @@ def same(before, module) -> bool:
     return all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
 
 
+FLOW = ("denoiser={type: flow, uncertainty: true}",)
+
+
 def stage_one(*settings):
     recipe = autoencoder_recipe(*settings)
     return AutoencoderTraining(recipe, Run(Path(), recipe.run, make_accelerator("cpu")))
@@ -64,6 +67,7 @@ def test_resolutions_that_stage_one_accepts():
         ((), 0),
         (("data.labels=true",), 3),
         (AUGMENTED, 0),
+        (FLOW, 0),
         (("cache=x", "data={source: x, crop: center}"), 0),
         (("network={type: edm2, channels: 16, multipliers: [1, 2], blocks: 1, head_width: 8}",), 0),
     ],

@@ -301,6 +301,7 @@ WIDE = "network={channels: 64, multipliers: [1, 2], blocks: 1, head_width: 16}"
 def evaluate(formula, **numbers):
     """Evaluate a formula of ldm.json, its words replaced by Python's."""
     formula = formula.replace("^", "**").replace("sigma sigma_data", "sigma * sigma_data")
+    formula = formula.replace("time_scale sigma", "time_scale * sigma")
     return eval(formula, {"sqrt": lambda x: x**0.5, "ln": torch.log, **numbers})
 
 
@@ -309,9 +310,9 @@ def told_denoiser(folder, x, sigma, label=None):
     told = json.loads((folder / "ldm.json").read_text("utf-8"))
     terms, sigma_data = told["denoiser"], told["latents"]["sigma_data"]
     assert terms["equation"] == "D(x; sigma) = c_skip x + c_out F(c_in x, timestep)"
-    numbers = {"sigma": sigma, "sigma_data": sigma_data}
+    numbers = {"sigma": sigma, "sigma_data": sigma_data, **terms["config"]}
     skip, out, c_in = (evaluate(terms[name], **numbers) for name in ("c_skip", "c_out", "c_in"))
-    if terms["config"]["type"] == "edm":
+    if terms["config"]["type"] != "discrete":
         time = evaluate(terms["timestep"], **numbers)
     else:
         time = torch.tensor(11.0)  # the caller's σ is its level's
@@ -347,6 +348,18 @@ def test_exported_network_denoises_as_ldm_json_describes(names):
     assert told["sha256"] == pipe.sha256
     assert told["images"]["autoencoder_sha256"] == pipe.autoencoder_sha256
     assert UNet2DModel.load_config(out)["sample_size"] == 4
+
+
+@pytest.mark.parametrize("convention", ["shift: 2", "time_scale: 1, reversed: true"])
+@torch.no_grad()
+def test_an_exported_flow_denoises_as_ldm_json_describes(convention):
+    settings = (WIDE, f"denoiser={{type: flow, {convention}}}")
+    model = make_model(Path("run"), 0, settings=settings, sigma_data=1.0)
+    export_network(Path("unet"), model)
+    pipe = LatentDiffusionPipeline.from_pretrained(model, "cpu", "fp32")
+    x, sigma = 2 * normal(0, "x", [0, 1], pipe.latent_shape), torch.tensor(1.7)
+    theirs = told_denoiser(Path("unet"), x, sigma)
+    torch.testing.assert_close(theirs, pipe.denoiser(x, sigma), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])

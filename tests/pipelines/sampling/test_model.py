@@ -1,6 +1,7 @@
 """A latent model: classifier-free guidance and autoguidance."""
 
 import weakref
+from itertools import pairwise
 
 import pytest
 import torch
@@ -83,6 +84,63 @@ def test_autoguidance_by_a_path_without_classes(conditional, tmp_path):
     z = guided(lambda x, sigma: conditional.denoiser(x, sigma, labels), load(plain).denoiser, 2.0)
     made = conditional(2, labels=1, guidance=2, guide=plain, **FEW)
     torch.testing.assert_close(made, conditional.codec.decode(z), atol=1e-5, rtol=0)
+
+
+def test_guidance_of_the_first_channels(pipe, other):
+    def towards(x, sigma):
+        strong, weak = pipe.denoiser(x, sigma), other.denoiser(x, sigma)
+        return torch.cat([(weak + 2 * (strong - weak))[:, :3], strong[:, 3:]], dim=1)
+
+    z = sample_heun(towards, normal(0, "sample", range(2), (4, 4, 4)), karras_sigmas(3))
+    made = pipe(2, guidance=2, guide=other, guided_channels=3, **FEW)
+    torch.testing.assert_close(made, pipe.codec.decode(z), atol=1e-5, rtol=0)
+    told = said(lambda: pipe(1, guidance=2, guide=other, guided_channels=5))
+    assert told == "guided_channels=5: the latents have 4 channels"
+
+
+FLOW = {"settings": ("denoiser={type: flow, shift: 2, time_scale: 30}",), "sigma_data": 1.0}
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_a_flow_follows_its_velocity_in_time(tmp_path, sampler):
+    flow = load(make_model(tmp_path, 0, **FLOW))
+    x_t, times = normal(0, "sample", range(2), (4, 4, 4)), [1, 4 / 5, 1 / 2, 0]  # 2t / (1 + t)
+
+    def velocity(x_t, t):
+        return flow.denoiser.network(x_t, torch.full((2,), 30.0 * t))
+
+    with torch.no_grad():
+        for t, following in pairwise(times):
+            v = velocity(x_t, t)
+            x_next = x_t + (following - t) * v
+            if sampler == "heun" and following:
+                x_next = x_t + (following - t) * (v + velocity(x_next, following)) / 2
+            x_t = x_next
+    made = flow(2, sampler=sampler, **FEW)
+    torch.testing.assert_close(made, flow.codec.decode(x_t), atol=1e-4, rtol=0)
+    assert torch.equal(made, flow(2, sampler=sampler, schedule="flow", shift=2, **FEW))
+    assert not torch.allclose(made, flow(2, sampler=sampler, shift=1, **FEW), atol=1e-3)
+
+
+@pytest.mark.parametrize("sampler", ["heun", "euler", "dpmpp-2m"])
+def test_a_flow_edits_and_paints(tmp_path, sampler):
+    flow, guide = (load(make_model(tmp_path / str(seed), seed, **FLOW)) for seed in (0, 1))
+    images, how = flow(2, seed=7, **FEW), {"sampler": sampler, **FEW}
+    mask = torch.zeros(1, 1, 32, 32)
+    mask[..., :16] = 1
+    painted = flow.inpaint(images, mask, **how)
+    assert torch.equal(painted[..., 16:], images[..., 16:])
+    some, all_of_it = (flow.edit(images, strength, **how) for strength in (0.67, 1))
+    assert torch.equal(all_of_it, flow(2, **how))
+    assert some.isfinite().all() and not torch.equal(some, all_of_it)
+    guided = flow(2, guidance=2, guide=guide, interval=(0.1, 5), **how)
+    assert guided.isfinite().all() and not torch.equal(guided, flow(2, **how))
+
+
+def test_a_flow_and_an_edm_do_not_guide_each_other(pipe, tmp_path):
+    flow = load(make_model(tmp_path, 1, **FLOW))
+    for one, guide in ((pipe, flow), (flow, pipe)):
+        assert "other statistics" in said(lambda a=one, b=guide: a(1, guidance=2, guide=b))
 
 
 @pytest.mark.parametrize("precisions", [("fp32", "bf16"), ("bf16", "fp32")])

@@ -46,6 +46,8 @@ def test_other_guidance_is_refused(conditional, tmp_path):
         draw(conditional, out, guidance=3)
     with pytest.raises(LdmError, match=r"settings \(interval\)"):
         draw(conditional, out, guidance=2, interval=(0.1, 9))
+    with pytest.raises(LdmError, match=r"settings \(guided_channels\)"):
+        draw(conditional, out, guidance=2, guided_channels=3)
     with pytest.raises(LdmError, match=r"settings \(labels\)"):
         draw(conditional, out, guidance=2, labels="dog")
 
@@ -53,7 +55,11 @@ def test_other_guidance_is_refused(conditional, tmp_path):
 def test_manifest_of_an_older_version_means_the_defaults(model, tmp_path):
     out = draw(model, tmp_path / "out", n=1)
     manifest = json.loads((out / "samples.json").read_text())
-    for key in ("schedule", "sigma_min", "churn", "guidance", "interval", "weaker", "files"):
+    assert manifest["schedule"] == "karras"
+    for key in (
+        "schedule", "sigma_min", "churn", "guidance", "interval", "weaker", "files", "shift",
+        "guided_channels",
+    ):  # fmt: skip
         del manifest[key]
     del manifest["model"]["identity"]
     (out / "samples.json").write_text(json.dumps(manifest))
@@ -72,6 +78,11 @@ def test_default_folder_names_the_non_default_settings(model, conditional, tmp_p
     twin = conditional / "ckpt-ema0.05.pt"
     twin.write_bytes((conditional / "ckpt.pt").read_bytes())
     assert name(twin) == "seed0-steps1-ema0.05"
+    flow = make_model(tmp_path / "flow", 0, settings=("denoiser={type: flow}",))
+    assert name(flow) == name(flow, schedule="flow") == "seed0-steps1"
+    assert name(flow, schedule="karras") == "seed0-steps1-karras"
+    manifest = json.loads((flow / "samples/seed0-steps1/samples.json").read_text())
+    assert (manifest["schedule"], manifest["shift"]) == ("flow", None)
 
 
 # ------------------------------------------------------------------------------ another model
@@ -85,6 +96,7 @@ def test_default_folder_names_the_non_default_settings(model, conditional, tmp_p
         ({"sigma_data": 1.0}, "model"),
         ({"settings": ("denoiser.sigma_data=0.6",)}, "model"),
         ({"settings": ("denoiser={type: discrete}",)}, "model"),
+        ({"settings": ("denoiser={type: flow}",)}, "schedule, model"),
         ({"settings": ("network.head_width=4",)}, "model"),
         ({"settings": ("resolution=64",)}, "resolution, model"),
     ],

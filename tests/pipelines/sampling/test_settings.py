@@ -2,21 +2,23 @@
 
 import json
 from math import inf, nan, sqrt
-from types import SimpleNamespace
 from typing import get_args
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from diffusion import EDM, FlowConfig, FlowDenoiser
 from diffusion.samplers import SAMPLERS
-from diffusion.schedules import SCHEDULES
+from diffusion.schedules import SCHEDULES, flow_sigmas, karras_sigmas
 from ldm.config import to_tree, validate
 from ldm.errors import UsageError
 from ldm.seeds import generator
 from pipelines.sampling.settings import (
     Classes,
     Sampling,
+    fill_in,
     guided_levels,
     labels_slug,
     noise_levels,
@@ -29,7 +31,8 @@ CLASSES = Classes(3, ("cat", "dog", "2 emus"))
 def test_every_sampler_and_schedule_can_be_chosen():
     fields = Sampling.model_fields
     assert set(get_args(fields["sampler"].annotation)) == set(SAMPLERS)
-    assert set(get_args(fields["schedule"].annotation)) == set(SCHEDULES)
+    schedules, _none = get_args(fields["schedule"].annotation)
+    assert set(get_args(schedules)) == set(SCHEDULES)
 
 
 def test_settings_survive_json():
@@ -47,16 +50,27 @@ def test_settings_survive_json():
         ({"guidance": 2, "interval": (0.2, inf)}, "steps18-guidance2-interval0.2toinf"),
         ({"churn": {"S_churn": 40, "S_max": 50}}, "steps18-S_churn40-S_max50"),
         ({"sigma_max": 20}, "steps18-sigma_max20"),
+        ({"schedule": "karras"}, "steps18"),
+        ({"schedule": "flow", "shift": 3}, "steps18-flow-shift3"),
+        ({"guidance": 4, "guided_channels": 3}, "steps18-guidance4-guided_channels3"),
     ],
 )
 def test_slug_names_the_non_default_settings(settings, name):
     assert settings_slug(validate(Sampling, settings)) == name
 
 
+def test_slug_leaves_out_the_schedule_of_the_model():
+    for schedule, name in ((None, "steps18"), ("flow", "steps18"), ("karras", "steps18-karras")):
+        assert settings_slug(validate(Sampling, {"schedule": schedule}), "flow") == name
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"interval": (0.2, 3)}, "interval has no effect without guidance: set guidance"),
+        ({"guided_channels": 3}, "guided_channels has no effect without guidance"),
+        ({"guidance": 2, "guided_channels": 0}, "'guided_channels': input should be greater"),
+        ({"shift": 0}, "'shift': input should be greater than 0"),
         ({"churn": {"S_churn": 5, "S_min": 3, "S_max": 1}}, "S_min=3 must not exceed S_max=1"),
         ({"churn": {"S_noise": 1.5}}, "have no effect without S_churn"),
         ({"churn": {"S_min": 1.5}}, "have no effect without S_churn"),
@@ -76,7 +90,8 @@ def test_invalid_or_ineffective_settings_are_refused(settings, message):
 
 
 def test_guided_levels_cover_the_interval_and_churn():
-    model = SimpleNamespace(sigma_min=0.1, sigma_max=20.0)
+    model = EDM(nn.Identity())
+    model.sigma_min, model.sigma_max = 0.1, 20.0
 
     def asked(**settings):
         return guided_levels(validate(Sampling, {"steps": 6, "guidance": 2} | settings), model)
@@ -92,6 +107,43 @@ def test_guided_levels_cover_the_interval_and_churn():
         churn = {"S_churn": 9, "S_max": highest}
         top = asked(churn=churn, interval=(0.2, levels[2] - 0.1))[1]
         assert top == pytest.approx(expected)
+
+
+# ------------------------------------------------------------------------- schedules of a model
+def test_a_flow_is_sampled_evenly_in_t_with_its_shift():
+    model = FlowDenoiser(nn.Identity(), FlowConfig(shift=2))
+    assert torch.equal(noise_levels(Sampling(steps=5), model), flow_sigmas(5, shift=2))
+    asked = validate(Sampling, {"steps": 5, "shift": 4, "sigma_max": 50})
+    assert torch.equal(noise_levels(asked, model), flow_sigmas(5, None, 50, shift=4))
+    assert fill_in(Sampling(), model).schedule == "flow"
+    # of the other schedules few steps are spent where nothing happens
+    for name in ("karras", "cosine", "linear"):
+        levels = noise_levels(validate(Sampling, {"steps": 18, "schedule": name}), model)
+        assert (levels[0].item(), levels[-2].item()) == (160, 0.004)
+        assert ((levels > 0.05) & (levels < 20)).sum() >= 8
+
+
+def test_an_edm_is_sampled_as_before_flows():
+    model = EDM(nn.Identity())
+    assert torch.equal(noise_levels(Sampling(), model), karras_sigmas(18))
+    assert fill_in(Sampling(), model).schedule == "karras"
+    levels = noise_levels(validate(Sampling, {"schedule": "flow"}), model)
+    assert torch.equal(levels, flow_sigmas(18, 0.002, 80.0))
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "message"),
+    [
+        (EDM, {"shift": 3}, "shift has no effect with schedule karras: use flow"),
+        (FlowDenoiser, {"shift": 3, "schedule": "cosine"}, "no effect with schedule cosine"),
+        (FlowDenoiser, {"sigma_max": 1e9}, "sigma_max=1e+09: this model denoises σ from 1e-05 to"),
+        (FlowDenoiser, {"sigma_min": 1e-6}, "sigma_min=1e-06: this model denoises"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model_are_refused(model, settings, message):
+    with pytest.raises(UsageError) as error:
+        fill_in(validate(Sampling, settings), model(nn.Identity()))
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 # ------------------------------------------------------------------------------------ classes
