@@ -203,18 +203,20 @@ def read_config(folder: Path) -> Tree | None:
 
 
 def differences(folder: Path, config: Config) -> list[str]:
-    """List the dotted keys in which a run's configuration differs, except `IGNORED`."""
+    """List the dotted keys in which a run's configuration differs, except `IGNORED`; types first,
+    which the others follow from."""
     theirs = read_config(folder)
     if theirs is None:
         return ["config.yaml"]
     with suppress(UsageError):  # keys that are newer than the run get their defaults
         theirs = to_tree(validate(type(config), theirs))
     ours, theirs = flatten(to_tree(config)), flatten(theirs)
-    return sorted(
+    changed = (
         key
         for key in ours | theirs
         if IGNORED.isdisjoint([key, key.rpartition(".")[2]]) and ours.get(key) != theirs.get(key)
     )
+    return sorted(changed, key=lambda key: (not key.endswith(".type"), key))
 
 
 def _new_folder(preset: str) -> Path:
