@@ -68,14 +68,14 @@ def test_words_become_settings(model, tmp_path, capsys):
     guide = make_model(tmp_path / "guide", 1, ("cat", "dog"))
     sample(
         model, n=2, steps=2, sampler="euler", schedule="cosine", guidance=1.5, interval="0.2,inf",
-        guide=guide, labels="dog, 0", churn="4,0.1,50,1.01", files="zip", out=tmp_path / "out",
-        device="cpu", precision="fp32",
+        guided_channels=3, guide=guide, labels="dog, 0", churn="4,0.1,50,1.01", files="zip",
+        out=tmp_path / "out", device="cpu", precision="fp32",
     )  # fmt: skip
     manifest = json.loads((tmp_path / "out" / "samples.json").read_text())
     expected = {
         "n": 2, "seed": 0, "steps": 2, "sampler": "euler", "schedule": "cosine", "guidance": 1.5,
         "interval": [0.2, "inf"], "labels": [1, 0], "files": "zip", "sigma_max": None,
-        "churn": {"S_churn": 4, "S_min": 0.1, "S_max": 50, "S_noise": 1.01},
+        "churn": {"S_churn": 4, "S_min": 0.1, "S_max": 50, "S_noise": 1.01}, "guided_channels": 3,
     }  # fmt: skip
     assert {key: manifest[key] for key in expected} == expected
     assert manifest["weaker"]["path"] == str(guide)
@@ -98,6 +98,8 @@ def test_churn_alone_is_its_amount(model, tmp_path):
         ({"interval": "low,high"}, "--interval low,high: expected 2"),
         ({"interval": "3,2"}, "interval (3, 2): the second number"),
         ({"interval": "0.2,3"}, "interval has no effect without guidance"),
+        ({"guided_channels": 3}, "guided_channels has no effect without guidance"),
+        ({"shift": 3.0}, "shift has no effect with schedule karras: use flow, or omit shift"),
         ({"churn": "1,2"}, "--churn 1,2: expected 1 or 4 number(s)"),
         ({"churn": "-1"}, "'churn.S_churn': input should be greater than or equal to 0"),
         ({"labels": "cow"}, "label 'cow': classes are 0 to 1 (cat, dog)"),
