@@ -296,6 +296,6 @@ class DiT(Network):
             cos, sin = rotation(rows, columns, config.width // config.heads)
             by = cos.to(wide), sin.to(wide)
         for block in self.blocks:
-            tokens = block(tokens, embedding, by)
+            tokens = self.run(block, tokens, embedding, by)
         values = self.last(tokens, embedding)
         return rearrange(values, "b (h w) (p q c) -> b c (h p) (w q)", h=height, p=patch, q=patch)

@@ -3,8 +3,9 @@ skips, which the network of EDM2 shares."""
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Annotated, Any, Literal, cast
 
 import torch
@@ -13,6 +14,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ldm.config import Config, Depth, Levels, Width
 from ldm.device import to_device
@@ -77,7 +79,10 @@ class Network(nn.Module, ABC):
 
     Attributes:
         factor: both sides of a latent must be multiples of it.
+        recompute: set by `checkpoint_blocks`.
     """
+
+    recompute = False
 
     def __init__(self, config: Any, embed: nn.Module) -> None:
         super().__init__()
@@ -123,6 +128,20 @@ class Network(nn.Module, ABC):
         if augment is None:
             augment = x.new_zeros(len(x), self.config.augment_parameters)
         return self.transform(x, self.embed(c_noise, labels, augment))
+
+    def run(self, part: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        """Run a part of the network, such as a block; see `checkpoint_blocks`."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(part, *inputs, use_reentrant=False)
+        return part(*inputs)
+
+    def checkpoint_blocks(self) -> None:
+        """Let every block keep only its inputs, and recompute the rest in the backward pass.
+
+        Gradient checkpointing (Chen et al. 2016, arXiv 1604.06174): the same gradients, bit for
+        bit, and the same state dict, for about a third more time and much less memory.
+        """
+        self.recompute = True
 
     def _check_condition(self, batch: int, labels: Tensor | None, augment: Tensor | None) -> None:
         classes, parameters = self.config.classes, self.config.augment_parameters
@@ -201,17 +220,20 @@ class UNetBase(Network):
     def transform(self, x: Tensor, embedding: Tensor) -> Tensor:
         skips = []
         for level, blocks in enumerate(self.encoder):
-            x = self.enter[level](x, embedding) if level > 0 else self.enter[0](x)
+            x = self.run(self.enter[level], x, embedding) if level > 0 else self.enter[0](x)
             skips.append(x)
             for block in cast(nn.ModuleList, blocks):
-                x = block(x, embedding)
+                x = self.run(block, x, embedding)
                 skips.append(x)
-        x = self.middle_out(self.middle_in(x, embedding), embedding)
+        x = self.run(self.middle_out, self.run(self.middle_in, x, embedding), embedding)
         for level, blocks in enumerate(self.decoder):
-            x = self.leave[level - 1](x, embedding) if level > 0 else x
+            x = self.run(self.leave[level - 1], x, embedding) if level > 0 else x
             for block in cast(nn.ModuleList, blocks):
-                x = block(self.concat(x, skips.pop()), embedding)
+                x = self.run(partial(self._join, block), x, skips.pop(), embedding)
         return x
+
+    def _join(self, block: nn.Module, x: Tensor, skip: Tensor, embedding: Tensor) -> Tensor:
+        return block(self.concat(x, skip), embedding)
 
 
 def check_labels(labels: Tensor, classes: int) -> None:

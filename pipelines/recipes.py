@@ -262,6 +262,8 @@ class DiffusionRecipe(Config):
     """Images per step, over all processes and accumulated micro-batches."""
     accumulate: PositiveInt = 1
     """Micro-batches per step, to fit a batch into less memory."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
     lr: PositiveFloat = 1e-4
     """Adam's learning rate, absolute: never scaled by batch or processes."""
     lr_schedule: Literal["constant", "cosine", "inverse_sqrt"] = "constant"

@@ -85,8 +85,10 @@ class DiffusionState(TrainingState):
         self.row: dict[str, float] = {}
 
     def prepare(self, run: Run, autoencoder: Autoencoder) -> None:
-        """Compile the networks and wrap the objective, as the recipe and the processes need it."""
-        # after the averages were copied from it: compiling changes a module, not its weights
+        """Checkpoint, compile and wrap the networks, as the recipe and the processes need it."""
+        # after the averages were copied: these change a module, not its weights
+        if self.recipe.checkpointing:
+            self.network.checkpoint_blocks()
         run.compile(self.network, autoencoder.encoder)
         self.objective = run.prepare(self.objective)
 

@@ -222,7 +222,8 @@ class Memory:
     frozen: int
     """Networks that are not trained: perceptual losses and a teacher, or stage one."""
     activations: int
-    """Estimate: `OVERHEAD` × what a micro-batch of the largest images keeps for its backward."""
+    """Estimate: `OVERHEAD` × what a micro-batch of the largest images keeps for its backward; with
+    checkpointing, without the block that is being recomputed."""
     encoding: int
     """Estimate: `OVERHEAD` × what stage one holds while it encodes a micro-batch for stage two. A
     CUDA GPU encodes the next while it trains on one; a CPU takes turns, and only what encoding

@@ -109,12 +109,12 @@ def flops_per_image(
         return {}
     if peak_flops(device, resolve_precision(recipe.run.precision, device)) is None:
         return {}
+    recipe = recipe.model_copy(update={"checkpointing": False})
     build: Callable[[Run], Training]
     if isinstance(recipe, DiffusionRecipe):
         assert config is not None
         build = partial(DiffusionTraining, recipe, config)
     else:
-        recipe = recipe.model_copy(update={"checkpointing": False})
         build = partial(AutoencoderTraining, recipe, given=config)
     try:
         with torch.random.fork_rng(devices=[]):

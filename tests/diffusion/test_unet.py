@@ -397,3 +397,59 @@ def test_all_networks_refuse_unknown_conditions(build, knows, labels, augment, m
     augment = None if augment is None else torch.zeros(2, augment)
     with pytest.raises(LdmError, match=message):
         build(**knows)(torch.zeros(2, 4, 8, 8), torch.zeros(2), labels, augment)
+
+
+# ---------------------------------------------------------------------- gradient checkpointing
+SMALL = {"channels": 16, "multipliers": (1, 2), "blocks": 1, "attention_factors": (2,)}
+NETWORKS = {
+    "ldm": lambda: UNet(UNetConfig(**SMALL, head_width=8, classes=3, dropout=0.2)),
+    "resample blocks": lambda: UNet(UNetConfig(**SMALL, head_width=8, resample_blocks=True)),
+    "edm2": lambda: EDM2UNet(EDM2Config(**SMALL, head_width=8, classes=3, dropout=0.2)),
+}
+
+
+def gradients_and_memory(network, autocast):
+    """Gradients of a sum of squares, and the bytes that the forward pass keeps for them."""
+    kept, own = {}, {p.untyped_storage().data_ptr() for p in network.parameters()}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    network.zero_grad()
+    torch.manual_seed(1)  # of dropout
+    x = torch.randn(2, 4, 16, 16)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        loss = network(x, torch.zeros(2)).float().square().sum()
+    loss.backward()
+    bytes_kept = sum(size for pointer, size in kept.items() if pointer not in own)
+    return {name: p.grad.clone() for name, p in network.named_parameters()}, bytes_kept
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_checkpointing_keeps_less_and_gives_the_same_gradients(name, autocast):
+    network = NETWORKS[name]()
+    for parameter in network.parameters():  # none at 0, which would hide a gradient
+        nn.init.normal_(parameter, std=0.3)
+    names = list(network.state_dict())
+    plain, plain_bytes = gradients_and_memory(network, autocast)
+    network.checkpoint_blocks()
+    recomputed, fewer_bytes = gradients_and_memory(network, autocast)
+    assert list(network.state_dict()) == names
+    assert fewer_bytes < plain_bytes / 3
+    for parameter in plain:
+        assert torch.equal(recomputed[parameter], plain[parameter]), parameter
+
+
+def test_checkpointing_is_idle_without_gradients(monkeypatch):
+    network = NETWORKS["ldm"]().eval()
+    network.checkpoint_blocks()
+    calls = []
+    monkeypatch.setattr("diffusion.unet.checkpoint", lambda *a, **k: calls.append(a))
+    with torch.no_grad():
+        network(torch.randn(1, 4, 8, 8), torch.zeros(1))
+    assert calls == []

@@ -32,11 +32,28 @@ def stage_two(stage_one):
 DIT = "network={type: dit, width: 32, depth: 2, heads: 2"
 
 
+@pytest.mark.parametrize("option", ["plain", "edm2", "dit"])
+def test_checkpointing_trains_to_the_same_bits(option, stage_one, tmp_path):
+    plain, sparing = (
+        train_diffusion(
+            diffusion_recipe(stage_one / "ckpt.pt", *OPTIONS.get(option, []), "steps=3",
+                             f"checkpointing={flag}"), "tiny", tmp_path / flag,
+        )
+        for flag in ("false", "true")
+    )  # fmt: skip
+    a, b = (load_model(folder, "diffusion") for folder in (plain, sparing))
+    assert a.sha256 == b.sha256
+
+
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
 @pytest.mark.parametrize("network", [[], [f"{DIT}, positions: both}}"]], ids=["ldm", "dit"])
-def test_networks_compile_to_a_fixed_number_of_graphs(stage_one, tmp_path, monkeypatch, network):
+def test_networks_compile_to_a_fixed_number_of_graphs(
+    checkpointing, network, stage_one, tmp_path, monkeypatch
+):
     """One of the denoiser's network, and one of the encoder."""
     graphs = count_graphs(monkeypatch)
-    recipe = diffusion_recipe(stage_one / "ckpt.pt", "run.compile=true", *network)
+    settings = "run.compile=true", f"checkpointing={checkpointing}", *network
+    recipe = diffusion_recipe(stage_one / "ckpt.pt", *settings)
     train_diffusion(recipe, "tiny", tmp_path / "run")
     assert len(graphs) == 2
 

@@ -160,6 +160,12 @@ def test_cheaper_steps():
     assert half.activations < whole.activations and half.gmac == whole.gmac
     less = autoencoder_costs(autoencoder_recipe(PATCHES, "checkpointing=true")).step(32)
     assert less.activations < whole.activations and less.gmac > whole.gmac
+    model = autoencoder_recipe().model
+    whole, less = (
+        diffusion_costs(diffusion_recipe("", f"checkpointing={flag}"), model).step(32)
+        for flag in ("false", "true")
+    )
+    assert less.activations < whole.activations / 3 and less.gmac > whole.gmac
 
 
 def test_a_perceptual_loss_costs_without_its_weights():
