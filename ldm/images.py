@@ -80,9 +80,10 @@ class Pixels(Config):
         return self.range or (0.0, float(LEVELS[self.type]))
 
     def round(self, images: Tensor) -> Tensor:
-        """Round float images in [−1, 1] as files would, to float32; plain ones to uint8."""
+        """Round float images in [−1, 1] as files would, to float32; plain ones to uint8. A second
+        time changes nothing."""
         if self.is_plain:
-            return to_uint8(images)
+            return as_uint8(images)
         images = images.float().clamp(-1, 1)
         if self.type == "float32":
             return images
@@ -91,9 +92,10 @@ class Pixels(Config):
         return ((values - low) / (high - low) * 2 - 1).clamp(-1, 1).float()
 
     def to_array(self, image: Tensor) -> np.ndarray:
-        """Convert a float image (C, H, W) in [−1, 1] to the pixels of a file, (H, W, C)."""
+        """Convert a float image (C, H, W) in [−1, 1], or a rounded one, to the pixels of a file,
+        (H, W, C)."""
         if self.is_plain:
-            return to_uint8(image).permute(1, 2, 0).cpu().numpy()
+            return as_uint8(image).permute(1, 2, 0).cpu().numpy()
         low, high = self.bounds
         values = (image.double().clamp(-1, 1) + 1) / 2 * (high - low) + low
         pixels = values.permute(1, 2, 0).cpu().numpy()
@@ -108,12 +110,13 @@ def file_suffix(kind: str, channels: int) -> str:
     return ".png" if (kind, channels) in fits else ".npy"
 
 
-def write_pixels(pixels: np.ndarray, file: IO[bytes]) -> None:
-    """Write pixels (H, W, C) in the format of their `file_suffix`."""
+def write_pixels(pixels: np.ndarray, file: IO[bytes], compress_level: int = 6) -> None:
+    """Write pixels (H, W, C) in the format of their `file_suffix`; a PNG at a level of zlib's."""
     if file_suffix(str(pixels.dtype), pixels.shape[2]) == ".npy":
         np.save(file, np.ascontiguousarray(pixels))
     else:
-        Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0]).save(file, "PNG")
+        image = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0])
+        image.save(file, "PNG", compress_level=compress_level)
 
 
 def from_pixels(pixels: np.ndarray, range: tuple[float, float] | None = None) -> np.ndarray:

@@ -223,6 +223,7 @@ class LatentModel:
         skip: int = 0,
         from_z: Tensor | None = None,
         wrap: Callable[[Denoise], Denoise] = lambda denoise: denoise,
+        finish: Callable[[Tensor], Tensor] = lambda images: images,
     ) -> Tensor:
         """Sample one batch: images `indices` of a seed, (len, C, H, W) in [−1, 1] on the CPU.
 
@@ -234,6 +235,7 @@ class LatentModel:
             skip: steps to leave out at the beginning.
             from_z: latents to start from, noised to the level of the first step that is run.
             wrap: applied to the guided denoiser.
+            finish: applied to the images before they leave the device.
         """
         shape = self.shape_of(size)
 
@@ -250,13 +252,13 @@ class LatentModel:
             extra["churn"] = make_churn(sigmas, lambda step: draw(f"churn {step}"), **churn)
         with self._autocast():
             z = SAMPLERS[sampling.sampler](denoise, noise, sigmas[skip:], **extra)
-            images = self._running("codec").decode(z).cpu()
+            images = self._running("codec").decode(z)
         if not images.isfinite().all():
             raise LdmError(
                 f"images {indices[0]} to {indices[-1]} are not finite: lower the guidance, use "
                 "precision fp32, or another model"
             )
-        return images
+        return finish(images).cpu()
 
     def load_guide(
         self,
@@ -410,10 +412,10 @@ class ModelSamples:
         return f"image {index} of seed {self.seed}"
 
     def sample(self, indices: Sequence[int]) -> Tensor:
-        """Sample images (len, C, H, W) in [−1, 1], on the CPU."""
+        """Sample images (len, C, H, W), on the CPU, rounded as files would: see `Pixels.round`."""
         labels = [self.label(i) for i in indices] if self.model.classes.count else None
         how = (self.seed, self.sampling, labels, self._guide)
-        return self.model.sample(indices, *how, size=self.resolution)
+        return self.model.sample(indices, *how, size=self.resolution, finish=self.pixels.round)
 
     def label(self, i: int) -> int:
         """Return the class of image i, −1 for none."""
@@ -429,7 +431,7 @@ class ModelSamples:
         for first in range(rank * share, self._n, world * share):
             indices = range(first, min(first + share, self._n))
             labels = torch.tensor([self.label(i) for i in indices])
-            yield Batch(self.pixels.round(self.sample(indices)), torch.tensor(indices), labels)
+            yield Batch(self.sample(indices), torch.tensor(indices), labels)
 
     @property
     def result_path(self) -> Path:

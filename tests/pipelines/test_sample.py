@@ -10,11 +10,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ldm.checkpoint import load_model, save_model
 from ldm.errors import LdmError, UsageError
+from ldm.images import to_uint8
 from pipelines.sample import sample_images
+from pipelines.sampling.model import LatentModel
 from pipelines.sampling.sample_folder import SampleFolder, SampleStore, image_name
 from tests.pipelines.untrained import CLASSES, pipeline
 from tests.small import ROOT, ldm
@@ -294,3 +297,23 @@ def test_images_that_are_not_finite_are_not_written(model, tmp_path):
     with pytest.raises(LdmError, match="images 0 to 3 are not finite"):
         draw(tmp_path / "nan", tmp_path / "out")
     assert not list((tmp_path / "out").rglob("*.png"))
+
+
+def test_images_leave_the_device_as_pixels(model, tmp_path, monkeypatch):
+    """A quarter of the bytes of floats, and the same pixels."""
+    floats, sample = [], LatentModel.sample
+
+    def kept(self, *arguments, finish, **settings):
+        def both(images):
+            floats.append(images)
+            return finish(images)
+
+        images = sample(self, *arguments, finish=both, **settings)
+        assert images.dtype == torch.uint8
+        return images
+
+    monkeypatch.setattr(LatentModel, "sample", kept)
+    out = draw(model, tmp_path / "out", n=3)
+    expected = to_uint8(torch.cat(floats)).permute(0, 2, 3, 1).numpy()
+    found = np.stack([pixels(out / image_name(i)) for i in range(3)])
+    np.testing.assert_array_equal(found, expected)
