@@ -1,0 +1,69 @@
+"""Every check that a CPU can run passes at a toy's size; nothing here looks at a clock."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_check, gpu_trainings
+from benchmarks.gpu_check import CHECKS, main, run
+from benchmarks.gpu_trainings import Setting, Training
+
+OF_CUDA = {"side stream", "memory"}
+
+
+@pytest.fixture
+def setting(tmp_path) -> Setting:
+    return Setting(torch.device("cpu"), True, tmp_path)
+
+
+@pytest.mark.slow
+def test_every_check_runs_and_lands_on_the_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--quick", "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
+    results = json.loads((tmp_path / "out" / "gpu_check.json").read_text())["checks"]
+    outcomes = {result["name"]: result["outcome"] for result in results}
+    assert outcomes == {name: "not run" if name in OF_CUDA else "passed" for name in CHECKS}
+    page = (tmp_path / "out" / "gpu_check.md").read_text()
+    assert all(f"## {name.capitalize()}" in page for name in CHECKS if name not in OF_CUDA)
+    assert len(list((tmp_path / "out").glob("gpu_check-*.json.gz"))) == 2
+
+
+@pytest.mark.parametrize("name", ["Adam", "averages", "sampler", "Inception"])
+def test_a_small_part_passes(name, setting):
+    result = run(name, setting)
+    assert (result.outcome, result.note) == ("passed", "") and result.figures
+
+
+def test_a_failure_is_told_and_does_not_end_the_others(tmp_path, monkeypatch, capsys):
+    def fail(_):
+        raise ZeroDivisionError("of a bug")
+
+    monkeypatch.setattr(gpu_check, "CHECKS", {"bad": fail, "good": CHECKS["averages"]})
+    assert main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    bad, good = json.loads((tmp_path / "gpu_check.json").read_text())["checks"]
+    assert (bad["outcome"], good["outcome"]) == ("failed", "passed")
+    assert bad["note"] == "ZeroDivisionError: of a bug" and "in fail" in bad["traceback"]
+    assert "bad: failed ZeroDivisionError: of a bug" in capsys.readouterr().out
+
+
+def test_no_check_begins_when_the_time_is_over(tmp_path):
+    assert main(["--quick", "--device", "cpu", "--minutes", "0", "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "gpu_check.json").read_text())["checks"]
+    assert [result["outcome"] for result in results] == ["not run"] * len(CHECKS)
+
+
+def test_another_bit_in_a_resumed_run_fails(setting, monkeypatch):
+    monkeypatch.setattr(gpu_trainings, "train", lambda _s, name, *_: Training(Path(name), [], 0))
+    monkeypatch.setattr(gpu_trainings, "difference", lambda a, b: 1e-7 * (a.folder != b.folder))
+    result = run("resume", setting)
+    assert result.outcome == "failed" and "differ by 1.0e-07" in result.note
+
+
+def test_steps_that_were_skipped_fail():
+    rows = [{"loss": 1.0, "skipped": 0, "images_per_second": 1.0}]
+    assert Training(None, rows, 0).figures["last"] == "1.0000"
+    for change in ({"skipped": 1}, {"loss": float("nan")}):
+        with pytest.raises(AssertionError, match="skipped steps"):
+            _ = Training(None, [rows[0] | change], 0).figures
