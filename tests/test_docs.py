@@ -109,6 +109,8 @@ PARSE_ONLY = {
     r"ldm import ((churches|celebahq)\.ckpt|my-pipeline/) .*": "tests/pipelines/exchange does",
     r"ldm export .* --format unet": "tests/pipelines/exchange export one that diffusers can have",
     r"ldm fid .*--reference ffhq256": "needs clean-fid's statistics and 256² samples",
+    r"ldm fid --reference VIRTUAL.*": "needs ADM's batch; tests/pipelines/test_fid_batch.py has it",
+    r"ldm fid .*fd-dinov2": "needs DINOv2's weights; tests/pipelines/test_fid_batch.py has some",
     r"ldm sample model\.pt .*": "needs an imported model",
     r"ldm fid --model .*--n 50000": "tests/pipelines/test_fid.py measures models directly",
     r"torchrun .*": "needs several processes; tests/pipelines/test_distributed.py has them",
