@@ -8,15 +8,17 @@ deviation σ = t / (1 − t), so every sampler over σ can use the network; a st
 """
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, FiniteFloat, PositiveFloat, ValidationInfo, field_validator
+from pydantic import Field, FiniteFloat, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from diffusion.edm import Denoiser
 from diffusion.schedules import FLOW_SIGMA_MAX
 from ldm.config import Config
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 SIGMA_MIN = 1e-5
 """σ of the first t in training. The loss there is a difference of numbers of about 1, divided by t:
@@ -33,13 +35,14 @@ class FlowConfig(Config):
     uniform (SiT)."""
     noise_mean: FiniteFloat = 0.0
     """Mean of ln σ = ln(t / (1 − t)) in training, logit-normal (SD3's m)."""
-    noise_std: PositiveFloat = 1.0
+    noise_std: Positive = 1.0
     """Standard deviation of ln σ in training, logit-normal (SD3's s)."""
-    shift: PositiveFloat = Field(default=1.0, allow_inf_nan=False)
+    shift: Positive = 1.0
     """Factor of every σ, in training and in the schedule `flow`: above 1 for larger latents, whose
     noise averages out (SD3's α)."""
-    time_scale: PositiveFloat = Field(default=1000.0, allow_inf_nan=False)
-    """Factor of the time that the network gets as input."""
+    time_scale: Positive = 1000.0
+    """Factor of the time t that the network gets as input: 1000 for sinusoids of networks trained
+    here, as in SD3; 1 for SiT's networks and `network.type=edm2`."""
     reversed: bool = False
     """Count the network's time from noise to data, and let its velocity point to the data (SiT)."""
     uncertainty: bool = False

@@ -160,7 +160,8 @@ def _license(origin: Tree) -> Any:
 def _facts(model: LatentModel, file: ModelFile, origin: Tree, came_with: Tree) -> Iterator[str]:
     recipe, ae, known = model.recipe, model.codec.autoencoder, file.provenance
     shape = " × ".join(map(str, model.latent_shape))
-    yield f"The network ({recipe.network.type}): {_parameters(model.denoiser)} parameters"
+    kind = f"{recipe.network.type}, denoiser {recipe.denoiser.type}"
+    yield f"The network ({kind}): {_parameters(model.denoiser)} parameters"
     yield (
         f"The autoencoder ({ae.config.encoder.type}): {_parameters(ae)} parameters; latents {shape}"
     )

@@ -19,7 +19,7 @@ INTERRUPTED = 130  # Typer's, for a KeyboardInterrupt
 
 app = typer.Typer(
     name="ldm",
-    help="Two-stage latent diffusion: train LiteVAE or an SD-VAE, train an EDM model on its "
+    help="Two-stage latent diffusion: train LiteVAE or an SD-VAE, a diffusion model on its "
     "latents, sample, and measure. Start with [bold]ldm demo[/bold].",
     epilog="Settings of a preset are given as key=value; `ldm show PRESET` lists them. Add --debug "
     "to any command for a traceback in place of a one-line error.",

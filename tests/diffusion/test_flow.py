@@ -225,6 +225,7 @@ def test_extreme_draws_stay_inside_the_ends(distribution, shift):
         ({"distribution": "cosine"}, "'distribution'"),
         ({"noise_mean": math.inf}, "'noise_mean'"),
         ({"noise_std": 0}, "'noise_std'"),
+        ({"noise_std": math.inf}, "'noise_std'"),
         ({"shift": 0}, "'shift'"),
         ({"shift": math.inf}, "'shift'"),
         ({"time_scale": -1}, "'time_scale'"),
