@@ -207,6 +207,8 @@ def _read_model(
     if head_width and heads:
         raise UsageError("--head-width and --heads exclude each other: give one of them")
     if path.is_file() and dit_formats.holds_dit(read_weights(path)):
+        if head_width:
+            raise UsageError("--head-width is for a UNet: give --heads")
         return read_dit(path, heads, ae, denoiser)
     if ae or denoiser:
         raise UsageError(f"{path} is no checkpoint of a DiT: leave out --ae and --denoiser")
