@@ -21,16 +21,10 @@ from autoencoders.discriminators import DiscriminatorConfig, UNetDiscriminatorCo
 from autoencoders.losses import AdversarialConfig, LossConfig
 from autoencoders.losses.perceptual import SMALLEST
 from autoencoders.pretrained import find_pretrained, read_autoencoder
-from diffusion import (
-    DenoiserConfig,
-    DiTConfig,
-    EDMConfig,
-    FlowConfig,
-    NetworkConfig,
-    UNetConfig,
-    sample_sigma,
-)
+from diffusion import DenoiserConfig, EDMConfig, FlowConfig, NetworkConfig, sample_sigma
 from diffusion.augment import AUGMENT_PARAMETERS, AugmentConfig, draw_augmentation
+from diffusion.dit import DiTConfig
+from diffusion.unet import UNetConfig
 from ldm.config import (
     Config,
     Resolution,

@@ -176,6 +176,15 @@ def ema(
     options.say(f"wrote {path}", options.next_step("ldm sample {}", path))
 
 
+Schedule = Annotated[
+    Literal["karras", "cosine", "linear", "flow"] | None,
+    Option(help="Spacing of the noise levels. Default: flow for flow models, else karras."),
+]
+Shift = Annotated[
+    float | None, Option(help="Shift of the schedule flow. Default: the model's own.")
+]
+
+
 def sample(
     model: Model = None,
     n: Annotated[int, Option(help="Number of images.")] = 64,
@@ -186,13 +195,8 @@ def sample(
         Literal["heun", "euler", "dpmpp-2m"],
         Option(help="Sampler; heun evaluates the network twice per step."),
     ] = "heun",
-    schedule: Annotated[
-        Literal["karras", "cosine", "linear", "flow"] | None,
-        Option(help="Spacing of the noise levels. Default: flow for flow models, else karras."),
-    ] = None,
-    shift: Annotated[
-        float | None, Option(help="Shift of the schedule flow. Default: the model's own.")
-    ] = None,
+    schedule: Schedule = None,
+    shift: Shift = None,
     guidance: Annotated[
         float | None,
         Option(help="Guidance scale, classifier-free or with --guide; 1: no guidance."),
