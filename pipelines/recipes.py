@@ -23,7 +23,6 @@ from autoencoders.losses.perceptual import SMALLEST
 from autoencoders.pretrained import find_pretrained, read_autoencoder
 from diffusion import DenoiserConfig, EDMConfig, FlowConfig, NetworkConfig, sample_sigma
 from diffusion.augment import AUGMENT_PARAMETERS, AugmentConfig, draw_augmentation
-from diffusion.dit import DiTConfig
 from diffusion.unet import UNetConfig
 from ldm.config import (
     Config,
@@ -293,11 +292,10 @@ class DiffusionRecipe(Config):
                 gamma_of_std(std)
             except UsageError as error:
                 raise ValueError(f"ema_stds: {error}") from error
-        if self.augment.probability > 0:
-            if self.cache:
-                raise ValueError("augment needs latents encoded on the fly: omit cache")
-            if self.data.flip:
-                raise ValueError("augment mirrors images itself: set data.flip=false")
+        if self.augment.probability > 0 and self.cache:
+            raise ValueError("augment needs latents encoded on the fly: omit cache")
+        if self.augment.probability > 0 and self.data.flip:
+            raise ValueError("augment mirrors images itself: set data.flip=false")
         if self.cache and (self.data.crop == "random" or self.data.source == PHOTOS):
             raise ValueError("random crops cannot be cached: omit cache")
         self.run.check_profile(self.steps)
@@ -335,10 +333,10 @@ def fit(recipe: DiffusionRecipe, autoencoder: Autoencoder, classes: int) -> Diff
         classes: number of the data's classes; ignored without `data.labels`.
     """
     denoiser, n_z = recipe.trained, autoencoder.config.latent_channels
-    classes = classes if recipe.data.labels else 0
     augmented = AUGMENT_PARAMETERS if recipe.augment.probability > 0 else 0
-    sizes: Tree = {"latent_channels": n_z, "classes": classes, "augment_parameters": augmented}
-    if isinstance(recipe.network, DiTConfig):
+    sizes: Tree = {"latent_channels": n_z, "augment_parameters": augmented}
+    sizes["classes"] = classes if recipe.data.labels else 0
+    if recipe.network.type == "dit":
         sizes["grid"] = recipe.network.grid_of(recipe.resolution, autoencoder.downsampling)
     defaults = type(recipe.network)()
     for key, value in sizes.items():

@@ -441,8 +441,8 @@ class ModelSamples:
     def slug(self, files: str = "png") -> str:
         """Name these samples beside others of the same model: `seed0-steps18-guidance2`."""
         words = [f"seed{self.seed}", settings_slug(self.sampling, self.model.denoiser.schedule)]
-        if self.resolution != self.model.recipe.resolution:
-            words.append(size_word(self.resolution))
+        other_size = self.resolution != self.model.recipe.resolution
+        words += [size_word(self.resolution)] if other_size else []
         words += [f"weaker{self._guide.sha256[:8]}"] if self._guide else []
         words += labels_slug(self._named_labels)
         words += [files] if files != "png" else []
