@@ -58,7 +58,7 @@ class LatentDiffusionPipeline(LatentModel):
             interval: noise levels (low, high) between which guidance acts.
             guided_channels: guide the first so many channels of the latents alone.
             size: of the images in pixels, R or (height, width); by default that of the training.
-                Another is allowed where the networks can halve it, and may look worse.
+                Another is allowed where the networks can divide it, and may look worse.
             batch_size: images at a time, 64 by default.
             callback: called with the number of finished images after every batch.
             progress: show a progress bar.

@@ -8,8 +8,9 @@ from torch import nn
 
 from diffusion import EDM, DiT, DiTConfig, edm_loss
 from diffusion.dit import angles, coordinates, sincos
-from ldm.config import validate
+from ldm.config import load_preset, resolve, validate
 from ldm.errors import LdmError, UsageError
+from pipelines.recipes import DiffusionRecipe
 
 TINY = DiTConfig(width=32, depth=2, heads=2)
 TOLD = TINY.model_copy(update={"classes": 3, "augment_parameters": 9})
@@ -86,6 +87,23 @@ def test_begins_as_the_authors_draw_it():
         assert not any(parameter.any() for parameter in layer.parameters())
     biases = [p for name, p in network.named_parameters() if name.endswith("bias")]
     assert not any(bias.any() for bias in biases)
+
+
+def test_presets_are_the_papers():
+    """Peebles and Xie 2023, Section 4, and Table 1."""
+    for size, (width, depth, heads) in SIZES.items():
+        recipe = resolve(
+            DiffusionRecipe, load_preset("diffusion", f"dit-{size.lower()}-2-imagenet256")
+        )
+        network = recipe.network
+        assert (network.width, network.depth, network.heads) == (width, depth, heads)
+        assert (network.patch, network.mlp, network.positions) == (2, "gelu", "sincos")
+        assert (recipe.lr, recipe.batch_size, recipe.steps) == (1e-4, 256, 400_000)
+        assert (recipe.clip_norm, recipe.warmup_images, recipe.label_dropout) == (None, 0, 0.1)
+        assert 0.5 ** (256 / recipe.ema_half_life_images) == pytest.approx(0.9999, abs=1e-9)
+        assert recipe.data.labels and recipe.data.flip
+    faces = resolve(DiffusionRecipe, load_preset("diffusion", "ffhq256-dit-b-2"))
+    assert faces.network.width == 768 and not faces.data.labels
 
 
 # --------------------------------------------------------------------------------- formula

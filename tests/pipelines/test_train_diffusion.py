@@ -9,12 +9,14 @@ from diffusion import FlowDenoiser
 from ldm.checkpoint import ModelFile, load_model, save_model
 from ldm.errors import LdmError, UsageError
 from ldm.logbook import read_rows
+from ldm.run import Run
 from pipelines.doctor.timing import flops_per_image
 from pipelines.latent_diffusion import LatentDiffusionPipeline
 from pipelines.latents import Codec
 from pipelines.train_autoencoder import train_autoencoder
 from pipelines.train_diffusion import DiffusionState, snapshot_due, train_diffusion
 from pipelines.validation import band_names
+from tests.pipelines.kill import Killed, kill, outcome
 from tests.small import autoencoder_recipe, count_graphs, diffusion_recipe
 
 
@@ -207,6 +209,15 @@ def test_every_option_trains_and_samples(option, stage_one, tmp_path):
         assert len(names) == 8
     if option == "schedule":
         assert rows[-1]["lr"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_transformer_killed_and_resumed_ends_alike(stage_one, tmp_path, monkeypatch):
+    recipe = diffusion_recipe(stage_one / "ckpt.pt", *OPTIONS["dit"])
+    whole = outcome(train_diffusion(recipe, "tiny", tmp_path / "whole"), "diffusion")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill(patch, Run, "save", 16)
+        train_diffusion(recipe, "tiny", tmp_path / "killed")
+    assert outcome(train_diffusion(recipe, "tiny", tmp_path / "killed"), "diffusion") == whole
 
 
 @pytest.fixture(scope="module")

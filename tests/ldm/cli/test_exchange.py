@@ -9,6 +9,7 @@ from ldm.cli.exchange import export_model, import_model
 from ldm.cli.train import sample
 from ldm.errors import LdmError, UsageError
 from tests.pipelines.exchange.foreign_models import SIZE, write_compvis, write_diffusers
+from tests.pipelines.exchange.test_diffusion_dit import write_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +38,19 @@ def test_a_checkpoint_is_imported_sampled_and_its_network_exported(capsys):
     assert printed.endswith("next: diffusers.UNet2DModel.from_pretrained('unet')\n")
 
 
+def test_a_transformer_is_imported_beside_its_autoencoder_and_exported(capsys):
+    write_checkpoint()
+    import_model("dit.pt", Path("out.pt"), diffusion=True, ae="vae", denoiser="discrete")
+    printed = capsys.readouterr().out
+    assert re.search(r"^DiT of [\d,]+ parameters, 5 classes; latents 4 × 8 × 8", printed, re.M)
+    assert "it predicts a variance beside the mean, as DiT and SiT do: that half is left" in printed
+    assert printed.endswith("next: ldm sample out.pt\n")
+    export_model([Path("out.pt"), Path("dit")], "transformer")
+    printed = capsys.readouterr().out
+    assert "dit/ldm.json documents the timestep input, the prediction type" in printed
+    assert printed.endswith("next: diffusers.DiTTransformer2DModel.from_pretrained('dit')\n")
+
+
 def test_a_folder_is_imported_over_what_is_there_by_force(capsys):
     write_diffusers(Path("pipeline"))
     Path("out.pt").write_bytes(b"")
@@ -52,6 +66,9 @@ def test_a_folder_is_imported_over_what_is_there_by_force(capsys):
         ({"head_width": 32}, "--head-width needs --diffusion"),
         ({"heads": 8}, "--heads needs --diffusion"),
         ({"scale_factor": 1.0}, "--scale-factor needs --diffusion"),
+        ({"ae": "vae"}, "--ae needs --diffusion"),
+        ({"denoiser": "discrete"}, "--denoiser needs --diffusion"),
+        ({"diffusion": True, "ae": "vae"}, "no checkpoint of a DiT: leave out --ae and --denoiser"),
         ({"diffusion": True, "subfolder": "vae"}, "--subfolder applies to autoencoders only"),
         ({"diffusion": True, "revision": "v2"}, "--revision applies to autoencoders only"),
         (
