@@ -51,10 +51,18 @@ CPU = ["--device", "cpu"]
 MEASURE = ["--features", "tests.test_docs:mean_colours", "--force", *CPU]
 RUN = ["run={precision: fp32, device: cpu, log_every_steps: 1}", "data.workers=0"]
 STAGE_TWO = [
-    "resolution=32", "steps=4", "batch_size=2", "statistics_images=4", "network.channels=16",
-    "network.multipliers=[1, 2]", "network.blocks=1", "network.attention_factors=[2]",
-    "network.head_width=8", "ema_stds=[0.05, 0.1]", *RUN,
+    "resolution=32",
+    "steps=4",
+    "batch_size=2",
+    "statistics_images=4",
+    "ema_stds=[0.05, 0.1]",
+    *RUN,
+]
+UNET = [
+    "network.channels=16", "network.multipliers=[1, 2]", "network.blocks=1",
+    "network.attention_factors=[2]", "network.head_width=8",
 ]  # fmt: skip
+DIT = ["network.width=32", "network.depth=1", "network.heads=2"]
 STAGE_ONE_PARTS = {
     "litevae-b": [
         "encoder.extractor={channels: 8, multipliers: [1, 2], blocks: 1}",
@@ -79,7 +87,11 @@ STAGE_ONE = [
 TINY: dict[str, Callable[[list[str]], list[str]]] = {
     "data prepare": lambda words: ["--workers", "0", "--held-out", "4"],
     "train-ae": lambda words: [*STAGE_ONE, *STAGE_ONE_PARTS.get(words[0], []), *own_data(words)],
-    "train-diffusion": lambda words: [*STAGE_TWO, *own_data(words)],
+    "train-diffusion": lambda words: [
+        *STAGE_TWO,
+        *(DIT if "-dit-" in words[0] else UNET),
+        *own_data(words),
+    ],
     "sample": lambda words: [*CPU, "--precision", "fp32"],
     "fid": lambda words: MEASURE,
     "eval-ae": lambda words: [*CPU, "--limit", "4", "--no-fid"],
@@ -106,8 +118,12 @@ PARSE_ONLY = {
     r"ldm import [\w-]+/[\w-]+ .*": "needs the Hugging Face Hub",
     r"ldm data prepare hf:.*": "needs the Hugging Face Hub; tests/ldm/data/test_hf.py has one",
     r"ldm sample owner/name .*": "needs the Hugging Face Hub",
-    r"ldm import ((churches|celebahq)\.ckpt|my-pipeline/) .*": "tests/pipelines/exchange does",
-    r"ldm export .* --format unet": "tests/pipelines/exchange export one that diffusers can have",
+    r"ldm import ((churches|celebahq)\.ckpt|my-(dit-)?pipeline/|DiT.*) .*": (
+        "tests/pipelines/exchange does"
+    ),
+    r"ldm export .* --format (unet|transformer)": (
+        "tests/pipelines/exchange export one that diffusers can have"
+    ),
     r"ldm fid .*--reference ffhq256": "needs clean-fid's statistics and 256² samples",
     r"ldm fid --reference VIRTUAL.*": "needs ADM's batch; tests/pipelines/test_fid_batch.py has it",
     r"ldm fid .*fd-dinov2": "needs DINOv2's weights; tests/pipelines/test_fid_batch.py has some",
