@@ -23,14 +23,19 @@ from torch import Tensor
 
 from diffusion.discrete import DiscreteConfig
 from diffusion.dit import DiT, DiTConfig, coordinates, sincos
+from diffusion.flow import FlowConfig
 from diffusion.formats import join_qkv, read_folder, split_qkv
 from ldm import foreign
 from ldm.checkpoint import Damaged, refuse_damaged
 from ldm.config import validate
 from ldm.errors import LdmError, UsageError
 
-DENOISERS = {"discrete": DiscreteConfig(beta_start=1e-4, beta_end=0.02, schedule="linear")}
-"""Denoisers of checkpoints' networks, by `denoiser.type`; the discrete one is that of DiT."""
+DENOISERS: dict[str, DiscreteConfig | FlowConfig] = {
+    "discrete": DiscreteConfig(beta_start=1e-4, beta_end=0.02, schedule="linear"),
+    "flow": FlowConfig(distribution="uniform", time_scale=1, reversed=True),
+}
+"""Denoisers of checkpoints' networks, by `denoiser.type`: that of DiT, and that of SiT and
+LightningDiT."""
 
 PLAIN, OPTIONS = DiTConfig(), ("mlp", "norm", "positions", "qk_norm")
 """A DiT, and what only LightningDiT changes."""
@@ -342,18 +347,22 @@ def frequencies(config: Any) -> dict[str, str]:
     return {"frequencies": FREQUENCIES} if is_ours else {}
 
 
-def find_denoiser(kind: str | None, config: DiTConfig) -> tuple[DiscreteConfig, list[str]]:
+def find_denoiser(
+    kind: str | None, config: DiTConfig
+) -> tuple[DiscreteConfig | FlowConfig, list[str]]:
     """The denoiser that a checkpoint's network is for, and a note where it had to be assumed.
 
     Args:
-        kind: its type; None: DiT's, and for the options that only LightningDiT has, flow.
+        kind: discrete or flow; None: flow for the options that only LightningDiT has, else DiT's.
+
+    Raises:
+        UsageError: another kind.
     """
     is_dit = all(getattr(config, key) == getattr(PLAIN, key) for key in OPTIONS)
     chosen = kind or ("discrete" if is_dit else "flow")
     if chosen not in DENOISERS:
-        known = " or ".join(DENOISERS)
-        raise UsageError(f"--denoiser {chosen}: only {known} is supported for such a checkpoint")
-    assumed = (
-        "its noise levels are assumed to be those of DiT; a SiT has others, and no tensor tells"
-    )
-    return DENOISERS[chosen], [] if kind else [assumed]
+        raise UsageError(f"--denoiser {chosen}: must be {' or '.join(DENOISERS)}")
+    # LightningDiT's options tell
+    is_told = kind or chosen == "flow"
+    assumed = "no tensor tells a DiT from a SiT: a DiT is assumed; for a SiT give --denoiser flow"
+    return DENOISERS[chosen], [] if is_told else [assumed]

@@ -25,6 +25,7 @@ from autoencoders.pretrained import (
 from autoencoders.sdvae import formats as sdvae
 from diffusion import DiT, DiTConfig, dit_formats, formats
 from diffusion.discrete import DiscreteConfig, DiscreteDenoiser, find_schedule
+from diffusion.flow import FlowConfig
 from diffusion.unet import UNet, UNetConfig
 from ldm.checkpoint import ModelFile, load_model, refuse_damaged, save_model
 from ldm.config import (
@@ -131,7 +132,7 @@ class ForeignModel(NamedTuple):
     files: tuple[Path, ...]
     """The files that hold weights."""
     autoencoder: AutoencoderFile
-    denoiser: DiscreteConfig
+    denoiser: DiscreteConfig | FlowConfig
     settings: dict[str, Any]
     """Of its latents, by diffusers' names: scaling_factor, latents_mean, …"""
     size: Resolution | None = None
@@ -192,11 +193,16 @@ def import_diffusion(
     model = ModelFile("diffusion", to_tree(recipe), found.weights, statistics, origin, inner)
     save_model(out, model)
     parameters = sum(tensor.numel() for tensor in found.weights.values())
+    predicted = "it predicts a velocity (rectified flow)"
+    if isinstance(levels, DiscreteConfig):
+        predicted = (
+            f"it predicts {levels.prediction}; {levels.timesteps} noise levels, β "
+            f"{levels.beta_start:g} to {levels.beta_end:g} ({levels.schedule})"
+        )
     return paths, [
         f"{KINDS[network.type]} of {parameters:,} parameters, {network.classes or 'no'} classes; "
         f"latents {' × '.join(map(str, shape))}, times {scale:.5g}; images {size}",
-        f"it predicts {levels.prediction}; {levels.timesteps} noise levels, β {levels.beta_start:g}"
-        f" to {levels.beta_end:g} ({levels.schedule})",
+        predicted,
         *found.notes,
     ]
 

@@ -23,7 +23,8 @@ OfDiT = Annotated[
     Option(help="With --diffusion, DiT: its autoencoder, given as SRC is without --diffusion."),
 ]
 DenoiserType = Annotated[
-    str | None, Option(help="With --diffusion, DiT: discrete, for networks trained as DiT was.")
+    str | None,
+    Option(help="With --diffusion, DiT: discrete, or flow for SiT. Default: told by the tensors."),
 ]
 HeadWidth = Annotated[
     int | None,

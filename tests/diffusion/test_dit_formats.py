@@ -20,6 +20,7 @@ from diffusion.dit_formats import (
     to_diffusers,
     write_diffusers,
 )
+from diffusion.flow import FlowConfig
 from ldm.errors import LdmError, UsageError
 
 CONFIG = DiTConfig(width=48, depth=3, heads=3, classes=5, grid=4, frequency_shift=1)
@@ -344,8 +345,10 @@ def test_the_denoiser_is_chosen_or_assumed():
     # Peebles and Xie 2023, Section 4: T = 1000, linear, 1e-4 to 2e-2
     assert (denoiser.timesteps, denoiser.beta_start, denoiser.beta_end) == (1000, 1e-4, 0.02)
     assert (denoiser.schedule, denoiser.prediction) == ("linear", "epsilon")
-    assert "assumed to be those of DiT" in notes[0]
+    assert "a DiT is assumed; for a SiT give --denoiser flow" in notes[0]
     assert find_denoiser("discrete", AUTHORS["lightning"]) == (denoiser, [])
-    for kind, config in (("edm", AUTHORS["dit"]), (None, AUTHORS["turned"])):
-        with pytest.raises(UsageError, match=r"--denoiser (edm|flow): only discrete"):
-            find_denoiser(kind, config)
+    flow = FlowConfig(distribution="uniform", time_scale=1, reversed=True)
+    assert find_denoiser(None, AUTHORS["turned"]) == (flow, [])
+    assert find_denoiser("flow", AUTHORS["dit"]) == (flow, [])
+    with pytest.raises(UsageError, match="--denoiser edm: must be discrete or flow"):
+        find_denoiser("edm", AUTHORS["dit"])

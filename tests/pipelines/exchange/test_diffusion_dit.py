@@ -111,7 +111,7 @@ def test_a_checkpoint_is_imported_beside_its_autoencoder():
     assert "5 classes; latents 4 × 8 × 8, times 0.25; images 16×16" in notes[0]
     assert notes[1] == "it predicts epsilon; 1000 noise levels, β 0.0001 to 0.02 (linear)"
     assert notes[2].startswith("it predicts a variance beside the mean")
-    assert notes[3].startswith("its noise levels are assumed to be those of DiT")
+    assert notes[3].startswith("no tensor tells a DiT from a SiT")
     pipe = LatentDiffusionPipeline.from_pretrained("out.pt", "cpu", "fp32")
     said = load_model("out.pt", "diffusion").provenance["imported"]
     assert (said["format"], said["autoencoder"], list(said["sha256"])) == ("dit", "vae", ["dit.pt"])
@@ -129,6 +129,26 @@ def test_a_checkpoint_is_imported_beside_its_autoencoder():
     assert pipe(n=2, steps=2, labels=[0, -1]).shape == (2, 3, SIZE, SIZE)
 
 
+@torch.no_grad()
+def test_a_sit_samples_as_its_own_equation():
+    """Ma et al. 2024: x moves from noise at t = 0 to data at t = 1 by the network's velocity."""
+    network, vae = write_checkpoint()
+    _, notes = import_diffusion("dit.pt", Path("out.pt"), autoencoder="vae", denoiser="flow")
+    assert notes[1] == "it predicts a velocity (rectified flow)" and len(notes) == 3
+    pipe = LatentDiffusionPipeline.from_pretrained("out.pt", "cpu", "fp32")
+    labels = torch.tensor([4, 1])
+    noise = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(3))
+    x, steps = noise.double(), 20
+    for step in range(steps):
+        t = torch.full((2,), step / steps)
+        x = x + network(x.float(), t, labels).double() / steps
+    expected = vae.decode(x.float() / SCALE).sample.clamp(-1, 1)
+    how = Sampling(steps=steps, sampler="euler")
+    images = pipe.sample(range(2), 0, how, labels.tolist(), noise=noise)
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-3)
+    assert expected.std() > 0.05
+
+
 def test_a_named_denoiser_needs_no_note():
     write_checkpoint()
     how = {"autoencoder": "vae", "denoiser": "discrete", "scale_factor": 0.5, "resolution": 32}
@@ -142,7 +162,7 @@ def test_a_named_denoiser_needs_no_note():
     ("source", "options", "kind", "told"),
     [
         ("dit.pt", {"autoencoder": None}, UsageError, "dit.pt holds a DiT without its autoencoder"),
-        ("dit.pt", {"denoiser": "edm"}, UsageError, "--denoiser edm: only discrete is supported"),
+        ("dit.pt", {"denoiser": "edm"}, UsageError, "--denoiser edm: must be discrete or flow"),
         ("dit.pt", {"resolution": 18}, UsageError, "must be a multiple of 4, by which its autoenc"),
         ("dit.pt", {"heads": 7}, LdmError, "four times as many must divide the 384 channels"),
         ("dit.pt", {"head_width": 64}, UsageError, "--head-width is for a UNet: give --heads"),
