@@ -43,6 +43,16 @@ Size = Annotated[
         help="Image size in pixels, R for R×R, or HEIGHTxWIDTH. Default: that of the training.",
     ),
 ]
+Schedule = Annotated[
+    Literal["karras", "cosine", "linear", "flow"] | None,
+    Option(help="Spacing of the noise levels. Default: flow for flow models, else karras."),
+]
+Shift = Annotated[
+    float | None, Option(help="Shift of the schedule flow. Default: the model's own.")
+]
+GuidedChannels = Annotated[
+    int | None, Option(help="Guide the first so many channels only, such as 3. Default: all.")
+]
 Format = Annotated[
     Literal["png", "zip", "shards"],
     Option("--format", help="PNG files, one zip, or tar shards for training."),
@@ -202,9 +212,7 @@ def sample(
         Option(help="Guidance scale, classifier-free or with --guide; 1: no guidance."),
     ] = None,
     interval: Annotated[str, Option(help="Noise levels σ to guide in, such as 0.2,3.")] = "0,inf",
-    guided_channels: Annotated[
-        int | None, Option(help="Guide the first so many channels only, such as 3. Default: all.")
-    ] = None,
+    guided_channels: GuidedChannels = None,
     guide: options.Guide = None,
     labels: Labels = None,
     churn: Annotated[
