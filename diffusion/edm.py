@@ -98,6 +98,12 @@ class Denoiser(nn.Module, ABC):
         """Further arguments of a sampler for this denoiser."""
         return {}
 
+    def further_loss(
+        self, z: Tensor, sigma: Tensor, noise: Tensor, denoised: Tensor
+    ) -> Tensor | float:
+        """A term of the loss of each image beside its squared error, (B,) or 0."""
+        return 0.0
+
     def forward(
         self,
         x: Tensor,
@@ -179,7 +185,7 @@ def denoising_loss(
     """λ(σ) ‖D(z + σn; σ) − z‖² per image, the mean over its latent's values: (B,).
 
     With λ = 1 / c_out² it is the squared error of the network's own output: of EDM's target of unit
-    variance, or of a flow's velocity.
+    variance, or of a flow's velocity. `Denoiser.further_loss` is added.
 
     Args:
         z: standardised latents (B, C, H, W).
@@ -191,7 +197,8 @@ def denoising_loss(
     # Karras et al. 2022, Table 1, "Loss weighting": λ(σ) c_out(σ)² = 1
     c_out = denoiser.precondition(sigma)[1]
     # Eq. 2, weighted as in Section 5
-    return (denoised - z).square().mean(dim=(1, 2, 3)) / c_out.square()
+    loss = (denoised - z).square().mean(dim=(1, 2, 3)) / c_out.square()
+    return loss + denoiser.further_loss(z, sigma, noise, denoised)
 
 
 class DenoisingLoss(nn.Module):

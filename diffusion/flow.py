@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field, FiniteFloat, ValidationInfo, field_validator
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from diffusion.edm import Denoiser
 from diffusion.schedules import FLOW_SIGMA_MAX
@@ -45,6 +46,9 @@ class FlowConfig(Config):
     here, as in SD3; 1 for SiT's networks and `network.type=edm2`."""
     reversed: bool = False
     """Count the network's time from noise to data, and let its velocity point to the data (SiT)."""
+    direction: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Weight of a term of the loss for the velocity's direction: 1 − the cosine between it and its
+    target at each position (LightningDiT: 1)."""
     uncertainty: bool = False
     """Weight noise levels also by a learned uncertainty of their loss (EDM2)."""
 
@@ -97,6 +101,18 @@ class FlowDenoiser(Denoiser):
         # x₀ = x_t − t v
         time, c_out = (c_in, t) if self.config.reversed else (t, -t)
         return c_in, c_out, c_in, self.config.time_scale * time
+
+    def further_loss(
+        self, z: Tensor, sigma: Tensor, noise: Tensor, denoised: Tensor
+    ) -> Tensor | float:
+        if not self.config.direction:
+            return 0.0
+        # x₀ = x_t − t v: the velocity is wrong by what D is, divided by −t
+        target, t = noise - z, (sigma / (1 + sigma)).view(-1, 1, 1, 1)
+        velocity = target + (z - denoised) / t
+        # Yao et al. 2025 (arXiv 2501.01423), Section 4: the cosine over the channels
+        alike = F.cosine_similarity(velocity, target, dim=1)
+        return self.config.direction * (1 - alike).mean(dim=(1, 2))
 
     def schedule_options(self, schedule: str) -> dict[str, Any]:
         if schedule == "flow":

@@ -186,15 +186,6 @@ def ema(
     options.say(f"wrote {path}", options.next_step("ldm sample {}", path))
 
 
-Schedule = Annotated[
-    Literal["karras", "cosine", "linear", "flow"] | None,
-    Option(help="Spacing of the noise levels. Default: flow for flow models, else karras."),
-]
-Shift = Annotated[
-    float | None, Option(help="Shift of the schedule flow. Default: the model's own.")
-]
-
-
 def sample(
     model: Model = None,
     n: Annotated[int, Option(help="Number of images.")] = 64,

@@ -120,6 +120,20 @@ def test_loss_is_the_squared_error_of_the_velocity(config):
     torch.testing.assert_close(single.double(), naive, rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("is_reversed", [False, True])
+def test_the_loss_of_the_direction_is_that_of_the_velocities(is_reversed):
+    plain, weighted = (FlowConfig(reversed=is_reversed, direction=w) for w in (0, 0.7))
+    x0, noise = normal(4, 2, 3, 3), normal(4, 2, 3, 3, seed=1)
+    t = torch.tensor([0.01, 0.3, 0.6, 0.99], dtype=torch.float64)
+    found, target = curved_velocity(spread(1 - t) * x0 + spread(t) * noise, t), noise - x0
+    cosine = (found * target).sum(1) / (found.norm(dim=1) * target.norm(dim=1))
+    without, loss = (
+        denoising_loss(FlowDenoiser(Velocity(curved_velocity, c), c), x0, t / (1 - t), noise)
+        for c in (plain, weighted)
+    )
+    torch.testing.assert_close(loss - without, 0.7 * (1 - cosine).mean(dim=(1, 2)))
+
+
 def test_loss_resolves_the_lowest_noise_level_in_float32():
     denoiser = FlowDenoiser(Velocity(curved_velocity, FlowConfig()))
     z, noise = normal(64, 4, 8, 8), normal(64, 4, 8, 8, seed=1)
