@@ -39,6 +39,7 @@ from pipelines import train_autoencoder, train_diffusion
 from pipelines.doctor.training import AutoencoderTraining, DiffusionTraining
 from pipelines.latents import Codec
 from pipelines.recipes import fit
+from pipelines.sampling import model as sampling_model
 from pipelines.sampling.model import LatentModel
 from pipelines.sampling.settings import Classes, Sampling
 from tests.small import autoencoder_recipe, diffusion_recipe
@@ -82,6 +83,13 @@ class ReadLater:
 
     def values(self):
         return [0.0, 0.0]
+
+
+class Finite(ReadLater):
+    """In place of `HostCopy`: all images are finite."""
+
+    def values(self):
+        return [True]
 
 
 @pytest.fixture
@@ -267,6 +275,7 @@ def test_sampling_waits_for_the_images_alone(waits, monkeypatch, denoiser, sampl
         return torch.zeros(tensor.shape) if tensor.device == META else tensor
 
     monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+    monkeypatch.setattr(sampling_model, "HostCopy", Finite)
     config = TypeAdapter(DenoiserConfig).validate_python({"type": denoiser})
     model = object.__new__(LatentModel)
     model.denoiser = build_denoiser(conditional("ldm"), config).to(META)

@@ -21,6 +21,7 @@ from ldm.checkpoint import Damaged, ModelFile, build_with, load_model
 from ldm.config import Resolution, drop_defaults, plain_size, size_word, to_tree, validate
 from ldm.data import Batch
 from ldm.device import (
+    HostCopy,
     cast_for_autocast,
     full_float32,
     keep_freed_memory,
@@ -253,12 +254,14 @@ class LatentModel:
         with self._autocast():
             z = SAMPLERS[sampling.sampler](denoise, noise, sigmas[skip:], **extra)
             images = self._running("codec").decode(z)
-        if not images.isfinite().all():
+        finite = HostCopy(images.isfinite().all()[None])  # read below: a GPU is waited for once
+        images = finish(images).cpu()
+        if not all(finite.values()):
             raise LdmError(
                 f"images {indices[0]} to {indices[-1]} are not finite: lower the guidance, use "
                 "precision fp32, or another model"
             )
-        return finish(images).cpu()
+        return images
 
     def load_guide(
         self,
