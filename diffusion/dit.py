@@ -49,7 +49,7 @@ class DiTConfig(NetworkSizes):
     """Sinusoids added to the tokens, rotations of queries and keys (Su et al. 2021), or both."""
     qk_norm: bool = False
     """Normalise the queries and keys of every head, with weights."""
-    frequency_shift: Literal[0, 1] = 0
+    frequency_shift: Annotated[int, Field(ge=0, le=1)] = 0
     """The noise level's frequencies are 10000^(−i/(128 − shift)): 1 for networks of diffusers."""
     grid: Resolution | None = None
     """Patches of a training latent, N for N×N or [rows, columns], the scale of positions at other

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoencoders import Autoencoder
+from diffusion import build_network
 from ldm.config import load_preset, resolve
 from ldm.distributed import make_accelerator
 from ldm.files import write_atomically
@@ -83,6 +84,18 @@ def test_peak_of_held_tensors():
         assert z.numel() + w.numel() == 210
     assert tracker.peak == 400 + 800
     assert AllocationTracker().peak == 0
+
+
+# Peebles and Xie 2023, Table 4, which calls multiply-accumulates Gflops: of 32×32 latents
+@pytest.mark.parametrize(
+    ("size", "gmac"), [("s", 6.06), ("b", 23.01), ("l", 80.71), ("xl", 118.64)]
+)
+def test_multiply_accumulates_of_dit_are_the_published_ones(size, gmac):
+    recipe = resolve(DiffusionRecipe, load_preset("diffusion", f"dit-{size}-2-imagenet256"))
+    with torch.device("meta"):
+        network, x = build_network(recipe.network), torch.empty(1, 4, 32, 32)
+        counted = count_gmac(lambda: network(x, torch.empty(1)))
+    assert counted == pytest.approx(gmac, abs=0.03)
 
 
 # ---------------------------------------------------------------------------------- a step

@@ -70,6 +70,7 @@ def test_resolutions_that_stage_one_accepts():
         (FLOW, 0),
         (("cache=x", "data={source: x, crop: center}"), 0),
         (("network={type: edm2, channels: 16, multipliers: [1, 2], blocks: 1, head_width: 8}",), 0),
+        (("network={type: dit, width: 32, depth: 1, heads: 2}", "data.labels=true"), 3),
     ],
 )
 def test_a_step_of_stage_two_trains_the_network_alone(settings, classes):
