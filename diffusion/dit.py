@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import torch
 from einops import rearrange
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -36,7 +36,7 @@ class DiTConfig(NetworkSizes):
     depth: Depth = 12
     """Blocks: 12 S, 12 B, 24 L, 28 XL."""
     heads: Width = 12
-    """Heads of every attention: 6 S, 12 B, 16 L, 16 XL; four times as many divide the width."""
+    """Heads of every attention: 6 S, 12 B, 16 L, 16 XL; they divide the width."""
     patch: Annotated[int, Field(ge=1, le=64)] = 2
     """Side of the squares of latents that are a token each; divides both sides of the latents."""
     mlp_ratio: Annotated[float, Field(gt=0, le=64)] = 4.0
@@ -46,7 +46,8 @@ class DiTConfig(NetworkSizes):
     norm: Literal["layer", "rms"] = "layer"
     """Normalisation before attention, MLP and last layer: LayerNorm without weights, or RMSNorm."""
     positions: Literal["sincos", "rotary", "both"] = "sincos"
-    """Sinusoids added to the tokens, rotations of queries and keys (Su et al. 2021), or both."""
+    """Sinusoids added to the tokens, rotations of queries and keys (Su et al. 2021), or both;
+    rotations need heads of a multiple of four channels."""
     qk_norm: bool = False
     """Normalise the queries and keys of every head, with weights."""
     frequency_shift: Annotated[int, Field(ge=0, le=1)] = 0
@@ -55,13 +56,20 @@ class DiTConfig(NetworkSizes):
     """Patches of a training latent, N for N×N or [rows, columns], the scale of positions at other
     sizes; taken from the recipe. null: positions are not scaled."""
 
-    @field_validator("heads")
-    @classmethod
-    def _divide(cls, heads: int, info: ValidationInfo) -> int:
-        width = info.data.get("width")
-        if width is not None and width % (4 * heads):  # sine and cosine, of row and column
-            raise ValueError(f"four times as many must divide the {width} channels of `width`")
-        return heads
+    @model_validator(mode="after")
+    def _divides(self) -> "DiTConfig":
+        head_width, rest = divmod(self.width, self.heads)
+        if rest:
+            raise ValueError(
+                f"heads: {self.heads} do not divide the {self.width} channels of width"
+            )
+        if self.width % 4:  # sine and cosine, of row and column
+            raise ValueError(f"width: {self.width} is no multiple of 4")
+        if self.positions != "sincos" and head_width % 4:
+            raise ValueError(f"heads: rotations need a multiple of 4 channels, not {head_width}")
+        if self.hidden_width < 1:
+            raise ValueError("mlp_ratio: the MLP would have no channels")
+        return self
 
     @property
     def factor(self) -> int:

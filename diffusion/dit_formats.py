@@ -14,7 +14,7 @@ level's frequencies by 1/127, where the authors' code has 1/128: `frequency_shif
 
 import re
 from collections.abc import Mapping
-from math import isqrt
+from math import ceil, isqrt
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from diffusion.discrete import DiscreteConfig
-from diffusion.dit import DiT, DiTConfig, coordinates, sincos
+from diffusion.dit import DiT, DiTConfig, coordinates, rotation, sincos
 from diffusion.flow import FlowConfig
 from diffusion.formats import join_qkv, read_folder, split_qkv
 from ldm import foreign
@@ -43,9 +43,14 @@ PLAIN, OPTIONS = DiTConfig(), ("mlp", "norm", "positions", "qk_norm")
 # --------------------------------------------------------------------- the authors' checkpoints
 FIRST, LAST, TABLE = "x_embedder.proj.weight", "final_layer.linear", "pos_embed"
 ROTATIONS = ("feat_rope.freqs_cos", "feat_rope.freqs_sin")
+HEADS_SHOW = (ROTATIONS[0], "blocks.0.attn.q_norm.weight")
+"""Tensors as wide as a head."""
 PUBLISHED_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 24, 1792: 28}
 """Heads by width: S, B, L, XL of DiT, and the two larger ones of LightningDiT."""
-VARIANCE = "it predicts a variance beside the mean, as DiT and SiT do: that half is left out"
+VARIANCE = (
+    "its last layer has twice the channels, for DiT's variance, which SiT leaves unused: the "
+    "second half is left out"
+)
 
 
 def holds_dit(weights: Mapping[str, Tensor]) -> bool:
@@ -88,6 +93,11 @@ def read_checkpoint(
         refuse_damaged(weights, path)
         config = config_from_authors(weights, heads)
         theirs, notes = cut_variance(weights, LAST, config)
+        if heads is None and not any(name in weights for name in HEADS_SHOW):
+            notes.append(
+                f"attention is assumed to have {config.heads} heads, as the published network of "
+                f"{config.width} channels: for others give --heads"
+            )
         return config, from_authors(theirs, config), notes
     except Damaged:
         raise
@@ -107,25 +117,27 @@ def config_from_authors(weights: Mapping[str, Tensor], heads: int | None = None)
     modulated, _ = foreign.layer_sizes(weights, "blocks.0.adaLN_modulation.1.weight", 2)
     if modulated == 4 * width:
         raise LdmError("its blocks have no shifts (wo_shift of LightningDiT): it cannot be used")
+    heads, grid = _find_heads(weights, width, heads), _find_grid(weights, width)
+    _check_rotations(weights, grid, width // heads)
     tree = {
         "latent_channels": n_z, "classes": rows - 1, "width": width, "depth": len(blocks),
         "patch": patch, "mlp": "swiglu" if gated else "gelu",
         "norm": "rms" if "blocks.0.norm1.weight" in weights else "layer",
         "positions": "both" if ROTATIONS[0] in weights else "sincos",
         "qk_norm": "blocks.0.attn.q_norm.weight" in weights,
-        "heads": _find_heads(weights, width, heads), "grid": _find_grid(weights, width),
+        "heads": heads, "grid": grid,
     }  # fmt: skip
-    exact = (1.5 if gated else 1) * hidden / width
-    for ratio in (4.0, exact, exact + 0.5 / width):  # the last, where a division was rounded
-        config = validate(DiTConfig, {**tree, "mlp_ratio": ratio})
-        if config.hidden_width == hidden:
-            break
-    return config
+    config = validate(DiTConfig, tree)
+    if config.hidden_width == hidden:
+        return config
+    # a product that is rounded down to what is rounded down to `hidden`
+    whole = ceil(1.5 * hidden) if gated else hidden
+    return validate(DiTConfig, {**tree, "mlp_ratio": (whole + 0.5) / width})
 
 
 def _find_heads(weights: Mapping[str, Tensor], width: int, heads: int | None) -> int:
     """The heads that tensors tell, else those given, else those of the published network."""
-    for name in (ROTATIONS[0], "blocks.0.attn.q_norm.weight"):
+    for name in HEADS_SHOW:
         if name in weights:
             told = width // max(1, weights[name].shape[-1])
             if heads not in (None, told):
@@ -146,6 +158,19 @@ def _find_grid(weights: Mapping[str, Tensor], width: int) -> int:
         if torch.allclose(table[0].double(), sincos(at, at, width), rtol=0, atol=rounding):
             return side
     raise LdmError(f"its {TABLE} is not the table of sinusoids of a square grid of patches")
+
+
+def _check_rotations(weights: Mapping[str, Tensor], grid: int, head_width: int) -> None:
+    """Refuse tables of rotations, if there are any, other than those that we compute."""
+    at = coordinates(grid, grid, torch.device("cpu"))
+    for name, turns in zip(ROTATIONS, rotation(at, at, head_width), strict=True):
+        expected = turns.repeat_interleave(2, dim=1)  # of a pair of channels
+        table = weights.get(name, expected)
+        rounding = max(1e-4, 4 * torch.finfo(table.dtype).eps) if table.is_floating_point() else 0
+        if table.shape != expected.shape or not torch.allclose(
+            table.double(), expected, rtol=0, atol=rounding
+        ):
+            raise LdmError(f"its {name} is not the table of a square grid of patches")
 
 
 def cut_variance(
@@ -362,7 +387,8 @@ def find_denoiser(
     chosen = kind or ("discrete" if is_dit else "flow")
     if chosen not in DENOISERS:
         raise UsageError(f"--denoiser {chosen}: must be {' or '.join(DENOISERS)}")
-    # LightningDiT's options tell
-    is_told = kind or chosen == "flow"
-    assumed = "no tensor tells a DiT from a SiT: a DiT is assumed; for a SiT give --denoiser flow"
-    return DENOISERS[chosen], [] if is_told else [assumed]
+    is_known = kind or chosen == "flow"  # by LightningDiT's options
+    assumed = (
+        "a DiT and a SiT have the same tensors: DiT is assumed, for a SiT give --denoiser flow"
+    )
+    return DENOISERS[chosen], [] if is_known else [assumed]

@@ -41,7 +41,7 @@ class FlowConfig(Config):
     shift: Positive = 1.0
     """Factor of every σ, in training and in the schedule `flow`: above 1 for larger latents, whose
     noise averages out (SD3's α)."""
-    time_scale: Positive = 1000.0
+    time_scale: Annotated[float, Field(ge=1e-3, allow_inf_nan=False)] = 1000.0
     """Factor of the time t that the network gets as input: 1000 for sinusoids of networks trained
     here, as in SD3; 1 for SiT's networks and `network.type=edm2`."""
     reversed: bool = False

@@ -51,6 +51,11 @@ UNSCALED = (
     "it has no scaling factor of its latents: 1, as for CompVis' VQ models, unless --scale-factor "
     "is given"
 )
+UNKNOWN_SCALE = (
+    "its autoencoder has no scaling factor: 0.18215, SD-VAE's, unless --scale-factor is given; for "
+    "a LightningDiT, whose latents are standardised by channel, write latents_mean, latents_std "
+    "and scaling_factor 1 into its config.json"
+)
 ExportFormat = Literal["diffusers", "compvis", "hub"]
 SCHEDULER = "scheduler/scheduler_config.json"
 KINDS = {"ldm": "UNet", "dit": "DiT"}
@@ -212,6 +217,8 @@ def _read_model(
 ) -> ForeignModel:
     if head_width and heads:
         raise UsageError("--head-width and --heads exclude each other: give one of them")
+    if not path.exists():
+        raise LdmError(f"no model at {path}: --diffusion takes a file or a folder on this machine")
     if path.is_file() and dit_formats.holds_dit(read_weights(path)):
         if head_width:
             raise UsageError("--head-width is for a UNet: give --heads")
@@ -220,8 +227,6 @@ def _read_model(
         raise UsageError(f"{path} is no checkpoint of a DiT: leave out --ae and --denoiser")
     if path.is_file():
         return read_checkpoint(path, head_width, heads)
-    if not path.is_dir():
-        raise LdmError(f"no model at {path}: --diffusion takes a file or a folder on this machine")
     if head_width or heads:
         raise UsageError(f"{path} says its heads: leave out --head-width and --heads")
     return read_folder(path)
@@ -305,6 +310,8 @@ def read_dit(
     autoencoder = read_autoencoder(find_pretrained(ae))
     given = sdvae.pick_settings(autoencoder.provenance.get("imported"))
     settings = {"scaling_factor": sdvae.SCALING_FACTOR, **given}
+    if not given:
+        assumed = [*assumed, UNKNOWN_SCALE]
     size = _read_size([side * network.patch for side in height_width(network.grid or 1)])
     return ForeignModel(
         "dit", network, weights, (path,), autoencoder, levels, settings, size,

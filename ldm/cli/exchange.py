@@ -20,18 +20,22 @@ Diffusion = Annotated[
 ]
 OfDiT = Annotated[
     str | None,
-    Option(help="With --diffusion, DiT: its autoencoder, given as SRC is without --diffusion."),
+    Option(help="With --diffusion: autoencoder of a DiT checkpoint, a path or a Hub repository."),
 ]
 DenoiserType = Annotated[
     str | None,
-    Option(help="With --diffusion, DiT: discrete, or flow for SiT. Default: told by the tensors."),
+    Option(
+        help="With --diffusion, DiT: discrete, or flow, for velocities along SiT's linear path. "
+        "Default: discrete; flow for LightningDiT's options."
+    ),
 ]
 HeadWidth = Annotated[
     int | None,
     Option(help="With --diffusion, CompVis: channels per head (num_head_channels). Default: 32."),
 ]
 Heads = Annotated[
-    int | None, Option(help="With --diffusion, a file: attention heads (num_heads in the yaml).")
+    int | None,
+    Option(help="With --diffusion, a file: attention heads (num_heads in CompVis' yaml)."),
 ]
 
 

@@ -172,7 +172,13 @@ def noise_levels(sampling: Sampling, denoiser: Any) -> Tensor:
         if name != "shift" and not low <= sigma <= high:
             raise UsageError(f"{name}={sigma:g}: this model denoises σ from {low:g} to {high:g}")
     options = denoiser.schedule_options(schedule) | given
-    return SCHEDULES[schedule](sampling.steps, **options)
+    sigmas = SCHEDULES[schedule](sampling.steps, **options)
+    if (last := float(sigmas[-2])) < low:  # of flow, which ends at a step before 0
+        raise UsageError(
+            f"{sampling.steps} steps end at σ={last:.2g}, and this model denoises σ from {low:g}: "
+            "lower steps, or raise the shift"
+        )
+    return sigmas
 
 
 def fill_in(sampling: Sampling, denoiser: Any) -> Sampling:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from diffusion import EDM, DiT, DiTConfig, edm_loss
-from diffusion.dit import angles, coordinates, sincos
+from diffusion.dit import angles, coordinates, rotate, rotation, sincos
 from ldm.config import load_preset, resolve, validate
 from ldm.errors import LdmError, UsageError
 from pipelines.recipes import DiffusionRecipe
@@ -243,12 +243,17 @@ def test_another_size_than_that_of_training_is_another_grid_of_the_same_span(pos
 
 @torch.no_grad()
 def test_rotations_read_differences_of_positions_alone():
+    query, key = normal(1, 2, 6, 8).double(), normal(1, 2, 6, 8, seed=1).double()
+    rows, columns = torch.arange(2).double(), torch.arange(3).double()
+
+    def products(down, right):
+        by = rotation(rows + down, columns + right, 8)
+        return rotate(query, by) @ rotate(key, by).mT
+
+    torch.testing.assert_close(products(5, -3), products(0, 0))
+    assert (products(0, 0) - query @ key.mT).abs().max() > 0.1
     network = build(ROTARY, scramble=True).double().eval()
     x = normal(1, 4, 4, 4).double()
-    repeated = torch.cat([x, x], dim=3)  # rows of four patches, the last two as the first two
-    answer = network(repeated, torch.zeros(1))
-    rolled = network(repeated.roll(4, 3), torch.zeros(1))
-    torch.testing.assert_close(answer, rolled)
     moved = network(x.flip(3), torch.zeros(1)).flip(3)
     assert (moved - network(x, torch.zeros(1))).abs().max() > 1e-3
 
@@ -346,7 +351,9 @@ def test_sides_that_patches_do_not_divide_are_refused():
 @pytest.mark.parametrize(
     "tree, message",
     [
-        ({"heads": 12}, "'heads'.*four times as many must divide the 32 channels of `width`"),
+        ({"heads": 12}, "heads: 12 do not divide the 32 channels of width"),
+        ({"heads": 16, "positions": "rotary"}, "rotations need a multiple of 4 channels, not 2"),
+        ({"mlp_ratio": 1e-3}, "mlp_ratio: the MLP would have no channels"),
         ({"width": 0}, "'width'"),
         ({"depth": 65}, "'depth'"),
         ({"patch": 0}, "'patch'"),

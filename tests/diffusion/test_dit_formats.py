@@ -8,8 +8,9 @@ from diffusers import DiTTransformer2DModel
 from safetensors.torch import save_file
 from torch import nn
 
-from diffusion.dit import DiT, DiTConfig, coordinates, sincos
+from diffusion.dit import DiT, DiTConfig, coordinates, rotation, sincos
 from diffusion.dit_formats import (
+    VARIANCE,
     config_from_authors,
     config_from_diffusers,
     diffusers_config,
@@ -135,7 +136,7 @@ def test_a_folder_of_diffusers_without_its_variance_gives_its_first_half(name, t
     path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"_class_name": name}))
     config, weights, notes = read_diffusers(tmp_path)
     assert (config.width, config.heads, config.depth, config.grid) == (48, 2, 2, 4)
-    assert "it predicts a variance beside the mean" in notes[0]
+    assert notes[0] == VARIANCE
     assert "network.frequency_shift=1" in notes[1]
     network = DiT(config).eval()
     network.load_state_dict(weights)
@@ -176,7 +177,7 @@ def test_networks_that_diffusers_cannot_express_are_refused(change, told):
         ({"out_channels": 5}, "out_channels is 5, only 4 or 8 is supported"),
         ({"num_layers": 65}, "'depth'"),
         ({"patch_size": 0}, "'patch'"),
-        ({"attention_head_dim": 30}, "four times as many must divide the 90 channels"),
+        ({"attention_head_dim": 30}, "width: 90 is no multiple of 4"),
         ({"sample_size": [8, 8]}, "sample_size is [8, 8], not a whole number"),
         ({"num_attention_heads": "x"}, "num_attention_heads is 'x', not a whole number"),
         ({"num_embeds_ada_norm": None}, "num_embeds_ada_norm is None, not a whole number"),
@@ -244,8 +245,9 @@ def authors_tensors(config, variance=True):
     at = coordinates(config.grid, config.grid, torch.device("cpu"))
     tensors["pos_embed"] = sincos(at, at, config.width).float()[None]
     if config.positions == "both":
-        turns = torch.zeros(config.grid**2, config.width // config.heads)
-        tensors |= {"feat_rope.freqs_cos": turns, "feat_rope.freqs_sin": turns}
+        turns = rotation(at, at, config.width // config.heads)
+        for name, table in zip(("cos", "sin"), turns, strict=True):
+            tensors[f"feat_rope.freqs_{name}"] = table.float().repeat_interleave(2, dim=1)
     if variance:
         for part in ("weight", "bias"):
             name, c = f"final_layer.linear.{part}", config.latent_channels
@@ -271,8 +273,10 @@ def test_a_checkpoint_of_the_authors_is_read_bit_for_bit(name, wrapped, tmp_path
     torch.save(WRAPPED[wrapped](tensors), tmp_path / "dit.pt")
     config, weights, notes = read_checkpoint(tmp_path / "dit.pt")
     (tmp_path / "dit.pt").write_bytes(b"")  # everything has been taken out of the file
-    assert notes == ["it predicts a variance beside the mean, as DiT and SiT do: that half is left "
-                     "out"]  # fmt: skip
+    assert notes[0] == VARIANCE
+    guessed = not {"feat_rope.freqs_cos", "blocks.0.attn.q_norm.weight"} & tensors.keys()
+    assert len(notes) == 1 + guessed
+    assert not guessed or f"have {AUTHORS[name].heads} heads, as the pub" in notes[1]
     kept = network.state_dict()
     if not AUTHORS[name].classes:
         kept["embed.linear_out.bias"] += tensors["y_embedder.embedding_table.weight"][0]
@@ -284,7 +288,7 @@ def test_a_checkpoint_of_the_authors_is_read_bit_for_bit(name, wrapped, tmp_path
 def test_a_network_without_a_variance_is_read_whole(tmp_path):
     tensors, network = authors_tensors(AUTHORS["dit"], variance=False)
     save_file(tensors, tmp_path / "sit.safetensors")
-    _, weights, notes = read_checkpoint(tmp_path / "sit.safetensors")
+    _, weights, notes = read_checkpoint(tmp_path / "sit.safetensors", 6)
     assert notes == [] and torch.equal(weights["last.linear.weight"], network.last.linear.weight)
 
 
@@ -318,7 +322,8 @@ def test_the_published_network_is_found_in_its_shapes():
         ({"final_layer.linear.weight": torch.zeros(20, 384)}, None, "final_layer.linear.weight"),
         ({"y_embedder.embedding_table.weight": torch.zeros(5)}, None, "embedding_table.weight is"),
         ({"blocks.0.mlp.fc2.weight": None}, None, "tensor blocks.0.mlp.fc2.weight is none"),
-        ({}, 5, "four times as many must divide the 384 channels"),
+        ({}, 5, "heads: 5 do not divide the 384 channels of width"),
+        ({"feat_rope.freqs_cos": torch.ones(16, 64)}, None, "its feat_rope.freqs_cos is not the t"),
     ],
 )
 def test_other_checkpoints_are_refused_in_a_line(change, heads, told, tmp_path):
@@ -345,7 +350,7 @@ def test_the_denoiser_is_chosen_or_assumed():
     # Peebles and Xie 2023, Section 4: T = 1000, linear, 1e-4 to 2e-2
     assert (denoiser.timesteps, denoiser.beta_start, denoiser.beta_end) == (1000, 1e-4, 0.02)
     assert (denoiser.schedule, denoiser.prediction) == ("linear", "epsilon")
-    assert "a DiT is assumed; for a SiT give --denoiser flow" in notes[0]
+    assert "DiT is assumed, for a SiT give --denoiser flow" in notes[0]
     assert find_denoiser("discrete", AUTHORS["lightning"]) == (denoiser, [])
     flow = FlowConfig(distribution="uniform", time_scale=1, reversed=True)
     assert find_denoiser(None, AUTHORS["turned"]) == (flow, [])

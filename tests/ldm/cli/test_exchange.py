@@ -43,7 +43,7 @@ def test_a_transformer_is_imported_beside_its_autoencoder_and_exported(capsys):
     import_model("dit.pt", Path("out.pt"), diffusion=True, ae="vae", denoiser="discrete")
     printed = capsys.readouterr().out
     assert re.search(r"^DiT of [\d,]+ parameters, 5 classes; latents 4 × 8 × 8", printed, re.M)
-    assert "it predicts a variance beside the mean, as DiT and SiT do: that half is left" in printed
+    assert "its last layer has twice the channels" in printed
     assert printed.endswith("next: ldm sample out.pt\n")
     export_model([Path("out.pt"), Path("dit")], "transformer")
     printed = capsys.readouterr().out

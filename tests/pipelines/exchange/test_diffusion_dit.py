@@ -68,7 +68,7 @@ def test_a_folder_gives_the_images_of_their_pipeline(monkeypatch):
     theirs.save_pretrained("pipeline")
     _, notes = import_diffusion("pipeline", Path("out.pt"))
     assert notes[0].startswith("DiT of ") and "3 classes" in notes[0]
-    assert notes[2].startswith("it predicts a variance beside the mean")
+    assert notes[2].startswith("its last layer has twice the channels")
     assert notes[3].startswith("it reads the time step as diffusers does")
     pipe = LatentDiffusionPipeline.from_pretrained("out.pt", "cpu", "fp32")
     assert pipe.recipe.network.grid == SIZE // 4 and pipe.recipe.resolution == SIZE
@@ -110,8 +110,9 @@ def test_a_checkpoint_is_imported_beside_its_autoencoder():
     _, notes = import_diffusion("dit.pt", Path("out.pt"), autoencoder="vae")
     assert "5 classes; latents 4 × 8 × 8, times 0.25; images 16×16" in notes[0]
     assert notes[1] == "it predicts epsilon; 1000 noise levels, β 0.0001 to 0.02 (linear)"
-    assert notes[2].startswith("it predicts a variance beside the mean")
-    assert notes[3].startswith("no tensor tells a DiT from a SiT")
+    assert notes[2].startswith("its last layer has twice the channels")
+    assert notes[3].startswith("attention is assumed to have 6 heads")
+    assert notes[4].startswith("a DiT and a SiT have the same tensors")
     pipe = LatentDiffusionPipeline.from_pretrained("out.pt", "cpu", "fp32")
     said = load_model("out.pt", "diffusion").provenance["imported"]
     assert (said["format"], said["autoencoder"], list(said["sha256"])) == ("dit", "vae", ["dit.pt"])
@@ -134,7 +135,7 @@ def test_a_sit_samples_as_its_own_equation():
     """Ma et al. 2024: x moves from noise at t = 0 to data at t = 1 by the network's velocity."""
     network, vae = write_checkpoint()
     _, notes = import_diffusion("dit.pt", Path("out.pt"), autoencoder="vae", denoiser="flow")
-    assert notes[1] == "it predicts a velocity (rectified flow)" and len(notes) == 3
+    assert notes[1] == "it predicts a velocity (rectified flow)" and len(notes) == 4
     pipe = LatentDiffusionPipeline.from_pretrained("out.pt", "cpu", "fp32")
     labels = torch.tensor([4, 1])
     noise = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(3))
@@ -152,6 +153,7 @@ def test_a_sit_samples_as_its_own_equation():
 def test_a_named_denoiser_needs_no_note():
     write_checkpoint()
     how = {"autoencoder": "vae", "denoiser": "discrete", "scale_factor": 0.5, "resolution": 32}
+    how["heads"] = 6
     _, notes = import_diffusion("dit.pt", Path("out.pt"), **how)
     assert len(notes) == 3 and "times 0.5; images 32×32" in notes[0]
     config = load_model("out.pt", "diffusion").config
@@ -164,7 +166,8 @@ def test_a_named_denoiser_needs_no_note():
         ("dit.pt", {"autoencoder": None}, UsageError, "dit.pt holds a DiT without its autoencoder"),
         ("dit.pt", {"denoiser": "edm"}, UsageError, "--denoiser edm: must be discrete or flow"),
         ("dit.pt", {"resolution": 18}, UsageError, "must be a multiple of 4, by which its autoenc"),
-        ("dit.pt", {"heads": 7}, LdmError, "four times as many must divide the 384 channels"),
+        ("dit.pt", {"heads": 7}, LdmError, "heads: 7 do not divide the 384 channels of width"),
+        ("no.pt", {}, LdmError, "no model at no.pt: --diffusion takes a file or a folder on this"),
         ("dit.pt", {"head_width": 64}, UsageError, "--head-width is for a UNet: give --heads"),
         ("wide.pt", {}, LdmError, "its DiT is for latents of 6 channels, its autoencoder's have 4"),
         ("pipeline", {}, UsageError, "pipeline is no checkpoint of a DiT: leave out --ae and --de"),
