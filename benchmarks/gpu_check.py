@@ -4,8 +4,8 @@
 
 Both stages train by their own commands' functions on the photographs that scikit-image brings; no
 weights are needed. A check that fails does not end the others, and the exit status is then 1. None
-begins after --minutes. On a CPU the same checks run, except for those of CUDA alone; --quick makes
-the models a toy's.
+begins after --minutes. On a CPU the same checks run, except for those of CUDA alone; --quick takes
+toy models.
 
 Writes gpu_check.md, gpu_check.json and a trace of each stage's steps, for ui.perfetto.dev.
 """
@@ -18,6 +18,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from shutil import copyfile
 from tempfile import TemporaryDirectory
@@ -27,8 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from autoencoders import build_autoencoder
-from benchmarks.comparison import as_markdown, describe_machine, measuring_parser
+from benchmarks.comparison import add_out, as_markdown, describe_machine, make_parser
 from benchmarks.gpu_trainings import (
+    NETWORKS,
     STAGE_TWO,
     Figures,
     Setting,
@@ -46,6 +48,7 @@ from ldm.data import DataConfig, batches, open_source
 from ldm.device import full_float32, memory_format, one_ahead, resolve_device, synchronise
 from ldm.ema import Ema, PowerEma
 from ldm.errors import LdmError, brief
+from ldm.images import as_float, to_pil
 from ldm.metrics.inception import FeatureExtractor
 from ldm.seeds import normal
 from ldm.tables import markdown_table
@@ -63,7 +66,7 @@ class Result:
     """passed, failed or not run."""
     seconds: float
     note: str = ""
-    figures: Figures = field(default_factory=list)
+    figures: list[dict[str, str]] = field(default_factory=list)
     page: str = ""
     """A page of another benchmark, in Markdown."""
     traceback: str = ""
@@ -98,7 +101,7 @@ def check_side_stream(setting: Setting) -> Figures:
     equal = sum(map(torch.equal, plain, ahead))
     if equal < 12:
         raise AssertionError(f"only {equal} of 12 batches are equal")
-    return [{"": "batches equal to the bit", "of 12": str(equal)}]
+    yield {"": "batches equal to the bit", "of 12": str(equal)}
 
 
 @full_float32()
@@ -122,17 +125,15 @@ def check_sampler(setting: Setting) -> Figures:
         together = draw(setting.device, noise)
         alone = torch.cat([draw(setting.device, one) for one in noise.split(1)])
     scale = float(expected.std())
-    figures = [
-        {"": what, "largest difference": f"{float((together - other).abs().max()) / scale:.1e}"}
-        for what, other in (("beside the CPU", expected), ("beside one at a time", alone))
-    ]
-    if any(float(row["largest difference"]) > 1e-3 for row in figures):
-        raise AssertionError(f"samples differ: {figures}")
-    return figures
+    for what, other in (("beside the CPU", expected), ("beside one at a time", alone)):
+        differs = float((together - other).abs().max()) / scale
+        yield {"": what, "largest difference": f"{differs:.1e}"}
+        if differs > 1e-3:
+            raise AssertionError(f"{what}, samples differ by {differs:.1e} of their deviation")
 
 
 def check_adam(setting: Setting) -> Figures:
-    """Fused Adam follows its equations, and a step that it is told to skip changes no bit."""
+    """Fused Adam follows its equations, and a skipped step changes no bit."""
     draws = torch.Generator().manual_seed(0)
     weight = nn.Parameter(torch.randn(1000, generator=draws).to(setting.device))
     optimizer: Any = torch.optim.Adam([weight], 1e-3, (0.9, 0.99), 1e-8, fused=True)
@@ -149,9 +150,9 @@ def check_adam(setting: Setting) -> Figures:
     before = weight.detach().clone()
     optimizer.found_inf = torch.ones((), device=setting.device)
     optimizer.step()
-    if differs > 1e-6 or not torch.equal(before, weight):
+    if differs > 3e-6 or not torch.equal(before, weight):
         raise AssertionError(f"it differs by {differs:.1e}, or a skipped step changed weights")
-    return [{"": "fused Adam beside its equations", "largest difference": f"{differs:.1e}"}]
+    yield {"": "fused Adam beside its equations", "largest difference": f"{differs:.1e}"}
 
 
 def check_averages(setting: Setting) -> Figures:
@@ -166,14 +167,12 @@ def check_averages(setting: Setting) -> Figures:
             average.update(images, 8)
             decay = average.decay(images, 8) if step > 1 else 0.0
             expected[name] = decay * expected[name] + (1 - decay) * new
-    figures = []
     for name, average in averages.items():
         found: Any = average.ema_model.weight
         differs = float((found.double().cpu() - expected[name]).abs().max())
-        figures.append({"": name, "largest difference": f"{differs:.1e}"})
+        yield {"": name, "largest difference": f"{differs:.1e}"}
         if differs > 1e-5:
             raise AssertionError(f"{name}: it differs by {differs:.1e}")
-    return figures
 
 
 def check_inception(setting: Setting) -> Figures:
@@ -197,24 +196,30 @@ def check_inception(setting: Setting) -> Figures:
     differs = float((found - expected).abs().max() / expected.abs().max())
     if differs > 2e-3:
         raise AssertionError(f"features differ by {differs:.1e} of the largest")
-    return [{"": "features beside the CPU's", "largest difference": f"{differs:.1e}"}]
+    yield {"": "features beside the CPU's", "largest difference": f"{differs:.1e}"}
 
 
 def check_loader(setting: Setting) -> Figures:
-    """The loader's images lie in pinned memory on a machine with a GPU, and come fast enough."""
-    figures: Figures = []
-    resolution, count = (32, 64) if setting.quick else (256, 2048)
+    """The speed of loading PNGs; on a machine with a GPU they come in pinned memory."""
+    resolution, count, files = (32, 64, 32) if setting.quick else (256, 2048, 256)
+    photos = DataConfig(source="photos", crop="random", workers=0)
+    drawn = batches(open_source(photos, "train", resolution), photos, resolution, 0, 0, files, 16)
+    folder = setting.work / "images"
+    folder.mkdir()
+    for batch in drawn:
+        for k, image in zip(batch.k.tolist(), as_float(batch.images), strict=True):
+            to_pil(image).save(folder / f"{k:04d}.png")
     for workers in (0, 2) if setting.quick else (0, 4, 12):
-        config = DataConfig(source="photos", crop="random", flip=True, workers=workers)
-        source = open_source(config, "train", resolution)
-        stream = batches(source, config, resolution, 0, 0, count, 16)
+        config = DataConfig(source=str(folder), held_out=0, flip=True, workers=workers)
+        stream = batches(
+            open_source(config, "train", resolution), config, resolution, 0, 0, count, 16
+        )
         if next(stream).images.is_pinned() != torch.cuda.is_available():
             raise AssertionError(f"{workers} workers: images are not in pinned memory")
         start = time.perf_counter()
         seen = sum(len(batch.images) for batch in stream)
         speed = seen / (time.perf_counter() - start)
-        figures.append({"": f"{workers} workers, {resolution}²", "images/s": f"{speed:,.0f}"})
-    return figures
+        yield {"": f"{workers} workers, {resolution}²", "images/s": f"{speed:,.0f}"}
 
 
 # ----------------------------------------------------------------------------- measurements
@@ -260,7 +265,7 @@ CHECKS: dict[str, Callable[[Setting], Figures | str]] = {
     "Inception": check_inception,
     "loader": check_loader,
     "stage one": check_stage_one,
-    "stage two": check_stage_two,
+    **{f"stage two, {name}": partial(check_stage_two, network=name) for name in NETWORKS["full"]},
     "resume": check_resume,
     "distributed": check_distributed,
     "memory": check_memory,
@@ -281,7 +286,7 @@ def run(name: str, setting: Setting) -> Result:
         if isinstance(found, str):
             result.page = found
         else:
-            result.figures = found
+            result.figures.extend(found)
         synchronise(setting.device)  # or an error of its kernels is the next check's
     except Unavailable as why:
         result.outcome, result.note = "not run", str(why)
@@ -300,7 +305,8 @@ def as_page(facts: dict[str, Any], results: list[Result]) -> str:
     table = [(r.name, r.outcome, f"{r.seconds:.1f}", r.note.replace("|", "\\|")) for r in results]
     lines += markdown_table(("check", "outcome", "seconds", "note"), table, left=2)
     for result in results:
-        about = (CHECKS[result.name].__doc__ or "").partition("\n")[0]
+        check = CHECKS[result.name]
+        about = (getattr(check, "func", check).__doc__ or "").partition("\n")[0]
         if result.figures or result.page:
             lines += ["", f"## {result.name.capitalize()}", "", about, ""]
         if result.figures:
@@ -311,36 +317,49 @@ def as_page(facts: dict[str, Any], results: list[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write(out: Path, work: Path, facts: dict[str, Any], results: list[Result]) -> str:
+    """Write the page, its numbers and the traces so far; return the page."""
+    for trace in work.glob("gpu_check-*.json.gz"):
+        copyfile(trace, out / trace.name)
+    page, tree = as_page(facts, results), facts | {"checks": [asdict(r) for r in results]}
+    (out / "gpu_check.md").write_text(page, "utf-8")
+    text = json.dumps(tree, indent=1, ensure_ascii=False)
+    (out / "gpu_check.json").write_text(text + "\n", "utf-8")
+    return page
+
+
 def main(arguments: list[str]) -> int:
-    """Run the checks, write the page; 1 if any failed."""
-    parser = measuring_parser(__doc__, "toy models, on any machine", "the presets'")
+    """Run the checks, write the page after each; 1 if any failed."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--quick", action="store_true", help="toy models, on any machine")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     parser.add_argument("--minutes", type=float, default=10, help="no check begins later")
     parser.add_argument("--only", action="append", choices=CHECKS, help="a check; repeatable")
+    add_out(parser)
     given = parser.parse_args(arguments)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for run.deterministic
-    device, begun, results = resolve_device(given.device), time.perf_counter(), []
+    device, begun = resolve_device(given.device), time.perf_counter()
+    facts = {
+        "command": " ".join(["python -m benchmarks.gpu_check", *arguments]),
+        **describe_machine(device, "as named"),
+    }
+    results: list[Result] = []
     given.out.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as folder:
         setting = Setting(device, given.quick, Path(folder))
         for name in given.only or CHECKS:
             if time.perf_counter() - begun > 60 * given.minutes:
                 results.append(Result(name, "not run", 0, "no time was left: raise --minutes"))
-                continue
-            results.append(run(name, setting))
+            else:
+                results.append(run(name, setting))
             print(f"{name}: {results[-1].outcome} {results[-1].note}", flush=True)
-        for trace in setting.work.glob("gpu_check-*.json.gz"):
-            copyfile(trace, given.out / trace.name)
-    facts = {
-        "command": " ".join(["python -m benchmarks.gpu_check", *arguments]),
-        **describe_machine(device, "as named"),
-    }
-    page = as_page(facts, results)
-    (given.out / "gpu_check.md").write_text(page, "utf-8")
-    tree = facts | {"checks": [asdict(result) for result in results]}
-    (given.out / "gpu_check.json").write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
+            page = write(given.out, setting.work, facts, results)
     print(page)
     return int(any(result.outcome == "failed" for result in results))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except LdmError as error:
+        sys.exit(str(error))

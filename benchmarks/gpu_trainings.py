@@ -1,5 +1,6 @@
 """The trainings of `benchmarks.gpu_check`: both stages, by their own commands' functions."""
 
+import gc
 import json
 import math
 import os
@@ -7,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from shutil import copyfile
@@ -22,6 +23,7 @@ from ldm.errors import Interrupted, brief
 from ldm.logbook import read_rows
 from ldm.run import Run
 from pipelines.doctor.doctor import diagnose
+from pipelines.doctor.timing import flops_per_image
 from pipelines.recipes import AutoencoderRecipe, DiffusionRecipe
 from pipelines.train_autoencoder import train_autoencoder
 from pipelines.train_diffusion import train_diffusion
@@ -80,6 +82,8 @@ class Setting:
     device: torch.device
     quick: bool
     work: Path
+    trainings: "dict[str, Training]" = field(default_factory=dict)
+    """Those that are finished, by name."""
 
     @property
     def size(self) -> str:
@@ -96,11 +100,11 @@ class Setting:
 
     def need_gpu(self) -> None:
         if not self.on_gpu:
-            raise Unavailable("it is CUDA's alone")
+            raise Unavailable("only on a CUDA GPU")
 
 
-Figures = list[dict[str, str]]
-"""Rows of a table, each with the same titles."""
+Figures = Iterator[dict[str, str]]
+"""Rows of a table, as they are found: those before a failure stay."""
 
 
 # --------------------------------------------------------------------------------- training
@@ -118,12 +122,18 @@ class Training:
         """The loss, or ℓ1, of its first and last logged steps; speed; memory."""
         rows = [row for row in self.rows if "skipped" in row]  # of training, not validation
         first, last = (row.get("l1", row.get("loss", math.nan)) for row in (rows[0], rows[-1]))
-        if not math.isfinite(first + last) or rows[-1]["skipped"]:
-            raise AssertionError(f"the loss went from {first} to {last}, with skipped steps")
+        if not math.isfinite(first + last):
+            raise AssertionError(f"the loss went from {first} to {last}")
+        if skipped := rows[-1]["skipped"]:
+            raise AssertionError(f"{skipped} steps were skipped")
+        mfu = rows[-1].get("mfu")
+        if mfu is not None and not 0 < mfu < 1:
+            raise AssertionError(f"the model FLOPs utilisation is {mfu}")
         return {
             "first": f"{first:.4f}",
             "last": f"{last:.4f}",
             "images/s": f"{rows[-1]['images_per_second']:.1f}",
+            "MFU": "" if mfu is None else f"{mfu:.3f}",
             "peak memory, GiB": f"{self.peak / 2**30:.2f}" if self.peak else "",
         }
 
@@ -159,16 +169,22 @@ def _run(setting: Setting) -> list[str]:
 def train(
     setting: Setting, name: str, preset: str, recipe: AutoencoderRecipe | DiffusionRecipe
 ) -> Training:
-    """Train a recipe to its end, once: a second call of that name finds it."""
-    folder = setting.work / name.replace(", ", "-").replace(" ", "-")
+    """Train a recipe to its end, once for every name."""
+    if name in setting.trainings:
+        return setting.trainings[name]
+    folder, before = setting.work / name.replace(", ", "-").replace(" ", "-"), 0
     if setting.on_gpu:
+        gc.collect()  # the training before it
+        before = torch.cuda.memory_allocated(setting.device)
         torch.cuda.reset_peak_memory_stats(setting.device)
     if isinstance(recipe, AutoencoderRecipe):
-        train_autoencoder(recipe, preset, folder)
+        train_autoencoder(recipe, preset, folder, count_flops=flops_per_image)
     else:
-        train_diffusion(recipe, preset, folder)
-    peak = torch.cuda.max_memory_allocated(setting.device) if setting.on_gpu else 0
-    return Training(folder, read_rows(folder / "metrics.jsonl"), peak)
+        train_diffusion(recipe, preset, folder, flops_per_image)
+    peak = torch.cuda.max_memory_allocated(setting.device) - before if setting.on_gpu else 0
+    training = Training(folder, read_rows(folder / "metrics.jsonl"), peak)
+    setting.trainings[name] = training
+    return training
 
 
 def autoencoder_of(setting: Setting) -> Path:
@@ -195,35 +211,31 @@ def difference(a: Training, b: Training) -> float:
 # ----------------------------------------------------------------------------------- checks
 def check_stage_one(setting: Setting) -> Figures:
     """Stage one trains in float32, bfloat16 and compiled, and its losses agree."""
-    return _modes(setting, "stage one", partial(recipe_one, setting))
+    yield from _modes(setting, "stage one", partial(recipe_one, setting))
 
 
-def check_stage_two(setting: Setting) -> Figures:
-    """Stage two trains likewise, with each of its networks."""
-    figures: Figures = []
-    for network, settings in NETWORKS[setting.size].items():
-        recipe = partial(recipe_two, setting, autoencoder_of(setting), *settings)
-        figures += _modes(setting, f"stage two, {network}", recipe)
-    return figures
+def check_stage_two(setting: Setting, network: str) -> Figures:
+    """Stage two trains likewise."""
+    settings = NETWORKS[setting.size][network]
+    recipe = partial(recipe_two, setting, autoencoder_of(setting), *settings)
+    yield from _modes(setting, f"stage two, {network}", recipe)
 
 
 def _modes(setting: Setting, name: str, recipe_of: Callable[..., tuple[str, Any]]) -> Figures:
-    figures: Figures = []
+    firsts: list[float] = []
     for mode, settings in MODES.items():
         if mode == "fp32" or setting.on_gpu:
             preset, recipe = recipe_of(*settings)
-            training = train(setting, f"{name}, {mode}", preset, recipe)
-            figures.append({"": f"{name}, {mode}", **training.figures})
-    firsts = [float(row["first"]) for row in figures]
+            row = train(setting, f"{name}, {mode}", preset, recipe).figures
+            firsts.append(float(row["first"]))
+            yield {"": f"{name}, {mode}", **row}
     if max(firsts) > 1.05 * min(firsts):
         raise AssertionError(f"the first losses differ by more than 5 %: {firsts}")
-    return figures
 
 
 def check_memory(setting: Setting) -> Figures:
-    """The peak of a training step is near what `ldm doctor` foretells."""
+    """The peak of a training is near what `ldm doctor` predicts."""
     setting.need_gpu()
-    figures: Figures = []
     for stage in ("stage one", "stage two"):
         options = MODES["bf16"]
         preset, recipe = (
@@ -234,18 +246,16 @@ def check_memory(setting: Setting) -> Figures:
         measured = train(setting, f"{stage}, memory", preset, recipe).peak
         assert memory is not None
         ratio = memory.total / measured
-        figures.append({
-            "": stage, "foretold, GiB": f"{memory.total / 2**30:.2f}",
+        yield {
+            "": stage, "predicted, GiB": f"{memory.total / 2**30:.2f}",
             "measured, GiB": f"{measured / 2**30:.2f}", "ratio": f"{ratio:.2f}",
-        })  # fmt: skip
+        }  # fmt: skip
         if not 0.7 < ratio < 1.5:
-            raise AssertionError(f"{stage}: foretold over measured is {ratio:.2f}")
-    return figures
+            raise AssertionError(f"{stage}: predicted over measured is {ratio:.2f}")
 
 
 def check_resume(setting: Setting) -> Figures:
     """A run that is stopped and resumed ends with the bits of one that is not."""
-    figures: Figures = []
     recipes = {
         "stage one": recipe_one(setting, *EXACT),
         "stage two": recipe_two(setting, autoencoder_of(setting), *EXACT),
@@ -254,12 +264,12 @@ def check_resume(setting: Setting) -> Figures:
         whole = train(setting, f"{stage}, whole", preset, recipe)
         with stop_after(setting.steps // 2 + 1), suppress(Interrupted):
             train(setting, f"{stage}, resumed", preset, recipe)
+            raise AssertionError(f"{stage}: it did not stop")
         resumed = train(setting, f"{stage}, resumed", preset, recipe)
         differs = difference(whole, resumed)
-        figures.append({"": stage, "largest difference of weights": f"{differs:.1e}"})
+        yield {"": stage, "largest difference of weights": f"{differs:.1e}"}
         if differs:
             raise AssertionError(f"{stage}: the weights differ by {differs:.1e} of the largest")
-    return figures
 
 
 def check_distributed(setting: Setting) -> Figures:
@@ -272,13 +282,13 @@ def check_distributed(setting: Setting) -> Figures:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
     command += ["-m", "ldm", "--", "train-ae", preset, "--out", str(out), *settings]
     environment = os.environ | ({} if setting.on_gpu else {"ACCELERATE_USE_CPU": "true"})
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     if done.returncode:
         raise AssertionError(brief(RuntimeError(done.stderr[-2000:])))
     differs = difference(alone, Training(out, read_rows(out / "metrics.jsonl"), 0))
+    yield {"": "DDP beside none", "largest difference of weights": f"{differs:.1e}"}
     if differs > 1e-4:
         raise AssertionError(f"the weights differ by {differs:.1e} of the largest")
-    return [{"": "DDP beside none", "largest difference of weights": f"{differs:.1e}"}]
 
 
 def check_traces(setting: Setting) -> Figures:
@@ -289,11 +299,9 @@ def check_traces(setting: Setting) -> Figures:
         "stage one": recipe_one(setting, *mode, window),
         "stage two": recipe_two(setting, autoencoder_of(setting), *mode, window),
     }
-    figures: Figures = []
     for stage, (preset, recipe) in recipes.items():
         folder = train(setting, f"{stage}, trace", preset, recipe).folder
         (trace,) = folder.glob("profile*.json.gz")
         copy = setting.work / f"gpu_check-{stage.replace(' ', '-')}.json.gz"
         copyfile(trace, copy)
-        figures.append({"": stage, "file": copy.name, "MB": f"{trace.stat().st_size / 1e6:.1f}"})
-    return figures
+        yield {"": stage, "file": copy.name, "MB": f"{trace.stat().st_size / 1e6:.1f}"}

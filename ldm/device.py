@@ -341,7 +341,7 @@ def trace_steps(
     start, stop = map(int, window.split(":"))
     items = iter(stream)
     profiler: torch.profiler.profile | None = None
-    if step() > start:
+    if step() > start and not path.exists():
         say(f"run.profile={window}: not traced, for the run resumes after step {step()}")
     try:
         while True:
@@ -360,6 +360,7 @@ def trace_steps(
     finally:
         if profiler is not None:  # the run has stopped
             profiler.stop()
+            say(f"run.profile={window}: not traced, for the run stopped at step {step()}")
 
 
 def _write_trace(profiler: torch.profiler.profile, path: Path) -> str:

@@ -142,12 +142,13 @@ def _transfer_watched(url: str, path: Path, limit: int) -> None:
                 raise TimeoutError(f"no byte for {PATIENCE} s")
             if stopping.is_set():
                 raise Interrupted(f"stopped while fetching {url}")
-    finally:
+    except BaseException:
         given_up.set()
         for command in commands:
-            with suppress(ProcessLookupError):
-                if command.poll() is None:
-                    os.killpg(command.pid, signal.SIGKILL)
+            # its shell may have ended before its other processes
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(command.pid, signal.SIGKILL)
+        raise
 
 
 def _transfer(

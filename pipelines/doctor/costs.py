@@ -104,6 +104,7 @@ class DryRun(Run):
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         config = config.model_copy(update={"compile": False})
         super().__init__(Path(), config, make_accelerator(str(device)))
+        self.device = device  # of several processes, each has its own
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.kept = 0
         self._storages: dict[int, Any] = {}
@@ -112,6 +113,12 @@ class DryRun(Run):
         """Move tensors only: networks are built on the device, and cannot be moved."""
         is_module = isinstance(tensor_or_module, nn.Module)
         return tensor_or_module if is_module else super().place(tensor_or_module)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Leave other processes alone."""
+        return tensor
+
+    mean = sum
 
     def prepare(self, module: nn.Module) -> nn.Module:
         """Return the module as it is."""

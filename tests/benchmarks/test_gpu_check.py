@@ -9,6 +9,7 @@ import torch
 from benchmarks import gpu_check, gpu_trainings
 from benchmarks.gpu_check import CHECKS, main, run
 from benchmarks.gpu_trainings import Setting, Training
+from ldm.errors import Interrupted
 
 OF_CUDA = {"side stream", "memory"}
 
@@ -30,14 +31,15 @@ def test_every_check_runs_and_lands_on_the_page(tmp_path, monkeypatch):
     assert len(list((tmp_path / "out").glob("gpu_check-*.json.gz"))) == 2
 
 
-@pytest.mark.parametrize("name", ["Adam", "averages", "sampler", "Inception"])
+@pytest.mark.parametrize("name", ["Adam", "averages", "sampler", "Inception", "loader"])
 def test_a_small_part_passes(name, setting):
     result = run(name, setting)
     assert (result.outcome, result.note) == ("passed", "") and result.figures
 
 
-def test_a_failure_is_told_and_does_not_end_the_others(tmp_path, monkeypatch, capsys):
+def test_a_failure_keeps_its_figures_and_does_not_end_the_others(tmp_path, monkeypatch, capsys):
     def fail(_):
+        yield {"": "before", "figure": "1"}
         raise ZeroDivisionError("of a bug")
 
     monkeypatch.setattr(gpu_check, "CHECKS", {"bad": fail, "good": CHECKS["averages"]})
@@ -45,6 +47,7 @@ def test_a_failure_is_told_and_does_not_end_the_others(tmp_path, monkeypatch, ca
     bad, good = json.loads((tmp_path / "gpu_check.json").read_text())["checks"]
     assert (bad["outcome"], good["outcome"]) == ("failed", "passed")
     assert bad["note"] == "ZeroDivisionError: of a bug" and "in fail" in bad["traceback"]
+    assert bad["figures"] == [{"": "before", "figure": "1"}]
     assert "bad: failed ZeroDivisionError: of a bug" in capsys.readouterr().out
 
 
@@ -55,15 +58,29 @@ def test_no_check_begins_when_the_time_is_over(tmp_path):
 
 
 def test_another_bit_in_a_resumed_run_fails(setting, monkeypatch):
-    monkeypatch.setattr(gpu_trainings, "train", lambda _s, name, *_: Training(Path(name), [], 0))
+    def train(_setting, name, *_):
+        if name.endswith("resumed") and not stopped:
+            stopped.append(name)
+            raise Interrupted
+        return Training(Path(name), [], 0)
+
+    stopped = []
+    monkeypatch.setattr(gpu_trainings, "train", train)
     monkeypatch.setattr(gpu_trainings, "difference", lambda a, b: 1e-7 * (a.folder != b.folder))
     result = run("resume", setting)
     assert result.outcome == "failed" and "differ by 1.0e-07" in result.note
 
 
-def test_steps_that_were_skipped_fail():
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"skipped": 1}, "1 steps were skipped"),
+        ({"loss": float("nan")}, "the loss went from nan to nan"),
+        ({"mfu": 1.5}, "the model FLOPs utilisation is 1.5"),
+    ],
+)
+def test_a_training_that_went_wrong_fails(change, message):
     rows = [{"loss": 1.0, "skipped": 0, "images_per_second": 1.0}]
     assert Training(None, rows, 0).figures["last"] == "1.0000"
-    for change in ({"skipped": 1}, {"loss": float("nan")}):
-        with pytest.raises(AssertionError, match="skipped steps"):
-            _ = Training(None, [rows[0] | change], 0).figures
+    with pytest.raises(AssertionError, match=message):
+        _ = Training(None, [rows[0] | change], 0).figures

@@ -186,7 +186,9 @@ def test_a_run_that_resumes_after_the_beginning_is_not_traced(tmp_path):
 
 
 def test_a_run_that_stops_in_the_window_ends_its_trace(tmp_path):
-    assert train(4, "1:3", tmp_path / "profile.json.gz", stop=2) == []
+    assert train(4, "1:3", tmp_path / "profile.json.gz", stop=2) == [
+        "run.profile=1:3: not traced, for the run stopped at step 2"
+    ]
     assert not any(tmp_path.iterdir())
     assert len(train(4, "1:3", tmp_path / "profile.json.gz")) == 1  # another can begin
 

@@ -359,11 +359,12 @@ def test_a_transfer_that_fails_is_tried_again(prepared, web, monkeypatch, fault)
     assert sorted(path.name for path in home.iterdir()) == [".lock", MEMBER, INDEX]
 
 
-def test_a_command_that_stalls_is_ended(tmp_path, monkeypatch):
+@pytest.mark.parametrize("end", ["; echo never", " & echo never"])
+def test_a_command_that_stalls_is_ended(tmp_path, monkeypatch, end):
     monkeypatch.setattr(shard_cache, "PATIENCE", 0.5)
     monkeypatch.setattr(shard_cache, "TRIES", 1)
     numbers = tmp_path / "numbers"
-    command = f"pipe:sh -c 'echo $$; exec sleep 1000' | tee {numbers}; echo never"
+    command = f"pipe:sh -c 'echo $$; exec sleep 1000' | tee {numbers}{end}"
     with pytest.raises(LdmError, match=r"in 1 attempts, .*no byte for 0\.5 s"):
         shard_cache.fetch(command, tmp_path / "a.tar", 1000)
     with suppress(psutil.NoSuchProcess):
