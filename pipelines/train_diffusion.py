@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from autoencoders import Autoencoder, DiagonalGaussian
 from autoencoders.autoencoder import assemble
 from autoencoders.pretrained import find_origin, read_autoencoder
-from diffusion import build_denoiser, build_network, sample_heun
+from diffusion import SCHEDULES, build_denoiser, build_network, sample_heun
 from diffusion.edm import Denoiser, DenoisingLoss, Uncertainty
 from diffusion.edm2 import MPModule
 from ldm.checkpoint import ModelFile, fingerprint, save_model
@@ -38,7 +38,6 @@ from pipelines.latents import (
     open_cache,
 )
 from pipelines.recipes import DiffusionRecipe, as_begun, fit, latent_shape
-from pipelines.sampling.settings import Sampling, noise_levels
 from pipelines.validation import band_losses, draw_bands
 
 SAMPLES, COLUMNS, SAMPLING_STEPS = 16, 4, 18  # of the pictures drawn in training
@@ -324,7 +323,8 @@ def _validate(run: Run, state: DiffusionState, codec: Codec, logbook: Logbook) -
     labels = torch.arange(SAMPLES, device=run.device) % classes if classes else None
     denoiser = cast(Denoiser, state.ema.ema_model)
     with run.autocast():
-        sigmas = noise_levels(Sampling(steps=SAMPLING_STEPS), denoiser)
+        levels = denoiser.schedule_options(denoiser.schedule)
+        sigmas = SCHEDULES[denoiser.schedule](SAMPLING_STEPS, **levels)
         denoise = partial(denoiser, labels=labels)
         z = sample_heun(denoise, noise, sigmas, **denoiser.sampler_options("heun"))
         images = codec.decode(z).cpu()

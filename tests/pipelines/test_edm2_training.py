@@ -181,7 +181,7 @@ def test_averages_are_the_integrals_of_the_papers_profile(width, ours, paper):
 def test_presets_are_those_of_the_paper(preset, channels, lr, dropout):
     """Table 6, ImageNet-512; lengths as in the authors' code, in which a million is 2²⁰ images."""
     recipe = load_recipe("diffusion", preset)
-    network, denoiser = recipe.network, recipe.edm
+    network, denoiser = recipe.network, recipe.trained
     assert (network.channels, recipe.lr, network.dropout) == (channels, lr, dropout)
     assert (network.multipliers, network.blocks, network.attention_factors) == (
         (1, 2, 3, 4), 3, (4, 8),
