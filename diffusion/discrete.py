@@ -39,6 +39,14 @@ class DiscreteConfig(Config):
     prediction: Literal["epsilon", "v"] = "epsilon"
     """The network's output: the noise ε, or v = √ᾱ ε − √(1−ᾱ) x₀ (Salimans and Ho 2022)."""
 
+    @property
+    def summary(self) -> str:
+        """The target and the noise levels, for people."""
+        return (
+            f"it predicts {self.prediction}; {self.timesteps} noise levels, "
+            f"β {self.beta_start:g} to {self.beta_end:g} ({self.schedule})"
+        )
+
     @field_validator("beta_end")
     @classmethod
     def _rises(cls, beta_end: float, info: ValidationInfo) -> float:

@@ -55,6 +55,11 @@ class FlowConfig(Config):
     sigma_data: ClassVar[float] = 1.0
     """Standard deviation of the standardised latents: that of the noise."""
 
+    @property
+    def summary(self) -> str:
+        """The target, for people."""
+        return "it predicts a velocity (rectified flow)"
+
     @field_validator("noise_mean", "noise_std")
     @classmethod
     def _acts(cls, given: float, info: ValidationInfo) -> float:

@@ -198,16 +198,10 @@ def import_diffusion(
     model = ModelFile("diffusion", to_tree(recipe), found.weights, statistics, origin, inner)
     save_model(out, model)
     parameters = sum(tensor.numel() for tensor in found.weights.values())
-    predicted = "it predicts a velocity (rectified flow)"
-    if isinstance(levels, DiscreteConfig):
-        predicted = (
-            f"it predicts {levels.prediction}; {levels.timesteps} noise levels, β "
-            f"{levels.beta_start:g} to {levels.beta_end:g} ({levels.schedule})"
-        )
     return paths, [
         f"{KINDS[network.type]} of {parameters:,} parameters, {network.classes or 'no'} classes; "
         f"latents {' × '.join(map(str, shape))}, times {scale:.5g}; images {size}",
-        predicted,
+        levels.summary,
         *found.notes,
     ]
 
