@@ -9,12 +9,12 @@ and sFID, Inception Score and FD-DINOv2.
 <model>/fid/seed0-steps18-n5000.json the result for samples straight from a model
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from accelerate import PartialState
 
@@ -30,15 +30,15 @@ from ldm.files import check_writable, write_json
 from ldm.images import find_shared, pack_hashes
 from ldm.logbook import console
 from ldm.metrics.features import ReferenceBatch
-from ldm.metrics.inception import Extractor, describe_channels
-from ldm.records import read_tree
+from ldm.metrics.inception import Extractor, Mode, describe_channels
+from ldm.records import NUMBERS, read_tree
 from ldm.run_folder import provenance
 from pipelines.measuring import reference as references
 from pipelines.measuring import statistics
+from pipelines.measuring.batch import FID_50K, BatchReference, find_differences
 from pipelines.measuring.reference import (
     OTHER,
     PUBLISHED,
-    BatchReference,
     ImageReference,
     Reference,
 )
@@ -59,7 +59,6 @@ from pipelines.sampling.sample_folder import (
 )
 
 FORMAT = 2
-FID_50K = 50_000  # the usual number in papers
 DEFAULT_SPLIT: Split = "all"
 
 
@@ -127,9 +126,11 @@ def measure_fid(
     return _measure(fake, against, split, out, how)
 
 
-def _is_batch(reference: DataConfig | str | None) -> bool:
-    is_path = isinstance(reference, str) and reference not in PUBLISHED
-    return is_path and ReferenceBatch.is_one(Path(str(reference)).expanduser(), OTHER)
+def _open_batch(reference: DataConfig | str | None) -> ReferenceBatch | None:
+    if not isinstance(reference, str) or reference in PUBLISHED:
+        return None
+    path = Path(reference).expanduser()
+    return ReferenceBatch(path, OTHER) if ReferenceBatch.is_one(path, OTHER) else None
 
 
 def _complete(how: MeasureOptions, reference: str | None, mode: str | None) -> MeasureOptions:
@@ -137,15 +138,19 @@ def _complete(how: MeasureOptions, reference: str | None, mode: str | None) -> M
     FD-DINOv2 that it allows."""
     if reference is not None:
         references.check_statistics(reference)
-    if not _is_batch(reference):
+    if (batch := _open_batch(reference)) is None:
         return how
     metrics = how.metrics
     if metrics is None:
-        batch = ReferenceBatch(Path(str(reference)).expanduser(), OTHER)
         ours = ("is",) if how.features is None else ()
         theirs = ("sfid", *DEFAULT) if len(batch) else batch.given
         metrics = tuple(each for each in (*theirs, *ours) if how.features is None or each != "sfid")
     if mode is None and how.features is None:
+        if not batch.is_adm:
+            raise UsageError(
+                f"{reference} holds mean and covariance alone, not how their images were resized: "
+                f"give --mode {' or '.join(get_args(Mode))}, as they were computed"
+            )
         how = replace(how, mode="legacy-tensorflow")
     return replace(how, metrics=metrics)
 
@@ -181,8 +186,8 @@ def _measure(
     with fail_together(ranks):
         if not isinstance(against, DataConfig):
             reference = _open_file(against, samples, how, extractor, missing)
-        measured = extractor or others.get("fd_dinov2")
-        warnings = how.refuse(find_issues(samples, reference, own, measured, split))
+        networks = {"fid": extractor if how.wants("fid") else None, **others}
+        warnings = how.refuse(find_issues(samples, reference, own, networks, split))
     if ranks.is_main_process:
         console.print(f"measuring {samples.what} against {reference.what}", markup=False)
     has_patches = reference.source and how.wants("swd")
@@ -193,9 +198,10 @@ def _measure(
         "swd_images": min(len(samples), len(reference), SWD_IMAGES) if has_patches else 0,
     }
     # the reference first: its problems show before hours of sampling from a model
-    real = reference.statistics(ranks, extractor, others=others, **one_pass)
+    main = extractor if how.wants("fid", "kid", "precision", "recall") else None
+    real = reference.statistics(ranks, main, others=others, **one_pass)
     one_pass |= {"others": others, "kept": reference.kept, "every_feature": how.bootstrap > 0}
-    fake = accumulate(samples, ranks, extractor, **one_pass)
+    fake = accumulate(samples, ranks, main, **one_pass)
 
     def conclude() -> dict[str, Any]:
         warnings.extend(how.refuse(find_copies(samples, fake, real)))
@@ -228,13 +234,13 @@ def _open_file(
 ) -> Reference:
     """Open a reference that is a file; `why` is the reason for the absence of an extractor."""
     metrics = set(how.metrics or DEFAULT)
-    if not _is_batch(name):
+    if (opened := _open_batch(name)) is None:
         reference = references.open_statistics(name, extractor, why)
         able = {"fid"} if name in PUBLISHED else {"fid", "kid", "precision", "recall"}
         if how.metrics and (lacking := sorted(metrics - able - {"is"})):
             raise LdmError(f"{name} has no statistics for {', '.join(lacking)}: omit these metrics")
         return reference
-    batch = BatchReference(Path(name).expanduser(), metrics, extractor, samples.resolution)
+    batch = BatchReference(opened, metrics, extractor, samples.resolution)
     if why is not None and batch.source is None:
         raise LdmError(f"{name}: {why}")
     return batch
@@ -280,12 +286,13 @@ def find_issues(
     samples: Samples,
     reference: Reference,
     own: DataConfig | None,
-    extractor: Extractor | None,
+    networks: Mapping[str, Extractor | None],
     split: Split | None,
 ) -> Iterator[str]:
     """Check a comparison before anything is computed; images of another size are an LdmError.
 
-    `own` is the training data of the samples' model, if known; `split` the requested one.
+    `own` is the training data of the samples' model, if known; `split` the requested one;
+    `networks` are those of the metrics to measure, by their names in a result.
     """
     size, other = format_size(samples.resolution), format_size(reference.resolution)
     if size != other:
@@ -293,13 +300,17 @@ def find_issues(
             f"{reference.what} are {other} and the samples {size}: "
             "FID between sizes measures the resizing; give a reference of the samples' size"
         )
-    few = min(len(samples), len(samples if "fid" in reference.given else reference))
-    if extractor is not None and few < extractor.dim:
-        yield (
-            f"FID over {len(samples):,} samples and {len(reference):,} images is biased upwards, "
-            f"and with fewer than {extractor.dim:,}, one per feature, the covariance is singular: "
-            "give more images, or compare it only with FIDs over as many"
-        )
+    for name, network in networks.items():
+        is_given = name in reference.given  # of a whole data set, whose size is not known
+        few = len(samples) if is_given else min(len(samples), len(reference))
+        if network is not None and name != "is" and few < network.dim:
+            title = NUMBERS[name][0]
+            yield (
+                f"{title} over {len(samples):,} samples"
+                f"{'' if is_given else f' and {len(reference):,} images'} is biased upwards, and "
+                f"with fewer than {network.dim:,}, one per feature, the covariance is singular: "
+                f"give more images, or compare it only with {title}s over as many"
+            )
     if (
         own is not None
         and split is None
@@ -326,11 +337,11 @@ def find_issues(
             "of larger ones at native size (data.crop=random): FID between them measures the crop; "
             f"give --data of such crops, {size} each"
         )
-    name = reference.source and find_compressed(reference.source, reference.resolution)
-    if name is not None:
+    compressed = reference.source and find_compressed(reference.source, reference.resolution)
+    if compressed is not None:
         yield (
-            f"{name} is compressed at the size of the comparison, and the samples are not: FID "
-            "between JPEG and PNG measures the compression; give uncompressed reference images"
+            f"{compressed} is compressed at the size of the comparison, and the samples are not: "
+            "FID between JPEG and PNG measures the compression; give uncompressed reference images"
         )
 
 
@@ -392,29 +403,6 @@ def find_limits(
             "no SWD: it compares patches of images, and the reference is statistics without "
             "images; give the images with --data"
         )
-
-
-def find_differences(reference: BatchReference, samples: dict[str, Any]) -> Iterator[str]:
-    """Yield what differs between a measurement and those of papers with ADM's reference batches.
-
-    `samples` is the samples' entry in the result.
-    """
-    count, ours, theirs = samples["count"], samples["labels"], reference.about["labels"]
-    if count != FID_50K:
-        yield (
-            f"{count:,} samples: papers with ADM's reference batches have {FID_50K:,}, and FID, "
-            "sFID, IS, precision and recall depend on the number"
-        )
-    if ours and theirs and _describe_labels(ours) != _describe_labels(theirs):
-        yield (
-            f"the samples are of {_describe_labels(ours)}, and the reference's images of "
-            f"{_describe_labels(theirs)}"
-        )
-
-
-def _describe_labels(labels: dict[str, Any]) -> str:
-    least, most = labels["images"]
-    return f"{labels['classes']:,} classes{', balanced' if most - least <= 1 else ', not balanced'}"
 
 
 # ------------------------------------------------------------------------------- result files

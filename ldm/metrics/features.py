@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from ldm.data.sources import Source
+from ldm.data.transforms import MAX_PIXELS
 from ldm.errors import LdmError
 from ldm.files import write_atomically
 from ldm.hub import cache_folder, find_or_fetch
@@ -300,28 +301,37 @@ class ReferenceBatch(Source):
     a whole data set, whose size the file does not say. Images are quick to read in their order.
 
     Attributes:
+        path: the file.
         shape: H, W; (0, 0) without images.
         given: the metrics whose statistics are in the file.
+        is_adm: False for `mu` and `sigma` alone, as clean-fid, pytorch-fid and EDM write them:
+            the file does not state how their images were resized.
 
     Raises:
         LdmError: an array is of another type or shape; also when it is read.
     """
 
     def __init__(self, path: Path, advice: str) -> None:
+        self.path = path
         self._file, self._advice = ArrayFile(path, advice), advice
         self._rows: Iterator[NDArray[Any]] = iter(())
         self._next, self._count, self.shape = -1, 0, (0, 0)
         headers = self._file.headers
         self.given = tuple(name for name, pair in MOMENTS.items() if {*pair} & headers.keys())
+        self.is_adm = bool({"arr_0", "mu_s"} & headers.keys())
         if (images := headers.get("arr_0")) is not None:
             shape, kind = images
             if kind != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
                 self._refuse(f"arr_0 is {kind} {shape}, not images: uint8 (N, H, W, 3)")
             if not 2 <= shape[0] <= MOST_IMAGES:
                 self._refuse(f"arr_0 holds {shape[0]:,} images, not 2 to {MOST_IMAGES:,}")
+            if shape[1] * shape[2] > MAX_PIXELS:  # each is read as a whole
+                self._refuse(f"arr_0 holds images of more than {MAX_PIXELS:,} pixels")
             self._count, self.shape = shape[0], (shape[1], shape[2])
-        labels, kind = headers.get("arr_1", ((), np.dtype("O")))
-        if labels == (self._count,) and kind.kind in "iu":
+        if (labels := headers.get("arr_1")) is not None:
+            shape, kind = labels
+            if shape != (self._count,) or kind.kind not in "iu":
+                self._refuse(f"arr_1 is {kind} {shape}, not classes: integers ({self._count},)")
             self._labels = np.stack([*self._file.rows("arr_1")])
 
     @staticmethod

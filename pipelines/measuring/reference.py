@@ -8,7 +8,7 @@ version of Pillow, which decodes and resizes. Patches are not kept but cut anew.
 
 import base64
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property
 from hashlib import sha256
@@ -30,17 +30,16 @@ from ldm.config import (
 )
 from ldm.data import Batch, DataConfig, Source, batches, open_source
 from ldm.data.dataset import PHOTOS, content_identity, find_type
-from ldm.data.loader import count_labels, find_filter, read_preparation
+from ldm.data.loader import find_filter, read_preparation
 from ldm.data.sources import Part, Split
 from ldm.data.transforms import covers
 from ldm.distributed import from_main
 from ldm.errors import LdmError, UsageError
-from ldm.files import sha256_of
 from ldm.hub import cache_folder
 from ldm.images import Hashes, pack_hashes
 from ldm.logbook import console
-from ldm.metrics.features import KEPT, PUBLISHED, FeatureSet, ReferenceBatch, read_published
-from ldm.metrics.inception import Extractor, FunctionExtractor, digest
+from ldm.metrics.features import KEPT, PUBLISHED, FeatureSet, read_published
+from ldm.metrics.inception import OUTPUTS, Extractor, FunctionExtractor, digest
 from ldm.records import Count, checked, schema
 from ldm.run_folder import provenance
 from pipelines.measuring.statistics import (
@@ -113,6 +112,8 @@ class Reference:
             return self.known
         how |= {"patch_seed": SEED + 1, "kept": self.kept}
         wanted = ({} if extractor is None else {"fid": extractor}) | dict(others or {})
+        if [*wanted] == ["is"] and not swd_images:
+            return SetStatistics(len(self), self.resolution, swd_images=0)
         wanted.pop("is", None)  # of the samples alone
         identities = from_main(ranks, lambda: {k: identify(self, e) for k, e in wanted.items()})
         paths = {name: statistics_path(each) for name, each in identities.items() if each}
@@ -305,86 +306,10 @@ def _read_kept(path: Path, advice: str) -> tuple[FeatureSet, Hashes, dict[str, A
     raise LdmError(f"{path} is damaged: about.fingerprints: not one for each image: {advice}")
 
 
-# ------------------------------------------------------------------------ ADM's reference batches
+# -------------------------------------------------------------------------- statistics in a file
 OTHER = "give another --reference, or --data"
 
 
-class BatchReference(Reference):
-    """A file in ADM's layout, see `ReferenceBatch`, with mean and covariance of its own, or not.
-
-    As in ADM's evaluator, precision and recall are over all images of both sides, up to 50,000.
-
-    Args:
-        metrics: those to be measured.
-        resolution: of the samples; a file without images does not tell its own.
-    """
-
-    kept = 50_000
-
-    def __init__(
-        self,
-        path: Path,
-        metrics: Iterable[str],
-        extractor: Extractor | None,
-        resolution: Resolution,
-    ) -> None:
-        self._batch = ReferenceBatch(path, OTHER)
-        self.given, count = self._batch.given, len(self._batch)
-        needed = sorted(set(metrics) - {*self.given, "is"})
-        if needed and not count:
-            which = ", ".join(needed)
-            raise LdmError(f"{path} holds no images (arr_0), so omit these metrics: {which}")
-        if (
-            extractor
-            and self.given
-            and (not extractor.is_published or extractor.mode != "legacy-tensorflow")
-        ):
-            raise LdmError(
-                f"the statistics in {path} are of the published Inception with TensorFlow's "
-                f"resizing, and the samples' features of another extractor ({extractor.name}): "
-                "omit --mode, --features and --weights"
-            )
-        self.source = self._batch if count else None
-        images = f"{count:,} images" if count else "no images"
-        whole = ", mean and covariance of its whole data set" if self.given else ""
-        super().__init__(
-            read_resolution(self._batch.shape) if count else resolution,
-            {
-                "what": f"{path}: {images}{whole}",
-                "split": None,
-                "count": count,
-                "filter": None,
-                "batch": str(path),
-                "batch_sha256": sha256_of(path),
-                "given": list(self.given),
-                "labels": count_labels(self._batch),
-            },
-        )
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {"content": self.about["batch_sha256"], "split": None, "crop": "none"}
-
-    def statistics(
-        self,
-        ranks: PartialState,
-        extractor: Extractor | None,
-        swd_images: int,
-        others: Mapping[str, Extractor] | None = None,
-        **how: Any,
-    ) -> SetStatistics:
-        if self.source is None:
-            result = SetStatistics(2, 1, extractor, 0, others=others, kept=0)
-        else:  # read from its beginning to its end, in one process
-            how["workers"] = 0
-            result = super().statistics(ranks, extractor, swd_images, others, **how)
-        for name, each in ({"fid": extractor} | dict(others or {})).items():
-            if each is not None and name in self.given:
-                result.get(name).statistics = self._batch.moments(name, each.dim)
-        return result
-
-
-# -------------------------------------------------------------------------- statistics in a file
 def open_statistics(
     name: str, extractor: Extractor | None, missing: str | None = None
 ) -> Reference:
@@ -403,6 +328,12 @@ def open_statistics(
     identity, entry = about["identity"], about["reference"]
     theirs, ours = identity["extractor"], _identify_extractor(extractor)
     if theirs != ours:
+        if {**theirs, "dim": 0} == {**ours, "dim": 0}:
+            which = "sFID" if theirs["dim"] == OUTPUTS["sfid"][1] else "another metric"
+            raise LdmError(
+                f"the statistics in {path} are those of {which} ({theirs['dim']:,} features), not "
+                f"of FID ({ours['dim']:,}): {OTHER}"
+            )
         one, other = (f"{e['mode']}, SHA-256 {str(e['sha256'])[:12]}" for e in (theirs, ours))
         raise LdmError(
             f"the statistics in {path} are of another extractor ({one}) than the samples' "

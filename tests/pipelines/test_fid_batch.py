@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from ldm.errors import LdmError, UsageError
-from ldm.metrics import frechet_distance, inception, precision_recall
+from ldm.metrics import features, frechet_distance, inception, precision_recall
 from ldm.metrics.features import ReferenceBatch
 from pipelines.fid import measure_fid
 from pipelines.sample import sample_images
@@ -59,8 +59,8 @@ def direct(images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tuple(each.double().numpy() for each in (pooled, spatial, p))
 
 
-def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return features.mean(0), np.cov(features, rowvar=False)
+def moments(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return rows.mean(0), np.cov(rows, rowvar=False)
 
 
 def write_batch(path, *kinds, images=THEIRS, whole=THEIRS, save=np.savez, **more):
@@ -86,7 +86,7 @@ def test_numbers_are_those_of_adms_definitions(tmp_path, measure, save):
     """Statistics of a whole data set, and images of a part of it for precision and recall."""
     other = pictures(34, 3, 1.1)
     batch = write_batch(tmp_path / "b.npz", "images", "fid", "sfid", whole=other, save=save)
-    result = measure(batch)
+    result = measure(batch, force=True)
     assert result["fid"] == pytest.approx(expected(OURS, other, 0), rel=1e-3)
     assert result["sfid"] == pytest.approx(expected(OURS, other, 1), rel=1e-3)
     p = direct(OURS)[2]
@@ -106,7 +106,7 @@ def test_numbers_are_those_of_adms_definitions(tmp_path, measure, save):
 
 def test_images_alone_are_measured_once_and_kept(tmp_path, measure, cache, monkeypatch):
     batch = write_batch(tmp_path / "b.npz", "images")
-    first = measure(batch)
+    first = measure(batch, force=True)
     assert first["fid"] == pytest.approx(expected(OURS, THEIRS, 0), rel=1e-3)
     assert first["sfid"] == pytest.approx(expected(OURS, THEIRS, 1), rel=1e-3)
     assert first["reference"]["kept"] is False and len(list(cache.iterdir())) == 2
@@ -114,17 +114,17 @@ def test_images_alone_are_measured_once_and_kept(tmp_path, measure, cache, monke
     monkeypatch.setattr(
         inception.FeatureExtractor, "_run", lambda self, x: seen.append(len(x)) or run(self, x)
     )
-    again = measure(batch)
+    again = measure(batch, force=True)
     assert sum(seen) == len(OURS) and again["reference"]["kept"] is True
     for name in ("fid", "sfid", "is", "kid", "precision", "recall"):
         assert again[name] == pytest.approx(first[name], rel=1e-9)
     assert again["swd"] == first["swd"]
-    clean = measure(batch, mode="clean")
+    clean = measure(batch, mode="clean", force=True)
     assert clean["mode"] == "clean" and clean["fid"] != first["fid"]
 
 
 def test_statistics_alone_give_fid_sfid_and_the_inception_score(tmp_path, measure):
-    result = measure(write_batch(tmp_path / "b.npz", "fid", "sfid"))
+    result = measure(write_batch(tmp_path / "b.npz", "fid", "sfid"), force=True)
     assert result["fid"] == pytest.approx(expected(OURS, THEIRS, 0), rel=1e-3)
     assert result["sfid"] == pytest.approx(expected(OURS, THEIRS, 1), rel=1e-3)
     assert result["is"] > 1 and result["kid"] is result["precision"] is result["swd"] is None
@@ -132,20 +132,22 @@ def test_statistics_alone_give_fid_sfid_and_the_inception_score(tmp_path, measur
     with pytest.raises(LdmError, match=r"holds no images \(arr_0\), so omit .*: kid, recall"):
         measure(tmp_path / "b.npz", metrics=("fid", "kid", "recall"))
     with pytest.raises(LdmError, match=r"so omit these metrics: sfid"):
-        measure(write_batch(tmp_path / "c.npz", "fid"), metrics=("fid", "sfid"))
+        measure(write_batch(tmp_path / "c.npz", "fid"), metrics=("fid", "sfid"), mode="clean")
 
 
 def test_copies_of_a_batch_are_found(tmp_path, measure, samples):
     Image.fromarray(THEIRS[3]).save(samples / "copy.png")
     with pytest.raises(LdmError, match=r"1 of 17 samples \(such as .*copy.png\) are images of"):
-        measure(write_batch(tmp_path / "b.npz", "images", "fid", "sfid"))
+        measure(write_batch(tmp_path / "b.npz", "images", "fid"), metrics=("fid",))
 
 
 def test_fd_dinov2_and_other_metrics_are_chosen(tmp_path, measure, samples, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     write_dinov2(tmp_path / "hub" / "checkpoints" / "dinov2_vitl14_pretrain.pth", 64, 1)
     batch = write_batch(tmp_path / "b.npz", "images")
-    with pytest.raises(LdmError, match="fewer than 64, one per feature"):
+    with pytest.raises(
+        LdmError, match=r"^FD-DINOv2 over 16 samples and 30 images .* fewer than 64, one"
+    ):
         measure(batch, metrics=("fd-dinov2",))
     result = measure(batch, metrics=("fd-dinov2",), force=True)
     assert result["fd_dinov2"] > 0 and result["fid"] is result["swd"] is None
@@ -158,7 +160,7 @@ def test_fd_dinov2_and_other_metrics_are_chosen(tmp_path, measure, samples, monk
 
 def test_further_metrics_of_a_data_set(tmp_path, whole, samples):
     data = write_folder(tmp_path / "data", THEIRS)
-    how = {"weights": whole, "device": "cpu", "mode": "legacy-tensorflow"}
+    how = {"weights": whole, "device": "cpu", "mode": "legacy-tensorflow", "force": True}
     for kept in (False, True):
         result = measure_fid(samples, str(data), metrics=("sfid", "is", "fid"), **how)
         assert result["sfid"] == pytest.approx(expected(OURS, THEIRS, 1), rel=1e-3)
@@ -175,6 +177,8 @@ def test_further_metrics_of_a_data_set(tmp_path, whole, samples):
         ({"arr_0": np.zeros((4, 3, SIZE, SIZE), np.uint8)}, "not images"),
         ({"arr_0": np.zeros((1, SIZE, SIZE, 3), np.uint8)}, "holds 1 images, not 2 to 1,000,000"),
         ({"arr_0": np.array([{}, {}], object)}, "is damaged or no .npz of arrays"),
+        ({"arr_0": THEIRS, "arr_1": np.zeros(3, int)}, "arr_1 is int64 (3,), not classes"),
+        ({"arr_0": THEIRS, "arr_1": np.zeros(30)}, "arr_1 is float64 (30,), not classes"),
         ({"mu": np.zeros(3)}, "mu and sigma are not floats (8,) and (8, 8)"),
         ({"mu": np.zeros(DIM), "sigma": np.eye(3)}, "mu and sigma are not floats"),
         ({"mu": np.zeros(DIM), "sigma": np.eye(DIM, dtype=int)}, "mu and sigma are not floats"),
@@ -186,14 +190,16 @@ def test_files_that_are_no_batches_are_refused_in_one_line(tmp_path, measure, ar
     path = tmp_path / "bad.npz"
     np.savez(path, **array)
     with pytest.raises(LdmError) as error:
-        measure(path)
+        measure(path, mode="clean" if "mu" in array else None)
     assert text in str(error.value) and str(path) in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_batches_that_do_not_compare_are_refused(tmp_path, measure):
     batch = write_batch(tmp_path / "b.npz", "images", "fid")
-    with pytest.raises(LdmError, match=r"TensorFlow's resizing, .* omit --mode, --features"):
+    with pytest.raises(
+        LdmError, match=r"resized as in TensorFlow, .* omit --mode, or these metrics: fid"
+    ):
         measure(batch, mode="clean")
     large = write_batch(tmp_path / "l.npz", "images", images=THEIRS.repeat(2, 1).repeat(2, 2))
     with pytest.raises(LdmError, match=r"are 48×48 and the samples 24×24"):
@@ -207,8 +213,54 @@ def test_batches_that_do_not_compare_are_refused(tmp_path, measure):
 def test_another_network_is_refused(tmp_path, measure, monkeypatch):
     batch = write_batch(tmp_path / "b.npz", "fid", "sfid")
     monkeypatch.setattr(inception, "SHA256", "0" * 64)
-    with pytest.raises(LdmError, match="are of the published Inception with TensorFlow's"):
+    with pytest.raises(LdmError, match="are of the published Inception, and the"):
         measure(batch)
+
+
+def test_mean_and_covariance_alone_need_a_mode_and_leave_a_note(tmp_path, measure):
+    batch = write_batch(tmp_path / "b.npz", "fid")
+    with pytest.raises(UsageError, match="not how their images were resized: give --mode clean or"):
+        measure(batch)
+    result = measure(batch, mode="clean")
+    assert result["mode"] == "clean" and result["fid"] > 0
+    assert result["warnings"][-1].startswith("the resizing, image size and count of")
+
+
+def test_few_samples_are_refused_for_each_frechet_distance_alone(tmp_path, measure, monkeypatch):
+    monkeypatch.setattr(inception.FeatureExtractor, "dim", 8)
+    spatial = write_batch(tmp_path / "s.npz", "sfid")
+    with pytest.raises(LdmError, match=r"^sFID over 16 samples is biased upwards, .* than 28, one"):
+        measure(spatial)
+    images = write_batch(tmp_path / "b.npz", "images", images=THEIRS[:6])
+    with pytest.raises(LdmError, match=r"^FID over 16 samples and 6 images is biased"):
+        measure(images, metrics=("fid",))
+    few = measure(images, metrics=("is", "precision", "kid"))
+    assert few["precision"] is not None and few["fid"] is None
+
+
+def test_statistics_that_are_not_used_do_not_bind_the_mode(tmp_path, measure):
+    batch = write_batch(tmp_path / "b.npz", "images", "fid")
+    result = measure(batch, metrics=("kid", "precision"), mode="clean")
+    assert result["kid"] is not None and result["reference"]["given"] == []
+
+
+def test_the_inception_score_does_without_a_pass_over_the_reference(tmp_path, measure, monkeypatch):
+    batch = write_batch(tmp_path / "b.npz", "images")
+    monkeypatch.setattr(ReferenceBatch, "load", None)
+    assert measure(batch, metrics=("is",))["is"] > 1
+
+
+def test_batches_of_too_large_images_are_refused(tmp_path, measure, monkeypatch):
+    monkeypatch.setattr(features, "MAX_PIXELS", 100)
+    with pytest.raises(LdmError, match="arr_0 holds images of more than 100 pixels"):
+        measure(write_batch(tmp_path / "b.npz", "images"))
+
+
+def test_kept_statistics_of_sfid_are_named(tmp_path, measure, cache):
+    measure(write_batch(tmp_path / "b.npz", "images"), metrics=("sfid",), force=True)
+    [kept] = cache.iterdir()
+    with pytest.raises(LdmError, match=r"are those of sFID \(28 features\), not of FID \(8\)"):
+        measure(kept, mode="legacy-tensorflow")
 
 
 # ------------------------------------------------------------------------ labels and exports
