@@ -27,6 +27,8 @@ from ldm.metrics.inception import Extractor
 
 WEIGHTS = "dinov2_vitl14_pretrain.pth"
 URL = f"https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/{WEIGHTS}"
+LARGE = 1024, 24
+"""Width and blocks of ViT-L/14."""
 SIDE, PATCH, HEAD = 224, 14, 64
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OFFSET = 0.1  # of the published code: it interpolates positions to 16.1 patches, and takes 16
@@ -106,12 +108,18 @@ class Dinov2(Extractor):
         if path is None:
             instead = "omit the metric fd-dinov2"
             path = find_or_fetch(WEIGHTS, URL, "", weight_folders(), instead)
-        self.name = f"{path.name}, Pillow's bicubic resizing to {SIDE}²"
         network = load_network(path)
+        self._is_large = (network.norm.normalized_shape[0], len(network.blocks)) == LARGE
+        kind = "" if self._is_large else " (not of ViT-L/14's size)"
+        self.name = f"{path.name}{kind}, Pillow's bicubic resizing to {SIDE}²"
         self.sha256 = sha256_of(path)
         self.dim = network.norm.normalized_shape[0]
         self._network, self._device = network.to(device), torch.device(device)
         self._threads = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+
+    @property
+    def is_published(self) -> bool | None:
+        return None if self._is_large else False  # no SHA-256 was published
 
     def _features(self, images: Tensor) -> Tensor:
         pixels = images.permute(0, 2, 3, 1).cpu().numpy()

@@ -71,8 +71,8 @@ class Extractor(ABC):
     mode: Mode | None = None
 
     @property
-    def is_published(self) -> bool:
-        """True for the weights that published FIDs use."""
+    def is_published(self) -> bool | None:
+        """True for the weights that published distances use; None: it is not known."""
         return self.sha256 == SHA256
 
     @torch.no_grad()

@@ -111,7 +111,7 @@ class MeasureOptions:
         return [
             *([f"first{self.limit}"] if self.limit else []),
             *([] if self.fid else ["no-fid"]),
-            *(self.metrics or ()),
+            *sorted(self.metrics or (), key=get_args(Metric).index),
             *([self.features] if self.features else []),
             *([self.mode] if self.mode != "clean" else []),
         ]

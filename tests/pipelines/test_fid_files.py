@@ -206,6 +206,7 @@ def test_a_failed_measurement_leaves_what_was_finished(
         ("sets/faces", "val", {}, "fid-sets-faces-#-val"),
         (None, "train", {"limit": 8, "features": "my_net:vit/b"}, "fid-train-first8-my_net_vit_b"),
         (None, None, {"mode": "legacy-tensorflow"}, "fid-legacy-tensorflow"),
+        (None, None, {"metrics": ("swd", "fid")}, "fid-fid-swd"),  # in any order
     ],
 )
 def test_a_file_is_named_after_the_non_default_settings(other, split, how, name):

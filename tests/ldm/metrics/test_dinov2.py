@@ -111,7 +111,8 @@ def test_images_are_resized_by_pillow_at_8_bits(tmp_path):
     assert found.shape == (2, extractor.dim) == (2, 64)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert extractor.sha256 == hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()
-    assert extractor.mode is None and not extractor.is_published
+    assert extractor.mode is None and extractor.is_published is False
+    assert "(not of ViT-L/14's size), Pillow's bicubic" in extractor.name
 
 
 @pytest.mark.parametrize("place", ["cache", "hub/checkpoints"])
