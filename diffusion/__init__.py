@@ -19,6 +19,7 @@ from diffusion.edm import (
 )
 from diffusion.edm2 import EDM2Config, EDM2UNet
 from diffusion.flow import FlowConfig, FlowDenoiser
+from diffusion.network import Network
 from diffusion.samplers import (
     SAMPLERS,
     guide,
@@ -36,7 +37,7 @@ from diffusion.schedules import (
     karras_sigmas,
     linear_sigmas,
 )
-from diffusion.unet import Network, UNet, UNetConfig
+from diffusion.unet import UNet, UNetConfig
 
 __all__ = [
     "EDM",

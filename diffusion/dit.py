@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffusion.unet import Network, NetworkSizes, sinusoids, zeroed
+from diffusion.network import Network, NetworkSizes, sinusoids, zeroed
 from ldm.config import Depth, Resolution, Width, height_width
 
 FEATURES = 256

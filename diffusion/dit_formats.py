@@ -136,15 +136,15 @@ def config_from_authors(weights: Mapping[str, Tensor], heads: int | None = None)
 
 
 def _find_heads(weights: Mapping[str, Tensor], width: int, heads: int | None) -> int:
-    """The heads that tensors tell, else those given, else those of the published network."""
+    """The heads that tensors show, else those given, else those of the published network."""
     for name in HEADS_SHOW:
         if name in weights:
-            told = width // max(1, weights[name].shape[-1])
-            if heads not in (None, told):
-                raise LdmError(f"its tensor {name} tells {told} heads, not {heads}")
-            return told
+            found = width // max(1, weights[name].shape[-1])
+            if heads not in (None, found):
+                raise LdmError(f"its tensor {name} is that of {found} heads, not {heads}")
+            return found
     if heads is None and width not in PUBLISHED_HEADS:
-        raise LdmError(f"no tensor tells the heads of its {width} channels: give --heads")
+        raise LdmError(f"no tensor shows the heads of its {width} channels: give --heads")
     return heads or PUBLISHED_HEADS[width]
 
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from autoencoders import Autoencoder, DiagonalGaussian
 from diffusion.augment import augment
-from diffusion.unet import check_labels
+from diffusion.network import check_labels
 from ldm.config import plain_size
 from ldm.data import Batch, Source, batches, evaluation_batches
 from ldm.data.loader import FEWER_WORKERS, Draw, FaultCount, whole_shares

@@ -24,15 +24,10 @@ class BatchReference(Reference):
 
     Args:
         metrics: those to be measured.
-        resolution: of the samples; a file without images does not tell its own.
+        resolution: of the samples; a file without images does not state its own.
     """
 
     kept = 50_000
-
-    @property
-    def is_adm(self) -> bool:
-        """Whether the file is in ADM's layout, and not mean and covariance alone."""
-        return self._batch.is_adm
 
     def __init__(
         self,
@@ -42,6 +37,7 @@ class BatchReference(Reference):
         resolution: Resolution,
     ) -> None:
         self._batch, path, count, wanted = batch, batch.path, len(batch), set(metrics)
+        self.is_adm = batch.is_adm
         self.given = tuple(name for name in batch.given if name in wanted)
         needed = sorted(wanted - {*self.given, "is"})
         if needed and not count:

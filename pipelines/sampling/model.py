@@ -14,8 +14,8 @@ from torch import Tensor
 from autoencoders import Autoencoder, AutoencoderConfig
 from autoencoders.sdvae.formats import pick_settings, scalar_statistics
 from diffusion import build_denoiser, build_network, samplers
+from diffusion.network import check_labels
 from diffusion.samplers import SAMPLERS, Denoise, make_churn
-from diffusion.unet import check_labels
 from ldm import hub
 from ldm.checkpoint import Damaged, ModelFile, build_with, load_model
 from ldm.config import Resolution, drop_defaults, plain_size, size_word, to_tree, validate

@@ -338,11 +338,11 @@ def test_heads_of_no_published_width_must_be_given(tmp_path):
     config = DiTConfig(width=96, depth=1, heads=4, classes=3, grid=4)
     torch.save(authors_tensors(config)[0], tmp_path / "dit.pt")
     message = refusal(lambda: read_checkpoint(tmp_path / "dit.pt"))
-    assert message.endswith("no tensor tells the heads of its 96 channels: give --heads")
+    assert message.endswith("no tensor shows the heads of its 96 channels: give --heads")
     assert read_checkpoint(tmp_path / "dit.pt", 4)[0] == config
     torch.save(authors_tensors(AUTHORS["turned"])[0], tmp_path / "dit.pt")
     message = refusal(lambda: read_checkpoint(tmp_path / "dit.pt", 2))
-    assert message.endswith("its tensor feat_rope.freqs_cos tells 4 heads, not 2")
+    assert message.endswith("its tensor feat_rope.freqs_cos is that of 4 heads, not 2")
 
 
 def test_the_denoiser_is_chosen_or_assumed():

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from diffusion import EDM, DiT, DiTConfig, EDM2Config, EDM2UNet, UNet, UNetConfig, edm_loss
+from diffusion.network import sinusoids
 from diffusion.unet import (
     NoiseEmbedding,
     UNetAttention,
@@ -15,7 +16,6 @@ from diffusion.unet import (
     UNetUpsample,
     attending,
     group_norm,
-    sinusoids,
 )
 from ldm.config import validate
 from ldm.errors import LdmError, UsageError
@@ -449,7 +449,7 @@ def test_checkpointing_is_idle_without_gradients(monkeypatch):
     network = NETWORKS["ldm"]().eval()
     network.checkpoint_blocks()
     calls = []
-    monkeypatch.setattr("diffusion.unet.checkpoint", lambda *a, **k: calls.append(a))
+    monkeypatch.setattr("diffusion.network.checkpoint", lambda *a, **k: calls.append(a))
     with torch.no_grad():
         network(torch.randn(1, 4, 8, 8), torch.zeros(1))
     assert calls == []
