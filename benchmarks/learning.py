@@ -5,14 +5,14 @@
 
 All have the same decoder and loss, and in each seed the same images in the same order. Every
 training is a run of its own in --work, and the same command resumes. `--share 1/2` and
-`--share 2/2` divide the runs between two processes; the one that is last, or the command without
---share, writes the results. --channels is the base width of SD-VAE's encoder and of the decoder,
-128 in the paper; LiteVAE's is a quarter of it. More settings follow the images:
-`'phases=[{resolution: 256, steps: 50000}]' batch_size=16`.
+`--share 2/2` divide the runs between two processes. --channels is the base width of SD-VAE's
+encoder and of the decoder, 128 in the paper; LiteVAE's is a quarter of it. More settings follow the
+images: `'phases=[{resolution: 256, steps: 50000}]' batch_size=16`.
 
 PSNR is that of the averaged weights on held-out images. The time of a training step, without
 loading images, is measured at the end, interleaved. Writes <name>.json, <name>.md and <name>.png
-to --out.
+to --out, of all that is finished; with --no-training at once. What <name>.json holds is not
+trained again, even where --work is gone.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from ldm.distributed import make_accelerator
 from ldm.errors import Interrupted, LdmError, UsageError
 from ldm.files import write_atomically, write_json
 from ldm.logbook import read_rows
+from ldm.records import read_tree, schema
 from ldm.run import Run
 from ldm.run_folder import is_finished
 from ldm.tables import markdown_table
@@ -70,6 +71,8 @@ VARIANTS = {
 
 Curve = dict[int, float]
 """Held-out PSNR by step."""
+Curves = dict[str, dict[int, Curve]]
+"""By variant and seed."""
 
 
 def main() -> None:
@@ -85,6 +88,7 @@ def main() -> None:
     parser.add_argument("--latent-channels", type=int, default=12)
     parser.add_argument("--channels", type=int, default=32, help="base width of the decoder")
     parser.add_argument("--share", default="1/1", metavar="I/N", help="runs of this process")
+    parser.add_argument("--no-training", action="store_true", help="write what is finished")
     parser.add_argument("--name", default="learning", help="of the files written")
     add_out(parser)
     parser.add_argument(
@@ -100,13 +104,18 @@ def main() -> None:
         if given.every > given.steps:
             raise UsageError(f"--every {given.every} is more than --steps {given.steps}")
         cells = [(name, seed) for seed in range(given.seeds) for name in given.only or VARIANTS]
-        for name, seed in cells[int(share[1]) - 1 :: int(share[2])]:
-            train_autoencoder(recipe_of(given, name, seed), folder=folder_of(given, name, seed))
-        finished = sum(is_finished(folder_of(given, *cell)) for cell in cells)
-        if finished < len(cells):
-            print(f"{finished} of {len(cells)} trainings are finished: run the other share")
-        else:
-            write_results(given, cells)
+        if not given.no_training:
+            kept = kept_curves(given)
+            for name, seed in cells[int(share[1]) - 1 :: int(share[2])]:
+                if seed not in kept.get(name, {}):
+                    recipe = recipe_of(given, name, seed)
+                    train_autoencoder(recipe, folder=folder_of(given, name, seed))
+        curves = finished_curves(given)
+        left = sum(seed not in curves.get(name, {}) for name, seed in cells)
+        if left:
+            print(f"{left} of {len(cells)} trainings are not finished: the same command goes on")
+        if curves:
+            write_results(given, curves)
     except (Interrupted, LdmError) as error:
         sys.exit(str(error))
 
@@ -140,18 +149,54 @@ def folder_of(given: argparse.Namespace, name: str, seed: int) -> Path:
 
 
 # -------------------------------------------------------------------------------- results
-def write_results(given: argparse.Namespace, cells: list[tuple[str, int]]) -> None:
+def conditions(given: argparse.Namespace) -> dict[str, Any]:
+    """What all trainings of a page have in common."""
+    return {
+        "steps": given.steps, "every": given.every, "latent_channels": given.latent_channels,
+        "channels": given.channels, "held_out": given.held_out, "settings": given.settings,
+    }  # fmt: skip
+
+
+def kept_curves(given: argparse.Namespace) -> Curves:
+    """The curves in the file of results, if there is one."""
+    path = given.out / f"{given.name}.json"
+    tree = read_tree(path, schema(conditions=dict[str, Any], psnr=dict[str, Any]))
+    if tree is None:
+        return {}
+    if tree["conditions"] != conditions(given):
+        raise LdmError(f"{path} is of other trainings, {tree['conditions']}: give another --name")
+    return {
+        name: {
+            int(seed): {int(step): psnr for step, psnr in curve.items()}
+            for seed, curve in of_seeds.items()
+        }
+        for name, of_seeds in tree["psnr"].items()
+    }
+
+
+def finished_curves(given: argparse.Namespace) -> Curves:
+    """The curves in the file of results, and those of the runs that have finished since."""
+    kept, curves = kept_curves(given), {}
+    for name in VARIANTS:
+        found = kept.get(name, {})
+        for seed in range(given.seeds):
+            if seed not in found and is_finished(folder_of(given, name, seed)):
+                recipe = recipe_of(given, name, seed)
+                found[seed] = curve_of(folder_of(given, name, seed), recipe)
+        if found:
+            curves[name] = dict(sorted(found.items()))
+    return curves
+
+
+def write_results(given: argparse.Namespace, curves: Curves) -> None:
     """Write the numbers, the table and the curves."""
-    curves: dict[str, list[Curve]] = {}
-    for name, seed in cells:
-        curve = curve_of(folder_of(given, name, seed), recipe_of(given, name, seed))
-        curves.setdefault(name, []).append(curve)
-    recipe = recipe_of(given, *cells[0])
+    recipe = recipe_of(given, next(iter(curves)), 0)
     run = Run(given.work, recipe.run, make_accelerator(recipe.run.device))
     seconds = seconds_a_step({name: recipe_of(given, name, 0) for name in curves}, run)
     facts = {
         "machine": describe_machine(run.device, run.precision),
         "command": shlex.join(["python", "-m", "benchmarks.learning", *sys.argv[1:]]),
+        "conditions": conditions(given),
         "psnr": curves,
         "seconds_a_step": seconds,
     }
@@ -193,7 +238,7 @@ def step(run: Run, state: AutoencoderState, images: Tensor) -> None:
 def page_of(
     given: argparse.Namespace,
     recipe: AutoencoderRecipe,
-    curves: Mapping[str, list[Curve]],
+    curves: Curves,
     seconds: Mapping[str, float],
     facts: Mapping[str, Any],
 ) -> str:
@@ -203,7 +248,7 @@ def page_of(
     shown = sorted({max(given.every, step // given.every * given.every) for step in shown})
     rows = [
         (
-            name, *(spread([curve[step] for curve in of_seeds]) for step in shown),
+            name, *(spread([c[step] for c in of_seeds.values()]) for step in shown),
             f"{len(of_seeds)}", f"{1000 * seconds[name]:.0f}",
         )
         for name, of_seeds in curves.items()
@@ -224,7 +269,7 @@ def page_of(
 def draw(
     path: Path,
     given: argparse.Namespace,
-    curves: Mapping[str, list[Curve]],
+    curves: Curves,
     seconds: Mapping[str, float],
 ) -> None:
     """Draw the means over seeds, against steps and seconds, in bands of their extremes."""
@@ -233,8 +278,8 @@ def draw(
     with drawing(path, title, under, 3.6 + 0.15 * len(curves)) as figure:
         axes = figure.subplots(1, 2, sharey=True)
         for i, (name, of_seeds) in enumerate(curves.items()):
-            steps = list(of_seeds[0])
-            values = [[curve[step] for curve in of_seeds] for step in steps]
+            steps = list(next(iter(of_seeds.values())))
+            values = [[curve[step] for curve in of_seeds.values()] for step in steps]
             style = line_style(i) | {"marker": None}
             for panel, unit in zip(axes, (1.0, seconds[name]), strict=True):
                 x = [unit * step for step in steps]

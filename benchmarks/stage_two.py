@@ -30,7 +30,7 @@ from benchmarks.comparison import (
     measuring_parser,
     write,
 )
-from diffusion import EDM, EDMConfig, EDMLoss, UNet, UNetConfig, karras_sigmas, sample_heun
+from diffusion import EDM, DenoisingLoss, EDMConfig, UNet, UNetConfig, karras_sigmas, sample_heun
 from diffusion.edm import sample_sigma
 from diffusion.formats import diffusers_config, to_diffusers
 from ldm.device import keep_freed_memory, memory_format, one_ahead, resolve_device, time_interleaved
@@ -147,7 +147,7 @@ def precision(setting: Setting) -> torch.autocast:
 
 def training_step(network: nn.Module, setting: Setting) -> Callable[[Tensor], None]:
     """Make a network's training step on a batch of latents."""
-    objective = EDMLoss(EDM(placed(network, setting)))
+    objective = DenoisingLoss(EDM(placed(network, setting)))
     optimizer = torch.optim.Adam(objective.parameters(), lr=1e-5, fused=True)
     draws = torch.Generator().manual_seed(0)
 

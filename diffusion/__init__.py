@@ -12,9 +12,7 @@ from diffusion.edm import (
     Denoiser,
     DenoisingLoss,
     EDMConfig,
-    EDMLoss,
     denoising_loss,
-    edm_loss,
     sample_sigma,
 )
 from diffusion.edm2 import EDM2Config, EDM2UNet
@@ -52,7 +50,6 @@ __all__ = [
     "EDM2Config",
     "EDM2UNet",
     "EDMConfig",
-    "EDMLoss",
     "FlowConfig",
     "FlowDenoiser",
     "NetworkConfig",
@@ -62,7 +59,6 @@ __all__ = [
     "build_network",
     "cosine_sigmas",
     "denoising_loss",
-    "edm_loss",
     "flow_sigmas",
     "guide",
     "inpaint",

@@ -221,6 +221,3 @@ class DenoisingLoss(nn.Module):
         if self.uncertainty is None:
             return loss, loss.detach()
         return weigh(loss, self.uncertainty(sigma.log() / 4)), loss.detach()
-
-
-edm_loss, EDMLoss = denoising_loss, DenoisingLoss  # their earlier names

@@ -304,9 +304,8 @@ def find_issues(
         is_given = name in reference.given  # of a whole data set, whose size is not known
         few = len(samples) if is_given else min(len(samples), len(reference))
         if network is not None and name != "is" and few < network.dim:
-            title = NUMBERS[name][0]
             yield (
-                f"{title} over {len(samples):,} samples"
+                f"{(title := NUMBERS[name][0])} over {len(samples):,} samples"
                 f"{'' if is_given else f' and {len(reference):,} images'} is biased upwards, and "
                 f"with fewer than {network.dim:,}, one per feature, the covariance is singular: "
                 f"give more images, or compare it only with {title}s over as many"

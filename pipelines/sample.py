@@ -71,7 +71,7 @@ def sample_images(
         guide: the guiding model of autoguidance, see `LatentDiffusionPipeline`.
         files: "png": one each; "shards": tar shards, readable as data, with labels if every image
             has a class; "zip": one archive.
-        npz: a file to write the n images to as well, as ADM's evaluator reads them.
+        npz: a new file to write the n images to as well, as ADM's evaluator reads them.
         batch_size: images at a time, per process.
         sampling: the fields of `Sampling`.
 
@@ -177,7 +177,14 @@ def check_npz(npz: Path | str | None, job: ModelSamples) -> None:
         raise UsageError(f"--npz {path}: give a name that ends in .npz")
     if job.channels != 3 or job.pixels.type != "uint8":
         raise UsageError("--npz: ADM's evaluator reads images of 3 channels at 8 bits, not these")
-    from_main(job.ranks, lambda: check_writable(path, advice="give --npz another file"))
+    from_main(job.ranks, lambda: _check_new(path))
+
+
+def _check_new(path: Path) -> None:
+    advice = "give --npz another file"
+    if path.is_file():
+        raise LdmError(f"{path} exists: {advice}, or delete it")
+    check_writable(path, advice=advice)
 
 
 def write_npz(samples: SampleFolder, path: Path) -> None:

@@ -54,6 +54,10 @@ Model = Annotated[
     ),
 ]
 Labels = Annotated[str | None, Option(help="With --model: classes, as in `ldm sample`.")]
+Limit = Annotated[
+    int | None,
+    Option(help="Use at most this many samples and images of the data; of an ADM batch, all."),
+]
 ResultFile = Annotated[
     Path | None,
     Option(
@@ -149,9 +153,7 @@ def fid(
         bool, Option("--force", help="Compare despite warnings; they are stored with the result.")
     ] = False,
     batch_size: options.BatchSize = 64,
-    limit: Annotated[
-        int | None, Option(help="Use at most this many samples and images of the data.")
-    ] = None,
+    limit: Limit = None,
     out: ResultFile = None,
     device: options.Device = "auto",
 ) -> None:

@@ -15,7 +15,7 @@ from ldm.seeds import generator
 
 NORMAL_QUANTILE = 1.959964  # of 97.5 %
 ROWS_AT_ONCE = 4096  # 64 MiB of Inception's features in float64
-DISTANCES_AT_ONCE = 1024  # rows of distances to all of the other set: 80 MB for 10,000 of them
+DISTANCES_AT_ONCE = 1024  # rows of distances to all of the other set: 400 MB for 50,000 of them
 ROUNDING = 1e-12  # bound on the error of a squared distance, relative to the largest squared length
 
 

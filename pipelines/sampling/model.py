@@ -273,7 +273,7 @@ class LatentModel:
         check_channels(sampling, self.latent_shape[0])
         if guide is None:
             if sampling.guidance is not None:
-                self._check_classifier_free(labels)
+                self.classes.check_guidance(self.recipe.label_dropout, labels)
             return None
         if sampling.guidance is None:
             raise UsageError("a guide has no effect without guidance: set guidance, its scale")
@@ -289,18 +289,6 @@ class LatentModel:
                 f"denoises {low:g} to {high:g}: narrow the interval, or sigma_min and sigma_max"
             )
         return guide.to(self.device)
-
-    def _check_classifier_free(self, labels: Sequence[int] | None) -> None:
-        problem, advice = None, "a guide, or omit guidance"
-        if not self.classes.count:
-            problem = "a model without classes cannot guide itself"
-        elif self.recipe.label_dropout == 0:
-            problem = "this model was trained with label_dropout=0 and has no unconditional branch"
-        elif labels is not None and -1 in labels:
-            problem = "label -1 is the unconditional model, which guidance leads away from"
-            advice = f"another label or {advice}"
-        if problem is not None:
-            raise UsageError(f"{problem}: give {advice}")
 
     def _difference(self, guide: "LatentModel") -> str | None:
         """The first property of the guide's latents or classes that differs from this model's."""

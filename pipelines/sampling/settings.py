@@ -305,6 +305,19 @@ class Classes:
         """Draw the class of image i, as a function of (seed, i) alone; −1 without classes."""
         return int(generator(seed, "class", i).integers(self.count)) if self.count else -1
 
+    def check_guidance(self, label_dropout: float, labels: Sequence[int] | None) -> None:
+        """Refuse classifier-free guidance of a model, or by labels, with which it cannot be."""
+        problem, advice = None, "a guide, or omit guidance"
+        if not self.count:
+            problem = "a model without classes cannot guide itself"
+        elif label_dropout == 0:
+            problem = "this model was trained with label_dropout=0 and has no unconditional branch"
+        elif labels is not None and -1 in labels:
+            problem = "label -1 is the unconditional model, which guidance leads away from"
+            advice = f"another label or {advice}"
+        if problem is not None:
+            raise UsageError(f"{problem}: give {advice}")
+
 
 def labels_slug(named: str | Sequence[int] | None) -> list[str]:
     """Name labels, as `Classes.describe` returns them, as words of a file name."""

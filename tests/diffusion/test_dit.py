@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion import EDM, DiT, DiTConfig, edm_loss
+from diffusion import EDM, DiT, DiTConfig, denoising_loss
 from diffusion.dit import angles, coordinates, rotate, rotation, sincos
 from ldm.config import load_preset, resolve, validate
 from ldm.errors import LdmError, UsageError
@@ -379,7 +379,7 @@ def test_learns_four_images():
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=3e-3)
 
     def loss(seed):
-        return edm_loss(denoiser, z, sigma, normal(16, 4, 4, 4, seed=seed)).mean()
+        return denoising_loss(denoiser, z, sigma, normal(16, 4, 4, 4, seed=seed)).mean()
 
     before = loss(seed=1).item()  # the network is 0: as good as the best for Gaussian data
     for step in range(150):

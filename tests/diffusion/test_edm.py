@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion import EDM, EDMConfig, EDMLoss, UNet, UNetConfig, edm_loss, sample_sigma
+from diffusion import EDM, DenoisingLoss, EDMConfig, UNet, UNetConfig, denoising_loss, sample_sigma
 from diffusion.edm import Uncertainty, weigh
 
 SIGMAS = torch.logspace(-3, 2, 21, dtype=torch.float64)
@@ -53,7 +53,7 @@ def test_weighted_loss_is_the_plain_loss_of_the_network():
     """Eq. 8: λ‖D − z‖² = ‖F(c_in x; c_noise) − (z − c_skip x)/c_out‖², since λ c_out² = 1."""
     network = Affine().double()
     z, noise = 0.5 * normal(21, 4, 3, 3, dtype=torch.float64), normal(21, 4, 3, 3, seed=1).double()
-    loss = edm_loss(EDM(network), z, SIGMAS, noise)
+    loss = denoising_loss(EDM(network), z, SIGMAS, noise)
     by_hand = []
     for i, sigma in enumerate(SIGMAS.tolist()):
         total = sigma**2 + 0.25
@@ -78,7 +78,7 @@ def test_ideal_loss_is_one_before_training():
     """The effective target has variance 1, so a network that answers 0 has loss 1."""
     z, noise = 0.5 * normal(64, 4, 16, 16), normal(64, 4, 16, 16, seed=1)
     sigma = sample_sigma(normal(64, seed=2), EDMConfig())
-    loss = edm_loss(EDM(Zero()), z, sigma, noise)
+    loss = denoising_loss(EDM(Zero()), z, sigma, noise)
     assert loss.mean().item() == pytest.approx(1, abs=0.02)
     assert (loss - 1).abs().max() < 0.25
 
@@ -86,13 +86,13 @@ def test_ideal_loss_is_one_before_training():
 def test_objective_is_the_loss_weighted_by_uncertainty():
     denoiser = EDM(Affine(), sigma_data=0.8)
     batch = normal(3, 4, 2, 2), torch.tensor([0.1, 1.0, 10.0]), normal(3, 4, 2, 2, seed=1)
-    plain = edm_loss(denoiser, *batch)
-    minimised, shown = EDMLoss(denoiser)(*batch)
+    plain = denoising_loss(denoiser, *batch)
+    minimised, shown = DenoisingLoss(denoiser)(*batch)
     torch.testing.assert_close((minimised, shown), (plain, plain))
     assert minimised.requires_grad and not shown.requires_grad
 
     uncertainty = Uncertainty(16)
-    minimised, shown = EDMLoss(denoiser, uncertainty)(*batch)
+    minimised, shown = DenoisingLoss(denoiser, uncertainty)(*batch)
     u = uncertainty(batch[1].log() / 4)
     # Karras et al. 2024, Eq. 21
     torch.testing.assert_close(minimised, plain / u.exp() + u)
@@ -111,7 +111,7 @@ def test_network_gets_only_the_given_conditions():
     EDM(network)(x, 1.0)
     assert network.told == {}
     labels, augment = torch.tensor([1, -1]), torch.zeros(2, 9)
-    edm_loss(EDM(network), x, torch.ones(2), x, labels, augment)
+    denoising_loss(EDM(network), x, torch.ones(2), x, labels, augment)
     assert network.told["labels"] is labels and network.told["augment"] is augment
 
 
@@ -120,7 +120,7 @@ def test_sigma_data_enters_the_loss():
     x = z + sigma * noise
     error = (x * 0.64 / (0.64 + 0.09) - z).square().mean()
     expected = (0.09 + 0.64) / (0.3 * 0.8) ** 2 * error
-    torch.testing.assert_close(edm_loss(EDM(Zero(), 0.8), z, sigma, noise), expected[None])
+    torch.testing.assert_close(denoising_loss(EDM(Zero(), 0.8), z, sigma, noise), expected[None])
 
 
 @pytest.mark.parametrize("sigma", [2.0, torch.tensor(2.0), torch.full((3,), 2.0).double()])
@@ -157,7 +157,7 @@ def test_autocast_leaves_the_sum_in_float32():
     plain = denoiser(x, sigma)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = denoiser(x, sigma)
-        loss = edm_loss(denoiser, x, sigma, normal(2, 4, 8, 8, seed=1))
+        loss = denoising_loss(denoiser, x, sigma, normal(2, 4, 8, 8, seed=1))
     assert cast.dtype == loss.dtype == torch.float32
     assert 0 < (cast - plain).abs().max() < 0.03
     # had the sum been in bf16, the error at a low σ would be that of bf16: 2⁻⁸ of x

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from diffusion.edm import EDM, edm_loss
+from diffusion.edm import EDM, denoising_loss
 from diffusion.edm2 import CosineAttention, EDM2Block, EDM2Config, EDM2UNet, MPLayer
 from ldm.config import validate
 from ldm.errors import LdmError, UsageError
@@ -351,7 +351,7 @@ def test_learns_four_images_while_its_norms_stay():
     optimizer = torch.optim.Adam(network.parameters(), lr=0.05, betas=(0.9, 0.99))
 
     def loss(seed):
-        return edm_loss(denoiser, z, sigma, normal(8, 4, 8, 8, seed=seed)).mean()
+        return denoising_loss(denoiser, z, sigma, normal(8, 4, 8, 8, seed=seed)).mean()
 
     before = loss(seed=1).item()  # the network is 0: as good as the best for Gaussian data
     for step in range(60):

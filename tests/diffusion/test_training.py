@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from diffusion import (
     EDM,
     SAMPLERS,
+    DenoisingLoss,
     EDMConfig,
-    EDMLoss,
     UNet,
     UNetConfig,
     karras_sigmas,
@@ -41,7 +41,7 @@ class Plane(nn.Module):
 def train(network, draw, steps, batch, lr):
     """The averaged denoiser after `steps` steps on what `draw(k)` gives."""
     denoiser = EDM(network)
-    objective, config = EDMLoss(denoiser), EDMConfig()
+    objective, config = DenoisingLoss(denoiser), EDMConfig()
     ema = Ema(denoiser, half_life_images=30 * batch)
     optimizer = torch.optim.Adam(objective.parameters(), lr, betas=(0.9, 0.99))
     for step in range(steps):

@@ -278,6 +278,10 @@ def test_samples_are_written_for_adms_evaluator_and_read_back(tmp_path, conditio
     assert (batch.load(4) == images[4]).all() and (batch.load(1) == images[1]).all()
     with pytest.raises(UsageError, match=r"--npz x.zip: give a name that ends in .npz"):
         sample_images(conditional, 7, tmp_path / "out", steps=1, device="cpu", npz="x.zip")
+    written = path.read_bytes()
+    with pytest.raises(LdmError, match=r"samples.npz exists: give --npz another file, or delete"):
+        sample_images(conditional, 8, tmp_path / "8", steps=1, device="cpu", npz=path)
+    assert path.read_bytes() == written and not (tmp_path / "8").exists()
 
 
 def test_classes_of_both_sides_are_in_the_result(tmp_path, conditional, whole):
