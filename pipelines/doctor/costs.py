@@ -7,6 +7,7 @@ computed or allocated.
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm.config import Resolution
+from autoencoders.layers import PIXELS_AT_ONCE
+from ldm.config import Resolution, pixel_count
 from ldm.distributed import make_accelerator
 from ldm.run import Run, RunConfig
-from pipelines.doctor.training import AutoencoderTraining, Training
+from pipelines.doctor.training import AutoencoderTraining, DiffusionTraining, Training
 from pipelines.finetune import learned
 
 OVERHEAD = 1.2
@@ -192,22 +194,35 @@ class Costs:
             own = [*self.training.trained, *self.training.frozen]
             with self.run.fake, self.run.record(own), FlopCounterMode(display=False) as counter:
                 self.training.step(resolution, key[-1], active)
-            self._steps[key] = StepCost(self.run.kept, counter.get_total_flops() / 2e9 / key[-1])
+            gmac = counter.get_total_flops() / 2e9 / key[-1]
+            if isinstance(self.training, DiffusionTraining):
+                with self.run.fake:
+                    gmac += count_gmac(partial(self.training.encode, resolution, 1))
+            self._steps[key] = StepCost(self.run.kept, gmac)
         return self._steps[key]
 
     def gmac(self, resolution: Resolution) -> dict[str, float]:
         """10⁹ multiply-accumulates of each reported network for one image, forward."""
-        # as in a step, whose operations need not be worked out again
         with self.run.fake, self.run.autocast():
-            calls = self.training.calls(resolution, self.batch)
-            return {name: count_gmac(call) / self.batch for name, call in calls.items()}
+            calls = self.training.calls(resolution, 1)
+            return {name: count_gmac(call) for name, call in calls.items()}
 
     def encoding(self, resolution: Resolution, batch: int | None = None) -> int:
         """Most bytes that stage one holds while it encodes for stage two."""
         if isinstance(self.training, AutoencoderTraining):
             return 0
+        batch, kind = batch or self.batch, self.training.autoencoder.config.encoder.type
+        few = max(PIXELS_AT_ONCE[kind] // pixel_count(resolution), 1)
+        if self.run.device.type != "cpu" or batch <= 3 * few:
+            return self._encoding(resolution, batch)
+        # a CPU encodes few at a time: of more it holds their pixels and latents
+        two, three = (self._encoding(resolution, parts * few) for parts in (2, 3))
+        return three + (batch - 3 * few) * (three - two) // few
+
+    def _encoding(self, resolution: Resolution, batch: int) -> int:
+        assert isinstance(self.training, DiffusionTraining)
         with self.run.fake, AllocationTracker() as tracker:
-            self.training.encode(resolution, batch or self.batch)
+            self.training.encode(resolution, batch)
         return tracker.peak
 
 

@@ -4,21 +4,38 @@ import json
 import shutil
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from benchmarks import learning
 
-SIZES = ["--steps", "2", "--every", "1", "--channels", "8", "--latent-channels", "4"]
+SIZES = [
+    "--held-out",
+    "4",
+    "--steps",
+    "2",
+    "--every",
+    "1",
+    "--channels",
+    "8",
+    "--latent-channels",
+    "4",
+]
 SETTINGS = ["phases=[{resolution: 32, steps: 2}]", "batch_size=2", "run.device=cpu"]
 
 
 @pytest.fixture
 def compare(tmp_path, monkeypatch):
     monkeypatch.setattr(learning, "time_interleaved", lambda calls, *_: dict.fromkeys(calls, 0.5))
+    (images := tmp_path / "images").mkdir()
+    for i in range(12):
+        pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)
+        Image.fromarray(pixels).save(images / f"{i}.png")
 
     def run(*arguments, sizes=SIZES):
-        out = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
-        command = ["learning", "photos", *SETTINGS, "--held-out", "4", *sizes, *out, *arguments]
+        folders = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+        command = ["learning", str(images), *SETTINGS, *sizes, *folders, *arguments]
         monkeypatch.setattr(sys, "argv", command)
         learning.main()
         return json.loads((tmp_path / "out" / "learning.json").read_text())
