@@ -11,8 +11,8 @@ images: `'phases=[{resolution: 256, steps: 50000}]' batch_size=16`.
 
 PSNR is that of the averaged weights on held-out images. The time of a training step, without
 loading images, is measured at the end, interleaved. Writes <name>.json, <name>.md and <name>.png
-to --out, of all that is finished; with --no-training at once. What <name>.json holds is not
-trained again, even where --work is gone.
+to --out, of all variants and seeds that are finished, or with --no-training of those that are so
+far. What <name>.json holds is not trained again, even where --work is gone.
 """
 
 import argparse
@@ -24,21 +24,22 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from benchmarks.comparison import add_out, describe_machine, make_parser, spread
 from ldm.charts import drawing, line_style
-from ldm.device import time_interleaved
+from ldm.device import resolve_device, resolve_precision, time_interleaved
 from ldm.distributed import make_accelerator
-from ldm.errors import Interrupted, LdmError, UsageError
+from ldm.errors import Interrupted, LdmError, UsageError, listed
 from ldm.files import write_atomically, write_json
 from ldm.logbook import read_rows
 from ldm.records import read_tree, schema
 from ldm.run import Run
-from ldm.run_folder import is_finished
+from ldm.run_folder import differences, is_finished
 from ldm.tables import markdown_table
 from pipelines.recipes import AutoencoderRecipe, load_recipe
 from pipelines.train_autoencoder import (
@@ -73,6 +74,12 @@ Curve = dict[int, float]
 """Held-out PSNR by step."""
 Curves = dict[str, dict[int, Curve]]
 """By variant and seed."""
+Seed = Step = Annotated[str, Field(pattern=r"^\d+$")]
+RESULTS = schema(
+    conditions=dict[str, Any],
+    variants=dict[str, list[Any]],
+    psnr=dict[str, dict[Seed, dict[Step, float]]],
+)
 
 
 def main() -> None:
@@ -81,8 +88,8 @@ def main() -> None:
     parser.add_argument("images", help="folder of images, zip or shards")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of all recipes")
     parser.add_argument("--held-out", type=int, default=100, help="images that are only measured")
-    parser.add_argument("--only", action="append", choices=VARIANTS, help="variant; repeatable")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", action="append", choices=VARIANTS, help="to train; repeatable")
+    parser.add_argument("--seeds", type=int, default=3, help="to train: 0 to SEEDS − 1")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--every", type=int, default=100, help="steps between measurements")
     parser.add_argument("--latent-channels", type=int, default=12)
@@ -103,18 +110,19 @@ def main() -> None:
             )
         if given.every > given.steps:
             raise UsageError(f"--every {given.every} is more than --steps {given.steps}")
+        if given.seeds < 1:
+            raise UsageError(f"--seeds {given.seeds}: train one or more")
         cells = [(name, seed) for seed in range(given.seeds) for name in given.only or VARIANTS]
-        if not given.no_training:
-            kept = kept_curves(given)
-            for name, seed in cells[int(share[1]) - 1 :: int(share[2])]:
-                if seed not in kept.get(name, {}):
-                    recipe = recipe_of(given, name, seed)
-                    train_autoencoder(recipe, folder=folder_of(given, name, seed))
+        kept = kept_curves(given)
+        for name, seed in cells[int(share[1]) - 1 :: int(share[2])]:
+            if not (given.no_training or seed in kept.get(name, {})):
+                train_autoencoder(recipe_of(given, name, seed), folder=folder_of(given, name, seed))
         curves = finished_curves(given)
         left = sum(seed not in curves.get(name, {}) for name, seed in cells)
+        advice = "omit --no-training" if given.no_training else "run the other share"
         if left:
-            print(f"{left} of {len(cells)} trainings are not finished: the same command goes on")
-        if curves:
+            print(f"{left} of {len(cells)} trainings are not finished: {advice}")
+        if curves and (given.no_training or not left):
             write_results(given, curves)
     except (Interrupted, LdmError) as error:
         sys.exit(str(error))
@@ -151,23 +159,29 @@ def folder_of(given: argparse.Namespace, name: str, seed: int) -> Path:
 # -------------------------------------------------------------------------------- results
 def conditions(given: argparse.Namespace) -> dict[str, Any]:
     """What all trainings of a page have in common."""
+    run = recipe_of(given, "litevae", 0).run
     return {
-        "steps": given.steps, "every": given.every, "latent_channels": given.latent_channels,
-        "channels": given.channels, "held_out": given.held_out, "settings": given.settings,
+        "precision": resolve_precision(run.precision, resolve_device(run.device)),
+        "images": given.images, "held_out": given.held_out, "steps": given.steps,
+        "every": given.every, "latent_channels": given.latent_channels,
+        "channels": given.channels, "settings": sorted(given.settings),
     }  # fmt: skip
 
 
 def kept_curves(given: argparse.Namespace) -> Curves:
-    """The curves in the file of results, if there is one."""
-    path = given.out / f"{given.name}.json"
-    tree = read_tree(path, schema(conditions=dict[str, Any], psnr=dict[str, Any]))
+    """The curves in the file of results, if there is one; an LdmError if it is of others."""
+    path, advice = given.out / f"{given.name}.json", "give another --name"
+    tree = read_tree(path, RESULTS, advice)
     if tree is None:
         return {}
-    if tree["conditions"] != conditions(given):
-        raise LdmError(f"{path} is of other trainings, {tree['conditions']}: give another --name")
+    ours, theirs = conditions(given), tree["conditions"]
+    ours |= {name: list(VARIANTS.get(name, ())) for name in tree["variants"]}
+    theirs |= tree["variants"]
+    if changed := [key for key in ours if ours[key] != theirs.get(key)]:
+        raise LdmError(f"{path} is of other trainings ({', '.join(changed)}): {advice}")
     return {
         name: {
-            int(seed): {int(step): psnr for step, psnr in curve.items()}
+            int(seed): measured({int(step): psnr for step, psnr in curve.items()}, given, path)
             for seed, curve in of_seeds.items()
         }
         for name, of_seeds in tree["psnr"].items()
@@ -181,11 +195,28 @@ def finished_curves(given: argparse.Namespace) -> Curves:
         found = kept.get(name, {})
         for seed in range(given.seeds):
             if seed not in found and is_finished(folder_of(given, name, seed)):
-                recipe = recipe_of(given, name, seed)
-                found[seed] = curve_of(folder_of(given, name, seed), recipe)
+                found[seed] = curve_of(given, name, seed)
         if found:
             curves[name] = dict(sorted(found.items()))
     return curves
+
+
+def curve_of(given: argparse.Namespace, name: str, seed: int) -> Curve:
+    """Read a finished run's held-out PSNR by step."""
+    folder, recipe = folder_of(given, name, seed), recipe_of(given, name, seed)
+    if changed := differences(folder, recipe):
+        raise LdmError(f"{folder} is of other settings ({listed(changed)}): give another --work")
+    rows = [row for row in read_rows(folder / "metrics.jsonl") if "val_psnr" in row]
+    curve = {round(row["images_seen"] / recipe.batch_size): row["val_psnr"] for row in rows}
+    return measured(curve, given, folder)
+
+
+def measured(curve: Curve, given: argparse.Namespace, path: Path) -> Curve:
+    """The points of a curve at --every step; an LdmError if one is missing."""
+    steps = range(given.every, given.steps + 1, given.every)
+    if missing := [step for step in steps if step not in curve]:
+        raise LdmError(f"{path} has no PSNR at step {missing[0]}: give --every as it was trained")
+    return {step: curve[step] for step in steps}
 
 
 def write_results(given: argparse.Namespace, curves: Curves) -> None:
@@ -193,28 +224,20 @@ def write_results(given: argparse.Namespace, curves: Curves) -> None:
     recipe = recipe_of(given, next(iter(curves)), 0)
     run = Run(given.work, recipe.run, make_accelerator(recipe.run.device))
     seconds = seconds_a_step({name: recipe_of(given, name, 0) for name in curves}, run)
+    words = [word for word in sys.argv[1:] if word != "--no-training"]
     facts = {
         "machine": describe_machine(run.device, run.precision),
-        "command": shlex.join(["python", "-m", "benchmarks.learning", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "benchmarks.learning", *words]),
         "conditions": conditions(given),
+        "variants": {name: VARIANTS[name] for name in curves},
         "psnr": curves,
         "seconds_a_step": seconds,
     }
-    write_json(given.out / f"{given.name}.json", facts)
     page = page_of(given, recipe, curves, seconds, facts)
-    write_atomically(given.out / f"{given.name}.md", page.encode())
     draw(given.out / f"{given.name}.png", given, curves, seconds)
+    write_atomically(given.out / f"{given.name}.md", page.encode())
+    write_json(given.out / f"{given.name}.json", facts)
     print(page)
-
-
-def curve_of(folder: Path, recipe: AutoencoderRecipe) -> Curve:
-    """Read a run's held-out PSNR by step."""
-    rows = read_rows(folder / "metrics.jsonl")
-    return {
-        round(row["images_seen"] / recipe.batch_size): row["val_psnr"]
-        for row in rows
-        if "val_psnr" in row
-    }
 
 
 def seconds_a_step(recipes: Mapping[str, AutoencoderRecipe], run: Run) -> dict[str, float]:
@@ -258,11 +281,11 @@ def page_of(
     return "\n".join([
         f"# How fast encoders learn: {given.latent_channels} latent channels", "",
         f"Held-out PSNR in dB, mean ± standard deviation over seeds. {last.steps:,} steps of "
-        f"{recipe.batch_size} images of {last.resolution}²; the same decoder for all, base width "
-        f"{given.channels}.", "",
+        f"{recipe.batch_size} images of {last.resolution}², in {facts['conditions']['precision']}; "
+        f"the same decoder for all, base width {given.channels}.", "",
         *markdown_table(header, rows), "",
         f"![Held-out PSNR against steps and seconds]({given.name}.png)", "",
-        f"{machine}.", "", f"    {facts['command']}", "",
+        f"Steps were timed on: {machine}.", "", f"    {facts['command']}", "",
     ])  # fmt: skip
 
 

@@ -305,10 +305,10 @@ def find_issues(
         few = len(samples) if is_given else min(len(samples), len(reference))
         if network is not None and name != "is" and few < network.dim:
             yield (
-                f"{(title := NUMBERS[name][0])} over {len(samples):,} samples"
+                f"{NUMBERS[name][0]} over {len(samples):,} samples"
                 f"{'' if is_given else f' and {len(reference):,} images'} is biased upwards, and "
                 f"with fewer than {network.dim:,}, one per feature, the covariance is singular: "
-                f"give more images, or compare it only with {title}s over as many"
+                f"give more images, or compare it only with {NUMBERS[name][0]}s over as many"
             )
     if (
         own is not None

@@ -56,7 +56,9 @@ Model = Annotated[
 Labels = Annotated[str | None, Option(help="With --model: classes, as in `ldm sample`.")]
 Limit = Annotated[
     int | None,
-    Option(help="Use at most this many samples and images of the data; of an ADM batch, all."),
+    Option(
+        help="Use at most this many samples and images of the data; an ADM batch is used whole."
+    ),
 ]
 ResultFile = Annotated[
     Path | None,

@@ -34,7 +34,9 @@ Labels = Annotated[
 ]
 Npz = Annotated[
     Path | None,
-    Option(help="Also write the images to this .npz, for ADM's evaluator (arr_0, classes arr_1)."),
+    Option(
+        help="Also write the images to this new .npz, for ADM's evaluator (arr_0, classes arr_1)."
+    ),
 ]
 Size = Annotated[
     str | None,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from math import ceil
+from math import ceil, prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -215,9 +215,11 @@ class Costs:
         few = max(PIXELS_AT_ONCE[kind] // pixel_count(resolution), 1)
         if self.run.device.type != "cpu" or batch <= 3 * few:
             return self._encoding(resolution, batch)
-        # a CPU encodes few at a time: of more it holds their pixels and latents
+        # a CPU encodes few at a time: of more it holds their pixels and moments, twice in the end
         two, three = (self._encoding(resolution, parts * few) for parts in (2, 3))
-        return three + (batch - 3 * few) * (three - two) // few
+        config, pixels = self.training.autoencoder.config, pixel_count(resolution)
+        values = config.image_channels * pixels + 4 * prod(config.latent_shape(resolution))
+        return max(three + (batch - 3 * few) * (three - two) // few, 4 * batch * values)
 
     def _encoding(self, resolution: Resolution, batch: int) -> int:
         assert isinstance(self.training, DiffusionTraining)

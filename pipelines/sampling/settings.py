@@ -306,7 +306,7 @@ class Classes:
         return int(generator(seed, "class", i).integers(self.count)) if self.count else -1
 
     def check_guidance(self, label_dropout: float, labels: Sequence[int] | None) -> None:
-        """Refuse classifier-free guidance of a model, or by labels, with which it cannot be."""
+        """Raise a UsageError if the model or the labels allow no classifier-free guidance."""
         problem, advice = None, "a guide, or omit guidance"
         if not self.count:
             problem = "a model without classes cannot guide itself"

@@ -3,12 +3,14 @@
 import json
 import shutil
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from benchmarks import learning
+from ldm.errors import LdmError
 
 SIZES = [
     "--held-out",
@@ -38,7 +40,8 @@ def compare(tmp_path, monkeypatch):
         command = ["learning", str(images), *SETTINGS, *sizes, *folders, *arguments]
         monkeypatch.setattr(sys, "argv", command)
         learning.main()
-        return json.loads((tmp_path / "out" / "learning.json").read_text())
+        path = tmp_path / "out" / "learning.json"
+        return json.loads(path.read_text()) if path.exists() else None
 
     return run
 
@@ -64,11 +67,48 @@ def test_finished_trainings_are_kept_where_the_runs_are_gone(tmp_path, compare, 
 def test_what_is_finished_is_written_without_training(compare, capsys):
     found = compare("--only", "litevae", "--seeds", "1")
     again = compare("--no-training")
-    assert again["psnr"] == found["psnr"]
-    assert "35 of 36 trainings are not finished" in capsys.readouterr().out
+    assert again["psnr"] == found["psnr"] and "--no-training" not in again["command"]
+    line = "35 of 36 trainings are not finished: omit --no-training\n"
+    assert line in capsys.readouterr().out
 
 
-def test_results_of_other_trainings_are_refused(compare):
+def test_the_share_that_ends_last_writes(tmp_path, compare, capsys):
+    both = ["--only", "litevae", "--only", "litevae, shortcut", "--seeds", "1"]
+    assert compare(*both, "--share", "1/2") is None
+    assert "1 of 2 trainings are not finished: run the other share" in capsys.readouterr().out
+    assert compare(*both, "--share", "2/2")["psnr"].keys() == {"litevae", "litevae, shortcut"}
+
+
+def test_results_of_other_trainings_are_refused(tmp_path, compare, monkeypatch):
     compare("--only", "litevae", "--seeds", "1")
-    with pytest.raises(SystemExit, match=r"is of other trainings, .*give another --name"):
+    with pytest.raises(
+        SystemExit, match=r"is of other trainings \(latent_channels\): give another"
+    ):
         compare("--no-training", sizes=[*SIZES[:-1], "12"])
+    with pytest.raises(
+        SystemExit, match=r"is of other trainings \(settings\): give another --name"
+    ):
+        compare("--no-training", "lr=0.01")
+    with monkeypatch.context() as changed:
+        changed.setitem(learning.VARIANTS, "litevae", ("litevae-b-quarter", ["lr=0.01"]))
+        with pytest.raises(SystemExit, match=r"is of other trainings \(litevae\): give another"):
+            compare("--no-training")
+
+    (tmp_path / "out" / "learning.json").unlink()
+    with pytest.raises(
+        SystemExit, match=r"litevae-seed-0 is of other settings \(lr\): give another"
+    ):
+        compare("--no-training", "lr=0.01")
+    with pytest.raises(LdmError, match="has no PSNR at step 3: give --every as it was trained"):
+        learning.measured({1: 9.0, 2: 9.5}, Namespace(every=1, steps=3), tmp_path)
+
+
+@pytest.mark.parametrize("psnr", [{"litevae": [{"1": 9.0}]}, {"litevae": {"x": {}}}])
+def test_damaged_results_are_named(tmp_path, compare, psnr):
+    compare("--only", "litevae", "--seeds", "1")
+    path = tmp_path / "out" / "learning.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"psnr": psnr}))
+    with pytest.raises(
+        SystemExit, match=r"learning.json is damaged: psnr.litevae.*another --name$"
+    ):
+        compare("--no-training")

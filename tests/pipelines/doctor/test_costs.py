@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from autoencoders import Autoencoder
+from autoencoders import Autoencoder, build_autoencoder
+from autoencoders.layers import PIXELS_AT_ONCE
 from diffusion import build_network
 from ldm.config import load_preset, resolve
 from ldm.distributed import make_accelerator
@@ -225,6 +226,18 @@ def test_encoding_holds_what_it_does_with_real_tensors():
     assert costs.encoding(32, 3) > 3 * 3 * 32 * 32 * 4
     assert costs.encoding(32, 6) == pytest.approx(2 * costs.encoding(32, 3), rel=0.05)
     assert costs.encoding(32) == costs.encoding(32, costs.batch)
+
+
+@pytest.mark.parametrize("model", ["litevae", "sdvae", "dwt"])
+def test_a_cpu_that_encodes_few_at_a_time_holds_what_a_direct_run_does(model, monkeypatch):
+    config = {
+        "litevae": autoencoder_recipe().model, "sdvae": sdvae().config,
+        "dwt": build_autoencoder("dwt", decoder={"channels": 8}).config,
+    }[model]  # fmt: skip
+    monkeypatch.setitem(PIXELS_AT_ONCE, config.encoder.type, 2 * 32 * 32)
+    costs = diffusion_costs(diffusion_recipe(""), config)
+    for batch in (8, 15, 64):
+        assert costs.encoding(32, batch) == pytest.approx(costs._encoding(32, batch), rel=0.01)
 
 
 def test_a_part_of_the_activations_does_not_depend_on_the_batch():
