@@ -1,43 +1,18 @@
-"""DiT: its size, its formula in plain operations, positions at other sizes, and that it learns."""
+"""DiT: its size, its formula in plain operations, and positions at other sizes."""
 
 import math
 
 import pytest
 import torch
-from torch import nn
 
-from diffusion import EDM, DiT, DiTConfig, denoising_loss
+from diffusion import DiT, DiTConfig
 from diffusion.dit import angles, coordinates, rotate, rotation, sincos
 from ldm.config import load_preset, resolve, validate
-from ldm.errors import LdmError, UsageError
+from ldm.errors import UsageError
 from pipelines.recipes import DiffusionRecipe
+from tests.diffusion.test_network import CONFIGS, DIT, build, each, normal
 
-TINY = DiTConfig(width=32, depth=2, heads=2)
-TOLD = TINY.model_copy(update={"classes": 3, "augment_parameters": 9})
-LIGHTNING = TOLD.model_copy(
-    update={
-        "mlp": "swiglu", "norm": "rms", "positions": "both", "qk_norm": True, "patch": 1,
-        "mlp_ratio": 3.3,
-    }
-)  # fmt: skip
-ROTARY = TINY.model_copy(update={"positions": "rotary", "qk_norm": True, "frequency_shift": 1})
-CONFIGS = {"tiny": TINY, "told": TOLD, "lightning": LIGHTNING, "rotary": ROTARY}
-EVERY = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-
-
-def build(config=TINY, scramble=False, seed=0):
-    """A DiT from a seed; scrambled, so that the layers that start at 0 count too."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        network = DiT(config)
-        if scramble:
-            for parameter in network.parameters():
-                nn.init.normal_(parameter, std=0.15)
-    return network
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+EVERY = each(lambda config: config.type == "dit")
 
 
 # ------------------------------------------------------------------------------------ size
@@ -66,9 +41,10 @@ def test_parameters_are_those_of_the_published_networks(size, patch):
 
 
 def test_without_classes_there_is_no_table():
-    names = build().state_dict().keys()
+    names = build(DIT).state_dict().keys()
     assert not any("classes" in name or "augment" in name for name in names)
-    assert build(TOLD).embed.classes.weight.shape == (4, 32)  # and a row for none
+    embed = build(CONFIGS["dit-conditional"]).embed
+    assert embed.classes.weight.shape == (4, 32)  # and a row for none
 
 
 def test_begins_as_the_authors_draw_it():
@@ -230,7 +206,7 @@ def test_positions_are_scaled_to_the_training_grid():
 @pytest.mark.parametrize("positions", ["sincos", "rotary", "both"])
 @torch.no_grad()
 def test_another_size_than_that_of_training_is_another_grid_of_the_same_span(positions):
-    config = TINY.model_copy(update={"positions": positions, "grid": (4, 2)})
+    config = DIT.model_copy(update={"positions": positions, "grid": (4, 2)})
     network, x = build(config, scramble=True).eval(), normal(1, 4, 4, 8)
     c_noise = torch.zeros(1)
     answers = [network(x, c_noise)]
@@ -252,7 +228,7 @@ def test_rotations_read_differences_of_positions_alone():
 
     torch.testing.assert_close(products(5, -3), products(0, 0))
     assert (products(0, 0) - query @ key.mT).abs().max() > 0.1
-    network = build(ROTARY, scramble=True).double().eval()
+    network = build(CONFIGS["dit-rotary"], scramble=True).double().eval()
     x = normal(1, 4, 4, 4).double()
     moved = network(x.flip(3), torch.zeros(1)).flip(3)
     assert (moved - network(x, torch.zeros(1))).abs().max() > 1e-3
@@ -265,87 +241,9 @@ def test_angles_fall_from_the_coordinate_to_nearly_none():
 
 # ------------------------------------------------------------------------------- behaviour
 @EVERY
-def test_starts_as_zero_made_of_identities(config):
-    network, tokens = build(config), normal(2, 16, 32)
-    assert network.config is config
-    assert network(normal(2, 4, 8, 8), torch.zeros(2)).abs().max() == 0
-    assert torch.equal(network.blocks[1](tokens, normal(2, 32)), tokens)
-
-
-@EVERY
-def test_gradient_reaches_every_parameter(config):
-    network = build(config, scramble=True).double()
-    x = normal(4, 4, 8, 8).double().requires_grad_()
-    c_noise, labels, augment = torch.tensor([-1.0, 0.5, 2.0, 1.0]), None, None
-    if config.classes:
-        labels, augment = torch.tensor([0, 1, 2, -1]), normal(4, 9)
-    network(x, c_noise.double(), labels, augment).square().mean().backward()
-    for name, parameter in network.named_parameters():
-        assert parameter.grad.abs().max() > 1e-9, name  # rounding alone gives 1e-17
-    assert x.grad.abs().min() > 0
-
-
-def test_every_parameter_has_a_gradient_without_conditions():
-    """DDP waits for one of each."""
-    network = build(TOLD, scramble=True)
-    network(normal(1, 4, 8, 8), torch.zeros(1)).square().mean().backward()
-    assert all(parameter.grad is not None for parameter in network.parameters())
-    assert network.embed.classes.weight.grad[:3].abs().max() == 0
-    assert network.embed.classes.weight.grad[3].abs().max() > 0  # of none
-
-
-def test_no_label_and_no_augmentation_are_minus_one_and_zeros():
-    network, x, c_noise = build(LIGHTNING, scramble=True).eval(), normal(3, 4, 8, 8), torch.zeros(3)
-    nothing = network(x, c_noise)
-    labels, augment = torch.tensor([-1, 2, -1]), torch.zeros(3, 9)
-    assert torch.equal(network(x, c_noise, torch.full((3,), -1), augment), nothing)
-    labelled = network(x, c_noise, labels)
-    torch.testing.assert_close(labelled[[0, 2]], nothing[[0, 2]], rtol=1e-4, atol=1e-5)
-    assert (labelled[1] - nothing[1]).abs().max() > 1e-3
-    augment[0, 3] = 1
-    augmented = network(x, c_noise, None, augment)
-    assert (augmented[0] - nothing[0]).abs().max() > 1e-3
-    torch.testing.assert_close(augmented[1:], nothing[1:], rtol=1e-4, atol=1e-5)
-
-
-@EVERY
-@pytest.mark.parametrize("way", ["weights", "autocast"])
-def test_in_bfloat16_it_is_nearly_the_same(config, way):
-    network = build(config, scramble=True).eval()
-    x, c_noise = normal(2, 4, 8, 8), torch.tensor([-1.0, 0.5])
-    labels = torch.tensor([0, -1]) if config.classes else None
-    plain = network(x, c_noise, labels)
-    if way == "weights":
-        answer = network.to(torch.bfloat16)(x.bfloat16(), c_noise, labels)
-    else:
-        with torch.autocast("cpu", torch.bfloat16):
-            answer = network(x, c_noise, labels)
-    assert answer.dtype == torch.bfloat16
-    torch.testing.assert_close(answer.float(), plain, rtol=0, atol=0.05 * plain.abs().max().item())
-
-
-def test_noise_level_matters_and_images_do_not_mix():
-    network = build(scramble=True).eval()
-    x, c_noise = normal(3, 4, 8, 8), torch.tensor([-1.0, 0.0, 1.0])
-    out = network(x, c_noise)
-    assert (out - network(x, c_noise + 0.5)).abs().max() > 1e-3
-    torch.testing.assert_close(network(x[1:2], c_noise[1:2]), out[1:2], rtol=1e-4, atol=1e-5)
-
-
-@EVERY
-def test_channels_last_gives_the_same(config):
-    network = build(config, scramble=True).eval()
-    x, c_noise = normal(2, 4, 8, 4), torch.tensor([-1.0, 0.5])
-    plain = network(x, c_noise)
-    network, x = (t.to(memory_format=torch.channels_last) for t in (network, x))
-    torch.testing.assert_close(network(x, c_noise), plain, rtol=1e-4, atol=1e-5)
-
-
-def test_sides_that_patches_do_not_divide_are_refused():
-    network = build(TINY.model_copy(update={"patch": 4}))
-    with pytest.raises(LdmError, match=r"10×8 do not fit this DiT: both sides .*multiples of 4$"):
-        network(normal(1, 4, 10, 8), torch.zeros(1))
-    assert network(normal(1, 4, 12, 8), torch.zeros(1)).shape == (1, 4, 12, 8)
+def test_starts_made_of_identities(config):
+    tokens = normal(2, 16, 32)
+    assert torch.equal(build(config).blocks[1](tokens, normal(2, 32)), tokens)
 
 
 @pytest.mark.parametrize(
@@ -369,22 +267,3 @@ def test_a_network_that_cannot_be_built_is_refused(tree, message):
     with pytest.raises(UsageError, match=message) as caught:
         validate(DiTConfig, {"width": 32, "heads": 2, **tree})
     assert "\n" not in str(caught.value)
-
-
-def test_learns_four_images():
-    """Trained on four latents, it denoises them far better than Gaussian data can be denoised."""
-    z = 0.5 * normal(4, 4, 4, 4).repeat_interleave(4, dim=0)  # every image at every noise level
-    sigma = torch.tensor([0.2, 0.5, 1.0, 2.0]).repeat(4)
-    denoiser = EDM(build())
-    optimizer = torch.optim.Adam(denoiser.parameters(), lr=3e-3)
-
-    def loss(seed):
-        return denoising_loss(denoiser, z, sigma, normal(16, 4, 4, 4, seed=seed)).mean()
-
-    before = loss(seed=1).item()  # the network is 0: as good as the best for Gaussian data
-    for step in range(150):
-        optimizer.zero_grad()
-        loss(seed=2 + step).backward()
-        optimizer.step()
-    assert before == pytest.approx(1, abs=0.15)
-    assert loss(seed=1).item() < 0.6
