@@ -57,6 +57,9 @@ def stage_one(data: Path, out: Path, *settings: str) -> Path:
     )
 
 
+IN_FLOAT32 = {"device": "cpu", "precision": "fp32"}
+
+
 @pytest.fixture(scope="module")
 def grey(tmp_path_factory) -> Path:
     """A folder with data, and both stages trained on it."""
@@ -70,7 +73,7 @@ def grey(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def samples(grey) -> Path:
-    return sample_images(grey / "diffusion", 4, grey / "samples", steps=2, device="cpu")
+    return sample_images(grey / "diffusion", 4, grey / "samples", steps=2, **IN_FLOAT32)
 
 
 pytestmark = pytest.mark.slow
@@ -113,7 +116,7 @@ def test_pil_images_are_refused_where_they_would_lose_the_range(grey):
 
 @pytest.mark.parametrize("files", ["shards", "zip"])
 def test_archives_of_samples_hold_the_same_files(grey, samples, files, tmp_path):
-    out = sample_images(grey / "diffusion", 4, tmp_path / "out", steps=2, files=files, device="cpu")
+    out = sample_images(grey / "diffusion", 4, tmp_path / "out", steps=2, files=files, **IN_FLOAT32)
     for i in range(4):
         np.testing.assert_array_equal(SampleFolder(out).load(i), SampleFolder(samples).load(i))
     if files == "shards":
