@@ -158,7 +158,7 @@ def folder_of(given: argparse.Namespace, name: str, seed: int) -> Path:
 
 # -------------------------------------------------------------------------------- results
 def conditions(given: argparse.Namespace) -> dict[str, Any]:
-    """What all trainings of a page have in common."""
+    """The settings that all trainings of a page share."""
     run = recipe_of(given, "litevae", 0).run
     return {
         "precision": resolve_precision(run.precision, resolve_device(run.device)),

@@ -12,18 +12,7 @@ from PIL import Image
 from benchmarks import learning
 from ldm.errors import LdmError
 
-SIZES = [
-    "--held-out",
-    "4",
-    "--steps",
-    "2",
-    "--every",
-    "1",
-    "--channels",
-    "8",
-    "--latent-channels",
-    "4",
-]
+SIZES = ["--held-out=4", "--steps=2", "--every=1", "--channels=8", "--latent-channels", "4"]
 SETTINGS = ["phases=[{resolution: 32, steps: 2}]", "batch_size=2", "run.device=cpu"]
 
 
