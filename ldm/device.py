@@ -22,7 +22,7 @@ from typing import IO, Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils._triton import has_triton
 
 from ldm.errors import LdmError
@@ -254,6 +254,11 @@ class HostCopy:
         if self._copied is not None:
             self._copied.synchronize()
         return self._copy.tolist()
+
+
+def to_host(tree: Any) -> Any:
+    """Copy the tensors in nested dicts, lists and tuples to the CPU, those that are there too."""
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), tree)
 
 
 def keep_freed_memory(device: torch.device) -> None:

@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import stat
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -154,6 +155,50 @@ def clear_partials(folders: Iterable[Path]) -> None:
                     locked, written = lock_open(file.fileno()), os.fstat(file.fileno()).st_mtime
                     if locked or (locked is None and written < time.time() - DAY):
                         path.unlink()
+
+
+class BackgroundWriter:
+    """Runs jobs that write files, one after another, in a thread beside the caller.
+
+    After a job that failed, none of those that wait is begun: their files may describe its own.
+
+    Args:
+        on_failure: called in the thread, as soon as a job has failed.
+    """
+
+    def __init__(self, on_failure: Callable[[], None]) -> None:
+        self.on_failure = on_failure
+        self._last: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def submit(self, job: Callable[[], Any]) -> None:
+        """Begin a job once those before it are done; it must own all that it reads."""
+
+        def work(before: threading.Thread | None = self._last) -> None:
+            if before is not None:
+                before.join()
+            try:
+                if self._error is None:
+                    job()
+            except Exception as error:
+                self._error = error
+                self.on_failure()
+
+        # a daemon: a process that a third Ctrl-C ends does not wait for it
+        self._last = threading.Thread(target=work, name="writer", daemon=True)
+        self._last.start()
+
+    def join(self) -> None:
+        """Wait for all jobs."""
+        if self._last is not None:
+            self._last.join()
+
+    def wait(self) -> None:
+        """Wait for all jobs, then raise the error of the one that failed, once."""
+        self.join()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
 
 # --------------------------------------------------------------------------------- processes

@@ -72,6 +72,24 @@ def show_progress(
         yield advance
 
 
+ShowRow = Callable[[Mapping[str, float], str], None]
+"""Shows a row of metrics and a note in the progress bar of a training."""
+
+
+@contextmanager
+def show_training(total: int, step: Callable[[], int], visible: bool = True) -> Iterator[ShowRow]:
+    """Show the progress bar of a training of `total` steps, if it is visible."""
+    with progress_bar("steps", visible) as bar:
+        task = bar.add_task("training", total=total, completed=step(), speed="", note="")
+
+        def show(row: Mapping[str, float], note: str) -> None:
+            speed = f"{row['images_per_second']:.1f} images/s, data {row['data_wait']:.0%}"
+            speed += f", MFU {row['mfu']:.0%}" if "mfu" in row else ""
+            bar.update(task, completed=step(), speed=speed, note=note)
+
+        yield show
+
+
 class LogRow(Schema):
     """A row of a `metrics.jsonl`: numbers by their names."""
 

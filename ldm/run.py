@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -20,7 +21,7 @@ from accelerate import Accelerator
 from pydantic import PositiveInt, field_validator
 from torch import Tensor, nn
 
-from ldm.checkpoint import repair_pair
+from ldm.checkpoint import ModelFile, repair_pair, save_model
 from ldm.config import Config, to_tree
 from ldm.console import HANGUP, STOPS, receive, received
 from ldm.data.workers import stopping
@@ -34,12 +35,13 @@ from ldm.device import (
     peak_flops,
     resolve_precision,
     to_device,
+    to_host,
     trace_steps,
 )
 from ldm.distributed import fail_together, from_main, make_accelerator
 from ldm.errors import Interrupted, LdmError, listed
-from ldm.files import write_json
-from ldm.logbook import Logbook, console, progress_bar
+from ldm.files import BackgroundWriter, write_json
+from ldm.logbook import Logbook, ShowRow, console, show_training
 from ldm.run_folder import (
     TrainingState,
     check_state,
@@ -56,7 +58,6 @@ CountFlops = Callable[[Any, Any], Mapping[Any, float]]
 """Counts `Run.flops` of a recipe and the config of its autoencoder, if that is given."""
 
 MAX_BAD_STEPS = 10
-
 log = logging.getLogger("ldm")
 
 
@@ -85,7 +86,6 @@ class RunConfig(Config):
     Triton and the compilers that it needs, unless `deterministic`."""
     deterministic: bool = False
     """Compute by deterministic algorithms only, on a GPU too: slower; on a CPU all of them are."""
-
     profile: str = ""
     """START:STOP: trace the steps after step START, up to step STOP, with torch.profiler, into
     profile.json.gz."""
@@ -116,6 +116,7 @@ class Run:
 
     Attributes:
         name_image: the name of the run's k-th image.
+        writer: writes the run's large files beside training, in the order of their submission.
         flops: operations of training on one image, by kinds of steps that `begin` is given.
     """
 
@@ -133,6 +134,7 @@ class Run:
         self._each: dict[str, list[tuple[int, Tensor]]] = {}
         self._flags: dict[str, tuple[HostCopy, Callable[[int], str], list[int]]] = {}
         self._stop = self._all_stop = False
+        self.writer = BackgroundWriter(on_failure=self.request_stop)
         self.flops: Mapping[Any, float] = {}
         self._flops, self._waited = 0.0, 0.0
         self._peak = peak_flops(self.device, self.precision)
@@ -235,6 +237,7 @@ class Run:
         if images:
             log.warning("skipped a step of the %s: not finite for %s", name, images)
         if self._bad_in_a_row[name] == MAX_BAD_STEPS:
+            self.writer.join()
             last = latest_state(self.folder / "state")
             raise LdmError(
                 f"{name}: loss or gradient not finite in {MAX_BAD_STEPS} steps in a row"
@@ -259,12 +262,27 @@ class Run:
         return self.accelerator.reduce(tensor, "sum") if self.world > 1 else tensor
 
     # -------------------------------------------------------------------------------- saving
-    def save(self, tree: dict[str, Any]) -> None:
-        """Save the state to resume from (main process), atomically."""
+    def save(self, tree: dict[str, Any], model: ModelFile) -> None:
+        """Copy the model and the state to resume from, and write them beside training (main
+        process), each atomically; before that, wait for the files begun earlier. The model comes
+        first, so that a run whose last state is complete always has one."""
         tree = {**tree, "skipped": dict(self.skipped)}  # which raises on all processes or none
+        self.settle()
+        self.write_model("ckpt.pt", model)
         if self.is_main:
-            save_state(self.folder / "state", tree["images_seen"], tree, self.config.keep_states)
-        self.accelerator.wait_for_everyone()
+            saved = tree["images_seen"], to_host(tree), self.config.keep_states
+            self.writer.submit(partial(save_state, self.folder / "state", *saved))
+
+    def write_model(self, name: str, model: ModelFile) -> None:
+        """Copy a model's weights, and write it beside training (main process), atomically."""
+        if self.is_main:
+            model = replace(model, weights=to_host(model.weights))
+            self.writer.submit(partial(save_model, self.folder / name, model))
+
+    def settle(self) -> None:
+        """Wait until the run's files are written; if one was not, raise its error on all."""
+        with fail_together(self.accelerator):
+            self.writer.wait()
 
     def resume(self) -> dict[str, Any] | None:
         """Load the newest saved state, the same on every process; None for a new run."""
@@ -287,6 +305,7 @@ class Run:
 
     def finish(self, result: dict[str, Any]) -> Path:
         """Write `result.json`, which marks the run as complete; return the run's folder."""
+        self.settle()
         if self.is_main:
             write_json(self.folder / "result.json", result)
         self.accelerator.wait_for_everyone()
@@ -345,7 +364,9 @@ class Run:
         stopping.set()
 
     def interrupted(self, text: str) -> Interrupted:
-        """Return the error of a stop that all processes agreed on; all exit by the same signal."""
+        """Return the error of a stop that all processes agreed on, once all files are written; all
+        exit by the same signal."""
+        self.settle()
         if self.world > 1:
             number = torch.tensor([max(received, default=0)], device=self.device)
             received.insert(0, int(self.accelerator.gather(number).max()))
@@ -368,7 +389,14 @@ class Run:
             if self.world > 1 or not self.accelerator.sync_gradients:  # in the middle of a step
                 raise
             save()
-            raise Interrupted(f"{error}, saved in {self.folder}") from None
+            raise self.interrupted(f"{error}, saved in {self.folder}") from None
+
+    def _leave(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not KeyboardInterrupt:  # a third Ctrl-C waits for nothing
+            try:
+                self.writer.wait()
+            except Exception as error:  # beside the one that ends the run
+                log.warning("%s", error)
 
     # ------------------------------------------------------------------------------ printing
     def say(self, text: str) -> None:
@@ -376,22 +404,9 @@ class Run:
         if self.is_main:
             console.print(text, markup=False)  # a path may hold [brackets]
 
-    @contextmanager
-    def progress(
-        self, state: TrainingState
-    ) -> Iterator[Callable[[Mapping[str, float], str], None]]:
-        """Show a progress bar on the main process; yield show(row of metrics, note)."""
-        with progress_bar("steps", self.is_main) as bar:
-            task = bar.add_task(
-                "training", total=state.total_steps, completed=state.step, speed="", note=""
-            )
-
-            def show(row: Mapping[str, float], note: str) -> None:
-                speed = f"{row['images_per_second']:.1f} images/s, data {row['data_wait']:.0%}"
-                speed += f", MFU {row['mfu']:.0%}" if "mfu" in row else ""
-                bar.update(task, completed=state.step, speed=speed, note=note)
-
-            yield show
+    def progress(self, state: TrainingState) -> AbstractContextManager[ShowRow]:
+        """Show a progress bar on the main process, by its metrics."""
+        return show_training(state.total_steps, lambda: state.step, self.is_main)
 
 
 @contextmanager
@@ -411,6 +426,7 @@ def start_run(
         from_main(accelerator, partial(check_trackers, config.trackers))
         claim = partial(new_or_unfinished, kind, preset, recipe, folder, held)
         run = Run(from_main(accelerator, claim), config, accelerator)
+        held.push(run._leave)
         held.callback(stopping.clear)  # after the handlers, which set it, are gone
         received.clear()  # by an earlier run of this process
         if threading.current_thread() is threading.main_thread():  # others may set no handlers

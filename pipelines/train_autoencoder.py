@@ -27,7 +27,7 @@ from autoencoders.losses.adversarial import (
 )
 from autoencoders.losses.objective import TeacherPosterior
 from autoencoders.losses.perceptual import ESRGANPerceptual
-from ldm.checkpoint import ModelFile, load_model, save_model
+from ldm.checkpoint import ModelFile, load_model
 from ldm.config import Resolution, pixel_count, resolution_of, short_size, to_tree
 from ldm.data import Batch, Source, batches, check_data, holds_out, open_source
 from ldm.data.loader import image_name
@@ -327,9 +327,7 @@ def _train(
     every = state.recipe.run
 
     def save() -> None:
-        # the model first, so that a run whose last state is complete always has one
-        _export(run, state, "ckpt.pt")
-        run.save(state.state_dict() | {"log": logbook.state_dict()})
+        run.save(state.state_dict() | {"log": logbook.state_dict()}, _model(state))
 
     with run.progress(state) as show:
         for batch in run.until_stopped(state, stream, save):
@@ -414,7 +412,7 @@ def _validate(
     state.held_out, sign, best = numbers, -1 if by == "lpips" else 1, state.best.get(by)
     is_best = by in numbers and (best is None or sign * numbers[by] > sign * best)
     if is_best:
-        _export(run, state, "best.pt", held_out=numbers)
+        run.write_model("best.pt", _model(state, held_out=numbers))
         state.best = {"images_seen": state.images_seen, **numbers}
     whole = [name for name in numbers if name != "count" and not name[-1].isdigit()]  # no channel's
     shown = ", ".join(f"{name} {numbers[name]:.3f}" for name in whole)
@@ -422,16 +420,14 @@ def _validate(
     run.say(f"step {state.step:>6}/{state.total_steps}: held-out {shown}")
 
 
-def _export(run: Run, state: AutoencoderState, name: str, **more: Any) -> None:
-    """Write a model file: the averaged weights, the config that builds them, their provenance."""
-    if not run.is_main:
-        return
+def _model(state: AutoencoderState, **more: Any) -> ModelFile:
+    """The averaged weights, the config that builds them, and their provenance."""
     made = {"images_seen": state.images_seen, "recipe": to_tree(state.recipe)} | more
     origin = provenance() | made | (state.origin and {"imported": state.origin})
     if state.teacher is not None:
         origin["teacher_latent_std"] = state.latent_std.tolist()
     config, weights = to_tree(state.recipe.model), state.ema.ema_model.state_dict()
-    save_model(run.folder / name, ModelFile("autoencoder", config, weights, {}, origin))
+    return ModelFile("autoencoder", config, weights, {}, origin)
 
 
 def _opening(run: Run, state: AutoencoderState) -> str:

@@ -15,14 +15,15 @@ from autoencoders.pretrained import find_origin, read_autoencoder
 from diffusion import SCHEDULES, build_denoiser, build_network, sample_heun
 from diffusion.edm import Denoiser, DenoisingLoss, Uncertainty
 from diffusion.edm2 import MPModule
-from ldm.checkpoint import ModelFile, fingerprint, save_model
+from ldm.checkpoint import ModelFile
 from ldm.config import to_tree
 from ldm.data import Source, batches, check_data, open_source
 from ldm.data.loader import image_name
-from ldm.device import full_float32, resolve_device, resolve_precision
+from ldm.device import full_float32, resolve_device, resolve_precision, to_host
 from ldm.distributed import check_batch
 from ldm.ema import Ema, PowerEma, save_snapshot
 from ldm.errors import LdmError, UsageError, listed
+from ldm.files import BackgroundWriter
 from ldm.images import as_float, grid, save_grid
 from ldm.learning_rate import learning_rate, set_learning_rate
 from ldm.logbook import Logbook, read_rows
@@ -101,10 +102,11 @@ class DiffusionState(TrainingState):
         set_learning_rate(self.optimizer, lr)
         return lr
 
-    def save_snapshots(self) -> None:
+    def save_snapshots(self, writer: BackgroundWriter) -> None:
         """Keep the power-function averages as they are now, for `ldm ema`."""
         for std, power in self.powers.items():
-            save_snapshot(self.folder / "ema", self.images_seen, std, power.ema_model.state_dict())
+            snapshot = self.images_seen, std, to_host(power.ema_model.state_dict())
+            writer.submit(partial(save_snapshot, self.folder / "ema", *snapshot))
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"row": self.row}
@@ -160,8 +162,8 @@ def train_diffusion(
             the run began, ten steps in a row not finite, or a full disk.
         Interrupted: asked to stop; the state is saved, and the same call resumes.
     """
-    autoencoder, origin = _load_autoencoder(recipe.autoencoder)
-    ae_sha256 = fingerprint(autoencoder.state_dict())
+    autoencoder, inner = _load_autoencoder(recipe.autoencoder)
+    ae_sha256 = inner.sha256
     check_range(recipe)
     data = recipe.data.of(autoencoder.config)
     source = open_source(data, "train", recipe.resolution)
@@ -193,10 +195,9 @@ def train_diffusion(
                 validate()
 
             def save() -> None:
-                # the model first, so that a run whose last state is complete always has one
-                _export(run, state, codec, autoencoder, origin, source)
                 facts = {"autoencoder_sha256": ae_sha256, "statistics": codec.statistics()}
-                run.save(state.state_dict() | {"log": logbook.state_dict()} | facts)
+                tree = state.state_dict() | {"log": logbook.state_dict()} | facts
+                run.save(tree, _model(state, codec, inner, source))
 
             run.name_image = partial(image_name, source, run.seed)
             stream = latent_batches(run, recipe, codec, source, cache, state.images_seen)
@@ -211,10 +212,14 @@ def check_range(recipe: DiffusionRecipe) -> None:
         raise UsageError("data.range=measured is for stage one: stage two takes its range; omit it")
 
 
-def _load_autoencoder(path: str) -> tuple[Autoencoder, dict[str, Any]]:
-    """Load an autoencoder, and where its weights came from, whose licence binds this model too."""
+def _load_autoencoder(path: str) -> tuple[Autoencoder, ModelFile]:
+    """Load an autoencoder, also as the file to keep within stage two's: of its provenance that has
+    where foreign weights came from, whose licence binds this model too."""
     found = read_autoencoder(path)
-    return assemble(found, path).eval(), find_origin(path, found)
+    autoencoder, origin = assemble(found, path).eval(), find_origin(path, found)
+    came_with = {"imported": origin} if origin else {}
+    config, weights = to_tree(autoencoder.config), autoencoder.state_dict()
+    return autoencoder, ModelFile("autoencoder", config, weights, provenance=came_with)
 
 
 def _resume(run: Run, state: DiffusionState, ae: Autoencoder, ae_sha256: str) -> Codec | None:
@@ -264,7 +269,7 @@ def _train(
                 state.row = logbook.row(state.images_seen, **extra)
                 show(state.row, f"loss {state.row['loss']:.3f}")
             if run.is_main and snapshot_due(state.step, state.recipe):
-                state.save_snapshots()
+                state.save_snapshots(run.writer)
             if validates and not stop:
                 validate()
             if state.due(every.save_every_steps) or stop:
@@ -336,27 +341,15 @@ def _validate(run: Run, state: DiffusionState, codec: Codec, logbook: Logbook) -
     run.say(f"step {state.step:>6}/{state.total_steps}: loss {loss:.4f}, samples drawn")
 
 
-def _export(
-    run: Run,
-    state: DiffusionState,
-    codec: Codec,
-    ae: Autoencoder,
-    ae_origin: dict[str, Any],
-    source: Source,
-) -> None:
-    """Write `ckpt.pt`: the averaged network, the latents' statistics, and the autoencoder."""
-    if not run.is_main:
-        return
+def _model(state: DiffusionState, codec: Codec, inner: ModelFile, source: Source) -> ModelFile:
+    """The averaged network, the latents' statistics, and the autoencoder."""
     recipe = state.recipe
-    came_with = {"imported": ae_origin} if ae_origin else {}
-    inner = ModelFile("autoencoder", to_tree(ae.config), ae.state_dict(), provenance=came_with)
     origin = provenance() | {"images_seen": state.images_seen, "autoencoder_sha256": inner.sha256}
     statistics = codec.statistics() | {
         "classes": list(source.classes) if recipe.data.labels else []
     }
     weights, config = cast(Denoiser, state.ema.ema_model).network.state_dict(), to_tree(recipe)
-    model = ModelFile("diffusion", config, weights, statistics, origin, inner)
-    save_model(run.folder / "ckpt.pt", model)
+    return ModelFile("diffusion", config, weights, statistics, origin, inner)
 
 
 def _opening(run: Run, state: DiffusionState, codec: Codec) -> str:

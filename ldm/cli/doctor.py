@@ -121,6 +121,7 @@ def _memory(memory: "Memory", images: str, free: int) -> dict[str, int]:
         "frozen networks": memory.frozen,
         f"activations of {images}, estimated": memory.activations,
         f"stage one encoding {images}, estimated": memory.encoding,
+        "copies of what is being saved": memory.saving,
         "total": memory.total,
         "free here": free,
     }

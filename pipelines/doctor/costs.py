@@ -252,6 +252,9 @@ class Memory:
     """Estimate: `OVERHEAD` × what stage one holds while it encodes a micro-batch for stage two. A
     CUDA GPU encodes the next while it trains on one; a CPU takes turns, and only what encoding
     needs more than training counts. 0 for stage one, and with a cache."""
+    saving: int
+    """On a CPU, which holds them beside the rest: copies of the state and of the model that are
+    being written, and the model's `.safetensors`."""
 
     @property
     def lasting(self) -> int:
@@ -304,11 +307,12 @@ def training_memory(
     """
     training = costs.training
     gradients = [gradient_bytes(module) for module in training.updated]
+    on_cpu = costs.run.device.type == "cpu"
     kept = max(costs.step(side, batch=batch).activations for side in resolutions)
     held = max(costs.encoding(side, batch) for side in resolutions)
     # DDP's buckets hold the gradients, unless they accumulate before they are exchanged
     held_gradients = sum(gradients) if accumulate > 1 else 0 if processes > 1 else max(gradients)
-    if costs.run.device.type != "cuda":
+    if on_cpu:
         held = max(held - kept, 0)
     return Memory(
         weights=sum(map(module_bytes, training.trained)),
@@ -320,7 +324,14 @@ def training_memory(
         frozen=sum(map(module_bytes, training.frozen)),
         activations=int(OVERHEAD * kept),
         encoding=int(OVERHEAD * held),
+        saving=on_cpu * (state_bytes(training) + 2 * sum(map(module_bytes, training.exported))),
     )
+
+
+def state_bytes(training: Training) -> int:
+    """Bytes of a saved state."""
+    weights, moments = map(module_bytes, training.trained), map(adam_bytes, training.updated)
+    return sum(weights) + sum(moments) + sum(average_bytes(training))
 
 
 def training_disk(
@@ -333,9 +344,7 @@ def training_disk(
         snapshots: of each power-function average.
         cache: bytes of latents that are still to be cached.
     """
-    averages = average_bytes(training)
-    state = sum(map(module_bytes, training.trained)) + sum(averages)
-    state += sum(map(adam_bytes, training.updated))
+    averages, state = average_bytes(training), state_bytes(training)
     model = sum(map(module_bytes, training.exported))
     saves, keep = ceil(training.state.total_steps / config.save_every_steps), config.keep_states
     # the oldest state and the old model files go once the new ones are whole, one at a time

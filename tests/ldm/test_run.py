@@ -1,17 +1,23 @@
 import os
+import re
 import signal
+import threading
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
+import ldm.run
+from ldm.checkpoint import ModelFile, load_model
 from ldm.config import resolve
 from ldm.console import received
 from ldm.data import workers
 from ldm.distributed import check_batch, make_accelerator
 from ldm.errors import Interrupted, LdmError, UsageError
+from ldm.files import write_atomically
 from ldm.run import MAX_BAD_STEPS, Run, RunConfig, frozen, start_run
-from ldm.run_folder import TrainingState, load_state
+from ldm.run_folder import TrainingState, latest_state, load_state
 
 
 class Recipe(RunConfig):
@@ -82,7 +88,7 @@ def test_ten_bad_steps_in_a_row_stop_the_run(run):
     one_step(run)
     for _ in range(MAX_BAD_STEPS - 1):
         one_step(run, float("nan"))
-    run.save({"images_seen": 8, "w": torch.ones(1)})
+    run.save({"images_seen": 8, "w": torch.ones(1)}, model(1.0))
     one_step(run, float("nan"))
     with pytest.raises(LdmError, match=r"not finite in 10 steps in a row.*state/8"):
         one_step(run)  # the step after the tenth
@@ -163,11 +169,77 @@ def test_say_prints_brackets(run, capsys):
 def test_save_and_resume(run):
     assert run.resume() is None
     run.skipped["it"] = 3
-    run.save({"images_seen": 16, "t": torch.arange(3)})
+    run.save({"images_seen": 16, "t": torch.arange(3)}, model(1.0))
+    run.settle()
     again = Run(run.folder, run.config, run.accelerator)
     tree = again.resume()
     assert tree["images_seen"] == 16 and torch.equal(tree["t"], torch.arange(3))
     assert again.skipped["it"] == 3
+
+
+def model(value: float) -> ModelFile:
+    return ModelFile("autoencoder", {}, {"w": torch.full((3,), value)})
+
+
+@pytest.fixture
+def held_back(monkeypatch):
+    """Keeps saved states from being written until it is set."""
+    held_back, save = threading.Event(), ldm.run.save_state
+
+    def wait_and_save(*arguments):
+        assert held_back.wait(60)
+        return save(*arguments)
+
+    monkeypatch.setattr(ldm.run, "save_state", wait_and_save)
+    return held_back
+
+
+def test_training_goes_on_while_the_state_of_its_moment_is_written(run, held_back):
+    weights, moments = torch.ones(3), {0: {"exp_avg": torch.ones(3)}}
+    exported = model(1.0)
+    run.save({"images_seen": 8, "w": weights, "opt": {"state": moments}}, exported)
+    for tensor in (weights, moments[0]["exp_avg"], exported.weights["w"]):
+        tensor.zero_()  # the next step
+    assert latest_state(run.folder / "state") is None
+    held_back.set()
+    run.settle()
+    saved = load_state(run.folder / "state" / "8")
+    found = load_model(run.folder / "ckpt.pt", "autoencoder").weights["w"]
+    for tensor in (saved["w"], saved["opt"]["state"][0]["exp_avg"], found):
+        assert torch.equal(tensor, torch.ones(3))
+
+
+def test_a_save_and_the_end_wait_for_the_save_before(run, held_back):
+    run.save({"images_seen": 8}, model(1.0))
+    threading.Timer(0.2, held_back.set).start()
+    run.save({"images_seen": 16}, model(2.0))
+    assert latest_state(run.folder / "state").name == "8"
+    run.finish({})
+    assert latest_state(run.folder / "state").name == "16"
+
+
+def test_a_model_that_cannot_be_written_stops_the_run_without_a_state(run):
+    (run.folder / "ckpt.pt").mkdir()
+    run.save({"images_seen": 8}, model(1.0))
+    run.writer.join()
+    assert run.stop_requested() and latest_state(run.folder / "state") is None
+    with pytest.raises(LdmError, match=r"could not write .*ckpt\.pt"):
+        run.interrupted("stopped")
+    (run.folder / "ckpt.pt").rmdir()
+    run.save({"images_seen": 16}, model(1.0))  # said once
+    assert run.finish({}) and latest_state(run.folder / "state").name == "16"
+
+
+def test_a_run_that_fails_waits_for_its_files_and_says_which_it_lost(tmp_path, held_back, caplog):
+    config, folder = RunConfig(device="cpu"), tmp_path / "run"
+    with pytest.raises(ValueError, match="a fault"):  # noqa: SIM117
+        with start_run("autoencoder", "x", Recipe(), config, folder=folder) as run:
+            run.save({"images_seen": 8}, model(1.0))
+            run.writer.submit(partial(write_atomically, folder / "state", b""))
+            threading.Timer(0.2, held_back.set).start()
+            raise ValueError("a fault")
+    assert latest_state(folder / "state").name == "8"
+    assert re.search(r"could not write .*state", caplog.text)
 
 
 def test_frozen_disables_gradients_of_weights_only():

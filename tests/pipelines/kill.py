@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ldm.checkpoint import load_model
+from ldm.files import BackgroundWriter
 from ldm.logbook import read_rows
 from ldm.run_folder import TrainingState
 
@@ -20,7 +21,10 @@ class Killed(BaseException):
 
 
 def kill(patch: pytest.MonkeyPatch, owner: Any, name: str, images_seen: int) -> None:
-    """Raise after the first call of `owner.name` with `images_seen` images trained on."""
+    """Raise after the first call of `owner.name` with `images_seen` images trained on.
+
+    Files are written at once, not beside training, so that the moment is known.
+    """
     seen, advance, call = [0], TrainingState.advance, getattr(owner, name)
 
     def counted(state):
@@ -33,6 +37,7 @@ def kill(patch: pytest.MonkeyPatch, owner: Any, name: str, images_seen: int) -> 
             raise Killed
         return result
 
+    patch.setattr(BackgroundWriter, "submit", lambda writer, job: job())
     patch.setattr(TrainingState, "advance", counted)
     patch.setattr(owner, name, killing)
 

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch.utils._pytree import tree_leaves
 
+from ldm import run as run_module
 from ldm.checkpoint import load_model
 from ldm.errors import Interrupted
 from ldm.logbook import read_rows
@@ -231,7 +232,7 @@ def whole(tmp_path_factory):
             for images_seen in (16, 32)
             for owner, name in (
                 (train_autoencoder, "save_grid"),
-                (train_autoencoder, "save_model"),
+                (run_module, "save_model"),
                 (Run, "save"),
             )
         ),
@@ -249,7 +250,7 @@ def test_stage_one_killed_at_any_moment_ends_alike(
 @pytest.mark.parametrize("images_seen", [16, 32])
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(train_diffusion, "save_grid"), (train_diffusion, "save_model"), (Run, "save")],
+    [(train_diffusion, "save_grid"), (run_module, "save_model"), (Run, "save")],
 )
 def test_stage_two_killed_at_any_moment_ends_alike(
     owner, name, images_seen, whole, tmp_path, monkeypatch

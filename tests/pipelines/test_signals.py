@@ -59,8 +59,10 @@ if __name__ == "__main__":
 
     def interrupted_save(tree, file, **how):
         is_state = "skipped" in tree  # not a model
-        for number in again if len(calls) == 3 and is_state else ():
-            os.kill(os.getpid(), number)
+        if len(calls) == 3 and is_state:
+            for number in again:
+                os.kill(os.getpid(), number)
+                time.sleep(1)  # the main thread takes signals one at a time
         save(tree, file, **how)
 
     setattr(owner, name, interrupted)
@@ -117,7 +119,8 @@ def start(job: str, first, again, inputs, cwd, processes: int = 1) -> subprocess
 
 def saved(folder) -> list[int]:
     """The whole states in a run's folder, by images seen."""
-    states = sorted(folder.glob("state/[0-9]*"), key=lambda state: int(state.name))
+    files = folder.glob("state/[0-9]*/state.pt")
+    states = sorted((file.parent for file in files), key=lambda state: int(state.name))
     assert [load_state(state)["images_seen"] for state in states] == [int(s.name) for s in states]
     return [int(state.name) for state in states]
 

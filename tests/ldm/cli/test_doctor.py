@@ -102,7 +102,7 @@ def diagnosed(trial, compiles=False):
     """A diagnosis of a GPU."""
     machine = Machine("cuda:0", "", "bf16", 2**35, 2**35, compiles=compiles)
     length = Length(8, 16, 1, 1, 16, 128, 8)
-    memory, disk = Memory(1, 1, 1, 1, 1, 1, 1, 1), Disk(1, 1, 1, 1, 1)
+    memory, disk = Memory(1, 1, 1, 1, 1, 1, 1, 1, 1), Disk(1, 1, 1, 1, 1)
     known = ("tiny", "diffusion", "photos", None, machine, length, [])
     return Diagnosis(*known, [], {64: 1.0}, memory, disk, trial)
 
