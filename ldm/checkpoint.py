@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from functools import cached_property, partial
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from pickle import UnpicklingError
@@ -47,7 +47,7 @@ class ModelFile:
     autoencoder: "ModelFile | None" = None
     """Stage one of a stage-two model, so that one file is enough for sampling."""
 
-    @cached_property
+    @property
     def sha256(self) -> str:
         """Hash of the names, types, shapes and bytes of the weights, in either file format."""
         return fingerprint(self.weights)

@@ -257,8 +257,32 @@ class HostCopy:
 
 
 def to_host(tree: Any) -> Any:
-    """Copy the tensors in nested dicts, lists and tuples to the CPU, those that are there too."""
-    return tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), tree)
+    """Copy the tensors in nested dicts, lists and tuples to the CPU, those that are there too.
+
+    A tensor that is there twice, such as a frozen weight and its average, is copied once.
+    """
+    copies: dict[Any, Tensor] = {}
+
+    def copy(tensor: Tensor) -> Tensor:
+        key = tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+        if key not in copies:
+            copies[key] = tensor.detach().to("cpu", copy=True)
+        return copies[key]
+
+    return tree_map_only(Tensor, copy, tree)
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[nn.Module]:
+    """Put a module into eval mode, and its parameters out of autograd, inside the `with`."""
+    training, before = module.training, [p.requires_grad for p in module.parameters()]
+    module.eval().requires_grad_(False)
+    try:
+        yield module
+    finally:
+        module.train(training)
+        for parameter, required in zip(module.parameters(), before, strict=True):
+            parameter.requires_grad_(required)
 
 
 def keep_freed_memory(device: torch.device) -> None:

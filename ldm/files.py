@@ -39,6 +39,8 @@ DAY, PATIENCE = 86_400, 10
 """Seconds."""
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 """Start of the text that Git keeps in the place of a large file."""
+WRITER = "ldm writer"
+"""Name of the threads of `BackgroundWriter`."""
 SET = ".set"
 """Lists the files of a set that are written, and are being renamed."""
 
@@ -168,37 +170,45 @@ class BackgroundWriter:
 
     def __init__(self, on_failure: Callable[[], None]) -> None:
         self.on_failure = on_failure
-        self._last: threading.Thread | None = None
+        self._last = threading.Event()  # set once the last job is done
+        self._last.set()
         self._error: Exception | None = None
 
-    def submit(self, job: Callable[[], Any]) -> None:
-        """Begin a job once those before it are done; it must own all that it reads."""
+    def submit(self, job: Callable[[], Any]) -> threading.Event:
+        """Begin a job once those before it are done; it must own all that it reads. Return the
+        event of its end."""
+        before, done = self._last, threading.Event()
 
-        def work(before: threading.Thread | None = self._last) -> None:
-            if before is not None:
-                before.join()
+        def work() -> None:
+            before.wait()
             try:
                 if self._error is None:
                     job()
             except Exception as error:
                 self._error = error
                 self.on_failure()
+            finally:
+                done.set()
 
-        # a daemon: a process that a third Ctrl-C ends does not wait for it
-        self._last = threading.Thread(target=work, name="writer", daemon=True)
-        self._last.start()
+        threading.Thread(target=work, name=WRITER, daemon=True).start()
+        self._last = done
+        return done
 
     def join(self) -> None:
         """Wait for all jobs."""
-        if self._last is not None:
-            self._last.join()
+        self._last.wait()
 
-    def wait(self) -> None:
-        """Wait for all jobs, then raise the error of the one that failed, once."""
-        self.join()
+    def wait(self, job: threading.Event | None = None) -> None:
+        """Wait for a job, by default the last; then raise the error of the failed one, once."""
+        (job or self._last).wait()
         error, self._error = self._error, None
         if error is not None:
             raise error
+
+    @staticmethod
+    def any_at_work() -> bool:
+        """True if a writer of this process is at work, or waits for its turn."""
+        return any(thread.name == WRITER for thread in threading.enumerate())
 
 
 # --------------------------------------------------------------------------------- processes

@@ -135,6 +135,7 @@ class Run:
         self._flags: dict[str, tuple[HostCopy, Callable[[int], str], list[int]]] = {}
         self._stop = self._all_stop = False
         self.writer = BackgroundWriter(on_failure=self.request_stop)
+        self._saved: threading.Event | None = None  # the end of the last save
         self.flops: Mapping[Any, float] = {}
         self._flops, self._waited = 0.0, 0.0
         self._peak = peak_flops(self.device, self.precision)
@@ -237,7 +238,8 @@ class Run:
         if images:
             log.warning("skipped a step of the %s: not finite for %s", name, images)
         if self._bad_in_a_row[name] == MAX_BAD_STEPS:
-            self.writer.join()
+            with fail_together(self.accelerator):
+                self.writer.join()
             last = latest_state(self.folder / "state")
             raise LdmError(
                 f"{name}: loss or gradient not finite in {MAX_BAD_STEPS} steps in a row"
@@ -264,14 +266,16 @@ class Run:
     # -------------------------------------------------------------------------------- saving
     def save(self, tree: dict[str, Any], model: ModelFile) -> None:
         """Copy the model and the state to resume from, and write them beside training (main
-        process), each atomically; before that, wait for the files begun earlier. The model comes
+        process), each atomically; before that, wait for the state saved before. The model comes
         first, so that a run whose last state is complete always has one."""
         tree = {**tree, "skipped": dict(self.skipped)}  # which raises on all processes or none
-        self.settle()
-        self.write_model("ckpt.pt", model)
-        if self.is_main:
-            saved = tree["images_seen"], to_host(tree), self.config.keep_states
-            self.writer.submit(partial(save_state, self.folder / "state", *saved))
+        with fail_together(self.accelerator):
+            if self._saved is not None:
+                self.writer.wait(self._saved)
+            if self.is_main:
+                self.write_model("ckpt.pt", model)
+                saved = tree["images_seen"], to_host(tree), self.config.keep_states
+                self._saved = self.writer.submit(partial(save_state, self.folder / "state", *saved))
 
     def write_model(self, name: str, model: ModelFile) -> None:
         """Copy a model's weights, and write it beside training (main process), atomically."""
@@ -392,11 +396,14 @@ class Run:
             raise self.interrupted(f"{error}, saved in {self.folder}") from None
 
     def _leave(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not KeyboardInterrupt:  # a third Ctrl-C waits for nothing
-            try:
-                self.writer.wait()
-            except Exception as error:  # beside the one that ends the run
-                log.warning("%s", error)
+        if kind is KeyboardInterrupt:  # a third Ctrl-C waits for nothing
+            return
+        try:
+            self.writer.wait()
+        except Exception as error:
+            if kind is None or issubclass(kind, Interrupted):
+                raise
+            log.warning("%s", error)  # beside the error that ends the run
 
     # ------------------------------------------------------------------------------ printing
     def say(self, text: str) -> None:
@@ -426,7 +433,6 @@ def start_run(
         from_main(accelerator, partial(check_trackers, config.trackers))
         claim = partial(new_or_unfinished, kind, preset, recipe, folder, held)
         run = Run(from_main(accelerator, claim), config, accelerator)
-        held.push(run._leave)
         held.callback(stopping.clear)  # after the handlers, which set it, are gone
         received.clear()  # by an earlier run of this process
         if threading.current_thread() is threading.main_thread():  # others may set no handlers
@@ -434,17 +440,5 @@ def start_run(
             for number in STOPS - ({HANGUP} if ignored else set()):
                 held.callback(signal.signal, number, signal.signal(number, run.request_stop))
         torch.manual_seed(torch_seed(config.seed, "weights", 0))
+        held.push(run._leave)
         yield run
-
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[nn.Module]:
-    """Put a module into eval mode, and its parameters out of autograd, inside the `with`."""
-    training, before = module.training, [p.requires_grad for p in module.parameters()]
-    module.eval().requires_grad_(False)
-    try:
-        yield module
-    finally:
-        module.train(training)
-        for parameter, required in zip(module.parameters(), before, strict=True):
-            parameter.requires_grad_(required)

@@ -31,13 +31,13 @@ from ldm.checkpoint import ModelFile, load_model
 from ldm.config import Resolution, pixel_count, resolution_of, short_size, to_tree
 from ldm.data import Batch, Source, batches, check_data, holds_out, open_source
 from ldm.data.loader import image_name
-from ldm.device import to_device
+from ldm.device import frozen, to_device
 from ldm.distributed import check_batch
 from ldm.ema import Ema
 from ldm.images import as_float, grid, save_grid
 from ldm.learning_rate import learning_rate, set_learning_rate
 from ldm.logbook import Logbook, size_numbers
-from ldm.run import CountFlops, Run, frozen, start_run
+from ldm.run import CountFlops, Run, start_run
 from ldm.run_folder import TrainingState, is_finished, provenance
 from ldm.seeds import normal, uniform
 from pipelines import finetune

@@ -197,7 +197,7 @@ def train_diffusion(
             def save() -> None:
                 facts = {"autoencoder_sha256": ae_sha256, "statistics": codec.statistics()}
                 tree = state.state_dict() | {"log": logbook.state_dict()} | facts
-                run.save(tree, _model(state, codec, inner, source))
+                run.save(tree, _model(state, codec, inner, ae_sha256, source))
 
             run.name_image = partial(image_name, source, run.seed)
             stream = latent_batches(run, recipe, codec, source, cache, state.images_seen)
@@ -341,10 +341,12 @@ def _validate(run: Run, state: DiffusionState, codec: Codec, logbook: Logbook) -
     run.say(f"step {state.step:>6}/{state.total_steps}: loss {loss:.4f}, samples drawn")
 
 
-def _model(state: DiffusionState, codec: Codec, inner: ModelFile, source: Source) -> ModelFile:
+def _model(
+    state: DiffusionState, codec: Codec, inner: ModelFile, inner_sha256: str, source: Source
+) -> ModelFile:
     """The averaged network, the latents' statistics, and the autoencoder."""
     recipe = state.recipe
-    origin = provenance() | {"images_seen": state.images_seen, "autoencoder_sha256": inner.sha256}
+    origin = provenance() | {"images_seen": state.images_seen, "autoencoder_sha256": inner_sha256}
     statistics = codec.statistics() | {
         "classes": list(source.classes) if recipe.data.labels else []
     }

@@ -19,11 +19,10 @@ from autoencoders.losses import LPIPS, find_lpips, load_lpips
 from autoencoders.losses.perceptual import SMALLEST
 from ldm.config import Resolution, shorter_side
 from ldm.data import Batch, Source, evaluation_batches, sheet_images
-from ldm.device import full_float32, memory_format
+from ldm.device import frozen, full_float32, memory_format
 from ldm.errors import LdmError
 from ldm.images import as_float, as_rgb, latents_as_rgb
 from ldm.metrics import psnr, ssim
-from ldm.run import frozen
 from pipelines.recipes import AutoencoderRecipe
 
 # An exact reconstruction has an infinite PSNR, and would make the mean infinite. At 256² a single

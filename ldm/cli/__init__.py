@@ -14,6 +14,7 @@ from typer import Option
 from ldm.cli import data, doctor, exchange, measure, options, results, train
 from ldm.console import LastingOutput, exit_status, outlast_console
 from ldm.errors import Interrupted, LdmError, brief, escape
+from ldm.files import BackgroundWriter
 
 INTERRUPTED = 130  # Typer's, for a KeyboardInterrupt
 
@@ -127,4 +128,8 @@ def _exit_with_error(text: str, code: int) -> NoReturn:
 def _exit(text: str, code: int) -> NoReturn:
     if text:
         options.echo(escape(text), err=True)
+    if BackgroundWriter.any_at_work():  # after a third Ctrl-C; at Python's own exit it would crash
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+        os._exit(code)
     sys.exit(code)

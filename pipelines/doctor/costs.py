@@ -253,8 +253,8 @@ class Memory:
     CUDA GPU encodes the next while it trains on one; a CPU takes turns, and only what encoding
     needs more than training counts. 0 for stage one, and with a cache."""
     saving: int
-    """On a CPU, which holds them beside the rest: copies of the state and of the model that are
-    being written, and the model's `.safetensors`."""
+    """On a CPU, which holds them beside the rest: at most, copies of the state, of ckpt.pt and of
+    best.pt, which are being written, and the content of a `.safetensors`."""
 
     @property
     def lasting(self) -> int:
@@ -324,7 +324,7 @@ def training_memory(
         frozen=sum(map(module_bytes, training.frozen)),
         activations=int(OVERHEAD * kept),
         encoding=int(OVERHEAD * held),
-        saving=on_cpu * (state_bytes(training) + 2 * sum(map(module_bytes, training.exported))),
+        saving=on_cpu * (state_bytes(training) + 3 * sum(map(module_bytes, training.exported))),
     )
 
 

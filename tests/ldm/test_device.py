@@ -7,10 +7,12 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ldm.device import (
     deterministic_algorithms,
+    frozen,
     keep_freed_memory,
     name_device,
     peak_flops,
@@ -197,3 +199,14 @@ def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path):
     (tmp_path / "profile.json.gz").mkdir()
     [line] = train(4, "1:3", tmp_path / "profile.json.gz")
     assert line.startswith("warning: no trace written: could not write")
+
+
+def test_frozen_disables_gradients_of_weights_only():
+    judge = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.9))
+    judge[0].bias.requires_grad_(False)
+    x = torch.ones(1, 2, requires_grad=True)
+    with frozen(judge) as still:
+        assert not still.training
+        still(x).sum().backward()
+    assert x.grad is not None and judge[0].weight.grad is None
+    assert judge.training and judge[0].weight.requires_grad and not judge[0].bias.requires_grad

@@ -16,7 +16,7 @@ from ldm.data import workers
 from ldm.distributed import check_batch, make_accelerator
 from ldm.errors import Interrupted, LdmError, UsageError
 from ldm.files import write_atomically
-from ldm.run import MAX_BAD_STEPS, Run, RunConfig, frozen, start_run
+from ldm.run import MAX_BAD_STEPS, Run, RunConfig, start_run
 from ldm.run_folder import TrainingState, latest_state, load_state
 
 
@@ -27,7 +27,8 @@ class Recipe(RunConfig):
 @pytest.fixture
 def run(tmp_path):
     received.clear()
-    return Run(tmp_path, RunConfig(device="cpu"), make_accelerator("cpu"))
+    yield Run(tmp_path, RunConfig(device="cpu"), make_accelerator("cpu"))
+    workers.stopping.clear()
 
 
 def one_step(run, factor: float = 1.0, clip_norm: float | None = None):
@@ -213,9 +214,28 @@ def test_a_save_and_the_end_wait_for_the_save_before(run, held_back):
     run.save({"images_seen": 8}, model(1.0))
     threading.Timer(0.2, held_back.set).start()
     run.save({"images_seen": 16}, model(2.0))
-    assert latest_state(run.folder / "state").name == "8"
+    assert (run.folder / "state" / "8" / "state.pt").is_file()
     run.finish({})
     assert latest_state(run.folder / "state").name == "16"
+
+
+def test_a_save_does_not_wait_for_the_best_model(run, held_back, monkeypatch):
+    save = ldm.run.save_model
+    monkeypatch.setattr(ldm.run, "save_model", lambda *files: (held_back.wait(60), save(*files)))
+    run.write_model("best.pt", model(1.0))
+    run.save({"images_seen": 8}, model(2.0))
+    assert not (run.folder / "best.pt").exists()
+    held_back.set()
+    run.settle()
+    assert load_model(run.folder / "best.pt", "autoencoder").weights["w"][0] == 1
+    assert latest_state(run.folder / "state").name == "8"
+
+
+def test_a_weight_that_is_there_twice_is_saved_once(run):
+    frozen = torch.ones(10_000)
+    run.save({"images_seen": 8, "network": {"w": frozen}, "ema": {"w": frozen}}, model(1.0))
+    run.settle()
+    assert (run.folder / "state" / "8" / "state.pt").stat().st_size < 2 * frozen.nbytes
 
 
 def test_a_model_that_cannot_be_written_stops_the_run_without_a_state(run):
@@ -240,17 +260,30 @@ def test_a_run_that_fails_waits_for_its_files_and_says_which_it_lost(tmp_path, h
             raise ValueError("a fault")
     assert latest_state(folder / "state").name == "8"
     assert re.search(r"could not write .*state", caplog.text)
+    assert not workers.stopping.is_set()  # or the next run of this process would stop at once
 
 
-def test_frozen_disables_gradients_of_weights_only():
-    judge = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.9))
-    judge[0].bias.requires_grad_(False)
-    x = torch.ones(1, 2, requires_grad=True)
-    with frozen(judge) as still:
-        assert not still.training
-        still(x).sum().backward()
-    assert x.grad is not None and judge[0].weight.grad is None
-    assert judge.training and judge[0].weight.requires_grad and not judge[0].bias.requires_grad
+def test_a_signal_does_not_cut_the_wait_of_a_run_that_fails(tmp_path, held_back):
+    def signal_and_go_on():
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Timer(0.2, held_back.set).start()
+
+    config, folder = RunConfig(device="cpu"), tmp_path / "run"
+    with pytest.raises(ValueError, match="a fault"):  # noqa: SIM117
+        with start_run("autoencoder", "x", Recipe(), config, folder=folder) as run:
+            run.save({"images_seen": 8}, model(1.0))
+            threading.Timer(0.2, signal_and_go_on).start()
+            raise ValueError("a fault")
+    assert latest_state(folder / "state").name == "8"
+
+
+def test_a_stop_whose_files_are_lost_is_an_error(tmp_path):
+    config, folder = RunConfig(device="cpu"), tmp_path / "run"
+    with pytest.raises(LdmError, match="could not write"):  # noqa: SIM117
+        with start_run("autoencoder", "x", Recipe(), config, folder=folder) as run:
+            (folder / "ckpt.pt").mkdir()
+            run.save({"images_seen": 8}, model(1.0))
+            raise Interrupted("stopped, waiting for a loader worker")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -151,7 +151,7 @@ def test_accumulation_sees_the_same_images(tmp_path):
 
 
 def test_failed_last_export_is_repeated_on_resume(tmp_path, monkeypatch):
-    import pipelines.train_autoencoder as job
+    from ldm import run as job
 
     whole = train_autoencoder(autoencoder_recipe(SHORT), "tiny", tmp_path / "whole")
     save = job.save_model
