@@ -170,37 +170,36 @@ class BackgroundWriter:
 
     def __init__(self, on_failure: Callable[[], None]) -> None:
         self.on_failure = on_failure
-        self._last = threading.Event()  # set once the last job is done
-        self._last.set()
+        self._last: threading.Thread | None = None
         self._error: Exception | None = None
 
-    def submit(self, job: Callable[[], Any]) -> threading.Event:
-        """Begin a job once those before it are done; it must own all that it reads. Return the
-        event of its end."""
-        before, done = self._last, threading.Event()
+    def submit(self, job: Callable[[], Any]) -> threading.Thread:
+        """Begin a job in a thread once those before it are done; it must own all that it reads."""
 
-        def work() -> None:
-            before.wait()
+        def work(before: threading.Thread | None = self._last) -> None:
+            if before is not None:
+                before.join()
             try:
                 if self._error is None:
                     job()
             except Exception as error:
                 self._error = error
                 self.on_failure()
-            finally:
-                done.set()
 
-        threading.Thread(target=work, name=WRITER, daemon=True).start()
-        self._last = done
-        return done
+        # a daemon: a process that a third Ctrl-C ends does not wait for it
+        self._last = threading.Thread(target=work, name=WRITER, daemon=True)
+        self._last.start()
+        return self._last
 
-    def join(self) -> None:
-        """Wait for all jobs."""
-        self._last.wait()
+    def join(self, job: threading.Thread | None = None) -> None:
+        """Wait for a job, by default the last: for its thread, whose tensors must be let go before
+        Python exits."""
+        if thread := job or self._last:
+            thread.join()
 
-    def wait(self, job: threading.Event | None = None) -> None:
+    def wait(self, job: threading.Thread | None = None) -> None:
         """Wait for a job, by default the last; then raise the error of the failed one, once."""
-        (job or self._last).wait()
+        self.join(job)
         error, self._error = self._error, None
         if error is not None:
             raise error

@@ -135,7 +135,7 @@ class Run:
         self._flags: dict[str, tuple[HostCopy, Callable[[int], str], list[int]]] = {}
         self._stop = self._all_stop = False
         self.writer = BackgroundWriter(on_failure=self.request_stop)
-        self._saved: threading.Event | None = None  # the end of the last save
+        self._saved: threading.Thread | None = None  # of the last save
         self.flops: Mapping[Any, float] = {}
         self._flops, self._waited = 0.0, 0.0
         self._peak = peak_flops(self.device, self.precision)

@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -131,3 +133,23 @@ def test_links_are_not_written_through(tmp_path, link):
     with pytest.raises(OSError):
         open_regular(tmp_path / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, "ab")
     assert (tmp_path / "other").read_bytes() == b"theirs"
+
+
+EXIT = """
+import time, torch
+from functools import partial
+from ldm.files import BackgroundWriter
+
+def job(tensors):
+    time.sleep(0.2)  # until it alone holds them
+
+writer = BackgroundWriter(on_failure=print)
+writer.submit(partial(job, [torch.zeros(1) for _ in range(1_000_000)]))
+writer.wait()
+"""
+
+
+def test_python_may_exit_once_a_writer_is_done():
+    """A thread that still lets go of tensors, which takes a while, would abort it."""
+    done = subprocess.run([sys.executable, "-c", EXIT], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
