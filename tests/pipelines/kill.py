@@ -37,7 +37,10 @@ def kill(patch: pytest.MonkeyPatch, owner: Any, name: str, images_seen: int) -> 
             raise Killed
         return result
 
-    patch.setattr(BackgroundWriter, "submit", lambda writer, job: job())
+    def at_once(writer, job):
+        job()
+
+    patch.setattr(BackgroundWriter, "submit", at_once)
     patch.setattr(TrainingState, "advance", counted)
     patch.setattr(owner, name, killing)
 
