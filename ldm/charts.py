@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
@@ -83,11 +84,14 @@ def drawing(path: Path, title: str, under: str, height: float) -> Iterator[Figur
 
 
 def colour(index: int) -> str:
-    """Return the colour of the index-th line as #rrggbb; no two are alike."""
-    if index < len(COLOURS):
-        return COLOURS[index]
-    rgb = colorsys.hls_to_rgb(137.5 * index / 360 % 1, 0.52, 0.6)  # steps of the golden angle
-    return "#" + "".join(f"{round(255 * value):02x}" for value in rgb)
+    """Return the colour of the index-th line as #rrggbb: the palette, then darker, then lighter."""
+    times, place = divmod(index, len(COLOURS))
+    hue, lightness, saturation = colorsys.rgb_to_hls(*to_rgb(COLOURS[place]))
+    if times % 2:
+        lightness *= 0.65 ** (times // 2 + 1)
+    else:
+        lightness = 1 - (1 - lightness) * 0.65 ** (times // 2)
+    return to_hex(colorsys.hls_to_rgb(hue, lightness, saturation))
 
 
 def line_style(index: int) -> dict[str, Any]:

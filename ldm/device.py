@@ -1,5 +1,5 @@
-"""The device: its choice, memory layout, precision, compiler, name and peak; copies; interleaved
-timing, and traces."""
+"""The device: its choice, memory layout, precision, compiler, name and peak; copies and frozen
+modules; interleaved timing, and traces."""
 
 import ctypes
 import gzip
@@ -257,9 +257,9 @@ class HostCopy:
 
 
 def to_host(tree: Any) -> Any:
-    """Copy the tensors in nested dicts, lists and tuples to the CPU, those that are there too.
+    """Copy the tensors in nested dicts, lists and tuples to the CPU, also those already on it.
 
-    A tensor that is there twice, such as a frozen weight and its average, is copied once.
+    A tensor that occurs twice, such as a frozen weight and its average, is copied once.
     """
     copies: dict[Any, Tensor] = {}
 

@@ -192,8 +192,10 @@ class BackgroundWriter:
         return self._last
 
     def join(self, job: threading.Thread | None = None) -> None:
-        """Wait for a job, by default the last: for its thread, whose tensors must be let go before
-        Python exits."""
+        """Wait for a job, by default the last.
+
+        It joins the thread: one that still frees tensors while Python exits aborts the process.
+        """
         if thread := job or self._last:
             thread.join()
 

@@ -265,9 +265,9 @@ class Run:
 
     # -------------------------------------------------------------------------------- saving
     def save(self, tree: dict[str, Any], model: ModelFile) -> None:
-        """Copy the model and the state to resume from, and write them beside training (main
-        process), each atomically; before that, wait for the state saved before. The model comes
-        first, so that a run whose last state is complete always has one."""
+        """Wait for the previous save; copy the model and the state to resume from; the main process
+        writes them beside training, each atomically, the model first, so that a run whose last
+        state is complete always has one."""
         tree = {**tree, "skipped": dict(self.skipped)}  # which raises on all processes or none
         with fail_together(self.accelerator):
             if self._saved is not None:
@@ -278,7 +278,7 @@ class Run:
                 self._saved = self.writer.submit(partial(save_state, self.folder / "state", *saved))
 
     def write_model(self, name: str, model: ModelFile) -> None:
-        """Copy a model's weights, and write it beside training (main process), atomically."""
+        """Copy a model's weights; the main process writes it beside training, atomically."""
         if self.is_main:
             model = replace(model, weights=to_host(model.weights))
             self.writer.submit(partial(save_model, self.folder / name, model))

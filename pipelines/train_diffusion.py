@@ -213,8 +213,8 @@ def check_range(recipe: DiffusionRecipe) -> None:
 
 
 def _load_autoencoder(path: str) -> tuple[Autoencoder, ModelFile]:
-    """Load an autoencoder, also as the file to keep within stage two's: of its provenance that has
-    where foreign weights came from, whose licence binds this model too."""
+    """Load an autoencoder, and make the model file to keep in stage two's. Its provenance names the
+    source of imported weights, whose licence binds this model too."""
     found = read_autoencoder(path)
     autoencoder, origin = assemble(found, path).eval(), find_origin(path, found)
     came_with = {"imported": origin} if origin else {}

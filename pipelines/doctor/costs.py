@@ -253,8 +253,8 @@ class Memory:
     CUDA GPU encodes the next while it trains on one; a CPU takes turns, and only what encoding
     needs more than training counts. 0 for stage one, and with a cache."""
     saving: int
-    """On a CPU, which holds them beside the rest: at most, copies of the state, of ckpt.pt and of
-    best.pt, which are being written, and the content of a `.safetensors`."""
+    """Upper bound, on a CPU: copies of the state, ckpt.pt and best.pt that are being written, and
+    the content of a `.safetensors`. 0 on a GPU: they are in the host's memory."""
 
     @property
     def lasting(self) -> int:

@@ -2,13 +2,13 @@
 
 import re
 import xml.etree.ElementTree as ET
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import pytest
 import torch
 from PIL import Image
 
-from ldm.charts import DPI, WIDTH, colour, drawing, lines_svg, show_image
+from ldm.charts import COLOURS, DPI, WIDTH, colour, drawing, lines_svg, show_image
 
 
 def test_the_title_is_above_the_drawing(tmp_path):
@@ -66,3 +66,7 @@ def test_log_scale_spaces_decades_evenly():
 def test_colours_are_distinct():
     colours = [colour(i) for i in range(20)]
     assert len(set(colours)) == 20 and all(re.fullmatch("#[0-9a-f]{6}", c) for c in colours)
+    assert tuple(colours[: len(COLOURS)]) == COLOURS
+    values = [torch.tensor(list(bytes.fromhex(c[1:])), dtype=torch.float) for c in colours]
+    # in red, green and blue of 0 to 255 together: a second orange was 22 from the first
+    assert all((a - b).norm() > 35 for a, b in combinations(values, 2))
