@@ -59,8 +59,8 @@ if __name__ == "__main__":
         return result
 
     def interrupted_save(tree, file, **how):
-        is_state = "skipped" in tree  # not a model
-        if len(calls) == 3 and is_state:
+        # the state of the third step; the one before may still be written then
+        if tree.get("images_seen") == 12:
             for number in again:
                 os.kill(os.getpid(), number)
                 until = time.monotonic() + 1  # the main thread takes signals one at a time
