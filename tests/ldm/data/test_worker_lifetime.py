@@ -58,8 +58,8 @@ class Unfinished:
 unpickle = partial(answer, Unfinished())
 
 
-def say(word: str) -> None:
-    os.write(1, f"{word}\n".encode())  # at once, even from two processes
+def say(word: object) -> None:
+    os.write(1, f"{word}\n".encode())  # whole, where `print` may write its newline later
 
 
 # --------------------------------------------------------------------------------- in the test
@@ -166,7 +166,7 @@ def test_signals_to_a_job_do_not_end_workers_that_start(method, start):
         "        time.sleep(0.02)\n"
         "Thread(target=repeat, daemon=True).start()\n"
         f"results = load({method!r}, answer)\n"
-        "print(sum(len(next(results)) for _ in range(6)) >> 24, flush=True)\n"
+        "say(sum(len(next(results)) for _ in range(6)) >> 24)\n"
         "results.close()"
     )
     lines = trainer.communicate(timeout=240)[0].splitlines()
@@ -186,7 +186,7 @@ def test_other_processes_of_python_s_fork_server_answer_signals(start):
         "    time.sleep(0.5)\n"
         "    os.kill(other.pid, number)\n"
         "    other.join(60)\n"
-        "    print(other.exitcode, flush=True)\n"
+        "    say(other.exitcode)\n"
         "results.close()"
     )
     lines = trainer.communicate(timeout=240)[0].splitlines()
