@@ -14,6 +14,7 @@ pictures, to --out.
 
 import argparse
 import json
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -146,7 +147,7 @@ def train_on(
 
 def slug(name: str) -> str:
     """A model's name in file names."""
-    return name.lower().replace(" ", "-")
+    return re.sub(r"[^\w.+-]+", "-", name.lower())
 
 
 def losses(folder: Path) -> dict[str, float]:
