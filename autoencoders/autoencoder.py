@@ -330,10 +330,14 @@ class Autoencoder(HubMixin):
         return self.decoder(latents).float()
 
     @torch.no_grad()
-    def shift_logvar(self, shift: float) -> None:
-        """Add to the log-variances of all posteriors, by the bias of the layer that gives them."""
+    def adjust_posterior(self, mean_gain: float = 1.0, logvar_shift: float = 0.0) -> None:
+        """Change all posteriors by the layer that gives them: multiply what it gives to the means,
+        and add to the log-variances."""
         last: Any = self.quant_conv if self.config.conv1x1 else self.encoder.last_layer
-        last.bias[self.config.latent_channels :] += shift
+        n_z = self.config.latent_channels
+        last.weight[:n_z] *= mean_gain
+        last.bias[:n_z] *= mean_gain
+        last.bias[n_z:] += logvar_shift
 
     def fuse(self) -> "Autoencoder":
         """Copy this autoencoder for faster inference; see `layers.fuse`.

@@ -52,20 +52,26 @@ from pipelines.train_autoencoder import (
 LITEVAE_GROUPS = ["encoder.extractor.group_channels=4", "encoder.aggregator.group_channels=4"]
 SD_VAE_GROUPS = ["encoder.group_channels=4"]
 LOGVAR = ["init.logvar=-5"]
+GAIN = ["init.mean_gain=6"]
 SHORTCUT = ["encoder.shortcut=wavelet"]
 WHOLE = ["encoder.reduction=space_to_depth"]
 VARIANTS = {
     "sdvae": ("sdvae-quarter", []),
     "sdvae, 4 a group": ("sdvae-quarter", SD_VAE_GROUPS),
     "sdvae, 4 a group, log-variance −5": ("sdvae-quarter", [*SD_VAE_GROUPS, *LOGVAR]),
+    "sdvae, 4 a group, mean × 4": ("sdvae-quarter", [*SD_VAE_GROUPS, "init.mean_gain=4"]),
     "litevae": ("litevae-b-quarter", []),
     "litevae, 4 a group": ("litevae-b-quarter", LITEVAE_GROUPS),
     "litevae, log-variance −5": ("litevae-b-quarter", LOGVAR),
     "litevae, 4 a group, log-variance −5": ("litevae-b-quarter", [*LITEVAE_GROUPS, *LOGVAR]),
+    "litevae, mean × 6": ("litevae-b-quarter", GAIN),
+    "litevae, mean × 6, log-variance −5": ("litevae-b-quarter", [*GAIN, *LOGVAR]),
+    "litevae, longer warm-up": ("litevae-b-quarter", ["warmup_images=4000"]),
     "litevae, shortcut": ("litevae-b-quarter", SHORTCUT),
     "litevae, shortcut, log-variance −5": ("litevae-b-quarter", [*SHORTCUT, *LOGVAR]),
     "litevae, space-to-depth": ("litevae-b-quarter", WHOLE),
     "plus": ("litevae-b-quarter", [*LITEVAE_GROUPS, *SHORTCUT, *LOGVAR]),
+    "plus, mean × 6": ("litevae-b-quarter", [*LITEVAE_GROUPS, *SHORTCUT, *LOGVAR, *GAIN]),
     "plus, space-to-depth": ("litevae-b-quarter", [*LITEVAE_GROUPS, *SHORTCUT, *LOGVAR, *WHOLE]),
 }
 """Preset and settings of each; `plus` is that of the presets litevae-*-plus."""
@@ -151,7 +157,7 @@ def recipe_of(given: argparse.Namespace, name: str, seed: int) -> AutoencoderRec
 
 def folder_of(given: argparse.Namespace, name: str, seed: int) -> Path:
     """The folder of a variant's run."""
-    file = name.replace(", ", "+").replace(" ", "-").replace("−", "minus-")
+    file = name.replace(", ", "+").replace(" × ", "-").replace(" ", "-").replace("−", "minus-")
     size = f"{given.channels}-channels-{given.latent_channels}-latents-{given.steps}-steps"
     return Path(given.work) / size / f"{file}-seed-{seed}"
 

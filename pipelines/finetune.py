@@ -163,8 +163,9 @@ def begin(
             if given.sha256 != first:
                 raise LdmError("the processes have read different weights: give all the same file")
             load_given(ae, recipe, given)
-    if recipe.init.logvar and (given is None or "encoder" not in recipe.init.parts):
-        ae.shift_logvar(recipe.init.logvar)
+    init = recipe.init
+    if (init.mean_gain, init.logvar) != (1, 0) and (given is None or "encoder" not in init.parts):
+        ae.adjust_posterior(init.mean_gain, init.logvar)
     ae = run.place(ae)
     still = {
         "all": [],

@@ -69,6 +69,9 @@ class InitConfig(WeightsConfig):
     """sum: to one channel, from three: first convolution's weights summed, the last's averaged."""
     logvar: Annotated[float, Field(ge=-30, le=20)] = 0.0
     """Log-variance at which a new encoder without a teacher begins, about: −5 is little noise."""
+    mean_gain: PositiveFloat = 1.0
+    """Factor on the last layer's weights for the mean, of such an encoder: the means of a fresh
+    LiteVAE have a standard deviation of about 0.2, so that 6 makes it about 1."""
 
 
 class TeacherConfig(WeightsConfig):
@@ -169,8 +172,13 @@ class AutoencoderRecipe(GivenWeights, AutoencoderConfig):
                 f"train={self.train}: with a teacher only the encoder learns, train=encoder; "
                 "afterwards, both learn with --from that run and train=all"
             )
-        if self.init.logvar and self.encoder.type not in ("litevae", "sdvae"):
-            raise ValueError("init.logvar needs an encoder that learns a log-variance: set it to 0")
+        if self.encoder.type not in ("litevae", "sdvae"):
+            if self.init.logvar:
+                raise ValueError(
+                    "init.logvar needs an encoder that learns a log-variance: set it to 0"
+                )
+            if self.init.mean_gain != 1:
+                raise ValueError("init.mean_gain needs an encoder that learns: set it to 1")
         stays = {"decoder": "encoder", "encoder": "decoder"}.get(self.train)
         if self.init.source and stays and stays not in self.init.parts:
             raise ValueError(

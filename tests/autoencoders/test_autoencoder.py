@@ -119,14 +119,22 @@ def test_least_channels_reach_every_group():
     ],
 )
 @torch.no_grad()
-def test_a_shift_of_the_log_variance_leaves_the_mean(encoder, conv1x1, images):
+def test_mean_and_log_variance_are_adjusted_apart(encoder, conv1x1, images):
     decoder = {"channels": 8, "multipliers": [1, 2, 2, 2]}
     ae = build_autoencoder("tiny", encoder=encoder, decoder=decoder, conv1x1=conv1x1)
     before = ae.encode(images)
-    ae.shift_logvar(-5)
-    after = ae.encode(images)
-    assert torch.equal(after.mean, before.mean)
-    torch.testing.assert_close(after.logvar, before.logvar - 5)
+    ae.adjust_posterior(logvar_shift=-5)
+    lower = ae.encode(images)
+    assert torch.equal(lower.mean, before.mean)
+    torch.testing.assert_close(lower.logvar, before.logvar - 5)
+    ae.adjust_posterior(mean_gain=6)
+    larger = ae.encode(images)
+    assert torch.equal(larger.logvar, lower.logvar)
+    by = 6 * before.mean
+    if "shortcut" in encoder and not conv1x1:  # which is added after the last layer
+        ae.adjust_posterior(mean_gain=1e-30)
+        by = by - 5 * ae.encode(images).mean
+    torch.testing.assert_close(larger.mean, by, rtol=1e-4, atol=1e-5)
 
 
 def test_the_1x1_convolutions_keep_their_keys_in_files():

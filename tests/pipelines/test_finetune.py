@@ -156,20 +156,28 @@ def test_groups_must_be_equal_and_not_the_setting_that_made_them(tmp_path):
         begin(fine_tuning(tmp_path / "wide", "decoder.group_channels=8"), tmp_path)
 
 
-def test_only_a_new_encoder_without_a_teacher_begins_at_another_log_variance(source, tmp_path):
-    def logvar_of(*words):
+def test_only_a_new_encoder_without_a_teacher_begins_with_another_posterior(source, tmp_path):
+    def posterior_of(*words):
         torch.manual_seed(0)
         encoder = "encoder={channels: 32, multipliers: [1, 2], blocks: 1}"
         sizes = [encoder, encoder.replace("encoder", "decoder"), "conv1x1=true", *words]
         recipe = load_recipe("recipes", "finetune", [*SETTINGS, "train=all", *sizes])
         ae = begin(recipe, tmp_path)[1].autoencoder
-        return ae.encode(some_images()).logvar
+        posterior = ae.encode(some_images())
+        return posterior.mean, posterior.logvar
 
-    begun, lower = f"init.source={str(source)!r}", "init.logvar=-5"
+    def change(gain, shift):
+        return f"init.mean_gain={gain}", f"init.logvar={shift}"
+
+    begun = f"init.source={str(source)!r}"
     for words in (["encoder.type=sdvae"], [begun, "init.parts=[decoder]"]):
-        torch.testing.assert_close(logvar_of(*words, lower), logvar_of(*words) - 5)
-    assert torch.equal(logvar_of(begun, lower), logvar_of(begun))
-    teachers = [begin(distillation(source, *words), tmp_path)[1] for words in ([], [lower])]
+        mean, logvar = posterior_of(*words)
+        for gain, shift in ((1, -5), (6, 0), (6, -5)):
+            changed = posterior_of(*words, *change(gain, shift))
+            torch.testing.assert_close(changed, (gain * mean, logvar + shift))
+    changes = change(6, -5)
+    torch.testing.assert_close(posterior_of(begun, *changes), posterior_of(begun), rtol=0, atol=0)
+    teachers = [begin(distillation(source, *words), tmp_path)[1] for words in ([], changes)]
     a, b = (fingerprint(state.autoencoder.quant_conv.state_dict()) for state in teachers)
     assert a == b
 
@@ -212,7 +220,9 @@ def test_parts_that_are_not_there_are_refused(tmp_path):
         ),
         (["best_by=lpips", "train=all", "phases=[{resolution: 8, steps: 1}]"], "best_by=lpips"),
         (["encoder.type=dwt", "latent_channels=12", "init.logvar=-5"], "set it to 0"),
+        (["encoder.type=dwt", "latent_channels=12", "init.mean_gain=6"], "set it to 1"),
         (["init.logvar=-31"], r"init\.logvar"),
+        (["init.mean_gain=0"], r"init\.mean_gain"),
         (["train=decoder", "encoder.type=litevae"], "needs weights for the rest.*--from"),
         (["encoder.type=dwt", "latent_channels=12", "train=encoder"], "dwt encoder has no weights"),
         (["loss.lpips=1", "train=all", "phases=[{resolution: 8, steps: 1}]"], "below 16"),
