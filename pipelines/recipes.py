@@ -70,8 +70,7 @@ class InitConfig(WeightsConfig):
     logvar: Annotated[float, Field(ge=-30, le=20)] = 0.0
     """Log-variance at which a new encoder without a teacher begins, about: −5 is little noise."""
     mean_gain: PositiveFloat = 1.0
-    """Factor on the last layer's weights for the mean, of such an encoder: the means of a fresh
-    LiteVAE have a standard deviation of about 0.2, so that 6 makes it about 1."""
+    """Factor on such an encoder's means: a fresh LiteVAE's vary by 0.2, or with 6 by about 1."""
 
 
 class TeacherConfig(WeightsConfig):
@@ -172,13 +171,9 @@ class AutoencoderRecipe(GivenWeights, AutoencoderConfig):
                 f"train={self.train}: with a teacher only the encoder learns, train=encoder; "
                 "afterwards, both learn with --from that run and train=all"
             )
-        if self.encoder.type not in ("litevae", "sdvae"):
-            if self.init.logvar:
-                raise ValueError(
-                    "init.logvar needs an encoder that learns a log-variance: set it to 0"
-                )
-            if self.init.mean_gain != 1:
-                raise ValueError("init.mean_gain needs an encoder that learns: set it to 1")
+        for key, neutral in {"logvar": 0, "mean_gain": 1}.items():
+            if getattr(self.init, key) != neutral and self.encoder.type not in ("litevae", "sdvae"):
+                raise ValueError(f"init.{key} needs a learned posterior: set it to {neutral}")
         stays = {"decoder": "encoder", "encoder": "decoder"}.get(self.train)
         if self.init.source and stays and stays not in self.init.parts:
             raise ValueError(
@@ -341,15 +336,13 @@ def fit(recipe: DiffusionRecipe, autoencoder: Autoencoder, classes: int) -> Diff
         classes: number of the data's classes; ignored without `data.labels`.
     """
     denoiser, n_z = recipe.trained, autoencoder.config.latent_channels
-    augmented = AUGMENT_PARAMETERS if recipe.augment.probability > 0 else 0
-    sizes: Tree = {"latent_channels": n_z, "augment_parameters": augmented}
-    sizes["classes"] = classes if recipe.data.labels else 0
+    sizes: Tree = {"latent_channels": n_z, "classes": classes if recipe.data.labels else 0}
+    sizes["augment_parameters"] = AUGMENT_PARAMETERS if recipe.augment.probability > 0 else 0
     if recipe.network.type == "dit":
         sizes["grid"] = recipe.network.grid_of(recipe.resolution, autoencoder.downsampling)
-    defaults = type(recipe.network)()
     for key, value in sizes.items():
         requested = getattr(recipe.network, key)
-        if requested not in (value, getattr(defaults, key)):
+        if requested not in (value, getattr(type(recipe.network)(), key)):
             raise UsageError(f"network.{key}={requested} must be {value} here: omit it")
     factor = autoencoder.downsampling * recipe.network.factor
     if any(side % factor for side in height_width(recipe.resolution)):
@@ -379,12 +372,11 @@ def draw_numbers(
         shape: of an image's latents, (n_z, h, w).
     """
     classes, augmented = recipe.network.classes, recipe.augment.probability > 0
-    hidden = uniform(seed, "label", ks, ()) < recipe.label_dropout if classes else None
     return {
         "posterior": normal(seed, "posterior", ks, shape) if recipe.posterior == "sample" else None,
         "sigma": sample_sigma(normal(seed, "sigma", ks, ()), recipe.trained),
         "noise": normal(seed, "noise", ks, shape),
-        "hidden": hidden,
+        "hidden": uniform(seed, "label", ks, ()) < recipe.label_dropout if classes else None,
         "augment": draw_augmentation(seed, ks, recipe.augment) if augmented else None,
     }
 
