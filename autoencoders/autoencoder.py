@@ -331,8 +331,7 @@ class Autoencoder(HubMixin):
 
     @torch.no_grad()
     def adjust_posterior(self, mean_gain: float = 1.0, logvar_shift: float = 0.0) -> None:
-        """Change all posteriors by the layer that gives them: multiply what it gives to the means,
-        and add to the log-variances."""
+        """Scale the last layer's part of all means, and add to all log-variances."""
         last: Any = self.quant_conv if self.config.conv1x1 else self.encoder.last_layer
         n_z = self.config.latent_channels
         last.weight[:n_z] *= mean_gain

@@ -69,8 +69,8 @@ class InitConfig(WeightsConfig):
     """sum: to one channel, from three: first convolution's weights summed, the last's averaged."""
     logvar: Annotated[float, Field(ge=-30, le=20)] = 0.0
     """Log-variance at which a new encoder without a teacher begins, about: −5 is little noise."""
-    mean_gain: PositiveFloat = 1.0
-    """Factor on such an encoder's means: a fresh LiteVAE's vary by 0.2, or with 6 by about 1."""
+    mean_gain: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """Factor on the means of such an encoder; 6 gives LiteVAE's a standard deviation of about 1."""
 
 
 class TeacherConfig(WeightsConfig):
@@ -342,7 +342,7 @@ def fit(recipe: DiffusionRecipe, autoencoder: Autoencoder, classes: int) -> Diff
         sizes["grid"] = recipe.network.grid_of(recipe.resolution, autoencoder.downsampling)
     for key, value in sizes.items():
         requested = getattr(recipe.network, key)
-        if requested not in (value, getattr(type(recipe.network)(), key)):
+        if requested not in (value, type(recipe.network).model_fields[key].default):
             raise UsageError(f"network.{key}={requested} must be {value} here: omit it")
     factor = autoencoder.downsampling * recipe.network.factor
     if any(side % factor for side in height_width(recipe.resolution)):

@@ -223,6 +223,7 @@ def test_parts_that_are_not_there_are_refused(tmp_path):
         (["encoder.type=dwt", "latent_channels=12", "init.mean_gain=6"], "set it to 1"),
         (["init.logvar=-31"], r"init\.logvar"),
         (["init.mean_gain=0"], r"init\.mean_gain"),
+        (["init.mean_gain=inf"], r"init\.mean_gain"),
         (["train=decoder", "encoder.type=litevae"], "needs weights for the rest.*--from"),
         (["encoder.type=dwt", "latent_channels=12", "train=encoder"], "dwt encoder has no weights"),
         (["loss.lpips=1", "train=all", "phases=[{resolution: 8, steps: 1}]"], "below 16"),
